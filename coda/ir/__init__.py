@@ -1,0 +1,1 @@
+"""The graph: what a block means, as nodes of primitives."""

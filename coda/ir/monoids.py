@@ -1,0 +1,103 @@
+"""Monoids: what a sum over an axis becomes when it is split over tiles (law 3).
+
+A reduction is `finish(fold(lift(x_i)))`, where `fold` is associative with an identity. So it may be
+taken in parts (one part per tile of an epilogue), and the parts folded by whoever needs the total.
+A part is one or more float32 planes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Parts = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Monoid:
+    """An associative fold with an identity, over tuples of planes.
+
+    Attributes:
+        name: the reduction's name in the text form.
+        planes: names of the planes of one partial, in the order they are stored.
+        partial: values along `dim` -> planes, that dim kept with size 1.
+        merge: planes stacked along `dim`, with the number of values in each part (a tensor that
+            broadcasts along `dim`) -> merged planes, that dim kept with size 1.
+        finish: planes and the total count -> the reduction's value.
+        sums: whether zero is harmless as padding (a plain sum).
+    """
+
+    name: str
+    planes: tuple[str, ...]
+    partial: Callable[[Tensor, int], Parts]
+    merge: Callable[[Parts, Tensor, int], Parts]
+    finish: Callable[[Parts, int], Tensor]
+    sums: bool = False
+
+    def reduce(self, x: Tensor, dim: int) -> Tensor:
+        """The whole reduction of `x` along `dim`, that dim kept with size 1."""
+        return self.finish(self.partial(x, dim), x.shape[dim])
+
+    def split(self, x: Tensor, dim: int, sizes: Sequence[int]) -> tuple[Parts, Tensor]:
+        """Partials of consecutive chunks of `x` along `dim` (planes stacked there), and counts."""
+        chunks = [self.partial(c, dim) for c in torch.split(x, list(sizes), dim)]
+        planes = tuple(torch.cat(p, dim) for p in zip(*chunks, strict=True))
+        shape = [1] * x.ndim
+        shape[dim] = len(sizes)
+        return planes, torch.tensor(list(sizes), dtype=x.dtype, device=x.device).reshape(shape)
+
+
+def _sum(x: Tensor, dim: int) -> Parts:
+    return (x.sum(dim, keepdim=True),)
+
+
+def _merge_sum(p: Parts, counts: Tensor, dim: int) -> Parts:
+    return (p[0].sum(dim, keepdim=True),)
+
+
+def _amax(x: Tensor, dim: int) -> Parts:
+    return (x.amax(dim, keepdim=True),)
+
+
+def _amin(x: Tensor, dim: int) -> Parts:
+    return (x.amin(dim, keepdim=True),)
+
+
+def _lse_partial(x: Tensor, dim: int) -> Parts:
+    return (torch.logsumexp(x, dim, keepdim=True),)
+
+
+def _moments(x: Tensor, dim: int) -> Parts:
+    mean = x.mean(dim, keepdim=True)
+    return mean, (x - mean).square().sum(dim, keepdim=True)
+
+
+def _merge_moments(p: Parts, counts: Tensor, dim: int) -> Parts:
+    """Chan, Golub, LeVeque (1983): M2 = Σ M2_i + Σ n_i (mean_i − mean)²."""
+    means, m2 = p
+    total = counts.sum(dim, keepdim=True)
+    first = means.narrow(dim, 0, 1)
+    mean = first + ((means - first) * counts).sum(dim, keepdim=True) / total
+    spread = (counts * (means - mean).square()).sum(dim, keepdim=True)
+    return mean, m2.sum(dim, keepdim=True) + spread
+
+
+_ROWS = (
+    Monoid("sum", ("sum",), _sum, _merge_sum, lambda p, n: p[0], sums=True),
+    Monoid("mean", ("sum",), _sum, _merge_sum, lambda p, n: p[0] / n, sums=True),
+    Monoid("max", ("max",), _amax, lambda p, c, d: _amax(p[0], d), lambda p, n: p[0]),
+    Monoid("min", ("min",), _amin, lambda p, c, d: _amin(p[0], d), lambda p, n: p[0]),
+    Monoid(
+        "logsumexp",
+        ("lse",),
+        _lse_partial,
+        lambda p, c, d: _lse_partial(p[0], d),
+        lambda p, n: p[0],
+    ),
+    Monoid("variance", ("mean", "m2"), _moments, _merge_moments, lambda p, n: p[1] / n),
+)
+
+MONOIDS: dict[str, Monoid] = {row.name: row for row in _ROWS}

@@ -1,0 +1,142 @@
+"""The scalar program of one kernel: what is computed at one element, and where it goes.
+
+A GEMM's epilogue and a row kernel are the same thing here: expressions at a *point*, which is one
+row and one column, or one row and a *pair* of columns. Leaves are the accumulator, loads and
+statistics; results are stores and sinks. `columns` makes it from a kernel of the Program, and the
+emitters turn it into CuTe DSL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coda.ir.types import DType
+
+
+@dataclass(frozen=True)
+class Acc:
+    """The float32 accumulator at this point: column lane 0, or lane 1 of a pair."""
+
+    lane: int = 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """An operand at this point; `lane` picks the column of a pair (row and tile operands)."""
+
+    operand: str
+    lane: int = 0
+
+
+@dataclass(frozen=True)
+class Stat:
+    """The finished value of a statistic of the row (or of the column group) of this point.
+
+    `plane` picks a plane for monoids of several planes (the mean of "variance" is plane 0).
+    A statistic named by its plane alone is the finished one: `plane=None`.
+    """
+
+    name: str
+    plane: str | None = None
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A number of the user's program."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class Call:
+    """A scalar function of `coda.ir.scalars`, by name."""
+
+    fn: str
+    args: tuple[Expr, ...]
+
+
+Expr = Acc | Load | Stat | Literal | Call
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that the kernel reads beside A and B.
+
+    kind:
+        "row"     a vector along the columns, [N]; in pair mode two lanes interleaved.
+        "col"     a vector along the rows, [M] or [M, 1].
+        "tile"    a matrix [M, N]; in pair mode adjacent columns are the two lanes. With
+                  `lanes == 1` in pair mode: one value for each pair, [M, N/2].
+        "periodic" a matrix [M, period] that repeats along the columns (RoPE tables: [M, d/2] in
+                  pair mode repeats every d columns).
+        "scalar"  one number.
+        "partial" planes of a split reduction, [M, parts] each, folded by a `Statistic`.
+    """
+
+    name: str
+    kind: str
+    dtype: DType
+    lanes: int = 1
+    period: int = 0
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A reduction over columns whose finished value the same kernel uses again.
+
+    In a row kernel: over the whole row of `width` columns; of `expr`, or by folding `operand`
+    (partials of a split reduction, `count` values in each part, the last part ragged).
+    In a GEMM's epilogue: over aligned groups of `group` columns of the tile (a head), taken from
+    the accumulator before the main pass.
+    """
+
+    name: str
+    monoid: str
+    expr: Expr | None
+    width: int
+    group: int = 0
+    operand: str | None = None
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class StoreExpr:
+    """A matrix written element by element.
+
+    `lanes` has one expression (element mode, or one value for each pair: half the columns) or two
+    (pair mode, both columns). `split` tells where the two columns of a pair lie in the buffer:
+    0 for adjacent, else the distance between them (half a head: column j and j + split).
+    `narrow` marks a value without columns, [M, 1], of a row kernel.
+    """
+
+    buffer: str
+    dtype: DType
+    lanes: tuple[Expr, ...]
+    split: int = 0
+    narrow: bool = False
+
+
+@dataclass(frozen=True)
+class SinkExpr:
+    """A reduction over the columns, written as one partial per tile: planes of shape [M, parts].
+
+    `monoid` names a row of `coda.ir.monoids`, or is "pick": the element whose column equals the
+    integer col operand `index` (a row without such a column is left as it was).
+    In pair mode both lanes' expressions are reduced together.
+    """
+
+    buffer: str
+    monoid: str
+    lanes: tuple[Expr, ...]
+    index: str | None = None
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """All that happens at a point, in the order: loads, statistics, stores and sinks."""
+
+    pair: bool
+    operands: tuple[Operand, ...]
+    statistics: tuple[Statistic, ...]
+    stores: tuple[StoreExpr, ...]
+    sinks: tuple[SinkExpr, ...]

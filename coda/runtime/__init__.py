@@ -1,0 +1,1 @@
+"""From a Program to launched kernels: compile, cache, launch, torch operators."""
