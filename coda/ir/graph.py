@@ -1,0 +1,389 @@
+"""The graph: twelve kinds of node over tensors with symbolic shapes. Read this file first.
+
+A node is immutable and interned: two nodes that mean the same are the same object, and `is` is
+equality. A size of 1 says that a value does not depend on that axis; elementwise operands align at
+the right, as in torch. Reductions keep the reduced axis with size 1.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from coda.errors import DtypeError, ShapeError, Where
+from coda.ir.dims import ONE, Dim, Shape, broadcast, product, show_shape
+from coda.ir.monoids import MONOIDS
+from coda.ir.scalars import SCALARS
+from coda.ir.types import DType, bool_, promote
+
+T = TypeVar("T")
+
+
+_interned: weakref.WeakValueDictionary[tuple[object, ...], Any] = weakref.WeakValueDictionary()
+_origin: list[Where | None] = []
+
+
+@contextmanager
+def origin(where: Where | None) -> Iterator[None]:
+    """Nodes made inside stand for the user's line `where`, not for a line of coda's caller."""
+    _origin.append(where)
+    try:
+        yield
+    finally:
+        _origin.pop()
+
+
+class _Interned(type):
+    """Make equal constructor calls return the same object, for as long as somebody holds it."""
+
+    def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
+        node: Any = type.__call__(cls, *args, **kwargs)
+        key = (cls, *(getattr(node, name) for name in node.identity))
+        return _interned.setdefault(key, node)
+
+
+@dataclass(frozen=True, eq=False)
+class Node(metaclass=_Interned):
+    """A value: a tensor of `shape` and `dtype`. `where` is the user's line that wrote it first."""
+
+    shape: Shape = field(init=False)
+    dtype: DType = field(init=False)
+    where: Where | None = field(init=False, repr=False)
+
+    def __init_subclass__(cls) -> None:
+        cls.identity: tuple[str, ...] = tuple(cls.__annotations__)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "where", _origin[-1] if _origin else Where.caller())
+        shape, dtype = self.infer()
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "dtype", dtype)
+
+    def infer(self) -> tuple[Shape, DType]:
+        """Shape and dtype, from the operands. Raises ShapeError or DtypeError."""
+        raise TypeError(f"{type(self).__name__} is not a kind of node")
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        """The nodes that this one reads, in order."""
+        found: list[Node] = []
+        for name in self.identity:
+            value = getattr(self, name)
+            if isinstance(value, Node):
+                found.append(value)
+            elif isinstance(value, tuple) and value and isinstance(value[0], Node):
+                found.extend(value)
+        return tuple(found)
+
+    @property
+    def rank(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    def with_operands(self, new: Iterable[Node]) -> Node:
+        """The same operation on other operands, given in the order of `operands`."""
+        supply = iter(new)
+        values: list[Any] = []
+        for name in self.identity:
+            value = getattr(self, name)
+            if isinstance(value, Node):
+                value = next(supply)
+            elif isinstance(value, tuple) and value and isinstance(value[0], Node):
+                value = tuple(next(supply) for _ in value)
+            values.append(value)
+        return type(self)(*values)
+
+
+@dataclass(frozen=True, eq=False)
+class Input(Node):
+    """`%x = input [M, D] bf16`: an argument of the block."""
+
+    name: str
+    declared: Shape
+    element: DType
+
+    def infer(self) -> tuple[Shape, DType]:
+        return self.declared, self.element
+
+
+@dataclass(frozen=True, eq=False)
+class Const(Node):
+    """`%c = const 1e-05 f32`: a number, of shape []."""
+
+    value: float
+    element: DType
+
+    def infer(self) -> tuple[Shape, DType]:
+        return (), self.element
+
+
+@dataclass(frozen=True, eq=False)
+class Size(Node):
+    """`%n = size D f32`: the size of a dim as a number, of shape []."""
+
+    dim: Dim
+    element: DType
+
+    def infer(self) -> tuple[Shape, DType]:
+        return (), self.element
+
+
+@dataclass(frozen=True, eq=False)
+class Map(Node):
+    """`%y = mul %x, %r`: a scalar function of `coda.ir.scalars`, elementwise."""
+
+    fn: str
+    args: tuple[Node, ...]
+
+    def infer(self) -> tuple[Shape, DType]:
+        row = SCALARS[self.fn]
+        if len(self.args) != row.arity:
+            raise ShapeError(f"`{self.fn}` takes {row.arity} operands", found=str(len(self.args)))
+        shape: Shape = ()
+        for arg in self.args:
+            joined = broadcast(shape, arg.shape)
+            if joined is None:
+                raise ShapeError(
+                    f"`{self.fn}` takes operands that broadcast",
+                    found=" and ".join(show_shape(a.shape) for a in self.args),
+                    help="axes align at the right; each pair must be equal, or one of them 1",
+                )
+            shape = joined
+        if row.result == "bool":
+            return shape, bool_
+        values = self.args[1:] if self.fn == "where" else self.args
+        return shape, promote(*(a.dtype for a in values))
+
+
+@dataclass(frozen=True, eq=False)
+class Reduce(Node):
+    """`%s = sum %x axis -1`: a monoid of `coda.ir.monoids` over one axis, kept with size 1."""
+
+    fn: str
+    arg: Node
+    axis: int
+
+    def infer(self) -> tuple[Shape, DType]:
+        if self.fn not in MONOIDS:
+            raise ShapeError(f"there is no reduction `{self.fn}`", help=", ".join(MONOIDS))
+        if not -self.arg.rank <= self.axis < 0:
+            raise ShapeError(
+                f"`{self.fn}` reduces an axis that is not there",
+                found=f"axis {self.axis} of {show_shape(self.arg.shape)}",
+            )
+        shape = list(self.arg.shape)
+        shape[self.axis] = ONE
+        return tuple(shape), self.arg.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Contract(Node):
+    """`%y = contract %x, %w bf16`: [..., K] with [N, K] to [..., N]; the GEMM."""
+
+    lhs: Node
+    rhs: Node
+    result: DType
+
+    def infer(self) -> tuple[Shape, DType]:
+        if self.rhs.rank != 2 or not self.lhs.rank or self.lhs.shape[-1] != self.rhs.shape[-1]:
+            raise ShapeError(
+                "a contraction takes [..., K] and [N, K]",
+                found=f"{show_shape(self.lhs.shape)} and {show_shape(self.rhs.shape)}",
+            )
+        if self.lhs.dtype.kind != "float" or self.rhs.dtype.kind != "float":
+            raise DtypeError(
+                "a contraction takes floats", found=f"{self.lhs.dtype} and {self.rhs.dtype}"
+            )
+        return (*self.lhs.shape[:-1], self.rhs.shape[0]), self.result
+
+
+@dataclass(frozen=True, eq=False)
+class Cast(Node):
+    """`%y = cast %x f32`: another element type."""
+
+    arg: Node
+    to: DType
+
+    def infer(self) -> tuple[Shape, DType]:
+        return self.arg.shape, self.to
+
+
+@dataclass(frozen=True, eq=False)
+class Reshape(Node):
+    """`%y = reshape %x [M, H, d]`: the same elements in row-major order under other axes."""
+
+    arg: Node
+    to: Shape
+
+    def infer(self) -> tuple[Shape, DType]:
+        if product(self.to) != product(self.arg.shape):
+            raise ShapeError(
+                "a reshape keeps the number of elements",
+                found=f"{show_shape(self.arg.shape)} to {show_shape(self.to)}",
+            )
+        return self.to, self.arg.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Permute(Node):
+    """`%y = permute %x (1, 0)`: axes in another order."""
+
+    arg: Node
+    order: tuple[int, ...]
+
+    def infer(self) -> tuple[Shape, DType]:
+        if sorted(self.order) != list(range(self.arg.rank)):
+            raise ShapeError(
+                "a permutation names each axis once",
+                found=f"{self.order} of {show_shape(self.arg.shape)}",
+            )
+        return tuple(self.arg.shape[i] for i in self.order), self.arg.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Slice(Node):
+    """`%y = slice %x axis -1 from 0 size d step 1`: every step-th element of an axis."""
+
+    arg: Node
+    axis: int
+    start: Dim
+    size: Dim
+    step: int
+
+    def infer(self) -> tuple[Shape, DType]:
+        if not -self.arg.rank <= self.axis < 0:
+            raise ShapeError(
+                "a slice of an axis that is not there",
+                found=f"axis {self.axis} of {show_shape(self.arg.shape)}",
+            )
+        shape = list(self.arg.shape)
+        shape[self.axis] = self.size
+        return tuple(shape), self.arg.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Concat(Node):
+    """`%y = concat %a, %b axis -1`: operands one after the other along an axis."""
+
+    args: tuple[Node, ...]
+    axis: int
+
+    def infer(self) -> tuple[Shape, DType]:
+        first = self.args[0].shape
+        if not -len(first) <= self.axis < 0:
+            raise ShapeError("a concat along an axis that is not there", found=show_shape(first))
+        total = Dim.of(0)
+        for arg in self.args:
+            rest = list(arg.shape)
+            if len(rest) == len(first):
+                total = total + rest[self.axis]
+                rest[self.axis] = first[self.axis]
+            if tuple(rest) != first:
+                raise ShapeError(
+                    "a concat takes operands that agree on all other axes",
+                    found=" and ".join(show_shape(a.shape) for a in self.args),
+                )
+        shape = list(first)
+        shape[self.axis] = total
+        return tuple(shape), promote(*(a.dtype for a in self.args))
+
+
+@dataclass(frozen=True, eq=False)
+class Gather(Node):
+    """`%y = gather %table, %index`: rows of [V, ...] at an integer index, index shape + [...]."""
+
+    table: Node
+    index: Node
+
+    def infer(self) -> tuple[Shape, DType]:
+        if self.index.dtype.kind != "int" or not self.table.rank:
+            raise DtypeError("rows are taken at an integer index", found=str(self.index.dtype))
+        return (*self.index.shape, *self.table.shape[1:]), self.table.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Pick(Node):
+    """`%y = pick %x, %index`: x[..., index[...]] kept with size 1; outside the axis it is 0."""
+
+    arg: Node
+    index: Node
+
+    def infer(self) -> tuple[Shape, DType]:
+        if self.index.dtype.kind != "int":
+            raise DtypeError("columns are picked at an integer index", found=str(self.index.dtype))
+        if self.index.shape != self.arg.shape[:-1]:
+            raise ShapeError(
+                "one column is picked for each row",
+                found=f"{show_shape(self.arg.shape)} at {show_shape(self.index.shape)}",
+            )
+        return (*self.arg.shape[:-1], ONE), self.arg.dtype
+
+
+Op = (
+    Input | Const | Size | Map | Reduce | Contract | Cast | Reshape | Permute | Slice | Concat
+    | Gather | Pick
+)  # fmt: skip
+KINDS: dict[str, type[Node]] = {kind.__name__.lower(): kind for kind in Op.__args__}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A block: named inputs in order, and named outputs."""
+
+    name: str
+    inputs: tuple[Input, ...]
+    outputs: tuple[tuple[str, Node], ...]
+
+    @property
+    def roots(self) -> tuple[Node, ...]:
+        """The output nodes."""
+        return tuple(node for _, node in self.outputs)
+
+    def with_roots(self, roots: Iterable[Node]) -> Graph:
+        """The same block computing its outputs by other nodes."""
+        names = [name for name, _ in self.outputs]
+        return Graph(self.name, self.inputs, tuple(zip(names, roots, strict=True)))
+
+    def __str__(self) -> str:
+        from coda.ir.text import show
+
+        return show(self)
+
+
+def walk(roots: Iterable[Node]) -> Iterator[Node]:
+    """Each node once, operands first."""
+    seen: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(r, False) for r in reversed(list(roots))]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            yield node
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((o, False) for o in reversed(node.operands) if o not in seen)
+
+
+def transform(roots: Iterable[Node], change: Callable[[Node], Node]) -> tuple[Node, ...]:
+    """Rebuild bottom-up; `change` maps each rebuilt node to its replacement."""
+    roots = tuple(roots)
+    new: dict[Node, Node] = {}
+    for node in walk(roots):
+        operands = tuple(new[o] for o in node.operands)
+        same = all(a is b for a, b in zip(operands, node.operands, strict=True))
+        with origin(node.where):
+            new[node] = change(node if same else node.with_operands(operands))
+    return tuple(new[r] for r in roots)
+
+
+def users(roots: Iterable[Node]) -> dict[Node, list[Node]]:
+    """For each node, the nodes that read it."""
+    found: dict[Node, list[Node]] = {}
+    for node in walk(roots):
+        found.setdefault(node, [])
+        for operand in dict.fromkeys(node.operands):
+            found[operand].append(node)
+    return found
