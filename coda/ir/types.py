@@ -51,4 +51,4 @@ def promote(*dtypes: DType) -> DType:
     found = set(dtypes)
     if {f16, bf16} <= found:
         found.add(f32)
-    return max(found, key=_RANK.index)
+    return max(found, key=lambda d: _RANK.index(d) if d in _RANK else -1)

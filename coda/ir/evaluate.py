@@ -1,0 +1,158 @@
+"""What a graph means: its nodes evaluated in torch, in float64 (the oracle) or op by op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import assert_never, cast
+
+import torch
+from torch import Tensor
+
+from coda.ir.dims import Dim
+from coda.ir.graph import (
+    Cast,
+    Concat,
+    Const,
+    Contract,
+    Gather,
+    Input,
+    Map,
+    Node,
+    Op,
+    Permute,
+    Pick,
+    Reduce,
+    Reshape,
+    Size,
+    Slice,
+)
+from coda.ir.monoids import MONOIDS
+from coda.ir.scalars import SCALARS
+from coda.ir.types import DType
+
+
+def evaluate(
+    roots: Iterable[Node],
+    values: Mapping[Node, Tensor],
+    sizes: Mapping[str, int],
+    compute: torch.dtype | None = torch.float64,
+) -> list[Tensor]:
+    """The values of `roots`, given values of inputs (or of any other nodes).
+
+    Args:
+        roots: nodes to evaluate.
+        values: tensors for nodes; evaluation stops at them. Each has the node's shape.
+        sizes: the size of every symbol.
+        compute: the float type in which everything is computed, with no rounding between; None
+            evaluates op by op as torch does, each result rounded to its node's dtype.
+    """
+    roots = tuple(roots)
+    return _Evaluator(values, sizes, compute).run(roots)
+
+
+class _Evaluator:
+    def __init__(
+        self, values: Mapping[Node, Tensor], sizes: Mapping[str, int], compute: torch.dtype | None
+    ) -> None:
+        self.sizes, self.compute = sizes, compute
+        self.known = {n: self.lift(t) for n, t in values.items()}
+        self.device = next(iter(values.values())).device if values else torch.device("cpu")
+
+    def run(self, roots: tuple[Node, ...]) -> list[Tensor]:
+        for node in self.order(roots):
+            value = self.apply(node, [self.known[o] for o in node.operands])
+            if self.compute is None and value.dtype != node.dtype.torch:
+                value = value.to(node.dtype.torch)
+            self.known[node] = value
+        return [self.known[r] for r in roots]
+
+    def order(self, roots: tuple[Node, ...]) -> Iterable[Node]:
+        """Nodes to compute, operands first, stopping at the known ones."""
+        stack, done, out = [(r, False) for r in reversed(roots)], set(self.known), []
+        while stack:
+            node, ready = stack.pop()
+            if node in done:
+                continue
+            if ready:
+                done.add(node)
+                out.append(node)
+            else:
+                stack.append((node, True))
+                stack.extend((o, False) for o in node.operands)
+        return out
+
+    def lift(self, x: Tensor) -> Tensor:
+        """A float tensor in the compute type; ints and predicates as they are."""
+        return x.to(self.compute) if self.compute and x.is_floating_point() else x
+
+    def float_type(self, dtype: DType) -> torch.dtype:
+        return self.compute if self.compute and dtype.kind == "float" else dtype.torch
+
+    def shape(self, dims: Iterable[Dim]) -> list[int]:
+        return [d.size(self.sizes) for d in dims]
+
+    def apply(self, node: Node, args: list[Tensor]) -> Tensor:
+        match cast(Op, node):
+            case Input(name=name):
+                raise KeyError(f"no value for the input `{name}`")
+            case Const(value=v, element=t):
+                return self.number(v, t)
+            case Size(dim=d, element=t):
+                return self.number(d.size(self.sizes), t)
+            case Map(fn=fn):
+                return self.map(fn, args)
+            case Reduce(fn=fn, axis=axis):
+                return MONOIDS[fn].reduce(_wide(args[0]), axis)
+            case Contract():
+                return _contract(args[0], args[1], self.compute)
+            case Cast(to=to):
+                return args[0].to(self.float_type(to))
+            case Reshape(to=to):
+                return args[0].reshape(self.shape(to))
+            case Permute(order=order):
+                return args[0].permute(order)
+            case Slice() as view:
+                return self.slice(view, args[0])
+            case Concat(axis=axis):
+                return torch.cat([a.to(self.float_type(node.dtype)) for a in args], axis)
+            case Gather():
+                return args[0][args[1].long()]
+            case Pick():
+                return pick(args[0], args[1])
+            case _ as never:
+                assert_never(never)
+
+    def number(self, value: float, dtype: DType) -> Tensor:
+        return torch.tensor(value, dtype=self.float_type(dtype), device=self.device)
+
+    def slice(self, node: Slice, x: Tensor) -> Tensor:
+        first, count = node.start.size(self.sizes), node.size.size(self.sizes)
+        stop = first + max(count - 1, 0) * node.step + (count > 0)
+        return x[(..., slice(first, stop, node.step), *(slice(None),) * (-node.axis - 1))]
+
+    def map(self, fn: str, args: list[Tensor]) -> Tensor:
+        if self.compute is not None:
+            return SCALARS[fn].evaluate(*args)
+        values = [_wide(a) if a.dtype.itemsize == 1 and a.is_floating_point() else a for a in args]
+        return SCALARS[fn].evaluate(*values)
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """x[..., index[...]] kept with size 1; 0 where the index is outside."""
+    width = x.shape[-1]
+    inside = (index >= 0) & (index < width)
+    found = x.gather(-1, index.clamp(0, width - 1).long().unsqueeze(-1))
+    return torch.where(inside.unsqueeze(-1), found, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """8-bit floats as float32: torch has no arithmetic on them."""
+    return x.float() if x.is_floating_point() and x.dtype.itemsize == 1 else x
+
+
+def _contract(x: Tensor, w: Tensor, compute: torch.dtype | None) -> Tensor:
+    x, w = _wide(x), _wide(w)
+    if x.dtype != w.dtype:
+        wide = torch.promote_types(x.dtype, w.dtype)
+        x, w = x.to(wide), w.to(wide)
+    return x @ w.transpose(0, 1)

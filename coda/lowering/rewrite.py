@@ -1,0 +1,264 @@
+"""The rewrite engine: laws are equations between two graphs over variables.
+
+A law's left side is the pattern, its right side the replacement. Variables have shapes over dim
+variables: `...` stands for any leading axes, a name for an axis, 1 for "does not depend on it".
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from coda.errors import InternalError
+from coda.ir.dims import ONE, Dim, Shape, product
+from coda.ir.graph import Cast, Contract, Input, Map, Node, Reshape, origin
+from coda.ir.scalars import SCALARS
+from coda.ir.types import DType, f32
+
+ANY = DType("T", torch.float32, "float", 4)  # stands for any element type in a pattern
+_FUEL = 10_000
+
+
+@dataclass(frozen=True)
+class Variable:
+    """What a variable of a law may stand for.
+
+    Attributes:
+        leading: whether any leading axes may come first.
+        axes: names of the axes after them; "1" for an axis on which the value does not depend.
+    """
+
+    leading: bool
+    axes: tuple[str, ...]
+
+    @staticmethod
+    def parse(text: str) -> Variable:
+        """From "... K", "N K" or "K"."""
+        axes = text.split()
+        leading = axes[:1] == ["..."]
+        return Variable(leading, tuple(axes[leading:]))
+
+    @property
+    def shape(self) -> Shape:
+        """The shape under which the law itself is written: one leading axis `L`."""
+        return tuple(Dim.of(int(a) if a == "1" else a) for a in ("L",) * self.leading + self.axes)
+
+
+Bindings = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Law:
+    """An equation, applied from left to right.
+
+    Attributes:
+        name: the function's name.
+        identity: its docstring: the equation in words and symbols.
+        left, right: the two sides.
+        variables: what each variable may stand for.
+        choice: whether the cost model decides each application.
+        loosens: how many times larger the rounding error may become; 1 for most.
+        when: a side condition on what the variables stand for.
+    """
+
+    name: str
+    identity: str
+    left: Node
+    right: Node
+    variables: Mapping[str, Variable] = field(hash=False)
+    choice: bool = False
+    loosens: float = 1.0
+    when: Callable[[Mapping[str, Node]], bool] | None = None
+
+    def apply(self, node: Node) -> Node | None:
+        """The right side in place of `node`, or None where the left side does not match."""
+        for found in _unify(self, self.left, node, {}):
+            nodes = {k: v for k, v in found.items() if isinstance(v, Node)}
+            if self.when is not None and not self.when(nodes):
+                continue
+            with origin(node.where):
+                return _as(node, _instantiate(self.right, found, {}))
+        return None
+
+
+Sides = tuple[Node, Node]
+
+
+def law(
+    choice: bool = False,
+    loosens: float = 1.0,
+    when: Callable[[Mapping[str, Node]], bool] | None = None,
+    **variables: str,
+) -> Callable[[Callable[..., Sides]], Law]:
+    """Make a law of a function from its variables to the two sides of an equation."""
+
+    def make(fn: Callable[..., Sides]) -> Law:
+        parsed = {name: Variable.parse(text) for name, text in variables.items()}
+        left, right = fn(**{n: Input(n, v.shape, f32) for n, v in parsed.items()})
+        if not fn.__doc__:
+            raise InternalError(f"the law {fn.__name__} does not state its identity")
+        if left.shape != right.shape:
+            raise InternalError(
+                f"the sides of {fn.__name__} have shapes {left.shape}, {right.shape}"
+            )
+        doc = inspect.cleandoc(fn.__doc__)
+        return Law(fn.__name__, doc, left, right, parsed, choice, loosens, when)
+
+    return make
+
+
+def _unify(law: Law, pattern: Node, node: Node, b: Bindings) -> Iterator[Bindings]:
+    """Every way to bind the variables and axes so that the pattern equals `node`."""
+    if isinstance(pattern, Input):
+        if pattern.name in b:
+            if b[pattern.name] is node:
+                yield b
+            return
+        axes = _fit(law.variables[pattern.name], node, b)
+        if axes is not None:
+            yield {**axes, pattern.name: node}
+        return
+    if type(pattern) is not type(node) or not _same_attributes(pattern, node):
+        return
+    if isinstance(node, Cast):
+        b = {**b, "element type": node.to}
+    orders: list[tuple[Node, ...]] = [node.operands]
+    if isinstance(pattern, Map) and SCALARS[pattern.fn].commutes:
+        orders.append(node.operands[::-1])
+    for operands in orders:
+        yield from _unify_all(law, pattern.operands, operands, b)
+
+
+def _unify_all(
+    law: Law, patterns: Sequence[Node], nodes: Sequence[Node], b: Bindings
+) -> Iterator[Bindings]:
+    if not patterns:
+        yield b
+        return
+    for found in _unify(law, patterns[0], nodes[0], b):
+        yield from _unify_all(law, patterns[1:], nodes[1:], found)
+
+
+def _same_attributes(pattern: Node, node: Node) -> bool:
+    """Whether everything but the operands agrees; the dtype ANY agrees with all."""
+    for name in pattern.identity:
+        p, n = getattr(pattern, name), getattr(node, name)
+        if isinstance(p, Node) or (isinstance(p, tuple) and p and isinstance(p[0], Node)):
+            continue
+        if p is not ANY and p != n:
+            return False
+    return True
+
+
+def _fit(variable: Variable, node: Node, b: Bindings) -> Bindings | None:
+    """The bindings with this node's axes, or None where it does not fit the variable."""
+    axes = variable.axes
+    shape = node.shape
+    if variable.leading and axes == ("1",) and not shape:
+        return b
+    if len(shape) < len(axes):
+        return None
+    lead, tail = shape[: len(shape) - len(axes)], shape[len(shape) - len(axes) :]
+    if not variable.leading and any(d != ONE for d in lead):
+        return None
+    new = dict(b)
+    for axis, dim in zip(axes, tail, strict=True):
+        if axis == "1":
+            if dim != ONE:
+                return None
+        elif dim == ONE or new.setdefault("axis " + axis, dim) != dim:
+            return None
+    return new
+
+
+def _instantiate(side: Node, b: Bindings, memo: dict[Node, Node]) -> Node:
+    """A side of a law with its variables replaced."""
+    if side in memo:
+        return memo[side]
+    if isinstance(side, Input):
+        new = b[side.name]
+        assert isinstance(new, Node)
+        if side.rank == 1 and new.rank > 1:
+            new = Reshape(new, new.shape[-1:])
+    else:
+        operands = [_instantiate(o, b, memo) for o in side.operands]
+        new = side.with_operands(operands)
+        if isinstance(side, Contract) and side.result is ANY:
+            kinds = {o.dtype for o in operands}
+            new = Contract(operands[0], operands[1], kinds.pop() if len(kinds) == 1 else f32)
+        elif isinstance(side, Cast):
+            to = b["element type"]
+            assert isinstance(to, DType)
+            new = Cast(operands[0], to)
+    memo[side] = new
+    return new
+
+
+def _as(old: Node, new: Node) -> Node:
+    """`new` with the shape and dtype of the node that it replaces."""
+    if new.shape != old.shape:
+        if product(new.shape) != product(old.shape):
+            raise InternalError(f"a law turned {old.shape} into {new.shape}")
+        new = Reshape(new, old.shape)
+    return new if new.dtype == old.dtype else Cast(new, old.dtype)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One application of a law."""
+
+    law: Law
+    before: Node
+    after: Node
+
+
+Accept = Callable[[Law, Node], bool]
+
+
+def rewrite(
+    roots: Sequence[Node], laws: Sequence[Law], accept: Accept, trace: list[Step] | None = None
+) -> tuple[Node, ...]:
+    """Apply `laws` everywhere, in order, until none applies.
+
+    Args:
+        roots: the outputs of a graph.
+        laws: tried in order at each node, operands first.
+        accept: asked before an application of a law with `choice`.
+        trace: collects what was applied.
+    """
+    done: dict[Node, Node] = {}
+    fuel = _FUEL
+
+    def step(node: Node) -> Node | None:
+        for one in laws:
+            if one.choice and not accept(one, node):
+                continue
+            new = one.apply(node)
+            if new is not None and new is not node:
+                if trace is not None:
+                    trace.append(Step(one, node, new))
+                return new
+        return None
+
+    def visit(node: Node) -> Node:
+        nonlocal fuel
+        if node in done:
+            return done[node]
+        operands = tuple(visit(o) for o in node.operands)
+        out = node
+        if any(a is not b for a, b in zip(operands, node.operands, strict=True)):
+            with origin(node.where):
+                out = node.with_operands(operands)
+        new = step(out)
+        if new is not None:
+            fuel -= 1
+            if fuel == 0:
+                raise InternalError("the laws do not come to an end")
+            out = visit(new)
+        done[node] = done[out] = out
+        return out
+
+    return tuple(visit(r) for r in roots)
