@@ -72,7 +72,7 @@ def row_factor_outward(x: Node, r: Node, g: Node) -> Sides:
 
 @law(x="... K", r="... 1")
 def cast_inside_row_factor(x: Node, r: Node) -> Sides:
-    """cast(x ⊙ r) = cast(x) ⊙ cast(r): what is stored rounds once, a factor in flight not at all."""
+    """cast(x ⊙ r) = cast(x) ⊙ cast(r): only what is stored rounds, and once."""
     return Cast(_mul(x, r), ANY), _mul(Cast(x, ANY), Cast(r, ANY))
 
 

@@ -1,0 +1,407 @@
+"""Values at a kernel's columns -> its Epilogue, the order of its columns, and packed row operands.
+
+If no element reads two columns, the points are single columns. If some do, all pairs must lie the
+same distance apart; then the columns are put in an order in which partners are neighbours (rows of
+the weight are), and the points are pairs (the pairing of the design).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coda.ir.dims import ONE, product
+from coda.ir.graph import Node, Reduce
+from coda.ir.monoids import MONOIDS
+from coda.ir.types import DType, f32
+from coda.lowering.columns import LEAF, NO_LANE, Ints, Refused, Space, Value
+from coda.lowering.epilogue import (
+    Acc,
+    Call,
+    Epilogue,
+    Expr,
+    Literal,
+    Load,
+    Operand,
+    SinkExpr,
+    Stat,
+    Statistic,
+    StoreExpr,
+)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Values to be written side by side into one buffer."""
+
+    buffer: str
+    dtype: DType
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A value to be reduced over the columns; `index` names the operand of a pick."""
+
+    buffer: str
+    monoid: str
+    value: Value
+    index: str | None = None
+
+
+@dataclass(eq=False)
+class Packed:
+    """A row operand put together from vectors: column c is element `index[c]` of `source[c]`.
+
+    A source of -1 is the constant in `numbers`.
+    """
+
+    name: str
+    source: Ints
+    index: Ints
+    numbers: NDArray[np.float64] | None = None
+
+
+@dataclass
+class Assembled:
+    """A kernel's Epilogue and what the host prepares for it.
+
+    Attributes:
+        epilogue: what happens at a point.
+        order: the accumulator's columns in the kernel's order (None for their own order).
+        packed: row operands to be packed from `sources`.
+        sources: the nodes whose vectors are packed, by number.
+        nodes: the node that each other operand loads, by name.
+        folded: reductions whose partials the kernel folds.
+    """
+
+    epilogue: Epilogue
+    order: Ints | None
+    packed: tuple[Packed, ...]
+    sources: dict[int, Node]
+    nodes: dict[str, Node]
+    folded: tuple[Node, ...]
+
+
+def pairing(width: int, slots: Sequence[Ints]) -> int | None:
+    """The distance between partners, None where elements read one column. Raises Refused."""
+    pairs = [s[s[:, 1] >= 0] for s in slots if s.shape[1] == 2]
+    pairs = [p for p in pairs if len(p)]
+    if not pairs:
+        return None
+    every = np.concatenate(pairs)
+    distance = every[:, 1] - every[:, 0]
+    split = int(distance[0])
+    if np.any(distance != split) or width % (2 * split) or np.any((every[:, 0] // split) % 2):
+        raise Refused("the pairs of columns that its elements read do not lie in one pattern")
+    return split
+
+
+@dataclass
+class _Assembly:
+    space: Space
+    operand_of: Callable[[str], tuple[Node, DType]]
+    split: int | None
+    operands: dict[str, Operand] = field(default_factory=dict)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    packed: list[Packed] = field(default_factory=list)
+    lanes_used: dict[str, int] = field(default_factory=dict)
+    vectors: dict[bytes, tuple[str, int]] = field(default_factory=dict)
+
+    @property
+    def points(self) -> int:
+        return self.space.width // (1 if self.split is None else 2)
+
+    def columns(self) -> Ints:
+        """[points, lanes]: the columns of each point."""
+        if self.split is None:
+            return np.arange(self.space.width)[:, None]
+        p = np.arange(self.points)
+        low = p // self.split * 2 * self.split + p % self.split
+        return np.stack([low, low + self.split], 1)
+
+    def lanes(self, value: Value) -> tuple[Expr, ...]:
+        """One expression for each lane of the point, or one for a pair. Raises Refused."""
+        columns = self.columns()
+        if value.count == self.space.width:
+            return tuple(self.at(value, columns[:, i], columns) for i in range(columns.shape[1]))
+        if self.split is not None and value.count == self.points:
+            return (self.at(value, np.arange(self.points), columns),)
+        raise Refused(f"it has {value.count} columns where the kernel has {self.space.width}")
+
+    def at(self, value: Value, element: Ints, columns: Ints) -> Expr:
+        """The expression at every point, of the element that the point computes."""
+        slots, group = value.slots[element], value.group[element]
+        inside = (slots[:, :, None] == columns[:, None, :]).any(-1) | (slots < 0)
+        if not inside.all():
+            raise Refused("an element reads columns of another point")
+        if self.space.groups:
+            size = self.space.groups[0].size
+            if np.any((group >= 0) & (group != columns[:, 0] // size)):
+                raise Refused("an element reads the statistic of another group of columns")
+        lane = np.argmax(slots[:, :, None] == columns[:, None, :], -1)
+        lane = np.where(slots >= 0, lane, -1)
+        leaves = value.leaves[element]
+        names = [self.vector(leaves[:, i]) for i in range(leaves.shape[1])]
+        kinds = np.concatenate([value.expr[element][:, None], lane], 1)
+        distinct, which = np.unique(kinds, axis=0, return_inverse=True)
+        exprs = [
+            _place(self.space.exprs[int(k[0])], tuple(int(v) for v in k[1:]), names)
+            for k in distinct
+        ]
+        exprs = [self.bind(e) for e in exprs]
+        return self.select(exprs, which.reshape(-1))
+
+    def select(self, exprs: list[Expr], which: Ints) -> Expr:
+        """One expression where points have several: chosen by a row operand."""
+        kinds = list(dict.fromkeys(exprs))
+        if len(kinds) == 1:
+            return kinds[0]
+        if len(kinds) > 8:
+            raise Refused(f"its columns have {len(kinds)} different formulas")
+        number = np.array([kinds.index(e) for e in exprs], np.float64)[which]
+        segment = self.constant(number)
+        out = kinds[-1]
+        for i in range(len(kinds) - 2, -1, -1):
+            test = Call("le", (segment, Literal(float(i))))
+            out = Call("where", (test, kinds[i], out))
+        return out
+
+    # Row operands.
+
+    def vector(self, leaf: NDArray) -> Load:
+        """The load of a vector with one element for each point."""
+        source, index = leaf[:, 0], leaf[:, 1]
+        tables = {s for s in np.unique(source) if s >= 0 and self.is_table(self.space.sources[s])}
+        if tables:
+            return self.table(source, index, tables)
+        key = source.tobytes() + index.tobytes()
+        if key not in self.vectors:
+            self.vectors[key] = self.lane_of_row(Packed("", source, index))
+        return Load(*self.vectors[key])
+
+    def constant(self, numbers: NDArray[np.float64]) -> Load:
+        """The load of a vector of numbers."""
+        key = b"numbers" + numbers.tobytes()
+        if key not in self.vectors:
+            none = np.full(len(numbers), -1)
+            self.vectors[key] = self.lane_of_row(Packed("", none, none, numbers))
+        return Load(*self.vectors[key])
+
+    def lane_of_row(self, part: Packed) -> tuple[str, int]:
+        """A free lane of a packed row operand for the vector `part`."""
+        lanes = 1 if self.split is None else 2
+        last = self.packed[-1] if self.packed else None
+        if last is None or self.lanes_used[last.name] == lanes:
+            name = f"row{len(self.packed)}"
+            none = np.full(self.points * lanes, -1)
+            last = Packed(name, none, none.copy(), np.zeros(self.points * lanes))
+            self.packed.append(last)
+            self.lanes_used[name] = 0
+            self.operands[name] = Operand(name, "row", f32, lanes)
+        lane = self.lanes_used[last.name]
+        self.lanes_used[last.name] += 1
+        last.source[lane::lanes], last.index[lane::lanes] = part.source, part.index
+        if part.numbers is not None and last.numbers is not None:
+            last.numbers[lane::lanes] = part.numbers
+        return last.name, lane
+
+    def is_table(self, node: Node) -> bool:
+        """Whether a source depends on the rows: [M, period]."""
+        return product(node.shape[:-1]) != ONE and self.space.rows != ONE
+
+    def table(self, source: Ints, index: Ints, tables: set[int]) -> Load:
+        """The load of a table that repeats along the columns."""
+        used = source >= 0
+        if len(tables) > 1 or np.any(source[used] != next(iter(tables))):
+            raise Refused("its columns read different tables")
+        node = self.space.sources[next(iter(tables))]
+        period = int(np.prod([d.size(self.space.sizes) for d in node.shape])) // node_rows(
+            self.space, node
+        )
+        point = np.arange(len(source))
+        repeat = period
+        if np.any(index[used] != point[used] % repeat):
+            raise Refused("a table does not repeat along the columns")
+        name = self.space.leaf(node)
+        if name is None:
+            raise Refused("a table that is not in memory")
+        self.operands[name] = Operand(name, "periodic", node.dtype, 1, period)
+        self.nodes[name] = node
+        return Load(name, 0)
+
+    # Other operands.
+
+    def bind(self, expr: Expr) -> Expr:
+        """Declare the operands of an expression; loads without a lane get lane 0."""
+        match expr:
+            case Load(operand=name, lane=lane):
+                if name not in self.operands:
+                    self.declare(name, lane)
+                return Load(name, max(lane, 0))
+            case Call(fn=fn, args=args):
+                return Call(fn, tuple(self.bind(a) for a in args))
+        return expr
+
+    def declare(self, name: str, lane: int) -> None:
+        node, dtype = self.operand_of(name)
+        rows = product(node.shape)
+        if lane != NO_LANE:
+            kind, lanes = "tile", 1 if self.split is None else 2
+        else:
+            kind, lanes = ("scalar", 1) if rows == ONE else ("col", 1)
+        if kind == "tile" and self.split not in (None, 1):
+            raise Refused("partners of a tile operand are not neighbours in memory")
+        self.operands[name] = Operand(name, kind, dtype, lanes)
+        self.nodes[name] = node
+
+
+def node_rows(space: Space, node: Node) -> int:
+    """The number of rows of a table that depends on the kernel's rows."""
+    return space.rows.size(space.sizes)
+
+
+def _place(expr: Expr, lanes: tuple[int, ...], names: list[Load]) -> Expr:
+    """An expression at a point: slots become lanes, row leaves become loads."""
+    match expr:
+        case Acc(lane=lane):
+            return Acc(lanes[lane])
+        case Load(operand=name) if name.startswith(LEAF):
+            return names[int(name[1:])]
+        case Load(operand=name, lane=lane) if lane != NO_LANE:
+            return Load(name, lanes[lane])
+        case Call(fn=fn, args=args):
+            return Call(fn, tuple(_place(a, lanes, names) for a in args))
+    return expr
+
+
+def assemble(
+    space: Space,
+    stores: Sequence[Store],
+    sinks: Sequence[Sink],
+    operand_of: Callable[[str], tuple[Node, DType]],
+    partial_of: Callable[[Node], str],
+) -> Assembled:
+    """The Epilogue of a kernel. Raises Refused where its points cannot be laid out.
+
+    Args:
+        space: where the values were computed.
+        stores, sinks: what the kernel writes.
+        operand_of: the node and dtype that an operand's name stands for.
+        partial_of: the buffer of a reduction's partials.
+    """
+    values = [v for s in stores for v in s.values] + [s.value for s in sinks]
+    values += [v for _, v in space.statistics.values()]
+    build = _Assembly(space, operand_of, pairing(space.width, [v.slots for v in values]))
+    store_exprs = tuple(_store(build, s) for s in stores)
+    sink_exprs = tuple(SinkExpr(s.buffer, s.monoid, build.lanes(s.value), s.index) for s in sinks)
+    for sink in sinks:
+        if sink.index is not None:
+            build.bind(Load(sink.index, NO_LANE))
+    roots = [e for s in (*store_exprs, *sink_exprs) for e in s.lanes]
+    statistics, folded = _statistics(build, roots, partial_of)
+    columns = build.columns().reshape(-1)
+    order = None if np.array_equal(columns, np.arange(space.width)) else columns
+    used = {int(i) for p in build.packed for i in np.unique(p.source) if i >= 0}
+    return Assembled(
+        Epilogue(
+            build.split is not None,
+            tuple(build.operands.values()),
+            statistics,
+            store_exprs,
+            sink_exprs,
+        ),
+        order,
+        tuple(build.packed),
+        {i: space.sources[i] for i in sorted(used)},
+        build.nodes,
+        folded,
+    )
+
+
+def _statistics(
+    build: _Assembly, roots: Sequence[Expr], partial_of: Callable[[Node], str]
+) -> tuple[tuple[Statistic, ...], tuple[Node, ...]]:
+    """The statistics that the expressions need, each after those that it needs itself."""
+    space = build.space
+    needed = _stat_names(roots)
+    rows: list[Statistic] = []
+    for name, (node, value) in reversed(space.statistics.items()):
+        if name in needed:
+            rows.insert(0, _row_statistic(build, node, name, value))
+            expr = rows[0].expr
+            needed |= _stat_names([expr]) if expr is not None else set()
+    folds: list[Statistic] = []
+    folded: list[Node] = []
+    for name, node in space.folds.items():
+        if name in needed and isinstance(node, Reduce):
+            buffer = partial_of(node)
+            width = node.arg.shape[node.axis].size(space.sizes)
+            build.operands[buffer] = Operand(buffer, "partial", f32, len(MONOIDS[node.fn].planes))
+            folds.append(Statistic(name, node.fn, None, width, operand=buffer))
+            folded.append(node)
+    groups = [
+        Statistic(g.name, g.fn, build.bind(g.expr), g.size, group=g.size)
+        for g in space.groups
+        if g.name in needed
+    ]
+    return (*folds, *groups, *rows), tuple(folded)
+
+
+def _stat_names(exprs: Sequence[Expr]) -> set[str]:
+    """The statistics that expressions read."""
+    found: set[str] = set()
+    stack = list(exprs)
+    seen: set[Expr] = set()
+    while stack:
+        expr = stack.pop()
+        if expr in seen:
+            continue
+        seen.add(expr)
+        if isinstance(expr, Stat):
+            found.add(expr.name)
+        elif isinstance(expr, Call):
+            stack.extend(expr.args)
+    return found
+
+
+def _row_statistic(build: _Assembly, node: Node, name: str, value: Value) -> Statistic:
+    lanes = build.lanes(value)
+    if len(lanes) > 1 and lanes[0] != lanes[1]:
+        raise Refused("a statistic of pairs of columns in a row kernel")
+    assert isinstance(node, Reduce)
+    return Statistic(name, node.fn, lanes[0], value.count)
+
+
+def _store(build: _Assembly, store: Store) -> StoreExpr:
+    """Values side by side, as one matrix; or one narrow value."""
+    if all(v.narrow for v in store.values) and build.space.width != 1:
+        (value,) = store.values
+        expr = build.bind(_place(build.space.exprs[int(value.expr[0])], (), []))
+        return StoreExpr(store.buffer, store.dtype, (expr,), narrow=True)
+    lanes = build.lanes(_beside(store.values))
+    split = build.split if build.split is not None and len(lanes) == 2 else 0
+    return StoreExpr(store.buffer, store.dtype, lanes, 0 if split == 1 else (split or 0))
+
+
+def _beside(values: Sequence[Value]) -> Value:
+    """Values concatenated along the columns."""
+    if len(values) == 1:
+        return values[0]
+    slots = max(v.slots.shape[1] for v in values)
+    leaves = max(v.leaves.shape[1] for v in values)
+
+    def padded(a: NDArray, width: int) -> NDArray:
+        extra = np.full((len(a), width - a.shape[1], *a.shape[2:]), -1)
+        return np.concatenate([a, extra], 1)
+
+    return Value(
+        (sum(v.count for v in values),),
+        np.concatenate([v.expr for v in values]),
+        np.concatenate([padded(v.slots, slots) for v in values]),
+        np.concatenate([padded(v.leaves, leaves) for v in values]),
+        np.concatenate([v.group for v in values]),
+    )

@@ -1,0 +1,167 @@
+"""The Program: an ordered list of kernels over buffers, as the partition leaves it.
+
+Three kinds of kernel: a GEMM with an epilogue, one fused pass over rows, and a torch operator for
+what neither can do. Each knows the nodes that it loads, computes and stores, so that it can be run
+in torch, emitted as CuTe DSL, costed and explained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from coda.ir.dims import Dim, Shape, product
+from coda.ir.graph import Contract, Graph, Node
+from coda.ir.types import DType
+from coda.lowering.assemble import Assembled
+from coda.lowering.rewrite import Step
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor of the program.
+
+    kind:
+        "input"    an argument of the block.
+        "prepared" made from weights alone, once for each version of them.
+        "temp"     written by one kernel, read by later ones.
+        "output"   written by a kernel, returned (a view of it may be).
+        "partial"  planes of a split reduction, one partial for each tile of columns.
+    """
+
+    name: str
+    kind: str
+    shape: Shape
+    dtype: DType
+
+    def nbytes(self, sizes: Mapping[str, int]) -> int:
+        """Size in bytes."""
+        return product(self.shape).size(sizes) * self.dtype.size
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a node's value lies: columns [first, first + count) of a buffer of rows."""
+
+    buffer: str
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Config:
+    """How a GEMM is tiled. `cluster` is (m, n) in CTAs; `split_k` parts of the contraction."""
+
+    tile_m: int
+    tile_n: int
+    cluster: tuple[int, int] = (1, 1)
+    pingpong: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class GemmKernel:
+    """Sibling contractions of one activation, and everything that its epilogue does.
+
+    Attributes:
+        name: unique in the program.
+        contracts: the contractions, side by side in the accumulator's columns.
+        assembled: the epilogue at a point, with the order of the columns.
+        stored: nodes written, in the order of the epilogue's stores: one tuple for each store.
+        sunk: reductions written as partials, in the order of the epilogue's sinks.
+        nodes: all nodes that the kernel computes.
+        config: tiles.
+    """
+
+    name: str
+    contracts: tuple[Contract, ...]
+    assembled: Assembled
+    stored: tuple[tuple[Node, ...], ...]
+    sunk: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+    config: Config
+
+    @property
+    def a(self) -> Node:
+        """The activation, [..., K]."""
+        return self.contracts[0].lhs
+
+    def problem(self, sizes: Mapping[str, int]) -> tuple[int, int, int]:
+        """M, N and K."""
+        one = self.contracts[0]
+        m = product(one.lhs.shape[:-1]).size(sizes)
+        n = sum(c.shape[-1].size(sizes) for c in self.contracts)
+        return m, n, one.lhs.shape[-1].size(sizes)
+
+
+@dataclass(frozen=True, eq=False)
+class RowwiseKernel:
+    """One fused pass over rows: statistics of a row, and what is made of them.
+
+    `rows` is the number of rows and `width` of columns; `folds` names the partials that are folded.
+    """
+
+    name: str
+    assembled: Assembled
+    stored: tuple[tuple[Node, ...], ...]
+    folds: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+    rows: Dim
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class TorchKernel:
+    """One operation that neither a GEMM's epilogue nor a row kernel can do, run by torch."""
+
+    name: str
+    node: Node
+    why: str
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The one node."""
+        return (self.node,)
+
+
+Kernel = GemmKernel | RowwiseKernel | TorchKernel
+
+
+@dataclass(frozen=True)
+class Unfused:
+    """An operation that could not go where it would have been cheapest, and why."""
+
+    node: Node
+    why: str
+
+
+@dataclass(eq=False)
+class Program:
+    """Kernels in order, over buffers.
+
+    Attributes:
+        graph: the block as it was written.
+        sizes: the size of every symbol; the rows among them are only an estimate.
+        arch: "sm_90a" or "sm_100a".
+        kernels: in the order of launches.
+        buffers: by name.
+        places: where each node that is in memory lies.
+        outputs: each output's name and its node (a view of a node in memory, or itself there).
+        prepared: nodes of weights alone that are computed once, by buffer name.
+        steps: the laws that were applied.
+        unfused: what could not be fused, and why.
+    """
+
+    graph: Graph
+    sizes: dict[str, int]
+    arch: str
+    kernels: tuple[Kernel, ...] = ()
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+    places: dict[Node, Place] = field(default_factory=dict)
+    outputs: tuple[tuple[str, Node], ...] = ()
+    prepared: dict[str, Node] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    unfused: list[Unfused] = field(default_factory=list)
+
+    def gemms(self) -> Iterator[GemmKernel]:
+        """The GEMM kernels."""
+        return (k for k in self.kernels if isinstance(k, GemmKernel))
