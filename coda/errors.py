@@ -4,35 +4,45 @@ from __future__ import annotations
 
 import linecache
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 _PACKAGE = str(Path(__file__).parent)
+_SKIPPED = (_PACKAGE, str(Path(torch.__file__).parent), "<string>")
 
 
 @dataclass(frozen=True)
 class Where:
-    """A place in the user's source: file, line (from 1) and a range of columns (from 0)."""
+    """A place in the user's source: file, line (from 1) and a range of columns (from 0).
+
+    `calls` are the lines of the user's functions that led here, innermost first: a function that a
+    block calls twice is in two places.
+    """
 
     file: str
     line: int
     column: int = 0
     end_column: int = 0
+    calls: tuple[tuple[str, int], ...] = ()
 
     @staticmethod
     def caller() -> Where | None:
-        """The innermost expression outside coda that is being evaluated now."""
+        """The innermost expression outside coda and torch that is being evaluated now."""
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code.co_filename.startswith((_PACKAGE, "<string>")):
+        while frame is not None and frame.f_code.co_filename.startswith(_SKIPPED):
             frame = frame.f_back
         if frame is None:
             return None
         positions = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
         line, end_line, column, end = positions
         last = end if end_line == line else None
-        return Where(frame.f_code.co_filename, line or 0, column or 0, last or 0)
+        calls = tuple(_user_lines(frame.f_back))
+        return Where(frame.f_code.co_filename, line or 0, column or 0, last or 0, calls)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
@@ -47,6 +57,13 @@ class Where:
         end = max(self.end_column, self.column + 1) if self.end_column else len(text)
         mark = " " * self.column + "^" * max(1, end - self.column)
         return f"{head}\n{bar} |\n{self.line} | {text}\n{bar} | {mark}"
+
+
+def _user_lines(frame: FrameType | None) -> Iterator[tuple[str, int]]:
+    """Lines of the callers, up to coda's own call of the traced function."""
+    while frame is not None and not frame.f_code.co_filename.startswith(_SKIPPED):
+        yield frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
 
 
 class CodaError(Exception):

@@ -1,44 +1,47 @@
-"""Dims: sizes as polynomials over named symbols, so that `2*F` and `H*d` can be compared.
+"""Dims: sizes as polynomials over named symbols, so that `2*F`, `H*d` and `d/2` can be compared.
 
 A dim is known by its normal form; equality of dims is equality of polynomials, which is exact for
-all sizes that the symbols may take.
+all sizes that the symbols may take. Coefficients may be fractions: `d/2` has a size if d is even.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import reduce
+from math import lcm
 from operator import mul
 
 from coda.errors import DimError
 
 Monomial = tuple[str, ...]
+Coefficient = int | Fraction
 
 
 @dataclass(frozen=True)
 class Dim:
-    """An integer polynomial: sorted (monomial, coefficient) terms, no zero coefficients."""
+    """A polynomial: sorted (monomial, coefficient) terms, no zero coefficients."""
 
-    terms: tuple[tuple[Monomial, int], ...]
+    terms: tuple[tuple[Monomial, Coefficient], ...]
 
     @staticmethod
-    def of(value: Dim | int | str) -> Dim:
+    def of(value: Dim | Coefficient | str) -> Dim:
         """A dim from an int, a symbol's name, or a dim."""
         if isinstance(value, Dim):
             return value
         if isinstance(value, str):
             return Dim((((value,), 1),))
-        return Dim((((), int(value)),) if value else ())
+        return Dim((((), _plain(value)),) if value else ())
 
     @staticmethod
-    def _from(terms: Iterable[tuple[Monomial, int]]) -> Dim:
-        total: dict[Monomial, int] = {}
+    def _from(terms: Iterable[tuple[Monomial, Coefficient]]) -> Dim:
+        total: dict[Monomial, Coefficient] = {}
         for monomial, c in terms:
             total[monomial] = total.get(monomial, 0) + c
-        return Dim(tuple(sorted((m, c) for m, c in total.items() if c)))
+        return Dim(tuple(sorted((m, _plain(c)) for m, c in total.items() if c)))
 
-    def __add__(self, other: Dim | int) -> Dim:
+    def __add__(self, other: Dim | Coefficient) -> Dim:
         return Dim._from((*self.terms, *Dim.of(other).terms))
 
     __radd__ = __add__
@@ -46,7 +49,7 @@ class Dim:
     def __neg__(self) -> Dim:
         return Dim(tuple((m, -c) for m, c in self.terms))
 
-    def __sub__(self, other: Dim | int) -> Dim:
+    def __sub__(self, other: Dim | Coefficient) -> Dim:
         return self + -Dim.of(other)
 
     def __mul__(self, other: Dim | int) -> Dim:
@@ -55,28 +58,26 @@ class Dim:
 
     __rmul__ = __mul__
 
-    def divide(self, other: Dim | int) -> Dim | None:
-        """The exact quotient, or None where `other` does not divide this polynomial."""
+    def __floordiv__(self, other: Dim | int) -> Dim:
+        """The exact quotient. Raises DimError where `other` does not divide this polynomial."""
         other = Dim.of(other)
-        if not other.terms:
-            return None
-        rest, quotient = self, Dim(())
-        lead_m, lead_c = other.terms[-1]
-        while rest.terms:
-            m, c = rest.terms[-1]
-            missing = list(m)
-            for s in lead_m:
-                if s not in missing:
-                    return None
-                missing.remove(s)
-            if c % lead_c:
-                return None
-            step = Dim(((tuple(missing), c // lead_c),))
-            quotient, smaller = quotient + step, rest - step * other
-            if len(smaller.terms) > len(rest.terms) + len(other.terms):
-                return None
-            rest = smaller
+        if len(other.terms) != 1:
+            raise DimError("a dim is divided by a product", found=f"({self}) // ({other})")
+        ((divisor, by),) = other.terms
+        terms: list[tuple[Monomial, Coefficient]] = []
+        for m, c in self.terms:
+            left = list(m)
+            for s in divisor:
+                if s not in left:
+                    raise DimError(f"`{other}` does not divide `{self}`")
+                left.remove(s)
+            terms.append((tuple(left), Fraction(c) / by))
+        quotient = Dim._from(terms)
+        if quotient.constant is not None and not isinstance(quotient.constant, int):
+            raise DimError(f"`{other}` does not divide `{self}`")
         return quotient
+
+    __truediv__ = __floordiv__
 
     @property
     def symbols(self) -> frozenset[str]:
@@ -88,10 +89,11 @@ class Dim:
         """The value of a dim without symbols, else None."""
         if not self.terms:
             return 0
-        return self.terms[0][1] if self.terms[0][0] == () and len(self.terms) == 1 else None
+        m, c = self.terms[0]
+        return c if m == () and len(self.terms) == 1 else None  # type: ignore[return-value]
 
     def size(self, sizes: Mapping[str, int]) -> int:
-        """The value under `sizes`. Raises DimError for a symbol that has none."""
+        """The value under `sizes`. Raises DimError for a symbol that has none, or a fraction."""
         missing = sorted(self.symbols - sizes.keys())
         if missing:
             raise DimError(
@@ -99,25 +101,55 @@ class Dim:
                 found=", ".join(f"{k}={v}" for k, v in sizes.items()) or "no sizes",
                 help=f"give `{missing[0]}` a size",
             )
-        return sum(reduce(mul, (sizes[s] for s in m), c) for m, c in self.terms)
+        whole = lcm(*(Fraction(c).denominator for _, c in self.terms))
+        total = sum(reduce(mul, (sizes[s] for s in m), int(c * whole)) for m, c in self.terms)
+        if whole == 1:
+            return total
+        if total % whole:
+            raise DimError(
+                f"dim `{self}` is not a whole number",
+                found=", ".join(f"{s}={sizes[s]}" for s in sorted(self.symbols)),
+            )
+        return total // whole
+
+    def solve(self, size: int, known: Mapping[str, int]) -> tuple[str, int] | None:
+        """The one symbol without a size, and the size that gives this dim `size`; else None."""
+        (unknown, *more) = sorted(self.symbols - known.keys()) or [""]
+        mine = [(m, c) for m, c in self.terms if unknown in m]
+        if not unknown or more or len(mine) != 1 or mine[0][0].count(unknown) != 1:
+            return None
+        rest = Dim(tuple(t for t in self.terms if t not in mine)).size(known)
+        ((monomial, c),) = mine
+        top, bottom = Fraction(c).as_integer_ratio()
+        factor = reduce(mul, (known[s] for s in monomial if s != unknown), top)
+        left = (size - rest) * bottom
+        if factor == 0 or left % factor:
+            return None
+        return unknown, left // factor
 
     def substitute(self, dims: Mapping[str, Dim]) -> Dim:
         """This dim with symbols replaced."""
         total = Dim(())
         for m, c in self.terms:
-            total = total + reduce(mul, (dims.get(s, Dim.of(s)) for s in m), Dim.of(c))
+            total = total + reduce(mul, (dims.get(s, Dim.of(s)) for s in m), Dim((((), c),)))
         return total
 
     def __str__(self) -> str:
-        def term(m: Monomial, c: int) -> str:
-            factors = [str(abs(c))] if abs(c) != 1 or not m else []
-            return "*".join([*factors, *m])
+        def term(m: Monomial, c: Coefficient) -> str:
+            top, bottom = abs(Fraction(c)).as_integer_ratio()
+            factors = [str(top)] if top != 1 or not m else []
+            return "*".join([*factors, *m]) + (f"/{bottom}" if bottom != 1 else "")
 
         text = ""
         for m, c in sorted(self.terms, key=lambda t: (not t[0], t)):
             sign = "-" if c < 0 else ("+" if text else "")
             text += sign + term(m, c)
         return text or "0"
+
+
+def _plain(c: Coefficient) -> Coefficient:
+    """An int where the fraction is whole."""
+    return c.numerator if isinstance(c, Fraction) and c.denominator == 1 else c
 
 
 Shape = tuple[Dim, ...]

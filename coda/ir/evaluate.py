@@ -14,13 +14,16 @@ from coda.ir.graph import (
     Concat,
     Const,
     Contract,
+    Expand,
     Gather,
     Input,
+    Iota,
     Map,
     Node,
     Op,
     Permute,
     Pick,
+    Put,
     Reduce,
     Reshape,
     Size,
@@ -61,7 +64,8 @@ class _Evaluator:
     def run(self, roots: tuple[Node, ...]) -> list[Tensor]:
         for node in self.order(roots):
             value = self.apply(node, [self.known[o] for o in node.operands])
-            if self.compute is None and value.dtype != node.dtype.torch:
+            number = isinstance(node, Const | Size)
+            if self.compute is None and value.dtype != node.dtype.torch and not number:
                 value = value.to(node.dtype.torch)
             self.known[node] = value
         return [self.known[r] for r in roots]
@@ -107,23 +111,38 @@ class _Evaluator:
                 return _contract(args[0], args[1], self.compute)
             case Cast(to=to):
                 return args[0].to(self.float_type(to))
-            case Reshape(to=to):
-                return args[0].reshape(self.shape(to))
-            case Permute(order=order):
-                return args[0].permute(order)
-            case Slice() as view:
-                return self.slice(view, args[0])
-            case Concat(axis=axis):
-                return torch.cat([a.to(self.float_type(node.dtype)) for a in args], axis)
+            case Reshape() | Permute() | Slice() | Concat() | Expand() as view:
+                return self.view(view, args)
+            case Iota(count=n, element=t):
+                kind = self.float_type(t)
+                return torch.arange(n.size(self.sizes), dtype=kind, device=self.device)
             case Gather():
                 return args[0][args[1].long()]
             case Pick():
                 return pick(args[0], args[1])
+            case Put(rows=rows):
+                return _put(args[0], args[1], rows.size(self.sizes))
             case _ as never:
                 assert_never(never)
 
+    def view(self, node: Reshape | Permute | Slice | Concat | Expand, args: list[Tensor]) -> Tensor:
+        match node:
+            case Reshape(to=to):
+                return args[0].reshape(self.shape(to))
+            case Permute(order=order):
+                return args[0].permute(order)
+            case Slice():
+                return self.slice(node, args[0])
+            case Concat(axis=axis):
+                return torch.cat([a.to(self.float_type(node.dtype)) for a in args], axis)
+            case Expand(to=to):
+                return args[0].expand(self.shape(to))
+
     def number(self, value: float, dtype: DType) -> Tensor:
-        return torch.tensor(value, dtype=self.float_type(dtype), device=self.device)
+        """A number; op by op it keeps its precision, as Python numbers do in torch."""
+        wide = torch.float64 if self.compute is None else self.compute
+        kind = wide if dtype.kind == "float" else dtype.torch
+        return torch.tensor(value, dtype=kind, device=self.device)
 
     def slice(self, node: Slice, x: Tensor) -> Tensor:
         first, count = node.start.size(self.sizes), node.size.size(self.sizes)
@@ -143,6 +162,15 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
     inside = (index >= 0) & (index < width)
     found = x.gather(-1, index.clamp(0, width - 1).long().unsqueeze(-1))
     return torch.where(inside.unsqueeze(-1), found, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _put(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Rows of x summed at their index, in at least float32."""
+    rest = x.shape[index.ndim :]
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    out = torch.zeros((rows, *rest), dtype=wide.dtype, device=x.device)
+    out.index_add_(0, index.reshape(-1).long(), wide.reshape(-1, *rest))
+    return out.to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

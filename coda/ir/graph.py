@@ -1,4 +1,4 @@
-"""The graph: twelve kinds of node over tensors with symbolic shapes. Read this file first.
+"""The graph: fifteen kinds of node over tensors with symbolic shapes. Read this file first.
 
 A node is immutable and interned: two nodes that mean the same are the same object, and `is` is
 equality. A size of 1 says that a value does not depend on that axis; elementwise operands align at
@@ -41,8 +41,18 @@ class _Interned(type):
 
     def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
         node: Any = type.__call__(cls, *args, **kwargs)
-        key = (cls, *(getattr(node, name) for name in node.identity))
-        return _interned.setdefault(key, node)
+        return _interned.setdefault(_key(node), node)
+
+
+def _key(node: Any) -> tuple[object, ...]:
+    """What a node is, apart from where it was written. By repr, -0.0 is not 0.0, and NaN is NaN."""
+    values = (getattr(node, name) for name in node.identity)
+    return (type(node), *(repr(v) if isinstance(v, float) else v for v in values))
+
+
+def is_interned(node: Node) -> bool:
+    """Whether the node is the one object that stands for what it means."""
+    return _interned.get(_key(node)) is node
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +127,7 @@ class Const(Node):
     element: DType
 
     def infer(self) -> tuple[Shape, DType]:
+        object.__setattr__(self, "value", float(self.value))
         return (), self.element
 
 
@@ -260,6 +271,15 @@ class Slice(Node):
                 found=f"axis {self.axis} of {show_shape(self.arg.shape)}",
             )
         shape = list(self.arg.shape)
+        left = shape[self.axis] - self.start - (self.size - 1) * self.step
+        if self.step < 1 or any(
+            d.constant is not None and d.constant < low
+            for d, low in ((self.start, 0), (self.size, 1), (left, 1))
+        ):
+            raise ShapeError(
+                "a slice reaches outside its axis",
+                found=f"{self.size} from {self.start} step {self.step} of {shape[self.axis]}",
+            )
         shape[self.axis] = self.size
         return tuple(shape), self.arg.dtype
 
@@ -289,6 +309,33 @@ class Concat(Node):
         shape = list(first)
         shape[self.axis] = total
         return tuple(shape), promote(*(a.dtype for a in self.args))
+
+
+@dataclass(frozen=True, eq=False)
+class Expand(Node):
+    """`%y = expand %x [M, D]`: axes of size 1 (and axes that are not there) repeated."""
+
+    arg: Node
+    to: Shape
+
+    def infer(self) -> tuple[Shape, DType]:
+        if broadcast(self.arg.shape, self.to) != self.to:
+            raise ShapeError(
+                "an expansion repeats axes of size 1",
+                found=f"{show_shape(self.arg.shape)} to {show_shape(self.to)}",
+            )
+        return self.to, self.arg.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Iota(Node):
+    """`%i = iota V i32`: 0, 1, ... V - 1."""
+
+    count: Dim
+    element: DType
+
+    def infer(self) -> tuple[Shape, DType]:
+        return (self.count,), self.element
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,9 +369,29 @@ class Pick(Node):
         return (*self.arg.shape[:-1], ONE), self.arg.dtype
 
 
+@dataclass(frozen=True, eq=False)
+class Put(Node):
+    """`%y = put %x, %index rows V`: rows of x summed at an integer index of [V, ...]; else 0."""
+
+    arg: Node
+    index: Node
+    rows: Dim
+
+    def infer(self) -> tuple[Shape, DType]:
+        if self.index.dtype.kind != "int":
+            raise DtypeError("rows are put at an integer index", found=str(self.index.dtype))
+        lead = self.arg.shape[: self.index.rank]
+        if lead != self.index.shape:
+            raise ShapeError(
+                "one index is given for each row that is put",
+                found=f"{show_shape(self.arg.shape)} at {show_shape(self.index.shape)}",
+            )
+        return (self.rows, *self.arg.shape[self.index.rank :]), self.arg.dtype
+
+
 Op = (
     Input | Const | Size | Map | Reduce | Contract | Cast | Reshape | Permute | Slice | Concat
-    | Gather | Pick
+    | Expand | Iota | Gather | Pick | Put
 )  # fmt: skip
 KINDS: dict[str, type[Node]] = {kind.__name__.lower(): kind for kind in Op.__args__}
 
@@ -341,6 +408,13 @@ class Graph:
     def roots(self) -> tuple[Node, ...]:
         """The output nodes."""
         return tuple(node for _, node in self.outputs)
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """The names of all dims, sorted."""
+        nodes = [*self.inputs, *walk(self.roots)]
+        dims = {d for n in nodes for d in n.shape} | {n.dim for n in nodes if isinstance(n, Size)}
+        return tuple(sorted({s for d in dims for s in d.symbols}))
 
     def with_roots(self, roots: Iterable[Node]) -> Graph:
         """The same block computing its outputs by other nodes."""

@@ -28,6 +28,9 @@ class Monoid:
             broadcasts along `dim`) -> merged planes, that dim kept with size 1.
         finish: planes and the total count -> the reduction's value.
         sums: whether zero is harmless as padding (a plain sum).
+        held: whether the result is held against the very values that it was taken of (a maximum
+            equals one of them, a logsumexp normalises them), and so must see them as stored.
+        tiled: whether a GEMM's epilogue takes it (quack's fold of maxima loses NaN).
     """
 
     name: str
@@ -36,6 +39,8 @@ class Monoid:
     merge: Callable[[Parts, Tensor, int], Parts]
     finish: Callable[[Parts, int], Tensor]
     sums: bool = False
+    held: bool = False
+    tiled: bool = True
 
     def reduce(self, x: Tensor, dim: int) -> Tensor:
         """The whole reduction of `x` along `dim`, that dim kept with size 1."""
@@ -88,14 +93,31 @@ def _merge_moments(p: Parts, counts: Tensor, dim: int) -> Parts:
 _ROWS = (
     Monoid("sum", ("sum",), _sum, _merge_sum, lambda p, n: p[0], sums=True),
     Monoid("mean", ("sum",), _sum, _merge_sum, lambda p, n: p[0] / n, sums=True),
-    Monoid("max", ("max",), _amax, lambda p, c, d: _amax(p[0], d), lambda p, n: p[0]),
-    Monoid("min", ("min",), _amin, lambda p, c, d: _amin(p[0], d), lambda p, n: p[0]),
+    Monoid(
+        "max",
+        ("max",),
+        _amax,
+        lambda p, c, d: _amax(p[0], d),
+        lambda p, n: p[0],
+        held=True,
+        tiled=False,
+    ),
+    Monoid(
+        "min",
+        ("min",),
+        _amin,
+        lambda p, c, d: _amin(p[0], d),
+        lambda p, n: p[0],
+        held=True,
+        tiled=False,
+    ),
     Monoid(
         "logsumexp",
         ("lse",),
         _lse_partial,
         lambda p, c, d: _lse_partial(p[0], d),
         lambda p, n: p[0],
+        held=True,
     ),
     Monoid("variance", ("mean", "m2"), _moments, _merge_moments, lambda p, n: p[1] / n),
 )

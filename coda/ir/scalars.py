@@ -6,11 +6,15 @@ derivative's source and the generated CuTe DSL all read this table, and no pass 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Derivative = Callable[..., tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class Scalar:
         result: "float" keeps the promoted type of the arguments, "bool" is a predicate.
         zero: whether f(0, ..., 0) = 0, which makes padding lanes harmless in a sum.
         commutes: whether the two arguments may be exchanged.
+        derivative: (d, y, *arguments) -> what each argument gets of the cotangent d of the value
+            y; None for an argument without a derivative. The values compute with + - * / and
+            negation, and `x.to("exp", ...)` is another function of this table.
     """
 
     name: str
@@ -36,6 +43,7 @@ class Scalar:
     result: str = "float"
     zero: bool = False
     commutes: bool = False
+    derivative: Derivative | None = None
 
 
 def _where(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -46,35 +54,167 @@ def _pow(a: Tensor, b: Tensor) -> Tensor:
     return torch.pow(a, b)
 
 
+def _half_at_ties(d: Any, larger: Any, a: Any, b: Any) -> Any:
+    """What `a` gets where the larger (or smaller) of two values was taken: torch's rule."""
+    return larger.to("where", d, a.to("eq", b).to("where", d * 0.5, 0.0))
+
+
 _ROWS = (
-    Scalar("add", 2, torch.add, zero=True, commutes=True),
-    Scalar("sub", 2, torch.sub, zero=True),
-    Scalar("mul", 2, torch.mul, zero=True, commutes=True),
-    Scalar("div", 2, torch.div, flops=2, special=1),
-    Scalar("pow", 2, _pow, flops=4, special=2),
-    Scalar("neg", 1, torch.neg, zero=True),
-    Scalar("abs", 1, torch.abs, zero=True),
-    Scalar("square", 1, torch.square, zero=True),
-    Scalar("recip", 1, torch.reciprocal, flops=2, special=1),
-    Scalar("exp", 1, torch.exp, flops=2, special=1),
-    Scalar("exp2", 1, torch.exp2, flops=1, special=1),
-    Scalar("log", 1, torch.log, flops=2, special=1),
-    Scalar("sqrt", 1, torch.sqrt, flops=2, special=1, zero=True),
-    Scalar("rsqrt", 1, torch.rsqrt, flops=2, special=1),
-    Scalar("tanh", 1, torch.tanh, flops=2, special=1, zero=True),
-    Scalar("sigmoid", 1, torch.sigmoid, flops=3, special=2),
-    Scalar("erf", 1, torch.erf, flops=10, special=1, zero=True),
-    Scalar("sin", 1, torch.sin, flops=4, special=1, zero=True),
-    Scalar("cos", 1, torch.cos, flops=4, special=1),
-    Scalar("maximum", 2, torch.maximum, zero=True, commutes=True),
-    Scalar("minimum", 2, torch.minimum, zero=True, commutes=True),
+    Scalar("add", 2, torch.add, zero=True, commutes=True, derivative=lambda d, y, a, b: (d, d)),
+    Scalar("sub", 2, torch.sub, zero=True, derivative=lambda d, y, a, b: (d, -d)),
+    Scalar(
+        "mul",
+        2,
+        torch.mul,
+        zero=True,
+        commutes=True,
+        derivative=lambda d, y, a, b: (d * b, d * a),
+    ),
+    Scalar(
+        "div",
+        2,
+        torch.div,
+        flops=2,
+        special=1,
+        derivative=lambda d, y, a, b: (d / b, -(d * y / b)),
+    ),
+    Scalar(
+        "pow",
+        2,
+        _pow,
+        flops=4,
+        special=2,
+        derivative=lambda d, y, a, b: (
+            d * (b * a.to("pow", b - 1.0)),
+            (a.to("eq", 0.0)).to("where", 0.0, d * y * a.to("log")),
+        ),
+    ),
+    Scalar("neg", 1, torch.neg, zero=True, derivative=lambda d, y, a: (-d,)),
+    Scalar(
+        "abs",
+        1,
+        torch.abs,
+        zero=True,
+        derivative=lambda d, y, a: (
+            a.to("gt", 0.0).to("where", d, a.to("lt", 0.0).to("where", -d, 0.0)),
+        ),
+    ),
+    Scalar("square", 1, torch.square, zero=True, derivative=lambda d, y, a: (d * a * 2.0,)),
+    Scalar(
+        "recip",
+        1,
+        torch.reciprocal,
+        flops=2,
+        special=1,
+        derivative=lambda d, y, a: (-(d * y.to("square")),),
+    ),
+    Scalar("exp", 1, torch.exp, flops=2, special=1, derivative=lambda d, y, a: (d * y,)),
+    Scalar(
+        "exp2",
+        1,
+        torch.exp2,
+        flops=1,
+        special=1,
+        derivative=lambda d, y, a: (d * y * math.log(2.0),),
+    ),
+    Scalar("log", 1, torch.log, flops=2, special=1, derivative=lambda d, y, a: (d / a,)),
+    Scalar(
+        "sqrt",
+        1,
+        torch.sqrt,
+        flops=2,
+        special=1,
+        zero=True,
+        derivative=lambda d, y, a: (d * 0.5 / y,),
+    ),
+    Scalar(
+        "rsqrt",
+        1,
+        torch.rsqrt,
+        flops=2,
+        special=1,
+        derivative=lambda d, y, a: (d * (y * y.to("square")) * -0.5,),
+    ),
+    Scalar(
+        "tanh",
+        1,
+        torch.tanh,
+        flops=2,
+        special=1,
+        zero=True,
+        derivative=lambda d, y, a: (d * (1.0 - y.to("square")),),
+    ),
+    Scalar(
+        "sigmoid",
+        1,
+        torch.sigmoid,
+        flops=3,
+        special=2,
+        derivative=lambda d, y, a: (d * (y * (1.0 - y)),),
+    ),
+    Scalar(
+        "erf",
+        1,
+        torch.erf,
+        flops=10,
+        special=1,
+        zero=True,
+        derivative=lambda d, y, a: (
+            d * ((-a.to("square")).to("exp") * (2.0 / math.sqrt(math.pi))),
+        ),
+    ),
+    Scalar(
+        "sin",
+        1,
+        torch.sin,
+        flops=4,
+        special=1,
+        zero=True,
+        derivative=lambda d, y, a: (d * a.to("cos"),),
+    ),
+    Scalar(
+        "cos",
+        1,
+        torch.cos,
+        flops=4,
+        special=1,
+        derivative=lambda d, y, a: (-(d * a.to("sin")),),
+    ),
+    Scalar(
+        "maximum",
+        2,
+        torch.maximum,
+        zero=True,
+        commutes=True,
+        derivative=lambda d, y, a, b: (
+            _half_at_ties(d, a.to("gt", b), a, b),
+            _half_at_ties(d, b.to("gt", a), b, a),
+        ),
+    ),
+    Scalar(
+        "minimum",
+        2,
+        torch.minimum,
+        zero=True,
+        commutes=True,
+        derivative=lambda d, y, a, b: (
+            _half_at_ties(d, a.to("lt", b), a, b),
+            _half_at_ties(d, b.to("lt", a), b, a),
+        ),
+    ),
     Scalar("eq", 2, torch.eq, result="bool", commutes=True),
     Scalar("ne", 2, torch.ne, result="bool", commutes=True),
     Scalar("lt", 2, torch.lt, result="bool"),
     Scalar("le", 2, torch.le, result="bool"),
     Scalar("gt", 2, torch.gt, result="bool"),
     Scalar("ge", 2, torch.ge, result="bool"),
-    Scalar("where", 3, _where, zero=True),
+    Scalar(
+        "where",
+        3,
+        _where,
+        zero=True,
+        derivative=lambda d, y, c, a, b: (None, c.to("where", d, 0.0), c.to("where", 0.0, d)),
+    ),
 )
 
 SCALARS: dict[str, Scalar] = {row.name: row for row in _ROWS}

@@ -1,0 +1,194 @@
+"""Layers as plain functions over the primitives; nothing below the frontend knows their names.
+
+A layer of your own is written in the same way, in your own file. `x` is [..., D] and a row is its
+last axis; weights of `linear` are [N, K], as torch has them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from coda.errors import CodaError, ShapeError
+from coda.frontend.ops import (
+    concat,
+    erf,
+    exp,
+    log,
+    logsumexp,
+    max,
+    maximum,
+    mean,
+    pick,
+    rsqrt,
+    sigmoid,
+    split,
+    square,
+    stack,
+    sum,
+    tanh,
+    where,
+)
+from coda.frontend.tensor import Tensor
+from coda.ir.dims import show_shape
+
+
+def rms_norm(x: Tensor, w: Tensor | None = None, eps: float = 1e-6, shift: float = 0.0) -> Tensor:
+    """x / sqrt(mean x² + eps) · (shift + w), after Zhang and Sennrich (2019).
+
+    `w` is [D]; `shift=1` for models that store w − 1 (Gemma).
+    """
+    y = x * rsqrt(mean(x * x, keepdims=True) + eps)
+    if w is None:
+        return y
+    return y * (w + shift if shift else w)
+
+
+def layer_norm(
+    x: Tensor, w: Tensor | None = None, b: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """(x − mean x) / sqrt(var x + eps) · w + b, after Ba, Kiros and Hinton (2016)."""
+    deviation = x - mean(x, keepdims=True)
+    y = deviation * rsqrt(mean(square(deviation), keepdims=True) + eps)
+    y = y if w is None else y * w
+    return y if b is None else y + b
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(Σ x² + eps)."""
+    return x * rsqrt(sum(x * x, keepdims=True) + eps)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """exp(x − max x) / Σ exp(x − max x)."""
+    e = exp(x - max(x, keepdims=True))
+    return e / sum(e, keepdims=True)
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    """log softmax(x), without overflow."""
+    shifted = x - max(x, keepdims=True)
+    return shifted - log(sum(exp(shifted), keepdims=True))
+
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0)."""
+    return maximum(x, 0.0)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x · sigmoid(x)."""
+    return x * sigmoid(x)
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x · Φ(x), by erf or (approximate="tanh") by tanh; Hendrycks and Gimpel (2016)."""
+    if approximate == "none":
+        half = 0.5 * x
+        return half + half * erf(x * math.sqrt(0.5))
+    if approximate == "tanh":
+        c = math.sqrt(2.0 / math.pi)
+        half = 0.5 * x
+        return half + half * tanh(x * (c + c * 0.044715 * square(x)))
+    raise CodaError(
+        "gelu is exact or approximated by tanh", found=repr(approximate), help='"none" or "tanh"'
+    )
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, after Shazeer (2020)."""
+    return silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(gate) · up, after Shazeer (2020)."""
+    return gelu(gate, approximate) * up
+
+
+def reglu(gate: Tensor, up: Tensor) -> Tensor:
+    """relu(gate) · up, after Shazeer (2020)."""
+    return relu(gate) * up
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """x @ wᵀ + b, with w [N, K] and b [N]."""
+    y = x @ w.T
+    return y if b is None else y + b
+
+
+def residual(x: Tensor, y: Tensor) -> Tensor:
+    """x + y."""
+    return x + y
+
+
+def bias(x: Tensor, b: Tensor) -> Tensor:
+    """x + b, with b [N]."""
+    return x + b
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap · tanh(x / cap)."""
+    return cap * tanh(x * (1.0 / cap))
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary position embedding, after Su et al. (2021).
+
+    Args:
+        x: [M, H, d] or [B, M, H, d], heads of d columns.
+        cos, sin: [M, r/2] or [B, M, r/2], of the angles of r ≤ d rotated columns; the others pass.
+        interleaved: partners are columns 2j and 2j + 1 (Llama's own weights), else j and j + r/2
+            (Hugging Face's and NeoX's).
+    """
+    if x.ndim < 3 or cos.shape != sin.shape or not 2 <= cos.ndim < x.ndim:
+        raise ShapeError(
+            "rope takes heads [..., M, H, d] and tables [M, r/2]",
+            found=", ".join(show_shape(t.shape) for t in (x, cos, sin)),
+            help='x.reshape("M (H d) -> M H d")',
+        )
+    half, d = cos.shape[-1], x.shape[-1]
+    rotated = 2 * half
+    rest = None if rotated == d else x[..., rotated:]
+    x = x if rest is None else x[..., :rotated]
+    c, s = cos[..., None, :], sin[..., None, :]
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+    else:
+        a, b = split(x, 2)
+    turned = (a * c - b * s, b * c + a * s)
+    y = stack(turned).reshape(*x.shape) if interleaved else concat(turned)
+    return y if rest is None else concat([y, rest])
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Any:
+    """logsumexp(logits) − logits[target] for each row of [M, V], with torch's options.
+
+    A row whose target is `ignore_index` counts nothing. `reduction` is "mean" (over the rows that
+    count), "sum" or "none" ([M]). `z_loss` adds z_loss · logsumexp².
+    """
+    lse = logsumexp(logits, keepdims=True)
+    loss = lse - pick(logits, target)
+    if label_smoothing:
+        smooth = lse - mean(logits, keepdims=True)
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * smooth
+    if z_loss:
+        loss = loss + z_loss * square(lse)
+    counts = target[:, None] != ignore_index
+    loss = where(counts, loss, 0.0)[:, 0]
+    if reduction == "none":
+        return loss
+    total = sum(loss, axis=0)
+    if reduction == "sum":
+        return total
+    if reduction == "mean":
+        return total / sum(counts.cast(logits.dtype)[:, 0], axis=0)
+    raise CodaError(
+        "a loss is reduced by mean, sum or none", found=repr(reduction), help='reduction="mean"'
+    )

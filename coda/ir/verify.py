@@ -1,0 +1,46 @@
+"""Check a graph after a pass: every node agrees with its operands, every name is its own."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from coda.errors import CodaError, InternalError
+from coda.ir.dims import Shape, show_shape
+from coda.ir.graph import Graph, Input, Node, is_interned, walk
+from coda.ir.text import show_operation
+from coda.ir.types import DType
+
+
+def verify(graph: Graph, after: str) -> None:
+    """Raise InternalError where the pass `after` left a graph that is not well formed."""
+    known = set(graph.inputs)
+    for node in walk(graph.roots):
+        if isinstance(node, Input) and node not in known:
+            _fail(after, node, f"the input `{node.name}` is not an argument of the block")
+        if not is_interned(node):
+            _fail(after, node, "another node means the same")
+        if _infer(node, after) != (node.shape, node.dtype):
+            _fail(after, node, "its shape and element type do not follow from its operands")
+    for what, names in (
+        ("arguments", [i.name for i in graph.inputs]),
+        ("outputs", [name for name, _ in graph.outputs]),
+    ):
+        if len(set(names)) != len(names):
+            raise InternalError(f"after `{after}`: two {what} of `{graph.name}` share a name")
+
+
+def _infer(node: Node, after: str) -> tuple[Shape, DType]:
+    try:
+        return node.infer()
+    except CodaError as e:
+        _fail(after, node, f"{e.message}: {e.found}")
+
+
+def _fail(after: str, node: Node, why: str) -> NoReturn:
+    names = {o: f"%{i}: {show_shape(o.shape)} {o.dtype}" for i, o in enumerate(node.operands)}
+    raise InternalError(
+        f"after `{after}`: {why}",
+        found=show_operation(node, names) + f" : {show_shape(node.shape)} {node.dtype}",
+        help="this is a fault of coda, not of the block: please report it",
+        where=node.where,
+    ) from None
