@@ -17,7 +17,7 @@ from coda.ir.dims import ONE, product
 from coda.ir.graph import Node, Reduce
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
-from coda.lowering.columns import LEAF, NO_LANE, Ints, Refused, Space, Value
+from coda.lowering.columns import LEAF, NO_LANE, Ints, Refused, Space, Spread, Value, distinct_rows
 from coda.lowering.epilogue import (
     Acc,
     Call,
@@ -44,12 +44,17 @@ class Store:
 
 @dataclass(frozen=True)
 class Sink:
-    """A value to be reduced over the columns; `index` names the operand of a pick."""
+    """A value to be reduced over the columns; `index` names the operand of a pick.
+
+    With `rows`, it is summed over the rows.
+    """
 
     buffer: str
     monoid: str
     value: Value
     index: str | None = None
+    rows: bool = False
+    rounded: DType | None = None
 
 
 @dataclass(eq=False)
@@ -76,6 +81,7 @@ class Assembled:
         sources: the nodes whose vectors are packed, by number.
         nodes: the node that each other operand loads, by name.
         folded: reductions whose partials the kernel folds.
+        spread: operands that are repeated over row axes on which they do not depend, by name.
     """
 
     epilogue: Epilogue
@@ -84,6 +90,7 @@ class Assembled:
     sources: dict[int, Node]
     nodes: dict[str, Node]
     folded: tuple[Node, ...]
+    spread: dict[str, Spread]
 
 
 def pairing(width: int, slots: Sequence[Ints]) -> int | None:
@@ -140,6 +147,8 @@ class _Assembly:
             raise Refused("an element reads columns of another point")
         if self.space.groups:
             size = self.space.groups[0].size
+            if self.split is not None and size % (2 * self.split):
+                raise Refused("pairs of columns cross the groups of a statistic")
             if np.any((group >= 0) & (group != columns[:, 0] // size)):
                 raise Refused("an element reads the statistic of another group of columns")
         lane = np.argmax(slots[:, :, None] == columns[:, None, :], -1)
@@ -147,13 +156,13 @@ class _Assembly:
         leaves = value.leaves[element]
         names = [self.vector(leaves[:, i]) for i in range(leaves.shape[1])]
         kinds = np.concatenate([value.expr[element][:, None], lane], 1)
-        distinct, which = np.unique(kinds, axis=0, return_inverse=True)
+        first, which = distinct_rows(kinds)
         exprs = [
             _place(self.space.exprs[int(k[0])], tuple(int(v) for v in k[1:]), names)
-            for k in distinct
+            for k in kinds[first]
         ]
         exprs = [self.bind(e) for e in exprs]
-        return self.select(exprs, which.reshape(-1))
+        return self.select(exprs, which)
 
     def select(self, exprs: list[Expr], which: Ints) -> Expr:
         """One expression where points have several: chosen by a row operand."""
@@ -175,7 +184,8 @@ class _Assembly:
     def vector(self, leaf: NDArray) -> Load:
         """The load of a vector with one element for each point."""
         source, index = leaf[:, 0], leaf[:, 1]
-        tables = {s for s in np.unique(source) if s >= 0 and self.is_table(self.space.sources[s])}
+        sources = self.space.sources
+        tables = {s for s in np.unique(source) if s >= 0 and sources[s] in self.space.tables}
         if tables:
             return self.table(source, index, tables)
         key = source.tobytes() + index.tobytes()
@@ -209,23 +219,20 @@ class _Assembly:
             last.numbers[lane::lanes] = part.numbers
         return last.name, lane
 
-    def is_table(self, node: Node) -> bool:
-        """Whether a source depends on the rows: [M, period]."""
-        return product(node.shape[:-1]) != ONE and self.space.rows != ONE
-
     def table(self, source: Ints, index: Ints, tables: set[int]) -> Load:
         """The load of a table that repeats along the columns."""
         used = source >= 0
         if len(tables) > 1 or np.any(source[used] != next(iter(tables))):
             raise Refused("its columns read different tables")
         node = self.space.sources[next(iter(tables))]
-        period = int(np.prod([d.size(self.space.sizes) for d in node.shape])) // node_rows(
-            self.space, node
-        )
+        period = self.space.tables[node]
         point = np.arange(len(source))
-        repeat = period
-        if np.any(index[used] != point[used] % repeat):
+        if np.any(index[used] != point[used] % period):
             raise Refused("a table does not repeat along the columns")
+        columns = period * (1 if self.split is None else 2)
+        fits = any(t % columns == 0 or columns % t == 0 for t in (64, 128, 256))
+        if not (fits or self.space.whole_rows):
+            raise Refused(f"a table of {columns} columns is not a part of a tile")
         name = self.space.leaf(node)
         if name is None:
             raise Refused("a table that is not in memory")
@@ -253,15 +260,11 @@ class _Assembly:
             kind, lanes = "tile", 1 if self.split is None else 2
         else:
             kind, lanes = ("scalar", 1) if rows == ONE else ("col", 1)
-        if kind == "tile" and self.split not in (None, 1):
+        split = self.split if kind == "tile" and self.split not in (None, 1) else 0
+        if split and not self.space.whole_rows:
             raise Refused("partners of a tile operand are not neighbours in memory")
-        self.operands[name] = Operand(name, kind, dtype, lanes)
+        self.operands[name] = Operand(name, kind, dtype, lanes, split=split or 0)
         self.nodes[name] = node
-
-
-def node_rows(space: Space, node: Node) -> int:
-    """The number of rows of a table that depends on the kernel's rows."""
-    return space.rows.size(space.sizes)
 
 
 def _place(expr: Expr, lanes: tuple[int, ...], names: list[Load]) -> Expr:
@@ -297,7 +300,16 @@ def assemble(
     values += [v for _, v in space.statistics.values()]
     build = _Assembly(space, operand_of, pairing(space.width, [v.slots for v in values]))
     store_exprs = tuple(_store(build, s) for s in stores)
-    sink_exprs = tuple(SinkExpr(s.buffer, s.monoid, build.lanes(s.value), s.index) for s in sinks)
+    if build.split is not None and not space.whole_rows:
+        neighbours = [s for s in store_exprs if len(s.lanes) == 2 and not s.split]
+        if len(neighbours) > 1:
+            raise Refused("an epilogue writes one matrix of neighbouring pairs")
+    if build.split is not None and any(s.rows for s in sinks):
+        raise Refused("a sum over the rows of pairs of columns")
+    sink_exprs = tuple(
+        SinkExpr(s.buffer, s.monoid, build.lanes(s.value), s.index, s.rows, s.rounded)
+        for s in sinks
+    )
     for sink in sinks:
         if sink.index is not None:
             build.bind(Load(sink.index, NO_LANE))
@@ -319,6 +331,7 @@ def assemble(
         {i: space.sources[i] for i in sorted(used)},
         build.nodes,
         folded,
+        {n: space.spread[n] for n in build.nodes if n in space.spread},
     )
 
 
@@ -370,10 +383,13 @@ def _stat_names(exprs: Sequence[Expr]) -> set[str]:
 
 def _row_statistic(build: _Assembly, node: Node, name: str, value: Value) -> Statistic:
     lanes = build.lanes(value)
-    if len(lanes) > 1 and lanes[0] != lanes[1]:
-        raise Refused("a statistic of pairs of columns in a row kernel")
     assert isinstance(node, Reduce)
-    return Statistic(name, node.fn, lanes[0], value.count)
+    expr = lanes[0]
+    if len(lanes) > 1:
+        if node.fn != "sum":
+            raise Refused("a row kernel takes sums of pairs of columns, and no other statistic")
+        expr = Call("add", lanes)
+    return Statistic(name, node.fn, expr, value.count)
 
 
 def _store(build: _Assembly, store: Store) -> StoreExpr:

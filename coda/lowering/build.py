@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from coda.errors import InternalError
 from coda.ir.dims import ONE, Dim, Shape, product
-from coda.ir.graph import Graph, Input, Node, Pick, Reduce
+from coda.ir.graph import Cast, Const, Graph, Input, Node, Pick, Reduce, Reshape, Size, walk
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
 from coda.lowering.assemble import Assembled, Sink, Store, assemble
 from coda.lowering.columns import Refused, Space, Value
-from coda.lowering.epilogue import Acc
+from coda.lowering.epilogue import Acc, Operand
 from coda.lowering.partition import Draft, Partition
 from coda.lowering.program import (
     Buffer,
@@ -26,14 +26,18 @@ from coda.lowering.program import (
     RowwiseKernel,
     TorchKernel,
 )
+from coda.lowering.roles import row_symbols
 
 
 class Banned(Exception):
-    """A GEMM's columns cannot be laid out for one of its nodes, which has to go elsewhere."""
+    """A kernel's columns cannot be laid out for one of its nodes, which has to go elsewhere.
 
-    def __init__(self, contract: Node, node: Node, why: str) -> None:
+    `place` is the GEMM's first contraction, or where in a pass over rows: "shared" or "alone".
+    """
+
+    def __init__(self, place: Node | str, node: Node, why: str) -> None:
         super().__init__(why)
-        self.contract, self.node = contract, node
+        self.place, self.node = place, node
 
 
 def build(partition: Partition, source: Graph, arch: str) -> Program:
@@ -46,6 +50,7 @@ class _Build:
     partition: Partition
     program: Program
     needed: set[Node] = field(default_factory=set)
+    loaded: set[Node] = field(default_factory=set)
     folded: set[Node] = field(default_factory=set)
 
     @property
@@ -65,7 +70,7 @@ class _Build:
             kernel = self.kernel(draft)
             if kernel is not None:
                 kernels.append(kernel)
-        program.kernels = tuple(_number(kernels[::-1]))
+        program.kernels = tuple(self.typed(k) for k in _number(kernels[::-1]))
         returned = {partition.storage(root) for _, root in program.outputs}
         for node in returned & program.places.keys():
             buffer = program.buffers[program.places[node].buffer]
@@ -73,15 +78,52 @@ class _Build:
                 program.buffers[buffer.name] = Buffer(
                     buffer.name, "output", buffer.shape, buffer.dtype
                 )
+        program.fixed = self.fixed()
+        program.weights = frozenset(self.partition.weights)
         program.unfused = [u for u in partition.unfused if u.node in partition.home]
         return program
+
+    def typed(self, kernel: Kernel) -> Kernel:
+        """A kernel whose operands have the types that the kernels before it store."""
+        if isinstance(kernel, TorchKernel):
+            return kernel
+        assembled = kernel.assembled
+        operands: list[Operand] = []
+        for operand in assembled.epilogue.operands:
+            node = assembled.nodes.get(operand.name)
+            place = node and self.program.places.get(self.partition.storage(node))
+            if place:
+                operand = replace(operand, dtype=self.program.buffers[place.buffer].dtype)
+            elif node is not None and self.is_unrounded(node):
+                operand = replace(operand, dtype=f32)
+            operands.append(operand)
+        epilogue = replace(assembled.epilogue, operands=tuple(operands))
+        return replace(kernel, assembled=replace(assembled, epilogue=epilogue))
+
+    def is_unrounded(self, node: Node) -> bool:
+        """Whether a node is prepared in float32: all floats are but the weights of contractions."""
+        under = self.partition.storage(node)
+        multiplied = {c.rhs for d in self.partition.drafts for c in d.contracts}
+        prepared = under in self.partition.weights and not isinstance(under, Input)
+        return prepared and under not in multiplied and node.dtype.kind == "float"
+
+    def fixed(self) -> frozenset[str]:
+        """The symbols whose sizes are built into the kernels: all but those of rows."""
+        nodes = list(walk(self.partition.graph.roots))
+        every = {s for i in self.program.graph.inputs for d in i.shape for s in d.symbols}
+        free = row_symbols(nodes) or set(self.partition.rows.symbols)
+        within = {s for d in self.partition.drafts if d.homed for s in d.symbols}
+        within |= {s for n in nodes if isinstance(n, Size) for s in n.dim.symbols}
+        return frozenset(every - free | within)
 
     def need(self, node: Node) -> None:
         """Record that a node is loaded."""
         under = self.partition.storage(node)
         name = self.partition.name(under)
         buffers = self.program.buffers
-        if isinstance(under, Input):
+        if under in self.partition.joined:
+            self.join(under)
+        elif isinstance(under, Input):
             buffers.setdefault(name, Buffer(name, "input", under.shape, under.dtype))
         elif under in self.partition.weights:
             buffers.setdefault(name, Buffer(name, "prepared", under.shape, under.dtype))
@@ -91,6 +133,18 @@ class _Build:
         else:
             self.needed.add(under)
 
+    def join(self, node: Node) -> None:
+        """A buffer that several kernels write, each its own columns."""
+        if node in self.program.places:
+            return
+        name = self.partition.name(node)
+        self.program.places[node] = Place(name, 0, node.shape[-1].size(self.sizes))
+        self.buffer(name, node.shape, node.dtype)
+        parts = self.partition.joined[node]
+        self.program.joined[name] = tuple(self.partition.name(p) for p in parts)
+        for part in parts:
+            self.needed.add(part)
+
     def kernel(self, draft: Draft) -> Kernel | None:
         """The kernel of a draft, or None where nobody needs it."""
         stored = [n for n in draft.homed if n in self.needed]
@@ -99,7 +153,9 @@ class _Build:
             return None
         if draft.kind == "torch":
             (node,) = draft.homed
-            self.buffer(self.partition.name(node), node.shape, node.dtype)
+            total = isinstance(node, Reduce) and node.dtype.kind == "float"
+            wide = total and node.dtype.size < f32.size
+            self.buffer(self.partition.name(node), node.shape, f32 if wide else node.dtype)
             self.program.places[node] = Place(self.partition.name(node), 0, -1)
             for operand in node.operands:
                 self.need(operand)
@@ -108,20 +164,39 @@ class _Build:
         assembled = self.assemble(draft, groups, sunk)
         for node in (*assembled.nodes.values(), *assembled.sources.values()):
             self.need(node)
+            self.loaded.add(self.partition.storage(node))
         self.folded |= set(assembled.folded)
         names = tuple(tuple(n for n, _ in g) for g in groups)
         if draft.kind == "row":
             space = draft.space
+            nodes = self.computed(draft, stored)
             return RowwiseKernel(
-                "", assembled, names, assembled.folded, tuple(draft.homed), space.rows, space.width
+                "", assembled, names, assembled.folded, nodes, space.rows, space.width
             )
         for contract in draft.contracts:
             self.need(contract.lhs)
             self.need(contract.rhs)
-        nodes = (*draft.homed, *sunk)
+        nodes = self.computed(draft, [*stored, *sunk])
         return GemmKernel(
             "", draft.contracts, assembled, names, tuple(sunk), nodes, Config(128, 128)
         )
+
+    def computed(self, draft: Draft, roots: list[Node]) -> tuple[Node, ...]:
+        """The nodes that a kernel computes for those that it writes, operands first."""
+        found: dict[Node, None] = {}
+
+        def visit(node: Node) -> None:
+            known = node in draft.space.values or node in draft.sinks
+            if node in found or not known or self.partition.leaf(node, draft) is not None:
+                return
+            if node not in draft.space.folds.values():
+                for operand in node.operands:
+                    visit(operand)
+            found[node] = None
+
+        for root in roots:
+            visit(root)
+        return tuple(n for n in found if not isinstance(n, Const | Size))
 
     # Stores.
 
@@ -131,10 +206,11 @@ class _Build:
         space = draft.space
         starts = {n: self.first_column(draft, n) for n in stored}
         for node in sorted(stored, key=lambda n: (starts[n], stored.index(n))):
-            value = space.values[node]
+            value = space.compute(node)
             at = starts[node]
             for i, (group, end) in enumerate(groups):
-                same = group[0][0].dtype == node.dtype and at >= 0
+                alone = {group[0][0], node} & self.partition.part_of.keys()
+                same = group[0][0].dtype == node.dtype and at >= 0 and not alone
                 if same and end == at and draft.kind == "gemm":
                     group.append((node, value))
                     groups[i] = (group, at + value.count)
@@ -146,9 +222,12 @@ class _Build:
         return [g for g, _ in groups]
 
     def first_column(self, draft: Draft, node: Node) -> int:
-        """The column of the accumulator at which a stored node's columns begin, -1 for all pairs."""
-        value = draft.space.values[node]
+        """The accumulator's column at which a stored node begins; -1 if it is one per pair."""
+        value = draft.space.compute(node)
         if draft.kind != "gemm" or value.slots.shape[1] == 0 or value.count == 0:
+            return -1
+        pairs = value.slots[(value.slots >= 0).all(1)]
+        if pairs.shape[1] == 2 and len(np.unique(pairs[:, 0])) == len(pairs) > 0:
             return -1
         for start in value.slots[0]:
             here = np.arange(value.count)[:, None] + start
@@ -167,7 +246,8 @@ class _Build:
         width = draft.space.width if first >= 0 else at
         if any(v.narrow for _, v in group):
             returned = {self.partition.storage(r) for r in self.partition.graph.roots}
-            dtype = dtype if group[0][0] in returned or dtype.kind != "float" else f32
+            narrow = dtype.kind == "float" and dtype.size < f32.size
+            dtype = f32 if narrow and group[0][0] not in returned else dtype
         self.buffer(name, (draft.space.rows, Dim.of(width)), dtype)
 
     def buffer(self, name: str, shape: Shape, dtype: DType) -> None:
@@ -182,11 +262,11 @@ class _Build:
         try:
             return assemble(draft.space, stores, sinks, self.operand_of, self.partial)
         except Refused as refusal:
-            if draft.kind != "gemm":
-                raise InternalError(f"a row kernel cannot be laid out: {refusal}") from refusal
-            raise Banned(draft.contracts[0], self.culprit(draft, groups, sunk), str(refusal)) from (
-                refusal
-            )
+            node = self.culprit(draft, groups, sunk)
+            shared = ("shared", node) not in self.partition.banned
+            rows = "shared" if shared else "alone"
+            place = draft.contracts[0] if draft.contracts else rows
+            raise Banned(place, node, str(refusal)) from refusal
 
     def store(self, draft: Draft, group: list[tuple[Node, Value]]) -> Store:
         """One store; columns of the accumulator that nobody asked for are written as they are."""
@@ -213,9 +293,25 @@ class _Build:
             index = self.partition.leaf(node.index, draft)
             return Sink(name, "pick", draft.sinks[node], index)
         assert isinstance(node, Reduce)
+        if node in draft.over_rows:
+            shape = (ONE, product(node.shape), ONE)
+            self.program.buffers[name] = Buffer(name, "partial", shape, f32)
+            return Sink(name, node.fn, draft.sinks[node], rows=True)
         planes = Dim.of(len(MONOIDS[node.fn].planes))
         self.program.buffers[name] = Buffer(name, "partial", (rows, ONE, planes), f32)
-        return Sink(name, node.fn, draft.sinks[node])
+        return Sink(name, node.fn, draft.sinks[node], rounded=self.rounding(node))
+
+    def rounding(self, node: Reduce) -> DType | None:
+        """The type to which a sink rounds what it reduces: that in which a later kernel reads it.
+
+        A maximum that no stored value equals, or a logsumexp of other values than those that it
+        normalises, would be wrong by more than a rounding.
+        """
+        under = node.arg
+        while isinstance(under, Cast | Reshape):
+            under = under.arg
+        held = MONOIDS[node.fn].held and under in self.loaded
+        return under.dtype if held and under.dtype.size < 4 else None
 
     def partial(self, node: Node) -> str:
         """The buffer of a reduction's partials (of a pick: of its result)."""
@@ -226,8 +322,7 @@ class _Build:
         """The node that an operand's name stands for, and the type it has in memory."""
         for node, known in self.partition.names.items():
             if known == name:
-                narrow = product(node.shape[-1:]) == ONE and node in self.partition.home
-                return node, f32 if narrow and node.dtype.kind == "float" else node.dtype
+                return node, node.dtype
         raise InternalError(f"there is no operand {name}")
 
     def culprit(
@@ -259,7 +354,5 @@ def _fits(space: Space, stores: list[Store], sinks: list[Sink], build: _Build) -
 
 def _number(kernels: list[Kernel]) -> list[Kernel]:
     """Names in the order of launches: gemm0, rows1, torch2."""
-    from dataclasses import replace
-
     prefix = {GemmKernel: "gemm", RowwiseKernel: "rows", TorchKernel: "torch"}
     return [replace(k, name=f"{prefix[type(k)]}{i}") for i, k in enumerate(kernels)]

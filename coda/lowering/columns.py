@@ -17,11 +17,13 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from coda.ir.dims import ONE, Dim, product
+from coda.ir.dims import ONE, Dim, Shape, broadcast, product
 from coda.ir.graph import (
     Cast,
     Concat,
     Const,
+    Expand,
+    Input,
     Map,
     Node,
     Permute,
@@ -29,11 +31,13 @@ from coda.ir.graph import (
     Reshape,
     Size,
     Slice,
+    walk,
 )
 from coda.lowering.epilogue import Acc, Call, Expr, Literal, Load, Stat
 
 Ints = NDArray[np.int64]
 NO_LANE = -1  # the lane of a load that is the same for all columns
+TILE_PARTS = (32, 64, 128, 256)  # widths of groups that every tile or subtile is made of
 LEAF = "%"  # Load("%3") is row leaf 3 of an element: a vector that the element names itself
 
 
@@ -80,6 +84,19 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How an operand that depends on some row axes is repeated over all of them.
+
+    Attributes:
+        lead: the row axes.
+        columns: how many of the operand's last axes are columns.
+    """
+
+    lead: Shape
+    columns: int
+
+
+@dataclass(frozen=True)
 class GroupStatistic:
     """A reduction over groups of `size` columns of the space, of a per-column expression."""
 
@@ -103,6 +120,9 @@ class Space:
         refused: nodes that are not computed here, and why.
         statistics: reductions of whole rows by name, with what they reduce.
         folds: reductions by name whose partials this kernel folds.
+        leads: the row axes under which values were seen, as [B, S] for rows of B·S.
+        spread: operands that depend on some of the row axes only, by name.
+        tables: sources that depend on the rows, with their number of columns.
     """
 
     width: int
@@ -119,6 +139,9 @@ class Space:
     groups: list[GroupStatistic] = field(default_factory=list)
     statistics: dict[str, tuple[Node, Value]] = field(default_factory=dict)
     folds: dict[str, Node] = field(default_factory=dict)
+    leads: dict[Shape, None] = field(default_factory=dict)
+    spread: dict[str, Spread] = field(default_factory=dict)
+    tables: dict[Node, int] = field(default_factory=dict)
 
     def id(self, expr: Expr) -> int:
         """The index of an expression."""
@@ -133,21 +156,53 @@ class Space:
             self.values[node] = self._compute(node)
         return self.values[node]
 
-    def fold(self, node: Node) -> None:
-        """Take a reduction's total from partials that an earlier kernel left."""
+    def fold(self, node: Node, mean: Node | None = None) -> None:
+        """Take a reduction's total from partials that an earlier kernel left.
+
+        `mean` is the mean of the same values where `node` is their variance: a plane of it.
+        """
         name = f"f{len(self.folds)}"
         self.folds[name] = node
         self.values[node] = self.at(self.columns(node), Stat(name), None)
+        if mean is not None:
+            self.values[mean] = self.at(self.columns(mean), Stat(name, "mean"), None)
 
     def split(self, node: Node) -> int:
         """How many of the node's leading axes are the rows. Raises Refused."""
         total = ONE
         for i in range(node.rank + 1):
             if total == self.rows and (i or self.rows == ONE):
+                if (
+                    i == node.rank
+                    and i > 1
+                    and node.shape[0] == ONE != self.rows
+                    and self.width > 1
+                ):
+                    raise Refused("its last axis may be rows or columns of the kernel")
+                self.leads.setdefault(node.shape[:i])
                 return i
             if i < node.rank:
                 total = total * node.shape[i]
+        for lead in self.leads:
+            mine = node.shape[: len(lead)]
+            if len(mine) == len(lead) and broadcast(mine, lead) == lead:
+                return len(lead)
         raise Refused("its leading axes are not the rows of the kernel")
+
+    def over_rows(self, name: str, node: Node, columns: int) -> bool:
+        """Whether an operand depends on the rows; on some of their axes, it is to be spread."""
+        axes = node.shape[: max(0, node.rank - columns)]
+        if product(axes) in (ONE, self.rows):
+            return product(axes) != ONE
+        fitting = [lead for lead in self.leads if broadcast(axes, lead) == lead]
+        if len(fitting) != 1:
+            raise Refused("an operand depends on some of the row axes only")
+        if any(not isinstance(n, Input | Reshape | Permute | Slice) for n in walk([node])):
+            raise Refused("an operand of some of the row axes is not an argument")
+        found = Spread(fitting[0], min(columns, node.rank))
+        if self.spread.setdefault(name, found) != found:
+            raise Refused("an operand is spread over the rows in two ways")
+        return True
 
     def columns(self, node: Node) -> tuple[int, ...]:
         """The sizes of the node's column axes."""
@@ -177,6 +232,9 @@ class Space:
                 return self._concat(node)
             case Permute():
                 return self._permute(node)
+            case Expand(arg=arg):
+                shape = self.columns(node)
+                return _spread(self._aligned(arg, len(shape)), shape)
             case Reduce():
                 return self._reduce(node)
         raise Refused(f"`{type(node).__name__.lower()}` is not computed point by point")
@@ -192,16 +250,16 @@ class Space:
         if name is None:
             return self.compute(node)
         cut = max(0, node.rank - columns)
-        over_rows = product(node.shape[:cut])
+        over_rows = self.over_rows(name, node, columns)
         shape = tuple(d.size(self.sizes) for d in node.shape[cut:])
         shape = (1,) * (columns - len(shape)) + shape
         count = int(np.prod(shape))
-        if over_rows not in (ONE, self.rows):
-            raise Refused("an operand depends on some of the row axes only")
         if count == 1:
             return self.at(shape, Load(name, NO_LANE), None)
-        if over_rows == self.rows and count == self.width:
+        if (over_rows or self.rows == ONE) and count == self.width:
             return self.at(shape, Load(name, 0), np.arange(count))
+        if over_rows and self.rows != ONE:
+            self.tables[node] = count
         return self._source(shape, node)
 
     def at(self, shape: tuple[int, ...], expr: Expr, slots: Ints | None) -> Value:
@@ -217,6 +275,8 @@ class Space:
 
     def _source(self, shape: tuple[int, ...], node: Node) -> Value:
         """A vector or a table narrower than the space: each element names its own column of it."""
+        if np.prod(shape) > 16 * self.width + 65536:
+            raise Refused("an operand is larger than the rows of the kernel")
         if node not in self.sources:
             self.sources.append(node)
         value = self.at(shape, Load(LEAF + "0", NO_LANE), None)
@@ -230,7 +290,11 @@ class Space:
     def _map(self, node: Map) -> Value:
         columns = self._column_axes(node)
         args = [self._aligned(a, columns) for a in node.args]
-        return _combine(self, node.fn, args)
+        value = _combine(self, node.fn, args)
+        sums = all(n.fn == "sum" for n, _ in self.statistics.values() if isinstance(n, Reduce))
+        if self.whole_rows and not sums and value.slots.shape[1] > 1:
+            raise Refused("a row kernel takes sums of pairs of columns, and no other statistic")
+        return value
 
     def _column_axes(self, node: Map) -> int:
         """The number of column axes of an elementwise result."""
@@ -238,10 +302,7 @@ class Space:
 
     def _aligned(self, node: Node, columns: int) -> Value:
         value = self.operand(node, columns)
-        if len(value.shape) < columns:
-            shape = (1,) * (columns - len(value.shape)) + value.shape
-            value = value.move(lambda a: a.reshape(shape))
-        if len(value.shape) > columns:
+        if len(value.shape) != columns:
             raise Refused("rows and columns of its operands do not line up")
         return value
 
@@ -301,8 +362,8 @@ class Space:
     def _whole_row(self, node: Reduce, value: Value) -> Value:
         if not self.whole_rows:
             raise Refused(f"`{node.fn}` needs the whole row, and a tile has a part of it")
-        if value.count not in (self.width, self.width // 2):
-            raise Refused("it reduces some of the columns")
+        if value.count != self.width or (value.slots.shape[1] > 1 and node.fn != "sum"):
+            raise Refused("it does not reduce the columns of the kernel one by one")
         name = f"s{len(self.statistics)}"
         self.statistics[name] = (node, value)
         return self.at(self.columns(node), Stat(name), None)
@@ -320,6 +381,8 @@ class Space:
         start = columns[:, :1]
         if np.any(columns != start + np.arange(size)) or np.any(start % size):
             raise Refused(f"`{node.fn}` does not reduce aligned groups of columns")
+        if size not in TILE_PARTS:
+            raise Refused(f"groups of {size} columns are not parts of a tile ({TILE_PARTS})")
         if node.fn not in ("sum", "mean"):
             raise Refused(f"a group statistic is a sum, not `{node.fn}`")
         found = GroupStatistic(
@@ -357,18 +420,17 @@ def _combine(space: Space, fn: str, args: Sequence[Value]) -> Value:
     args = [_spread(a, shape) for a in args]
     slots, lanes = _union([a.slots for a in args])
     group = _same_group([a.group for a in args])
-    offsets = np.cumsum([0] + [a.leaves.shape[1] for a in args])
-    leaves = np.concatenate([a.leaves for a in args], 1)
+    leaves, names = _shared([a.leaves for a in args])
     keys = np.stack([a.expr for a in args], 1)
     kinds = np.concatenate([keys, *lanes], 1)
-    first, inverse = _distinct(kinds)
+    first, inverse = distinct_rows(kinds)
     found = np.empty(len(first), np.int64)
     for i, element in enumerate(first):
         parts = []
         for j, arg in enumerate(args):
             renamed = tuple(int(v) for v in lanes[j][element])
             expr = space.exprs[int(arg.expr[element])]
-            parts.append(substitute(expr, renamed, int(offsets[j])))
+            parts.append(substitute(expr, renamed, names[j]))
         found[i] = space.id(_fold(fn, tuple(parts)))
     return Value(shape, found[inverse], slots, leaves, group)
 
@@ -406,6 +468,23 @@ def _union(slots: list[Ints]) -> tuple[Ints, list[Ints]]:
     return union, lanes
 
 
+def _shared(leaves: list[Ints]) -> tuple[Ints, list[tuple[int, ...]]]:
+    """Row leaves of all operands, equal ones once; and what each operand's leaves are called."""
+    kept: list[Ints] = []
+    names: list[tuple[int, ...]] = []
+    for one in leaves:
+        mine = []
+        for column in np.moveaxis(one, 1, 0):
+            same = [i for i, k in enumerate(kept) if np.array_equal(k, column)]
+            mine.append(same[0] if same else len(kept))
+            if not same:
+                kept.append(column)
+        names.append(tuple(mine))
+    if not kept:
+        return leaves[0], names
+    return np.stack(kept, 1), names
+
+
 def _same_group(groups: list[Ints]) -> Ints:
     out = groups[0]
     for g in groups[1:]:
@@ -415,7 +494,7 @@ def _same_group(groups: list[Ints]) -> Ints:
     return out
 
 
-def _distinct(kinds: Ints) -> tuple[Ints, Ints]:
+def distinct_rows(kinds: Ints) -> tuple[Ints, Ints]:
     """Elements that represent the distinct rows of `kinds`, and each row's representative."""
     if len(kinds) == 0 or np.all(kinds == kinds[0]):
         return np.zeros(min(1, len(kinds)), np.int64), np.zeros(len(kinds), np.int64)
@@ -429,15 +508,15 @@ def _distinct(kinds: Ints) -> tuple[Ints, Ints]:
 
 
 @lru_cache(maxsize=100_000)
-def substitute(expr: Expr, lanes: tuple[int, ...], offset: int) -> Expr:
-    """An expression with its lanes renamed and its row leaves shifted."""
+def substitute(expr: Expr, lanes: tuple[int, ...], leaves: tuple[int, ...]) -> Expr:
+    """An expression with its lanes and its row leaves renamed."""
     match expr:
         case Acc(lane=lane):
             return Acc(lanes[lane])
         case Load(operand=name, lane=lane) if name.startswith(LEAF):
-            return Load(LEAF + str(int(name[1:]) + offset), lane)
+            return Load(LEAF + str(leaves[int(name[1:])]), lane)
         case Load(operand=name, lane=lane) if lane != NO_LANE:
             return Load(name, lanes[lane])
         case Call(fn=fn, args=args):
-            return Call(fn, tuple(substitute(a, lanes, offset) for a in args))
+            return Call(fn, tuple(substitute(a, lanes, leaves) for a in args))
     return cast(Expr, expr)

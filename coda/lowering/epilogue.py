@@ -71,6 +71,9 @@ class Operand:
                   pair mode repeats every d columns).
         "scalar"  one number.
         "partial" planes of a split reduction, [M, parts] each, folded by a `Statistic`.
+
+    `split` tells where the two lanes of a tile operand lie, as it does in `StoreExpr` (a pass over
+    rows alone reads lanes that are not neighbours).
     """
 
     name: str
@@ -78,6 +81,7 @@ class Operand:
     dtype: DType
     lanes: int = 1
     period: int = 0
+    split: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ class Statistic:
     """A reduction over columns whose finished value the same kernel uses again.
 
     In a row kernel: over the whole row of `width` columns; of `expr`, or by folding `operand`
-    (partials of a split reduction, `count` values in each part, the last part ragged).
+    (partials of a split reduction, `count` values in each part, the last part ragged; 0 for a sum
+    over the rows of a GEMM, which has as many parts as the GEMM has tiles of rows).
     In a GEMM's epilogue: over aligned groups of `group` columns of the tile (a head), taken from
     the accumulator before the main pass.
     """
@@ -120,15 +125,20 @@ class StoreExpr:
 class SinkExpr:
     """A reduction over the columns, written as one partial per tile: planes of shape [M, parts].
 
+    With `rows`, a sum over the rows instead: one partial for each tile of rows, [N, parts].
+
     `monoid` names a row of `coda.ir.monoids`, or is "pick": the element whose column equals the
     integer col operand `index` (a row without such a column is left as it was).
-    In pair mode both lanes' expressions are reduced together.
+    In pair mode both lanes' expressions are reduced together. Values are rounded to `rounded`
+    first: the type in which the same values are stored, where the result will be held against them.
     """
 
     buffer: str
     monoid: str
     lanes: tuple[Expr, ...]
     index: str | None = None
+    rows: bool = False
+    rounded: DType | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,25 @@ split over tiles (law 3, `coda.ir.monoids`). The names of layers do not occur he
 
 from __future__ import annotations
 
-from coda.ir.graph import Cast, Const, Contract, Map, Node, Permute, Reduce
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
+
+from coda.ir.dims import ONE
+from coda.ir.graph import (
+    Cast,
+    Concat,
+    Const,
+    Contract,
+    Input,
+    Map,
+    Node,
+    Permute,
+    Reduce,
+    Reshape,
+    Slice,
+    walk,
+)
+from coda.ir.types import f32
 from coda.lowering.rewrite import ANY, Law, Sides, law
 
 
@@ -39,8 +57,69 @@ def _contract(x: Node, w: Node) -> Node:
     return Contract(x, w, ANY)
 
 
+def _turned(x: Node) -> Node:
+    return Permute(x, (1, 0))
+
+
 def _over(fn: str, x: Node) -> Node:
     return Reduce(fn, x, -1)
+
+
+_depths: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
+
+
+def depth(node: Node) -> int:
+    """The largest number of contractions on a way from the inputs to a node."""
+    if node not in _depths:
+        below = max((depth(o) for o in node.operands), default=0)
+        _depths[node] = below + isinstance(node, Contract)
+    return _depths[node]
+
+
+def factor_comes_late(nodes: Mapping[str, Node]) -> bool:
+    """Whether `r` is known only after the kernel that makes `x`, which cannot apply it then.
+
+    A factor that is there from the start is known to every kernel; it leaves the sum only if no
+    kernel makes `x`.
+    """
+    r, x = nodes["r"], nodes["x"]
+    if depth(r) != depth(x):
+        return depth(r) > depth(x)
+    return in_memory(x) or any(isinstance(n, Reduce) for n in walk([r]))
+
+
+def both_are_computed(nodes: Mapping[str, Node]) -> bool:
+    """Whether a kernel of ours writes `x` and `y`, and so can write them side by side."""
+    x, y = nodes["x"], nodes["y"]
+    views = Reshape | Slice | Permute
+    apart = x is not y and not any(isinstance(n, Input | views) for n in (x, y))
+    return apart and has_rows(nodes) and not is_over_rows(nodes["x"], nodes["v"])
+
+
+def is_over_rows(x: Node, w: Node) -> bool:
+    """Whether a contraction of `x` with `w` sums over rows."""
+    return isinstance(x, Permute) and isinstance(w, Permute)
+
+
+def has_rows(nodes: Mapping[str, Node]) -> bool:
+    """Whether `x` is more than a vector."""
+    return any(d != ONE for d in nodes["x"].shape[:-1])
+
+
+def in_memory(node: Node) -> bool:
+    """Whether a value is an argument, or a view of one."""
+    while isinstance(node, Reshape | Slice | Permute):
+        node = node.arg
+    return isinstance(node, Input)
+
+
+def cancels_in_float32(nodes: Mapping[str, Node]) -> bool:
+    """Whether float32 holds what is left of `x` after a large mean is taken from its sums.
+
+    A mean far larger than the deviation costs a sum in float32 as many bits as it costs a 16-bit
+    `x`, which has none of them to begin with; a float32 `x` would lose them.
+    """
+    return nodes["x"].dtype != f32
 
 
 # Spelling: one form for what can be written in several ways.
@@ -64,7 +143,7 @@ def divide_by_row(x: Node, r: Node) -> Sides:
     return _div(x, r), _mul(x, Map("recip", (r,)))
 
 
-@law(x="... K", r="... 1", g="... K")
+@law(x="... K", r="... 1", g="... K", when=factor_comes_late)
 def row_factor_outward(x: Node, r: Node, g: Node) -> Sides:
     """(x ⊙ r) ⊙ g = (x ⊙ g) ⊙ r: factors of a row last, where a contraction can give them up."""
     return _mul(_mul(x, r), g), _mul(_mul(x, g), r)
@@ -76,16 +155,22 @@ def cast_inside_row_factor(x: Node, r: Node) -> Sides:
     return Cast(_mul(x, r), ANY), _mul(Cast(x, ANY), Cast(r, ANY))
 
 
+@law(x="... K", a="K", b="K", when=has_rows)
+def shifts_together(x: Node, a: Node, b: Node) -> Sides:
+    """(x + a) + b = x + (a + b): shifts by vectors are one shift by their sum."""
+    return _add(_add(x, a), b), _add(x, _add(a, b))
+
+
 # Law 1, pull out: what does not depend on the summed axis leaves the sum.
 
 
-@law(x="... K", r="... 1", w="N K")
+@law(x="... K", r="... 1", w="N K", when=factor_comes_late)
 def row_factor_past_contraction(x: Node, r: Node, w: Node) -> Sides:
     """Σ_k (x r) w = r Σ_k x w: a factor of the row is applied to the accumulator instead."""
     return _contract(_mul(x, r), w), _mul(_contract(x, w), r)
 
 
-@law(x="... K", r="... 1", b="K", w="N K")
+@law(x="... K", r="... 1", b="K", w="N K", when=factor_comes_late)
 def affine_past_contraction(x: Node, r: Node, b: Node, w: Node) -> Sides:
     """Σ_k (x r + b) w = r Σ_k x w + Σ_k b w: the shift becomes a vector that only weights know."""
     return (
@@ -99,13 +184,13 @@ def _row_sums(w: Node) -> Node:
     return Permute(_over("sum", w), (1, 0))
 
 
-@law(x="... K", m="... 1", w="N K")
+@law(x="... K", m="... 1", w="N K", when=cancels_in_float32)
 def row_shift_past_contraction(x: Node, m: Node, w: Node) -> Sides:
     """Σ_k (x − m) w = Σ_k x w − m Σ_k w: a rank-one correction in the epilogue."""
     return _contract(_sub(x, m), w), _sub(_contract(x, w), _mul(m, _row_sums(w)))
 
 
-@law(x="... K", m="... 1", g="K", w="N K")
+@law(x="... K", m="... 1", g="K", w="N K", when=cancels_in_float32)
 def shifted_gain_past_contraction(x: Node, m: Node, g: Node, w: Node) -> Sides:
     """Σ_k (x − m) g w = Σ_k x (g w) − m Σ_k g w.
 
@@ -124,10 +209,31 @@ def gain_into_weight(x: Node, g: Node, w: Node) -> Sides:
     return _contract(_mul(x, g), w), _contract(x, _mul(w, g))
 
 
+@law(x="L K", g="K", u="N L")
+def gain_past_contraction_over_rows(x: Node, g: Node, u: Node) -> Sides:
+    """Σ_l u (x g) = g Σ_l u x: a weight's gradient reads the activation as it is."""
+    return _contract(u, _turned(_mul(x, g))), _mul(_contract(u, _turned(x)), g)
+
+
+@law(x="... K", y="... L", v="N K", w="N L", when=both_are_computed)
+def contractions_together(x: Node, y: Node, v: Node, w: Node) -> Sides:
+    """Σ_k x v + Σ_l y w = Σ_kl [x y] [v w]: two sums are one sum over both axes."""
+    return (
+        _add(_contract(x, v), _contract(y, w)),
+        _contract(Concat((x, y), -1), Concat((v, w), -1)),
+    )
+
+
 @law(x="... K", r="... 1")
 def row_factor_past_sum(x: Node, r: Node) -> Sides:
     """Σ_k x r = r Σ_k x."""
     return _over("sum", _mul(x, r)), _mul(_over("sum", x), r)
+
+
+@law(x="... K", y="... K")
+def sums_together(x: Node, y: Node) -> Sides:
+    """Σ_k x + Σ_k y = Σ_k (x + y)."""
+    return _add(_over("sum", x), _over("sum", y)), _over("sum", _add(x, y))
 
 
 # Law 3, split: reductions written out become folds of one monoid, which can be taken in parts.
@@ -161,7 +267,10 @@ def shifted_log_softmax(x: Node, m: Node) -> Sides:
 
 @law(x="... K", m="... 1")
 def softmax_by_logsumexp(x: Node, m: Node) -> Sides:
-    """exp(x − m) · (1 / Σ exp(x − m)) = exp(x − logsumexp x): one statistic instead of two."""
+    """exp(x − m) · (1 / Σ exp(x − m)) = exp(x − logsumexp x): one statistic instead of two.
+
+    With +inf among the values the left side is NaN everywhere, the right only there.
+    """
     e = _exp(_sub(x, m))
     return _mul(e, Map("recip", (_over("sum", e),))), _exp(_sub(x, _over("logsumexp", x)))
 
@@ -177,10 +286,14 @@ LAWS: tuple[Law, ...] = (
     softmax_by_logsumexp,
     row_factor_outward,
     cast_inside_row_factor,
+    shifts_together,
     row_factor_past_contraction,
     affine_past_contraction,
     shifted_gain_past_contraction,
     row_shift_past_contraction,
     gain_into_weight,
+    gain_past_contraction_over_rows,
+    contractions_together,
     row_factor_past_sum,
+    sums_together,
 )

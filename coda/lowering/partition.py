@@ -9,21 +9,20 @@ last kernel to the first, what somebody loads is stored, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 
 from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import (
-    Cast,
+    Concat,
     Const,
     Contract,
     Graph,
     Input,
-    Map,
     Node,
-    Permute,
     Pick,
     Reduce,
     Reshape,
@@ -32,8 +31,22 @@ from coda.ir.graph import (
     users,
     walk,
 )
+from coda.ir.monoids import MONOIDS
 from coda.lowering.columns import Refused, Space, Value
 from coda.lowering.program import Unfused
+from coda.lowering.roles import (
+    base,
+    flat,
+    group_siblings,
+    in_order,
+    is_pointwise,
+    is_turned,
+    is_view,
+    leaves_of,
+    over_rows,
+    pointwise_leaves,
+    weight_nodes,
+)
 
 Order = tuple[int, int]  # the GEMM that came last, running number
 
@@ -49,7 +62,9 @@ class Draft:
         contracts: a GEMM's contractions.
         homed: nodes that are computed here first.
         sinks: reductions and picks that are taken in a GEMM's epilogue, with their values.
+        over_rows: those of them that sum over the rows.
         why: why a torch kernel's node is there.
+        symbols: those that the number of columns of a pass over rows depends on.
     """
 
     kind: str
@@ -58,7 +73,9 @@ class Draft:
     contracts: tuple[Contract, ...] = ()
     homed: list[Node] = field(default_factory=list)
     sinks: dict[Node, Value] = field(default_factory=dict)
+    over_rows: set[Node] = field(default_factory=set)
     why: str = ""
+    symbols: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -68,41 +85,51 @@ class Partition:
     Attributes:
         graph: in the normal form of the laws.
         sizes: the size of every symbol.
-        banned: (contraction, node): nodes that a GEMM's layout of columns cannot take.
+        banned: (place, node): nodes that a kernel's layout of columns cannot take. The place is a
+            GEMM's first contraction, or a pass over rows that is "shared" or taken "alone".
         home: where each node is computed first.
         drafts: the kernels, in no order.
         loadable: nodes that will be in memory if somebody loads them.
+        joined: nodes that are concatenations in memory, with the nodes whose kernels write their
+            parts.
+        part_of: those parts, with the concatenation.
     """
 
     graph: Graph
     sizes: Mapping[str, int]
-    banned: frozenset[tuple[Node, Node]] = frozenset()
+    banned: frozenset[tuple[Node | str, Node]] = frozenset()
     home: dict[Node, Draft] = field(default_factory=dict)
     drafts: list[Draft] = field(default_factory=list)
     loadable: set[Node] = field(default_factory=set)
     names: dict[Node, str] = field(default_factory=dict)
     unfused: list[Unfused] = field(default_factory=list)
+    joined: dict[Node, tuple[Node, ...]] = field(default_factory=dict)
+    part_of: dict[Node, Node] = field(default_factory=dict)
     weights: set[Node] = field(default_factory=set)
     siblings: dict[Node, tuple[Contract, ...]] = field(default_factory=dict)
     users: dict[Node, list[Node]] = field(default_factory=dict)
     rows: Dim = ONE
+    opened: int = 0
 
     def run(self) -> Partition:
         """Place every node."""
-        nodes = list(walk(self.graph.roots))
+        nodes = in_order(self.graph.roots)
         self.users = users(self.graph.roots)
         self.weights = weight_nodes(nodes)
         contracts = [n for n in nodes if isinstance(n, Contract) and n not in self.weights]
-        if contracts:
-            self.rows = product(contracts[0].lhs.shape[:-1])
-        self.siblings = group_siblings(contracts, nodes)
+        matrices = [c.lhs for c in contracts if not over_rows(c)]
+        matrices += [c.lhs.operands[0] for c in contracts if over_rows(c)]
+        matrices += [i for i in self.graph.inputs if i.rank > 1]
+        if matrices:
+            self.rows = product(matrices[0].shape[:-1])
+        self.siblings = group_siblings(contracts, nodes, self.weights)
         forced = [*self.graph.roots, *(o for c in contracts for o in c.operands)]
         self.loadable = {self.storage(n) for n in forced}
         for node in nodes:
             if not isinstance(node, Input | Const | Size) and node not in self.weights:
                 self.place(node)
         for root in self.graph.roots:
-            self.materialise(root)
+            self.materialise(root, host=True)
         return self
 
     # Placing.
@@ -116,10 +143,12 @@ class Partition:
             return
         homes = [self.home[o] for o in node.operands if o in self.home]
         if not homes:
-            if not is_pointwise(node):
-                self.in_rows(node, 0)
-            return
+            return  # of inputs alone: placed when somebody asks for it
         last = max(homes, key=lambda d: d.order)
+        if isinstance(node, Reduce) and last.kind != "gemm" and self.sunk_late(node):
+            return
+        if isinstance(node, Concat) and self.too_wide(node, last) and self.join(node):
+            return
         if last.kind == "gemm":
             if isinstance(node, Reduce | Pick) and self.sink(node, last):
                 return
@@ -135,11 +164,36 @@ class Partition:
         """Whether a view is only returned: then it is a view of what is stored."""
         return is_view(node) and all(self.only_returned(u) for u in self.users[node])
 
+    def too_wide(self, node: Concat, draft: Draft) -> bool:
+        """Whether a concatenation along the columns has more of them than a kernel."""
+        width = node.shape[-1].size(self.sizes)
+        return draft.kind != "torch" and node.axis == -1 and width > draft.space.width
+
+    def join(self, node: Concat) -> bool:
+        """Make a concatenation in memory, whose parts are written where they are computed."""
+        parts = [self.storage(a) for a in flat(node)]
+        whole = [
+            product(p.shape) == product(a.shape) for p, a in zip(parts, flat(node), strict=True)
+        ]
+        taken = any(p in self.part_of or p in self.joined for p in parts)
+        known = any(isinstance(p, Input | Const) or p in self.weights for p in parts)
+        if not all(whole) or taken or known or len(set(parts)) < len(parts) or node.rank != 2:
+            return False
+        for part in parts:
+            self.materialise(part)
+        if any(self.home[p].kind == "torch" for p in parts):
+            return False
+        self.joined[node] = tuple(parts)
+        self.part_of |= dict.fromkeys(parts, node)
+        self.home[node] = max((self.home[p] for p in parts), key=lambda d: d.order)
+        self.loadable.add(node)
+        return True
+
     def contract(self, node: Contract) -> None:
         """Open the GEMM of a contraction and its siblings."""
         group = self.siblings[node]
         for operand in (o for one in group for o in one.operands):
-            self.materialise(operand)
+            self.materialise(operand, host=True)
         index = 1 + max((d.order[0] for d in self.drafts), default=0)
         starts = np.cumsum([0] + [c.shape[-1].size(self.sizes) for c in group])
         first: dict[Node, int] = {c: int(s) for c, s in zip(group, starts, strict=False)}
@@ -154,7 +208,8 @@ class Partition:
         self, kind: str, index: int, space: Space, contracts: tuple[Contract, ...] = ()
     ) -> Draft:
         """A new kernel, after all others behind the same GEMM."""
-        draft = Draft(kind, (index, len(self.drafts)), space, contracts)
+        self.opened += 1
+        draft = Draft(kind, (index, self.opened), space, contracts)
         space.leaf = lambda n: self.leaf(n, draft)
         self.drafts.append(draft)
         return draft
@@ -170,7 +225,8 @@ class Partition:
             draft.space.compute(node)
         except Refused as refusal:
             for one in set(draft.space.values) - before:
-                del draft.space.values[one]
+                if self.home.get(one) is not draft:
+                    del draft.space.values[one]
             return str(refusal)
         self.home[node] = draft
         draft.homed.append(node)
@@ -181,19 +237,33 @@ class Partition:
     def reach(self, operand: Node, draft: Draft) -> None:
         """Make an operand available in a kernel: loaded, computed again, or else stored for it."""
         home = self.home.get(operand)
-        if home is None or home is draft or self.leaf(operand, draft) is not None:
+        known = home is draft or isinstance(operand, Const | Size)
+        if known or self.leaf(operand, draft) is not None:
             return
         try:
+            if home is None:
+                for below in operand.operands:
+                    self.reach(below, draft)
             draft.space.compute(operand)
         except Refused:
+            if home is None and is_pointwise(operand):
+                raise
+            if home is None:
+                self.in_rows(operand, 0)
             self.loadable.add(self.storage(operand))
 
     def sink(self, node: Reduce | Pick, draft: Draft) -> bool:
         """Take a reduction over all columns in a GEMM's epilogue; its fold comes after."""
+        if isinstance(node, Reduce) and not MONOIDS[node.fn].tiled:
+            return False
         try:
+            for operand in node.arg.operands:
+                self.reach(operand, draft)
             value = draft.space.compute(node.arg)
         except Refused:
             return False
+        if isinstance(node, Reduce) and self.reduces_rows(node, draft):
+            return self.sink_rows(node, draft, value)
         whole = value.count == value.shape[-1] and value.slots.shape[1] > 0
         along = not isinstance(node, Reduce) or node.axis == -1
         if not (whole and along and value.count in (draft.space.width, draft.space.width // 2)):
@@ -202,24 +272,64 @@ class Partition:
             return False
         if (draft.contracts[0], node) in self.banned:
             return False
-        draft.sinks[node] = value
+        halved = value.count < draft.space.width
+        if halved and not (isinstance(node, Reduce) and node.fn in ("sum", "mean", "max", "min")):
+            return False  # one value for each pair: a second lane would count it again
         if isinstance(node, Pick):
+            draft.sinks[node] = value
             self.home[node] = draft
             self.loadable.add(node)
             return True
-        draft.space.refused[node] = "its total is known only after this kernel"
         after = self.row_draft(draft.order[0], draft.space.rows, 1)
+        moments = self.moments(node)
+        for one in moments or [node]:
+            draft.space.refused[one] = "its total is known only after this kernel"
+            self.home[one] = after
+            after.homed.append(one)
+            self.loadable.add(one)
+        draft.sinks[moments[-1] if moments else node] = value
+        after.space.fold(moments[-1] if moments else node, moments[0] if moments else None)
+        return True
+
+    def reduces_rows(self, node: Reduce, draft: Draft) -> bool:
+        """Whether a reduction is over all rows of a kernel."""
+        before = node.arg.shape[: node.axis]
+        return all(d == ONE for d in before) and node.arg.shape[node.axis] == draft.space.rows
+
+    def sink_rows(self, node: Reduce, draft: Draft, value: Value) -> bool:
+        """Take a sum over the rows in a GEMM's epilogue; a pass over the columns folds it."""
+        if node.fn != "sum" or value.count != draft.space.width:
+            return False
+        if (draft.contracts[0], node) in self.banned:
+            return False
+        after = self.row_draft(draft.order[0], product(node.shape), 1)
+        draft.space.refused[node] = "its total is known only after this kernel"
         self.home[node] = after
-        after.space.fold(node)
         after.homed.append(node)
         self.loadable.add(node)
+        draft.sinks[node] = value
+        draft.over_rows.add(node)
+        after.space.fold(node)
         return True
+
+    def moments(self, node: Reduce) -> list[Reduce]:
+        """The mean and the variance of one value, if both are wanted: one sink gives both."""
+        same = [u for u in self.users[node.arg] if isinstance(u, Reduce) and u.axis == node.axis]
+        found = [u for fn in ("mean", "variance") for u in same if u.fn == fn]
+        return found if node in found and len(found) == 2 else []
 
     def in_rows(self, node: Node, index: int) -> None:
         """Place a node in a pass over rows after the GEMM `index`, or give it to torch."""
         why = "no kernel computes it"
-        for rows, width in self.row_shapes(node):
-            for draft in [*self.row_drafts(index, rows, width), None]:
+        for rows, columns in self.row_shapes(node):
+            width = columns.size(self.sizes)
+            if ("alone", node) in self.banned:
+                why = "the columns of a pass over rows cannot be laid out for it"
+                break
+            shared = (
+                [] if ("shared", node) in self.banned else [*self.row_drafts(index, rows, width)]
+            )
+            for draft in [*shared, None]:
                 fresh = draft is None
                 if draft is None:
                     space = Space(width, rows, self.sizes, whole_rows=True)
@@ -227,9 +337,10 @@ class Partition:
                 old, draft.space.width = draft.space.width, max(width, draft.space.width)
                 why = self.absorb(node, draft)
                 if not why:
+                    draft.symbols |= columns.symbols
                     return
                 draft.space.width = old
-                if fresh:
+                if fresh and not draft.homed:
                     self.drafts.remove(draft)
         self.in_torch(node, index, why)
 
@@ -244,17 +355,17 @@ class Partition:
         self.loadable.add(node)
         self.unfused.append(Unfused(node, why))
 
-    def row_shapes(self, node: Node) -> list[tuple[Dim, int]]:
+    def row_shapes(self, node: Node) -> list[tuple[Dim, Dim]]:
         """Ways to see a node as rows and columns, the rows of the program first."""
         shape = node.operands[0].shape if isinstance(node, Reduce) else node.shape
-        found: list[tuple[Dim, int]] = []
+        found: list[tuple[Dim, Dim]] = []
         for i in range(len(shape) + 1):
-            rows, width = product(shape[:i]), product(shape[i:]).size(self.sizes)
+            rows, columns = product(shape[:i]), product(shape[i:])
             whole = not isinstance(node, Reduce) or i == len(shape) + node.axis
             if whole and rows == self.rows:
-                found.insert(0, (rows, width))
-            elif whole and i == len(shape) - 1:
-                found.append((rows, width))
+                found.insert(0, (rows, columns))
+            elif whole and (i == len(shape) - 1 or not shape):
+                found.append((rows, columns))
         return found
 
     def row_drafts(self, index: int, rows: Dim, width: int) -> list[Draft]:
@@ -283,7 +394,7 @@ class Partition:
         if isinstance(node, Input):
             return self.name(node)
         if node in self.weights:
-            return self.name(node) if is_heavy(node) else None
+            return self.name(node)
         if self.in_memory(node, draft):
             return self.name(node)
         under = self.storage(node)
@@ -303,7 +414,7 @@ class Partition:
         """The node in memory that a view looks at; itself where it has to be stored as it is."""
         while is_view(node):
             under = base(node)
-            free = isinstance(under, Input) or isinstance(node, Reshape)
+            free = isinstance(under, Input) or isinstance(node, Reshape) or is_turned(node)
             if not free and not (isinstance(node, Slice) and node.arg in self.loadable):
                 return node
             node = node.operands[0]
@@ -312,110 +423,57 @@ class Partition:
     def name(self, node: Node) -> str:
         """A name for a node in memory."""
         if node not in self.names:
-            self.names[node] = node.name if isinstance(node, Input) else f"t{len(self.names)}"
+            self.names[node] = node.name if isinstance(node, Input) else self.new_name(node)
         return self.names[node]
 
-    def materialise(self, node: Node) -> None:
-        """See to it that a node will be in memory."""
+    def new_name(self, node: Node) -> str:
+        """An output's own name, else t1, t2 and so on."""
+        taken = {i.name for i in self.graph.inputs} | set(self.names.values())
+        for name, root in self.graph.outputs:
+            if root is node:
+                return name if name not in taken else f"{name}_out"
+        return next(n for i in count(len(self.names)) if (n := f"t{i}") not in taken)
+
+    def materialise(self, node: Node, host: bool = False) -> None:
+        """See to it that a node will be in memory; with `host`, behind all kernels so far."""
         under = self.storage(node)
         if under in self.weights or isinstance(under, Input):
             return
-        if under not in self.home:
+        if isinstance(under, Concat) and under not in self.home:
+            self.join(under)
+        if under not in self.home and not (host and self.hosted(under)):
             self.in_rows(under, 0)
         self.loadable.add(under)
 
+    def hosted(self, node: Node) -> bool:
+        """Compute a node of arguments alone in a kernel that loads all that it needs anyway."""
+        for draft in self.hosts(node):
+            shared = draft.kind == "gemm" or ("shared", node) not in self.banned
+            if shared and not self.absorb(node, draft):
+                return True
+        return False
 
-def is_view(node: Node) -> bool:
-    """Whether a node is a view of its operand in memory."""
-    return isinstance(node, Reshape | Slice | Permute)
-
-
-def base(node: Node) -> Node:
-    """What a view looks at."""
-    while is_view(node):
-        node = node.operands[0]
-    return node
-
-
-def is_pointwise(node: Node) -> bool:
-    """Whether a node may be computed again wherever it is needed."""
-    return isinstance(node, Map | Cast | Reshape | Slice | Permute | Const | Size | Input)
-
-
-def is_heavy(node: Node) -> bool:
-    """Whether a node of weights holds a sum, which is taken once and not in every kernel."""
-    return any(isinstance(n, Reduce | Contract) for n in walk([node]))
-
-
-def row_symbols(nodes: Iterable[Node]) -> frozenset[str]:
-    """Symbols that are rows of a contraction and never its columns: tokens."""
-    rows: set[str] = set()
-    columns: set[str] = set()
-    for node in nodes:
-        if isinstance(node, Contract):
-            rows |= {s for d in node.lhs.shape[:-1] for s in d.symbols}
-            columns |= {s for d in node.rhs.shape for s in d.symbols}
-    return frozenset(rows - columns)
-
-
-def weight_nodes(nodes: list[Node]) -> set[Node]:
-    """Nodes that no token reaches: they change only when a weight does."""
-    tokens = row_symbols(nodes)
-    if tokens:
-        free = {
-            n
-            for n in nodes
-            if isinstance(n, Input) and not tokens & {s for d in n.shape for s in d.symbols}
+    def hosts(self, node: Node) -> list[Draft]:
+        """Kernels with a point for each element of a node, which load the arguments it needs."""
+        elements = product(node.shape).size(self.sizes)
+        needed = {
+            n for n in pointwise_leaves(node) if product(n.shape).size(self.sizes) >= elements
         }
-    else:
-        right = [n.rhs for n in nodes if isinstance(n, Contract)]
-        left = {i for n in nodes if isinstance(n, Contract) for i in walk([n.lhs])}
-        free = {n for n in walk(right) if isinstance(n, Input) and n not in left}
-    found: set[Node] = set(free)
-    for node in nodes:
-        known = [o in found for o in node.operands if not isinstance(o, Const | Size)]
-        if known and all(known):
-            found.add(node)
-    return found
+        found: list[Draft] = []
+        for draft in reversed(self.drafts):
+            space = draft.space
+            fits = elements == space.width * space.rows.size(self.sizes)
+            if draft.kind == "torch" or not fits or not needed:
+                continue
+            if needed <= {o for n in space.values for o in leaves_of(n)}:
+                found.append(draft)
+        return found
 
-
-def group_siblings(
-    contracts: list[Contract], nodes: list[Node]
-) -> dict[Node, tuple[Contract, ...]]:
-    """Contractions of one activation that share a GEMM.
-
-    Those that an elementwise operation joins (gate and up) pair their columns and stay among
-    themselves; the others of the activation go side by side.
-    """
-    by_input: dict[Node, list[Contract]] = {}
-    for one in contracts:
-        by_input.setdefault(one.lhs, []).append(one)
-    reach: dict[Node, frozenset[Node]] = {}
-    joined: set[tuple[Node, Node]] = set()
-    for node in nodes:
-        if isinstance(node, Contract):
-            reach[node] = frozenset([node])
-        elif is_pointwise(node):
-            reach[node] = frozenset().union(*(reach.get(o, frozenset()) for o in node.operands))
-            if isinstance(node, Map):
-                joined |= {(a, b) for a in reach[node] for b in reach[node]}
-    out: dict[Node, tuple[Contract, ...]] = {}
-    for group in by_input.values():
-        rest = list(group)
-        while rest:
-            coupled = _closure(rest[0], rest, joined)
-            if len(coupled) == 1:
-                coupled = [c for c in rest if len(_closure(c, rest, joined)) == 1]
-            rest = [c for c in rest if c not in coupled]
-            out |= dict.fromkeys(coupled, tuple(coupled))
-    return out
-
-
-def _closure(
-    first: Contract, among: list[Contract], joined: set[tuple[Node, Node]]
-) -> list[Contract]:
-    """The contractions that elementwise operations tie to the first."""
-    found = [first]
-    for one in found:
-        found += [c for c in among if c not in found and (one, c) in joined]
-    return [c for c in among if c in found]
+    def sunk_late(self, node: Reduce) -> bool:
+        """Take a sum over a weight's rows in the GEMM that gives the weight's gradient."""
+        homes = [self.home[o] for o in walk([node.arg]) if o in self.home]
+        for draft in self.hosts(node.arg):
+            known = all(h.order < draft.order for h in homes)
+            if draft.kind == "gemm" and known and self.reduces_rows(node, draft):
+                return self.sink(node, draft)
+        return False

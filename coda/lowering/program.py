@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from coda.ir.dims import Dim, Shape, product
-from coda.ir.graph import Contract, Graph, Node
+from coda.ir.graph import Contract, Graph, Node, Permute, Reshape, Slice
 from coda.ir.types import DType
 from coda.lowering.assemble import Assembled
 from coda.lowering.rewrite import Step
@@ -146,9 +146,15 @@ class Program:
         buffers: by name.
         places: where each node that is in memory lies.
         outputs: each output's name and its node (a view of a node in memory, or itself there).
+        joined: buffers that are made of others side by side, each written by its own kernel.
+        weights: arguments that no token reaches.
         prepared: nodes of weights alone that are computed once, by buffer name.
         steps: the laws that were applied.
         unfused: what could not be fused, and why.
+        normal: the graph after the laws, of which the kernels compute the nodes.
+        fixed: symbols whose sizes are built into the kernels; the others may change from call to
+            call.
+        frozen: whether weights keep their values, so that what is made of them is made once.
     """
 
     graph: Graph
@@ -158,9 +164,57 @@ class Program:
     buffers: dict[str, Buffer] = field(default_factory=dict)
     places: dict[Node, Place] = field(default_factory=dict)
     outputs: tuple[tuple[str, Node], ...] = ()
+    joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    weights: frozenset[Node] = frozenset()
     prepared: dict[str, Node] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     unfused: list[Unfused] = field(default_factory=list)
+    normal: Graph | None = None
+    fixed: frozenset[str] = frozenset()
+    frozen: bool = False
+
+    def is_weight(self, node: Node) -> bool:
+        """Whether a node is an argument that no token reaches, or is made of such arguments."""
+        while isinstance(node, Reshape | Slice | Permute):
+            node = node.arg
+        return node in self.weights or node in self.prepared.values()
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Bytes that cross global memory in one call, weights prepared before."""
+        from coda.lowering.cost import hbm_bytes
+
+        return hbm_bytes(self)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the tensor cores and of the scalar units."""
+        from coda.lowering.cost import gemm_flops, scalar_flops
+
+        return sum(gemm_flops(self, k) + scalar_flops(self, k) for k in self.kernels)
+
+    def text(self) -> str:
+        """The program as text: kernels, what they load, compute and write."""
+        from coda.lowering.show import show_program
+
+        return show_program(self)
+
+    __str__ = text
+
+    def source(self) -> str:
+        """The generated CuTe DSL of all kernels, one module after the other."""
+        from coda.lowering.emit_gemm import emit_gemm
+        from coda.lowering.emit_rowwise import emit_rowwise
+
+        texts = []
+        for kernel in self.kernels:
+            if isinstance(kernel, GemmKernel):
+                texts.append(emit_gemm(self, kernel).text)
+            elif isinstance(kernel, RowwiseKernel):
+                texts.append(emit_rowwise(self, kernel).text)
+            else:
+                texts.append(f'"""{kernel.name}: torch, since {kernel.why}."""\n')
+        return "\n\n".join(texts)
 
     def gemms(self) -> Iterator[GemmKernel]:
         """The GEMM kernels."""

@@ -234,10 +234,8 @@ def rewrite(
 
     def step(node: Node) -> Node | None:
         for one in laws:
-            if one.choice and not accept(one, node):
-                continue
             new = one.apply(node)
-            if new is not None and new is not node:
+            if new is not None and new is not node and (not one.choice or accept(one, node)):
                 if trace is not None:
                     trace.append(Step(one, node, new))
                 return new

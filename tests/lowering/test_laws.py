@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from coda.ir.dims import Dim
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Input, Map, Node, walk
-from coda.ir.types import f32
+from coda.ir.types import bf16, f32
 from coda.lowering.laws import LAWS
 from coda.lowering.rewrite import Law, rewrite
 
@@ -83,18 +83,21 @@ def test_it_fires_where_it_is_planted(law):
     """Planted under other operations, with dims of other names, it is found and applied."""
     dims = {"L": Dim.of("T"), "K": Dim.of("C"), "N": Dim.of("E")}
     renamed = {
-        n: Input("v_" + n.name, tuple(d.substitute(dims) for d in n.shape), f32)
+        n: Input("v_" + n.name, tuple(d.substitute(dims) for d in n.shape), bf16)
         for n in inputs(law)
     }
 
-    def rebuild(node: Node) -> Node:
+    def rebuild(node: Node, computed: bool) -> Node:
         if node in renamed:
-            return renamed[node]
-        return node.with_operands([rebuild(o) for o in node.operands])
+            return Map("tanh", (renamed[node],)) if computed else renamed[node]
+        return node.with_operands([rebuild(o, computed) for o in node.operands])
 
-    planted = Map("exp", (Map("neg", (rebuild(law.left),)),))
-    trace = []
-    (after,) = rewrite([planted], [law], lambda *_: True, trace)
+    for computed in (False, True):
+        planted = Map("exp", (Map("neg", (rebuild(law.left, computed),)),))
+        trace = []
+        (after,) = rewrite([planted], [law], lambda *_: True, trace)
+        if trace:
+            break
     assert [s.law for s in trace][:1] == [law]
     assert after.shape == planted.shape
     assert after.dtype == planted.dtype

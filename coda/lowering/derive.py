@@ -1,0 +1,256 @@
+"""A block -> its training: a forward graph that saves, and a backward graph that reads.
+
+The block is first brought to the normal form of the laws. Its derivative then is one in which a
+norm's statistics are sums over values that are at hand where the cotangent is made, and cotangents
+are scaled before they are stored, so that weight gradients read activations as they are.
+
+What is saved is a minimum cut between the block's arguments and what the derivative reads, by
+bytes written and read. Contractions and statistics are not computed again, unless memory is all
+that counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from coda.errors import CallError, UnsupportedError
+from coda.ir.dims import ONE, Dim, product
+from coda.ir.graph import (
+    Cast,
+    Concat,
+    Const,
+    Contract,
+    Graph,
+    Input,
+    Iota,
+    Map,
+    Node,
+    Reduce,
+    Size,
+    Slice,
+    origin,
+    walk,
+)
+from coda.ir.types import f32
+from coda.ir.vjp import vjp
+from coda.lowering.cut import minimum_cut
+from coda.lowering.laws import LAWS
+from coda.lowering.rewrite import rewrite
+from coda.lowering.roles import weight_nodes
+
+MEMORY = ("min", "balanced", "speed")
+
+
+@dataclass(frozen=True)
+class Training:
+    """A block's forward and backward.
+
+    Attributes:
+        forward: the block's outputs, then what is saved.
+        backward: gradients, of arguments of the block, saved values and cotangents.
+        saved: the outputs of `forward` that are saved, by name.
+        cotangents: names of the backward's cotangents, one for each output of the block; None
+            where the backward does not read it.
+        wanted: names of the arguments whose gradients the backward gives, in order. An argument
+            that no output depends on is missing.
+    """
+
+    forward: Graph
+    backward: Graph
+    saved: tuple[str, ...]
+    cotangents: tuple[str | None, ...]
+    wanted: tuple[str, ...]
+
+
+def derive(
+    graph: Graph,
+    sizes: Mapping[str, int],
+    wanted: Iterable[str] | None = None,
+    given: Iterable[str] | None = None,
+    memory: str = "balanced",
+) -> Training:
+    """The training of a block.
+
+    Args:
+        graph: the block as it was written.
+        sizes: of every symbol: what bytes are reckoned with.
+        wanted: names of the arguments to differentiate; by default all floats.
+        given: names of the outputs that have a cotangent; by default all floats.
+        memory: "min" saves arguments alone, "balanced" moves the fewest bytes, "speed" computes
+            nothing again.
+    """
+    if memory not in MEMORY:
+        raise UnsupportedError(
+            "memory is traded for traffic in three ways",
+            found=repr(memory),
+            help=" or ".join(f'"{m}"' for m in MEMORY),
+        )
+    floats = [i.name for i in graph.inputs if i.dtype.kind == "float"]
+    names = set(floats if wanted is None else wanted)
+    if names - set(floats):
+        raise CallError("a gradient is that of a float", found=", ".join(names - set(floats)))
+    normal = graph.with_roots(rewrite(graph.roots, LAWS, lambda *_: False))
+    merged, original = merge_siblings(normal)
+    given = {n for n, _ in graph.outputs} if given is None else set(given)
+    taken = {i.name for i in graph.inputs} | {s for s in graph.symbols}
+    cotangents: dict[Node, Node] = {}
+    roles: list[Input | None] = []
+    for (name, _), node in zip(graph.outputs, merged.roots, strict=True):
+        roles.append(None)
+        if name in given and node.dtype.kind == "float":
+            roles[-1] = Input(_free(f"d_{name}", taken), node.shape, node.dtype)
+            cotangents[node] = _added(cotangents.get(node), roles[-1])
+    asked = [i for i in graph.inputs if i.name in names]
+    found = vjp(cotangents, asked)
+    gradients = [(f"d{i.name}", found[i]) for i in asked if i in found]
+    saved = _choose(merged, [n for _, n in gradients], sizes, memory)
+    return _split(graph, normal, gradients, saved, original, roles, taken)
+
+
+def _added(a: Node | None, b: Node) -> Node:
+    return b if a is None else Map("add", (a, b))
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
+def merge_siblings(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
+    """Contractions of one activation with several arguments as slices of one contraction.
+
+    Its derivative is then one contraction for the activation and one for the weights. Also gives
+    the node of the graph that each node of the new one stands for.
+    """
+    nodes = list(walk(graph.roots))
+    weights = weight_nodes(nodes)
+    groups: dict[tuple[Node, object, object], list[Contract]] = {}
+    for node in nodes:
+        if isinstance(node, Contract) and isinstance(node.rhs, Input) and node.rhs in weights:
+            groups.setdefault((node.lhs, node.result, node.rhs.dtype), []).append(node)
+    groups = {k: g for k, g in groups.items() if k[0] not in weights}
+    group_of: dict[Node, tuple[Contract, ...]] = {
+        c: tuple(g) for g in groups.values() if len(g) > 1 for c in g
+    }
+    new: dict[Node, Node] = {}
+    for node in nodes:
+        operands = tuple(new[o] for o in node.operands)
+        with origin(node.where):
+            group = group_of.get(node)
+            if group is None:
+                same = all(a is b for a, b in zip(operands, node.operands, strict=True))
+                new[node] = node if same else node.with_operands(operands)
+            else:
+                new[node] = _slice_of(node, group, operands[0], new)
+    return graph.with_roots(new[r] for r in graph.roots), {m: n for n, m in new.items()}
+
+
+def _slice_of(node: Node, group: tuple[Contract, ...], lhs: Node, new: Mapping[Node, Node]) -> Node:
+    weights = tuple(new.get(c.rhs, c.rhs) for c in group)
+    wide = Contract(lhs, Concat(weights, -2), group[0].result)
+    start = Dim.of(0)
+    for one in group:
+        if one is node:
+            break
+        start = start + one.shape[-1]
+    return Slice(wide, -1, start, node.shape[-1], 1)
+
+
+def _choose(
+    merged: Graph, gradients: list[Node], sizes: Mapping[str, int], memory: str
+) -> list[Node]:
+    """The nodes of the forward that the backward reads."""
+    forward = list(walk(merged.roots))
+    inside = set(forward)
+    free = weight_nodes(forward) | {n for n in forward if isinstance(n, Const | Size | Iota)}
+    needed: dict[Node, None] = {}
+    for node in walk(gradients):
+        if node not in inside:
+            needed |= dict.fromkeys(o for o in node.operands if o in inside and o not in free)
+        elif node in gradients:
+            needed[node] = None
+    if memory == "speed":
+        return list(needed)
+    returned = set(merged.roots)
+    kept = {n for n in forward if memory != "min" and isinstance(n, Contract | Reduce)}
+
+    def cost(node: Node) -> int | None:
+        if isinstance(node, Contract) and any(
+            isinstance(u, Slice) for u in forward if node in u.operands
+        ):
+            return None
+        held = product(node.shape).size(sizes) * node.dtype.size
+        if isinstance(node, Input):
+            return held
+        if memory == "min":
+            return None
+        return held + 1 if node in returned else 2 * held + 1
+
+    return minimum_cut(list(needed), free, kept, cost)
+
+
+def _split(
+    graph: Graph,
+    normal: Graph,
+    gradients: list[tuple[str, Node]],
+    saved: list[Node],
+    original: Mapping[Node, Node],
+    roles: list[Input | None],
+    taken: set[str],
+) -> Training:
+    """The two graphs, with saved values as outputs of one and inputs of the other."""
+    kept = [n for n in saved if not isinstance(n, Input)]
+    outputs: list[tuple[str, Node]] = []
+    stands: dict[Node, Node] = {}
+    inputs: list[Input] = []
+    for node in kept:
+        name = _free(f"saved{len(outputs)}", taken)
+        narrow = node.shape[-1:] in ((), (ONE,)) and node.dtype.size < 4
+        wide = f32 if narrow and node.dtype.kind == "float" else node.dtype
+        value = original[node]
+        outputs.append((name, value if wide == node.dtype else Cast(value, wide)))
+        inputs.append(Input(name, node.shape, wide))
+        stands[node] = inputs[-1] if wide == node.dtype else Cast(inputs[-1], node.dtype)
+    roots = _substitute([n for _, n in gradients], stands)
+    every = [*graph.inputs, *inputs, *(r for r in roles if r is not None)]
+    reached = {n for n in walk(roots) if isinstance(n, Input)}
+    backward = Graph(
+        f"{graph.name}_backward",
+        tuple(i for i in every if i in reached),
+        tuple((name, root) for (name, _), root in zip(gradients, roots, strict=True)),
+    )
+    used = {i.name for i in inputs if i in reached}
+    forward = Graph(
+        graph.name,
+        graph.inputs,
+        (*normal.outputs, *((n, v) for n, v in outputs if n in used)),
+    )
+    return Training(
+        forward,
+        backward,
+        tuple(n for n, _ in outputs if n in used),
+        tuple(r.name if r is not None and r in reached else None for r in roles),
+        tuple(name[1:] for name, _ in gradients),
+    )
+
+
+def _substitute(roots: list[Node], stands: Mapping[Node, Node]) -> tuple[Node, ...]:
+    """Roots with nodes replaced, from the top: what lies below a replaced node is gone."""
+    new: dict[Node, Node] = dict(stands)
+    stack = [(r, False) for r in roots]
+    while stack:
+        node, ready = stack.pop()
+        if node in new:
+            continue
+        if ready:
+            operands = tuple(new[o] for o in node.operands)
+            same = all(a is b for a, b in zip(operands, node.operands, strict=True))
+            with origin(node.where):
+                new[node] = node if same else node.with_operands(operands)
+        else:
+            stack.append((node, True))
+            stack.extend((o, False) for o in node.operands)
+    return tuple(new[r] for r in roots)

@@ -1,0 +1,432 @@
+"""A GEMM kernel -> a Python module: a readable epilogue on quack's `gemm_epilogue`."""
+
+from __future__ import annotations
+
+import hashlib
+import keyword
+from dataclasses import dataclass
+
+from coda.errors import UnsupportedError
+from coda.ir.dims import show_shape
+from coda.ir.types import bf16, e4m3, e5m2, f16, f32
+from coda.lowering.assemble import Assembled
+from coda.lowering.cost import label
+from coda.lowering.emit_epilogue import Lines
+from coda.lowering.epilogue import (
+    Acc,
+    Call,
+    Epilogue,
+    Expr,
+    Literal,
+    Load,
+    Operand,
+    SinkExpr,
+    Stat,
+    StoreExpr,
+)
+from coda.lowering.program import GemmKernel, Program
+
+COMPILED = {bf16, f16, e4m3, e5m2}
+RESERVED = {"acc", "c", "D", "epilogue", "prepass", "KERNEL"}
+SINKS = {
+    "sum": "ColVecReduce({0!r})",
+    "mean": "ColVecReduce({0!r})",
+    "logsumexp": "LogSumExp({0!r})",
+    "variance": "Moments({0!r})",
+}
+GROUPS = {"sum": "GroupSum", "mean": "GroupMean"}
+OURS = {
+    *("GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "SplitStore"),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Periodic operands side by side: lanes of one table [M, lanes · period]."""
+
+    name: str
+    operands: tuple[str, ...]
+    lanes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """An emitted module.
+
+    Attributes:
+        text: the Python source; `KERNEL` is its `EpiMod`.
+        name: a module name that belongs to this text alone.
+        d: the buffer that the GEMM's own store writes, or None.
+        outputs: (emitted name, buffer, lane or -1) of the other stores.
+        operands: emitted names of operands that are passed as they are.
+        tables: packed periodic operands.
+        sinks: emitted names of the sinks' buffers.
+        masks: emitted names of row operands that are 1 inside the matrix and 0 outside.
+        row_masks: emitted names of column operands that are 1 inside the matrix and 0 outside.
+        groups: emitted names of group statistics and the width of a group.
+    """
+
+    text: str
+    name: str
+    d: str | None
+    outputs: tuple[tuple[str, str, int], ...]
+    operands: dict[str, str]
+    tables: tuple[Table, ...]
+    sinks: dict[str, str]
+    masks: tuple[str, ...]
+    row_masks: tuple[str, ...]
+    groups: dict[str, int]
+
+
+def safe(name: str) -> str:
+    """A name that an emitted function may use."""
+    return name + "_" if name in RESERVED or keyword.iskeyword(name) else name
+
+
+def emit_gemm(program: Program, kernel: GemmKernel) -> Source:
+    """The module of a GEMM kernel of a program."""
+    kinds = {kernel.a.dtype, *(c.rhs.dtype for c in kernel.contracts)}
+    if len(kinds) > 1 or not kinds <= COMPILED:
+        raise UnsupportedError(
+            "a contraction is compiled for operands of one type of 8 or 16 bits",
+            found=", ".join(sorted(str(k) for k in kinds)),
+            help='cast to bf16, or run it on backend="reference"',
+            where=kernel.contracts[0].where,
+        )
+    m, n, k = kernel.problem(program.sizes)
+    weights = " | ".join(label(c.rhs, program) for c in kernel.contracts)
+    ragged = n % kernel.config.tile_n != 0
+    head = f"{kernel.name} of {program.graph.name}: {label(kernel.a, program)} @ [{weights}].T"
+    return _Emitter(program, kernel.assembled, ragged).emit(f"{head}, {m}×{n}×{k}.")
+
+
+class _Emitter:
+    def __init__(self, program: Program, assembled: Assembled, ragged: bool) -> None:
+        self.program, self.assembled, self.ragged = program, assembled, ragged
+        self.epilogue: Epilogue = assembled.epilogue
+        self.pair = self.epilogue.pair
+        self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
+        self.tables = self.pack_tables()
+        self.classes: set[str] = set()
+        self.masked = self.rows_masked = False
+
+    def pack_tables(self) -> tuple[Table, ...]:
+        """Periodic operands, two to a table where the points are pairs."""
+        found: list[Table] = []
+        lanes = 2 if self.pair else 1
+        names = [o.name for o in self.epilogue.operands if o.kind == "periodic"]
+        by_period: dict[int, list[str]] = {}
+        for name in names:
+            by_period.setdefault(self.kinds[name].period, []).append(name)
+        for same in by_period.values():
+            for i in range(0, len(same), lanes):
+                found.append(Table(f"table{len(found)}", tuple(same[i : i + lanes]), lanes))
+        return tuple(found)
+
+    # Leaves.
+
+    def leaf(self, expr: Expr) -> str:
+        match expr:
+            case Acc(lane=lane):
+                return f"acc{lane}" if self.pair else "acc"
+            case Load(operand=name, lane=lane):
+                return self.load(self.kinds[name], lane)
+            case Stat(name=name):
+                return f"{name}_0" if self.pair else name
+        raise AssertionError(expr)
+
+    def load(self, operand: Operand, lane: int) -> str:
+        if operand.kind == "periodic":
+            table = next(t for t in self.tables if operand.name in t.operands)
+            return f"{table.name}_{table.operands.index(operand.name)}" if self.pair else table.name
+        if self.pair and operand.kind in ("row", "tile"):
+            return f"{safe(operand.name)}_{lane}"
+        return safe(operand.name)
+
+    def single(self, expr: Expr) -> str:
+        """A leaf of the prepass, where a value is whole: a column, or both of a pair."""
+        match expr:
+            case Acc():
+                return "acc"
+            case Load(operand=name):
+                return safe(name)
+        raise AssertionError(expr)
+
+    # The module.
+
+    def emit(self, head: str) -> Source:
+        body = Lines(self.leaf)
+        returned: list[tuple[str, str]] = []
+        d, outputs = self.stores(body, returned)
+        sinks = self.sinks(body, returned)
+        before = self.prepass()
+        parameters = self.parameters()
+        text = self.module(head, parameters, body, returned, outputs, sinks, before)
+        name = "coda_gemm_" + hashlib.sha256(text.encode()).hexdigest()[:24]
+        passed = {o.name: safe(o.name) for o in self.passed()}
+        groups = {s.name: s.group for s in self.epilogue.statistics if s.group}
+        masks = ("inside",) if self.masked else ()
+        rows = ("inside_rows",) if self.rows_masked else ()
+        stored = tuple(outputs)
+        return Source(text, name, d, stored, passed, self.tables, sinks, masks, rows, groups)
+
+    def passed(self) -> list[Operand]:
+        """Operands that the kernel loads under their own names."""
+        chosen = [s.index for s in self.epilogue.sinks if s.index]
+        used = _loads(self.epilogue)
+        skipped = ("periodic", "partial")
+        return [
+            o
+            for o in self.epilogue.operands
+            if o.kind not in skipped and (o.name in used or o.name not in chosen)
+        ]
+
+    def parameters(self) -> list[str]:
+        names = [safe(o.name) for o in self.passed()]
+        names += [t.name for t in self.tables]
+        names += [s.name for s in self.epilogue.statistics if s.group]
+        return names + ["inside"] * self.masked + ["inside_rows"] * self.rows_masked
+
+    def stores(
+        self, body: Lines, returned: list[tuple[str, str]]
+    ) -> tuple[str | None, list[tuple[str, str, int]]]:
+        d: str | None = None
+        outputs: list[tuple[str, str, int]] = []
+        for store in self.epilogue.stores:
+            values = body.assign(store.lanes)
+            name = safe(store.buffer)
+            if store.split:
+                for lane, value in enumerate(values):
+                    outputs.append((f"{name}_{lane}", store.buffer, lane))
+                    returned.append((f"{name}_{lane}", value))
+                continue
+            full = len(store.lanes) == (2 if self.pair else 1)
+            value = f"pack({', '.join(values)})" if len(values) == 2 else values[0]
+            if full and d is None:
+                d = store.buffer
+                returned.insert(0, ("D", value))
+            else:
+                outputs.append((name, store.buffer, -1))
+                returned.append((name, value))
+        return d, outputs
+
+    def sinks(self, body: Lines, returned: list[tuple[str, str]]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for sink in self.epilogue.sinks:
+            exprs = [self.inside(sink, e) for e in sink.lanes]
+            values = body.assign(exprs)
+            if sink.rounded is not None:
+                body.imported.add("rounded")
+                values = [f"rounded({v}, {sink.rounded.name!r})" for v in values]
+            if self.pair and len(values) == 1:
+                values.append("0.0" if sink.monoid in ("sum", "mean") else values[0])
+            value = f"pack({', '.join(values)})" if self.pair else values[0]
+            found[safe(sink.buffer)] = sink.buffer
+            returned.append((safe(sink.buffer), value))
+        return found
+
+    def inside(self, sink: SinkExpr, expr: Expr) -> Expr:
+        """What a sink takes: sums of columns outside the matrix must vanish."""
+        if sink.rows:
+            return self.inside_rows(expr)
+        sums = sink.monoid in ("sum", "mean")
+        if not (sums and self.ragged) or vanishes(expr, self.kinds):
+            return expr
+        self.masked = True
+        self.kinds["inside"] = Operand("inside", "row", next(iter(self.kinds.values())).dtype)
+        return Call("where", (Load("inside"), expr, Literal(0.0)))
+
+    def inside_rows(self, expr: Expr) -> Expr:
+        """What a sum over the rows takes: it must vanish in the rows outside the matrix."""
+        if vanishes(expr, self.kinds, ("col", "tile", "periodic")):
+            return expr
+        self.rows_masked = True
+        self.kinds["inside_rows"] = Operand("inside_rows", "col", f32)
+        return Call("where", (Load("inside_rows"), expr, Literal(0.0)))
+
+    def prepass(self) -> tuple[Lines, list[tuple[str, str]]]:
+        lines = Lines(self.single)
+        groups = [s for s in self.epilogue.statistics if s.group and s.expr is not None]
+        values = lines.assign([s.expr for s in groups if s.expr is not None])
+        return lines, [(s.name, v) for s, v in zip(groups, values, strict=True)]
+
+    def module(
+        self,
+        head: str,
+        parameters: list[str],
+        body: Lines,
+        returned: list[tuple[str, str]],
+        outputs: list[tuple[str, str, int]],
+        sinks: dict[str, str],
+        before: tuple[Lines, list[tuple[str, str]]],
+    ) -> str:
+        definition = self.definition(outputs, sinks, before)
+        lines = self.function("epilogue", parameters, self.unpacked(parameters), body, returned)
+        if before[1]:
+            needed = [p for p in parameters if _mentions(before[0], p)]
+            lines = [*self.function("prepass", needed, [], *before), "", "", *lines]
+        imported = sorted(body.imported | before[0].imported | ({"pack", "unpack"} & self.used))
+        imports = ["from quack.epilogue.frontend import gemm_epilogue"]
+        theirs = sorted(self.classes - OURS)
+        if "rotary_cos_sin_load" in theirs:
+            theirs.remove("rotary_cos_sin_load")
+            imports.append("from quack.epilogue.rotary import rotary_cos_sin_load")
+        if theirs:
+            imports.append(f"from quack.epilogue.ops import {', '.join(theirs)}")
+        if imported:
+            imports.append(f"from coda.runtime.epilogue_math import {', '.join(imported)}")
+        if self.classes & OURS:
+            names = ", ".join(sorted(self.classes & OURS))
+            imports.append(f"from coda.runtime.epilogue_ops import {names}")
+        title = ['"""' + head, "", *self.notes(), '"""', ""]
+        return "\n".join([*title, *imports, "", "", *lines, "", "", *definition]) + "\n"
+
+    def notes(self) -> list[str]:
+        """What the kernel loads and writes, for the reader."""
+        notes = [f"    {o.name}: {o.kind} {o.dtype}" for o in self.epilogue.operands]
+        for store in self.epilogue.stores:
+            buffer = self.program.buffers[store.buffer]
+            notes.append(f"    -> {store.buffer}: {show_shape(buffer.shape)} {store.dtype}")
+        for sink in self.epilogue.sinks:
+            notes.append(f"    -> {sink.buffer}: {sink.monoid} of each tile")
+        return notes
+
+    def unpacked(self, parameters: list[str]) -> list[str]:
+        """Both lanes of every paired value."""
+        self.used = {"pack"} if self.pair else set()
+        if not self.pair:
+            return []
+        self.used.add("unpack")
+        paired = {safe(o.name) for o in self.epilogue.operands if o.kind in ("row", "tile")}
+        paired |= {t.name for t in self.tables} | {"inside"}
+        paired |= {s.name for s in self.epilogue.statistics if s.group}
+        lines = ["acc0, acc1 = unpack(acc)"]
+        return lines + [f"{p}_0, {p}_1 = unpack({p})" for p in parameters if p in paired]
+
+    def function(
+        self,
+        name: str,
+        parameters: list[str],
+        first: list[str],
+        body: Lines,
+        returned: list[tuple[str, str]],
+    ) -> list[str]:
+        results = ", ".join(f"{key!r}: {value}" for key, value in returned)
+        inner = [*first, *body.lines, f"return {{{results}}}"]
+        return [f"def {name}({', '.join(['acc', *parameters])}):", *(f"    {i}" for i in inner)]
+
+    def definition(
+        self,
+        outputs: list[tuple[str, str, int]],
+        sinks: dict[str, str],
+        before: tuple[Lines, list[tuple[str, str]]],
+    ) -> list[str]:
+        lines = ["KERNEL = gemm_epilogue("]
+        stores = {s.buffer: s for s in self.epilogue.stores}
+        shown = [self.output(name, stores[buffer], lane) for name, buffer, lane in outputs]
+        if shown:
+            lines.append(f"    outputs=({', '.join(shown)},),")
+        ops = [f"{n!r}: {self.make(c)}" for n, c in self.operators()]
+        if ops:
+            lines += ["    ops={", *(f"        {o}," for o in ops), "    },"]
+        reduced = []
+        extra = []
+        for sink in self.epilogue.sinks:
+            name = safe(sink.buffer)
+            if sink.monoid == "pick" and sink.index:
+                chosen = f'ColVecLoad("{safe(sink.index)}_index")'
+                reduced.append(f"{name!r}: {self.make(f'ColVecSelect({name!r}, {chosen})')}")
+                extra.append(self.make(chosen))
+            elif sink.rows:
+                reduced.append(f"{name!r}: {self.make(f'RowVecReduce({name!r})')}")
+            else:
+                reduced.append(f"{name!r}: {self.make(SINKS[sink.monoid].format(name))}")
+        if reduced:
+            lines += ["    outs={", *(f"        {r}," for r in reduced), "    },"]
+        if extra:
+            lines.append(f"    extra_ops=({', '.join(extra)},),")
+        if self.pair:
+            # The DSL's loop vectoriser crashes on sm_100a where both lanes share a value.
+            lines.append('    mode="acc_pair", vectorize=False,')
+        if before[1]:
+            names = ", ".join(repr(n) for n, _ in before[1])
+            lines.append(f"    prepass=prepass, prepass_outs=({names},),")
+        return [*lines, ")(epilogue)"]
+
+    def output(self, name: str, store: StoreExpr, lane: int) -> str:
+        if lane >= 0:
+            return self.make(f"SplitStore({name!r}, {store.split})")
+        half = self.pair and len(store.lanes) == 1
+        return self.make(f"HalfStore({name!r})") if half else repr(name)
+
+    def operators(self) -> list[tuple[str, str]]:
+        """The operator of every operand."""
+        kinds = {"row": "RowVecLoad", "col": "ColVecLoad", "tile": "TileLoad", "scalar": "Scalar"}
+        found = [(safe(o.name), f"{kinds[o.kind]}({safe(o.name)!r})") for o in self.passed()]
+        found += [(t.name, self.table(t)) for t in self.tables]
+        for stat in self.epilogue.statistics:
+            if stat.group:
+                found.append((stat.name, f"{GROUPS[stat.monoid]}({stat.name!r})"))
+        found += [("inside", 'RowVecLoad("inside")')] * self.masked
+        return found + [("inside_rows", 'ColVecLoad("inside_rows")')] * self.rows_masked
+
+    def table(self, table: Table) -> str:
+        """Tables of whole subtiles go through TMA, narrower ones are read as they are."""
+        columns = table.lanes * self.kinds[table.operands[0]].period
+        tma = "" if columns % 64 == 0 else ", tma=False"
+        return f"rotary_cos_sin_load({table.name!r}{tma})"
+
+    def make(self, text: str) -> str:
+        """Remember the class that a constructor's text names."""
+        self.classes.add(text.split("(", 1)[0])
+        return text
+
+
+def _mentions(lines: Lines, name: str) -> bool:
+    words = " ".join(lines.lines).replace("(", " ").replace(")", " ").replace(",", " ").split()
+    return name in words
+
+
+def _loads(epilogue: Epilogue) -> set[str]:
+    """Names of the operands that expressions load."""
+    found: set[str] = set()
+    stack = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
+    stack += [s.expr for s in epilogue.statistics if s.expr is not None]
+    seen: set[Expr] = set()
+    while stack:
+        expr = stack.pop()
+        if expr in seen:
+            continue
+        seen.add(expr)
+        if isinstance(expr, Load):
+            found.add(expr.operand)
+        elif isinstance(expr, Call):
+            stack.extend(expr.args)
+    return found
+
+
+def vanishes(
+    expr: Expr, kinds: dict[str, Operand], zero: tuple[str, ...] = ("row", "tile", "periodic")
+) -> bool:
+    """Whether an expression is surely 0 in columns outside the matrix (or in rows outside).
+
+    There the accumulator and everything that varies along the columns is 0, but vectors along the
+    rows are not. `zero` tells the kinds of operands that are 0.
+    """
+    match expr:
+        case Acc():
+            return True
+        case Load(operand=name):
+            return kinds[name].kind in zero
+        case Literal(value=value):
+            return value == 0.0
+        case Call(fn=fn, args=args):
+            found = [vanishes(a, kinds, zero) for a in args]
+            if fn == "mul":
+                return any(found)
+            if fn == "where":
+                return all(found[1:])
+            odd = ("neg", "abs", "square", "sqrt", "tanh", "sin", "erf")
+            both = ("add", "sub", "maximum", "minimum")
+            return fn in (*odd, *both) and all(found)
+    return False

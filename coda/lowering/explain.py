@@ -1,0 +1,270 @@
+"""A Program -> what it does and why: kernels, bytes, rooflines, baselines, where each op went."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from coda.errors import Where
+from coda.ir.graph import Node, walk
+from coda.lowering.cost import (
+    MACHINES,
+    Baseline,
+    describe,
+    eager,
+    gemm_flops,
+    hbm_bytes,
+    is_free,
+    kernel_seconds,
+    label,
+    pointwise_fused,
+    prepare_bytes,
+    scalar_flops,
+    traffic,
+)
+from coda.lowering.program import GemmKernel, Kernel, Program, RowwiseKernel, TorchKernel
+from coda.lowering.show import show_config
+
+KINDS: dict[type, str] = {GemmKernel: "gemm", RowwiseKernel: "rows", TorchKernel: "torch"}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where an op of the source went: `op` as the user wrote it, kernels, or a reason."""
+
+    op: str
+    where: Where | None
+    went: str
+
+
+class Explanation:
+    """What `explain` tells: `str()` is a report for people, `.json()` the same for programs."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.eager: Baseline = eager(program.graph, program)
+        self.pointwise: Baseline = pointwise_fused(program.graph, program)
+        self.placed: list[Placed] = list(place_ops(program))
+
+    def json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        program = self.program
+        return {
+            "arch": program.arch,
+            "dims": dict(program.sizes),
+            "kernels": [self._kernel(k) for k in program.kernels],
+            "launches": len(program.kernels),
+            "hbm_bytes": hbm_bytes(program),
+            "prepared_bytes": prepare_bytes(program),
+            "eager": vars(self.eager),
+            "pointwise_fused": vars(self.pointwise),
+            "laws": [{"law": s.law.name, "at": str(s.before.where)} for s in program.steps],
+            "ops": [{"op": p.op, "at": str(p.where), "went": p.went} for p in self.placed],
+            "passes": [
+                {"kernel": k.name, "why": why, "bytes": moved, "roofline_us": time * 1e6}
+                for k, why, moved, time in self._passes()
+            ],
+            "unfused": [{"op": _at(u.node), "why": u.why} for u in self._unfused()],
+        }
+
+    def _passes(self) -> Iterable[tuple[RowwiseKernel, str, int, float]]:
+        """Each pass over rows, why it is a kernel of its own, its bytes and seconds."""
+        for kernel in self.program.kernels:
+            if isinstance(kernel, RowwiseKernel):
+                moved = traffic(self.program, kernel)
+                time, _ = kernel_seconds(self.program, kernel)
+                why = pass_reason(self.program, kernel)
+                yield kernel, why, moved.read_bytes + moved.write_bytes, time
+
+    def _unfused(self) -> list[Any]:
+        return list({(_at(u.node), u.why): u for u in self.program.unfused}.values())
+
+    def _kernel(self, kernel: Kernel) -> dict[str, Any]:
+        program = self.program
+        moved = traffic(program, kernel)
+        time, bound = kernel_seconds(program, kernel)
+        found = {
+            "name": kernel.name,
+            "kind": KINDS[type(kernel)],
+            "flops": gemm_flops(program, kernel) + scalar_flops(program, kernel),
+            "read_bytes": moved.read_bytes,
+            "write_bytes": moved.write_bytes,
+            "reads": [{"tensor": t, "bytes": n} for t, n in moved.reads],
+            "writes": [{"tensor": t, "bytes": n} for t, n in moved.writes],
+            "roofline_us": time * 1e6,
+            "bound": bound,
+            "fused": list(dict.fromkeys(_at(n) for n in kernel.nodes if not is_free(n))),
+        }
+        if isinstance(kernel, GemmKernel):
+            found["config"] = show_config(kernel.config)
+        if not isinstance(kernel, TorchKernel):
+            epilogue = kernel.assembled.epilogue
+            found["operands"] = [f"{o.name} {o.kind} {o.dtype}" for o in epilogue.operands]
+            found["stores"] = [f"{s.buffer} {s.dtype}" for s in epilogue.stores]
+            found["sinks"] = [f"{s.buffer} {s.monoid}" for s in epilogue.sinks]
+        return found
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        self.print(Console(file=out, width=140, color_system=None))
+        return out.getvalue()
+
+    def print(self, console: Console) -> None:
+        """Write the report to a console."""
+        program = self.program
+        sizes = " ".join(f"{k}={v}" for k, v in program.sizes.items())
+        machine = MACHINES[program.arch]
+        console.print(
+            f"{program.graph.name} on {program.arch} (roofline of {machine.name}), {sizes}"
+        )
+        console.print(self._kernels())
+        console.print(self._totals())
+        if program.prepared:
+            moved = prepare_bytes(program) / 1e6
+            names = ", ".join(program.prepared)
+            console.print(
+                f"made of weights once for each version of them: {names} ({moved:.1f} MB)"
+            )
+        console.print(self._ops())
+        for kernel, why, moved, time in self._passes():
+            console.print(f"{kernel.name} costs {moved / 1e6:.1f} MB, {time * 1e6:.1f} µs: {why}")
+        unfused = self._unfused()
+        for one in unfused:
+            console.print(f"not fused: {_at(one.node)}: {one.why}")
+        if not unfused:
+            console.print("nothing was left unfused")
+
+    def _ops(self) -> Table:
+        """Where each op went: those of one line that went the same way in one row."""
+        ops = Table(title="where each op went", title_justify="left")
+        for column in ("op", "source", "went to"):
+            ops.add_column(column, overflow="fold")
+        rows: dict[tuple[str, str], list[str]] = {}
+        for one in self.placed:
+            rows.setdefault((_lines(one.where), one.went), []).append(one.op)
+        for (source, went), names in rows.items():
+            ops.add_row(" ".join(names), source, went)
+        return ops
+
+    def _kernels(self) -> Table:
+        """Numbers of each kernel, and below them what it loads and writes."""
+        table = Table(title="kernels", title_justify="left")
+        for column in ("kernel", "what", "GFLOP", "MB in", "MB out", "µs", "bound by"):
+            right = column in ("GFLOP", "MB in", "MB out", "µs")
+            table.add_column(column, justify="right" if right else "left", overflow="fold")
+        for kernel in self.program.kernels:
+            table.add_row(*self._row(kernel))
+        return table
+
+    def _row(self, kernel: Kernel) -> list[str]:
+        program = self.program
+        moved = traffic(program, kernel)
+        time, bound = kernel_seconds(program, kernel)
+        flops = gemm_flops(program, kernel) + scalar_flops(program, kernel)
+        if isinstance(kernel, GemmKernel):
+            weights = " | ".join(label(c.rhs, program) for c in kernel.contracts)
+            what = f"{label(kernel.a, program)} @ [{weights}].T, {show_config(kernel.config)}"
+        elif isinstance(kernel, RowwiseKernel):
+            what = f"rows {kernel.rows} × {kernel.width}"
+        else:
+            what = f"torch: {describe(kernel.node)}"
+        loads: Iterable[str] = [t for t, _ in moved.reads]
+        if not isinstance(kernel, TorchKernel):
+            loads = [f"{o.name} ({o.kind})" for o in kernel.assembled.epilogue.operands]
+        numbers = [flops / 1e9, moved.read_bytes / 1e6, moved.write_bytes / 1e6, time * 1e6]
+        shown = [f"{n:.1f}" for n in numbers]
+        what += f"\nloads {', '.join(loads) or 'nothing else'}"
+        what += f"\nwrites {', '.join(t for t, _ in moved.writes)}"
+        return [escape(c) for c in (kernel.name, what, *shown, bound)]
+
+    def _totals(self) -> Table:
+        table = Table(title="totals", title_justify="left")
+        for column in ("program", "launches", "HBM MB", "of coda's"):
+            table.add_column(column, justify="left" if column == "program" else "right")
+        own = hbm_bytes(self.program)
+        rows = (
+            ("coda", len(self.program.kernels), own),
+            ("pointwise and norms fused, GEMMs apart", *_pair(self.pointwise)),
+            ("op by op", *_pair(self.eager)),
+        )
+        for name, count, moved in rows:
+            ratio = f"{moved / own:.2f}×" if own else ""
+            table.add_row(name, str(count), f"{moved / 1e6:.1f}", ratio)
+        return table
+
+
+def _pair(baseline: Baseline) -> tuple[int, int]:
+    return baseline.launches, baseline.hbm_bytes
+
+
+def _line(where: Where | None) -> str:
+    return f"{Path(where.file).name}:{where.line}" if where else ""
+
+
+def _lines(where: Where | None) -> str:
+    """The block's own line, and in brackets the line of the function that it calls there."""
+    if where is None or not where.calls:
+        return _line(where)
+    file, line = where.calls[-1]
+    inner = f":{where.line}" if where.file == file else _line(where)
+    return f"{Path(file).name}:{line} ({inner})"
+
+
+def _at(node: Node) -> str:
+    where = _lines(node.where)
+    return f"{describe(node)} ({where})" if where else describe(node)
+
+
+def pass_reason(program: Program, kernel: RowwiseKernel) -> str:
+    """Why a pass over rows is a kernel of its own."""
+    wide = any(not s.narrow for s in kernel.assembled.epilogue.stores)
+    makers = [g.name for g in program.gemms() if set(g.sunk) & set(kernel.folds)]
+    if kernel.folds and not wide:
+        return f"it folds what the tiles of {', '.join(makers)} left, one number for each row"
+    if kernel.folds:
+        folds = ", ".join(_at(n) for n in kernel.folds)
+        return (
+            f"{folds} of the output of {', '.join(makers)} is known only when the whole row is, "
+            "and what it writes needs it before any contraction that could take it later"
+        )
+    before = program.kernels[: program.kernels.index(kernel)]
+    if not any(isinstance(k, GemmKernel) for k in before):
+        return "it reads what no GEMM of the block makes"
+    if any(s.expr is not None for s in kernel.assembled.epilogue.statistics):
+        return "its statistics need whole rows of what it reads"
+    return "what it reads is not in the columns of one GEMM"
+
+
+def place_ops(program: Program) -> Iterable[Placed]:
+    """Where each op of the source went."""
+    direct: dict[Node, list[str]] = {}
+    by_place: dict[Where, list[str]] = {}
+    for kernel in program.kernels:
+        for node in kernel.nodes:
+            direct.setdefault(node, []).append(kernel.name)
+            if node.where is not None:
+                by_place.setdefault(node.where, []).append(kernel.name)
+    prepared = {n for root in program.prepared.values() for n in walk([root])}
+    laws: dict[Node, list[str]] = {}
+    for step in program.steps:
+        laws.setdefault(step.before, []).append(step.law.name)
+    for node in walk(program.graph.roots):
+        if is_free(node):
+            continue
+        through = f" by {laws[node][0]}" if node in laws else ""
+        if node in direct:
+            went = ", ".join(dict.fromkeys(direct[node]))
+        elif node in prepared:
+            went = "made of weights once for each version of them"
+        elif node.where in by_place:
+            went = ", ".join(dict.fromkeys(by_place[node.where])) + through
+        else:
+            went = "rewritten" + (through or " away")
+        yield Placed(describe(node), node.where, went)

@@ -1,0 +1,119 @@
+"""Graph -> Program: laws, partition, schedule. Read this file first of the lowering.
+
+    graph ── laws ──▶ normal form ── partition ──▶ drafts ── build ──▶ Program ── schedule ──▶
+
+The laws with a choice are decided by the cost model: the Program is built with and without each,
+and the cheaper one is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from coda.errors import ArchError, DimError, InternalError
+from coda.ir.graph import Graph, Node, Slice, walk
+from coda.ir.verify import verify
+from coda.lowering.build import Banned, build
+from coda.lowering.cost import MACHINES, price
+from coda.lowering.laws import LAWS
+from coda.lowering.partition import Partition
+from coda.lowering.program import Program
+from coda.lowering.rewrite import Accept, Law, Step, rewrite
+from coda.lowering.schedule import schedule
+
+
+def lower(
+    graph: Graph, dims: Mapping[str, int], arch: str = "sm_90a", frozen: bool = False
+) -> Program:
+    """The cheapest Program that we find for a graph.
+
+    Args:
+        graph: a block.
+        dims: the size of every symbol. Kernels serve any number of rows; the size given for those
+            symbols is what costs are reckoned with.
+        arch: "sm_90a" or "sm_100a".
+        frozen: whether weights keep their values (inference), so that what is made of them is
+            made once.
+
+    Raises:
+        ArchError: for another arch.
+        DimError: for a missing, superfluous or non-positive size.
+    """
+    if arch not in MACHINES:
+        raise ArchError("an arch that coda does not know", found=arch, help=" or ".join(MACHINES))
+    sizes = check_dims(graph, dims)
+    verify(graph, "trace")
+    chosen: set[Node] = set()
+    candidates: list[Node] = []
+
+    def accept(_: Law, node: Node) -> bool:
+        key = node.operands[0]
+        if key not in candidates:
+            candidates.append(key)
+        return key in chosen
+
+    best = _lower(graph, sizes, arch, frozen, accept)
+    tried = 0
+    while tried < len(candidates):
+        key = candidates[tried]
+        tried += 1
+        chosen.add(key)
+        program = _lower(graph, sizes, arch, frozen, accept)
+        if price(program) < price(best):
+            best = program
+        else:
+            chosen.discard(key)
+    return best
+
+
+def _lower(graph: Graph, sizes: dict[str, int], arch: str, frozen: bool, accept: Accept) -> Program:
+    steps: list[Step] = []
+    normal = graph.with_roots(rewrite(graph.roots, LAWS, accept, steps))
+    verify(normal, "laws")
+    banned: frozenset[tuple[Node | str, Node]] = frozenset()
+    while True:
+        try:
+            program = build(Partition(normal, sizes, banned).run(), graph, arch)
+            break
+        except Banned as refusal:
+            if (refusal.place, refusal.node) in banned:
+                raise InternalError(f"the partition does not come to an end: {refusal}") from None
+            banned |= {(refusal.place, refusal.node)}
+    program.steps, program.normal, program.frozen = steps, normal, frozen
+    return schedule(program)
+
+
+def check_dims(graph: Graph, dims: Mapping[str, int]) -> dict[str, int]:
+    """The size of every symbol of a graph, checked."""
+    symbols = graph.symbols
+    missing = [s for s in symbols if s not in dims]
+    unknown = [s for s in dims if s not in symbols]
+    if missing or unknown:
+        word = f"no size for dim `{missing[0]}`" if missing else f"there is no dim `{unknown[0]}`"
+        raise DimError(
+            f"`{graph.name}`: {word}",
+            found=", ".join(f"{k}={v}" for k, v in dims.items()) or "no sizes",
+            help="give " + ",".join(f"{s}=…" for s in symbols),
+        )
+    for name, size in dims.items():
+        if not isinstance(size, int) or size < 0:
+            raise DimError(f"dim `{name}` has a size of {size!r}", help="a size is an int ≥ 0")
+    for node in graph.inputs:
+        for dim in node.shape:
+            dim.size(dims)
+    for node in walk(graph.roots):
+        if isinstance(node, Slice):
+            _check_slice(node, dims)
+    return dict(dims)
+
+
+def _check_slice(node: Slice, dims: Mapping[str, int]) -> None:
+    """Raise DimError where a slice leaves its axis at these sizes."""
+    axis = node.arg.shape[node.axis]
+    first, count, size = node.start.size(dims), node.size.size(dims), axis.size(dims)
+    if first < 0 or count < 1 or first + (count - 1) * node.step >= size:
+        raise DimError(
+            f"a slice leaves its axis `{axis}` = {size}",
+            found=f"{count} from {first} in steps of {node.step}",
+            where=node.where,
+        )

@@ -1,0 +1,193 @@
+"""Nodes -> what they are to the partition: weights, views, siblings, and their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from coda.ir.dims import product
+from coda.ir.graph import (
+    Cast,
+    Concat,
+    Const,
+    Contract,
+    Expand,
+    Input,
+    Iota,
+    Map,
+    Node,
+    Permute,
+    Reduce,
+    Reshape,
+    Size,
+    Slice,
+    walk,
+)
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node is a view of its operand in memory."""
+    return isinstance(node, Reshape | Slice | Permute)
+
+
+def base(node: Node) -> Node:
+    """What a view looks at."""
+    while is_view(node):
+        node = node.operands[0]
+    return node
+
+
+def is_turned(node: Node) -> bool:
+    """Whether a node is the transpose of a matrix, which a GEMM reads as it lies."""
+    return isinstance(node, Permute) and node.order == (1, 0)
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether a node may be computed again wherever it is needed."""
+    views = Reshape | Slice | Permute | Expand
+    return isinstance(node, Map | Cast | views | Const | Size | Iota | Input)
+
+
+def over_rows(node: Contract) -> bool:
+    """Whether a contraction sums over the rows of two activations, as a weight's gradient does."""
+    return is_turned(node.lhs) and is_turned(node.rhs)
+
+
+def flat(node: Concat) -> list[Node]:
+    """The operands of a concatenation, and of those among them."""
+    found: list[Node] = []
+    for arg in node.args:
+        nested = isinstance(arg, Concat) and arg.axis == node.axis
+        found += flat(arg) if isinstance(arg, Concat) and nested else [arg]
+    return found
+
+
+def pointwise_leaves(node: Node) -> set[Input]:
+    """The arguments that a node is made of by pointwise operations."""
+    found: set[Input] = set()
+    stack, seen = [node], set[Node]()
+    while stack:
+        one = stack.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        if isinstance(one, Input):
+            found.add(one)
+        elif is_pointwise(one) or isinstance(one, Concat):
+            stack.extend(one.operands)
+    return found
+
+
+def leaves_of(node: Node) -> set[Node]:
+    """The arguments that an operation reads as they are, or through views."""
+    found = {base(o) for o in node.operands}
+    return {n for n in found if isinstance(n, Input)}
+
+
+def in_order(roots: Iterable[Node]) -> list[Node]:
+    """All nodes, operands first; weights' gradients come after everything else, matrices first."""
+    nodes = list(walk(roots))
+    late: set[Node] = set()
+    for node in nodes:
+        sums = isinstance(node, Contract) and over_rows(node)
+        after = [o for o in node.operands if isinstance(o, Reduce) and o.axis != -1]
+        if sums or after or any(o in late for o in node.operands):
+            late.add(node)
+    wide: set[Node] = set()
+    for node in nodes:
+        sums = isinstance(node, Contract) and over_rows(node)
+        if node in late and (sums or any(o in wide for o in node.operands)):
+            wide.add(node)
+    early = [n for n in nodes if n not in late]
+    narrow = [n for n in nodes if n in late and n not in wide]
+    needed = {o for n in wide for o in walk(n.operands)}
+    before = [n for n in narrow if n in needed]
+    after = [n for n in narrow if n not in needed]
+    return [*early, *before, *(n for n in nodes if n in wide), *after]
+
+
+def row_symbols(nodes: Iterable[Node]) -> frozenset[str]:
+    """Symbols that are rows of a contraction and never its columns: tokens."""
+    rows: set[str] = set()
+    columns: set[str] = set()
+    contracts = [n for n in nodes if isinstance(n, Contract)]
+    if all(over_rows(n) for n in contracts):
+        return frozenset(s for n in contracts for s in n.lhs.shape[-1].symbols)
+    for node in contracts:
+        if not over_rows(node):
+            rows |= {s for d in node.lhs.shape[:-1] for s in d.symbols}
+            columns |= {s for d in node.rhs.shape for s in d.symbols}
+    return frozenset(rows - columns)
+
+
+def weight_nodes(nodes: list[Node]) -> set[Node]:
+    """Nodes that no token reaches: they change only when a weight does."""
+    tokens = row_symbols(nodes)
+    if tokens:
+        free = {
+            n
+            for n in nodes
+            if isinstance(n, Input) and not tokens & {s for d in n.shape for s in d.symbols}
+        }
+    else:
+        right = [n.rhs for n in nodes if isinstance(n, Contract)]
+        left = {i for n in nodes if isinstance(n, Contract) for i in walk([n.lhs])}
+        free = {n for n in walk(right) if isinstance(n, Input) and n not in left}
+    found: set[Node] = set(free)
+    for node in nodes:
+        if isinstance(node, Iota) and not tokens & node.count.symbols:
+            found.add(node)
+        known = [o in found for o in node.operands if not isinstance(o, Const | Size)]
+        grown = isinstance(node, Expand) and tokens & {s for d in node.shape for s in d.symbols}
+        if known and all(known) and not grown:
+            found.add(node)
+    return found
+
+
+def group_siblings(
+    contracts: list[Contract], nodes: list[Node], weights: set[Node]
+) -> dict[Node, tuple[Contract, ...]]:
+    """Contractions of one activation that share a GEMM.
+
+    Those that an elementwise operation joins (gate and up) pair their columns and stay among
+    themselves, and so does one that is joined with another matrix, which would not be as wide as
+    the kernel; the others of the activation go side by side.
+    """
+    by_input: dict[Node, list[Contract]] = {}
+    out: dict[Node, tuple[Contract, ...]] = {c: (c,) for c in contracts}
+    for one in contracts:
+        if one.rhs in weights:
+            by_input.setdefault(one.lhs, []).append(one)
+    reach: dict[Node, frozenset[Node]] = {}
+    mixed: set[Node] = set()
+    joined: set[tuple[Node, Node]] = set()
+    for node in nodes:
+        if isinstance(node, Contract):
+            reach[node] = frozenset([node])
+        elif is_pointwise(node):
+            reach[node] = frozenset().union(*(reach.get(o, frozenset()) for o in node.operands))
+            if isinstance(node, Map):
+                joined |= {(a, b) for a in reach[node] for b in reach[node]}
+                others = [o for o in node.args if not reach.get(o) and o not in weights]
+                beside = {i for o in others for i in pointwise_leaves(o)} - weights
+                if any(product(i.shape) == product(node.shape) for i in beside):
+                    mixed |= reach[node]
+    for group in by_input.values():
+        rest = list(group)
+        while rest:
+            coupled = _closure(rest[0], rest, joined)
+            if len(coupled) == 1 and rest[0] not in mixed:
+                alone = [c for c in rest if len(_closure(c, rest, joined)) == 1]
+                coupled = [c for c in alone if c not in mixed]
+            rest = [c for c in rest if c not in coupled]
+            out |= dict.fromkeys(coupled, tuple(coupled))
+    return out
+
+
+def _closure(
+    first: Contract, among: list[Contract], joined: set[tuple[Node, Node]]
+) -> list[Contract]:
+    """The contractions that elementwise operations tie to the first."""
+    found = [first]
+    for one in found:
+        found += [c for c in among if c not in found and (one, c) in joined]
+    return [c for c in among if c in found]

@@ -1,0 +1,32 @@
+"""Golden texts: what a pass prints, kept beside its test; `--update-golden` writes them anew."""
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write golden files anew")
+
+
+@pytest.fixture
+def golden(request):
+    """golden(name, text): compare with the file golden/name beside the test."""
+
+    def compare(name, text):
+        path = Path(request.fspath).parent / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        assert path.exists(), f"no golden file {path}: run pytest --update-golden"
+        assert text == path.read_text()
+
+    return compare
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_directory(tmp_path_factory):
+    """Kernels compiled by tests are kept apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CODA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,0 +1,98 @@
+"""The derived backward as a Program: its gradients, its kernels, what it saves."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coda.block import Block
+from coda.ir.evaluate import evaluate
+from coda.ir.types import f64
+from coda.lowering.derive import MEMORY, derive
+from coda.lowering.pipeline import lower
+from coda.measure import random_inputs
+from coda.runtime.reference import run_reference
+from tests.lowering.test_random_blocks import SETTINGS, SIZES, blocks, values
+
+ROOT = Path(__file__).parents[2] / "examples"
+
+
+def sizes_of(graph, sizes):
+    return {s: sizes[s] for s in graph.symbols}
+
+
+def check(graph, inputs, sizes, memory="balanced", arch="sm_90a", tolerance=1e-8):
+    """Gradients of the forward and backward Programs against autograd's, in float64."""
+    floats = [i for i in graph.inputs if i.dtype.kind == "float"]
+    leaves = [x.double().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    outputs = evaluate(graph.roots, dict(zip(graph.inputs, leaves, strict=True)), sizes)
+    outputs = [o * 1.0 for o in outputs]
+    generator = torch.Generator().manual_seed(7)
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+    wanted = [x for x in leaves if x.requires_grad]
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    expected = (
+        torch.autograd.grad(*map(list, zip(*pairs, strict=True)), allow_unused=True)
+        if False
+        else torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True
+        )
+    )
+    training = derive(graph, sizes, memory=memory)
+    forward = lower(training.forward, sizes_of(training.forward, sizes), arch)
+    plain = [x.detach() for x in leaves]
+    found = run_reference(forward, plain, exact=True)
+    for a, b in zip(outputs, found, strict=False):
+        torch.testing.assert_close(b, a.detach(), rtol=1e-9, atol=1e-9)
+    known = dict(zip([i.name for i in graph.inputs], plain, strict=True))
+    known |= dict(zip(training.saved, found[len(outputs) :], strict=True))
+    known |= {n: c for n, c in zip(training.cotangents, cotangents, strict=True) if n}
+    if not training.wanted:
+        assert all(e is None or not e.any() for e in expected)
+        return None
+    backward = lower(training.backward, sizes_of(training.backward, sizes), arch)
+    gradients = run_reference(
+        backward, [known[i.name] for i in training.backward.inputs], exact=True
+    )
+    mine = dict(zip(training.wanted, gradients, strict=True))
+    for node, theirs in zip(floats, expected, strict=True):
+        if node.name not in mine:
+            assert theirs is None or not theirs.any()
+        else:
+            theirs = torch.zeros_like(mine[node.name]) if theirs is None else theirs
+            torch.testing.assert_close(mine[node.name], theirs, rtol=tolerance, atol=tolerance)
+    return backward
+
+
+@settings(SETTINGS, max_examples=80)
+@given(blocks(), st.sampled_from(MEMORY))
+def test_random_blocks(graph, memory):
+    check(graph, values(graph), SIZES, memory)
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=2000)
+@given(blocks(), st.sampled_from(MEMORY))
+def test_many_random_blocks(graph, memory):
+    check(graph, values(graph), SIZES, memory)
+
+
+SMALL = {"M": 5, "D": 32, "F": 24, "H": 2, "G": 1, "d": 32, "V": 50}
+
+
+@pytest.mark.parametrize(
+    "memory", [pytest.param(m, marks=[pytest.mark.slow] * (m != "balanced")) for m in MEMORY]
+)
+@pytest.mark.parametrize(
+    "path", sorted(p for p in ROOT.glob("*.py") if p.stem != "demo"), ids=lambda p: p.stem
+)
+def test_examples(path, memory):
+    for block in [
+        v for v in runpy.run_path(str(path), run_name="x").values() if isinstance(v, Block)
+    ]:
+        graph = block.graph_of(f64)
+        dims = sizes_of(graph, SMALL)
+        check(graph, random_inputs(graph, dims), dims, memory, tolerance=1e-6)

@@ -1,0 +1,102 @@
+"""Emitted modules: what must hold of every text, whatever the block."""
+
+import ast
+
+import pytest
+from hypothesis import given
+
+from coda.errors import UnsupportedError
+from coda.ir.types import bf16, f32
+from coda.lowering.emit_gemm import emit_gemm, safe, vanishes
+from coda.lowering.emit_rowwise import emit_rowwise
+from coda.lowering.epilogue import Acc, Call, Literal, Load, Operand
+from coda.lowering.pipeline import lower
+from coda.lowering.program import Config, GemmKernel, RowwiseKernel
+from coda.lowering.schedule import CONFIGS, legal
+from tests.lowering.test_random_blocks import SETTINGS, SIZES, blocks
+
+ROW, COL = Load("row"), Load("col")
+KINDS = {"row": Operand("row", "row", f32), "col": Operand("col", "col", f32)}
+
+
+def call(fn, *args):
+    return Call(fn, args)
+
+
+@pytest.mark.parametrize(
+    ("expr", "zero"),
+    [
+        (Acc(), True),
+        (ROW, True),
+        (COL, False),
+        (call("square", Acc()), True),
+        (call("mul", Acc(), COL), True),
+        (call("add", Acc(), COL), False),
+        (call("add", Acc(), ROW), True),
+        (call("exp", Acc()), False),
+        (call("add", Acc(), Literal(1.0)), False),
+        (call("where", COL, Acc(), ROW), True),
+        (call("where", COL, Acc(), COL), False),
+        (call("div", Acc(), ROW), False),
+    ],
+)
+def test_what_vanishes_outside_the_matrix(expr, zero):
+    """A column sum of a ragged tile may take it unmasked only if it does."""
+    assert vanishes(expr, KINDS) is zero
+
+
+@SETTINGS
+@given(blocks(dtype=bf16))
+def test_every_text_is_python_and_names_its_kernel_alone(graph):
+    used = {s for i in graph.inputs for d in i.shape for s in d.symbols}
+    program = lower(graph, {s: n for s, n in SIZES.items() if s in used})
+    texts = {}
+    for kernel in program.kernels:
+        if isinstance(kernel, GemmKernel):
+            source = emit_gemm(program, kernel)
+        elif isinstance(kernel, RowwiseKernel):
+            source = emit_rowwise(program, kernel)
+        else:
+            continue
+        ast.parse(source.text)
+        assert texts.setdefault(source.name, source.text) == source.text
+    assert len(set(texts.values())) == len(texts)
+
+
+def test_names_that_quack_or_python_keep_for_themselves():
+    assert [safe(n) for n in ("acc", "c", "D", "lambda", "x")] == [
+        "acc_",
+        "c_",
+        "D_",
+        "lambda_",
+        "x",
+    ]
+
+
+def test_configs_are_sorted_from_large_to_small():
+    for rows in CONFIGS.values():
+        sizes = [c.tile_m * c.tile_n for c, _ in rows]
+        assert sizes == sorted(sizes, reverse=True)
+
+
+def test_an_illegal_config_says_why():
+    import runpy
+    from pathlib import Path
+
+    path = Path(__file__).parents[2] / "examples/qwen3_layer.py"
+    module = runpy.run_path(str(path))
+    kernel = list(module["layer"].lower("sm_90a", module["DIMS"]).gemms())[-1]
+    assert legal(kernel.config, kernel) == ""
+    assert "group of 128 columns" in legal(Config(128, 192), kernel)
+
+
+def test_what_is_not_compiled_is_refused_by_name():
+    import coda
+
+    @coda.block
+    def wide(x: coda.Tensor["M D", coda.f32], w: coda.Tensor["F D", coda.f32]):
+        return x @ w.T
+
+    program = wide.lower("sm_90a", {"M": 8, "D": 16, "F": 32})
+    with pytest.raises(UnsupportedError, match="8 or 16 bits"):
+        program.source()

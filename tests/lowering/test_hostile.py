@@ -1,0 +1,112 @@
+"""Hostile values and sizes on the reference backend, held against float64."""
+
+import pytest
+import torch
+
+import coda
+from coda.ir.evaluate import evaluate
+from coda.lowering.pipeline import lower
+from coda.measure import random_inputs, relative
+from coda.runtime.reference import run_reference
+
+
+@coda.block
+def normed(
+    x: coda.Tensor["M D", coda.f32],
+    w: coda.Tensor["D D", coda.f32],
+    g: coda.Tensor["D", coda.f32],
+    b: coda.Tensor["D", coda.f32],
+    w2: coda.Tensor["F D", coda.f32],
+):
+    y = x + x @ w.T
+    return {"y": y, "z": coda.layer_norm(y, g, b) @ w2.T}
+
+
+@coda.block
+def softmaxed(x: coda.Tensor["M D", coda.f32], w: coda.Tensor["F D", coda.f32]):
+    logits = x @ w.T
+    return {"p": coda.softmax(logits), "lse": coda.logsumexp(logits)}
+
+
+@coda.block
+def rms(x: coda.Tensor["M D"], g: coda.Tensor["D"], w: coda.Tensor["F D"], v: coda.Tensor["D F"]):
+    return x + coda.silu(coda.rms_norm(x, g) @ w.T) @ v.T
+
+
+def both(block, inputs, sizes):
+    program = lower(block.graph, sizes)
+    exact = evaluate(block.graph.roots, dict(zip(block.graph.inputs, inputs, strict=True)), sizes)
+    plain = evaluate(
+        block.graph.roots, dict(zip(block.graph.inputs, inputs, strict=True)), sizes, None
+    )
+    return run_reference(program, inputs), exact, plain
+
+
+@coda.block
+def normed16(
+    x: coda.Tensor["M D"],
+    w: coda.Tensor["D D"],
+    g: coda.Tensor["D"],
+    b: coda.Tensor["D"],
+    w2: coda.Tensor["F D"],
+):
+    y = x + x @ w.T
+    return {"y": y, "z": coda.layer_norm(y, g, b) @ w2.T}
+
+
+@pytest.mark.parametrize(
+    ("block", "mean"),
+    # bf16 cannot hold 1e4 + 1: at 1e3 it still has a quarter of the deviation.
+    [(normed, 1e4), (normed, -1e4), (normed16, 1e3), (normed16, -1e3)],
+)
+def test_a_mean_far_larger_than_the_deviation(block, mean):
+    sizes = {"M": 33, "D": 96, "F": 40}
+    inputs = random_inputs(block.graph, sizes)
+    inputs[0] = (inputs[0].double() + mean).to(inputs[0].dtype)
+    inputs[1] *= 0.0
+    found, exact, plain = both(block, inputs, sizes)
+    for a, e, p in zip(found, exact, plain, strict=True):
+        assert relative(a, e) <= relative(p, e) * 1.05 + 1e-7
+
+
+def test_rows_of_zeros_and_rows_without_deviation():
+    sizes = {"M": 4, "D": 16, "F": 8}
+    inputs = random_inputs(normed.graph, sizes)
+    inputs[0][0] = 0.0
+    inputs[0][1] = 3.0
+    inputs[1] *= 0.0
+    found, exact, _ = both(normed, inputs, sizes)
+    for a, e in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
+
+
+def test_masks_of_minus_infinity_and_large_logits():
+    sizes = {"M": 3, "D": 4, "F": 5}
+    x = torch.eye(3, 4) * torch.tensor([1.0, 1e4, 1.0])[:, None]
+    w = torch.randn(5, 4)
+    w[2, 0] = float("-inf")
+    inputs = [x, torch.where(w.isinf(), w, w)]
+    inputs[0][:, 0] = torch.tensor([1.0, 1.0, 1.0])
+    found, exact, _ = both(softmaxed, inputs, sizes)
+    for a, e in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5)
+    assert (found[0][:, 2] == 0).all()
+
+
+def test_nan_goes_where_torch_lets_it_go():
+    sizes = {"M": 4, "D": 16, "F": 8}
+    inputs = random_inputs(rms.graph, sizes)
+    inputs[0][2, 5] = float("nan")
+    found, _, plain = both(rms, inputs, sizes)
+    assert torch.equal(found[0].isnan(), plain[0].isnan())
+    assert found[0].isnan().any(1).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("m", [0, 1, 2, 127, 129, 1009])
+@pytest.mark.parametrize("f", [7, 97])
+def test_ragged_and_prime_sizes(m, f):
+    sizes = {"M": m, "D": 24, "F": f}
+    inputs = random_inputs(rms.graph, sizes)
+    found, exact, plain = both(rms, inputs, sizes)
+    assert found[0].shape == (m, 24)
+    assert relative(found[0], exact[0]) <= relative(plain[0], exact[0]) * 1.05 + 1e-9
