@@ -1,0 +1,32 @@
+"""A simulated Hopper or Blackwell GPU: runs the PTX of a CuTe DSL launch, finds its bugs."""
+
+from coda.sim.device import Device, active, device
+from coda.sim.report import Launched, Report
+from coda.sim.types import (
+    CHECK_KINDS,
+    CheckFailed,
+    Deadlock,
+    Fault,
+    Finding,
+    Livelock,
+    Options,
+    SimError,
+    Unsupported,
+)
+
+__all__ = [
+    "CHECK_KINDS",
+    "CheckFailed",
+    "Deadlock",
+    "Device",
+    "Fault",
+    "Finding",
+    "Launched",
+    "Livelock",
+    "Options",
+    "Report",
+    "SimError",
+    "Unsupported",
+    "active",
+    "device",
+]

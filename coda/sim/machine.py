@@ -1,0 +1,432 @@
+"""A launch -> its effect on memory, and what it did: warps by blocks, in lockstep where they can.
+
+All warps, of all resident CTAs, whose lowest lane stands at the lowest block run that block as one
+function on arrays. Lanes that took another way wait at a higher block and rejoin there. A lane
+that waits for a barrier is parked, and comes back when the barrier lets it go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coda.sim.agents import Agents
+from coda.sim.atomics import Atomics
+from coda.sim.barriers import Mbarriers, Waiter
+from coda.sim.copies import Copies
+from coda.sim.decoded import Decoded, decode
+from coda.sim.grid import Grid
+from coda.sim.joins import Joins
+from coda.sim.lanes import all_lanes, count_true, lowest, spread
+from coda.sim.launch_control import LaunchControl
+from coda.sim.matrices import Matrices
+from coda.sim.memory import Generic, Global, Shared
+from coda.sim.named import ClusterBarriers, NamedBarriers
+from coda.sim.observe import Observer, attach
+from coda.sim.ptx import Instruction
+from coda.sim.registers import Files, special_registers
+from coda.sim.stuck import deadlock, livelock
+from coda.sim.tensor import Tensor
+from coda.sim.tensor_memory import TensorMemory
+from coda.sim.transfers import Transfers
+from coda.sim.types import (
+    Allocations,
+    CheckFailed,
+    Fault,
+    Finding,
+    Launch,
+    LaunchResult,
+    Options,
+    SimError,
+)
+
+Array = NDArray[Any]
+SPIN = 1 << 20  # added to the block of a warp that has looked at memory others may change
+EXIT = 1 << 24
+PARKED = 1 << 25
+PATIENCE = 5_000  # rounds of nothing but spinning before it counts as a livelock
+
+
+class Machine:
+    """The resident CTAs of a launch and the units that serve them."""
+
+    EXIT, PARKED = EXIT, PARKED
+
+    def __init__(self, grid: Grid, ctas: Array, result: LaunchResult) -> None:
+        self.grid, self.result = grid, result
+        self.decoded: Decoded = grid.decoded
+        self.options, self.geometry = grid.options, grid.geometry
+        self.waiting: deque[int] = grid.waiting
+        self.ctas = ctas
+        count, per = len(ctas), self.geometry.warps_per_cta
+        self.count, self.warps = count, count * per
+        self.shape_of_file = (self.warps, 32)
+        self.shape = (0, 32)
+        self.progress = 0
+        self.executed = 0
+        self.block = 0
+        self.observer: Observer | None = None
+        row = np.arange(self.warps)
+        self.cluster_of_row = row % count // self.geometry.cluster_size
+        self._state()
+        self._units()
+
+    def _state(self) -> None:
+        self.files = Files(self.decoded.layout, self.warps)
+        sms, smem = self.options.sms, self.grid.launch.smem
+        self.special: dict[str, Any] = special_registers(self.geometry, self.ctas, smem, sms)
+        clock = dict.fromkeys(("%clock", "%globaltimer_lo"), self._clock)
+        self.special |= {**clock, "%clock64": self._clock64, "%globaltimer": self._clock64}
+        self.parameters = self.grid.parameters
+        self.variables = self.grid.variables
+        self.window = self.special["%cluster_ctarank"] << np.uint32(24)
+        thread = np.arange(self.warps)[:, None] // self.count * 32 + np.arange(32)
+        exists = thread < self.geometry.threads
+        self.pc = np.where(exists, 0, EXIT).astype(np.int32)
+        self.key = np.zeros(self.warps, np.int32)
+        self.split = np.zeros(self.warps, bool)
+        self.refresh(slice(0, self.warps))
+
+    def _units(self) -> None:
+        self.agents = Agents(self)
+        self.shared = Shared(self, self.count, self.grid.shared_limit)
+        self.memory: Global = self.grid.memory_for(self)
+        self.generic, self.atomics = Generic(self), Atomics(self)
+        self.matrices, self.copies = Matrices(self), Copies(self)
+        self.mbarriers, self.named = Mbarriers(self), NamedBarriers(self)
+        self.cluster_barriers = ClusterBarriers(self)
+        self.transfers, self.launch_control = Transfers(self), LaunchControl(self)
+        self.tensor, self.tensor_memory = Tensor(self), TensorMemory(self)
+        self.joins = Joins(self)
+        self.observer = attach(self)
+
+    # what generated code and units ask
+
+    def rows(self, g: Any) -> Array:
+        """The rows of the warps of an instruction."""
+        return np.arange(g.start, g.stop) if isinstance(g, slice) else g
+
+    def active(self, m: Any) -> Array:
+        """A mask as an array."""
+        return all_lanes(self.shape) if m is None else m
+
+    def cta_of(self, row: int) -> int:
+        """The resident CTA of a warp."""
+        return row % self.count
+
+    def warp_of(self, row: int) -> int:
+        """The number of a warp in its CTA."""
+        return row // self.count
+
+    def exited(self, rows: Array) -> Array:
+        """Which lanes have left the kernel."""
+        return self.pc[rows] == EXIT
+
+    def live_threads(self, cta: int) -> int:
+        """Threads of the warps of a CTA that have not wholly left, as barriers count them."""
+        rows = np.arange(cta, self.warps, self.count)
+        return 32 * int((~self.exited(rows).all(1)).sum())
+
+    def warpgroups(self, rows: Array) -> Array:
+        """The order in which rows make up complete warpgroups, four at a time."""
+        group = rows // self.count // 4 * self.count + rows % self.count
+        return np.lexsort((rows, group))
+
+    def parameter(self, offset: int, kind: Any) -> Any:
+        """A kernel parameter as a scalar."""
+        size = np.dtype(kind).itemsize
+        return self.grid.block[offset : offset + size].view(kind)[0]
+
+    def pair(self, low: Array, high: Array) -> Array:
+        """Two 64-bit values as one of 128 bits."""
+        low, high = spread(low, self.shape), spread(high, self.shape)
+        return np.stack([low, high], -1).view(np.complex128)[..., 0]
+
+    def unpair(self, both: Array) -> Array:
+        """The 64-bit halves of a 128-bit value, along a first axis."""
+        halves = np.ascontiguousarray(both)[..., None].view(np.uint64)
+        return np.ascontiguousarray(np.moveaxis(halves, -1, 0))
+
+    def _clock(self) -> Any:
+        return np.uint32(self.executed & 0xFFFFFFFF)
+
+    def _clock64(self) -> Any:
+        return np.uint64(self.executed)
+
+    # errors
+
+    def fault(
+        self, ins: Instruction | None, kind: str, what: str, g: Any, k: int | None, at: int | None
+    ) -> Any:
+        """Raise for an operation that no hardware performs; `g` is a row, or warps with index k."""
+        row = int(self.rows(g)[k]) if k is not None else int(g)
+        finding = self.finding(kind, what, ins, row, at)
+        error = Fault(str(finding))
+        error.finding = finding
+        raise error
+
+    def finding(
+        self, kind: str, what: str, ins: Instruction | None, row: int, at: int | None
+    ) -> Finding:
+        """A finding at a warp's instruction."""
+        line, text = (ins.line, ins.text) if ins else (0, "")
+        source = ins.source if ins else None
+        cta = int(self.ctas[self.cta_of(row)])
+        name = self.grid.launch.kernel
+        return Finding(kind, what, name, line, text, source, self.warp_of(row), cta, at)
+
+    def find(self, kind: str, what: str, ins: Instruction | None, row: int, at: int | None) -> None:
+        """Report what a check has found, as the options ask for this kind."""
+        level = self.options.checks.get(kind, "off")
+        if level == "off":
+            return
+        finding = self.finding(kind, what, ins, row, at)
+        self.result.findings.append(finding)
+        if level == "raise":
+            raise CheckFailed(finding)
+
+    def guard(self, ins: Instruction, row: int, run: Callable[..., Any], *args: Any) -> Any:
+        """Call a unit, and put the instruction into what it raises."""
+        try:
+            return run(*args)
+        except SimError as e:
+            if getattr(e, "placed", False) or getattr(e, "finding", None) is not None:
+                raise
+            where = f"PTX line {ins.line}: {ins.text}"
+            error = type(e)(f"{e}; CTA {self.cta_of(row)}, warp {self.warp_of(row)}; {where}")
+            error.placed = True
+            raise error from None
+
+    def trap(self, ins: Instruction, g: Any, m: Any) -> None:
+        """trap by any active lane."""
+        if m is None or m.any():
+            k = 0 if m is None else int(m.any(1).argmax())
+            self.fault(ins, "trap", "the kernel executed trap", g, k, None)
+
+    # observers' entrances
+
+    def saw_shared(
+        self, ins: Instruction, g: Any, m: Any, index: Array, nbytes: int, write: bool
+    ) -> None:
+        """Tell the observer of an access to shared memory."""
+        assert self.observer is not None
+        at = spread(index, self.shape)
+        self.observer.shared_access(ins, g, m, at, nbytes, write)
+
+    def saw_global(
+        self, ins: Instruction, g: Any, m: Any, addresses: Array, nbytes: int, write: bool
+    ) -> None:
+        """Tell the observer of an access to global memory."""
+        assert self.observer is not None
+        at = spread(addresses, self.shape)
+        self.observer.global_access(ins, g, m, at, nbytes, write)
+
+    # where lanes go
+
+    def refresh(self, g: Any) -> None:
+        """Find the lowest block of warps again."""
+        pc = self.pc[g]
+        key = lowest(pc, axis=1)
+        self.key[g] = key
+        self.split[g] = np.logical_or.reduce(pc != key[:, None], axis=1)
+
+    def go(self, g: Any, m: Any, then: int) -> None:
+        """Active lanes go to a block."""
+        if m is None:
+            self.pc[g] = then
+            self.key[g] = then
+            self.split[g] = False
+        else:
+            self.go_some(g, m, then)
+
+    def go_some(self, g: Any, lanes: Array, then: int) -> None:
+        """Some lanes go to a block, the others stay where they are."""
+        self.pc[g] = np.where(lanes, then, self.pc[g])
+        self.refresh(g)
+
+    def branch(self, g: Any, m: Any, condition: Any, target: int, fall: int) -> None:
+        """Active lanes go to `target` where the condition holds, else to `fall`."""
+        condition = spread(condition, self.shape)
+        if m is None:
+            yes = count_true(condition)
+            if yes == condition.size:
+                self.go(g, None, target)
+                return
+            if not yes:
+                self.go(g, None, fall)
+                return
+            self.pc[g] = np.where(condition, np.int32(target), np.int32(fall))
+        else:
+            there = np.where(condition, np.int32(target), np.int32(fall))
+            self.pc[g] = np.where(m, there, self.pc[g])
+        self.refresh(g)
+
+    def park(self, row: int, lanes: Array) -> None:
+        """Take lanes out until `resume`."""
+        self.pc[row][lanes] = PARKED
+        self._one(row)
+
+    def resume(self, row: int, lanes: Array, then: int) -> None:
+        """Parked lanes go on at a block."""
+        self.pc[row][lanes] = then
+        self._one(row)
+
+    def resume_all(self, waiters: list[Waiter]) -> None:
+        """Let the lanes of several waits go on, most often those of whole warps."""
+        for then in {w.then for w in waiters}:
+            whole = [w.row for w in waiters if w.then == then and w.mask.all()]
+            if whole:
+                self.go(np.array(whole), None, then)
+        for w in waiters:
+            if not w.mask.all():
+                self.resume(w.row, w.mask, w.then)
+
+    def _one(self, row: int) -> None:
+        pc = self.pc[row]
+        key = lowest(pc)
+        self.key[row] = key
+        self.split[row] = count_true(pc != key) > 0
+
+    # the schedule
+
+    def run(self) -> None:
+        """Run the resident CTAs to their end."""
+        pick = self._pick_random if self.agents.random else self._pick
+        budget = self.options.instructions
+        while True:
+            picked = pick()
+            if picked is None:
+                if not self._idle():
+                    break
+                continue
+            self._step(*picked)
+            if budget and self.executed > budget:
+                livelock(self, f"the budget of {budget} warp instructions is used up")
+        self._end()
+
+    def _pick(self) -> tuple[int, Array] | None:
+        block = int(lowest(self.key))
+        if block >= SPIN:
+            return None
+        return block, (self.key == block).nonzero()[0]
+
+    def _pick_random(self) -> tuple[int, Array] | None:
+        self.agents.stir()
+        ready = self.key[self.key < SPIN]
+        if not len(ready):
+            return None
+        rng = self.agents.rng
+        blocks = np.unique(ready)
+        block = int(blocks[rng.integers(len(blocks))])
+        rows = np.flatnonzero(self.key == block)
+        if len(rows) > 1 and rng.random() < 0.5:
+            some = rows[rng.random(len(rows)) < 0.5]
+            rows = some if len(some) else rows
+        return block, rows
+
+    def _step(self, number: int, rows: Array) -> None:
+        block = self.decoded.program.blocks[number]
+        m = None
+        if count_true(self.split[rows]):
+            m = self.pc[rows] == number
+            if count_true(m) == m.size:
+                m = None
+        if block.warpgroup or (block.masks and m is not None):
+            rows, m = self.joins.gather(number, block, rows, m)
+            if not len(rows):
+                return
+        n = len(rows)
+        first = int(rows[0])
+        g: Any = slice(first, first + n) if int(rows[-1]) - first == n - 1 else rows
+        self.shape, self.block = (n, 32), number
+        self.grid.runs[number] += n
+        self.executed += n * len(block.instructions)
+        if self.agents.with_registers:
+            self.agents.arrive_in_registers(rows, block.needs)
+        if self.observer is not None:
+            self.observer.block(block, number, g, m)
+        self.decoded.function(number)(self, g, m)
+        if block.exits and self.observer is not None:
+            self._left(rows)
+        if block.spins:
+            here = self.key[rows]
+            self.key[rows] = np.where(here < SPIN, here | SPIN, here)
+
+    def _left(self, rows: Array) -> None:
+        """Tell the observer of CTAs whose last threads have left."""
+        assert self.observer is not None
+        for cta in np.unique(rows % self.count).tolist():
+            if (self.key[cta :: self.count] == EXIT).all():
+                self.observer.exited(cta)
+
+    def _idle(self) -> bool:
+        """No warp can run at once: see what can be let go. False at the end."""
+        if self.agents.relieve():
+            return True
+        spinning = (self.key >= SPIN) & (self.key < EXIT)
+        if spinning.any():
+            self.key[spinning] &= ~np.int32(SPIN)
+            self._spun()
+            return True
+        if (self.pc == EXIT).all():
+            return False
+        if self.joins.recheck() | self.named.recheck() | self.cluster_barriers.recheck():
+            return True
+        if self._may_fail() and self.mbarriers.fail_all():
+            return True
+        deadlock(self)
+        return False
+
+    def _spun(self) -> None:
+        grid = self.grid
+        grid.spins = grid.spins + 1 if grid.last_progress == self.progress else 0
+        grid.last_progress = self.progress
+        if grid.spins > PATIENCE:
+            livelock(self, f"warps spin, and nothing has happened for {PATIENCE} rounds")
+
+    def _may_fail(self) -> bool:
+        """Whether waits may come back false: again only if something has happened since.
+
+        Under the random schedule some come back false anyway, and it takes more to be sure.
+        """
+        grid = self.grid
+        grid.failures = grid.failures + 1 if grid.last_failure == self.progress else 0
+        grid.last_failure = self.progress
+        return grid.failures < (50 if self.agents.random else 1)
+
+    def _end(self) -> None:
+        if self.tensor.chain is not None:
+            self.tensor.flush(self.decoded.program.kernel.instructions[0])
+        for cta in list(self.tensor_memory.chains):
+            self.tensor_memory.flush([cta])
+        if self.observer is not None:
+            self.observer.finished()
+        for operation in self.agents.pending():
+            self.agents.finish(operation)
+
+
+def run(launch: Launch, allocations: Allocations, options: Options) -> LaunchResult:
+    """Run a launch on the simulated machine.
+
+    Raises Unsupported for what is not modelled, Fault for an access or operation that no hardware
+    performs, Deadlock, Livelock, and CheckFailed for findings of the level "raise".
+    """
+    began = time.perf_counter()
+    decoded = decode(launch.ptx, launch.kernel)
+    grid = Grid(decoded, launch, allocations, options)
+    result = LaunchResult(launch.kernel)
+    with np.errstate(all="ignore"):
+        while grid.waiting:
+            machine = Machine(grid, grid.next_ctas(), result)
+            try:
+                machine.run()
+            finally:
+                result.warp_instructions += machine.executed
+    grid.count(result)
+    result.seconds = time.perf_counter() - began
+    return result

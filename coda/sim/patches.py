@@ -1,0 +1,111 @@
+"""Attributes, environment variables and caches -> other ones for a while, and back."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib.abc import Loader, MetaPathFinder
+from typing import Any
+
+_MISSING = object()
+
+
+class Patches:
+    """Changes that `undo` takes back, the last one first."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute of a module, class or object."""
+        old = vars(owner).get(name, _MISSING)
+        setattr(owner, name, value)
+
+        def restore() -> None:
+            if old is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, old)
+
+        self._undo.append(restore)
+
+    def environment(self, values: Mapping[str, str]) -> None:
+        """Set environment variables."""
+        old = {name: os.environ.get(name) for name in values}
+        os.environ.update(values)
+
+        def restore() -> None:
+            for name, value in old.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+        self._undo.append(restore)
+
+    def contents(self, cache: dict[Any, Any], inside: dict[Any, Any]) -> None:
+        """Let a dictionary hold `inside`; what it gains goes there when undone."""
+        outside = dict(cache)
+        cache.clear()
+        cache.update(inside)
+
+        def restore() -> None:
+            inside.clear()
+            inside.update(cache)
+            cache.clear()
+            cache.update(outside)
+
+        self._undo.append(restore)
+
+    def on_undo(self, action: Callable[[], object]) -> None:
+        """Do something when undone."""
+
+        def restore() -> None:
+            action()
+
+        self._undo.append(restore)
+
+    def undo(self) -> None:
+        """Take all changes back."""
+        while self._undo:
+            self._undo.pop()()
+
+
+class _Then(Loader):
+    """A loader that calls `then` after it ran a module."""
+
+    def __init__(self, loader: Loader, then: Callable[[], None]) -> None:
+        self.loader, self.then = loader, then
+
+    def create_module(self, spec: Any) -> Any:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        self.then()
+
+
+class OnImport(MetaPathFinder):
+    """Calls an action when a module is there: at once if it is imported, else after its import."""
+
+    def __init__(self, actions: Mapping[str, Callable[[], None]]) -> None:
+        self.waiting = dict(actions)
+        for name in [n for n in self.waiting if n in sys.modules]:
+            self.waiting.pop(name)()
+        sys.meta_path.insert(0, self)
+
+    def remove(self) -> None:
+        """Stop watching imports."""
+        sys.meta_path.remove(self)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname not in self.waiting:
+            return None
+        action = self.waiting.pop(fullname)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Then(spec.loader, action)
+        return spec

@@ -1,0 +1,180 @@
+"""What passes between the host side and the machine: a launch in, a result out, and the errors.
+
+Nothing here knows PTX or numpy's layout of a register; both sides import this module and no other
+of each other's.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Schedule = Literal["eager", "late", "random"]
+Level = Literal["off", "warn", "raise"]
+Dim3 = tuple[int, int, int]
+
+CHECK_KINDS = (
+    "out-of-bounds",
+    "misaligned",
+    "uninitialised",
+    "race",
+    "in-flight",
+    "exited",
+    "leak",
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as the runtime received it.
+
+    `smem` is the dynamic shared memory in bytes; `args` is the address of the `void**` array that
+    `cudaLaunchKernelEx` gets: element i points at the i-th kernel parameter.
+    """
+
+    kernel: str
+    ptx: str
+    cubin: bytes
+    grid: Dim3
+    block: Dim3
+    cluster: Dim3
+    smem: int
+    args: int
+    attributes: Mapping[int, bytes] = field(default_factory=dict)
+    arch: str = "sm_90a"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run: when asynchronous operations finish, what to check, when to give up.
+
+    `checks` maps a kind of CHECK_KINDS to off, warn or raise; a kind that is absent is off.
+    `instructions` bounds the warp instructions of one launch (0: no bound). `sms` is the number of
+    multiprocessors, which bounds how many CTAs are resident at a time.
+    """
+
+    schedule: Schedule = "eager"
+    seed: int = 0
+    checks: Mapping[str, Level] = field(default_factory=dict)
+    instructions: int = 2_000_000_000
+    sms: int = 8
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.checks) - set(CHECK_KINDS))
+        if unknown:
+            raise ValueError(f"no check is called {unknown[0]!r}; there are: {CHECK_KINDS}")
+        if self.schedule not in ("eager", "late", "random"):
+            raise ValueError(f"schedule is eager, late or random, not {self.schedule!r}")
+
+
+@dataclass
+class Finding:
+    """A bug that a check saw. `address` is an address in the memory that `message` names."""
+
+    kind: str
+    message: str
+    kernel: str
+    ptx_line: int
+    ptx_text: str
+    source: str | None
+    warp: int
+    cta: int
+    address: int | None
+
+    def __str__(self) -> str:
+        where = f"{self.kernel[:60]}, PTX line {self.ptx_line}: {self.ptx_text}"
+        at = f" ({self.source})" if self.source else ""
+        return f"{self.kind}: {self.message}; CTA {self.cta}, warp {self.warp}; {where}{at}"
+
+
+@dataclass
+class Traffic:
+    """Bytes of one allocation, or of one asynchronous unit, that a launch moved."""
+
+    loaded: int = 0
+    stored: int = 0
+    unique_loaded: int = 0
+    unique_stored: int = 0
+
+
+@dataclass
+class LaunchResult:
+    """What a launch did.
+
+    `sync_sites` counts the executions of each synchronising instruction by its PTX line, zeros
+    included: a wait that never ran has proved nothing. `flops` are those of the tensor cores.
+    """
+
+    kernel: str
+    findings: list[Finding] = field(default_factory=list)
+    per_allocation: dict[str, Traffic] = field(default_factory=dict)
+    per_unit: dict[str, Traffic] = field(default_factory=dict)
+    flops: int = 0
+    instructions: Counter[str] = field(default_factory=Counter)
+    warp_instructions: int = 0
+    bank_conflicts: int = 0
+    sync_sites: dict[int, int] = field(default_factory=dict)
+    sync_text: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Allocations:
+    """The ranges of global memory that a launch may touch, by address."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ranges: list[tuple[int, int, str]] = []
+
+    def add(self, base: int, nbytes: int, name: str) -> None:
+        """Register [base, base + nbytes); overlapping ranges are allowed (views of one storage)."""
+        k = bisect_right(self._starts, base)
+        self._starts.insert(k, base)
+        self._ranges.insert(k, (base, nbytes, name))
+
+    def __iter__(self):  # noqa: ANN204
+        """Yield (base, nbytes, name), by base."""
+        return iter(self._ranges)
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+    def find(self, address: int, nbytes: int = 1) -> str | None:
+        """Name of an allocation that holds the whole access, None when there is none."""
+        for base, size, name in reversed(self._ranges[: bisect_right(self._starts, address)]):
+            if base <= address and address + nbytes <= base + size:
+                return name
+        return None
+
+
+class SimError(Exception):
+    """Anything that stops a simulated launch. `placed`: the message names the instruction."""
+
+    finding: Finding | None = None
+    placed: bool = False
+
+
+class Unsupported(SimError):
+    """The PTX uses something that is not modelled; names the line and the instruction."""
+
+
+class Deadlock(SimError):
+    """Every thread waits; the message says who waits for what."""
+
+
+class Livelock(SimError):
+    """The launch used up its budget of instructions."""
+
+
+class Fault(SimError):
+    """An access or an operation that no hardware would perform."""
+
+
+class CheckFailed(SimError):
+    """A check of level "raise" found a bug."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(str(finding))
+        self.finding = finding

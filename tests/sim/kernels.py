@@ -1,0 +1,51 @@
+"""Short PTX kernels run on numpy arrays: no compiler, no torch."""
+
+import ctypes
+
+import numpy as np
+
+from coda.sim.machine import run
+from coda.sim.types import Allocations, Launch, LaunchResult, Options
+
+HEAD = ".version 8.7\n.target sm_90a\n.address_size 64\n"
+
+
+def kernel(body: str, parameters: int = 1, shared: int = 0, declare: str = "") -> str:
+    """A kernel `k` with pointers p0, p1, ... in %rd0, %rd1, ... and registers of each kind."""
+    names = ", ".join(f".param .u64 p{i}" for i in range(parameters))
+    loads = "\n".join(f"ld.param.u64 %rd{i}, [p{i}];" for i in range(parameters))
+    smem = f".shared .align 1024 .b8 smem[{shared}];" if shared else ""
+    registers = ".reg .pred %p<16>; .reg .b16 %h<16>; .reg .b32 %r<64>; .reg .b64 %rd<32>;"
+    return f"{HEAD}.visible .entry k({names}) {{\n{registers}\n{smem}{declare}\n{loads}\n{body}\n}}"
+
+
+def launch(
+    text: str,
+    *arrays: np.ndarray,
+    grid: tuple[int, int, int] = (1, 1, 1),
+    block: int = 32,
+    cluster: tuple[int, int, int] = (1, 1, 1),
+    smem: int = 0,
+    **options,
+) -> LaunchResult:
+    """Run kernel `k` on arrays, which it may change."""
+    pointers = [ctypes.c_uint64(a.ctypes.data) for a in arrays]
+    args = (ctypes.c_void_p * len(arrays))(*[ctypes.addressof(p) for p in pointers])
+    allocations = Allocations()
+    for i, a in enumerate(arrays):
+        allocations.add(a.ctypes.data, a.nbytes, f"array {i}")
+    one = Launch("k", text, b"", grid, (block, 1, 1), cluster, smem, ctypes.addressof(args))
+    return run(one, allocations, Options(**options))
+
+
+def lanes(body: str, threads: int = 32, **options) -> np.ndarray:
+    """The value of %r0 in each thread after `body`; %r1 is the thread's number."""
+    out = np.zeros(threads, np.uint32)
+    text = kernel(
+        "mov.u32 %r1, %tid.x;\n"
+        + body
+        + "\nmul.wide.u32 %rd8, %r1, 4; add.s64 %rd8, %rd8, %rd0; st.global.b32 [%rd8], %r0; ret;",
+        shared=4096,
+    )
+    launch(text, out, block=threads, **options)
+    return out

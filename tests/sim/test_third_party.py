@@ -1,0 +1,74 @@
+"""Unmodified kernels of quack, flash-attention and CUTLASS agree with torch on the simulator."""
+
+import pytest
+
+import coda.sim as sim
+from tests.sim.third_party import attention, epilogues, examples, gemm, rows
+from tests.sim.third_party.cases import SCHEDULES, Case, run
+
+CASES = (*gemm.CASES, *epilogues.CASES, *rows.CASES, *attention.CASES)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Kernels of all tests of a session."""
+    return tmp_path_factory.mktemp("sim")
+
+
+def parameters(quick: bool):
+    """(case, arch) of the cases that are quick, or of the rest."""
+    return [
+        pytest.param(case, arch, id=f"{case.name}-{arch}")
+        for case in CASES
+        for arch in case.arches
+        if (arch in case.quick) == quick
+    ]
+
+
+# Findings that stay, by the beginning of a case's name; docs/sim-checks.md argues each.
+ARGUED = {("attention backward", "sm_100a"): {"exited"}}
+
+
+def check(case: Case, arch: str, cache, checks="warn") -> None:
+    argued = {
+        kind
+        for (name, a), ks in ARGUED.items()
+        for kind in ks
+        if case.name.startswith(name) and a == arch
+    }
+    for found in run(case, arch, SCHEDULES, checks, cache):
+        assert found.warp_instructions > 0
+        left = [f for f in found.findings if f.kind not in argued]
+        assert not left, f"{found.schedule}: {left[0]}"
+
+
+@pytest.mark.parametrize(("case", "arch"), parameters(quick=True))
+def test_quick(case, arch, cache):
+    check(case, arch, cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "arch"), parameters(quick=False))
+def test_all(case, arch, cache):
+    check(case, arch, cache)
+
+
+def test_every_epilogue_of_the_library_has_a_case():
+    from quack.epilogue import library
+    from quack.epilogue.frontend import EpiMod
+
+    named = {name.split("(")[0] for name in epilogues.TABLE}
+    found = {n for n, v in vars(library).items() if isinstance(v, EpiMod)}
+    quantising = {"swiglu_quant_mod"}  # among the GEMMs: it writes scale factors as well
+    assert found - named == quantising
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(examples.checkout() is None, reason="CODA_CUTLASS_DIR names no checkout")
+@pytest.mark.parametrize(("schedule", "seed"), SCHEDULES)
+@pytest.mark.parametrize("example", examples.EXAMPLES, ids=lambda e: f"{e.name}-{e.arch}")
+def test_examples_of_cutlass(example, schedule, seed):
+    with sim.device(example.arch, schedule=schedule, seed=seed) as gpu:
+        examples.run(example)
+    assert gpu.report().launches
+    assert not gpu.report().findings
