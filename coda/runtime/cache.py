@@ -1,0 +1,94 @@
+"""Where compiled kernels are kept between processes, and how large that may become."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import platformdirs
+
+from coda.runtime import settings
+
+LIMIT = 2 << 30  # bytes; the oldest objects go first
+
+
+def cache_directory() -> Path:
+    """`CODA_CACHE_DIR`, else the user's cache directory; private to the user (0700)."""
+    chosen = settings.CACHE_DIR.get()
+    return _usable(Path(chosen) if chosen else Path(platformdirs.user_cache_dir("coda")))
+
+
+@cache
+def _usable(path: Path) -> Path:
+    """The directory, or a temporary one with one warning where it cannot be written."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as e:
+        warnings.warn(
+            f"coda's cache {path} cannot be written ({e.strerror}): kernels are compiled again in "
+            "each process; set CODA_CACHE_DIR to a directory of your own",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return Path(tempfile.mkdtemp(prefix="coda-"))
+    return path
+
+
+def kernel_directory() -> Path:
+    """Emitted modules, as files that a debugger can open, and their PTX and cubins."""
+    return cache_directory() / "kernels"
+
+
+def object_directory() -> Path:
+    """Compiled objects."""
+    return cache_directory() / "objects"
+
+
+def simulator_directory() -> Path:
+    """What simulated devices keep: their kernels, and the PTX of each."""
+    return cache_directory() / "sim"
+
+
+def prune(limit: int = LIMIT) -> int:
+    """Delete the objects used longest ago until the rest is at most `limit` bytes; how many."""
+    found = objects()
+    total, deleted = sum(o.size for o in found), 0
+    for one in found:
+        if total <= limit:
+            break
+        one.path.unlink(missing_ok=True)
+        total, deleted = total - one.size, deleted + 1
+    return deleted
+
+
+@dataclass(frozen=True, order=True)
+class Object:
+    """A compiled kernel in the cache: when it was last used (seconds since 1970), its bytes."""
+
+    used: float
+    size: int
+    path: Path
+
+
+def objects() -> list[Object]:
+    """The compiled kernels of the cache, the one used longest ago first."""
+    found: list[Object] = []
+    for path in cache_directory().rglob("*.o"):
+        try:
+            known = path.stat()
+        except OSError:
+            continue  # another process deleted it
+        found.append(Object(known.st_atime, known.st_size, path))
+    return sorted(found)
+
+
+def clear() -> None:
+    """Delete all that coda keeps between processes."""
+    for name in ("kernels", "objects", "sim"):
+        shutil.rmtree(cache_directory() / name, ignore_errors=True)

@@ -1,0 +1,259 @@
+"""A Program -> compiled kernels, in worker processes, for any arch and without a GPU.
+
+A worker is a fresh process with the arch in its environment, since quack and the DSL read it once.
+It gets the block as text, lowers it again, and compiles one kernel on tensors that hold nothing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from coda.ir.graph import Node
+from coda.ir.text import parse, show
+from coda.lowering.emit_gemm import Source, emit_gemm
+from coda.lowering.emit_rowwise import emit_rowwise
+from coda.lowering.program import GemmKernel, Program, RowwiseKernel, TorchKernel
+from coda.runtime.cache import kernel_directory, prune
+from coda.runtime.sass import Usage, usage
+
+CAPACITY = {"sm_90a": "90", "sm_100a": "100"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile, as a worker process gets it."""
+
+    text: str
+    dims: tuple[tuple[str, int], ...]
+    arch: str
+    frozen: bool
+    kernel: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compiled kernel: its files, and what the cubin says of it (None without cuobjdump)."""
+
+    kernel: str
+    source: Path
+    ptx: Path
+    cubin: Path
+    usage: Usage | None
+
+    def json(self) -> dict[str, Any]:
+        """As plain data."""
+        paths = {"source": str(self.source), "ptx": str(self.ptx), "cubin": str(self.cubin)}
+        return {"kernel": self.kernel, **paths, **(vars(self.usage) if self.usage else {})}
+
+
+def compile_program(program: Program, jobs: int = 0) -> Iterator[Compiled]:
+    """Compile all kernels of a program, as many at once as there are cores; as they are done."""
+    text, dims = show(program.graph), tuple(program.sizes.items())
+    work = [
+        Job(text, dims, program.arch, program.frozen, k.name)
+        for k in program.kernels
+        if not isinstance(k, TorchKernel)
+    ]
+    workers = min(jobs or os.cpu_count() or 1, len(work)) or 1
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=prepare_process, initargs=(program.arch,)
+    ) as pool:
+        for done in as_completed([pool.submit(compile_job, job) for job in work]):
+            yield done.result()
+    prune()
+
+
+def prepare_process(arch: str) -> None:
+    """Make this process compile for `arch`; before cutlass and quack are imported."""
+    os.environ |= {
+        "CUTE_DSL_ARCH": arch,
+        "QUACK_ARCH": CAPACITY[arch],
+        "CUTE_DSL_KEEP": "ptx,cubin",
+        "CUTE_DSL_DUMP_DIR": str(_made(kernel_directory() / "dump")),
+    }
+
+
+def _made(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def compile_job(job: Job) -> Compiled:
+    """Compile one kernel in this process."""
+    from coda.lowering.pipeline import lower
+
+    program = lower(parse(job.text), dict(job.dims), job.arch, job.frozen)
+    kernel = next(k for k in program.kernels if k.name == job.kernel)
+    assert isinstance(kernel, GemmKernel | RowwiseKernel)
+    return compile_kernel(program, kernel)
+
+
+def compile_kernel(program: Program, kernel: GemmKernel | RowwiseKernel) -> Compiled:
+    """Compile one kernel in this process, which `prepare_process` made ready for the arch."""
+    emitted = emit_gemm(program, kernel) if isinstance(kernel, GemmKernel) else None
+    name = (emitted or emit_rowwise(program, kernel)).name  # type: ignore[arg-type]
+    base = kernel_directory() / f"{name}.{program.arch}"
+    with captured(base):
+        _compile(program, kernel)
+    cubin = base.with_name(base.name + ".cubin")
+    return Compiled(
+        kernel.name,
+        kernel_directory() / f"{name}.py",
+        base.with_name(base.name + ".ptx"),
+        cubin,
+        usage(cubin),
+    )
+
+
+class captured:
+    """Write the PTX and the cubin of what is compiled inside to `base`.ptx and `base`.cubin."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+
+    def __enter__(self) -> None:
+        from cutlass.base_dsl.jit_executor import JitFunctionArtifacts
+
+        self.owner: Any = JitFunctionArtifacts
+        self.original = original = JitFunctionArtifacts.__post_init__
+        base = self.base
+
+        def after(artifacts: Any) -> None:
+            original(artifacts)
+            if artifacts.PTX:
+                base.with_name(base.name + ".ptx").write_text(str(artifacts.PTX))
+            if artifacts.CUBIN:
+                base.with_name(base.name + ".cubin").write_bytes(bytes(artifacts.CUBIN))
+
+        self.owner.__post_init__ = after
+
+    def __exit__(self, *exception: object) -> None:
+        self.owner.__post_init__ = self.original
+
+
+def _compile(program: Program, kernel: GemmKernel | RowwiseKernel) -> None:
+    from coda.lowering.roles import is_turned
+    from coda.runtime import quack_target
+    from coda.runtime.kernels import KernelRun, aligned, padded
+    from coda.runtime.rowwise_target import Rows
+
+    _prepare_quack()
+
+    class CompileRun(KernelRun):
+        """Allocates and compiles, and launches nothing."""
+
+        def fold(self) -> dict[Node, Tensor]:
+            return {}
+
+        def value(self, node: Node) -> Tensor:
+            if is_turned(node):
+                return self.value(node.operands[0]).T
+            place = self.program.places.get(node)
+            dtype = node.dtype.torch
+            if place is not None:
+                dtype = self.program.buffers[place.buffer].dtype.torch
+            return torch.empty([d.size(self.sizes) for d in node.shape], dtype=dtype)
+
+        def matrix(self, kernel: GemmKernel) -> Tensor:
+            _, n, k = kernel.problem(self.sizes)
+            if len(kernel.contracts) == 1 and kernel.assembled.order is None:
+                return aligned(self.value(kernel.contracts[0].rhs), turned=True)
+            return padded(n, k, kernel.contracts[0].rhs.dtype.torch, torch.device("cpu"))
+
+        def packed(self, kernel: GemmKernel | RowwiseKernel) -> dict[str, Tensor]:
+            return {p.name: torch.empty(len(p.source)) for p in kernel.assembled.packed}
+
+        def tables(self, kernel: GemmKernel, source: Source) -> dict[str, Tensor]:
+            rows = kernel.problem(self.sizes)[0]
+            kinds = {o.name: o for o in kernel.assembled.epilogue.operands}
+            found = {}
+            for table in source.tables:
+                first = kinds[table.operands[0]]
+                shape = (rows, first.period * table.lanes)
+                found[table.name] = torch.empty(shape, dtype=first.dtype.torch)
+            return found
+
+        def launch(
+            self, gemm: quack_target.Gemm, a: Tensor, b: Tensor, d: Tensor | None, arguments: Any
+        ) -> None:
+            gemm.plan(a, b, d, arguments)
+
+        def launch_rows(self, kernel: Rows, rows: int, tensors: Any) -> None:
+            kernel.compile()
+
+    free = {s: min(n, 128) for s, n in program.sizes.items() if s not in program.fixed}
+    sizes = {**program.sizes, **free}
+    inputs = [
+        torch.empty([d.size(sizes) for d in i.shape], dtype=i.dtype.torch)
+        for i in program.graph.inputs
+    ]
+    run = CompileRun(program, inputs, sizes)
+    run.raw = _Partials(program, sizes)
+    if isinstance(kernel, GemmKernel):
+        run.gemm(kernel)
+    else:
+        run.rows(kernel)
+
+
+def _prepare_quack() -> None:
+    """Answer for the driver where there is none, and keep what is compiled."""
+    from coda.runtime import quack_target
+    from coda.runtime.cache import object_directory
+
+    if not torch.cuda.is_available():
+        for module in quack_target.cluster_counts():
+            module.get_max_active_clusters = lambda *_, **__: 1
+    quack_target.use_cache(object_directory(), enabled=True)
+
+
+class _Partials(dict[str, Tensor]):
+    """Partials of any GEMM, made when asked for."""
+
+    def __init__(self, program: Program, sizes: dict[str, int]) -> None:
+        super().__init__()
+        self.program, self.sizes = program, sizes
+
+    def __missing__(self, name: str) -> Tensor:
+        planes, rows, parts = (d.size(self.sizes) for d in self.program.buffers[name].shape)
+        return torch.empty((rows, parts * planes))
+
+
+def show_progress(found: Iterable[Compiled], total: int) -> list[Compiled]:
+    """Collect compiled kernels; on a terminal, say how far it is."""
+    done: list[Compiled] = []
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("compiling", total=total)
+        for one in found:
+            done.append(one)
+            progress.update(task, advance=1, description=f"compiled {one.kernel}")
+    return done
+
+
+def usage_table(arch: str, done: Iterable[Compiled]) -> Table:
+    """What each kernel takes, for people."""
+    table = Table(title=f"compiled for {arch}", title_justify="left")
+    for column in ("kernel", "registers", "spilled bytes", "static shared", "instructions"):
+        table.add_column(column, justify="left" if column == "kernel" else "right")
+    for one in done:
+        if one.usage is None:
+            table.add_row(one.kernel, "pip install 'coda-dsl[sass]' tells", "", "", "")
+            continue
+        u = one.usage
+        table.add_row(
+            one.kernel, *map(str, (u.registers, u.stack + u.local, u.shared, u.instructions))
+        )
+    return table

@@ -1,0 +1,197 @@
+"""Scalar functions for emitted epilogues, over every value that quack hands to one.
+
+A value is a float32, or two of them: `F2` (packed on Blackwell) and `Pair` (two columns). Only
+`+ - *` and negation work on all three by themselves; everything else is taken lane by lane here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from quack.epilogue.math import pack, unpack
+
+__all__ = ["pack", "unpack"]
+_TYPES = {
+    "bf16": cutlass.BFloat16,
+    "f16": cutlass.Float16,
+    "e4m3": cutlass.Float8E4M3FN,
+    "e5m2": cutlass.Float8E5M2,
+}
+_LOG2_E = 1.4426950408889634
+_LN_2 = 0.6931471805599453
+
+
+def lanes(fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn` of scalars, or of each lane of tuples; scalars among tuples are shared."""
+    wide = [a for a in args if isinstance(a, tuple)]
+    if not wide:
+        return fn(*args)
+    low, high = (fn(*(a[i] if isinstance(a, tuple) else a for a in args)) for i in (0, 1))
+    return type(wide[0])._make((low, high))
+
+
+def div(a: Any, b: Any) -> Any:
+    """a / b."""
+    return lanes(lambda x, y: x / y, a, b)
+
+
+def recip(a: Any) -> Any:
+    """1 / a, rounded."""
+    return lanes(lambda x: Float32(1.0) / x, a)
+
+
+def rounded(a: Any, to: str) -> Any:
+    """The value that is left after a store in another type, by coda's name of it."""
+    return lanes(lambda x: x.to(_TYPES[to]).to(Float32), a)
+
+
+def square(a: Any) -> Any:
+    """a · a."""
+    return a * a
+
+
+def absolute(a: Any) -> Any:
+    """The absolute value."""
+    return lanes(lambda x: cute.math.abs(x), a)
+
+
+def exp(a: Any) -> Any:
+    """e^a."""
+    return lanes(lambda x: cute.math.exp(x, fastmath=True), a)
+
+
+def exp2(a: Any) -> Any:
+    """2^a."""
+    return lanes(lambda x: cute.math.exp2(x, fastmath=True), a)
+
+
+def log(a: Any) -> Any:
+    """The natural logarithm."""
+    return lanes(lambda x: cute.math.log(x, fastmath=True), a)
+
+
+def sqrt(a: Any) -> Any:
+    """The square root."""
+    return lanes(lambda x: cute.math.sqrt(x, fastmath=True), a)
+
+
+def rsqrt(a: Any) -> Any:
+    """1 / sqrt(a)."""
+    return lanes(lambda x: cute.math.rsqrt(x, fastmath=True), a)
+
+
+def tanh(a: Any) -> Any:
+    """The hyperbolic tangent."""
+    return lanes(lambda x: cute.math.tanh(x, fastmath=True), a)
+
+
+def sigmoid(a: Any) -> Any:
+    """1 / (1 + e^-a) = (1 + tanh(a / 2)) / 2: one special function."""
+    half = lanes(lambda x: cute.math.tanh(x, fastmath=True), a * 0.5)
+    return half * 0.5 + 0.5
+
+
+def erf(a: Any) -> Any:
+    """The error function."""
+    return lanes(lambda x: cute.math.erf(x), a)
+
+
+def _turned(x: Any, quarter: int) -> Any:
+    """sin(x + quarter · π/2), to an error of 2⁻²³ for |x| up to 10⁷.
+
+    π/2 is taken away in three parts (Cody and Waite, 1980), then polynomials for |r| ≤ π/4 (those
+    of Moshier's Cephes). The library's own keeps a table for larger arguments in local memory.
+    """
+    turns = cute.math.roundeven(x * Float32(0.6366197723675814))
+    r = cute.math.fma(-turns, Float32(1.5707963705062866), x)
+    r = cute.math.fma(-turns, Float32(-4.371138828673793e-08), r)
+    r = cute.math.fma(-turns, Float32(-1.7151245100058819e-15), r)
+    z = r * r
+    s = cute.math.fma(z, Float32(-1.9515295891e-4), Float32(8.3321608736e-3))
+    s = cute.math.fma(z, s, Float32(-1.6666654611e-1))
+    s = cute.math.fma(z * r, s, r)
+    c = cute.math.fma(z, Float32(2.443315711809948e-5), Float32(-1.388731625493765e-3))
+    c = cute.math.fma(z, c, Float32(4.166664568298827e-2))
+    c = cute.math.fma(z * z, c, cute.math.fma(z, Float32(-0.5), Float32(1.0)))
+    number = turns.to(Int32) + Int32(quarter)
+    y = cutlass.select_((number & Int32(1)) == Int32(1), c, s)
+    return cutlass.select_((number & Int32(2)) == Int32(2), -y, y)
+
+
+def sin(a: Any) -> Any:
+    """The sine of radians."""
+    return lanes(lambda x: _turned(x, 0), a)
+
+
+def cos(a: Any) -> Any:
+    """The cosine of radians."""
+    return lanes(lambda x: _turned(x, 1), a)
+
+
+def power(a: Any, b: Any) -> Any:
+    """a^b for a > 0, and for a = 0 with b > 0: 2^(b log2 a)."""
+    return lanes(
+        lambda x, y: cute.math.exp2(y * cute.math.log2(x, fastmath=True), fastmath=True), a, b
+    )
+
+
+def _nan_first(x: Any, y: Any, larger: Any) -> Any:
+    return cutlass.select_(x != x, x, cutlass.select_(y != y, y, larger))
+
+
+def maximum(a: Any, b: Any) -> Any:
+    """The larger; NaN if either is."""
+    return lanes(lambda x, y: _nan_first(x, y, cute.arch.fmax(x, y)), _f(a), _f(b))
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """The smaller; NaN if either is."""
+    return lanes(lambda x, y: _nan_first(x, y, cute.arch.fmin(x, y)), _f(a), _f(b))
+
+
+def _f(a: Any) -> Any:
+    return Float32(a) if isinstance(a, int | float) else a
+
+
+def choose(fn: Callable[[Any, Any], Any], a: Any, b: Any, yes: Any, no: Any) -> Any:
+    """`yes` where fn(a, b) holds, else `no`."""
+    return lanes(lambda x, y, p, q: cutlass.select_(fn(x, y), p, q), _f(a), _f(b), _f(yes), _f(no))
+
+
+def eq(a: Any, b: Any) -> Any:
+    """1.0 where a == b, else 0.0."""
+    return choose(lambda x, y: x == y, a, b, 1.0, 0.0)
+
+
+def ne(a: Any, b: Any) -> Any:
+    """1.0 where a != b, else 0.0."""
+    return choose(lambda x, y: x != y, a, b, 1.0, 0.0)
+
+
+def lt(a: Any, b: Any) -> Any:
+    """1.0 where a < b, else 0.0."""
+    return choose(lambda x, y: x < y, a, b, 1.0, 0.0)
+
+
+def le(a: Any, b: Any) -> Any:
+    """1.0 where a <= b, else 0.0."""
+    return choose(lambda x, y: x <= y, a, b, 1.0, 0.0)
+
+
+def gt(a: Any, b: Any) -> Any:
+    """1.0 where a > b, else 0.0."""
+    return choose(lambda x, y: x > y, a, b, 1.0, 0.0)
+
+
+def ge(a: Any, b: Any) -> Any:
+    """1.0 where a >= b, else 0.0."""
+    return choose(lambda x, y: x >= y, a, b, 1.0, 0.0)
+
+
+def where(condition: Any, yes: Any, no: Any) -> Any:
+    """`yes` where the condition is not 0, else `no`."""
+    return choose(lambda x, y: x != y, condition, 0.0, yes, no)

@@ -1,0 +1,328 @@
+"""A Program run by its own kernels: prepare what they load, allocate what they write, launch."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from coda.ir.dims import product
+from coda.ir.graph import Input, Node, walk
+from coda.lowering.assemble import Assembled
+from coda.lowering.emit_gemm import Source, Table, emit_gemm
+from coda.lowering.emit_rowwise import emit_rowwise
+from coda.lowering.program import GemmKernel, Program, RowwiseKernel
+from coda.lowering.schedule import cta_rows
+from coda.runtime import quack_target, settings
+from coda.runtime.cache import kernel_directory, object_directory
+from coda.runtime.memo import Memo
+from coda.runtime.prepare import packed_row, weight_matrix
+from coda.runtime.reference import ReferenceRun
+from coda.runtime.replay import Recording, Replays, Step
+from coda.runtime.rowwise_target import Rows
+
+
+@dataclass
+class State:
+    """What a program keeps between calls: loaded kernels, and what they load of the weights."""
+
+    gemms: dict[str, quack_target.Gemm]
+    rows: dict[str, Rows]
+    memo: Memo
+    replays: Replays
+
+
+T = TypeVar("T")
+Sizes = Mapping[str, int]
+_states: weakref.WeakKeyDictionary[Program, State] = weakref.WeakKeyDictionary()
+
+
+def state_of(program: Program) -> State:
+    """The emitted sources and loaded kernels of a program."""
+    if program not in _states:
+        _states[program] = State({}, {}, Memo(), Replays(quack_target.run_plan))
+    return _states[program]
+
+
+def gemm_of(program: Program, kernel: GemmKernel) -> quack_target.Gemm:
+    """The loaded module of a GEMM kernel."""
+    state = state_of(program)
+    if kernel.name not in state.gemms:
+        source = emit_gemm(program, kernel)
+        state.gemms[kernel.name] = quack_target.import_kernel(
+            source, kernel.config, kernel_directory()
+        )
+    return state.gemms[kernel.name]
+
+
+def rows_of(program: Program, kernel: RowwiseKernel) -> Rows:
+    """The loaded module of a pass over rows."""
+    state = state_of(program)
+    if kernel.name not in state.rows:
+        source = emit_rowwise(program, kernel)
+        once = {o.name for o in kernel.assembled.epilogue.operands if o.kind in ("row", "scalar")}
+        shared = tuple(name in once for _, name, _, _ in source.parameters)
+        state.rows[kernel.name] = Rows(source, shared, program.arch, kernel_directory())
+    return state.rows[kernel.name]
+
+
+class KernelRun(ReferenceRun):
+    """One call of a Program by its kernels, on tensors where a GPU (or the simulator) sees them."""
+
+    def __init__(self, program: Program, inputs: Sequence[Tensor], sizes: Sizes) -> None:
+        self.memo = state_of(program).memo
+        self.recording = Recording(inputs)
+        super().__init__(program, inputs, False, sizes)
+        self.raw: dict[str, Tensor] = {}
+
+    def once(self, name: Hashable, roots: Iterable[Node], make: Callable[[], T]) -> T:
+        """A value made of some nodes that only weights and tables reach; kept until they change."""
+        inputs = [self.inputs[n] for n in walk(roots) if isinstance(n, Input)]
+        value = self.memo.get(name, inputs, make)
+        self.recording.constant(value, inputs)
+        return value
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype, fill: str = "") -> Tensor:
+        """Memory for what a kernel writes: "padded" rows for TMA, "zero", or as it comes."""
+        device = next(iter(self.inputs.values())).device
+        if fill == "padded":
+            made = padded(shape[0], shape[1], dtype, device)
+        else:
+            made = torch.empty(shape, dtype=dtype, device=device)
+        self.recording.made(made, fill == "zero")
+        return made.zero_() if fill == "zero" else made
+
+    def fold(self) -> dict[Node, Tensor]:
+        return self.once("folded", self.program.prepared.values(), super().fold)
+
+    def operand(self, assembled: Assembled, name: str) -> Tensor:
+        spread = assembled.spread.get(name)
+        if spread is None:
+            return super().operand(assembled, name)
+        make = super().operand
+        node = assembled.nodes[name]
+        return self.once(
+            ("spread", name, spread), [node], lambda: make(assembled, name).contiguous()
+        )
+
+    def gemm(self, kernel: GemmKernel) -> None:
+        gemm = gemm_of(self.program, kernel)
+        a = self.value(kernel.a)
+        a = a.reshape(-1, a.shape[-1])
+        stores, sinks = self.results(kernel, a.shape[0])
+        self.buffers |= stores
+        self.keep_partials(kernel, sinks)
+        if a.shape[0] == 0:
+            return
+        b = self.matrix(kernel)
+        operands = {**self.packed(kernel), **self.loaded(kernel)}
+        operands |= self.tables(kernel, gemm.source)
+        ones = self.once("ones", [kernel.contracts[0].rhs], lambda: _ones_like_rows(b))
+        operands |= dict.fromkeys(gemm.source.masks, ones)
+        if gemm.source.row_masks:
+            rows = _ones(a.shape[0], a.device)
+            self.recording.constant(rows, [])
+            operands |= dict.fromkeys(gemm.source.row_masks, rows)
+        indices = {}
+        for sink in kernel.assembled.epilogue.sinks:
+            if sink.index is not None:
+                index = self.value(kernel.assembled.nodes[sink.index]).reshape(-1).contiguous()
+                indices[f"{gemm.source.operands.get(sink.index, sink.index)}_index"] = index
+        splits = {s.buffer: s.split for s in kernel.assembled.epilogue.stores}
+        arguments = gemm.arguments(operands, stores, sinks, splits, indices)
+        d = stores[gemm.source.d] if gemm.source.d else None
+        self.launch(gemm, aligned(a, turned=True), b, d, arguments)
+
+    def launch(
+        self,
+        gemm: quack_target.Gemm,
+        a: Tensor,
+        b: Tensor,
+        d: Tensor | None,
+        arguments: Mapping[str, Any],
+    ) -> None:
+        """Launch, or in a run that only compiles, compile."""
+        plan = gemm.launch(a, b, d, arguments)
+        self.recording.steps.append(Step("gemm", plan, (a, b, d, dict(arguments))))
+
+    def rows(self, kernel: RowwiseKernel) -> None:
+        rows = kernel.rows.size(self.sizes)
+        assembled = kernel.assembled
+        tensors = dict(self.packed(kernel))
+        for operand in assembled.epilogue.operands:
+            if operand.kind == "partial":
+                tensors[operand.name] = self.raw[operand.name]
+            elif operand.name in assembled.nodes:
+                x = self.operand(assembled, operand.name)
+                tensors[operand.name] = x.view(torch.uint8) if x.dtype == torch.bool else x
+        for store in assembled.epilogue.stores:
+            width = product(self.program.buffers[store.buffer].shape[1:]).size(self.sizes)
+            found = self.room(store.buffer, rows, width, store.dtype.torch)
+            self.buffers[store.buffer] = tensors[store.buffer] = found
+        if rows:
+            self.launch_rows(rows_of(self.program, kernel), rows, tensors)
+
+    def launch_rows(self, kernel: Rows, rows: int, tensors: Mapping[str, Tensor]) -> None:
+        """Launch, or in a run that only compiles, compile."""
+        arguments = kernel.arguments(rows, tensors)
+        compiled = kernel.compile()
+        compiled(*arguments)
+        self.recording.steps.append(Step("rows", compiled, arguments))
+
+    def results(self, kernel: GemmKernel, rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Buffers for what the kernel writes."""
+        stores: dict[str, Tensor] = {}
+        for store in kernel.assembled.epilogue.stores:
+            buffer = self.program.buffers[store.buffer]
+            width = product(buffer.shape[1:]).size(self.sizes)
+            stores[store.buffer] = self.room(store.buffer, rows, width, store.dtype.torch, "padded")
+        parts = -(-kernel.problem(self.sizes)[1] // kernel.config.tile_n)
+        sinks: dict[str, Tensor] = {}
+        for sink in kernel.assembled.epilogue.sinks:
+            if sink.rows:
+                tiles = -(-rows // cta_rows(kernel.config, self.program.arch))
+                width = kernel.problem(self.sizes)[1]
+                sinks[sink.buffer] = self.new((tiles, width), torch.float32)
+            elif sink.monoid == "pick":
+                sinks[sink.buffer] = self.new((rows,), torch.float32, "zero")
+            else:
+                dtype = torch.int64 if sink.monoid == "variance" else torch.float32
+                sinks[sink.buffer] = self.new((rows, parts), dtype)
+        return stores, sinks
+
+    def keep_partials(self, kernel: GemmKernel, sinks: Mapping[str, Tensor]) -> None:
+        """Partials and picked values where later kernels find them."""
+        for sink in kernel.assembled.epilogue.sinks:
+            found = sinks[sink.buffer]
+            if sink.rows:
+                self.raw[sink.buffer] = found.T
+            elif sink.monoid == "pick":
+                self.buffers[sink.buffer] = found.reshape(-1, 1)
+            else:
+                self.raw[sink.buffer] = found.view(torch.float32)
+
+    def loaded(self, kernel: GemmKernel) -> dict[str, Tensor]:
+        """Operands that are tensors of this call."""
+        found: dict[str, Tensor] = {}
+        kinds = {o.name: o.kind for o in kernel.assembled.epilogue.operands}
+        for name in kernel.assembled.nodes:
+            x = self.operand(kernel.assembled, name)
+            if kinds[name] in ("col", "scalar"):
+                found[name] = x.reshape(-1).contiguous()
+            elif kinds[name] == "tile":
+                found[name] = aligned(x.reshape(kernel.problem(self.sizes)[0], -1))
+        return found
+
+    def room(self, name: str, rows: int, width: int, dtype: torch.dtype, fill: str = "") -> Tensor:
+        """A matrix to store into: its columns of the buffer that it is a part of, or its own."""
+        whole = next((w for w, parts in self.program.joined.items() if name in parts), None)
+        if whole is None:
+            return self.new((rows, width), dtype, fill)
+        shapes = [self.program.buffers[p].shape[-1].size(self.sizes) for p in self.parts_of(whole)]
+        starts = dict(zip(self.parts_of(whole), accumulate([0, *shapes]), strict=False))
+        if any(s * dtype.itemsize % 16 for s in starts.values()):
+            return self.new((rows, width), dtype, fill)
+        if whole not in self.buffers:
+            self.buffers[whole] = self.new((rows, sum(shapes)), dtype, "padded")
+        return self.buffers[whole].narrow(1, starts[name], width)
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """The buffers that lie side by side in a buffer."""
+        return self.program.joined[name]
+
+    def buffer(self, name: str) -> Tensor:
+        if name in self.program.joined and name not in self.buffers:
+            self.buffers[name] = super().buffer(name)
+        return self.buffers[name]
+
+    def matrix(self, kernel: GemmKernel) -> Tensor:
+        """B, [N, K]: siblings merged, rows in the kernel's order of columns."""
+        roots = [c.rhs for c in kernel.contracts]
+        if not self.program.is_weight(roots[0]):
+            return aligned(self.value(roots[0]), turned=True)
+
+        def make() -> Tensor:
+            whole = weight_matrix(kernel, {n: self.value(n) for n in roots})
+            return aligned(whole, turned=True)
+
+        return self.once(("matrix", kernel.name), roots, make)
+
+    def packed(self, kernel: GemmKernel | RowwiseKernel) -> dict[str, Tensor]:
+        """Packed row operands."""
+        assembled = kernel.assembled
+        like = next(iter(self.inputs.values()))
+        empty = torch.empty(0, dtype=torch.float32, device=like.device)
+
+        def make() -> dict[str, Tensor]:
+            values = {n: self.value(n) for n in assembled.sources.values()}
+            return {
+                p.name: packed_row(p, assembled.sources, values, empty) for p in assembled.packed
+            }
+
+        return self.once(("packed", kernel.name), assembled.sources.values(), make)
+
+    def tables(self, kernel: GemmKernel, source: Source) -> dict[str, Tensor]:
+        """Packed periodic operands."""
+        found: dict[str, Tensor] = {}
+        rows = kernel.problem(self.sizes)[0]
+        for table in source.tables:
+            nodes = {o: kernel.assembled.nodes[o] for o in table.operands}
+
+            def make(table: Table = table, nodes: Mapping[str, Node] = nodes) -> Tensor:
+                flat = {o: self.operand(kernel.assembled, o).reshape(rows, -1) for o in nodes}
+                return quack_target.pack_table(table, flat)
+
+            found[table.name] = self.once((kernel.name, table.name), nodes.values(), make)
+        return found
+
+
+@lru_cache(maxsize=64)
+def _ones(count: int, device: torch.device) -> Tensor:
+    return torch.ones(count, device=device)
+
+
+def _ones_like_rows(b: Tensor) -> Tensor:
+    return torch.ones(b.shape[0], device=b.device)
+
+
+def padded(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty matrix whose rows begin at multiples of 16 bytes."""
+    step = max(1, 16 // dtype.itemsize)
+    wide = -(-columns // step) * step
+    return torch.empty((rows, wide), dtype=dtype, device=device).narrow(1, 0, columns)
+
+
+def aligned(x: Tensor, turned: bool = False) -> Tensor:
+    """A matrix that TMA can read: unit stride along the columns, rows 16 bytes apart.
+
+    With `turned`, the unit stride may be along the rows: what a GEMM multiplies.
+    """
+    size = x.element_size()
+    apart = [s * size % 16 == 0 for s in x.stride()]
+    along = (x.stride(-1) == 1 and apart[0]) or (turned and x.stride(0) == 1 and apart[-1])
+    if along and x.data_ptr() % 16 == 0:
+        return x
+    copy = padded(x.shape[0], x.shape[1], x.dtype, x.device)
+    return copy.copy_(x)
+
+
+def run_kernels(program: Program, inputs: Sequence[Tensor], sizes: Sizes) -> tuple[Tensor, ...]:
+    """The outputs of a Program, computed by its kernels.
+
+    The first call with arguments of some shapes prepares and launches; later ones replay it.
+    """
+    replays = state_of(program).replays
+    found = replays.find(inputs)
+    if found is not None:
+        return found.run(inputs)
+    quack_target.use_cache(object_directory(), settings.CACHE.get() == "1")
+    run = KernelRun(program, inputs, sizes)
+    outputs = run.run()
+    replays.keep(run.recording, outputs)
+    return outputs

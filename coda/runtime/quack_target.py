@@ -1,0 +1,189 @@
+"""Emitted GEMM modules -> compiled kernels and launches: the one module that touches quack.
+
+quack is imported here alone, and here late: importing it takes seconds and patches the DSL.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coda.errors import CallError
+from coda.lowering.emit_gemm import Source, Table
+from coda.lowering.program import Config
+
+
+def load_module(text: str, name: str, directory: Path) -> ModuleType:
+    """Write an emitted module as a file of its own, and import it.
+
+    A real file keeps tracebacks and debuggers working, and gives quack's kernel identity (which
+    hashes the source that `inspect` finds) a text that belongs to this kernel alone.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.py"
+    if not path.exists() or path.read_text() != text:
+        scratch = path.with_suffix(f".{id(text)}.tmp")
+        scratch.write_text(text)
+        scratch.replace(path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One GEMM kernel: its emitted module and its tiles."""
+
+    source: Source
+    config: Config
+    module: ModuleType
+
+    def arguments(
+        self,
+        operands: Mapping[str, Tensor],
+        stores: Mapping[str, Tensor],
+        sinks: Mapping[str, Tensor],
+        splits: Mapping[str, int],
+        indices: Mapping[str, Tensor],
+    ) -> dict[str, Any]:
+        """quack's `epi_args`: every operand and result by its emitted name."""
+        source = self.source
+        found: dict[str, Any] = {n: operands[o] for o, n in source.operands.items()}
+        for table in source.tables:
+            found[table.name] = operands[table.name]
+        for name in (*source.masks, *source.row_masks):
+            found[name] = operands[name]
+        found |= source.groups
+        for name, buffer, lane in source.outputs:
+            whole = stores[buffer]
+            if lane >= 0:
+                width = whole.shape[1] // 2
+                whole = whole.narrow(1, lane * splits[buffer], width)
+            found[name] = whole
+        found |= {name: sinks[buffer] for name, buffer in source.sinks.items()}
+        return found | dict(indices)
+
+    def plan(self, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any]) -> Any:
+        """Compile for tensors like these (any number of rows), or find it compiled."""
+        return self._gemm(a, b, d, arguments, launch=False)
+
+    def launch(self, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any]) -> Any:
+        """Run the kernel; the plan, which `run_plan` runs again for tensors like these."""
+        return self._gemm(a, b, d, arguments, launch=True)
+
+    def _gemm(
+        self, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any], launch: bool
+    ) -> Any:
+        check_alignment({"A": a, "B": b, "D": d, **arguments})
+        config = self.config
+        return self.module.KERNEL.gemm(
+            a,
+            b,
+            d,
+            epi_args=dict(arguments),
+            tile_M=config.tile_m,
+            tile_N=config.tile_n,
+            cluster_M=config.cluster[0],
+            cluster_N=config.cluster[1],
+            pingpong=config.pingpong,
+            _launch=launch,
+        )
+
+
+def check_alignment(tensors: Mapping[str, Any]) -> None:
+    """Raise CallError for a tensor that TMA cannot address: 16-byte bases and row strides."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            continue
+        if x.numel() and x.data_ptr() % 16:
+            raise CallError(
+                f"`{name}` does not begin at a multiple of 16 bytes",
+                found=f"offset {x.data_ptr() % 16}",
+                help="pass a copy: x.clone()",
+            )
+        stride = max(x.stride()) * x.element_size() if x.ndim == 2 else 0
+        if x.ndim == 2 and x.shape[0] > 1 and x.element_size() < 4 and stride % 16:
+            raise CallError(
+                f"rows of `{name}` are {stride} bytes apart; the kernel needs a multiple of 16",
+                found=f"shape {tuple(x.shape)} of {x.dtype}",
+                help="pad the last axis to a multiple of 8",
+            )
+
+
+def run_plan(
+    plan: Any, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any]
+) -> None:
+    """Launch a plan."""
+    from quack.gemm_runtime.host import run_gemm_epi_plan
+
+    run_gemm_epi_plan(plan, a, b, d, None, arguments)
+
+
+def pack_table(table: Table, values: Mapping[str, Tensor]) -> Tensor:
+    """Periodic operands side by side, [M, lanes · period] with lanes neighbouring."""
+    parts = [values[name] for name in table.operands]
+    if table.lanes == 1:
+        return parts[0].contiguous()
+    parts = parts if len(parts) == 2 else [*parts, parts[0]]
+    return torch.stack(parts, -1).reshape(parts[0].shape[0], -1).contiguous()
+
+
+def use_cache(directory: Path, enabled: bool) -> None:
+    """Keep compiled kernels in `directory`.
+
+    quack's own store does it for GEMMs and row kernels alike: one object file for each key (the
+    emitted text, tensor metadata, config, versions and sources of the generators), compiled under
+    a file lock, renamed into place, and compiled again where it cannot be loaded.
+    """
+    import quack.cache
+
+    quack.cache.CACHE_DIR = str(directory)
+    quack.cache.CACHE_ENABLED = enabled
+    cover_our_sources()
+
+
+def cover_our_sources() -> None:
+    """Let the keys of quack's store depend on coda's epilogue operators, which kernels inline."""
+    import quack.cache
+
+    ours = Path(__file__).parent
+    if ours not in quack.cache.EXTRA_SOURCE_DIRS:
+        quack.cache.EXTRA_SOURCE_DIRS.append(ours)
+
+
+def import_kernel(source: Source, config: Config, directory: Path) -> Gemm:
+    """The kernel of an emitted source."""
+    return Gemm(source, config, load_module(source.text, source.name, directory))
+
+
+def cluster_counts() -> Sequence[Any]:
+    """Modules in which quack asks the driver how many clusters fit: replaced without a GPU."""
+    import quack.cute_dsl_utils
+    import quack.gemm
+    import quack.gemm_runtime.host
+    import quack.gemm_symmetric
+
+    return (
+        quack.cute_dsl_utils,
+        quack.gemm_runtime.host,
+        quack.gemm,
+        quack.gemm_symmetric,
+    )

@@ -1,0 +1,301 @@
+"""The reference backend: a Program run kernel by kernel in torch, on any device.
+
+It follows the kernels closely: weights in the kernel's order, expressions at points and pairs,
+statistics as partials of tiles that are folded, one rounding where a tensor is stored. In float64
+without rounding it says whether the lowering kept the meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coda.ir.dims import product
+from coda.ir.evaluate import evaluate, pick
+from coda.ir.graph import Node
+from coda.ir.monoids import MONOIDS
+from coda.ir.scalars import SCALARS
+from coda.lowering.assemble import Assembled
+from coda.lowering.epilogue import (
+    Acc,
+    Call,
+    Epilogue,
+    Expr,
+    Literal,
+    Load,
+    Operand,
+    SinkExpr,
+    Stat,
+    Statistic,
+    StoreExpr,
+)
+from coda.lowering.program import GemmKernel, Program, RowwiseKernel, TorchKernel
+from coda.lowering.roles import is_view
+from coda.runtime.prepare import folded_weights, packed_row, weight_matrix
+
+Tensors = Mapping[str, Tensor]
+
+
+def run_reference(
+    program: Program,
+    inputs: Sequence[Tensor],
+    exact: bool = False,
+    sizes: Mapping[str, int] | None = None,
+) -> tuple[Tensor, ...]:
+    """The outputs of a Program.
+
+    Args:
+        program: what to run.
+        inputs: the block's arguments in order.
+        exact: compute in float64 and never round, instead of float32 with stored tensors rounded.
+        sizes: of the symbols in this call, where they differ from those it was lowered for.
+    """
+    return ReferenceRun(program, inputs, exact, sizes).run()
+
+
+class ReferenceRun:
+    """One call of a Program in torch; a backend with kernels replaces `gemm` and `rows`."""
+
+    def __init__(
+        self,
+        program: Program,
+        inputs: Sequence[Tensor],
+        exact: bool,
+        sizes: Mapping[str, int] | None,
+    ) -> None:
+        self.program, self.exact = program, exact
+        wide = exact or any(t.dtype == torch.float64 for t in inputs)
+        self.compute = torch.float64 if wide else torch.float32
+        self.sizes = {**program.sizes, **sizes} if sizes else program.sizes
+        self.inputs: dict[Node, Tensor] = dict(zip(program.graph.inputs, inputs, strict=True))
+        self.buffers: dict[str, Tensor] = {}
+        self.parts: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
+        self.prepared = self.fold()
+
+    def fold(self) -> dict[Node, Tensor]:
+        """What is made of weights."""
+        return folded_weights(self.program, self.inputs, self.compute, rounding=not self.exact)
+
+    def run(self) -> tuple[Tensor, ...]:
+        for kernel in self.program.kernels:
+            if isinstance(kernel, GemmKernel):
+                self.gemm(kernel)
+            elif isinstance(kernel, RowwiseKernel):
+                self.rows(kernel)
+            else:
+                self.torch(kernel)
+        return tuple(self.output(node) for _, node in self.program.outputs)
+
+    def value(self, node: Node) -> Tensor:
+        """A node in memory, or a view of one, in its own shape."""
+        if node in self.inputs:
+            return self.inputs[node]
+        if node in self.prepared:
+            return self.prepared[node]
+        place = self.program.places.get(node)
+        if place is not None:
+            x = self.buffer(place.buffer)
+            if place.count >= 0:
+                x = x[:, place.first : place.first + place.count]
+            return x.reshape([d.size(self.sizes) for d in node.shape])
+        known = {o: self.value(o) for o in node.operands}
+        compute = self.compute if self.exact else None
+        if is_view(node) and known[node.operands[0]].is_floating_point() and not self.exact:
+            compute = known[node.operands[0]].dtype  # as it is stored: a view does not round
+        return evaluate([node], known, self.sizes, compute)[0]
+
+    def buffer(self, name: str) -> Tensor:
+        """A buffer, or the parts that it is made of, side by side."""
+        parts = self.program.joined.get(name)
+        return self.buffers[name] if parts is None else torch.cat([*map(self.buffer, parts)], 1)
+
+    def operand(self, assembled: Assembled, name: str) -> Tensor:
+        """What an operand loads: a value, repeated over row axes on which it does not depend."""
+        x = self.value(assembled.nodes[name])
+        spread = assembled.spread.get(name)
+        if spread is None:
+            return x
+        lead = [d.size(self.sizes) for d in spread.lead]
+        columns = x.shape[x.ndim - spread.columns :]
+        return x.expand(*lead, *columns).reshape(product(spread.lead).size(self.sizes), -1)
+
+    def output(self, node: Node) -> Tensor:
+        x = self.value(node)
+        return x if self.exact else x.to(node.dtype.torch)
+
+    def gemm(self, kernel: GemmKernel) -> None:
+        a = self.value(kernel.a)
+        a = a.reshape(-1, a.shape[-1]).to(self.compute)
+        weights = {c.rhs: self.value(c.rhs) for c in kernel.contracts}
+        b = weight_matrix(kernel, weights).to(self.compute)
+        acc = a @ b.transpose(0, 1)
+        self.epilogue(kernel.assembled, acc, acc.shape[0], acc.shape[1], kernel.config.tile_n)
+
+    def rows(self, kernel: RowwiseKernel) -> None:
+        rows = kernel.rows.size(self.sizes)
+        self.epilogue(kernel.assembled, None, rows, kernel.width, 0)
+
+    def torch(self, kernel: TorchKernel) -> None:
+        node = kernel.node
+        known = {o: self.value(o) for o in node.operands}
+        (x,) = evaluate([node], known, self.sizes, self.compute)
+        keep = self.exact or not x.is_floating_point()
+        name = self.program.places[node].buffer
+        self.buffers[name] = x if keep else x.to(self.program.buffers[name].dtype.torch)
+
+    def epilogue(
+        self, assembled: Assembled, acc: Tensor | None, rows: int, width: int, tile_n: int
+    ) -> None:
+        values = {n: self.value(n) for n in assembled.sources.values()}
+        operands: dict[str, Tensor] = {}
+        like = next(iter(self.inputs.values()))
+        like = torch.empty(0, dtype=self.compute, device=like.device)
+        for packed in assembled.packed:
+            operands[packed.name] = packed_row(packed, assembled.sources, values, like)
+        for name in assembled.nodes:
+            x = self.operand(assembled, name)
+            operands[name] = x.to(self.compute) if x.is_floating_point() else x
+        point = _Points(assembled.epilogue, acc, operands, rows, width, self.compute)
+        for statistic in assembled.epilogue.statistics:
+            point.statistic(statistic, self.parts)
+        for store in assembled.epilogue.stores:
+            x = point.store(store)
+            self.buffers[store.buffer] = x if self.exact else x.to(store.dtype.torch)
+        for sink in assembled.epilogue.sinks:
+            x = point.columns(sink.lanes)
+            if sink.rounded is not None and not self.exact:
+                x = x.to(sink.rounded.torch).to(self.compute)
+            if sink.rows:
+                self.parts[sink.buffer] = _sum_of_rows(x)
+            elif sink.monoid == "pick":
+                self.buffers[sink.buffer] = pick(x, operands[sink.index or ""].reshape(-1))
+            else:
+                self.parts[sink.buffer] = self.partials(sink, x, width, tile_n)
+
+    def partials(
+        self, sink: SinkExpr, x: Tensor, width: int, tile_n: int
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        tile = max(1, tile_n * x.shape[1] // max(width, 1))
+        sizes = [min(tile, x.shape[1] - i) for i in range(0, x.shape[1], tile)]
+        return MONOIDS[sink.monoid].split(x, 1, sizes)
+
+
+def _sum_of_rows(x: Tensor, tile: int = 128) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Sums over the rows of each tile of rows, [columns, tiles]."""
+    sums = [t.sum(0) for t in torch.split(x, tile)] or [x.sum(0)]
+    return (torch.stack(sums, 1),), torch.ones((1, len(sums)), dtype=x.dtype, device=x.device)
+
+
+@dataclass
+class _Points:
+    """The points of one kernel, all at once: [rows, points] tensors, one for each lane."""
+
+    epilogue: Epilogue
+    acc: Tensor | None
+    operands: Tensors
+    rows: int
+    width: int
+    compute: torch.dtype
+
+    def __post_init__(self) -> None:
+        self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
+        self.stats: dict[str, Tensor] = {}
+        self.memo: dict[Expr, Tensor] = {}
+
+    @property
+    def lanes(self) -> int:
+        return 2 if self.epilogue.pair else 1
+
+    @property
+    def points(self) -> int:
+        return self.width // self.lanes
+
+    def evaluate(self, expr: Expr) -> Tensor:
+        """An expression at all points, broadcastable to [rows, points]."""
+        if expr not in self.memo:
+            self.memo[expr] = self._evaluate(expr)
+        return self.memo[expr]
+
+    def _evaluate(self, expr: Expr) -> Tensor:
+        match expr:
+            case Acc(lane=lane):
+                assert self.acc is not None
+                return self.acc[:, lane :: self.lanes]
+            case Load(operand=name, lane=lane):
+                return self.load(self.kinds[name], lane)
+            case Stat(name=name, plane=plane):
+                return self.stats[name if plane is None else f"{name}.{plane}"]
+            case Literal(value=value):
+                some = next(iter(self.operands.values()), self.acc)
+                device = some.device if some is not None else None
+                return torch.tensor(value, dtype=self.compute, device=device)
+            case Call(fn=fn, args=args):
+                return SCALARS[fn].evaluate(*(self.evaluate(a) for a in args))
+
+    def load(self, operand: Operand, lane: int) -> Tensor:
+        x = self.operands[operand.name]
+        if operand.kind == "scalar":
+            return x.reshape(())
+        if operand.kind == "row":
+            return x.reshape(1, -1)[:, lane :: operand.lanes]
+        if operand.kind == "col":
+            return x.reshape(self.rows, 1)
+        columns = operand.period or self.width * operand.lanes // self.lanes
+        x = x.reshape(self.rows, columns)
+        if operand.kind == "periodic":
+            return x[:, torch.arange(self.points, device=x.device) % operand.period]
+        if operand.split:
+            blocks = self.width // (2 * operand.split)
+            x = x.reshape(self.rows, blocks, 2, operand.split)[:, :, lane]
+            return x.reshape(self.rows, self.points)
+        return x[:, lane :: operand.lanes]
+
+    def columns(self, lanes: Sequence[Expr]) -> Tensor:
+        """Both lanes side by side in the order of the kernel's columns, [rows, columns]."""
+        values = [self.evaluate(e).expand(self.rows, self.points) for e in lanes]
+        return torch.stack(values, -1).reshape(self.rows, len(lanes) * self.points)
+
+    def store(self, store: StoreExpr) -> Tensor:
+        """What a store writes, in the order of the buffer."""
+        if store.narrow:
+            return self.evaluate(store.lanes[0]).expand(self.rows, 1)
+        x = self.columns(store.lanes)
+        if store.split:
+            blocks = self.width // (2 * store.split)
+            x = x.reshape(self.rows, blocks, store.split, 2).transpose(2, 3)
+            x = x.reshape(self.rows, self.width)
+        return x
+
+    def statistic(
+        self, stat: Statistic, parts: Mapping[str, tuple[tuple[Tensor, ...], Tensor]]
+    ) -> None:
+        """The value of a statistic at all points."""
+        monoid = MONOIDS[stat.monoid]
+        if stat.operand is not None:
+            planes, counts = parts[stat.operand]
+            merged = monoid.merge(planes, counts, 1)
+            self.stats[stat.name] = monoid.finish(merged, stat.width)
+            for plane, value in zip(monoid.planes, merged, strict=True):
+                self.stats[f"{stat.name}.{plane}"] = value
+        elif stat.group:
+            self.stats[stat.name] = self.group(stat)
+        else:
+            assert stat.expr is not None
+            x = self.evaluate(stat.expr).expand(self.rows, self.points)
+            self.stats[stat.name] = monoid.reduce(x, 1)
+
+    def group(self, stat: Statistic) -> Tensor:
+        """A statistic of groups of columns, at each point of the group."""
+        assert stat.expr is not None
+        assert self.acc is not None
+        single = _Points(
+            self.epilogue, self.acc, self.operands, self.rows, self.width, self.compute
+        )
+        single.epilogue = Epilogue(False, self.epilogue.operands, (), (), ())
+        x = single.evaluate(stat.expr).expand(self.rows, self.width)
+        x = x.reshape(self.rows, self.width // stat.group, stat.group)
+        x = MONOIDS[stat.monoid].reduce(x, 2)
+        return x.expand(-1, -1, stat.group // self.lanes).reshape(self.rows, self.points)

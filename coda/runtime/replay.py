@@ -1,0 +1,209 @@
+"""Launches of one call -> the same launches of later calls, on other tensors of the same shapes.
+
+A call is recorded as steps whose arguments are views of the arguments, of buffers made in the call,
+or of memory that does not change (prepared weights). A replay makes the buffers and views anew and
+launches, and does nothing else on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coda.runtime.memo import Witness
+
+LIMIT = 1024  # replays kept for one program: layers, and shapes that alternate
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch: a "gemm" plan with (A, B, D, operands), or compiled "rows" with its arguments."""
+
+    kind: str
+    kernel: Any
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as a view of tensor `base` of a call: an argument, or a buffer after them."""
+
+    base: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    whole: bool
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The view in this call."""
+        base = tensors[self.base]
+        if self.whole:
+            return base
+        base = base if base.dtype == self.dtype else base.view(self.dtype)
+        return base.as_strided(self.size, self.stride, base.storage_offset() + self.offset)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory that a call makes: elements, type, and whether it starts as zeros."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    zero: bool
+
+    def make(self) -> Tensor:
+        """New memory."""
+        x = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+        return x.zero_() if self.zero else x
+
+
+class Replay:
+    """The launches of a call."""
+
+    def __init__(
+        self,
+        steps: list[Step],
+        buffers: list[Buffer],
+        outputs: list[View],
+        run_plan: Callable[..., None],
+    ) -> None:
+        self.steps, self.buffers, self.outputs = steps, buffers, outputs
+        self.run_plan = run_plan
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Launch, on these arguments."""
+        tensors = [*inputs, *(b.make() for b in self.buffers)]
+        for step in self.steps:
+            if step.kind == "gemm":
+                a, b, d, operands = (bound(x, tensors) for x in step.arguments)
+                self.run_plan(step.kernel, a, b, d, operands)
+            else:
+                step.kernel(*(bound(x, tensors) for x in step.arguments))
+        return tuple(v.of(tensors) for v in self.outputs)
+
+
+def bound(x: Any, tensors: Sequence[Tensor]) -> Any:
+    """An argument in this call."""
+    if isinstance(x, View):
+        return x.of(tensors)
+    if isinstance(x, dict):
+        return {k: bound(v, tensors) if isinstance(v, View) else v for k, v in x.items()}
+    return x
+
+
+class _Unknown(Exception):
+    """A launch took a tensor that was made in the call in a way that is not recorded."""
+
+
+class Recording:
+    """What happens in one call: launches, memory that is made, memory that does not change."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self.inputs = list(inputs)
+        self.steps: list[Step] = []
+        self.buffers: list[tuple[Tensor, bool]] = []
+        self.constants: set[int] = set()
+        self.sources: set[int] = set()
+
+    def made(self, buffer: Tensor, zero: bool) -> None:
+        """Memory that the call makes."""
+        self.buffers.append((buffer, zero))
+
+    def constant(self, value: Any, made_of: Sequence[Tensor]) -> None:
+        """Memory that lives until one of the arguments `made_of` changes."""
+        tensors = value.values() if isinstance(value, dict) else [value]
+        mine = {_memory(t) for t in self.inputs}
+        self.constants |= {_memory(t) for t in tensors} - mine
+        self.sources |= {i for i, t in enumerate(self.inputs) if any(t is m for m in made_of)}
+
+    def replay(self, outputs: Sequence[Tensor], run_plan: Callable[..., None]) -> Replay | None:
+        """The launches as a replay; None where one of them took a tensor of unknown origin."""
+        every = [*self.inputs, *(b for b, _ in self.buffers)]
+        bases: dict[int, list[int]] = {}
+        for i, t in enumerate(every):
+            bases.setdefault(_memory(t), []).append(i)
+
+        def view(x: Any) -> Any:
+            if isinstance(x, dict):
+                return {k: view(v) for k, v in x.items()}
+            if not isinstance(x, Tensor) or _memory(x) in self.constants:
+                return x
+            if _memory(x) not in bases:
+                raise _Unknown
+            # Arguments may share memory: the one that begins last before the view is its base.
+            here = bases[_memory(x)]
+            before = [i for i in here if every[i].data_ptr() <= x.data_ptr()]
+            base = max(before or here, key=lambda i: every[i].data_ptr())
+            return _view(x, base, every[base])
+
+        try:
+            steps = [Step(s.kind, s.kernel, tuple(map(view, s.arguments))) for s in self.steps]
+            returned = [view(o) for o in outputs]
+        except _Unknown:
+            return None
+        if not all(isinstance(v, View) for v in returned):
+            return None
+        buffers = [
+            Buffer(tuple(t.shape), t.stride(), t.dtype, t.device, z) for t, z in self.buffers
+        ]
+        return Replay(steps, buffers, returned, run_plan)
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _view(x: Tensor, index: int, base: Tensor) -> View:
+    start = int(base.storage_offset()) * base.element_size() // x.element_size()
+    same = (base.shape, base.stride(), base.dtype) == (x.shape, x.stride(), x.dtype)
+    offset = int(x.storage_offset()) - start
+    return View(index, x.dtype, tuple(x.shape), x.stride(), offset, same and offset == 0)
+
+
+class Replays:
+    """Replays of one program, by its weights' identities and the other arguments' shapes."""
+
+    def __init__(self, run_plan: Callable[..., None]) -> None:
+        self.run_plan = run_plan
+        self.sources: tuple[int, ...] = ()
+        self.others: tuple[int, ...] = ()
+        self.found: dict[tuple[Any, ...], tuple[list[Witness], Replay]] = {}
+
+    def key(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The weights, and what of the other arguments is built into a replay."""
+        ids: list[Any] = [id(inputs[i]) for i in self.sources]
+        for i in self.others:
+            t = inputs[i]
+            ids += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
+        return tuple(ids)
+
+    def find(self, inputs: Sequence[Tensor]) -> Replay | None:
+        """The replay for these arguments, or None where they were not seen, or have changed."""
+        if not self.found:
+            return None
+        held = self.found.get(self.key(inputs))
+        if held is None:
+            return None
+        for witness, index in zip(held[0], self.sources, strict=True):
+            if not witness.holds(inputs[index]):
+                return None
+        return held[1]
+
+    def keep(self, recording: Recording, outputs: Sequence[Tensor]) -> None:
+        """Remember a call, if its launches can be replayed."""
+        replay = recording.replay(outputs, self.run_plan)
+        if replay is None:
+            return
+        inputs = recording.inputs
+        self.sources = tuple(sorted(recording.sources))
+        self.others = tuple(i for i in range(len(inputs)) if i not in recording.sources)
+        if len(self.found) >= LIMIT:
+            self.found.pop(next(iter(self.found)))
+        self.found[self.key(inputs)] = [Witness(inputs[i]) for i in self.sources], replay

@@ -1,0 +1,91 @@
+"""Emitted row kernels -> compiled kernels and launches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from quack.cache import jit_cache
+from torch import Tensor
+
+from coda.lowering.emit_rowwise import RowSource
+from coda.runtime.quack_target import load_module
+
+_TYPES = {
+    "bf16": cutlass.BFloat16,
+    "f16": cutlass.Float16,
+    "f32": cutlass.Float32,
+    "e4m3": cutlass.Float8E4M3FN,
+    "e5m2": cutlass.Float8E5M2,
+    "i32": cutlass.Int32,
+    "i64": cutlass.Int64,
+    "bool": cutlass.Uint8,
+}
+
+
+@jit_cache
+def _compile(source: RowSource, shared: tuple[bool, ...], arch: str, directory: str) -> Any:
+    """The compiled `launch` of a source: one for any number of rows."""
+    module = load_module(source.text, source.name, Path(directory))
+    rows = cute.sym_int()
+    tensors = []
+    for (_, _, columns, _), kind, once in zip(source.parameters, source.types, shared, strict=True):
+        tensors.append(_fake(_TYPES[kind], 1 if once else rows, columns))
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(
+        module.launch, *tensors, cutlass.Int32(1), stream, options="--enable-tvm-ffi"
+    )
+
+
+def _fake(dtype: Any, rows: Any, columns: int) -> Any:
+    """A tensor as the kernel takes it: whole vectors of 16 bytes, rows any such distance apart."""
+    size = dtype.width // 8
+    if columns == 0:
+        shape, stride = (rows, cute.sym_int()), (1, cute.sym_int64())
+        return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=size)
+    apart = cute.sym_int64(divisibility=16 // size) if columns * size % 16 == 0 else columns
+    align = max(size, 16 if columns > 1 else 1)
+    shape = (rows, columns)
+    return cute.runtime.make_fake_tensor(dtype, shape, stride=(apart, 1), assumed_align=align)
+
+
+def _laid_out(x: Tensor, rows: int, columns: int) -> Tensor:
+    """A tensor as the kernel takes it, copied where it lies otherwise."""
+    if columns == 0:
+        return x
+    x = x.reshape(rows, columns)
+    whole = columns * x.element_size() % 16 == 0
+    apart = x.stride(0) * x.element_size() % 16 == 0 if whole else x.stride(0) == columns
+    if (x.stride(1) != 1 and columns > 1) or not (apart or rows == 1):
+        x = x.contiguous()
+    if whole and rows == 1:
+        x = x.as_strided((1, columns), (columns, 1))
+    return x.clone() if x.data_ptr() % 16 and columns > 1 else x
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One row kernel: its emitted module, and which parameters have one row for all."""
+
+    source: RowSource
+    shared: tuple[bool, ...]
+    arch: str
+    directory: Path
+
+    def compile(self) -> Any:
+        """Compile, or find it compiled."""
+        return _compile(self.source, self.shared, self.arch, str(self.directory))
+
+    def arguments(self, rows: int, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        """What the compiled kernel takes; `tensors` holds operands and results by name."""
+        found = [
+            _laid_out(tensors[source], 1 if once else rows, columns)
+            for (_, source, columns, _), once in zip(
+                self.source.parameters, self.shared, strict=True
+            )
+        ]
+        return (*found, rows)

@@ -1,0 +1,225 @@
+"""A Program and torch tensors -> outputs: backends behind one interface, one torch operator."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from coda.errors import ArchError, UnsupportedError
+from coda.ir.graph import Graph
+from coda.lowering.derive import Training
+from coda.lowering.program import Program
+from coda.runtime import settings
+from coda.runtime.bind import bind_sizes, check_tensors
+from coda.runtime.reference import run_reference
+
+Sizes = Mapping[str, int]
+Backend = Callable[[Program, Sequence[Tensor], Sizes], tuple[Tensor, ...]]
+
+
+def _reference(program: Program, inputs: Sequence[Tensor], sizes: Sizes) -> tuple[Tensor, ...]:
+    return run_reference(program, inputs, sizes=sizes)
+
+
+def _cuda(program: Program, inputs: Sequence[Tensor], sizes: Sizes) -> tuple[Tensor, ...]:
+    """The kernels, on the GPU. quack and the DSL are imported here, when they are needed."""
+    from coda.runtime.kernels import run_kernels
+
+    return run_kernels(program, inputs, sizes)
+
+
+def _sim(program: Program, inputs: Sequence[Tensor], sizes: Sizes) -> tuple[Tensor, ...]:
+    """The kernels, executed from their PTX."""
+    from coda.runtime.simulate import run_simulated
+
+    return run_simulated(program, inputs, sizes)
+
+
+BACKENDS: dict[str, Backend] = {"reference": _reference, "sim": _sim, "cuda": _cuda}
+
+
+def simulated_arch() -> str | None:
+    """The arch of the simulated GPU that is active, if one is."""
+    sim = sys.modules.get("coda.sim")  # whoever made one has imported it
+    gpu = sim.active() if sim is not None else None
+    return None if gpu is None else gpu.arch
+
+
+def gpu_arch() -> str | None:
+    """The arch of the GPU, where it is one that coda compiles for."""
+    if simulated_arch() or not torch.cuda.is_available():
+        return None
+    return {9: "sm_90a", 10: "sm_100a"}.get(torch.cuda.get_device_capability()[0])
+
+
+def choose_backend(name: str) -> str:
+    """The backend asked for, that of the environment, or the best that works here."""
+    chosen = name or settings.BACKEND.get()
+    if not chosen:
+        chosen = "sim" if simulated_arch() else "cuda" if gpu_arch() else "reference"
+    if chosen not in BACKENDS:
+        raise UnsupportedError(
+            "a backend that is not there", found=repr(chosen), help=" or ".join(BACKENDS)
+        )
+    if chosen == "cuda" and gpu_arch() is None:
+        raise ArchError(
+            "backend cuda needs a Hopper or Blackwell GPU",
+            found="none here",
+            help='backend="reference"',
+        )
+    return chosen
+
+
+def target_arch(arch: str) -> str:
+    """The arch asked for, that of the (simulated) GPU, or that of the environment."""
+    return arch or simulated_arch() or gpu_arch() or settings.ARCH.get()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A block's training, lowered."""
+
+    training: Training
+    forward: Program
+    backward: Program | None
+
+
+class Runnable(Protocol):
+    """What the operator needs of a block."""
+
+    def graph_for(self, inputs: Sequence[Tensor]) -> Graph:
+        """The graph for arguments of these types."""
+        ...
+
+    def program_for(self, graph: Graph, arch: str, frozen: bool, sizes: Sizes) -> Program:
+        """A Program that serves these sizes."""
+        ...
+
+    def trained_for(
+        self, graph: Graph, arch: str, wanted: tuple[str, ...], sizes: Sizes
+    ) -> Trained:
+        """Programs of the forward and the backward that serve these sizes."""
+        ...
+
+
+_blocks: weakref.WeakValueDictionary[int, Runnable] = weakref.WeakValueDictionary()
+_numbers = count()
+
+
+def register(block: Runnable) -> int:
+    """A number for a block: the operator's first argument."""
+    number = next(_numbers)
+    _blocks[number] = block
+    return number
+
+
+def block_of(number: int) -> Runnable:
+    """The block of a number."""
+    return _blocks[number]
+
+
+def bind(number: int, inputs: Sequence[Tensor], dims: Sequence[int]) -> tuple[Graph, Sizes]:
+    """The graph for these arguments and the size of every symbol. Raises CallError."""
+    graph = _blocks[number].graph_for(inputs)
+    check_tensors(graph, inputs)
+    given = {s: d for s, d in zip(graph.symbols, dims, strict=False) if d >= 0}
+    return graph, bind_sizes(graph, inputs, given)
+
+
+_known: dict[tuple[Any, ...], tuple[Program, Sizes, Backend]] = {}
+_recent: dict[tuple[Any, ...], Program] = {}
+
+
+def run_block(
+    number: int, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
+) -> Sequence[Tensor]:
+    """Run a block: what the operator does, without torch's dispatch.
+
+    What follows from the arguments' shapes and types is worked out once for each of them. Outputs
+    may be views of one buffer.
+    """
+    environment = settings.BACKEND.get(), settings.ARCH.get(), simulated_arch()
+    options = (number, *dims, backend, arch, frozen, *environment)
+    recent = _recent.get(options)
+    if recent is not None:
+        found = recall(recent, inputs)
+        if found is not None:
+            return found
+    shapes = tuple([(t.shape, t.dtype, t.device) for t in inputs])
+    key = (*options, shapes)
+    if key not in _known:
+        graph, sizes = bind(number, inputs, dims)
+        chosen = choose_backend(backend)
+        program = _blocks[number].program_for(graph, target_arch(arch), frozen, sizes)
+        if len(_known) >= 4096:
+            _known.clear()
+        _known[key] = program, sizes, BACKENDS[chosen]
+    program, sizes, run = _known[key]
+    if run is _cuda:
+        _recent[options] = program
+    taken = {t.data_ptr() for t in inputs}
+    return [t.clone() if t.data_ptr() in taken else t for t in run(program, inputs, sizes)]
+
+
+def recall(program: Program, inputs: list[Tensor]) -> Sequence[Tensor] | None:
+    """The outputs, if launches for such arguments were recorded."""
+    from coda.runtime.kernels import state_of
+
+    replay = state_of(program).replays.find(inputs)
+    return None if replay is None else replay.run(inputs)
+
+
+@torch.library.custom_op("coda::block", mutates_args=())
+def block_op(
+    number: int, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
+) -> list[Tensor]:
+    """Run a block.
+
+    Args:
+        number: from `register`.
+        inputs: the block's arguments.
+        dims: sizes of the graph's symbols in their order, -1 where the shapes tell them.
+        backend, arch: names, or "" for the default.
+        frozen: whether weights keep their values.
+    """
+    found = run_block(number, inputs, dims, backend, arch, frozen)
+    return [t.contiguous() for t in apart(found)]
+
+
+def apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same values, no two in one memory: what torch asks of an operator's outputs."""
+    seen: set[int] = set()
+    out: list[Tensor] = []
+    for tensor in tensors:
+        address = tensor.untyped_storage().data_ptr()
+        out.append(tensor.clone() if address in seen else tensor)
+        seen.add(address)
+    return out
+
+
+def needs_dispatch(inputs: Sequence[Tensor]) -> bool:
+    """Whether torch has to see the call: it compiles, or a mode is active."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in inputs)
+    )
+
+
+@block_op.register_fake
+def _(
+    number: int, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
+) -> list[Tensor]:
+    graph, sizes = bind(number, inputs, dims)
+    like = inputs[0]
+    return [
+        like.new_empty([d.size(sizes) for d in node.shape], dtype=node.dtype.torch)
+        for node in graph.roots
+    ]

@@ -1,0 +1,57 @@
+"""What a cubin says of its kernel: registers, spills, shared memory, instructions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Resources of a kernel: registers of a thread, bytes, machine instructions.
+
+    `stack` and `local` are bytes of a thread in local memory: anything but 0 is a spill.
+    """
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    instructions: int
+
+
+@cache
+def tool(name: str) -> str | None:
+    """The path of cuobjdump or nvdisasm, from its PyPI package or the search path."""
+    import shutil
+
+    for root in sys.path:
+        found = sorted(Path(root).glob(f"nvidia/**/bin/{name}")) if Path(root).is_dir() else []
+        if found:
+            return str(found[0])
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else shutil.which(name)
+
+
+def usage(cubin: Path) -> Usage | None:
+    """The resources of the kernel in a cubin, or None without the tools."""
+    dump = tool("cuobjdump")
+    if dump is None or not cubin.exists():
+        return None
+    text = _run(dump, "--dump-resource-usage", str(cubin))
+    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    if not found:
+        return None
+    registers, stack, shared, local = (max(int(f[i]) for f in found) for i in range(4))
+    disassembler = tool("nvdisasm")
+    sass = _run(disassembler, "-c", str(cubin)) if disassembler else ""
+    count = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M))
+    return Usage(registers, stack, local, shared, count)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout

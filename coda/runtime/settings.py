@@ -1,0 +1,42 @@
+"""The environment variables that coda reads, in one table."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from coda.errors import CodaError
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable: its name, what it means, the values it takes, its default."""
+
+    name: str
+    meaning: str
+    values: tuple[str, ...] = ()
+    default: str = ""
+
+    def get(self) -> str:
+        """The value now. Raises CodaError for one that it does not take."""
+        value = os.environ.get(self.name) or self.default
+        if self.values and value not in self.values:
+            raise CodaError(
+                f"{self.name} is one of {', '.join(v for v in self.values if v)}",
+                found=repr(value),
+            )
+        return value
+
+
+ARCHS = ("sm_90a", "sm_100a")
+
+BACKEND = Variable(
+    "CODA_BACKEND",
+    "where blocks run; by default on a Hopper or Blackwell GPU if there is one, else in torch",
+    ("", "reference", "cuda", "sim"),
+)
+ARCH = Variable("CODA_ARCH", "the arch to lower for where no GPU tells it", ARCHS, "sm_90a")
+CACHE_DIR = Variable("CODA_CACHE_DIR", "where compiled kernels are kept between processes")
+CACHE = Variable("CODA_CACHE", "0: keep compiled kernels in this process only", ("0", "1"), "1")
+
+VARIABLES = (BACKEND, ARCH, CACHE_DIR, CACHE)

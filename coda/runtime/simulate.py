@@ -1,0 +1,52 @@
+"""Backend sim: the kernels of a Program, executed from their PTX on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from coda import sim
+from coda.errors import ArchError
+from coda.lowering.program import Program
+from coda.runtime import quack_target, settings
+from coda.runtime.cache import simulator_directory
+from coda.runtime.kernels import KernelRun
+
+
+def device(arch: str, **options: object) -> sim.Device:
+    """A simulated GPU that keeps its compiled kernels in coda's cache."""
+    cache = simulator_directory() if settings.CACHE.get() == "1" else None
+    return sim.device(arch, cache=cache, **options)  # type: ignore[arg-type]
+
+
+def run_simulated(
+    program: Program, inputs: Sequence[Tensor], sizes: Mapping[str, int]
+) -> tuple[Tensor, ...]:
+    """The outputs of a Program.
+
+    Inside `with coda.sim.device(...)` the kernels run there. Elsewhere they run on a device of
+    their own, which stops at the first bug that a check finds.
+
+    Raises:
+        ArchError: where the active device is of another arch than the Program.
+        coda.sim.SimError: for what a kernel does wrong.
+    """
+    gpu = sim.active()
+    if gpu is None:
+        with device(program.arch, checks="raise"):
+            return _run(program, inputs, sizes)
+    if gpu.arch != program.arch:
+        raise ArchError(
+            f"a program for {program.arch} does not run on a simulated {gpu.arch}",
+            found=f'coda.sim.device(arch="{gpu.arch}")',
+            help=f'call the block with arch="{gpu.arch}"',
+        )
+    return _run(program, inputs, sizes)
+
+
+def _run(
+    program: Program, inputs: Sequence[Tensor], sizes: Mapping[str, int]
+) -> tuple[Tensor, ...]:
+    quack_target.cover_our_sources()
+    return KernelRun(program, inputs, sizes).run()

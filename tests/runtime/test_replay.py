@@ -1,0 +1,98 @@
+"""What is kept between calls: made of weights, and recorded launches."""
+
+import gc
+
+import pytest
+import torch
+
+from coda.runtime.memo import Memo
+from coda.runtime.replay import Recording, Replays, Step
+
+
+@pytest.fixture
+def made():
+    return []
+
+
+def test_a_value_is_made_again_only_when_a_tensor_has_changed(made):
+    memo, w = Memo(), torch.ones(3)
+
+    def make():
+        made.append(w.clone())
+        return made[-1]
+
+    first = memo.get("b", [w], make)
+    assert memo.get("b", [w], make) is first
+    w.mul_(2)
+    assert memo.get("b", [w], make).tolist() == [2, 2, 2]
+    w.data = torch.full((3,), 5.0)
+    assert memo.get("b", [w], make).tolist() == [5, 5, 5]
+    assert len(made) == 3
+
+
+def test_layers_keep_their_own(made):
+    memo, layers = Memo(), [torch.ones(2) for _ in range(3)]
+    for _ in range(2):
+        for w in layers:
+            memo.get("b", [w], lambda w=w: made.append(w) or w + 1)
+    assert len(made) == 3
+
+
+def test_a_value_dies_with_its_weights():
+    memo, w = Memo(), torch.ones(3)
+    memo.get("b", [w], lambda: torch.zeros(3))
+    assert len(memo.entries) == 1
+    del w
+    gc.collect()
+    assert not memo.entries
+
+
+def record(x, w, folded):
+    """A call of one row kernel: out[i] = x[i] · folded + (what the buffer held: zeros)."""
+    recording = Recording([x, w])
+    recording.constant(folded, [w])
+    buffer = torch.zeros(2, 4)
+    recording.made(buffer, True)
+
+    def kernel(x, f, out, rows):
+        assert rows == 2
+        out.add_(x * f)
+
+    kernel(x[:, :2], folded, buffer[:, 1:3], 2)
+    recording.steps.append(Step("rows", kernel, (x[:, :2], folded, buffer[:, 1:3], 2)))
+    return recording, (buffer[:, 1:3],)
+
+
+def test_a_replay_launches_on_new_tensors():
+    x, w = torch.randn(2, 4), torch.randn(2)
+    recording, outputs = record(x, w, w * 3)
+    replays = Replays(lambda *_: None)
+    replays.keep(recording, outputs)
+    for _ in range(2):
+        fresh = torch.randn(2, 4)
+        found = replays.find([fresh, w])
+        (out,) = found.run([fresh, w])
+        torch.testing.assert_close(out, fresh[:, :2] * (w * 3))
+        assert out.data_ptr() != outputs[0].data_ptr()
+
+
+def test_a_replay_is_not_found_for_what_it_was_not_recorded_for():
+    x, w = torch.randn(2, 4), torch.randn(2)
+    replays = Replays(lambda *_: None)
+    replays.keep(*record(x, w, w * 3))
+    assert replays.find([x, w]) is not None
+    assert replays.find([x, w.clone()]) is None
+    assert replays.find([torch.randn(3, 4), w]) is None
+    assert replays.find([x.double(), w]) is None
+    assert replays.find([torch.randn(4, 2).T, w]) is None
+    w.add_(1)
+    assert replays.find([x, w]) is None
+
+
+def test_a_call_that_copies_on_the_way_is_not_replayed():
+    x, w = torch.randn(2, 4), torch.randn(2)
+    recording, outputs = record(x, w, w * 3)
+    recording.steps.append(Step("rows", print, (x.clone(),)))
+    replays = Replays(lambda *_: None)
+    replays.keep(recording, outputs)
+    assert replays.find([x, w]) is None

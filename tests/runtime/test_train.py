@@ -1,0 +1,150 @@
+"""Blocks under autograd: gradients, what is saved, what is refused, under torch.compile."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from coda.errors import UnsupportedError
+from coda.ir.graph import Input
+from coda.measure import random_inputs
+from tests.runtime.test_call import SIZES, mlp, torch_mlp
+
+
+@pytest.fixture
+def inputs():
+    return [x.double() for x in random_inputs(mlp.graph, SIZES)]
+
+
+def leaves(inputs, wanted=None):
+    return [x.clone().requires_grad_(wanted is None or i in wanted) for i, x in enumerate(inputs)]
+
+
+def expected(inputs, d):
+    mine = leaves(inputs)
+    return torch.autograd.grad(torch_mlp(*mine), mine, d)
+
+
+def test_gradcheck():
+    inputs = [x.double() for x in random_inputs(mlp.graph, {"M": 2, "D": 4, "F": 3})]
+    assert torch.autograd.gradcheck(lambda *a: mlp(*a), leaves(inputs))
+
+
+def test_backward_and_grad_agree(inputs):
+    d = torch.randn(9, 16, dtype=torch.float64)
+    mine = leaves(inputs)
+    mlp(*mine).backward(d)
+    for x, theirs in zip(mine, expected(inputs, d), strict=True):
+        torch.testing.assert_close(x.grad, theirs, rtol=1e-5, atol=1e-6)
+    mlp(*mine).backward(d)
+    torch.testing.assert_close(mine[1].grad, 2 * expected(inputs, d)[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", [{0}, {1}, {2, 4}, {4}])
+def test_frozen_arguments_have_no_gradient_and_no_kernel(inputs, wanted):
+    d = torch.randn(9, 16, dtype=torch.float64)
+    mine = leaves(inputs, wanted)
+    mlp(*mine).backward(d)
+    for i, (x, theirs) in enumerate(zip(mine, expected(inputs, d), strict=True)):
+        if i in wanted:
+            torch.testing.assert_close(x.grad, theirs, rtol=1e-5, atol=1e-6)
+        else:
+            assert x.grad is None
+    names = tuple(mlp.graph.inputs[i].name for i in sorted(wanted))
+    sizes = {s: SIZES[s] for s in mlp.graph.symbols}
+    every = mlp.lower_training("sm_90a", sizes)[1]
+    some = mlp.lower_training("sm_90a", sizes, wanted=names)[1]
+    assert len(list(some.gemms())) < len(list(every.gemms()))
+
+
+def test_nothing_is_saved_without_gradients(inputs):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        with torch.no_grad():
+            mlp(*leaves(inputs))
+        mlp(*inputs)
+        assert not kept
+
+
+def test_what_is_saved(inputs):
+    """Pre-activations and one statistic beside the arguments; neither h nor the product."""
+    kept = []
+
+    def keep(x):
+        kept.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        mlp(*leaves(inputs))
+    assert sorted(kept) == sorted(
+        [(9, 16), (16,), (24, 16), (24, 16), (16, 24), (9, 24), (9, 24), (9, 1)]
+    )
+
+
+def test_one_tensor_in_two_places(inputs):
+    x, g, w, _, w_down = leaves(inputs)
+    mlp(x, g, w, w, w_down).sum().backward()
+    mine = w.grad
+    w.grad = None
+    torch_mlp(x, g, w, w, w_down).sum().backward()
+    torch.testing.assert_close(mine, w.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_second_order_is_refused(inputs):
+    mine = leaves(inputs)
+    with pytest.raises(UnsupportedError, match="no gradients of their own"):
+        torch.autograd.grad(mlp(*mine).sum(), mine, create_graph=True)
+
+
+def test_gradient_checkpointing(inputs):
+    d = torch.randn(9, 16, dtype=torch.float64)
+    mine = leaves(inputs)
+    checkpoint(mlp, *mine, use_reentrant=False).backward(d)
+    for x, theirs in zip(mine, expected(inputs, d), strict=True):
+        torch.testing.assert_close(x.grad, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_under_torch_compile(inputs):
+    d = torch.randn(9, 16, dtype=torch.float64)
+    mine = leaves(inputs)
+    compiled = torch.compile(lambda *a: mlp(*a) * 2, backend="aot_eager", fullgraph=True)
+    compiled(*mine).backward(d)
+    for x, theirs in zip(mine, expected(inputs, d), strict=True):
+        torch.testing.assert_close(x.grad, 2 * theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_one_backward_serves_all_rows(inputs):
+    mlp(*leaves(inputs)).sum().backward()
+    held = len(mlp._trained)
+    for m in (1, 2, 130):
+        x = torch.randn(m, 16, dtype=torch.float64)
+        d = torch.randn(m, 16, dtype=torch.float64)
+        mine = leaves([x, *inputs[1:]])
+        mlp(*mine).backward(d)
+        for a, b in zip(mine, expected([x, *inputs[1:]], d), strict=True):
+            torch.testing.assert_close(a.grad, b, rtol=1e-5, atol=1e-6)
+    assert len(mlp._trained) == held
+
+
+def test_no_further_from_float64_than_torch():
+    """bf16 gradients of the block and of torch's own, against float64."""
+    narrow = random_inputs(mlp.graph, {"M": 128, "D": 64, "F": 192})
+    d = torch.randn(128, 64).bfloat16()
+    exact, theirs, mine = (leaves(x) for x in ([t.double() for t in narrow], narrow, narrow))
+
+    def theirs_of(x, g, *w):
+        h = torch.nn.functional.rms_norm(x, (64,), g, 1e-6)
+        return x + (torch.nn.functional.silu(h @ w[0].T) * (h @ w[1].T)) @ w[2].T
+
+    theirs_of(*exact).backward(d.double())
+    theirs_of(*theirs).backward(d)
+    mlp(*mine).backward(d)
+    for e, t, m in zip(exact, theirs, mine, strict=True):
+        far = [(x.grad.double() - e.grad).norm() / e.grad.norm() for x in (m, t)]
+        assert far[0] <= far[1] * 1.05
+
+
+def test_the_backward_reads_no_argument_that_it_does_not_need():
+    sizes = {s: SIZES[s] for s in mlp.graph.symbols}
+    backward = mlp.lower_training("sm_90a", sizes, wanted=["w_down"])[1]
+    names = {i.name for i in backward.graph.inputs if isinstance(i, Input)}
+    assert not names & {"x", "g", "w_gate", "w_up", "w_down"}
