@@ -1,0 +1,89 @@
+"""Host time of a warm call beside quack's own warm calls of the same kernels, as a ratio.
+
+Kernels are compiled for sm_90a and launched into the void: what is measured is the host's Python,
+on any machine. `python benchmarks/host_time.py`.
+"""
+
+import os
+import tempfile
+import time
+
+os.environ |= {"QUACK_ARCH": "90", "CUTE_DSL_ARCH": "sm_90a", "CODA_ARCH": "sm_90a"}
+os.environ.setdefault("CODA_CACHE_DIR", tempfile.mkdtemp())
+
+import runpy
+from pathlib import Path
+
+import quack.gemm_runtime.host
+import torch
+
+from coda.lowering.program import GemmKernel
+from coda.measure import random_inputs
+from coda.runtime import kernels, quack_target, rowwise_target, run
+
+DIMS = {"M": 128, "D": 128, "F": 256, "H": 4, "G": 2, "d": 64}
+
+
+def microseconds(call, times=2000):
+    """The mean of the fastest of five rounds."""
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(times // 5):
+            call()
+        found.append((time.perf_counter() - start) / (times // 5))
+    return min(found) * 1e6
+
+
+def launch_into_the_void():
+    """Replace the driver's part: plans and compiled row kernels do nothing when they are called."""
+    for module in quack_target.cluster_counts():
+        module.get_max_active_clusters = lambda *_, **__: 1
+    quack.gemm_runtime.host.launch_gemm = lambda *_, **__: None
+    compiled = rowwise_target.Rows.compile
+    rowwise_target.Rows.compile = lambda self: compiled(self) and (lambda *_: None)
+    run.choose_backend = lambda _: "cuda"
+
+
+def main():
+    launch_into_the_void()
+    path = Path(__file__).parents[1] / "examples/llama_layer.py"
+    block = runpy.run_path(str(path))["layer"]
+    inputs = random_inputs(block.graph, DIMS)
+    seen = []
+    original = quack_target.Gemm.launch
+    quack_target.Gemm.launch = lambda self, *a: seen.append((self, a)) or original(self, *a)
+    with torch.no_grad():
+        block(*inputs)
+        quack_target.Gemm.launch = original
+        ours = microseconds(lambda: block(*inputs))
+
+    def theirs():
+        for gemm, (a, b, d, arguments) in seen:
+            config = gemm.config
+            made = [n for n, _, _ in gemm.source.outputs] + list(gemm.source.sinks)
+            arguments = arguments | {n: torch.empty_like(arguments[n]) for n in made}
+            d = d if d is None else torch.empty_like(d)
+            gemm.module.KERNEL.gemm(
+                a,
+                b,
+                d,
+                epi_args=arguments,
+                tile_M=config.tile_m,
+                tile_N=config.tile_n,
+                cluster_M=config.cluster[0],
+                cluster_N=config.cluster[1],
+            )
+
+    theirs()
+    quacks = microseconds(theirs)
+    (program,) = block._programs.values()
+    gemms = sum(isinstance(k, GemmKernel) for k in program.kernels)
+    print(f"{len(program.kernels)} kernels, {len(kernels.state_of(program).replays.found)} replay")
+    print(f"coda, the whole call      {ours:7.1f} µs")
+    print(f"quack, its {gemms} GEMMs alone {quacks:7.1f} µs, results allocated as coda does")
+    print(f"ratio                     {ours / quacks:7.2f}")
+
+
+if __name__ == "__main__":
+    main()

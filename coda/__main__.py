@@ -1,0 +1,5 @@
+"""`python -m coda` is the console script `coda`."""
+
+from coda.cli import main
+
+main()

@@ -1,0 +1,247 @@
+"""The command line: explain, compile, run, cache, doctor.
+
+Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from torch import Tensor
+
+import coda
+from coda.block import Block
+from coda.doctor import examine
+from coda.errors import CodaError
+from coda.ir.types import DTYPES, DType
+from coda.measure import load_inputs, measure, random_inputs
+from coda.runtime import cache as kernel_cache
+from coda.runtime.compile import compile_program, show_progress, usage_table
+from coda.runtime.run import choose_backend, target_arch
+
+app = typer.Typer(
+    name="coda",
+    help="Transformer blocks written as mathematics, compiled to fused kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Target = Annotated[str, typer.Argument(help="FILE.py:NAME of a block, or FILE.coda")]
+Dims = Annotated[str, typer.Option(help="sizes, as in M=8192,D=4096")]
+Arch = Annotated[str, typer.Option(help="sm_90a or sm_100a")]
+Type = Annotated[str, typer.Option(help="element type of arguments declared without one")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Frozen = Annotated[bool, typer.Option(help="weights keep their values (inference)")]
+
+
+def load_block(target: str) -> Block:
+    """The block that FILE.py:NAME or FILE.coda names. Raises CodaError."""
+    file, _, name = target.partition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise CodaError("there is no such file", found=file, help="FILE.py:NAME or FILE.coda")
+    if path.suffix == ".coda":
+        return coda.parse(path.read_text(), str(path))
+    sys.path.insert(0, str(path.parent))
+    found = {k: v for k, v in runpy.run_path(str(path)).items() if isinstance(v, Block)}
+    if not name and len(found) == 1:
+        return next(iter(found.values()))
+    if name not in found:
+        raise CodaError(
+            f"{file} has no block `{name}`" if name else f"{file} has several blocks",
+            help="it has " + (", ".join(found) or "none"),
+        )
+    return found[name]
+
+
+def parse_dims(text: str) -> dict[str, int]:
+    """The sizes of "M=8192,D=4096". Raises CodaError."""
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, number = part.partition("=")
+        if not number.strip().isdigit():
+            raise CodaError("a size cannot be read", found=part, help="--dims M=8192,D=4096")
+        sizes[name.strip()] = int(number)
+    return sizes
+
+
+def parse_dtype(name: str) -> DType:
+    """An element type by its name. Raises CodaError."""
+    if name not in DTYPES:
+        raise CodaError("an element type that is not there", found=name, help=", ".join(DTYPES))
+    return DTYPES[name]
+
+
+@app.command()
+def explain(
+    target: Target,
+    dims: Dims = "",
+    arch: Arch = "",
+    dtype: Type = "bf16",
+    frozen: Frozen = False,
+    as_json: Json = False,
+    text: Annotated[bool, typer.Option("--text", help="print the Program's text")] = False,
+) -> None:
+    """What a block becomes: kernels, bytes, rooflines, and where each op went."""
+    block = load_block(target)
+    found = block.explain(arch or None, parse_dtype(dtype), frozen, **parse_dims(dims))
+    if as_json:
+        print(json.dumps(found.json(), indent=2))
+    elif text:
+        print(found.program.text(), end="")
+    else:
+        found.print(Console())
+
+
+@app.command()
+def run(
+    target: Target,
+    dims: Dims = "",
+    arch: Arch = "",
+    dtype: Type = "bf16",
+    backend: Annotated[str, typer.Option(help="reference, sim or cuda")] = "",
+    inputs: Annotated[str, typer.Option(help="a .safetensors or .npz file of arguments")] = "",
+    seed: Annotated[int, typer.Option(help="of random arguments and schedules")] = 0,
+    schedule: Annotated[str, typer.Option(help="of backend sim: eager, late or random")] = "eager",
+    show: Annotated[bool, typer.Option("--report", help="what backend sim saw")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a block, and measure its error against float64 beside torch's, op by op."""
+    block = load_block(target)
+    graph = block.graph_of(parse_dtype(dtype))
+    sizes = parse_dims(dims)
+    given = load_inputs(graph, Path(inputs)) if inputs else random_inputs(graph, sizes, seed)
+    chosen = choose_backend(backend)
+    if chosen != "sim" and (show or schedule != "eager"):
+        raise CodaError("--report and --schedule belong to backend sim", found=chosen)
+    seen = None
+    if chosen == "sim":
+        report, seen = _simulate(block, given, target_arch(arch), schedule, seed, sizes)
+    else:
+        report = measure(block, graph, given, backend, arch, sizes)
+    if as_json:
+        found = report.json() | ({"simulator": seen.json()} if seen is not None and show else {})
+        print(json.dumps(found, indent=2))
+        return
+    Console().print(report.table())
+    if seen is not None and show:
+        print(seen)
+
+
+def _simulate(
+    block: Block, given: list[Tensor], arch: str, schedule: str, seed: int, sizes: dict[str, int]
+) -> tuple[Any, Any]:
+    """Measure a block on a simulated GPU: the errors, and what the simulator saw."""
+    from coda.runtime.simulate import device
+    from coda.sim import SimError
+
+    if schedule not in ("eager", "late", "random"):
+        raise CodaError("a schedule is eager, late or random", found=schedule)
+    try:
+        with device(arch, schedule=schedule, seed=seed) as gpu:
+            report = measure(block, block.graph_for(given), given, "sim", arch, sizes)
+    except SimError as e:
+        raise CodaError(f"the simulated GPU stopped: {e}") from e
+    return report, gpu.report()
+
+
+@app.command(name="compile")
+def compile_(
+    target: Target,
+    dims: Dims = "",
+    arch: Arch = "",
+    dtype: Type = "bf16",
+    frozen: Frozen = False,
+    out: Annotated[str, typer.Option(help="a directory that loads without recompiling")] = "",
+    emit: Annotated[str, typer.Option(help="print source, ptx or cubin (its path)")] = "",
+    as_json: Json = False,
+) -> None:
+    """Compile a block's kernels, with or without a GPU, and say what each takes."""
+    if emit not in ("", "source", "ptx", "cubin"):
+        raise CodaError("there is no such thing to emit", found=emit, help="source, ptx or cubin")
+    if out:
+        os.environ["CODA_CACHE_DIR"] = str(Path(out).resolve())
+    block = load_block(target)
+    program = block.lower(arch or None, parse_dims(dims), parse_dtype(dtype), frozen)
+    found = {c.kernel: c for c in show_progress(compile_program(program), len(program.kernels))}
+    done = [found[k.name] for k in program.kernels if k.name in found]
+    if as_json:
+        print(json.dumps([c.json() for c in done], indent=2))
+    elif emit:
+        for c in done:
+            print(
+                c.cubin
+                if emit == "cubin"
+                else (c.source if emit == "source" else c.ptx).read_text()
+            )
+    else:
+        Console().print(usage_table(program.arch, done))
+
+
+class CacheAction(StrEnum):
+    """What `coda cache` does."""
+
+    LS = "ls"
+    SIZE = "size"
+    PRUNE = "prune"
+    CLEAR = "clear"
+    PATH = "path"
+
+
+@app.command()
+def cache(
+    action: Annotated[CacheAction, typer.Argument(help="ls, size, prune, clear or path")],
+) -> None:
+    """Look at the compiled kernels that are kept between processes, or delete them."""
+    if action is CacheAction.PATH:
+        print(kernel_cache.cache_directory())
+    elif action is CacheAction.CLEAR:
+        kernel_cache.clear()
+    elif action is CacheAction.PRUNE:
+        print(f"{kernel_cache.prune()} deleted")
+    else:
+        found = kernel_cache.objects()
+        for one in found if action is CacheAction.LS else ():
+            when = datetime.fromtimestamp(one.used).isoformat(" ", "minutes")
+            print(f"{when}  {one.size / 1e3:8.1f} kB  {one.path}")
+        total = sum(o.size for o in found) / 1e6
+        print(f"{len(found)} kernels, {total:.1f} MB of at most {kernel_cache.LIMIT / 1e6:.0f}")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What is installed, which GPU there is, which backends work, and what is missing."""
+    report = examine()
+    if as_json:
+        print(json.dumps(report.json(), indent=2))
+    else:
+        Console().print(report.table())
+    raise typer.Exit(0 if report.good else 1)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The console script. Exit codes: 0, 1 for an error, 2 for wrong usage."""
+    try:
+        code: Any = app(arguments, standalone_mode=False)
+    except CodaError as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as e:
+        usage = getattr(e, "exit_code", None)
+        if usage is None:
+            raise
+        show = getattr(e, "show", None)
+        if show is not None:
+            show(file=sys.stderr)
+        sys.exit(usage)
+    sys.exit(code or 0)

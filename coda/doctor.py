@@ -1,0 +1,101 @@
+"""What is installed here and what works: the versions tested, the GPU, the backends."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import coda
+from coda.runtime.run import BACKENDS, gpu_arch
+
+TESTED = {
+    "torch": "2.13",
+    "nvidia-cutlass-dsl": "4.8",
+    "quack-kernels": "0.6",
+    "flash-attn-4": "4.0",
+    "triton": "3.9",
+    "lark": "1",
+    "numpy": "2",
+}
+OPTIONAL = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `advice` is empty where all is well."""
+
+    what: str
+    found: str
+    advice: str = ""
+    needed: bool = True
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The report of `coda doctor`."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing that is needed is missing."""
+        return not any(f.needed and f.advice for f in self.findings)
+
+    def json(self) -> list[dict[str, Any]]:
+        """As plain data."""
+        return [vars(f) for f in self.findings]
+
+    def table(self) -> Table:
+        """For people."""
+        table = Table(title="coda doctor", title_justify="left")
+        for column in ("what", "found", "advice"):
+            table.add_column(column)
+        for f in self.findings:
+            table.add_row(f.what, f.found, f.advice or "ok")
+        return table
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _package(name: str, tested: str) -> Finding:
+    found = _version(name)
+    if not found:
+        return Finding(name, "missing", f"pip install '{name}=={tested}.*'")
+    if not (found + ".").startswith(tested + "."):
+        return Finding(name, found, f"tested with {tested}: pip install '{name}=={tested}.*'")
+    return Finding(name, found)
+
+
+def examine() -> Diagnosis:
+    """Look at the installation."""
+    findings = [
+        Finding("coda", coda.__version__),
+        Finding("python", platform.python_version()),
+        *(_package(name, tested) for name, tested in TESTED.items()),
+    ]
+    for name in OPTIONAL:
+        found = _version(name)
+        advice = "" if found else f"pip install {name} (registers and spills in `coda compile`)"
+        findings.append(Finding(name, found or "missing", advice, needed=False))
+    compiler = shutil.which("cc") or shutil.which("gcc") or ""
+    advice = "" if compiler else "install gcc or clang: backend sim builds a small library with it"
+    findings.append(Finding("C compiler", compiler or "missing", advice, needed=False))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    arch = gpu_arch()
+    advice = "" if arch else "no Hopper or Blackwell GPU: blocks run on backend reference"
+    findings.append(Finding("GPU", f"{gpu} {arch or ''}".strip(), advice, needed=False))
+    needs = {"cuda": bool(arch), "sim": bool(compiler)}
+    working = [name for name in BACKENDS if needs.get(name, True)]
+    findings.append(Finding("backends", ", ".join(working)))
+    return Diagnosis(tuple(findings))

@@ -1,0 +1,136 @@
+"""A block and arguments -> its error against float64, beside torch's own, op by op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from coda.block import Block
+from coda.errors import CallError
+from coda.ir.evaluate import evaluate
+from coda.ir.graph import Contract, Graph, Node, walk
+from coda.lowering.pipeline import check_dims
+from coda.runtime.bind import bind_sizes
+
+
+def random_inputs(graph: Graph, dims: Mapping[str, int], seed: int = 0) -> list[Tensor]:
+    """Random arguments: normal activations, weights scaled by 1/sqrt(K), gains around 1."""
+    sizes = check_dims(graph, dims)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {n.rhs for n in walk(graph.roots) if isinstance(n, Contract)}
+    found: list[Tensor] = []
+    for node in graph.inputs:
+        shape = [d.size(sizes) for d in node.shape]
+        if node.dtype.kind != "float":
+            high = 2 if node.dtype.kind == "bool" else max(2, min(sizes.values(), default=2))
+            whole = torch.randint(0, high, shape, generator=generator)
+            found.append(whole.to(node.dtype.torch))
+            continue
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if node in weights:
+            x = x / max(shape[-1], 1) ** 0.5
+        elif node.rank == 1:
+            x = 1 + 0.1 * x
+        found.append(x.to(node.dtype.torch))
+    return found
+
+
+def load_inputs(graph: Graph, path: Path) -> list[Tensor]:
+    """Arguments by name from a .safetensors or .npz file. Raises CallError."""
+    if not path.is_file():
+        raise CallError("there is no such file", found=str(path))
+    tensors: dict[str, Tensor]
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+    elif path.suffix == ".npz":
+        with np.load(path) as arrays:
+            tensors = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
+    else:
+        raise CallError("arguments come from .safetensors or .npz", found=path.name)
+    missing = [i.name for i in graph.inputs if i.name not in tensors]
+    if missing:
+        raise CallError(f"`{missing[0]}` is not in {path.name}", found=", ".join(tensors))
+    return [tensors[i.name].to(i.dtype.torch) for i in graph.inputs]
+
+
+@dataclass(frozen=True)
+class Error:
+    """Of one output: ‖y − y64‖ / ‖y64‖ for coda and for torch op by op in the storage types."""
+
+    output: str
+    shape: tuple[int, ...]
+    coda: float
+    torch: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `run` prints."""
+
+    block: str
+    sizes: dict[str, int]
+    backend: str
+    errors: tuple[Error, ...]
+
+    def json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "block": self.block,
+            "dims": self.sizes,
+            "backend": self.backend,
+            "outputs": [vars(e) for e in self.errors],
+        }
+
+    def table(self) -> Table:
+        """For people."""
+        sizes = " ".join(f"{k}={v}" for k, v in self.sizes.items())
+        table = Table(title=f"{self.block} on {self.backend}, {sizes}", title_justify="left")
+        for column in ("output", "shape", "error against float64", "torch's, op by op"):
+            table.add_column(column)
+        for e in self.errors:
+            table.add_row(e.output, str(e.shape), f"{e.coda:.2e}", f"{e.torch:.2e}")
+        return table
+
+
+def measure(
+    block: Block,
+    graph: Graph,
+    inputs: Sequence[Tensor],
+    backend: str = "",
+    arch: str = "",
+    dims: Mapping[str, int] | None = None,
+) -> Report:
+    """Run a block and compare with float64."""
+    from coda.runtime.run import choose_backend
+
+    with torch.no_grad():
+        found = block(*inputs, backend=backend or None, arch=arch or None, dims=dims)
+        sizes = bind_sizes(graph, inputs, dims)
+        values: dict[Node, Tensor] = dict(zip(graph.inputs, inputs, strict=True))
+        exact = evaluate(graph.roots, values, sizes)
+        plain = evaluate(graph.roots, values, sizes, None)
+    if isinstance(found, dict):
+        found = tuple(found.values())
+    outputs = found if isinstance(found, tuple) else (found,)
+    errors = [
+        Error(name, tuple(a.shape), relative(a, e), relative(b, e))
+        for (name, _), a, e, b in zip(graph.outputs, outputs, exact, plain, strict=True)
+    ]
+    return Report(graph.name, sizes, choose_backend(backend), tuple(errors))
+
+
+def relative(x: Tensor, exact: Tensor) -> float:
+    """‖x − exact‖ / ‖exact‖ in float64."""
+    if not exact.numel():
+        return 0.0
+    difference = (x.double() - exact.double()).norm()
+    return float(difference / exact.double().norm().clamp_min(1e-300))

@@ -1,0 +1,56 @@
+"""The docs are true: their snippets run, and the page of the laws is what the code says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from coda.lowering.laws import LAWS
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+HEAD = """# The laws
+
+A law is an equation between two small graphs over variables with axes, in `coda/lowering/laws.py`.
+From the one definition come the matcher, the replacement, and the property test that evaluates
+both sides in float64. `...` stands for any leading axes, a letter for an axis, 1 for a value that
+does not depend on it. Laws are applied from left to right, operands first, until none applies;
+those marked *choice* only where the Program becomes cheaper, by bytes and launches. A law in which
+a row's factor leaves a sum applies only where that factor is known too late for the kernel that
+makes the other operand; those that subtract a mean after the sum do not apply to float32, which
+would lose bits.
+
+| law | identity | over |
+|---|---|---|
+"""
+
+
+def laws_page():
+    rows = []
+    for law in LAWS:
+        over = ", ".join(
+            f"{n}[{' '.join(('...',) * v.leading + v.axes)}]" for n, v in law.variables.items()
+        )
+        identity = law.identity.split("\n")[0].replace("|", "\\|")
+        rows.append(f"| `{law.name}`{' (*choice*)' if law.choice else ''} | {identity} | {over} |")
+    return HEAD + "\n".join(rows) + "\n"
+
+
+def test_the_page_of_the_laws(request):
+    path = ROOT / "docs/laws.md"
+    if request.config.getoption("--update-golden"):
+        path.write_text(laws_page())
+    assert path.read_text() == laws_page()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_snippets_run(page):
+    names = {"__name__": "docs"}
+    for text in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        exec(compile(text, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target

@@ -1,0 +1,198 @@
+"""Every example: launches, bytes, numbers, and its kernels compiled for both archs."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from coda.ir.evaluate import evaluate
+from coda.lowering.cost import hbm_bytes
+from coda.lowering.program import GemmKernel, TorchKernel
+from coda.measure import measure, random_inputs, relative
+from coda.runtime.compile import compile_program
+
+ROOT = Path(__file__).parents[2] / "examples"
+ARCHS = ("sm_90a", "sm_100a")
+VOCABULARY = {"M": 101, "D": 128, "V": 500}
+LLAMA = {"M": 101, "D": 128, "F": 192, "H": 4, "G": 2, "d": 32}
+
+# file, block, sizes of its model, small sizes, launches, GEMMs, MB, MB with frozen weights.
+# The last two are the docstrings' programs, by hand.
+TABLE = {
+    "llama_mlp": ("mlp", "DIMS", {"M": 101, "D": 128, "F": 192}, 3, 2, 1158, 1091),
+    "llama_layer": ("layer", "DIMS", LLAMA, 6, 4, 1618, 1483),
+    "qwen3_layer": ("layer", "DIMS", LLAMA, 6, 4, 1500, 1366),
+    "gpt2_layer": ("layer", "DIMS", {"M": 101, "D": 128, "F": 192}, 6, 4, 538, 538),
+    "starcoder2": ("starcoder2_layer", "STARCODER2_DIMS", LLAMA, 6, 4, 1667, 1667),
+    "neox_parallel": ("layer", "DIMS", {"M": 101, "D": 128, "F": 192}, 4, 3, 2720, 2720),
+    "gemma2_layer": ("layer", "DIMS", LLAMA, 6, 4, 1779, 1661),
+    "unnamed_norm": ("mlp", "DIMS", {"M": 101, "D": 128, "F": 192}, 3, 2, 1158, 1091),
+    "loss": ("loss", "DIMS", VOCABULARY, 2, 1, 1151, 1151),
+    "logits_and_loss": (
+        "logits_and_loss",
+        "DIMS",
+        {"M": 101, "D": 128, "V": 500},
+        3,
+        1,
+        3253,
+        3253,
+    ),
+}
+FILES = {"starcoder2": "gpt2_layer", "loss": "lm_head_loss", "logits_and_loss": "lm_head_loss"}
+
+
+@pytest.fixture(params=TABLE)
+def example(request):
+    name, dims, *rest = TABLE[request.param]
+    module = runpy.run_path(str(ROOT / f"{FILES.get(request.param, request.param)}.py"))
+    return module[name], module[dims], *rest
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_launches_and_bytes(example, arch):
+    block, dims, _, launches, gemms, megabytes, frozen = example
+    for constant, limit in ((False, megabytes), (True, frozen)):
+        program = block.lower(arch, dims, frozen=constant)
+        assert len(program.kernels) <= launches
+        assert sum(isinstance(k, GemmKernel) for k in program.kernels) <= gemms
+        assert not any(isinstance(k, TorchKernel) for k in program.kernels)
+        assert hbm_bytes(program) <= limit * 1e6
+
+
+def test_no_further_from_float64_than_torch(example):
+    block, _, dims, *_ = example
+    inputs = random_inputs(block.graph, dims)
+    for error in measure(block, block.graph, inputs, "reference", dims=dims).errors:
+        assert error.coda <= error.torch * 1.02, error.output
+
+
+def wanted_of(block):
+    floats = [i.name for i in block.graph.inputs if i.dtype.kind == "float"]
+    return [n for n in floats if n not in ("cos", "sin")]
+
+
+def gradients(block, inputs, run):
+    """Gradients of a random combination of the outputs, of all floats but tables."""
+    names = [i.name for i in block.graph.inputs]
+    wanted = wanted_of(block)
+    leaves = [x.clone().requires_grad_(n in wanted) for n, x in zip(names, inputs, strict=True)]
+    outputs = run(leaves)
+    generator = torch.Generator().manual_seed(3)
+    given = [torch.randn(o.shape, generator=generator).bfloat16().to(o.dtype) for o in outputs]
+    torch.autograd.backward(outputs, given)
+    return {n: x.grad for n, x in zip(names, leaves, strict=True) if n in wanted}
+
+
+def test_gradients_are_no_further_from_float64_than_torch(example):
+    """The derived backward in bf16 beside torch's, op by op."""
+    block, _, dims, *_ = example
+    inputs = random_inputs(block.graph, dims)
+
+    def ours(leaves):
+        found = block(*leaves, backend="reference", arch="sm_90a", dims=dims)
+        return list(found.values()) if isinstance(found, dict) else [found]
+
+    def theirs(compute):
+        def run(leaves):
+            values = dict(zip(block.graph.inputs, leaves, strict=True))
+            return evaluate(block.graph.roots, values, dims, compute)
+
+        return run
+
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    exact = gradients(block, wide, theirs(torch.float64))
+    plain = gradients(block, inputs, theirs(None))
+    for name, mine in gradients(block, inputs, ours).items():
+        assert mine.dtype == plain[name].dtype
+        assert relative(mine, exact[name]) <= 1.15 * relative(plain[name], exact[name]), name
+
+
+# Launches, GEMMs among them, and MB of the backward.
+BACKWARD = {
+    "llama_mlp": (6, 4, 3466),
+    "llama_layer": (13, 8, 4685),
+    "gpt2_layer": (19, 8, 1848),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", BACKWARD)
+def test_launches_and_bytes_of_the_backward(name, arch):
+    """CODA's hand-written program for the Llama layer moves 4798 MB."""
+    kernels, gemms, megabytes = BACKWARD[name]
+    module = runpy.run_path(str(ROOT / f"{name}.py"))
+    block = module[TABLE[name][0]]
+    _, program = block.lower_training(arch, module["DIMS"], wanted=wanted_of(block))
+    assert len(program.kernels) <= kernels
+    assert len(list(program.gemms())) <= gemms
+    assert hbm_bytes(program) <= megabytes * 1e6
+
+
+# Bytes of the stack: SwiGLU's backward holds more than the registers of sm_100a have room for.
+STACK = {"sm_90a": 0, "sm_100a": 128}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward_kernels_compile(name, arch):
+    module = runpy.run_path(str(ROOT / f"{name}.py"))
+    block = module[TABLE[name][0]]
+    _, program = block.lower_training(arch, module["DIMS"], wanted=wanted_of(block))
+    for one in compile_program(program):
+        assert one.usage is not None
+        assert one.usage.local == 0, one.kernel
+        assert one.usage.stack <= STACK[arch], one.kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ["llama_layer", "gpt2_layer", "logits_and_loss"])
+def test_the_backward_in_the_simulator(name, arch):
+    """Every kernel of the forward that saves and of the backward, with all checks."""
+    block, _, dims, *_ = TABLE[name]
+    module = runpy.run_path(str(ROOT / f"{FILES.get(name, name)}.py"))
+    simulated(module[block], dims, arch)
+
+
+def test_the_backward_of_an_mlp_in_the_simulator():
+    block = runpy.run_path(str(ROOT / "llama_mlp.py"))["mlp"]
+    simulated(block, {"M": 37, "D": 64, "F": 96}, "sm_90a")
+
+
+def simulated(block, dims, arch):
+    inputs = random_inputs(block.graph, dims)
+    found = []
+    for backend in ("reference", "sim"):
+
+        def run(leaves, backend=backend):
+            out = block(*leaves, backend=backend, arch=arch, dims=dims)
+            return list(out.values()) if isinstance(out, dict) else [out]
+
+        found.append(gradients(block, inputs, run))
+    for name, mine in found[0].items():
+        assert relative(found[1][name], mine.double()) < 5e-3, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_compile_without_spills(example, arch):
+    block, dims, *_ = example
+    program = block.lower(arch, dims)
+    found = list(compile_program(program))
+    assert len(found) == len(program.kernels)
+    for one in found:
+        assert one.ptx.stat().st_size > 0
+        assert one.usage is not None
+        assert (one.usage.stack, one.usage.local) == (0, 0), one.kernel
+
+
+def test_the_structure_that_the_laws_must_find(example):
+    """Statistics of norms are sinks of the GEMM before, applied in the epilogue after."""
+    block, dims, *_ = example
+    program = block.lower("sm_90a", dims)
+    assert not program.unfused
+    folded = {n for k in program.kernels for n in getattr(k, "folds", ())}
+    sunk = {n for k in program.gemms() for n in k.sunk if type(n).__name__ == "Reduce"}
+    assert sunk == folded
