@@ -345,9 +345,11 @@ class Partition:
         self.in_torch(node, index, why)
 
     def in_torch(self, node: Node, index: int, why: str) -> None:
-        """One operation by torch."""
+        """One operation by torch, behind the GEMM `index` and all kernels that store its operands."""
         for operand in node.operands:
             self.materialise(operand)
+        homes = [self.home.get(self.storage(o)) for o in node.operands]
+        index = max([index, *(h.order[0] for h in homes if h is not None)])
         draft = self.open("torch", index, Space(0, ONE, self.sizes))
         draft.why = why
         draft.homed.append(node)
