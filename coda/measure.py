@@ -128,6 +128,56 @@ def measure(
     return Report(graph.name, sizes, choose_backend(backend), tuple(errors))
 
 
+def measure_gradients(
+    block: Block,
+    graph: Graph,
+    inputs: Sequence[Tensor],
+    backend: str = "",
+    arch: str = "",
+    dims: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> Report:
+    """Run a block and its backward on random cotangents; the gradients' errors."""
+    from coda.runtime.run import choose_backend
+
+    sizes = bind_sizes(graph, inputs, dims)
+
+    def leaves(dtype: torch.dtype | None) -> list[Tensor]:
+        made = [x.detach().clone() for x in inputs]
+        return [
+            x.to(dtype or x.dtype).requires_grad_() if x.is_floating_point() else x for x in made
+        ]
+
+    def plain(compute: torch.dtype | None) -> tuple[list[Tensor], list[Tensor]]:
+        mine = leaves(compute)
+        values: dict[Node, Tensor] = dict(zip(graph.inputs, mine, strict=True))
+        return mine, evaluate(graph.roots, values, sizes, compute)
+
+    def gradients(mine: list[Tensor], outputs: Sequence[Tensor]) -> list[Tensor | None]:
+        generator = torch.Generator().manual_seed(seed)
+        given = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
+        pairs = [(o, d) for o, d in zip(outputs, given, strict=True) if o.requires_grad]
+        wanted = [x for x in mine if x.requires_grad]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [d for _, d in pairs], allow_unused=True
+        )
+        return list(found)
+
+    mine = leaves(None)
+    found = block(*mine, backend=backend or None, arch=arch or None, dims=dims)
+    if isinstance(found, dict):
+        found = tuple(found.values())
+    coda_s = gradients(mine, found if isinstance(found, tuple) else (found,))
+    exact, torch_s = gradients(*plain(torch.float64)), gradients(*plain(None))
+    names = [i.name for i in graph.inputs if i.dtype.kind == "float"]
+    errors = [
+        Error(f"d{name}", tuple(e.shape), relative(a, e), relative(b, e))
+        for name, a, e, b in zip(names, coda_s, exact, torch_s, strict=True)
+        if a is not None and e is not None and b is not None
+    ]
+    return Report(graph.name, sizes, choose_backend(backend), tuple(errors))
+
+
 def relative(x: Tensor, exact: Tensor) -> float:
     """‖x − exact‖ / ‖exact‖ in float64."""
     if not exact.numel():

@@ -30,3 +30,13 @@ def cache_directory(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CODA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` are skipped where there is no GPU that coda compiles for."""
+    from coda.runtime.run import gpu_arch
+
+    missing = [i for i in items if i.get_closest_marker("gpu")]
+    if missing and gpu_arch() is None:
+        for item in missing:
+            item.add_marker(pytest.mark.skip(reason="no Hopper or Blackwell GPU"))

@@ -345,7 +345,7 @@ class Partition:
         self.in_torch(node, index, why)
 
     def in_torch(self, node: Node, index: int, why: str) -> None:
-        """One operation by torch, behind the GEMM `index` and all kernels that store its operands."""
+        """One operation by torch, behind the GEMM `index` and what stores its operands."""
         for operand in node.operands:
             self.materialise(operand)
         homes = [self.home.get(self.storage(o)) for o in node.operands]

@@ -1,0 +1,82 @@
+"""The same kernels on a real GPU: every example, forward and backward, and hostile sizes.
+
+Sizes are larger than the simulator's, so that persistent kernels take several tiles each.
+"""
+
+import pytest
+import torch
+
+from coda.measure import measure, measure_gradients, random_inputs
+from tests.kernels.test_kernels import EXAMPLES, example, functions, normed, rms, softmaxed
+
+pytestmark = pytest.mark.gpu
+LARGE = {"M": 1111, "D": 1024, "F": 1408, "H": 16, "G": 4, "d": 64, "V": 12800}
+
+
+def on_gpu(block, sizes, seed=0):
+    return [x.cuda() for x in random_inputs(block.graph, sizes, seed)]
+
+
+def hold(report, slack=1.05):
+    for error in report.errors:
+        assert error.coda <= error.torch * slack + 1e-7, error
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples(name, large):
+    block, sizes = example(name)
+    sizes = {s: LARGE[s] for s in sizes} if large else sizes
+    hold(measure(block, block.graph, on_gpu(block, sizes), "cuda", dims=sizes))
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_gradients_of_examples(name, large):
+    block, sizes = example(name)
+    sizes = {s: LARGE[s] for s in sizes} if large else sizes
+    hold(measure_gradients(block, block.graph, on_gpu(block, sizes), "cuda", dims=sizes))
+
+
+@pytest.mark.parametrize(
+    ("block", "sizes"),
+    [
+        (rms, {"M": 1, "D": 64, "F": 96}),
+        (rms, {"M": 1031, "D": 72, "F": 997}),
+        (normed, {"M": 130, "D": 264, "F": 40}),
+        (softmaxed, {"M": 127, "D": 40, "F": 331}),
+        (functions, {"M": 3, "D": 40, "F": 31}),
+        (functions, {"M": 1031, "D": 40, "F": 1000}),
+    ],
+)
+def test_ragged_and_prime_sizes_and_every_function(block, sizes):
+    hold(measure(block, block.graph, on_gpu(block, sizes), "cuda", dims=sizes))
+
+
+def test_calls_of_other_sizes_and_streams_replay():
+    sizes = {"M": 300, "D": 256, "F": 320}
+    with torch.no_grad():
+        for rows in (300, 17, 0, 300, 1):
+            inputs = on_gpu(rms, {**sizes, "M": rows}, seed=rows)
+            expected = rms(*inputs, backend="reference")
+            with torch.cuda.stream(torch.cuda.Stream()):
+                torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+                found = rms(*inputs, backend="cuda")
+                torch.cuda.current_stream().synchronize()
+            torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_cuda_graph_captures_a_warm_call():
+    sizes = {"M": 300, "D": 256, "F": 320}
+    inputs = on_gpu(rms, sizes)
+    with torch.no_grad():
+        expected = rms(*inputs, backend="cuda").clone()
+        graph = torch.cuda.CUDAGraph()
+        rms(*inputs, backend="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            found = rms(*inputs, backend="cuda")
+        found.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+    assert torch.equal(found, expected)
