@@ -24,6 +24,7 @@ from coda.runtime import quack_target
 from coda.runtime.cache import kernel_directory
 
 DIMS = {"M": 256, "D": 256, "F": 512}
+TILES = (128, 192, 256)
 
 
 def clock(call):
@@ -64,10 +65,8 @@ def main():
     path = Path(__file__).parents[1] / "examples/llama_mlp.py"
     block = runpy.run_path(str(path))["mlp"]
     theirs(64), ours(block, 64)  # imports and the DSL's own start
-    pairs = [
-        (clock(lambda t=t: ours(block, t)), clock(lambda t=t: theirs(t))) for t in (128, 192, 256)
-    ]
-    for tile, (mine, hand) in zip(tiles, pairs, strict=True):
+    pairs = [(clock(lambda t=t: ours(block, t)), clock(lambda t=t: theirs(t))) for t in TILES]
+    for tile, (mine, hand) in zip(TILES, pairs, strict=True):
         print(f"128×{tile}: coda {mine:.2f} s, quack {hand:.2f} s, ratio {mine / hand:.2f}")
     print(f"median ratio {statistics.median(a / b for a, b in pairs):.2f}")
 

@@ -14,7 +14,7 @@ import coda
 from coda import sim
 from coda.errors import ArchError
 from coda.ir.evaluate import evaluate
-from coda.measure import measure, random_inputs, relative
+from coda.measure import measure, measure_gradients, random_inputs, relative
 from coda.runtime.simulate import device
 
 ROOT = Path(__file__).parents[2] / "examples"
@@ -58,6 +58,19 @@ def test_examples_are_no_further_from_float64_than_torch(name, arch):
         hold_against_float64(block, inputs, sizes)
         assert len(gpu.report().launches) == len(block.lower(arch, sizes).kernels)
         assert not gpu.report().findings
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in EXAMPLES])
+def test_gradients_of_examples_are_no_further_from_float64_than_torch_s(name, arch):
+    block, sizes = example(name)
+    inputs = random_inputs(block.graph, sizes)
+    with device(arch, checks="raise") as gpu:
+        report = measure_gradients(block, block.graph, inputs, "sim", dims=sizes)
+        assert not gpu.report().findings
+    assert report.errors
+    for error in report.errors:
+        assert error.coda <= error.torch * 1.05 + 1e-7, error
 
 
 @pytest.mark.slow
