@@ -417,10 +417,18 @@ class Partition:
         while is_view(node):
             under = base(node)
             free = isinstance(under, Input) or isinstance(node, Reshape) or is_turned(node)
-            if not free and not (isinstance(node, Slice) and node.arg in self.loadable):
+            if not free and not (isinstance(node, Slice) and self.known_before(node.arg, node)):
                 return node
             node = node.operands[0]
         return node
+
+    def known_before(self, node: Node, view: Slice) -> bool:
+        """Whether a node is in memory, no later than a view of it that a kernel stores."""
+        if node not in self.loadable:
+            return False
+        home, early = self.home.get(node), self.home.get(view)
+        late = home is not None and early is not None and home.order > early.order
+        return not (late and view in self.loadable)
 
     def name(self, node: Node) -> str:
         """A name for a node in memory."""

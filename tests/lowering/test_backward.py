@@ -96,6 +96,27 @@ def test_torch_runs_behind_the_kernels_that_store_its_operands():
         check(graph, values(graph), sizes, memory)
 
 
+def test_a_part_that_is_stored_early_is_no_view_of_a_whole_that_is_stored_late():
+    graph = parse("""
+        block early(%x: [M, D] f64, %b: [D] f64) {
+          %0 = add %x, %b
+          %1 = slice %0 axis -1 from D/2 size D/2 step 1
+          %2 = slice %0 axis -1 from 0 size D/2 step 1
+          %3 = tanh %2
+          %4 = concat %1, %3 axis -1
+          %5 = square %4
+          %6 = mean %5 axis -1
+          %7 = const 0.5 f64
+          %8 = add %6, %7
+          %9 = rsqrt %8
+          %10 = mul %4, %9
+          %11 = mean %10 axis -1
+          return out = %11
+        }""")
+    for memory in MEMORY:
+        check(graph, values(graph), {"M": 5, "D": 64}, memory)
+
+
 SMALL = {"M": 5, "D": 32, "F": 24, "H": 2, "G": 1, "d": 32, "V": 50}
 
 
