@@ -9,7 +9,19 @@ import numpy as np
 
 from coda.errors import InternalError
 from coda.ir.dims import ONE, Dim, Shape, product
-from coda.ir.graph import Cast, Const, Graph, Input, Node, Pick, Reduce, Reshape, Size, walk
+from coda.ir.graph import (
+    Cast,
+    Const,
+    Contract,
+    Graph,
+    Input,
+    Node,
+    Pick,
+    Reduce,
+    Reshape,
+    Size,
+    walk,
+)
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
 from coda.lowering.assemble import Assembled, Sink, Store, assemble
@@ -328,20 +340,23 @@ class _Build:
     def culprit(
         self, draft: Draft, groups: list[list[tuple[Node, Value]]], sunk: list[Node]
     ) -> Node:
-        """The last node without which the kernel could be laid out."""
+        """The first node that the kernel cannot be laid out for and that may go elsewhere."""
         space = draft.space
-        chosen: list[tuple[Node, list[Store], list[Sink]]] = []
-        for group in groups:
-            chosen.append((group[-1][0], [self.store(draft, group)], []))
-        for node in sunk:
-            chosen.append((node, [], [self.sink(draft, node)]))
         stores: list[Store] = []
         sinks: list[Sink] = []
-        for node, more_stores, more_sinks in chosen:
-            stores, sinks = stores + more_stores, sinks + more_sinks
+        movable: list[Node] = []
+        for group in groups:
+            for i, (node, _) in enumerate(group):
+                movable += [] if isinstance(node, Contract) else [node]
+                part = self.store(draft, group[: i + 1])
+                if not _fits(space, [*stores, part], sinks, self) and movable:
+                    return movable[-1]
+            stores.append(self.store(draft, group))
+        for node in sunk:
+            sinks.append(self.sink(draft, node))
             if not _fits(space, stores, sinks, self):
                 return node
-        return chosen[-1][0]
+        return movable[-1]
 
 
 def _fits(space: Space, stores: list[Store], sinks: list[Sink], build: _Build) -> bool:
