@@ -31,7 +31,9 @@ class Operation:
     completes; `registers` the slots of the 32-bit registers of the warps `rows` that it writes;
     `names` are the registers that it writes, `sources` those that it reads when it completes.
     `reads` and `writes` are the memory that it touches: (space, first byte or array, bytes); the
-    space is "shared" (index of the byte in shared memory), "global" or "tensor" (see observe.py).
+    space is "shared" (index of the byte in shared memory), "global" or "tensor" (see observe.py);
+    `by_warp` says that the first four of `reads` are those of one warp each. `chain` has the
+    instructions of an operation that several make up; `clocks` is for the checks.
     """
 
     ins: Instruction
@@ -46,6 +48,9 @@ class Operation:
     names: frozenset[str] = frozenset()
     reads: list[tuple[str, Any, int]] = field(default_factory=list)
     writes: list[tuple[str, Any, int]] = field(default_factory=list)
+    by_warp: bool = False
+    chain: tuple[Instruction, ...] = ()
+    clocks: list[tuple[int, int]] = field(default_factory=list)
     nbytes: int = 0
     done: int = 0
     number: int = 0

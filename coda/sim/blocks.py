@@ -131,8 +131,7 @@ class Blocks(Races):
 
     def _reached(self, ins: Instruction, row: int, event: int, doing: str, address: int) -> None:
         events = self.events
-        component, who = int(events.component[event]), events.who[event]
-        assert who is not None
+        component, who = int(events.component[event]), events.who(event)
         cluster = int(self.machine.cluster_of_row[who.row])
         if self.clocks.reached(row, cluster, component, int(events.clock[event])):
             return

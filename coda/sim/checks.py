@@ -14,7 +14,7 @@ import numpy as np
 from coda.sim.blocks import Blocks
 from coda.sim.clocks import PAST, SEEN
 from coda.sim.flights import Flights
-from coda.sim.observe import MAKERS, Observer, Several
+from coda.sim.observe import MAKERS, Observer
 from coda.sim.ptx import Instruction
 from coda.sim.races import NO_ORDER
 from coda.sim.tensor_memory import COLUMNS
@@ -67,15 +67,16 @@ class Exits(Blocks):
         sets = self.tensor.readers.reshape(-1, 128, COLUMNS)[at]
         found = self.tensor.still_reading(sets, seen)
         if found:
-            what = f"frees what {self.earlier(found[1], found[2], 'reads')}, {NO_ORDER}"
-            self.find("race", what, ins, row, column, found[2])
+            who, component = self.events.who(found[1]), int(self.events.component[found[1]])
+            what = f"frees what {self.earlier(component, who, 'reads')}, {NO_ORDER}"
+            self.find("race", what, ins, row, column, who)
 
 
-def make(machine: Machine) -> Observer | None:
+def make(machine: Machine) -> list[Observer]:
     """The checks where any is on."""
     if all(level == "off" for level in machine.options.checks.values()):
-        return None
-    return Several(machine, [Exits(machine), Flights(machine)])
+        return []
+    return [Exits(machine), Flights(machine)]
 
 
 MAKERS.append(make)

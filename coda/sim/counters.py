@@ -180,10 +180,10 @@ def conflicts(index: Array, m: Any, nbytes: int) -> int:
     return int(np.maximum(most - 1, 0).sum()) * max(nbytes // 16, 1)
 
 
-def make(machine: Machine) -> Observer | None:
+def make(machine: Machine) -> list[Observer]:
     """Counters where any check is on."""
     on = any(level != "off" for level in machine.options.checks.values())
-    return Counters(machine) if on else None
+    return [Counters(machine)] if on else []
 
 
 MAKERS.append(make)

@@ -84,7 +84,7 @@ class Program:
     def _touched(self, block: Block, groups: dict[frozenset[str], int]) -> Array:
         names: set[str] = set()
         for ins in block.instructions if groups else ():
-            if not ins.op.startswith("wgmma"):
+            if not ins.op.startswith(("wgmma", "mov.")):
                 names = names.union(*uses_and_writes(ins, self.kernel))
         return np.array([k for members, k in groups.items() if members & names], np.int64)
 
@@ -168,22 +168,21 @@ class Flights(Observer):
         self.open = np.ones((self.program.groups, machine.warps), bool)
         self.known = {k: np.zeros((machine.warps, 32), bool) for k in self.program.maybe.values()}
 
-    def issued(self, op: Operation) -> None:
-        if op.unit != "wgmma":
-            return
-        line, rows = op.ins.line, list(op.rows)
-        flying = self.flying.get(line)
+    def product(self, ins: Instruction, rows: Array) -> None:
+        flying = self.flying.get(ins.line)
         if flying is None:
-            flying = self.flying[line] = np.zeros(self.machine.warps, np.int32)
+            flying = self.flying[ins.line] = np.zeros(self.machine.warps, np.int32)
         flying[rows] += 1
-        if self.open[self.program.group[line], rows].any():
+        touched = self.open[self.program.group[ins.line], rows]
+        if touched.any():
             what = "its registers were touched since the last wgmma.fence"
-            self._find("in-flight", op.ins, op.row, what)
+            self._find("in-flight", ins, int(rows[int(touched.argmax())]), what)
 
     def waited(self, ins: Instruction, row: int, ops: list[Operation], reading: bool) -> None:
         if ins.op.startswith("wgmma.wait"):
             for op in ops:
-                self.flying[op.ins.line][row] -= 1
+                for product in op.chain:
+                    self.flying[product.line][row] -= 1
 
     def fence(self, ins: Instruction, g: Any, m: Any) -> None:
         if ins.op.startswith("wgmma.fence"):

@@ -349,6 +349,8 @@ class Machine:
         if self.agents.with_registers:
             self.agents.arrive_in_registers(rows, block.needs)
         if self.observer is not None:
+            if block.acts:
+                self._flush()
             self.observer.block(block, number, g, m)
         self.decoded.function(number)(self, g, m)
         if block.exits and self.observer is not None:
@@ -399,11 +401,13 @@ class Machine:
         grid.last_failure = self.progress
         return grid.failures < (50 if self.agents.random else 1)
 
+    def _flush(self) -> None:
+        """Issue products that wait for others of their chain."""
+        self.tensor.flush()
+        self.tensor_memory.flush_all()
+
     def _end(self) -> None:
-        if self.tensor.chain is not None:
-            self.tensor.flush(self.decoded.program.kernel.instructions[0])
-        for cta in list(self.tensor_memory.chains):
-            self.tensor_memory.flush([cta])
+        self._flush()
         if self.observer is not None:
             self.observer.finished()
         for operation in self.agents.pending():

@@ -12,8 +12,8 @@
 
 An observer subclasses `Observer` and overrides what it needs. It may append a `Finding` with
 `machine.find(kind, message, ins, row, address)`, which raises when the check's level says so. A
-function in `MAKERS` makes it for the resident CTAs of a launch (a `Machine` for each wave of them),
-or returns None where nobody asked for it; what must outlive a wave goes to `machine.grid.notes`.
+function in `MAKERS` makes those for the resident CTAs of a launch (a `Machine` for each wave), or
+none where nobody asked for any; what must outlive a wave goes to `machine.grid.notes`.
 
 The life of an asynchronous operation (`agents.Operation`): `issued` when the instruction has run,
 `moves(op, step)` just before a step moves data, `completed` after the last one, before which it
@@ -27,8 +27,9 @@ makes them complete, with the operations that it waits for whether they are done
 an mbarrier, which is told by `barrier_acquire`). A tcgen05.ld is also waited for by the first block
 that uses its results (`block.needs`), which is not told.
 
-Registers in flight: from `issued` to `waited`, `op.names` are the registers that the operation
-writes and `op.sources` those that it reads (wgmma with A in registers), in each warp of `op.rows`.
+Registers in flight: from `issued` (of a wgmma: `product`) to `waited`, `op.names` are the registers
+that the operation writes and `op.sources` those that it reads (wgmma with A in registers), in each
+warp of `op.rows`. Products up to a commit, or to anything else that is told, are one operation.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 
-Maker = Callable[["Machine"], "Observer | None"]
+Maker = Callable[["Machine"], "list[Observer]"]
 MAKERS: list[Maker] = []
 
 
@@ -56,7 +57,7 @@ def attach(machine: Machine) -> Observer | None:
     """The observer of the resident CTAs of a launch, None where nobody looks."""
     from coda.sim import checks, counters  # noqa: F401  they add themselves to MAKERS
 
-    made = [observer for make in MAKERS if (observer := make(machine)) is not None]
+    made = [observer for make in MAKERS for observer in make(machine)]
     if len(made) > 1:
         return Several(machine, made)
     return made[0] if made else None
@@ -105,6 +106,9 @@ class Observer:
         """A warp touches `nbytes` at each index of shared memory: alloc, tensormap.replace."""
 
     # asynchronous operations
+
+    def product(self, ins: Instruction, rows: Array) -> None:
+        """Warps execute a wgmma; its operation is `issued` with others of its chain, in time."""
 
     def issued(self, op: Operation) -> None:
         """An operation was handed to its unit."""
@@ -159,20 +163,23 @@ class Observer:
 
 
 class Several(Observer):
-    """Tells several observers, in order."""
+    """Tells several observers, in order: each what it has a method for."""
 
     def __init__(self, machine: Machine, observers: list[Observer]) -> None:
         super().__init__(machine)
-        self.observers = observers
+        for name in HOOKS:
+            wanted = [o for o in observers if getattr(type(o), name) is not getattr(Observer, name)]
+            told = [getattr(o, name) for o in wanted]
+            if told:
+                setattr(self, name, told[0] if len(told) == 1 else _tell(told))
 
 
-def _tell(name: str) -> Callable[..., None]:
-    def tell(self: Several, *args: Any, **named: Any) -> None:
-        for observer in self.observers:
-            getattr(observer, name)(*args, **named)
+def _tell(told: list[Callable[..., None]]) -> Callable[..., None]:
+    def tell(*args: Any) -> None:
+        for each in told:
+            each(*args)
 
     return tell
 
 
-for _name in [x for x in vars(Observer) if not x.startswith("_")]:
-    setattr(Several, _name, _tell(_name))
+HOOKS = tuple(name for name in vars(Observer) if not name.startswith("_"))

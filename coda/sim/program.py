@@ -36,6 +36,7 @@ SYNC = (
     *("cp.async.commit", "cp.async.mbarrier", "tcgen05.wait", "tcgen05.commit", "tcgen05.fence"),
     *("griddepcontrol",),
 )
+PRODUCTS = ("wgmma.mma", "tcgen05.mma")
 SPINS = ("ld.acquire", "ld.relaxed", "ld.volatile", "atom.", "nanosleep")
 NO_RESULT = (
     *("st.", "stmatrix", "red.", "bra", "ret", "exit", "trap", "mbarrier.init", "mbarrier.inval"),
@@ -58,7 +59,8 @@ class Block:
     `reads` are needed on entry, also to keep the old value of a register that a predicated
     instruction writes; `uses` are those whose value the block really looks at. `masks` are the
     operands that name the lanes which must be here together ("-1": all of the warp). `needs` are
-    the registers that no load of tensor memory may have in flight when the block runs.
+    the registers that no load of tensor memory may have in flight when the block runs. `acts`: it
+    changes memory, or what others know, by more than products.
     """
 
     start: int
@@ -68,6 +70,7 @@ class Block:
     warpgroup: bool = False
     spins: bool = False
     exits: bool = False
+    acts: bool = False
     masks: tuple[str, ...] = ()
     reads: set[str] = field(default_factory=set)
     uses: set[str] = field(default_factory=set)
@@ -212,6 +215,7 @@ def _prepare(
         block.alone |= ins.op.startswith(ALONE)
         block.warpgroup |= ins.op.startswith("wgmma.mma")
         block.spins |= ins.op.startswith(SPINS)
+        block.acts |= ins.op.startswith((*EFFECTS, *SYNC)) and not ins.op.startswith(PRODUCTS)
         if ins.op.startswith(TOGETHER):
             masks.append(membermask(ins))
     block.masks = tuple(dict.fromkeys(masks))

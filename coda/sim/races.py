@@ -42,11 +42,6 @@ def strong(ins: Instruction) -> bool:
     }.isdisjoint(parts)
 
 
-def _transposed(ins: Instruction) -> bool:
-    """Whether the rows of A of a wgmma, in shared memory, do not lie one after the other."""
-    return len(ins.operands) == 8 and ins.operands[6] == "1"
-
-
 class Races(Observer):
     """The checks of order, of fences between proxies and of what was never written."""
 
@@ -57,7 +52,6 @@ class Races(Observer):
         self.shared = Shadow(self.events, machine.count * WORDS)
         self.tensor = Shadow(self.events, machine.count * 128 * COLUMNS)
         self.reported: set[Any] = machine.grid.notes.setdefault("reported", set())
-        self.clock_of: dict[int, list[tuple[int, int]]] = {}
         self.snapshots: dict[int, Array] = {}
         self.inits: dict[int, tuple[int, int, Who]] = {}
         self.last: list[dict[int, tuple[int, Who]]] = [{} for _ in range(machine.count)]
@@ -96,12 +90,14 @@ class Races(Observer):
     ) -> None:
         """Report an access to what an event wrote."""
         component = int(self.events.component[event])
-        who = self.events.who[event]
+        who = self.events.who(event) if event else None
         what = f"{doing} what {self.earlier(component, who, 'wrote')}, "
         self.find("race", what + (NO_FENCE if fence else NO_ORDER), ins, row, word, who)
 
-    def overwrites(self, ins: Instruction, row: int, word: int, component: int, who: Who) -> None:
-        """Report a write to what is still read."""
+    def overwrites(self, ins: Instruction, row: int, word: int, event: int) -> None:
+        """Report a write to what an event still reads."""
+        who = self.events.who(event)
+        component = int(self.events.component[event])
         what = f"overwrites what {self.earlier(component, who, 'reads')}, {NO_ORDER}"
         self.find("race", what, ins, row, word, who)
 
@@ -155,67 +151,41 @@ class Races(Observer):
         if write:
             self._lanes_write(ins, r, at, words, flags)
         else:
-            self._lanes_read(ins, r, at, words)
+            numbers = self._numbers(ins, r, flags)
+            self.shared.read(at, words, r, numbers, clocks.at[:, SEEN])
 
     def _address(self, word: Any) -> int:
         return int(word) * 4 % WINDOW
 
-    def _lanes_write(self, ins: Instruction, r: Array, at: Array, words: int, flags: int) -> None:
+    def _numbers(self, ins: Instruction, r: Array, flags: int) -> Array:
+        """The number of the event that an access is, of each of the warps `r`."""
         clocks = self.clocks
+        numbers = np.zeros(self.machine.warps, np.int32)
+        rows = np.flatnonzero(np.bincount(r, minlength=len(numbers)))
+        own = clocks.own[rows]
+        for row, component, clock in zip(
+            rows.tolist(), own.tolist(), clocks.at[rows, SEEN, own].tolist(), strict=True
+        ):
+            numbers[row] = self.events.number(row, component, clock, flags, ins)
+        return numbers
+
+    def _lanes_write(self, ins: Instruction, r: Array, at: Array, words: int, flags: int) -> None:
         readers = self.shared.readers.reshape(-1, words)
         sets = readers[at]
         if sets.any():
-            if not flags:
-                for row in np.unique(r[sets.any(1)]).tolist():
-                    mine = sets[r == row]
-                    found = self.shared.still_reading(mine, clocks.at[row, SEEN])
-                    if found:
-                        k = int((sets == found[0]).any(1).argmax())
-                        where = self._address(at[k] * words)
-                        self.overwrites(ins, row, where, found[1], found[2])
+            found = None if flags else self.shared.read_before(sets, r, self.clocks.at[:, SEEN])
+            if found:
+                k, event = found
+                self.overwrites(ins, int(r[k]), self._address(at[k] * words), event)
             readers[at] = 0
-        numbers = np.zeros(self.machine.warps, np.int32)
-        for row in np.unique(r).tolist():
-            own = int(clocks.own[row])
-            clock = int(clocks.at[row, SEEN, own])
-            numbers[row] = self.events.number(row, own, clock, flags, ins)
-        writers, mine = self.shared.writers.reshape(-1, words), numbers[r][:, None]
+        writers = self.shared.writers.reshape(-1, words)
+        mine = self._numbers(ins, r, flags)[r][:, None]
         writers[at] = mine
         lost = (writers[at] != mine).any(1)
         if not flags and lost.any():  # two warps write a word at one instruction
             k = int(lost.argmax())
             event = int(writers[at[k]].max())
             self.conflict(ins, int(r[k]), self._address(at[k] * words), event, False, "overwrites")
-
-    def _lanes_read(self, ins: Instruction, r: Array, at: Array, words: int) -> None:
-        readers = self.shared.readers.reshape(-1, words)
-        while len(at):
-            new = self._with_readers(ins, r, readers[at])
-            readers[at] = new
-            again = (readers[at] != new).any(1)  # words that several warps read
-            r, at = r[again], at[again]
-
-    def _with_readers(self, ins: Instruction, r: Array, sets: Array) -> Array:
-        """The sets of readers with the warps `r` added."""
-        clocks, events = self.clocks, self.events
-        top = int(sets.max())
-        if int(sets.min()) == top:
-            numbers = np.zeros(self.machine.warps, np.int32)
-            for row in np.unique(r).tolist():
-                own = int(clocks.own[row])
-                numbers[row] = events.with_reader(
-                    top, row, own, int(clocks.at[row, SEEN, own]), ins
-                )
-            return np.broadcast_to(numbers[r][:, None], sets.shape)
-        keys, back = np.unique(
-            sets.astype(np.int64) * self.machine.warps + r[:, None], return_inverse=True
-        )
-        out = np.empty(len(keys), np.int32)
-        for k, key in enumerate(keys.tolist()):
-            old, row = divmod(key, self.machine.warps)
-            own = int(clocks.own[row])
-            out[k] = events.with_reader(old, row, own, int(clocks.at[row, SEEN, own]), ins)
-        return out[back].reshape(sets.shape)
 
     def _remote(self, ins: Instruction, r: Array, at: Array, words: int) -> None:
         """Note accesses to the shared memory of other CTAs, which must not leave before them."""
@@ -251,15 +221,15 @@ class Races(Observer):
             channels = [self.clocks.next(kind, op.row)]
             if kind == "bulk":
                 channels.append(self.clocks.next("bulk store", op.row))
-        self.clock_of[op.number] = channels
+        op.clocks = channels
         block, reads = self.clocks.at[op.row], list(op.reads)
         if len(op.rows) == 4:
             blocks = self.clocks.at[list(op.rows)]
             block = np.minimum.reduce(blocks)
-            if len(reads) == 2 and not _transposed(op.ins):  # each warp reads its own rows of A
-                space, where, nbytes = reads.pop(0)
-                for known, part in zip(blocks, np.split(where, 4), strict=True):
-                    self._unit(op, known, (space, part, nbytes), channels[0], False)
+            if op.by_warp:
+                for known, touched in zip(blocks, reads[:4], strict=True):
+                    self._unit(op, known, touched, channels[0], False)
+                reads = reads[4:]
         for touched in reads:
             self._unit(op, block, touched, channels[0], False)
         for k, touched in enumerate(op.writes):
@@ -374,18 +344,19 @@ class Races(Observer):
             return
         found = self.shared.still_reading(sets, block[SEEN], own)
         if found:
-            self.overwrites(op.ins, op.row, base, found[1], found[2])
+            self.overwrites(op.ins, op.row, base, found[1])
 
     def _unit_reads(self, op: Operation, readers: Array, at: Any, channel: tuple[int, int]) -> None:
         sets = readers[at]
         if not sets.size:
             return
+        event = self.events.number(op.row, *channel, 0, op.ins)
         top = int(sets.max())
         if int(sets.min()) == top:
-            readers[at] = self.events.with_reader(top, op.row, *channel, op.ins)
+            readers[at] = self.events.with_reader(top, event)
             return
         old, back = np.unique(sets, return_inverse=True)
-        new = [self.events.with_reader(k, op.row, *channel, op.ins) for k in old.tolist()]
+        new = [self.events.with_reader(k, event) for k in old.tolist()]
         readers[at] = np.array(new, np.int32)[back].reshape(sets.shape)
 
     def block(self, block: Block, number: int, g: Any, m: Any) -> None:
@@ -411,8 +382,7 @@ class Races(Observer):
             return
         latest: dict[int, int] = {}
         for op in ops:
-            channels = self.clock_of[op.number]
-            for component, clock in channels[:1] if reading else channels:
+            for component, clock in op.clocks[:1] if reading else op.clocks:
                 latest[component] = max(latest.get(component, 0), clock)
         for component, clock in latest.items():
             clocks.learn(row, component, clock, not ins.op.startswith("cp.async.wait"))

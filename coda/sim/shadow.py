@@ -1,14 +1,16 @@
 """Accesses to a memory -> who wrote each word last, who has read it since, and who must not have.
 
-A word of 32 bits has the number of the event that wrote it last (0: nobody), and the number of the
-set of those that have read it since. An event is a component of the vector clocks with a value; a
-later access is in order when the clock of the one who makes it has reached that value.
+A word of 32 bits has the number of the event that wrote it last, and of the one that has read it
+since (0: nobody; less than 0: several, minus the number of a set of events). An event is a
+component of the vector clocks with a value; a later access is in order when the clock of the one
+who makes it has reached that value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,17 +32,17 @@ class Who:
 
 
 class Events:
-    """Numbered events: component, clock, flags; and numbered sets of readers."""
+    """Numbered events: component, clock, flags; and numbered sets of events that read a word."""
 
     def __init__(self) -> None:
         self.component = np.zeros(1024, np.int32)
         self.clock = np.zeros(1024, np.int32)
         self.flags = np.zeros(1024, np.uint8)
         self.row = np.zeros(1024, np.int32)
-        self.who: list[Who | None] = [None]
+        self.instructions: list[Instruction | None] = [None]
         self.known: dict[tuple[int, int, int, int], int] = {}
-        self.readers: list[dict[int, tuple[int, Who]]] = [{}]
-        self.joined: dict[tuple[int, int, int, int], int] = {}
+        self.sets: list[dict[int, int]] = [{}]  # component -> event
+        self.joined: dict[tuple[int, int], int] = {}
 
     def number(self, row: int, component: int, clock: int, flags: int, ins: Instruction) -> int:
         """The number of an event."""
@@ -48,30 +50,47 @@ class Events:
         found = self.known.get(key)
         if found is not None:
             return found
-        k = self.known[key] = len(self.who)
+        k = self.known[key] = len(self.instructions)
         if k == len(self.clock):
             for name in ("component", "clock", "flags", "row"):
                 setattr(self, name, np.resize(getattr(self, name), 2 * k))
         self.component[k], self.clock[k], self.flags[k] = component, clock, flags
         self.row[k] = row
-        self.who.append(Who(ins, row))
+        self.instructions.append(ins)
         return k
 
-    def with_reader(self, old: int, row: int, component: int, clock: int, ins: Instruction) -> int:
-        """The set `old` and one reader more; an earlier read by the same component is replaced."""
-        key = (old, component, clock, row)
+    def who(self, event: int) -> Who:
+        """Who made an event; not of 0."""
+        ins = self.instructions[event]
+        assert ins is not None
+        return Who(ins, int(self.row[event]))
+
+    def members(self, readers: int) -> dict[int, int]:
+        """The events of a word's readers, by component."""
+        if readers > 0:
+            return {int(self.component[readers]): readers}
+        return self.sets[-readers]
+
+    def with_reader(self, old: int, event: int) -> int:
+        """Readers and one event more; an earlier read by the same component is replaced."""
+        if not old:
+            return event
+        key = (old, event)
         found = self.joined.get(key)
         if found is not None:
             return found
-        before = self.readers[old]
+        before, component = self.members(old), int(self.component[event])
         held = before.get(component)
-        if held is not None and held[0] >= clock:
-            self.joined[key] = old
-            return old
-        k = self.joined[key] = len(self.readers)
-        self.joined[k, component, clock, row] = k
-        self.readers.append({**before, component: (clock, Who(ins, row))})
-        return k
+        if held is not None and self.clock[held] >= self.clock[event]:
+            new = old
+        elif old > 0 and held is not None:
+            new = event
+        else:
+            new = -len(self.sets)
+            self.sets.append({**before, component: event})
+            self.joined[new, event] = new
+        self.joined[key] = new
+        return new
 
 
 class Shadow:
@@ -102,14 +121,90 @@ class Shadow:
             return late, None
         return late, (fenced(component) < clock) & ((of & PROXY) == 0) & ~late
 
-    def still_reading(self, sets: Array, seen: Array, own: int = -1) -> tuple[int, int, Who] | None:
-        """One reader in some sets that has not ended for a clock: (set, component, reader)."""
-        top = int(sets.max(initial=0))
-        if not top:
+    def still_reading(self, readers: Array, seen: Array, own: int = -1) -> tuple[int, int] | None:
+        """Among words' readers one that has not ended for a clock: (readers, event)."""
+        if not readers.size:
             return None
-        numbers = [top] if int(sets.min()) == top else np.unique(sets).tolist()
-        for number in numbers:
-            for component, (clock, who) in self.events.readers[number].items():
-                if seen[component] < clock and component != own:
-                    return number, component, who
+        low, top = int(readers.min()), int(readers.max())
+        for number in (top,) if low == top else np.unique(readers).tolist():
+            event = self._late(number, seen, own)
+            if event:
+                return number, event
         return None
+
+    def _late(self, readers: int, seen: Array, own: int = -1) -> int:
+        events = self.events
+        for component, event in events.members(readers).items() if readers else ():
+            if seen[component] < events.clock[event] and component != own:
+                return event
+        return 0
+
+    def read_before(self, readers: Array, r: Array, seen: Array) -> tuple[int, int] | None:
+        """Among words that warps `r` write, one that is still read: (index, event).
+
+        `readers` are those of each warp's words, [accesses, words], `seen` the clocks of all warps.
+        """
+        events = self.events
+        single = np.maximum(readers, 0)
+        late = seen[r[:, None], events.component[single]] < events.clock[single]
+        if late.any():
+            k, j = np.unravel_index(int(late.argmax()), late.shape)
+            return int(k), int(readers[k, j])
+        several = np.nonzero(readers < 0)
+        if len(several[0]):
+            pairs = readers[several] * np.int64(len(seen)) - r[several[0]]
+            found, first = np.unique(pairs, return_index=True)
+            for pair, at in zip(found.tolist(), several[0][first].tolist(), strict=True):
+                event = self._late(-(-pair // len(seen)), seen[r[at]])
+                if event:
+                    return at, event
+        return None
+
+    def read(self, at: Array, words: int, r: Array, numbers: Array, seen: Array) -> None:
+        """Warps `r` read units `at` of `words` words; `numbers` has the event of each warp.
+
+        A reader that comes before another need not be kept: who waits for the later one has waited
+        for both. So most words have one reader, that of the last instruction.
+        """
+        events = self.events
+        readers = self.readers.reshape(-1, words)
+        old, mine = readers[at], numbers[r][:, None]
+        single = np.maximum(old, 0)
+        ended = seen[r[:, None], events.component[single]] >= events.clock[single]
+        ended &= old >= 0
+        if ended.all():
+            readers[at] = mine
+            left = readers[at] != mine  # several warps read the word at this instruction
+        else:
+            readers[at] = np.where(ended, mine, old)
+            left = (readers[at] != mine) | ~ended
+        if left.any():
+            k, j = np.nonzero(left)
+            self._read_together(at[k] * words + j, r[k], numbers)
+
+    def _read_together(self, word: Array, r: Array, numbers: Array) -> None:
+        """Add several readers to words: once for each set of warps and of earlier readers."""
+        warps = len(numbers)
+        pairs = np.unique(word * warps + r)
+        word, r = pairs // warps, pairs % warps
+        first = np.flatnonzero(np.diff(word, prepend=-1))
+        word, count = word[first], np.diff(first, append=len(r))
+        old = self.readers[word]
+        kinds = np.add.reduceat(_names(warps)[r], first) + old * np.int64(0x9E3779B97F4A7C1)
+        _, start, kind = np.unique(kinds, return_index=True, return_inverse=True)
+        new = [
+            self._fold(int(old[k]), numbers[r[first[k] : first[k] + count[k]]].tolist())
+            for k in start.tolist()
+        ]
+        self.readers[word] = np.array(new, np.int32)[kind]
+
+    def _fold(self, old: int, more: Iterable[int]) -> int:
+        for event in more:
+            old = self.events.with_reader(old, event)
+        return old
+
+
+@lru_cache
+def _names(warps: int) -> Array:
+    """Random numbers of 63 bits for warps; their sums stand for sets of warps."""
+    return np.random.default_rng(0).integers(0, 2**63 - 1, warps, np.int64)

@@ -22,7 +22,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ from coda.sim.tensorcore import (
     chain_offsets,
     fetch,
     lines_of,
+    pieces,
     product,
     tcgen05_matrix,
     values,
@@ -269,6 +270,18 @@ def b_offsets(form: Mma, shape: Shape, descriptor: int) -> Array:
     """Byte offsets of the 16-byte chunks of B in the shared memory of each CTA."""
     name = _name(form.kind, shape.b, "p")
     return _offsets((descriptor,), name, shape.n // form.ctas, shape.b_major)
+
+
+@lru_cache(4096)
+def a_pieces(form: Mma, shape: Shape, descriptors: tuple[int, ...]) -> tuple[Any, int]:
+    """Shared memory of each CTA that A of a chain is read from, as `tensorcore.pieces`."""
+    return pieces(np.concatenate([a_offsets(form, shape, d).ravel() for d in descriptors]))
+
+
+@lru_cache(4096)
+def b_pieces(form: Mma, shape: Shape, descriptors: tuple[int, ...]) -> tuple[Any, int]:
+    """Shared memory of each CTA that B of a chain is read from, as `tensorcore.pieces`."""
+    return pieces(np.concatenate([b_offsets(form, shape, d).ravel() for d in descriptors]))
 
 
 def _b_rows(form: Mma, shape: Shape, smems: Sequence[Array], steps: Sequence[Step]) -> Array:

@@ -1,7 +1,8 @@
-"""The tensor cores: wgmma on registers, tcgen05 on tensor memory, as operations.
+"""The tensor cores: wgmma on registers, as operations.
 
-A wgmma of a warpgroup is one operation. When operations complete at issue, a chain of wgmmas on
-the same accumulators is done at once at its commit: nothing can look at it before.
+Wgmmas of a warpgroup on the same accumulators, up to their commit, are a chain: one operation.
+When operations complete at issue, the chains of all warpgroups are done at once: nothing can look
+at them before.
 """
 
 from __future__ import annotations
@@ -37,13 +38,17 @@ class WgmmaSite:
 
 @dataclass(slots=True)
 class Chain:
-    """Wgmmas on the same accumulators of the same warpgroups, not done yet."""
+    """Wgmmas on the same accumulators of the same warpgroups, not issued yet.
 
-    site: WgmmaSite
+    A step is (site, registers or descriptors of A, descriptors of B): of a product whose A is in
+    registers that it reads only later, A is None.
+    """
+
     rows: Array
     ctas: list[int]
     scale: list[bool]
-    steps: list[tuple[Any, Any]] = field(default_factory=list)
+    steps: list[tuple[WgmmaSite, Any, list[int]]] = field(default_factory=list)
+    instructions: list[Instruction] = field(default_factory=list)
 
 
 class Tensor:
@@ -65,97 +70,102 @@ class Tensor:
         left = None if a is None else spread(a, shape)[first, 0].tolist()
         right = spread(b, shape)[first, 0].tolist()
         keeps = spread(scale, shape)[first, 0].tolist()
-        machine.agents.count += len(first)
-        if machine.agents.eager and machine.observer is None:
-            self._extend(ins, site, rows[order], ctas, left, right, keeps)
-            return
-        for k, cta in enumerate(ctas):
-            warps = rows[order[4 * k : 4 * k + 4]]
-            step = (None if left is None else [left[k]], [right[k]])
-            self._issue(ins, site, warps, cta, step, keeps[k])
+        if machine.observer is not None:
+            machine.observer.product(ins, rows)
+        if site.a is not None and machine.agents.eager:
+            left = self.registers(site.a, rows[order])
+        chain = self._chain(site, rows[order], ctas, keeps)
+        chain.steps.append((site, left, right))
+        chain.instructions.append(ins)
+        machine.progress += 1
 
-    def _extend(
-        self,
-        ins: Instruction,
-        site: WgmmaSite,
-        rows: Array,
-        ctas: list[int],
-        left: list[int] | None,
-        right: list[int],
-        keeps: list[bool],
-    ) -> None:
+    def _chain(self, site: WgmmaSite, rows: Array, ctas: list[int], keeps: list[bool]) -> Chain:
+        """The chain that is open, or a new one where a product does not belong to it."""
         chain = self.chain
-        joins = (
-            chain is not None
-            and chain.site.form == site.form
-            and np.array_equal(chain.site.d, site.d)
-            and np.array_equal(chain.rows, rows)
-            and all(keeps)
-        )
-        if not joins:
-            self.flush(ins)
-            chain = self.chain = Chain(site, rows, ctas, keeps)
-        assert chain is not None
-        operand = self.registers(site.a, rows) if site.a is not None else left
-        chain.steps.append((operand, right))
-        self.machine.progress += 1
+        if chain is not None:
+            last = chain.steps[0][0]
+            same = last.form == site.form and np.array_equal(last.d, site.d)
+            if same and np.array_equal(chain.rows, rows) and all(keeps):
+                return chain
+            self.flush()
+        self.chain = chain = Chain(rows, ctas, keeps)
+        return chain
 
     def registers(self, slots: Any, rows: Array) -> Array:
         """A copy of registers, [slot, warp, lane]."""
         return self.machine.files.whole[32][np.ix_(slots, rows)]
 
-    def flush(self, ins: Instruction) -> None:
-        """Do the chain that is open."""
+    def flush(self) -> None:
+        """Issue the chain that is open."""
         chain, self.chain = self.chain, None
         if chain is None:
             return
-        self._do(ins, chain.site, chain.rows, chain.ctas, chain.steps, chain.scale)
+        machine = self.machine
+        machine.agents.count += len(chain.steps) * len(chain.ctas)
+        if machine.agents.eager:
+            steps = [(a, b) for _, a, b in chain.steps]
+            self._do(chain, chain.rows, chain.ctas, steps, chain.scale)
+            if machine.observer is None:
+                return
+        for k in range(len(chain.ctas)):
+            self._issue(chain, k)
 
     def _do(
-        self,
-        ins: Instruction,
-        site: WgmmaSite,
-        rows: Array,
-        ctas: list[int],
-        steps: list[Any],
-        scale: list[bool],
+        self, chain: Chain, rows: Array, ctas: list[int], steps: list[Any], scale: list[bool]
     ) -> None:
-        machine = self.machine
+        machine, site = self.machine, chain.steps[0][0]
         place = np.ix_(site.d, rows)
         file = machine.files.whole[32]
-        old = file[place]
-        smem = machine.shared.windows
-        row = int(rows[0])
-        args = (site.form, smem, ctas, steps, scale, old)
-        file[place] = machine.guard(ins, row, wgmma.accumulate, *args)
+        args = (site.form, machine.shared.windows, ctas, steps, scale, file[place])
+        ins = chain.instructions[0]
+        file[place] = machine.guard(ins, int(rows[0]), wgmma.accumulate, *args)
 
-    def _issue(
-        self, ins: Instruction, site: WgmmaSite, warps: Array, cta: int, step: Any, keep: bool
-    ) -> None:
+    def _issue(self, chain: Chain, k: int) -> None:
+        """Hand a warpgroup's part of a chain to its tensor core."""
         machine = self.machine
+        warps, cta, sites = (
+            chain.rows[4 * k : 4 * k + 4],
+            chain.ctas[k],
+            [x[0] for x in chain.steps],
+        )
 
         def move() -> None:
-            a = self.registers(site.a, warps) if site.a is not None else step[0]
-            self._do(ins, site, warps, [cta], [(a, step[1])], [keep])
+            if machine.agents.eager:
+                return
+            steps = [
+                ([a[k]] if a is not None else self.registers(site.a, warps), [b[k]])
+                for site, a, b in chain.steps
+            ]
+            self._do(chain, warps, [cta], steps, [chain.scale[k]])
 
-        operation = Operation(ins, int(warps[0]), "wgmma", [move])
+        operation = Operation(chain.instructions[0], int(warps[0]), "wgmma", [move])
         operation.stream = ("wgmma", int(warps[0]))
-        operation.rows, operation.registers = tuple(warps.tolist()), site.d
-        operation.names, operation.sources = site.names, site.sources
-        form, base = site.form, cta * WINDOW
+        operation.rows, operation.registers = tuple(warps.tolist()), sites[0].d
+        operation.names = sites[0].names
+        operation.sources = frozenset().union(*(site.sources for site in sites))
+        operation.chain = tuple(chain.instructions)
         if machine.observer is not None:
-            if step[0] is not None:
-                at = machine.guard(ins, int(warps[0]), wgmma.a_offsets, form, step[0][0])
-                operation.reads.append(("shared", at.ravel() + base, 16))
-            at = machine.guard(ins, int(warps[0]), wgmma.b_offsets, form, step[1][0])
-            operation.reads.append(("shared", at.ravel() + base, 16))
+            self._describe(operation, chain, k)
         for row in operation.rows:
             machine.agents.wgmma.add(row, operation)
         machine.agents.issue(operation)
 
+    def _describe(self, operation: Operation, chain: Chain, k: int) -> None:
+        """What a warpgroup's part of a chain reads in shared memory."""
+        guard, row, base = self.machine.guard, operation.row, chain.ctas[k] * WINDOW
+        form = chain.steps[0][0].form
+        if not form.a_in_registers:
+            a = tuple(a[k] for _, a, _ in chain.steps)
+            parts = guard(operation.ins, row, wgmma.a_pieces, form, a)
+            operation.by_warp = len(parts) == 4
+            operation.reads += [("shared", at + base, nbytes) for at, nbytes in parts]
+        b = tuple(b[k] for _, _, b in chain.steps)
+        at, nbytes = guard(operation.ins, row, wgmma.b_piece, form, b)
+        operation.reads.append(("shared", at + base, nbytes))
+
     def commit(self, ins: Instruction, g: Any) -> None:
         """wgmma.commit_group."""
-        self.flush(ins)
+        self.flush()
         groups = self.machine.agents.wgmma
         if groups.committed:
             for row in self.machine.rows(g).tolist():
@@ -163,7 +173,7 @@ class Tensor:
 
     def wait(self, ins: Instruction, g: Any, n: int) -> None:
         """wgmma.wait_group."""
-        self.flush(ins)
+        self.flush()
         groups = self.machine.agents.wgmma
         if not groups.committed:
             return

@@ -27,8 +27,8 @@ COLUMNS = 512
 class Chain:
     """Products on the same accumulators, in the order of their issue.
 
-    Where operations complete at issue, a chain is done at once at its commit (or when the unit gets
-    something else to do): nothing can look at it before.
+    It is one operation, issued at its commit, or when the unit gets something else to do: nothing
+    can look at it before.
     """
 
     ins: Instruction
@@ -43,8 +43,9 @@ class Chain:
 
     def goes_on(self, new: Chain) -> bool:
         """Whether `new` adds to the same accumulators in the same way."""
-        same = (self.form, self.d, self.ctas, self.masked) == (
+        same = (self.form, self.row, self.d, self.ctas, self.masked) == (
             new.form,
+            new.row,
             new.d,
             new.ctas,
             new.masked,
@@ -226,14 +227,7 @@ class TensorMemory:
             ctas = self.group(row, form.ctas)
             shape = machine.guard(ins, row, tcgen05.decode_shape, form, step.idesc)
             machine.result.flops += 2 * shape.m * shape.n * shape.k
-            chain = Chain(ins, row, form, shape, ctas, d, bool(on), masked, [step])
-            if machine.agents.eager and machine.observer is None:
-                self._extend(chain)
-                continue
-            operation = Operation(ins, row, "tcgen05", [lambda chain=chain: self._do(chain)])
-            if machine.observer is not None:
-                self._describe(ins, row, operation, form, shape, ctas, d, step)
-            self._issue(operation, ctas)
+            self._extend(Chain(ins, row, form, shape, ctas, d, bool(on), masked, [step]))
 
     def _do(self, chain: Chain) -> None:
         machine = self.machine
@@ -252,38 +246,56 @@ class TensorMemory:
         self.machine.progress += 1
 
     def flush(self, ctas: list[int]) -> None:
-        """Do the chain of products of a group of CTAs that is open."""
+        """Issue the chain of products of a group of CTAs that is open."""
         chain = self.chains.pop(ctas[0], None)
-        if chain is not None:
+        if chain is None:
+            return
+        agents, observer = self.machine.agents, self.machine.observer
+        agents.count += len(chain.steps)
+        if agents.eager and observer is None:
             self._do(chain)
+            return
+        operation = Operation(chain.ins, chain.row, "tcgen05", [lambda: self._do(chain)])
+        if observer is not None:
+            self._describe(operation, chain)
+        self._issue(operation, ctas)
 
-    def _describe(
-        self,
-        ins: Instruction,
-        row: int,
-        operation: Operation,
-        form: tcgen05.Mma,
-        shape: tcgen05.Shape,
-        ctas: list[int],
-        d: int,
-        step: tcgen05.Step,
-    ) -> None:
-        """What a product touches."""
-        guard = self.machine.guard
-        b = guard(ins, row, tcgen05.b_offsets, form, shape, step.b).ravel()
+    def flush_all(self) -> None:
+        """Issue all chains that are open."""
+        for cta in list(self.chains):
+            self.flush([*self.chains[cta].ctas])
+
+    def _describe(self, operation: Operation, chain: Chain) -> None:
+        """What a chain of products touches."""
+        guard, form, shape = self.machine.guard, chain.form, chain.shape
+        at = (chain.ins, chain.row)
+        b, size = guard(*at, tcgen05.b_pieces, form, shape, tuple(step.b for step in chain.steps))
         narrow = shape.m // form.ctas == 64 and form.ctas == 2
-        lane, column = tmem.split(d)
-        for cta in ctas:
-            operation.reads.append(("shared", b + cta * WINDOW, 16))
+        lane, column = tmem.split(chain.d)
+        for cta in chain.ctas:
+            operation.reads.append(("shared", b + cta * WINDOW, size))
+            left = tuple(step.a for step in chain.steps)
             if form.a_in_tmem:
-                at = tmem.split(step.a)
-                place = (cta, at[0], min(128 - at[0], shape.m // form.ctas), at[1], 8)
-                operation.reads.append(("tensor", place, 4))
+                operation.reads += self._a_places(cta, left, shape.m // form.ctas)
             else:
-                a = guard(ins, row, tcgen05.a_offsets, form, shape, step.a).ravel()
-                operation.reads.append(("shared", a + cta * WINDOW, 16))
+                a, nbytes = guard(*at, tcgen05.a_pieces, form, shape, left)
+                operation.reads.append(("shared", a + cta * WINDOW, nbytes))
             width = shape.n // 2 if narrow else shape.n
             operation.writes.append(("tensor", (cta, lane, 128 - lane, column, width), 4))
+
+    @staticmethod
+    def _a_places(cta: int, addresses: tuple[int, ...], rows: int) -> list[Any]:
+        """Where A of a chain lies in tensor memory: 8 columns of each product."""
+        ends: list[list[int]] = []
+        for lane, column in sorted({tmem.split(address) for address in addresses}):
+            if ends and ends[-1][0] == lane and ends[-1][2] == column:
+                ends[-1][2] += 8
+            else:
+                ends.append([lane, column, column + 8])
+        return [
+            ("tensor", (cta, lane, min(128 - lane, rows), first, end - first), 4)
+            for lane, first, end in ends
+        ]
 
     def copy(
         self, ins: Instruction, g: Any, m: Any, form: tmem.Copy, place: Any, descriptor: Any

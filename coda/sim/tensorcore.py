@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +90,8 @@ def _relative(
         along = b if layout.span else b // CHUNK * layout.leading
         at = r % 8 * width + r // 8 * layout.stride + along
     else:
+        if rows * element % CHUNK:
+            raise Unsupported(f"an MN-major operand of {rows} elements of {element} bytes")
         r = np.arange(0, rows * element, CHUNK)[None, :]
         k = np.arange(row_bytes // element)[:, None]
         # Rows of K in a pattern: 8, but 4 where the swizzle permutes units of 32 bytes.
@@ -110,6 +112,22 @@ def chunk_offsets(
     """
     phase = matrix.start % PERIOD
     return _relative(matrix.layout, rows, row_bytes, element, major, phase) + matrix.start
+
+
+def pieces(chunks: Array) -> tuple[Any, int]:
+    """Offsets of 16-byte chunks -> (offset, bytes) of one piece, or (offsets, bytes) of equal ones.
+
+    Several pieces have a power of two of bytes, and begin at multiples of it.
+    """
+    at = np.unique(chunks)
+    if int(at[-1]) - int(at[0]) == (len(at) - 1) * CHUNK:
+        return int(at[0]), len(at) * CHUNK
+    nbytes = CHUNK
+    while not len(at) % 2 and not (at[::2] % (2 * nbytes)).any():
+        if (at[1::2] - at[::2] != nbytes).any():
+            break
+        at, nbytes = at[::2], 2 * nbytes
+    return at, nbytes
 
 
 @lru_cache(1024)

@@ -19,6 +19,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +28,12 @@ from coda.sim.tensorcore import (
     TYPES,
     Lines,
     Major,
-    Matrix,
     chain_offsets,
     check_lines,
     chunk_offsets,
     lines_of,
     operand_offsets,
+    pieces,
     product,
     values,
     wgmma_matrix,
@@ -135,18 +136,24 @@ def parse_wgmma(op: str, operands: Sequence[str]) -> Wgmma:
     )
 
 
-def a_offsets(form: Wgmma, descriptor: int) -> Array:
-    """Byte offsets in shared memory of the chunks of 16 bytes that A is read from."""
-    return _chunks(form, wgmma_matrix(descriptor), 64, form.a_major)
+@lru_cache(4096)
+def a_pieces(form: Wgmma, descriptors: tuple[int, ...]) -> list[tuple[Any, int]]:
+    """Shared memory that A of a chain is read from: 16 rows of each warp, or (transposed) all."""
+    at = np.concatenate([_chunks(form, d, 64, form.a_major).ravel() for d in descriptors])
+    if form.a_major == "mn":
+        return [pieces(at)]
+    rows = at.reshape(len(descriptors), 4, -1)
+    return [pieces(rows[:, warp]) for warp in range(4)]
 
 
-def b_offsets(form: Wgmma, descriptor: int) -> Array:
-    """Byte offsets in shared memory of the chunks of 16 bytes that B is read from."""
-    return _chunks(form, wgmma_matrix(descriptor), form.n, form.b_major)
+@lru_cache(4096)
+def b_piece(form: Wgmma, descriptors: tuple[int, ...]) -> tuple[Any, int]:
+    """Shared memory that B of a chain is read from. See `pieces`."""
+    return pieces(np.concatenate([_chunks(form, d, form.n, form.b_major) for d in descriptors]))
 
 
-def _chunks(form: Wgmma, matrix: Matrix, rows: int, major: Major) -> Array:
-    return chunk_offsets(matrix, rows, 32, form.element, major)
+def _chunks(form: Wgmma, descriptor: int, rows: int, major: Major) -> Array:
+    return chunk_offsets(wgmma_matrix(descriptor), rows, 32, form.element, major)
 
 
 def element_offsets(form: Wgmma, descriptor: int, operand: str) -> Array:

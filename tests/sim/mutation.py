@@ -181,7 +181,7 @@ class Ran(Observer):
             Ran.lines[ins.line] += warps
 
 
-MAKERS.append(lambda machine: Ran(machine) if Ran.lines is not None else None)
+MAKERS.append(lambda machine: [Ran(machine)] if Ran.lines is not None else [])
 
 
 class Bench:

@@ -99,6 +99,8 @@ def products(draw):
     for i, rows in enumerate((m // ctas, n // ctas)):
         if majors[i] == "m" and rows * size_of((a, b)[i]) % max(16, spans[i]):
             spans[i] = 0
+        if rows * size_of((a, b)[i]) % 16:
+            majors[i] = "k"
     more = [draw(st.booleans()) for _ in range(4)]
     return kind, a, b, d, ctas, m, n, in_tmem, majors, spans, more, draw(st.integers(0, 999))
 
@@ -330,6 +332,14 @@ def test_chunks_of_the_operands():
         place = 1056 + address(row, 8, 2, 128, "k", 16, 1024)
         assert at[row, 1] == place ^ (place >> 3 & 0x70)
     assert tcgen05.b_offsets(form, shape, describe(0, 128, 16, 1024)).shape == (32, 2)
+    steps = tuple(describe(32 * i, 128, 16, 1024) for i in range(4))
+    assert tcgen05.b_pieces(form, shape, steps) == (0, 32 * 128)
+    starts, nbytes = tcgen05.b_pieces(form, shape, steps[:2])
+    assert (nbytes, len(starts), starts[0]) == (64, 32, 0)
+    starts, nbytes = tcgen05.b_pieces(form, shape, steps[:1])
+    assert sorted((starts[:, None] + np.arange(0, nbytes, 16)).ravel()) == sorted(
+        tcgen05.b_offsets(form, shape, steps[0]).ravel()
+    )
 
 
 @pytest.mark.parametrize(
@@ -386,3 +396,7 @@ def test_matrix_descriptors_and_places_that_are_refused():
     shape = tcgen05.decode_shape(form, step.idesc | 1 << 16)
     with pytest.raises(Unsupported, match="mn-major"):
         tcgen05.b_offsets(form, shape, describe(0, 128, 512, 512, 32))
+    form = parse_mma("tcgen05.mma.cta_group::2.kind::f8f6f4", ["[d]", "a", "b", "i", "p"])
+    shape = tcgen05.decode_shape(form, instruct("f8f6f4", 128, 16, "e5m2", "e5m2") | 1 << 16)
+    with pytest.raises(Unsupported, match="8 elements of 1 byte"):
+        tcgen05.b_offsets(form, shape, describe(0, 128, 512, 512))

@@ -27,6 +27,7 @@ def parameters(quick: bool):
 
 # Findings that stay, by the beginning of a case's name; docs/sim-checks.md argues each.
 ARGUED = {("attention backward", "sm_100a"): {"exited"}}
+ARGUED_EXAMPLES = {("attention", "sm_90a"): {"exited"}}
 
 
 def check(case: Case, arch: str, cache, checks="warn") -> None:
@@ -71,4 +72,6 @@ def test_examples_of_cutlass(example, schedule, seed):
     with sim.device(example.arch, schedule=schedule, seed=seed) as gpu:
         examples.run(example)
     assert gpu.report().launches
-    assert not gpu.report().findings
+    argued = ARGUED_EXAMPLES.get((example.name, example.arch), set())
+    left = [f for f in gpu.report().findings if f.kind not in argued]
+    assert not left, left[0]

@@ -133,8 +133,9 @@ def test_offsets_of_elements_and_chunks(case):
         for k in range(0, form.k, 3):
             place = 65536 + 32 + address(row, k, size, spans[1], majors[1], *places[1])
             assert at[row, k] == place ^ (place >> 3 & bits)
-    chunks = wgmma.b_offsets(form, describe(65536 + 32, spans[1], *places[1]))
-    assert set(chunks.ravel() // 16) == set(at.ravel() // 16)
+    starts, nbytes = wgmma.b_piece(form, (describe(65536 + 32, spans[1], *places[1]),))
+    chunks = np.atleast_1d(starts)[:, None] + np.arange(0, nbytes, 16)
+    assert sorted(chunks.ravel() // 16) == sorted(set(at.ravel() // 16))
 
 
 def test_many_warpgroups_and_a_chain_at_once():
@@ -223,7 +224,7 @@ def test_descriptors_and_shapes_that_are_refused():
     form = parse_wgmma(opcode(8, "bf16", "bf16", "f32"), ["{d}", "a", "b", "p", *"1100"])
     for bit in (14, 31, 46, 49, 52, 61):
         with pytest.raises(Unsupported, match="descriptor"):
-            wgmma.a_offsets(form, describe(0, 128, 16, 1024) | 1 << bit)
+            wgmma.a_pieces(form, (describe(0, 128, 16, 1024) | 1 << bit,))
     smem, d = np.zeros((1, 1024), np.uint8), np.zeros((4, 4, 32), np.uint32)
     step = ([describe(0, 128, 16, 1024)], [describe(0, 128, 16, 1024)])
     with pytest.raises(Fault, match="shared memory"):
