@@ -26,7 +26,7 @@ from coda.ir.graph import (
     walk,
 )
 from coda.ir.types import f32
-from coda.lowering.rewrite import ANY, Law, Sides, law
+from coda.lowering.rewrite import ANY, WIDE, Law, Sides, law
 
 
 def _mul(a: Node, b: Node) -> Node:
@@ -151,8 +151,11 @@ def row_factor_outward(x: Node, r: Node, g: Node) -> Sides:
 
 @law(x="... K", r="... 1")
 def cast_inside_row_factor(x: Node, r: Node) -> Sides:
-    """cast(x ⊙ r) = cast(x) ⊙ cast(r): only what is stored rounds, and once."""
-    return Cast(_mul(x, r), ANY), _mul(Cast(x, ANY), Cast(r, ANY))
+    """cast(x ⊙ r) = cast(x) ⊙ cast(r): only what is stored rounds, and once.
+
+    Not to a type of a shorter range: what a scale brings into it may not fit without the scale.
+    """
+    return Cast(_mul(x, r), WIDE), _mul(Cast(x, WIDE), Cast(r, WIDE))
 
 
 @law(x="... K", a="K", b="K", when=has_rows)

@@ -14,11 +14,13 @@ import torch
 
 from coda.errors import InternalError
 from coda.ir.dims import ONE, Dim, Shape, product
-from coda.ir.graph import Cast, Contract, Input, Map, Node, Reshape, origin
+from coda.ir.graph import Cast, Const, Contract, Input, Map, Node, Reshape, Size, origin
 from coda.ir.scalars import SCALARS
-from coda.ir.types import DType, f32
+from coda.ir.types import DType, bf16, f32, f64
 
 ANY = DType("T", torch.float32, "float", 4)  # stands for any element type in a pattern
+WIDE = DType("W", torch.float32, "float", 4)  # for those that reach as far as float32
+_REACH = (bf16, f32, f64)
 _FUEL = 10_000
 
 
@@ -148,7 +150,7 @@ def _same_attributes(pattern: Node, node: Node) -> bool:
         p, n = getattr(pattern, name), getattr(node, name)
         if isinstance(p, Node) or (isinstance(p, tuple) and p and isinstance(p[0], Node)):
             continue
-        if p is not ANY and p != n:
+        if p is not ANY and p != n and not (p is WIDE and n in _REACH):
             return False
     return True
 
@@ -192,9 +194,19 @@ def _instantiate(side: Node, b: Bindings, memo: dict[Node, Node]) -> Node:
         elif isinstance(side, Cast):
             to = b["element type"]
             assert isinstance(to, DType)
-            new = Cast(operands[0], to)
+            new = _cast(operands[0], to)
     memo[side] = new
     return new
+
+
+def _cast(node: Node, to: DType) -> Node:
+    """A value in another element type; a number keeps its precision, as in torch."""
+    match node:
+        case Const(value=value) if to.kind == "float":
+            return Const(value, to)
+        case Size(dim=dim) if to.kind == "float":
+            return Size(dim, to)
+    return Cast(node, to)
 
 
 def _as(old: Node, new: Node) -> Node:

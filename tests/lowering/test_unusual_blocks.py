@@ -1,0 +1,93 @@
+"""Blocks that no example has: what they become, and that they mean what they say."""
+
+import pytest
+import torch
+
+import coda
+from coda.ir.evaluate import evaluate
+from coda.lowering.pipeline import lower
+from coda.lowering.program import TorchKernel
+from coda.measure import random_inputs, relative
+from coda.runtime.reference import run_reference
+
+T = coda.Tensor
+
+
+def lowered(block, sizes):
+    """The Program, held in float64 against the block."""
+    program = lower(block.graph, sizes)
+    inputs = [x.double() if x.is_floating_point() else x for x in random_inputs(block.graph, sizes)]
+    known = dict(zip(block.graph.inputs, inputs, strict=True))
+    found = run_reference(program, inputs, exact=True)
+    for a, b in zip(found, evaluate(block.graph.roots, known, sizes), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    return program
+
+
+@coda.block
+def phi(
+    x: T["M D"], w_q: T["(H d) D"], w_k: T["(H d) D"], w: T["F D"], cos: T["M r"], sin: T["M r"]
+):
+    q = coda.rope((x @ w_q.T).reshape("M (H d) -> M H d"), cos, sin)
+    k = coda.rope((x @ w_k.T).reshape("M (H d) -> M H d"), cos, sin)
+    return q, k, coda.gelu(x @ w.T)
+
+
+@pytest.mark.parametrize(("d", "r"), [(20, 4), (80, 16), (96, 24)])
+def test_rotated_columns_that_do_not_divide_a_head(d, r):
+    """Pairs that lie in no pattern go elsewhere, and take nothing else of their GEMM with them."""
+    program = lowered(phi, {"M": 5, "D": 16, "H": 3, "F": 24, "d": d, "r": r})
+    assert program.places[program.outputs[2][1]].buffer in {
+        s.buffer for k in program.gemms() for s in k.assembled.epilogue.stores
+    }
+
+
+@coda.block
+def capped(x: T["M D"], g: T["D"], w: T["V D"], label: T["M", coda.i64]):
+    logits = coda.softcap(coda.rms_norm(x, g) @ w.T, 30.0)
+    return coda.cross_entropy(logits.cast(coda.f32), label)
+
+
+def test_a_constant_factor_under_a_cast():
+    program = lowered(capped, {"M": 6, "D": 16, "V": 40})
+    assert not any(isinstance(k, TorchKernel) for k in program.kernels)
+    stored = [
+        b for b in program.buffers.values() if b.kind == "temp" and b.name in written(program)
+    ]
+    assert not any(b.shape[-1].size(program.sizes) == 40 for b in stored), "logits are not stored"
+
+
+def written(program):
+    return {s.buffer for k in program.kernels for s in k.assembled.epilogue.stores}
+
+
+@coda.block
+def quantised(x: T["M D"]):
+    scale = coda.max(abs(x), keepdims=True) / 448.0
+    return (x / scale).cast(coda.e4m3)
+
+
+@coda.block
+def quantised_product(x: T["M D"], w: T["F D"]):
+    y = x @ w.T
+    scale = coda.max(abs(y), keepdims=True) / 448.0
+    return (y / scale).cast(coda.e4m3)
+
+
+@coda.block
+def normed_in_half(x: T["M D", coda.f32], g: T["D", coda.f16], w: T["F D", coda.f16]):
+    return (coda.rms_norm(x).cast(coda.f16) * g) @ w.T
+
+
+@pytest.mark.parametrize(
+    ("block", "scale"), [(quantised, 1e-3), (quantised_product, 1e-3), (normed_in_half, 1e6)]
+)
+def test_a_scale_comes_before_the_cast_to_a_type_of_shorter_range(block, scale):
+    sizes = {s: n for s, n in {"M": 5, "D": 32, "F": 24}.items() if s in block.graph.symbols}
+    inputs = random_inputs(block.graph, sizes)
+    inputs[0] *= scale
+    known = dict(zip(block.graph.inputs, inputs, strict=True))
+    (exact,) = evaluate(block.graph.roots, known, sizes)
+    (plain,) = evaluate(block.graph.roots, known, sizes, None)
+    (found,) = run_reference(lower(block.graph, sizes), inputs)
+    assert relative(found, exact) <= 1.05 * relative(plain, exact)
