@@ -6,7 +6,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -14,20 +14,15 @@ from torch import Tensor
 from coda.errors import CallError
 from coda.frontend.tensor import Spec
 from coda.frontend.trace import trace
-from coda.ir.graph import Graph
+from coda.ir.graph import Contract, Graph, walk
 from coda.ir.types import DType, bf16, from_torch
-from coda.lowering.derive import derive
+from coda.lowering.derive import Training, check_memory, derive
 from coda.lowering.explain import Explanation
 from coda.lowering.pipeline import check_dims, lower
 from coda.lowering.program import Program
-from coda.runtime.run import (
-    Trained,
-    block_op,
-    needs_dispatch,
-    register,
-    run_block,
-    target_arch,
-)
+from coda.lowering.roles import row_symbols
+from coda.runtime.modes import cast_arguments, refuse_transforms
+from coda.runtime.run import block_op, needs_dispatch, register, run_block, target_arch
 from coda.runtime.train import train_block
 
 
@@ -35,23 +30,31 @@ class Block:
     """A block of mathematics: traced once for each element type, lowered for each set of sizes.
 
     Call it with torch tensors. `fn` (and `__wrapped__`) is the traced function, None for a block
-    that was written as text; `graph` is what it means.
+    that was written as text; `graph` is what it means; `memory` is how it trains, where a call does
+    not say.
     """
 
-    def __init__(self, fn: Callable[..., Any] | None, graph: Graph | None = None) -> None:
+    def __init__(
+        self,
+        fn: Callable[..., Any] | None,
+        graph: Graph | None = None,
+        memory: str = "balanced",
+    ) -> None:
         self.fn = fn
+        self.memory = check_memory(memory)
         self._graphs: dict[DType, Graph] = {}
         self._programs: dict[tuple[Any, ...], Program] = {}
         self._fixed: dict[tuple[Any, ...], tuple[str, ...]] = {}
-        self._trained: dict[tuple[Any, ...], Trained] = {}
+        self._trainings: dict[tuple[Any, ...], Training] = {}
         self._given = graph
-        self._undeclared = [False] * (len(graph.inputs) if graph else 0)
+        self.undeclared = [False] * (len(graph.inputs) if graph else 0)
         if fn is not None:
             functools.update_wrapper(self, fn)  # type: ignore[arg-type]
             hints = typing.get_type_hints(fn)
             specs = [hints.get(name) for name in inspect.signature(fn).parameters]
-            self._undeclared = [isinstance(s, Spec) and s.dtype is None for s in specs]
+            self.undeclared = [isinstance(s, Spec) and s.dtype is None for s in specs]
         self.__name__ = self.graph.name
+        self._multiplies = any(isinstance(n, Contract) for n in walk(self.graph.roots))
         self._number = register(self)
         self._names = [name for name, _ in self.graph.outputs]
         self._symbols = self.graph.symbols
@@ -70,6 +73,15 @@ class Block:
             assert self.fn is not None
             self._graphs[dtype] = trace(self.fn, dtype)
         return self._graphs[dtype]
+
+    def __copy__(self) -> Block:
+        return self  # like a function, so that a copied module calls the same block
+
+    def __deepcopy__(self, _: Any) -> Block:
+        return self
+
+    def __reduce__(self) -> Any:
+        return self.fn.__qualname__ if self.fn else (parse, (str(self._given),))
 
     def __repr__(self) -> str:
         return f"coda.block {self.__name__}({', '.join(i.name for i in self.graph.inputs)})"
@@ -111,7 +123,7 @@ class Block:
         dims: Mapping[str, int] | None = None,
         dtype: DType = bf16,
         wanted: Sequence[str] | None = None,
-        memory: str = "balanced",
+        memory: str | None = None,
     ) -> tuple[Program, Program]:
         """The Programs of the forward that saves and of the backward.
 
@@ -119,11 +131,16 @@ class Block:
             arch, dims, dtype: as in `lower`.
             wanted: names of the arguments to differentiate; by default all floats.
             memory: "min" saves arguments alone, "balanced" moves the fewest bytes, "speed"
-                computes nothing again.
+                computes nothing again; by default the block's.
         """
-        arch, sizes = target_arch(arch or ""), check_dims(self.graph_of(dtype), dims or {})
-        training = derive(self.graph_of(dtype), sizes, wanted, memory=memory)
-        return _lowered(training.forward, sizes, arch), _lowered(training.backward, sizes, arch)
+        arch, graph = target_arch(arch or ""), self.graph_of(dtype)
+        sizes = check_dims(graph, dims or {})
+        training = derive(graph, sizes, wanted, memory=memory or self.memory)
+        forward, backward = (
+            lower(g, {s: sizes[s] for s in g.symbols}, arch)
+            for g in (training.forward, training.backward)
+        )
+        return forward, backward
 
     def source(
         self,
@@ -141,25 +158,37 @@ class Block:
         backend: str | None = None,
         arch: str | None = None,
         dims: Mapping[str, int] | None = None,
+        memory: str | None = None,
     ) -> Any:
         """The outputs: a tensor, a tuple of tensors or a dict, as the function returns them.
+
+        Under `torch.autocast` a block that multiplies matrices is cast as torch casts a matmul:
+        its arguments to the types that they are declared with, the others to autocast's; float64
+        is left alone.
 
         Args:
             tensors: the arguments.
             backend: "reference", "sim" or "cuda".
             arch: to lower for, where the backend leaves it open.
             dims: sizes that the tensors' shapes do not tell.
+            memory: what is saved for the backward, "min", "balanced" or "speed", as in
+                `lower_training`; by default what `coda.block` was given.
 
         Raises:
             CallError: where the tensors do not fit the block.
+            UnsupportedError: under `torch.func.vmap` and forward-mode derivatives.
         """
         for node, tensor in zip(self.graph.inputs, tensors, strict=False):
             if not isinstance(tensor, Tensor):
                 raise CallError(f"`{node.name}` is a torch tensor", found=type(tensor).__name__)
+        refuse_transforms(tensors)
+        if self._multiplies and tensors and torch.is_autocast_enabled(tensors[0].device.type):
+            tensors = cast_arguments(self.graph, self.undeclared, tensors)
         given = [dims.get(s, -1) for s in self._symbols] if dims else self._untold
         arguments = list(tensors), given, backend or "", arch or ""
         if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-            found = train_block(self._number, *arguments)[: len(self._names)]
+            kept = self.memory if memory is None else memory
+            found = train_block(self._number, *arguments, kept)[: len(self._names)]
         else:
             frozen = not any([t.requires_grad for t in tensors])
             run = block_op if needs_dispatch(tensors) else run_block
@@ -172,7 +201,7 @@ class Block:
 
     def graph_for(self, inputs: Sequence[Tensor]) -> Graph:
         """The graph for arguments of these types."""
-        for tensor, free in zip(inputs, self._undeclared, strict=False):
+        for tensor, free in zip(inputs, self.undeclared, strict=False):
             if free:
                 return self.graph_of(from_torch(tensor.dtype) or bf16)
         return self.graph
@@ -180,46 +209,60 @@ class Block:
     def program_for(
         self, graph: Graph, arch: str, frozen: bool, sizes: Mapping[str, int]
     ) -> Program:
-        """A Program that serves these sizes: one for all sizes of symbols that are not built in."""
+        """A Program that serves these sizes: one for all sizes of symbols that are not built in.
+
+        `graph` is the block's, or one of its training.
+        """
         variant = (graph, arch, frozen)
         fixed = self._fixed.get(variant)
         if fixed is not None:
             key = (*variant, tuple((s, sizes[s]) for s in fixed))
             if key in self._programs:
                 return self._programs[key]
-        program = lower(graph, sizes, arch, frozen)
+        program = lower(graph, {s: sizes[s] for s in graph.symbols}, arch, frozen)
         self._fixed[variant] = fixed = tuple(sorted(program.fixed))
         self._programs[(*variant, tuple((s, sizes[s]) for s in fixed))] = program
         return program
 
-    def trained_for(
-        self, graph: Graph, arch: str, wanted: tuple[str, ...], sizes: Mapping[str, int]
-    ) -> Trained:
-        """The forward that saves and the backward, lowered for these sizes."""
-        variant = (graph, arch, wanted)
-        fixed = self._fixed.get(variant)
-        if fixed is not None:
-            key = (*variant, tuple((s, sizes[s]) for s in fixed))
-            if key in self._trained:
-                return self._trained[key]
-        training = derive(graph, sizes, wanted)
-        forward = _lowered(training.forward, sizes, arch)
-        backward = _lowered(training.backward, sizes, arch) if training.wanted else None
-        symbols = forward.fixed | (backward.fixed if backward else frozenset())
-        self._fixed[variant] = fixed = tuple(sorted(symbols))
-        found = self._trained[(*variant, tuple((s, sizes[s]) for s in fixed))] = Trained(
-            training, forward, backward
-        )
-        return found
+    def training_for(
+        self, graph: Graph, wanted: tuple[str, ...], memory: str, sizes: Mapping[str, int]
+    ) -> Training:
+        """The graphs of the forward that saves and of the backward, for any number of rows.
+
+        What is saved is decided once, by the rows of the first call, and serves all others.
+        """
+        tokens = row_symbols(walk(graph.roots))
+        fixed = [(s, int(sizes[s])) for s in graph.symbols if s not in tokens] if tokens else []
+        key = (graph, wanted, memory, tuple(fixed))
+        if key not in self._trainings:
+            self._trainings[key] = derive(graph, sizes, wanted, memory=memory)
+        return self._trainings[key]
 
 
-def _lowered(graph: Graph, sizes: Mapping[str, int], arch: str) -> Program:
-    return lower(graph, {s: sizes[s] for s in graph.symbols}, arch)
+@overload
+def block(fn: Callable[..., Any], /) -> Block: ...
 
 
-def block(fn: Callable[..., Any]) -> Block:
-    """Make a block of a function whose arguments are annotated `coda.Tensor[...]`."""
-    return Block(fn)
+@overload
+def block(*, memory: str = "balanced") -> Callable[[Callable[..., Any]], Block]: ...
+
+
+def block(
+    fn: Callable[..., Any] | None = None, /, *, memory: str = "balanced"
+) -> Block | Callable[[Callable[..., Any]], Block]:
+    """Make a block of a function whose arguments are annotated `coda.Tensor[...]`.
+
+    Args:
+        fn: the function; or use `@coda.block(memory=...)`.
+        memory: what a call that trains saves for its backward. "min" saves arguments alone and
+            computes the rest again, "balanced" moves the fewest bytes, "speed" computes nothing
+            again.
+
+    Raises:
+        UnsupportedError: for another `memory`.
+    """
+    check_memory(memory)
+    return (lambda f: Block(f, memory=memory)) if fn is None else Block(fn, memory=memory)
 
 
 def parse(text: str, file: str = "<text>") -> Block:

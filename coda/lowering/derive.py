@@ -80,12 +80,7 @@ def derive(
         memory: "min" saves arguments alone, "balanced" moves the fewest bytes, "speed" computes
             nothing again.
     """
-    if memory not in MEMORY:
-        raise UnsupportedError(
-            "memory is traded for traffic in three ways",
-            found=repr(memory),
-            help=" or ".join(f'"{m}"' for m in MEMORY),
-        )
+    check_memory(memory)
     floats = [i.name for i in graph.inputs if i.dtype.kind == "float"]
     names = set(floats if wanted is None else wanted)
     if names - set(floats):
@@ -106,6 +101,17 @@ def derive(
     gradients = [(f"d{i.name}", found[i]) for i in asked if i in found]
     saved = _choose(merged, [n for _, n in gradients], sizes, memory)
     return _split(graph, normal, gradients, saved, original, roles, taken)
+
+
+def check_memory(memory: str) -> str:
+    """The knob as it was given. Raises UnsupportedError for a value that it does not take."""
+    if memory not in MEMORY:
+        raise UnsupportedError(
+            "memory is traded for traffic in three ways",
+            found=repr(memory),
+            help=" or ".join(f'"{m}"' for m in MEMORY),
+        )
+    return memory
 
 
 def _added(a: Node | None, b: Node) -> Node:

@@ -11,8 +11,12 @@ from coda.ir.dims import show_shape
 from coda.ir.graph import Graph, Input
 
 
-def check_tensors(graph: Graph, inputs: Sequence[Tensor]) -> None:
-    """Raise CallError where the arguments are not the tensors that the block declares."""
+def check_tensors(graph: Graph, inputs: Sequence[Tensor], undeclared: Sequence[bool] = ()) -> None:
+    """Raise CallError where the arguments are not the tensors that the block declares.
+
+    `undeclared` tells which of them are declared without an element type: they have that of the
+    first of them.
+    """
     declared = graph.inputs
     names = ", ".join(i.name for i in declared)
     if len(inputs) != len(declared):
@@ -25,14 +29,24 @@ def check_tensors(graph: Graph, inputs: Sequence[Tensor]) -> None:
                 f"`{node.name}` is {show_shape(node.shape)}", found=str(tuple(tensor.shape))
             )
         if tensor.dtype != node.dtype.torch:
-            raise CallError(
-                f"`{node.name}` is declared {node.dtype}",
-                found=str(tensor.dtype),
-                help=f"{node.name}.to({node.dtype.torch}), or declare it otherwise",
-            )
+            _refuse_type(node, tensor, [n for n, u in zip(declared, undeclared, strict=False) if u])
     devices = {t.device for t in inputs}
     if len(devices) > 1:
         raise CallError("all tensors lie on one device", found=", ".join(map(str, devices)))
+
+
+def _refuse_type(node: Input, tensor: Tensor, undeclared: Sequence[Input]) -> None:
+    if node in undeclared:
+        raise CallError(
+            f"`{node.name}` is {node.dtype} as `{undeclared[0].name}` is",
+            found=str(tensor.dtype),
+            help=f"{node.name}.to({node.dtype.torch}), or call under torch.autocast",
+        )
+    raise CallError(
+        f"`{node.name}` is declared {node.dtype}",
+        found=str(tensor.dtype),
+        help=f"{node.name}.to({node.dtype.torch}), or declare it otherwise",
+    )
 
 
 def bind_sizes(

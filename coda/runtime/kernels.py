@@ -23,7 +23,7 @@ from coda.runtime import quack_target, settings
 from coda.runtime.cache import kernel_directory, object_directory
 from coda.runtime.memo import Memo
 from coda.runtime.prepare import packed_row, weight_matrix
-from coda.runtime.reference import ReferenceRun
+from coda.runtime.reference import ReferenceRun, matrix
 from coda.runtime.replay import Recording, Replays, Step
 from coda.runtime.rowwise_target import Rows
 
@@ -113,14 +113,15 @@ class KernelRun(ReferenceRun):
 
     def gemm(self, kernel: GemmKernel) -> None:
         gemm = gemm_of(self.program, kernel)
-        a = self.value(kernel.a)
-        a = a.reshape(-1, a.shape[-1])
+        a = matrix(self.value(kernel.a))
         stores, sinks = self.results(kernel, a.shape[0])
         self.buffers |= stores
         self.keep_partials(kernel, sinks)
         if a.shape[0] == 0:
             return
         b = self.matrix(kernel)
+        if a.shape[1] == 0:  # a sum over no rows is one over zeros
+            a, b = (self.new((x.shape[0], 16), x.dtype, "zero") for x in (a, b))
         operands = {**self.packed(kernel), **self.loaded(kernel)}
         operands |= self.tables(kernel, gemm.source)
         ones = self.once("ones", [kernel.contracts[0].rhs], lambda: _ones_like_rows(b))
@@ -216,7 +217,7 @@ class KernelRun(ReferenceRun):
             if kinds[name] in ("col", "scalar"):
                 found[name] = x.reshape(-1).contiguous()
             elif kinds[name] == "tile":
-                found[name] = aligned(x.reshape(kernel.problem(self.sizes)[0], -1))
+                found[name] = aligned(matrix(x))
         return found
 
     def room(self, name: str, rows: int, width: int, dtype: torch.dtype, fill: str = "") -> Tensor:

@@ -17,21 +17,30 @@ T = TypeVar("T")
 
 
 class Witness:
-    """A tensor as it was: the object, where its memory is, and its version."""
+    """A tensor as it was: the object, where its memory is, and its version.
+
+    Torch does not count the changes of a tensor made in inference mode, so no witness holds for it.
+    """
 
     __slots__ = ("address", "reference", "version")
 
     def __init__(self, tensor: Tensor, gone: Callable[[Any], object] | None = None) -> None:
         self.reference = weakref.ref(tensor, gone)
-        self.address, self.version = tensor.data_ptr(), tensor._version
+        self.address, self.version = tensor.data_ptr(), version_of(tensor)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether this is the tensor, unchanged."""
         return (
             self.reference() is tensor
+            and self.version is not None
             and tensor._version == self.version
             and tensor.data_ptr() == self.address
         )
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 @dataclass

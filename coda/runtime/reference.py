@@ -7,13 +7,13 @@ without rounding it says whether the lowering kept the meaning.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from coda.ir.dims import product
 from coda.ir.evaluate import evaluate, pick
 from coda.ir.graph import Node
 from coda.ir.monoids import MONOIDS
@@ -120,15 +120,14 @@ class ReferenceRun:
             return x
         lead = [d.size(self.sizes) for d in spread.lead]
         columns = x.shape[x.ndim - spread.columns :]
-        return x.expand(*lead, *columns).reshape(product(spread.lead).size(self.sizes), -1)
+        return x.expand(*lead, *columns).reshape(math.prod(lead), math.prod(columns))
 
     def output(self, node: Node) -> Tensor:
         x = self.value(node)
         return x if self.exact else x.to(node.dtype.torch)
 
     def gemm(self, kernel: GemmKernel) -> None:
-        a = self.value(kernel.a)
-        a = a.reshape(-1, a.shape[-1]).to(self.compute)
+        a = matrix(self.value(kernel.a)).to(self.compute)
         weights = {c.rhs: self.value(c.rhs) for c in kernel.contracts}
         b = weight_matrix(kernel, weights).to(self.compute)
         acc = a @ b.transpose(0, 1)
@@ -181,6 +180,11 @@ class ReferenceRun:
         tile = max(1, tile_n * x.shape[1] // max(width, 1))
         sizes = [min(tile, x.shape[1] - i) for i in range(0, x.shape[1], tile)]
         return MONOIDS[sink.monoid].split(x, 1, sizes)
+
+
+def matrix(x: Tensor) -> Tensor:
+    """A tensor as rows of its last axis, of which there may be none."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _sum_of_rows(x: Tensor, tile: int = 128) -> tuple[tuple[Tensor, ...], Tensor]:

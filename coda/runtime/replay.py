@@ -148,7 +148,8 @@ class Recording:
             returned = [view(o) for o in outputs]
         except _Unknown:
             return None
-        if not all(isinstance(v, View) for v in returned):
+        # An argument, or a view of one, is returned as a copy, which no replay makes.
+        if not all(isinstance(v, View) and v.base >= len(self.inputs) for v in returned):
             return None
         buffers = [
             Buffer(tuple(t.shape), t.stride(), t.dtype, t.device, z) for t, z in self.buffers

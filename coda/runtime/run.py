@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, Protocol
 
@@ -14,10 +13,12 @@ from torch import Tensor
 
 from coda.errors import ArchError, UnsupportedError
 from coda.ir.graph import Graph
+from coda.ir.types import DType
 from coda.lowering.derive import Training
 from coda.lowering.program import Program
 from coda.runtime import settings
 from coda.runtime.bind import bind_sizes, check_tensors
+from coda.runtime.modes import is_transformed
 from coda.runtime.reference import run_reference
 
 Sizes = Mapping[str, int]
@@ -82,30 +83,30 @@ def target_arch(arch: str) -> str:
     return arch or simulated_arch() or gpu_arch() or settings.ARCH.get()
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A block's training, lowered."""
-
-    training: Training
-    forward: Program
-    backward: Program | None
-
-
 class Runnable(Protocol):
     """What the operator needs of a block."""
+
+    @property
+    def undeclared(self) -> Sequence[bool]:
+        """For each argument, whether it is declared without an element type."""
+        ...
+
+    def graph_of(self, dtype: DType) -> Graph:
+        """The graph, with `dtype` for arguments that are declared without a type."""
+        ...
 
     def graph_for(self, inputs: Sequence[Tensor]) -> Graph:
         """The graph for arguments of these types."""
         ...
 
     def program_for(self, graph: Graph, arch: str, frozen: bool, sizes: Sizes) -> Program:
-        """A Program that serves these sizes."""
+        """A Program of the block, or of a part of its training, that serves these sizes."""
         ...
 
-    def trained_for(
-        self, graph: Graph, arch: str, wanted: tuple[str, ...], sizes: Sizes
-    ) -> Trained:
-        """Programs of the forward and the backward that serve these sizes."""
+    def training_for(
+        self, graph: Graph, wanted: tuple[str, ...], memory: str, sizes: Sizes
+    ) -> Training:
+        """The graphs of the forward that saves and of the backward."""
         ...
 
 
@@ -127,13 +128,14 @@ def block_of(number: int) -> Runnable:
 
 def bind(number: int, inputs: Sequence[Tensor], dims: Sequence[int]) -> tuple[Graph, Sizes]:
     """The graph for these arguments and the size of every symbol. Raises CallError."""
-    graph = _blocks[number].graph_for(inputs)
-    check_tensors(graph, inputs)
+    block = _blocks[number]
+    graph = block.graph_for(inputs)
+    check_tensors(graph, inputs, block.undeclared)
     given = {s: d for s, d in zip(graph.symbols, dims, strict=False) if d >= 0}
     return graph, bind_sizes(graph, inputs, given)
 
 
-_known: dict[tuple[Any, ...], tuple[Program, Sizes, Backend]] = {}
+_known: dict[tuple[Any, ...], tuple[Program, Sizes, str]] = {}
 _recent: dict[tuple[Any, ...], Program] = {}
 
 
@@ -160,12 +162,32 @@ def run_block(
         program = _blocks[number].program_for(graph, target_arch(arch), frozen, sizes)
         if len(_known) >= 4096:
             _known.clear()
-        _known[key] = program, sizes, BACKENDS[chosen]
-    program, sizes, run = _known[key]
-    if run is _cuda:
+        _known[key] = program, sizes, chosen
+    program, sizes, chosen = _known[key]
+    if chosen == "cuda":
         _recent[options] = program
-    taken = {t.data_ptr() for t in inputs}
-    return [t.clone() if t.data_ptr() in taken else t for t in run(program, inputs, sizes)]
+    return execute(program, inputs, sizes, chosen)
+
+
+def execute(
+    program: Program, inputs: Sequence[Tensor], sizes: Sizes, backend: str
+) -> Sequence[Tensor]:
+    """Run a Program. No output shares memory with an argument; they may share some of their own.
+
+    What torch computes within is computed in the types that the Program says, also under autocast.
+    """
+    device = inputs[0].device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return execute(program, inputs, sizes, backend)
+    found = BACKENDS[backend](program, inputs, sizes)
+    taken = {memory_of(t) for t in inputs}
+    return [t.clone() if memory_of(t) in taken else t for t in found]
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Where the memory begins in which a tensor lies, or a part of it."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def recall(program: Program, inputs: list[Tensor]) -> Sequence[Tensor] | None:
@@ -198,17 +220,18 @@ def apart(tensors: Sequence[Tensor]) -> list[Tensor]:
     seen: set[int] = set()
     out: list[Tensor] = []
     for tensor in tensors:
-        address = tensor.untyped_storage().data_ptr()
+        address = memory_of(tensor)
         out.append(tensor.clone() if address in seen else tensor)
         seen.add(address)
     return out
 
 
 def needs_dispatch(inputs: Sequence[Tensor]) -> bool:
-    """Whether torch has to see the call: it compiles, or a mode is active."""
+    """Whether torch has to see the call: it compiles or transforms, or a mode is active."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
+        or is_transformed()
         or any(type(t) not in (Tensor, torch.nn.Parameter) for t in inputs)
     )
 

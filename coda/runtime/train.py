@@ -1,88 +1,119 @@
 """A block, called where torch records gradients -> outputs, and a backward by the derived Program.
 
-Eager calls are one autograd function; what torch compiles or traces are two operators. Both run the
-same two Programs, and keep of the arguments only what the backward reads.
+Eager calls are one autograd function; what torch compiles or transforms are two operators. Both run
+the same two Programs, and keep of the arguments only what the backward reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guarding_hint_or_throw
 
 from coda.errors import UnsupportedError
+from coda.ir.graph import Graph, walk
+from coda.ir.types import DTYPES
+from coda.lowering.derive import Training
 from coda.lowering.program import Program
+from coda.runtime import settings
+from coda.runtime.modes import is_transformed, refuse_vmap
 from coda.runtime.run import (
-    BACKENDS,
     Sizes,
-    Trained,
     apart,
     bind,
     block_of,
     choose_backend,
+    execute,
+    memory_of,
     needs_dispatch,
+    simulated_arch,
     target_arch,
 )
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a call with arguments of some shapes trains.
+
+    Attributes:
+        training: the two graphs.
+        forward, backward: their Programs; no backward where no wanted argument is reached.
+        sizes: of every symbol of the block.
+        backend: by its name.
+        reached: for each output of the block, whether a wanted argument reaches it.
+    """
+
+    training: Training
+    forward: Program
+    backward: Program | None
+    sizes: Sizes
+    backend: str
+    reached: tuple[bool, ...]
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def plan_of(
+    number: int,
+    inputs: Sequence[Tensor],
+    dims: Sequence[int],
+    backend: str,
+    arch: str,
+    memory: str,
+    wanted: Sequence[bool],
+) -> Plan:
+    """The plan for these arguments, made once for each set of shapes and types."""
+    environment = settings.BACKEND.get(), settings.ARCH.get(), simulated_arch()
+    shapes = tuple([(t.shape, t.dtype, t.device) for t in inputs])
+    key = (number, *dims, backend, arch, memory, *wanted, *environment, shapes)
+    if key not in _plans:
+        graph, sizes = bind(number, inputs, dims)
+        if len(_plans) >= 4096:
+            _plans.clear()
+        _plans[key] = _plan(number, graph, sizes, backend, arch, memory, wanted)
+    return _plans[key]
+
+
+def _plan(
+    number: int,
+    graph: Graph,
+    sizes: Sizes,
+    backend: str,
+    arch: str,
+    memory: str,
+    wanted: Sequence[bool],
+) -> Plan:
+    block, arch = block_of(number), target_arch(arch)
+    training = block.training_for(graph, _names(graph, wanted), memory, sizes)
+    forward = block.program_for(training.forward, arch, False, sizes)
+    backward = block.program_for(training.backward, arch, False, sizes) if training.wanted else None
+    asked = {i for i in graph.inputs if i.name in training.wanted}
+    reached = tuple(bool(asked & set(walk([r]))) for _, r in graph.outputs)
+    return Plan(training, forward, backward, sizes, choose_backend(backend), reached)
+
+
+def _names(graph: Graph, wanted: Sequence[bool]) -> tuple[str, ...]:
+    pairs = zip(graph.inputs, wanted, strict=True)
+    return tuple(i.name for i, asked in pairs if asked and i.dtype.kind == "float")
+
+
 def train_block(
-    number: int, inputs: list[Tensor], dims: list[int], backend: str, arch: str
+    number: int, inputs: list[Tensor], dims: list[int], backend: str, arch: str, memory: str
 ) -> Sequence[Tensor]:
     """The outputs of a block, whose gradients its derived backward gives."""
     wanted = [t.requires_grad for t in inputs]
-    if needs_dispatch(inputs):
-        return train_op(number, inputs, dims, backend, arch, wanted)
-    return _Eager.apply(number, dims, backend, arch, wanted, *inputs)
+    if needs_dispatch(inputs) and not is_transformed():
+        return train_op(number, inputs, dims, backend, arch, memory, wanted)
+    return _Eager.apply(plan_of(number, inputs, dims, backend, arch, memory, wanted), *inputs)
 
 
-def trained(
-    number: int, inputs: Sequence[Tensor], dims: Sequence[int], arch: str, wanted: Sequence[bool]
-) -> tuple[Trained, Sizes]:
-    """The Programs for these arguments, and the size of every symbol."""
-    graph, sizes = bind(number, inputs, dims)
-    pairs = zip(graph.inputs, wanted, strict=True)
-    names = tuple(i.name for i, asked in pairs if asked and i.dtype.kind == "float")
-    return block_of(number).trained_for(graph, target_arch(arch), names, sizes), sizes
-
-
-def _run(
-    program: Program, inputs: Sequence[Tensor], sizes: Sizes, backend: str
-) -> Sequence[Tensor]:
-    mine = {s: sizes[s] for s in program.sizes}
-    return BACKENDS[choose_backend(backend)](program, inputs, mine)
-
-
-def _forward(
-    number: int,
-    inputs: list[Tensor],
-    dims: list[int],
-    backend: str,
-    arch: str,
-    wanted: list[bool],
-) -> list[Tensor]:
-    """The outputs, then what is saved."""
-    found, sizes = trained(number, inputs, dims, arch, wanted)
-    taken = {t.data_ptr() for t in inputs}
-    outputs = _run(found.forward, inputs, sizes, backend)
-    return [t.clone() if t.data_ptr() in taken else t for t in outputs]
-
-
-def _backward(
-    found: Trained, sizes: Sizes, backend: str, tensors: Sequence[Tensor]
-) -> list[Tensor]:
-    """The gradients of the wanted arguments; `tensors` are the backward's own arguments."""
-    if found.backward is None:
-        return []
-    like = zip(found.backward.graph.inputs, tensors, strict=True)
-    cast = [t if t.dtype == i.dtype.torch else t.to(i.dtype.torch) for i, t in like]
-    return list(_run(found.backward, cast, sizes, backend))
-
-
-def _kept(found: Trained, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
+def _kept(training: Training, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
     """The tensors that the backward reads, without the cotangents."""
-    training = found.training
     known = dict(zip([i.name for i in training.forward.inputs], inputs, strict=True))
     names = [n for n, _ in training.forward.outputs]
     computed = dict(zip(names, outputs, strict=True))
@@ -92,10 +123,9 @@ def _kept(found: Trained, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -
 
 
 def _arguments(
-    found: Trained, sizes: Sizes, kept: Sequence[Tensor], given: Sequence[Tensor | None]
+    training: Training, sizes: Sizes, kept: Sequence[Tensor], given: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """The backward's arguments, with zeros for cotangents that nobody gave."""
-    training = found.training
     cotangents = dict(zip(training.cotangents, given, strict=False))
     supply = iter(kept)
     like = next(t for t in (*kept, *given) if t is not None)
@@ -112,55 +142,105 @@ def _arguments(
     return out
 
 
-def _by_argument(found: Trained, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+def _typed(training: Training, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The backward's arguments in the types that it declares."""
+    like = zip(training.backward.inputs, tensors, strict=True)
+    return [t if t.dtype == i.dtype.torch else t.to(i.dtype.torch) for i, t in like]
+
+
+def _by_argument(training: Training, gradients: Sequence[Tensor]) -> list[Tensor | None]:
     """One gradient for each argument of the block, or None."""
-    known: dict[str, Tensor] = dict(zip(found.training.wanted, gradients, strict=True))
-    return [known.get(i.name) for i in found.training.forward.inputs]
+    known: dict[str, Tensor] = dict(zip(training.wanted, gradients, strict=True))
+    return [known.get(i.name) for i in training.forward.inputs]
 
 
-def _refuse_second_order(given: Sequence[Tensor | None], kept: Sequence[Tensor]) -> None:
-    """Raise UnsupportedError where torch asks for the derivative of a derivative."""
-    tensors = [t for t in (*given, *kept) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise UnsupportedError(
-            "the gradients of a block have no gradients of their own",
-            found="create_graph=True",
-            help="call the torch function that the block stands for where you need them",
-        )
+def _refuse_second_order(*_: Any) -> Any:
+    """Raise UnsupportedError: torch asks for the derivative of a derivative."""
+    raise UnsupportedError(
+        "the gradients of a block have no gradients of their own",
+        found="a derivative of what create_graph=True gave",
+        help="call the torch function that the block stands for where you need them",
+    )
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """The same memory as a view of nothing: callers may change it in place."""
+    if not tensor._is_view():
+        return tensor
+    own = tensor.new_empty(0)
+    return own.set_(
+        tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    )
+
+
+def _witnessed(kept: Sequence[Tensor], returned: Sequence[Tensor]) -> list[Tensor]:
+    """What is saved, and after it the outputs that share memory with it.
+
+    Torch then notices where somebody changes such an output in place before the backward.
+    """
+    same = {(t.data_ptr(), t.dtype, t.shape, t.stride()): t for t in returned}
+    saved = [same.get((t.data_ptr(), t.dtype, t.shape, t.stride()), t) for t in kept]
+    shared = {memory_of(t) for t in kept}
+    witnesses = [t for t in returned if memory_of(t) in shared]
+    return saved + [t for t in witnesses if not any(t is s for s in saved)]
 
 
 class _Eager(torch.autograd.Function):
-    """A call outside torch's compiler."""
+    """A call outside torch's compiler: its outputs, and what is saved of it."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        number: int,
-        dims: list[int],
-        backend: str,
-        arch: str,
-        wanted: list[bool],
-        *inputs: Tensor,
-    ) -> Any:
-        found, sizes = trained(number, inputs, dims, arch, wanted)
-        outputs = _forward(number, list(inputs), dims, backend, arch, wanted)
-        ctx.found, ctx.sizes, ctx.backend = found, sizes, backend
-        ctx.save_for_backward(*_kept(found, inputs, outputs))
+    def forward(plan: Plan, *inputs: Tensor) -> Any:
+        return tuple(map(_owned, execute(plan.forward, inputs, plan.sizes, plan.backend)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        plan: Plan = inputs[0]
+        ctx.plan = plan
+        kept = _kept(plan.training, inputs[1:], output)
+        ctx.count = len(kept)
+        returned = output[: len(plan.reached)]
+        ctx.save_for_backward(*(kept if is_transformed() else _witnessed(kept, returned)))
         ctx.set_materialize_grads(False)
-        returned = tuple(outputs[: len(found.training.cotangents)])
-        ctx.mark_non_differentiable(*(t for t in returned if not t.is_floating_point()))
-        return returned
+        fixed = [t for t, reached in zip(returned, plan.reached, strict=True) if not reached]
+        fixed += [t for t in returned if not t.is_floating_point()]
+        ctx.mark_non_differentiable(*fixed, *output[len(plan.reached) :])
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> Any:
-        kept = ctx.saved_tensors
-        _refuse_second_order(given, kept)
-        found: Trained = ctx.found
-        if all(d is None for d in given):
-            return (None,) * (5 + len(found.training.forward.inputs))
-        arguments = _arguments(found, ctx.sizes, kept, given)
-        gradients = _backward(found, ctx.sizes, ctx.backend, arguments)
-        return (None,) * 5 + tuple(_by_argument(found, gradients))
+        return _opaque_backward(ctx, given)
+
+
+def _run_backward(ctx: Any, given: Sequence[Tensor | None]) -> Any:
+    """The gradients of a call."""
+    plan: Plan = ctx.plan
+    refuse_vmap([d for d in given if d is not None])
+    if plan.backward is None or all(d is None for d in given):
+        return (None,) * (1 + len(plan.training.forward.inputs))
+    kept = ctx.saved_tensors[: ctx.count]
+    arguments = _arguments(plan.training, plan.sizes, kept, given)
+    run = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
+    return None, *_by_argument(plan.training, run(plan, *arguments))
+
+
+_opaque_backward: Any = torch.compiler.disable(_run_backward)  # to whoever compiles a backward
+
+
+class _Backward(torch.autograd.Function):
+    """The backward of such a call, where torch records what it computes."""
+
+    @staticmethod
+    def forward(plan: Plan, *arguments: Tensor) -> Any:
+        assert plan.backward is not None
+        typed = _typed(plan.training, arguments)
+        return tuple(execute(plan.backward, typed, plan.sizes, plan.backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *given: Any) -> Any:
+        _refuse_second_order()
 
 
 @torch.library.custom_op("coda::train", mutates_args=())
@@ -170,11 +250,26 @@ def train_op(
     dims: list[int],
     backend: str,
     arch: str,
+    memory: str,
     wanted: list[bool],
 ) -> list[Tensor]:
     """Run a block for training: its outputs, then what is saved."""
-    found = _forward(number, inputs, dims, backend, arch, wanted)
+    plan = plan_of(number, inputs, dims, backend, arch, memory, wanted)
+    found = execute(plan.forward, inputs, plan.sizes, plan.backend)
     return [t.contiguous() for t in apart(found)]
+
+
+def _training(
+    number: int, graph: Graph, sizes: Sizes, memory: str, wanted: Sequence[bool]
+) -> Training:
+    """The training of a call whose sizes torch may hold open."""
+    known = {s: _hint(d) for s, d in sizes.items()}
+    return block_of(number).training_for(graph, _names(graph, wanted), memory, known)
+
+
+def _hint(size: Any) -> int:
+    """A size as it is in the call that torch compiles."""
+    return guarding_hint_or_throw(size) if isinstance(size, torch.SymInt) else size
 
 
 @train_op.register_fake
@@ -184,74 +279,88 @@ def _(
     dims: list[int],
     backend: str,
     arch: str,
+    memory: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    found, sizes = trained(number, inputs, dims, arch, wanted)
+    graph, sizes = bind(number, inputs, dims)
+    training = _training(number, graph, sizes, memory, wanted)
+    return _empty(training.forward, sizes, inputs[0])
+
+
+def _empty(graph: Graph, sizes: Sizes, like: Tensor) -> list[Tensor]:
     return [
-        inputs[0].new_empty([d.size(sizes) for d in n.shape], dtype=n.dtype.torch)
-        for n in found.training.forward.roots
+        like.new_empty([d.size(sizes) for d in n.shape], dtype=n.dtype.torch) for n in graph.roots
     ]
 
 
 @torch.library.custom_op("coda::train_backward", mutates_args=())
 def backward_op(
     number: int,
-    shapes: list[Tensor],
     tensors: list[Tensor],
-    dims: list[int],
+    sizes: list[int],
+    dtype: str,
     backend: str,
     arch: str,
+    memory: str,
     wanted: list[bool],
 ) -> list[Tensor]:
     """The gradients of a block's wanted arguments.
 
     Args:
         number: from `register`.
-        shapes: the block's arguments, for their shapes alone.
         tensors: the backward's arguments.
-        dims, backend, arch, wanted: as in the forward.
+        sizes: of the block's symbols, in their order.
+        dtype: of arguments that are declared without a type.
+        backend, arch, memory, wanted: as in the forward.
     """
-    found, sizes = trained(number, shapes, dims, arch, wanted)
-    taken = {t.data_ptr() for t in tensors}
-    gradients = _backward(found, sizes, backend, tensors)
-    apart_ = apart([t.clone() if t.data_ptr() in taken else t for t in gradients])
-    return [t.contiguous() for t in apart_]
+    graph = block_of(number).graph_of(DTYPES[dtype])
+    known = dict(zip(graph.symbols, sizes, strict=True))
+    plan = _plan(number, graph, known, backend, arch, memory, wanted)
+    assert plan.backward is not None
+    arguments = _typed(plan.training, tensors)
+    gradients = execute(plan.backward, arguments, known, plan.backend)
+    return [t.contiguous() for t in apart(gradients)]
 
 
 @backward_op.register_fake
 def _(
     number: int,
-    shapes: list[Tensor],
     tensors: list[Tensor],
-    dims: list[int],
+    sizes: list[int],
+    dtype: str,
     backend: str,
     arch: str,
+    memory: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    found, sizes = trained(number, shapes, dims, arch, wanted)
-    return [
-        shapes[0].new_empty([d.size(sizes) for d in n.shape], dtype=n.dtype.torch)
-        for n in found.training.backward.roots
-    ]
+    graph = block_of(number).graph_of(DTYPES[dtype])
+    known = dict(zip(graph.symbols, sizes, strict=True))
+    training = _training(number, graph, known, memory, wanted)
+    return _empty(training.backward, known, tensors[0])
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    number, tensors, dims, backend, arch, wanted = inputs
-    found, _ = trained(number, tensors, dims, arch, wanted)
-    ctx.call = number, dims, backend, arch, wanted
-    ctx.count = len(tensors)
-    ctx.save_for_backward(*tensors, *_kept(found, tensors, output))
+    number, tensors, dims, backend, arch, memory, wanted = inputs
+    graph, sizes = bind(number, tensors, dims)
+    training = _training(number, graph, sizes, memory, wanted)
+    ctx.training, ctx.sizes = training, sizes
+    declared = zip(graph.inputs, block_of(number).undeclared, strict=True)
+    free = [i.dtype.name for i, undeclared in declared if undeclared]
+    ctx.call = number, [sizes[s] for s in graph.symbols], (free or ["bf16"])[0]
+    ctx.options = backend, arch, memory, wanted
+    ctx.save_for_backward(*_kept(training, tensors, output))
 
 
 def _gradients(ctx: Any, given: Sequence[Tensor | None]) -> Any:
-    tensors = ctx.saved_tensors
-    inputs, kept = list(tensors[: ctx.count]), tensors[ctx.count :]
-    number, dims, backend, arch, wanted = ctx.call
-    found, sizes = trained(number, inputs, dims, arch, wanted)
-    _refuse_second_order(given, ())
-    arguments = _arguments(found, sizes, kept, given)
-    gradients = backward_op(number, inputs, arguments, dims, backend, arch, wanted)
-    return None, _by_argument(found, gradients), None, None, None, None
+    kept, training = ctx.saved_tensors, ctx.training
+    found: list[Tensor | None] = [None] * len(training.forward.inputs)
+    number, sizes, dtype = ctx.call
+    if training.wanted and any(d is not None for d in given):
+        arguments = _arguments(training, ctx.sizes, kept, given)
+        gradients = backward_op(number, arguments, sizes, dtype, *ctx.options)
+        found = _by_argument(training, gradients)
+    return None, found, None, None, None, None, None
 
 
 train_op.register_autograd(_gradients, setup_context=_save)
+backward_op.register_autograd(_refuse_second_order)

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from coda.errors import UnsupportedError
 from coda.ir.graph import Input
 from coda.measure import random_inputs
 from tests.runtime.test_call import SIZES, mlp, torch_mlp
@@ -89,20 +87,6 @@ def test_one_tensor_in_two_places(inputs):
     torch.testing.assert_close(mine, w.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_second_order_is_refused(inputs):
-    mine = leaves(inputs)
-    with pytest.raises(UnsupportedError, match="no gradients of their own"):
-        torch.autograd.grad(mlp(*mine).sum(), mine, create_graph=True)
-
-
-def test_gradient_checkpointing(inputs):
-    d = torch.randn(9, 16, dtype=torch.float64)
-    mine = leaves(inputs)
-    checkpoint(mlp, *mine, use_reentrant=False).backward(d)
-    for x, theirs in zip(mine, expected(inputs, d), strict=True):
-        torch.testing.assert_close(x.grad, theirs, rtol=1e-5, atol=1e-6)
-
-
 def test_under_torch_compile(inputs):
     d = torch.randn(9, 16, dtype=torch.float64)
     mine = leaves(inputs)
@@ -114,7 +98,7 @@ def test_under_torch_compile(inputs):
 
 def test_one_backward_serves_all_rows(inputs):
     mlp(*leaves(inputs)).sum().backward()
-    held = len(mlp._trained)
+    held = len(mlp._programs)
     for m in (1, 2, 130):
         x = torch.randn(m, 16, dtype=torch.float64)
         d = torch.randn(m, 16, dtype=torch.float64)
@@ -122,7 +106,7 @@ def test_one_backward_serves_all_rows(inputs):
         mlp(*mine).backward(d)
         for a, b in zip(mine, expected([x, *inputs[1:]], d), strict=True):
             torch.testing.assert_close(a.grad, b, rtol=1e-5, atol=1e-6)
-    assert len(mlp._trained) == held
+    assert len(mlp._programs) == held
 
 
 def test_no_further_from_float64_than_torch():

@@ -1,0 +1,87 @@
+"""What torch's modes make of a call: autocast, `torch.func`, forward-mode derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch._C._functorch as functorch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from coda.errors import UnsupportedError
+from coda.ir.graph import Graph
+
+
+def cast_arguments(
+    graph: Graph, undeclared: Sequence[bool], tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """A call's arguments under autocast.
+
+    Arguments declared without an element type get autocast's, the others their own. What torch does
+    not cast (float64, whatever is not a float) is left alone.
+
+    Args:
+        graph: the block, with any type for arguments declared without one.
+        undeclared: for each argument, whether it is such.
+        tensors: the arguments.
+    """
+    if len(tensors) != len(graph.inputs):
+        return tuple(tensors)
+    narrow = torch.get_autocast_dtype(tensors[0].device.type)
+    cast: list[Tensor] = []
+    for node, free, tensor in zip(graph.inputs, undeclared, tensors, strict=True):
+        wanted = narrow if free else node.dtype.torch
+        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+        floats = free or node.dtype.kind == "float"
+        cast.append(tensor.to(wanted) if eligible and floats else tensor)
+    return tuple(cast)
+
+
+def is_transformed() -> bool:
+    """Whether the call happens inside a transform of `torch.func`."""
+    if torch.compiler.is_compiling():
+        return False
+    return functorch.peek_interpreter_stack() is not None
+
+
+def refuse_transforms(tensors: Sequence[Tensor]) -> None:
+    """Raise UnsupportedError under transforms of a call that coda has no Program for."""
+    if torch.compiler.is_compiling():
+        return
+    if is_transformed():
+        stack = functorch.get_interpreter_stack() or []
+        if any(i.key() == functorch.TransformType.Jvp for i in stack):
+            _refuse_forward_mode()
+        refuse_vmap(tensors)
+    elif forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        _refuse_forward_mode()
+
+
+def refuse_vmap(tensors: Sequence[Tensor]) -> None:
+    """Raise UnsupportedError where a tensor is a batch that `torch.func.vmap` hides."""
+    for tensor in tensors:
+        if functorch.is_legacy_batchedtensor(tensor):
+            _refuse_hidden_axis("torch.autograd.grad(..., is_grads_batched=True)")
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                _refuse_hidden_axis("torch.func.vmap")
+            tensor = functorch.get_unwrapped(tensor)
+
+
+def _refuse_hidden_axis(found: str) -> None:
+    raise UnsupportedError(
+        "a block is not mapped over a hidden axis",
+        found=found,
+        help="give the batch an axis of its own in the block, as in `B S D`",
+    )
+
+
+def _refuse_forward_mode() -> None:
+    raise UnsupportedError(
+        "a block has no forward-mode derivative",
+        found="torch.func.jvp, or torch.autograd.forward_ad",
+        help="torch.func.vjp, or call the torch function that the block stands for",
+    )
