@@ -124,7 +124,7 @@ class Explanation:
         console.print(
             f"{program.graph.name} on {program.arch} (roofline of {machine.name}), {sizes}"
         )
-        console.print(self._kernels())
+        console.print(self.kernels())
         console.print(self._totals())
         if program.prepared:
             moved = prepare_bytes(program) / 1e6
@@ -133,13 +133,17 @@ class Explanation:
                 f"made of weights once for each version of them: {names} ({moved:.1f} MB)"
             )
         console.print(self._ops())
-        for kernel, why, moved, time in self._passes():
-            console.print(f"{kernel.name} costs {moved / 1e6:.1f} MB, {time * 1e6:.1f} µs: {why}")
+        self.print_passes(console)
         unfused = self._unfused()
         for one in unfused:
             console.print(f"not fused: {_at(one.node)}: {one.why}")
         if not unfused:
             console.print("nothing was left unfused")
+
+    def print_passes(self, console: Console) -> None:
+        """Write what each pass over rows costs, and why there is one."""
+        for kernel, why, moved, time in self._passes():
+            console.print(f"{kernel.name} costs {moved / 1e6:.1f} MB, {time * 1e6:.1f} µs: {why}")
 
     def _ops(self) -> Table:
         """Where each op went: those of one line that went the same way in one row."""
@@ -153,9 +157,9 @@ class Explanation:
             ops.add_row(" ".join(names), source, went)
         return ops
 
-    def _kernels(self) -> Table:
+    def kernels(self, title: str = "kernels") -> Table:
         """Numbers of each kernel, and below them what it loads and writes."""
-        table = Table(title="kernels", title_justify="left")
+        table = Table(title=title, title_justify="left")
         for column in ("kernel", "what", "GFLOP", "MB in", "MB out", "µs", "bound by"):
             right = column in ("GFLOP", "MB in", "MB out", "µs")
             table.add_column(column, justify="right" if right else "left", overflow="fold")

@@ -1,0 +1,185 @@
+"""A block's two Programs -> what its training does, and what is kept between them.
+
+What eager torch keeps is what the derivative of each operation of the block, as it was written,
+reads of it; full checkpointing keeps the arguments alone.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from coda.ir.dims import product
+from coda.ir.graph import Const, Expand, Graph, Input, Iota, Node, Size, walk
+from coda.ir.vjp import vjp
+from coda.lowering.cost import MACHINES, hbm_bytes, label
+from coda.lowering.explain import Explanation
+from coda.lowering.program import Program
+from coda.lowering.roles import base, row_symbols, weight_nodes
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor that is kept from the forward to the backward: an argument, or a stored value."""
+
+    name: str
+    nbytes: int
+    argument: bool
+
+
+class TrainingExplanation:
+    """What training a block does: `str()` is a report for people, `.json()` for programs.
+
+    Args:
+        graph: the block as it was written.
+        forward, backward: its Programs, as `Block.lower_training` gives them.
+    """
+
+    def __init__(self, graph: Graph, forward: Program, backward: Program) -> None:
+        self.graph = graph
+        self.forward, self.backward = Explanation(forward), Explanation(backward)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every symbol."""
+        return {**self.forward.program.sizes, **self.backward.program.sizes}
+
+    @cached_property
+    def tokens(self) -> int:
+        """The number of rows of the block."""
+        symbols = row_symbols(walk(self.graph.roots))
+        for node in self.graph.inputs:
+            lead = [d for d in node.shape if d.symbols and d.symbols <= symbols]
+            if lead:
+                return max(1, product(lead).size(self.sizes))
+        return 1
+
+    @cached_property
+    def saved(self) -> tuple[Saved, ...]:
+        """What is kept from the forward to the backward, weights apart; each buffer once."""
+        program = self.forward.program
+        read = {i.name for i in self.backward.program.graph.inputs}
+        found: dict[str, Saved] = {}
+        weights = weight_nodes(list(walk(self.graph.roots)))
+        for node in self.graph.inputs:
+            if node.name in read and node not in weights:
+                found[node.name] = Saved(node.name, self._bytes(node), True)
+        for name, node in program.outputs:
+            if name in read:
+                buffer = label(node, program)
+                if buffer in program.buffers:
+                    nbytes = program.buffers[buffer].nbytes(program.sizes)
+                    kept = program.buffers[buffer].kind == "input"
+                    found.setdefault(buffer, Saved(buffer, nbytes, kept))
+        return tuple(found.values())
+
+    @cached_property
+    def eager_bytes(self) -> int:
+        """What torch keeps where the block is run op by op: what each derivative reads."""
+        wanted = {n[1:] for n, _ in self.backward.program.outputs}
+        roots = [r for r in dict.fromkeys(self.graph.roots) if r.dtype.kind == "float"]
+        cotangents: dict[Node, Node] = {
+            r: Input(f" d{i}", r.shape, r.dtype) for i, r in enumerate(roots)
+        }
+        gradients = vjp(cotangents, [i for i in self.graph.inputs if i.name in wanted])
+        inside = set(walk(self.graph.roots))
+        made = [n for n in walk(gradients.values()) if n not in inside]
+        return self._kept({o for n in made for o in n.operands if o in inside})
+
+    @cached_property
+    def checkpointed_bytes(self) -> int:
+        """What full checkpointing keeps: the arguments."""
+        return self._kept(self.graph.inputs)
+
+    def _kept(self, nodes: Iterable[Node]) -> int:
+        """Bytes of what lies under some nodes, weights apart."""
+        weights = weight_nodes(list(walk(self.graph.roots)))
+        under = {base(n) for n in nodes}
+        while any(isinstance(n, Expand) for n in under):
+            under = {base(n.arg) if isinstance(n, Expand) else n for n in under}
+        free = Const | Size | Iota
+        return sum(self._bytes(n) for n in under if n not in weights and not isinstance(n, free))
+
+    def _bytes(self, node: Node) -> int:
+        return product(node.shape).size(self.sizes) * node.dtype.size
+
+    @property
+    def saved_bytes(self) -> dict[str, int]:
+        """Bytes kept between forward and backward: coda's, eager torch's, checkpointing's."""
+        return {
+            "coda": sum(s.nbytes for s in self.saved),
+            "eager": self.eager_bytes,
+            "checkpointed": self.checkpointed_bytes,
+        }
+
+    def json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "forward": self.forward.json(),
+            "backward": self.backward.json(),
+            "tokens": self.tokens,
+            "saved": [vars(s) for s in self.saved],
+            "saved_bytes": self.saved_bytes,
+            "saved_bytes_per_token": {k: n / self.tokens for k, n in self.saved_bytes.items()},
+        }
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        self.print(Console(file=out, width=140, color_system=None))
+        return out.getvalue()
+
+    def print(self, console: Console) -> None:
+        """Write the report to a console."""
+        program = self.forward.program
+        sizes = " ".join(f"{k}={v}" for k, v in self.sizes.items())
+        where = f"{program.arch} (roofline of {MACHINES[program.arch].name})"
+        console.print(f"training {self.graph.name} on {where}, {sizes}")
+        for name, one in (("forward", self.forward), ("backward", self.backward)):
+            console.print(one.kernels(f"kernels of the {name}"))
+        console.print(self._totals())
+        console.print(self._memory())
+        for one in (self.forward, self.backward):
+            one.print_passes(console)
+
+    def _totals(self) -> Table:
+        table = Table(title="totals of forward and backward", title_justify="left")
+        for column in ("program", "launches", "HBM MB", "of coda's"):
+            table.add_column(column, justify="left" if column == "program" else "right")
+        both = (self.forward, self.backward)
+        own = sum(hbm_bytes(e.program) for e in both)
+        rows = (
+            ("coda", sum(len(e.program.kernels) for e in both), own),
+            (
+                "pointwise and norms fused, GEMMs apart",
+                sum(e.pointwise.launches for e in both),
+                sum(e.pointwise.hbm_bytes for e in both),
+            ),
+            (
+                "op by op",
+                sum(e.eager.launches for e in both),
+                sum(e.eager.hbm_bytes for e in both),
+            ),
+        )
+        for name, count, moved in rows:
+            ratio = f"{moved / own:.2f}×" if own else ""
+            table.add_row(name, str(count), f"{moved / 1e6:.1f}", ratio)
+        return table
+
+    def _memory(self) -> Table:
+        table = Table(title="kept from forward to backward, weights apart", title_justify="left")
+        for column in ("what", "MB", "bytes per token"):
+            table.add_column(column, justify="left" if column == "what" else "right")
+        names = {
+            "coda": "coda: " + ", ".join(s.name for s in self.saved),
+            "eager": "op by op: what each derivative reads",
+            "checkpointed": "full checkpointing: the arguments",
+        }
+        for key, nbytes in self.saved_bytes.items():
+            table.add_row(names[key], f"{nbytes / 1e6:.1f}", f"{nbytes / self.tokens:.0f}")
+        return table
