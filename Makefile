@@ -3,19 +3,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# One process for each core, one thread in each.
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 sweep: $(VENV)/ready
-	$(BIN)/python -m pytest -m slow --ignore=tests/sim
+	$(PYTEST) -m slow --ignore=tests/sim
 
 # The simulator on kernels of other libraries at every schedule, and mutants of them: long.
 simulator: $(VENV)/ready
-	$(BIN)/python -m pytest -m slow tests/sim
+	$(PYTEST) -m slow tests/sim
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
