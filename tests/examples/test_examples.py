@@ -146,16 +146,6 @@ def test_backward_kernels_compile(name, arch):
         assert one.usage.stack <= STACK[arch], one.kernel
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", ["llama_layer", "gpt2_layer", "logits_and_loss"])
-def test_the_backward_in_the_simulator(name, arch):
-    """Every kernel of the forward that saves and of the backward, with all checks."""
-    block, _, dims, *_ = TABLE[name]
-    module = runpy.run_path(str(ROOT / f"{FILES.get(name, name)}.py"))
-    simulated(module[block], dims, arch)
-
-
 def test_the_backward_of_an_mlp_in_the_simulator():
     block = runpy.run_path(str(ROOT / "llama_mlp.py"))["mlp"]
     simulated(block, {"M": 37, "D": 64, "F": 96}, "sm_90a")
