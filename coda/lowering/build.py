@@ -125,7 +125,8 @@ class _Build:
         every = {s for i in self.program.graph.inputs for d in i.shape for s in d.symbols}
         free = row_symbols(nodes) or set(self.partition.rows.symbols)
         within = {s for d in self.partition.drafts if d.homed for s in d.symbols}
-        within |= {s for n in nodes if isinstance(n, Size) for s in n.dim.symbols}
+        sized = [n for n in walk(self.program.graph.roots) if isinstance(n, Size)]
+        within |= {s for n in sized for s in n.dim.symbols}
         return frozenset(every - free | within)
 
     def need(self, node: Node) -> None:

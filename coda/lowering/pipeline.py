@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from coda.errors import ArchError, DimError, InternalError
-from coda.ir.graph import Graph, Node, Slice, walk
+from coda.ir.evaluate import evaluate
+from coda.ir.graph import Const, Graph, Map, Node, Size, Slice, transform, walk
 from coda.ir.verify import verify
 from coda.lowering.build import Banned, build
 from coda.lowering.cost import MACHINES, price
@@ -68,7 +69,7 @@ def lower(
 
 def _lower(graph: Graph, sizes: dict[str, int], arch: str, frozen: bool, accept: Accept) -> Program:
     steps: list[Step] = []
-    normal = graph.with_roots(rewrite(graph.roots, LAWS, accept, steps))
+    normal = graph.with_roots(_numbers(rewrite(graph.roots, LAWS, accept, steps), sizes))
     verify(normal, "laws")
     banned: frozenset[tuple[Node | str, Node]] = frozenset()
     while True:
@@ -81,6 +82,18 @@ def _lower(graph: Graph, sizes: dict[str, int], arch: str, frozen: bool, accept:
             banned |= {(refusal.place, refusal.node)}
     program.steps, program.normal, program.frozen = steps, normal, frozen
     return schedule(program)
+
+
+def _numbers(roots: tuple[Node, ...], sizes: Mapping[str, int]) -> tuple[Node, ...]:
+    """The same values with functions of numbers and sizes as the numbers that they are."""
+
+    def known(node: Node) -> Node:
+        if not isinstance(node, Map) or not all(isinstance(o, Const | Size) for o in node.args):
+            return node
+        (value,) = evaluate([node], {}, sizes)
+        return Const(float(value), node.dtype)
+
+    return transform(roots, known)
 
 
 def check_dims(graph: Graph, dims: Mapping[str, int]) -> dict[str, int]:

@@ -91,3 +91,15 @@ def test_a_scale_comes_before_the_cast_to_a_type_of_shorter_range(block, scale):
     (plain,) = evaluate(block.graph.roots, known, sizes, None)
     (found,) = run_reference(lower(block.graph, sizes), inputs)
     assert relative(found, exact) <= 1.05 * relative(plain, exact)
+
+
+@coda.block
+def scaled(x: T["M D"], w: T["D D"]):
+    y = (x @ w.T) / 8.0
+    return y / coda.sqrt(x.shape[-1]) + coda.rsqrt(2 * x.shape[0])
+
+
+def test_numbers_are_no_kernels():
+    program = lowered(scaled, {"M": 8, "D": 16})
+    assert len(program.kernels) == 1
+    assert "M" in program.fixed, "its size is built in"
