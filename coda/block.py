@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
@@ -13,7 +11,8 @@ from torch import Tensor
 
 from coda.errors import CallError
 from coda.frontend.tensor import Spec
-from coda.frontend.trace import trace
+from coda.frontend.tensor import Tensor as Symbolic
+from coda.frontend.trace import declared, trace
 from coda.ir.graph import Contract, Graph, walk
 from coda.ir.types import DType, bf16, from_torch
 from coda.lowering.derive import Training, check_memory, derive
@@ -49,9 +48,8 @@ class Block:
         self._given = graph
         self.undeclared = [False] * (len(graph.inputs) if graph else 0)
         if fn is not None:
+            specs = declared(fn).values()
             functools.update_wrapper(self, fn)  # type: ignore[arg-type]
-            hints = typing.get_type_hints(fn)
-            specs = [hints.get(name) for name in inspect.signature(fn).parameters]
             self.undeclared = [isinstance(s, Spec) and s.dtype is None for s in specs]
         self.__name__ = self.graph.name
         self._multiplies = any(isinstance(n, Contract) for n in walk(self.graph.roots))
@@ -167,7 +165,7 @@ class Block:
         is left alone.
 
         Args:
-            tensors: the arguments.
+            tensors: the arguments; inside another block, tensors of that block.
             backend: "reference", "sim" or "cuda".
             arch: to lower for, where the backend leaves it open.
             dims: sizes that the tensors' shapes do not tell.
@@ -180,6 +178,8 @@ class Block:
         """
         for node, tensor in zip(self.graph.inputs, tensors, strict=False):
             if not isinstance(tensor, Tensor):
+                if isinstance(tensor, Symbolic) and self.fn is not None:
+                    return self.fn(*tensors)
                 raise CallError(f"`{node.name}` is a torch tensor", found=type(tensor).__name__)
         refuse_transforms(tensors)
         if self._multiplies and tensors and torch.is_autocast_enabled(tensors[0].device.type):

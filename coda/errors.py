@@ -36,9 +36,12 @@ class Where:
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename.startswith(_SKIPPED):
             frame = frame.f_back
-        if frame is None:
-            return None
-        positions = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+        return None if frame is None else Where.of(frame, frame.f_lasti)
+
+    @staticmethod
+    def of(frame: FrameType, instruction: int) -> Where:
+        """The expression that an instruction of a frame evaluates."""
+        positions = next(islice(frame.f_code.co_positions(), instruction // 2, None))
         line, end_line, column, end = positions
         last = end if end_line == line else None
         calls = tuple(_user_lines(frame.f_back))
@@ -46,6 +49,11 @@ class Where:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the place is in coda or torch, not in the user's files."""
+        return self.file.startswith(_SKIPPED)
 
     def snippet(self) -> str:
         """The source line with the range underlined, as rustc shows it."""

@@ -7,7 +7,6 @@ last axis; weights of `linear` are [N, K], as torch has them.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from coda.errors import CodaError, ShapeError
 from coda.frontend.ops import (
@@ -30,7 +29,7 @@ from coda.frontend.ops import (
     where,
 )
 from coda.frontend.tensor import Tensor
-from coda.ir.dims import show_shape
+from coda.ir.dims import Dim, product, show_shape
 
 
 def rms_norm(x: Tensor, w: Tensor | None = None, eps: float = 1e-6, shift: float = 0.0) -> Tensor:
@@ -148,6 +147,13 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
         )
     half, d = cos.shape[-1], x.shape[-1]
     rotated = 2 * half
+    if _is_negative(d - rotated):
+        raise ShapeError(
+            "rope rotates more columns than a head has",
+            found=f"heads of {d} columns, tables of the angles of {rotated}",
+            help="tables have one column for each pair; Hugging Face's repeat theirs: "
+            f"cos[..., :{d // 2}]",
+        )
     rest = None if rotated == d else x[..., rotated:]
     x = x if rest is None else x[..., :rotated]
     c, s = cos[..., None, :], sin[..., None, :]
@@ -160,6 +166,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
     return y if rest is None else concat([y, rest])
 
 
+def _is_negative(dim: Dim) -> bool:
+    """Whether a dim is below zero for all sizes of its symbols."""
+    return bool(dim.terms) and all(c < 0 for _, c in dim.terms)
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -167,12 +178,22 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-) -> Any:
-    """logsumexp(logits) − logits[target] for each row of [M, V], with torch's options.
+) -> Tensor:
+    """logsumexp(logits) − logits[target] for each row of [..., V], with torch's options.
 
-    A row whose target is `ignore_index` counts nothing. `reduction` is "mean" (over the rows that
-    count), "sum" or "none" ([M]). `z_loss` adds z_loss · logsumexp².
+    `target` is [...], of whole numbers. A row whose target is `ignore_index` counts nothing.
+    `reduction` is "mean" (over the rows that count), "sum" or "none" ([...]). `z_loss` adds
+    z_loss · logsumexp².
     """
+    if target.dtype.kind != "int" or logits.ndim < 2 or target.shape != logits.shape[:-1]:
+        raise ShapeError(
+            "cross_entropy takes logits [..., V] and the number of a class for each row",
+            found=f"{show_shape(logits.shape)} and {show_shape(target.shape)} {target.dtype}",
+            help='target: coda.Tensor["M", coda.i64]',
+        )
+    lead = target.shape
+    logits = logits.reshape(product(lead), logits.shape[-1]) if len(lead) > 1 else logits
+    target = target.reshape(product(lead)) if len(lead) > 1 else target
     lse = logsumexp(logits, keepdims=True)
     loss = lse - pick(logits, target)
     if label_smoothing:
@@ -183,7 +204,7 @@ def cross_entropy(
     counts = target[:, None] != ignore_index
     loss = where(counts, loss, 0.0)[:, 0]
     if reduction == "none":
-        return loss
+        return loss.reshape(*lead) if len(lead) > 1 else loss
     total = sum(loss, axis=0)
     if reduction == "sum":
         return total

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from coda.errors import DtypeError, ShapeError, TraceError
-from coda.frontend.tensor import Tensor, apply, reduce
-from coda.ir.dims import ONE, Dim, show_shape
-from coda.ir.graph import Concat, Gather, Pick, Reshape, Slice
-from coda.ir.types import DType
+from coda.frontend.tensor import Tensor, apply, kind, reduce
+from coda.ir.dims import ONE, Dim, Shape, show_shape
+from coda.ir.graph import Concat, Gather, Node, Pick, Reshape, Slice
+from coda.ir.types import DType, promote
 
 
 def where(condition: Any, a: Any, b: Any) -> Tensor:
@@ -114,64 +114,108 @@ def logsumexp(x: Tensor, axis: int = -1, keepdims: bool = False) -> Tensor:
 
 def cast(x: Tensor, dtype: DType) -> Tensor:
     """The same values in another element type."""
+    _nodes("cast", x)
     return x.cast(dtype)
 
 
 def reshape(x: Tensor, *shape: str | int | Dim) -> Tensor:
     """The same elements under other axes: "M (H d) -> M H d", or dims."""
+    _nodes("reshape", x)
     return x.reshape(*shape)
 
 
 def split(x: Tensor, parts: int | Sequence[int | Dim], axis: int = -1) -> tuple[Tensor, ...]:
     """Consecutive parts of an axis: so many equal ones, or of these sizes."""
-    at = axis if axis < 0 else axis - x.ndim
-    if not -x.ndim <= at < 0:
+    (node,) = _nodes("split", x)
+    at = _axis("split", node.shape, axis)
+    size = node.shape[at]
+    if isinstance(parts, int) and parts > 0:
+        sizes = [size // parts] * parts
+    elif isinstance(parts, list | tuple) and all(isinstance(p, int | Dim) for p in parts):
+        sizes = [Dim.of(p) for p in parts]
+    else:
         raise ShapeError(
-            "a split of an axis that is not there", found=f"{axis} of {show_shape(x.shape)}"
+            "a split takes a number of equal parts, or a list of their sizes",
+            found=repr(parts),
+            help="coda.split(x, 2), coda.split(x, [d, x.shape[-1] - d])",
         )
-    size = x.shape[at]
-    sizes = [size // parts] * parts if isinstance(parts, int) else [Dim.of(p) for p in parts]
     total, found = Dim.of(0), []
     for one in sizes:
-        found.append(Tensor(Slice(x.node, at, total, one, 1)))
+        found.append(Tensor(Slice(node, at, total, one, 1)))
         total = total + one
     if total != size:
-        raise ShapeError("the parts of a split do not add up", found=f"{total} of {size}")
+        raise ShapeError(
+            "the parts of a split do not add up",
+            found=f"{total} of {size}",
+            help=f"their sizes add up to {size}",
+        )
     return tuple(found)
 
 
 def concat(tensors: Sequence[Tensor], axis: int = -1) -> Tensor:
     """Tensors one after the other along an axis."""
-    _one_type("concat", tensors)
-    at = axis if axis < 0 else axis - tensors[0].ndim
-    return Tensor(Concat(tuple(t.node for t in tensors), at))
+    nodes = _listed("concat", tensors)
+    return Tensor(Concat(nodes, _axis("concat", nodes[0].shape, axis)))
 
 
 def stack(tensors: Sequence[Tensor], axis: int = -1) -> Tensor:
     """Tensors of one shape along a new axis."""
-    _one_type("stack", tensors)
-    shape = list(tensors[0].shape)
-    at = axis if axis < 0 else axis - len(shape) - 1
+    nodes = _listed("stack", tensors)
+    if len({n.shape for n in nodes}) > 1:
+        raise ShapeError(
+            "`stack` takes tensors of one shape",
+            found=" and ".join(show_shape(n.shape) for n in nodes),
+            help="coda.concat puts them one after the other along an axis that is there",
+        )
+    shape = nodes[0].shape
+    at = _axis("stack", (*shape, ONE), axis)
     where = len(shape) + 1 + at
     new = (*shape[:where], ONE, *shape[where:])
-    return Tensor(Concat(tuple(Reshape(t.node, new) for t in tensors), at))
+    return Tensor(Concat(tuple(Reshape(n, new) for n in nodes), at))
 
 
-def _one_type(name: str, tensors: Sequence[Tensor]) -> None:
-    if not tensors or any(not isinstance(t, Tensor) for t in tensors):
-        raise TraceError(f"coda.{name} takes a list of tensors of the block")
-    if len({t.dtype for t in tensors}) > 1:
+def _nodes(name: str, *values: Any) -> tuple[Node, ...]:
+    """The nodes of tensors. Raises TraceError for anything else."""
+    if not all(isinstance(v, Tensor) for v in values):
+        raise TraceError(
+            f"coda.{name} takes tensors of the block",
+            found=", ".join(map(kind, values)),
+        )
+    return tuple(v.node for v in values)
+
+
+def _axis(name: str, shape: Shape, axis: Any) -> int:
+    """An axis counted from the right. Raises ShapeError where it is not there."""
+    if not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
+        raise ShapeError(
+            f"a {name} along an axis that is not there", found=f"axis {axis} of {show_shape(shape)}"
+        )
+    return axis if axis < 0 else axis - len(shape)
+
+
+def _listed(name: str, tensors: Any) -> tuple[Node, ...]:
+    """The nodes of a list of tensors of one type."""
+    if not isinstance(tensors, list | tuple) or not tensors:
+        raise TraceError(
+            f"coda.{name} takes a list of tensors of the block",
+            found=kind(tensors),
+            help=f"coda.{name}([a, b])",
+        )
+    nodes = _nodes(name, *tensors)
+    if len({n.dtype for n in nodes}) > 1:
         raise DtypeError(
             f"`{name}` takes operands of one element type",
-            found=", ".join(str(t.dtype) for t in tensors),
+            found=", ".join(str(n.dtype) for n in nodes),
+            help=f"x.cast(coda.{promote(*(n.dtype for n in nodes)).name})",
         )
+    return nodes
 
 
 def take(table: Tensor, index: Tensor) -> Tensor:
     """Rows of `table` [V, ...] at an integer tensor `index` [...]."""
-    return Tensor(Gather(table.node, index.node))
+    return Tensor(Gather(*_nodes("take", table, index)))
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
     """x[..., index[...]], one column for each row: [..., 1]; 0 where the index is outside."""
-    return Tensor(Pick(x.node, index.node))
+    return Tensor(Pick(*_nodes("pick", x, index)))

@@ -6,14 +6,18 @@ and element types are checked as the operators are written, with the user's line
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import EllipsisType
 from typing import Any, NoReturn
 
+import numpy as np
+import torch
+
 from coda.errors import DimError, DtypeError, ShapeError, TraceError
-from coda.frontend.shapes import parse_rearrangement, parse_shape
-from coda.ir.dims import ONE, Dim, Shape, product, show_shape
+from coda.frontend.shapes import parse_shape
+from coda.frontend.views import Index, reshaped, sliced
+from coda.ir.dims import Dim, Shape, show_shape
 from coda.ir.graph import (
     Cast,
     Const,
@@ -24,12 +28,11 @@ from coda.ir.graph import (
     Reduce,
     Reshape,
     Size,
-    Slice,
+    walk,
 )
-from coda.ir.types import DType, f32
+from coda.ir.types import DType, f32, promote
 
 Operand = "Tensor | float | Dim"
-Index = int | Dim | slice | EllipsisType | None
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,37 @@ class Spec:
     dtype: DType | None
 
 
+# What the methods of a torch tensor are called here.
+_INSTEAD = {
+    **dict.fromkeys(("float", "half", "bfloat16", "to", "type", "double"), "x.cast(coda.f32)"),
+    **dict.fromkeys(("view", "flatten", "unflatten", "squeeze"), 'x.reshape("M (H d) -> M H d")'),
+    **dict.fromkeys(("transpose", "permute", "t", "mT"), "`.T` is the transpose of a matrix"),
+    **dict.fromkeys(("chunk", "unbind"), "coda.split(x, 2)"),
+    **dict.fromkeys(("amax", "amin"), "x.max() and x.min()"),
+    **dict.fromkeys(("matmul", "mm"), "x @ w.T"),
+    "unsqueeze": "x[:, None]",
+    "size": "x.shape[0]",
+    "dim": "x.ndim",
+    "gather": "coda.pick(x, index), coda.take(table, index)",
+    "masked_fill": "coda.where(mask, value, x)",
+    "pow": "x ** 2",
+}
+
+
 class _Annotated(type):
     def __getitem__(cls, declared: str | tuple[str, DType]) -> Any:
-        text, dtype = declared if isinstance(declared, tuple) else (declared, None)
-        if not isinstance(text, str) or not isinstance(dtype, DType | None):
+        text, *rest = declared if isinstance(declared, tuple) else (declared,)
+        dtype = rest[0] if rest else None
+        if not isinstance(text, str) or not isinstance(dtype, DType | None) or len(rest) > 1:
             raise TraceError(
                 "a tensor is declared by a shape and an element type",
                 found=repr(declared),
                 help='write coda.Tensor["M D"] or coda.Tensor["M D", coda.f32]',
             )
-        return Spec(parse_shape(text), dtype)
+        shape = parse_shape(text)
+        if any(d.constant is not None and d.constant < 1 for d in shape):
+            raise DimError("an axis has at least one element", found=f'"{text}"')
+        return Spec(shape, dtype)
 
 
 class Tensor(metaclass=_Annotated):
@@ -141,11 +165,27 @@ class Tensor(metaclass=_Annotated):
 
     __hash__ = object.__hash__
 
+    # Conditions: as the numbers 0 and 1.
+
+    def __and__(self, other: Any) -> Tensor:
+        return _conditions("&", "minimum", self, other)
+
+    def __or__(self, other: Any) -> Tensor:
+        return _conditions("|", "maximum", self, other)
+
+    def __xor__(self, other: Any) -> Tensor:
+        return _conditions("^", "sub", self, other)
+
+    def __invert__(self) -> Tensor:
+        return _conditions("~", "sub", self, 1.0)
+
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+
     def __matmul__(self, other: Any) -> Tensor:
         return matmul(self, other)
 
     def __rmatmul__(self, other: Any) -> NoReturn:
-        raise TraceError("`@` takes two tensors of the block", found=type(other).__name__)
+        raise TraceError("`@` takes two tensors of the block", found=kind(other))
 
     # Views.
 
@@ -153,16 +193,18 @@ class Tensor(metaclass=_Annotated):
     def T(self) -> Tensor:
         """The transpose of a matrix."""
         if self.ndim != 2:
-            raise ShapeError("`.T` takes a matrix", found=show_shape(self.shape))
+            raise ShapeError(
+                "`.T` takes a matrix",
+                found=show_shape(self.shape),
+                help="an attention core stands between two blocks, not in one",
+            )
         if isinstance(self.node, Permute):
             return Tensor(self.node.arg)
         return Tensor(Permute(self.node, (1, 0)))
 
     def reshape(self, *shape: str | int | Dim) -> Tensor:
         """The same elements under other axes: "M (H d) -> M H d", or dims."""
-        if len(shape) == 1 and isinstance(shape[0], str):
-            return Tensor(Reshape(self.node, _rearranged(self, shape[0])))
-        return Tensor(Reshape(self.node, tuple(Dim.of(d) for d in shape)))
+        return Tensor(reshaped(self.node, shape))
 
     def cast(self, dtype: DType) -> Tensor:
         """The same values in another element type."""
@@ -173,7 +215,7 @@ class Tensor(metaclass=_Annotated):
         return self if dtype == self.dtype else Tensor(Cast(self.node, dtype))
 
     def __getitem__(self, index: Index | tuple[Index, ...]) -> Tensor:
-        return _sliced(self, index if isinstance(index, tuple) else (index,))
+        return Tensor(sliced(self.node, index if isinstance(index, tuple) else (index,)))
 
     # Reductions, as methods.
 
@@ -223,16 +265,39 @@ class Tensor(metaclass=_Annotated):
 
     __float__ = __int__ = __index__ = item = _number
 
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        near = difflib.get_close_matches(name, [n for n in dir(Tensor) if n[0] != "_"], 1, 0.7)
+        raise TraceError(
+            f"a tensor of the block has no `{name}`",
+            found=repr(self),
+            help=_INSTEAD.get(name)
+            or (f"x.{near[0]}" if near else "coda's functions and operators"),
+        )
+
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TraceError(
             "numpy cannot compute with a tensor of the block", help="use coda's own functions"
         )
 
-    __array_ufunc__ = __array__
+    def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Tensor:
+        """A number of numpy's on the left of an operator is a number; all else is refused."""
+        name = {"multiply": "mul", "subtract": "sub", "divide": "div", "power": "pow"}.get(
+            ufunc.__name__, ufunc.__name__
+        )
+        if method == "__call__" and name in ("add", "mul", "sub", "div", "pow"):
+            return apply(name, *args)
+        raise TraceError(
+            f"numpy.{ufunc.__name__} cannot compute with a tensor of the block",
+            help="use coda's own functions",
+        )
 
     @classmethod
     def __torch_function__(cls, fn: Callable[..., Any], types: Any, args: Any = (), kw: Any = None):  # noqa: ANN206
         name = getattr(fn, "__name__", "this function")
+        if len(args) == 2 and any(isinstance(a, torch.Tensor) for a in args):
+            raise _foreign(next(a for a in args if isinstance(a, torch.Tensor)))
         raise TraceError(
             f"torch.{name} cannot compute with a tensor of the block",
             help=f"use coda.{name} where it exists, or coda's primitives",
@@ -245,43 +310,102 @@ class Tensor(metaclass=_Annotated):
 def lift(value: Any, like: DType) -> Node:
     """A number as a node of the element type `like`; tensors as their nodes."""
     if isinstance(value, Tensor):
-        return value.node
+        return _retyped(value.node, like) if _is_number(value) else value.node
     if isinstance(value, Dim):
         return Size(value, like)
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool | int | float | np.floating | np.integer):
         return Const(float(value), like)
-    raise TraceError(
+    raise _foreign(value)
+
+
+def _foreign(value: Any) -> TraceError:
+    return TraceError(
         "only tensors of the block and Python numbers can be computed with",
-        found=type(value).__name__,
+        found=kind(value),
         help="pass other tensors to the block as arguments",
     )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is made of numbers and dims alone: it takes the type of what it meets."""
+    if not isinstance(value, Tensor) or value.ndim:
+        return False
+    return all(isinstance(n, Const | Size | Map) for n in walk([value.node]))
+
+
+def _retyped(node: Node, like: DType) -> Node:
+    """The same number in another float type."""
+    if like.kind != "float" or node.dtype.kind != "float":
+        return node
+    match node:
+        case Const(value=value):
+            return Const(value, like)
+        case Size(dim=dim):
+            return Size(dim, like)
+    return node.with_operands(_retyped(o, like) for o in node.operands)
+
+
+# Functions of whole numbers that are whole numbers.
+_OF_INTS = {"add", "sub", "mul", "neg", "abs", "square", "maximum", "minimum", "where"}
+_OF_INTS |= {"eq", "ne", "lt", "le", "gt", "ge"}
 
 
 def apply(fn: str, *args: Any) -> Tensor:
     """A scalar function, elementwise. Raises DtypeError where the operands' types differ."""
     values = args[1:] if fn == "where" else args
+    if fn == "where" and not _is_condition(args[0]):
+        raise DtypeError("`where` takes a condition", found=_described(args[0]), help="x > 0")
     tensors = [a for a in values if isinstance(a, Tensor)]
-    if not tensors and fn == "where":
-        tensors = [Tensor(Const(0.0, f32))]
-    if not tensors:
+    typed = [t for t in tensors if not _is_number(t)]
+    if not tensors and fn != "where" and not any(isinstance(a, Dim | float | int) for a in args):
         raise TraceError(f"coda.{fn} takes a tensor of the block", found=_kinds(args))
-    like = tensors[0].dtype
-    if any(t.dtype != like for t in tensors):
+    like = typed[0].dtype if typed else f32
+    if any(t.dtype != like for t in typed):
+        wide = promote(*(t.dtype for t in typed))
         raise DtypeError(
             f"`{fn}` takes operands of one element type",
-            found=" and ".join(f"{show_shape(t.shape)} {t.dtype}" for t in tensors),
-            help=f"x.cast(coda.{max((t.dtype for t in tensors), key=lambda d: d.size).name})",
+            found=" and ".join(_described(t) for t in typed),
+            help=f"x.cast(coda.{'bool_' if wide.kind == 'bool' else wide.name})",
         )
     if like.kind == "bool" and fn not in ("where", "eq", "ne"):
         raise DtypeError(f"`{fn}` takes numbers", found="bool", help="coda.where(condition, a, b)")
-    nodes = [lift(a, like) for a in args]
-    if fn == "where" and nodes[0].dtype.kind != "bool":
-        raise DtypeError("`where` takes a condition", found=str(nodes[0].dtype), help="x > 0")
-    return Tensor(Map(fn, tuple(nodes)))
+    if like.kind == "int" and fn not in _OF_INTS:
+        raise DtypeError(f"`{fn}` takes floats", found=str(like), help="x.cast(coda.f32)")
+    return Tensor(Map(fn, tuple(lift(a, like) for a in args)))
+
+
+def _is_condition(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype.kind == "bool"
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{show_shape(value.shape)} {value.dtype}"
+    return kind(value)
+
+
+def kind(value: Any) -> str:
+    """What a value is, for a message: `torch.Tensor`, `float`."""
+    if isinstance(value, Tensor):
+        return repr(value)
+    module = type(value).__module__.split(".")[0]
+    return type(value).__name__ if module == "builtins" else f"{module}.{type(value).__name__}"
+
+
+def _conditions(sign: str, fn: str, *args: Any) -> Tensor:
+    """A logical operation on conditions, by a function of their numbers that is 0 for false."""
+    if not all(_is_condition(a) or isinstance(a, float) for a in args):
+        raise DtypeError(
+            f"`{sign}` takes conditions",
+            found=" and ".join(map(_described, args)),
+            help="(x > 0) & (x < 1), in brackets",
+        )
+    numbers = [a.cast(f32) if isinstance(a, Tensor) else a for a in args]
+    return apply("ne", apply(fn, *numbers), 0.0)
 
 
 def _kinds(values: Iterable[Any]) -> str:
-    return ", ".join(type(v).__name__ for v in values)
+    return ", ".join(map(kind, values))
 
 
 def matmul(x: Any, w: Any) -> Tensor:
@@ -289,11 +413,10 @@ def matmul(x: Any, w: Any) -> Tensor:
     if not isinstance(x, Tensor) or not isinstance(w, Tensor):
         raise TraceError("`@` takes two tensors of the block", found=_kinds((x, w)))
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
-        fits = w.ndim == 2 and x.ndim and x.shape[-1] == w.shape[1]
         raise ShapeError(
             "`@` takes [..., K] and [K, N]",
             found=f"{show_shape(x.shape)} and {show_shape(w.shape)}",
-            help="the axes agree if the right one is transposed: `@ w.T`" if fits else "",
+            help=_fitting(x, w),
         )
     if x.dtype != w.dtype:
         raise DtypeError(
@@ -306,14 +429,26 @@ def matmul(x: Any, w: Any) -> Tensor:
     return Tensor(Contract(x.node, w.T.node, x.dtype if x.dtype.size > 1 else f32))
 
 
+def _fitting(x: Tensor, w: Tensor) -> str:
+    """What would work where two operands of `@` do not fit."""
+    if w.ndim == 2 and x.ndim and x.shape[-1] == w.shape[1]:
+        return "the axes agree if the right one is transposed: `@ w.T`"
+    if w.ndim == 1:
+        return "coda.sum(x * w) is the product with a vector"
+    if w.ndim > 2:
+        return "the right operand is a matrix; an attention core stands between two blocks"
+    return "the last axis on the left is the first on the right"
+
+
 def reduce(fn: str, x: Any, axis: int, keepdims: bool) -> Tensor:
     """A reduction over one axis."""
     if not isinstance(x, Tensor):
-        raise TraceError(f"coda.{fn} takes a tensor of the block", found=type(x).__name__)
+        raise TraceError(f"coda.{fn} takes a tensor of the block", found=kind(x))
     if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim:
         raise ShapeError(
             f"`{fn}` reduces an axis that is not there",
             found=f"axis {axis} of {show_shape(x.shape)}",
+            help="one axis, as in axis=-1 or axis=0",
         )
     if x.dtype.kind != "float":
         raise DtypeError(f"`{fn}` takes floats", found=str(x.dtype), help="x.cast(coda.f32)")
@@ -323,89 +458,3 @@ def reduce(fn: str, x: Any, axis: int, keepdims: bool) -> Tensor:
         kept = [d for i, d in enumerate(x.shape) if i != axis + x.ndim]
         node = Reshape(node, tuple(kept))
     return Tensor(node)
-
-
-def _rearranged(x: Tensor, text: str) -> Shape:
-    left, right = parse_rearrangement(text)
-    if left:
-        found = tuple(product(a) for a in left)
-        if found != x.shape:
-            raise ShapeError(
-                f'"{text}" does not begin with the shape of the tensor', found=show_shape(x.shape)
-            )
-    shape = tuple(product(axis) for axis in right)
-    known = {s for d in x.shape for s in d.symbols}
-    unknown = sorted({s for d in shape for s in d.symbols} - known)
-    if unknown:
-        raise DimError(
-            f"dim `{unknown[0]}` is unknown here",
-            found=show_shape(x.shape),
-            help="use the dims of the tensor's own shape",
-        )
-    return shape
-
-
-def _sliced(x: Tensor, index: tuple[Index, ...]) -> Tensor:
-    """torch's basic indexing: ints, dims, slices with positive steps, `...` and None."""
-    given = sum(i is not None and i is not ... for i in index)
-    if given > x.ndim:
-        raise ShapeError(f"{given} indices into {x.ndim} axes", found=show_shape(x.shape))
-    if ... not in [i for i in index if not isinstance(i, Dim)]:
-        index = (*index, ...)
-    node, shape, axis = x.node, [], -x.ndim
-    for item in index:
-        if item is ...:
-            skip = x.ndim - given
-            shape += x.shape[axis + x.ndim : axis + x.ndim + skip]
-            axis += skip
-        elif item is None:
-            shape.append(ONE)
-        else:
-            node = _take(node, axis, item)
-            if isinstance(item, slice):
-                shape.append(node.shape[axis])
-            axis += 1
-    return Tensor(node if node.shape == tuple(shape) else Reshape(node, tuple(shape)))
-
-
-def _take(node: Node, axis: int, item: Any) -> Node:
-    size = node.shape[axis]
-    if isinstance(item, int | Dim) and not isinstance(item, bool):
-        return Slice(node, axis, _inside(item, size), ONE, 1)
-    if not isinstance(item, slice):
-        raise TraceError(
-            "an index is an int, a dim, a slice, `...` or None",
-            found=type(item).__name__,
-            help="coda.take(table, index) takes rows at an integer tensor",
-        )
-    if item == slice(None):
-        return node
-    step = 1 if item.step is None else item.step
-    if not isinstance(step, int) or step < 1:
-        raise TraceError("a slice goes forward by whole steps", found=f"step {step!r}")
-    start = _inside(0 if item.start is None else item.start, size)
-    stop = _inside(size if item.stop is None else item.stop, size)
-    span = stop - start
-    if span.constant is not None and not span.constant > 0:
-        raise ShapeError("a slice is empty", found=f"{start}:{stop} of {size}")
-    count = span if step == 1 else _steps(span, step)
-    return Slice(node, axis, start, count, step)
-
-
-def _inside(at: Any, size: Dim) -> Dim:
-    """A position that counts from the front."""
-    if not isinstance(at, int | Dim) or isinstance(at, bool):
-        raise TraceError("a position is an int or a dim", found=type(at).__name__)
-    at = Dim.of(at)
-    if at.constant is not None and at.constant < 0:
-        at = size + at
-    beyond = size - at
-    if beyond.constant is not None and beyond.constant < 0:
-        raise ShapeError("a position is outside its axis", found=f"{at} of {size}")
-    return at
-
-
-def _steps(span: Dim, step: int) -> Dim:
-    """How many elements `step` apart lie in `span`, whose symbolic part `step` must divide."""
-    constant = dict(span.terms).get((), 0)
-    return (span - constant) // step + -(-constant // step)

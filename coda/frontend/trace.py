@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
 from coda.errors import DimError, TraceError, Where
+from coda.frontend import library
 from coda.frontend.tensor import Spec, Tensor
 from coda.ir.graph import Graph, Input, Node, origin, walk
 from coda.ir.types import DType
@@ -24,7 +26,10 @@ def trace(fn: Callable[..., Any], default: DType) -> Graph:
     """
     where = _place(fn)
     inputs = _inputs(fn, default, where)
-    values = fn(*(Tensor(i) for i in inputs))
+    try:
+        values = fn(*(Tensor(i) for i in inputs))
+    except TypeError as e:
+        raise _misused(e) from None
     outputs = _outputs(values, where)
     return Graph(fn.__name__, tuple(inputs), outputs)
 
@@ -34,11 +39,49 @@ def _place(fn: Callable[..., Any]) -> Where | None:
     return None if code is None else Where(code.co_filename, code.co_firstlineno)
 
 
-def _inputs(fn: Callable[..., Any], default: DType, where: Where | None) -> list[Input]:
+def declared(fn: Callable[..., Any]) -> dict[str, Any]:
+    """The annotation of each argument of a function. Raises TraceError where there are none."""
+    if not inspect.isfunction(fn):
+        raise TraceError(
+            "a block is made of a function",
+            found=repr(fn),
+            help="write @coda.block above a def",
+        )
     try:
         hints = typing.get_type_hints(fn)
-    except NameError as e:
-        raise TraceError(f"an annotation cannot be read: {e}", where=where) from None
+    except (NameError, AttributeError, TypeError) as e:
+        raise TraceError(
+            f"an annotation of `{fn.__name__}` cannot be read",
+            found=str(e),
+            help="annotations name what the file defines at its top level",
+            where=_place(fn),
+        ) from None
+    return {name: hints.get(name) for name in inspect.signature(fn).parameters}
+
+
+def _misused(error: TypeError) -> Exception:
+    """A call that Python refused in the block's own lines: an argument that is not there."""
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    where = None if step is None else Where.of(step.tb_frame, step.tb_lasti)
+    if where is None or where.is_ours:
+        return error
+    name = re.match(r"(?:Tensor\.)?(\w+)\(\)", str(error))
+    fn = name and (getattr(Tensor, name[1], None) or getattr(library, name[1], None))
+    text = f"{name[1]}({', '.join(_shown_parameters(fn))})" if name and callable(fn) else ""
+    return TraceError("Python refuses this call", found=str(error), help=text, where=where)
+
+
+def _shown_parameters(fn: Callable[..., Any]) -> Iterator[str]:
+    """`x`, `axis=-1`: the parameters of a function as they are written in a call."""
+    for name, p in inspect.signature(fn).parameters.items():
+        if name != "self":
+            yield name if p.default is p.empty else f"{name}={p.default!r}"
+
+
+def _inputs(fn: Callable[..., Any], default: DType, where: Where | None) -> list[Input]:
+    hints = declared(fn)
     found: list[Input] = []
     for name, parameter in inspect.signature(fn).parameters.items():
         spec = hints.get(name)

@@ -12,6 +12,7 @@ from fractions import Fraction
 from functools import reduce
 from math import lcm
 from operator import mul
+from typing import NoReturn
 
 from coda.errors import DimError
 
@@ -19,11 +20,34 @@ Monomial = tuple[str, ...]
 Coefficient = int | Fraction
 
 
-@dataclass(frozen=True)
+def _no_number(dim: object, *_: object) -> NoReturn:
+    raise DimError(
+        "a dim is a symbol while a block is traced, and has no value",
+        found=str(dim),
+        help="x * dim, x / dim and coda.sqrt(dim) compute with it; a size that Python has to know "
+        "comes from outside the block",
+    )
+
+
+@dataclass(frozen=True, eq=False)
 class Dim:
     """A polynomial: sorted (monomial, coefficient) terms, no zero coefficients."""
 
     terms: tuple[tuple[Monomial, Coefficient], ...]
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Dim):
+            return self.terms == other.terms
+        if isinstance(other, int) and self.symbols:
+            _no_number(self)
+        return isinstance(other, int) and self.constant == other
+
+    def __hash__(self) -> int:
+        return hash(self.terms)
+
+    __float__ = __int__ = __index__ = _no_number
+    __lt__ = __le__ = __gt__ = __ge__ = _no_number
+    __pow__ = __rpow__ = __mod__ = __rtruediv__ = __rfloordiv__ = _no_number
 
     @staticmethod
     def of(value: Dim | Coefficient | str) -> Dim:
@@ -32,6 +56,12 @@ class Dim:
             return value
         if isinstance(value, str):
             return Dim((((value,), 1),))
+        if not isinstance(value, int | Fraction):
+            raise DimError(
+                "dims are computed with dims and whole numbers",
+                found=repr(value),
+                help="x * dim, x / dim and coda.sqrt(dim) give numbers",
+            )
         return Dim((((), _plain(value)),) if value else ())
 
     @staticmethod
@@ -52,6 +82,9 @@ class Dim:
     def __sub__(self, other: Dim | Coefficient) -> Dim:
         return self + -Dim.of(other)
 
+    def __rsub__(self, other: Dim | Coefficient) -> Dim:
+        return Dim.of(other) + -self
+
     def __mul__(self, other: Dim | int) -> Dim:
         pairs = ((a, b) for a in self.terms for b in Dim.of(other).terms)
         return Dim._from((tuple(sorted(a[0] + b[0])), a[1] * b[1]) for a, b in pairs)
@@ -61,6 +94,8 @@ class Dim:
     def __floordiv__(self, other: Dim | int) -> Dim:
         """The exact quotient. Raises DimError where `other` does not divide this polynomial."""
         other = Dim.of(other)
+        if not other.terms:
+            raise DimError("a dim is divided by zero", found=f"({self}) // 0")
         if len(other.terms) != 1:
             raise DimError("a dim is divided by a product", found=f"({self}) // ({other})")
         ((divisor, by),) = other.terms

@@ -1,5 +1,6 @@
 """Primitives and the library against torch, in float64."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,18 @@ CASES = {
     "layer_norm": (lambda x, w, b: coda.layer_norm(x, w, b), (X, V, B),
                    lambda: F.layer_norm(X, (8,), V, B)),
     "l2_norm": (lambda x: coda.l2_norm(x, 0.0), 1, lambda: F.normalize(X, dim=-1)),
+    "and": (lambda x, y: coda.where((x > 0) & (y > 0), x, y), 2,
+            lambda: torch.where((X > 0) & (Y > 0), X, Y)),
+    "or": (lambda x, y: coda.where((x > 0) | (y > 0), x, y), 2,
+           lambda: torch.where((X > 0) | (Y > 0), X, Y)),
+    "xor": (lambda x, y: coda.where((x > 0) ^ (y > 0), x, y), 2,
+            lambda: torch.where((X > 0) ^ (Y > 0), X, Y)),
+    "not": (lambda x, y: coda.where(~(x > 0), x, y), 2, lambda: torch.where(~(X > 0), X, Y)),
+    "reshape -1": (lambda x: x.reshape(5, -1, 2)[:, 3], 1, lambda: X.reshape(5, -1, 2)[:, 3]),
+    "numbers of dims": (lambda x: x / coda.sqrt(x.shape[-1]) * coda.exp(1.0), 1,
+                        lambda: X / 8**0.5 * torch.e),
+    "numbers of numpy": (lambda x: np.float64(2) * x - x / np.float32(4) + np.int64(1), 1,
+                         lambda: 2 * X - X / 4 + 1),
     "linear": (coda.linear, (X, W, W[:, 0].contiguous()), None),
     "bias": (coda.bias, (X, V), lambda: X + V),
     "residual": (coda.residual, 2, lambda: X + Y),
@@ -123,6 +136,30 @@ def test_cross_entropy(reduction, smoothing):
     )  # fmt: skip
     expected = F.cross_entropy(X, target, reduction=reduction, label_smoothing=smoothing)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_cross_entropy_of_a_batch(reduction):
+    logits, target = X.reshape(1, 5, 8).repeat(2, 1, 1), torch.tensor([[3, 0, -100, 7, 1]] * 2)
+    found = value(lambda x, t: coda.cross_entropy(x, t, reduction=reduction), logits, target)
+    expected = F.cross_entropy(logits.transpose(1, 2), target, reduction=reduction)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_block_calls_another():
+    @coda.block
+    def norm(x: coda.Tensor["M D"], w: coda.Tensor["D"]):
+        return coda.rms_norm(x, w)
+
+    @coda.block
+    def layer(y: coda.Tensor["B S F"], g: coda.Tensor["F"]):
+        return norm(y, g) * 2.0
+
+    @coda.block
+    def written(y: coda.Tensor["B S F"], g: coda.Tensor["F"]):
+        return coda.rms_norm(y, g) * 2.0
+
+    assert layer.graph.roots == written.graph.roots
 
 
 def test_z_loss_adds_the_square_of_the_logsumexp():

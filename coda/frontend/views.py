@@ -1,0 +1,136 @@
+"""Views of a node: the shape that `reshape` asks for, and torch's basic indexing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import EllipsisType
+from typing import Any
+
+from coda.errors import DimError, ShapeError, TraceError
+from coda.frontend.shapes import Axes, parse_rearrangement
+from coda.ir.dims import ONE, Dim, Shape, product, show_shape
+from coda.ir.graph import Node, Reshape, Slice
+
+Index = int | Dim | slice | EllipsisType | None
+
+
+def reshaped(node: Node, shape: Sequence[str | int | Dim]) -> Node:
+    """The same elements under other axes: "M (H d) -> M H d", or dims, one of which may be -1."""
+    if len(shape) == 1 and isinstance(shape[0], str):
+        return Reshape(node, _rearranged(node.shape, shape[0]))
+    for size in shape:
+        if not isinstance(size, str | int | Dim) or isinstance(size, bool):
+            raise ShapeError(
+                "a reshape takes dims, or one text",
+                found=repr(size),
+                help='x.reshape(x.shape[0], -1) or x.reshape("M (H d) -> M H d")',
+            )
+    dims = [Dim.of(size) for size in shape]
+    free = [i for i, size in enumerate(shape) if isinstance(size, int) and size == -1]
+    if len(free) == 1:
+        dims[free[0]] = product(node.shape) // product(d for d in dims if d != Dim.of(-1))
+    return Reshape(node, tuple(dims))
+
+
+def _rearranged(shape: Shape, text: str) -> Shape:
+    left, right = parse_rearrangement(text)
+    if left:
+        found = tuple(product(a) for a in left)
+        if found != shape:
+            raise ShapeError(
+                f'"{text}" does not begin with the shape of the tensor',
+                found=show_shape(shape),
+                help=f'"{show_shape(shape)[1:-1].replace(", ", " ")} -> …"',
+            )
+        _check_order(left, right, text)
+    known = {s for d in shape for s in d.symbols}
+    new = tuple(product(axis) for axis in right)
+    unknown = sorted({s for d in new for s in d.symbols} - known)
+    if unknown:
+        raise DimError(
+            f"dim `{unknown[0]}` is unknown here",
+            found=show_shape(shape),
+            help="use the dims of the tensor's own shape",
+        )
+    return new
+
+
+def _check_order(left: Axes, right: Axes, text: str) -> None:
+    """Raise ShapeError where axes change places: their elements would have to move."""
+    before, after = ([d for axis in side for d in axis] for side in (left, right))
+    both = {d for d in before if d.symbols and before.count(d) == after.count(d) == 1}
+    if [d for d in before if d in both] != [d for d in after if d in both]:
+        raise ShapeError(
+            "a reshape keeps the order of the axes",
+            found=f'"{text}"',
+            help="join or split neighbouring axes; `.T` is the transpose of a matrix",
+        )
+
+
+def sliced(node: Node, index: tuple[Index, ...]) -> Node:
+    """torch's basic indexing: ints, dims, slices with positive steps, `...` and None."""
+    given = sum(i is not None and i is not ... for i in index)
+    if given > node.rank:
+        raise ShapeError(f"{given} indices into {node.rank} axes", found=show_shape(node.shape))
+    rests = sum(i is ... for i in index)
+    if rests > 1:
+        raise ShapeError("an index has one `...` at most", found=f"{rests} of them")
+    shape: list[Dim] = []
+    full, axis, rank = node.shape, -node.rank, node.rank
+    for item in index if rests else (*index, ...):
+        if item is ...:
+            skip = rank - given
+            shape += full[axis + rank : axis + rank + skip]
+            axis += skip
+        elif item is None:
+            shape.append(ONE)
+        else:
+            node = _take(node, axis, item)
+            if isinstance(item, slice):
+                shape.append(node.shape[axis])
+            axis += 1
+    return node if node.shape == tuple(shape) else Reshape(node, tuple(shape))
+
+
+def _take(node: Node, axis: int, item: Any) -> Node:
+    size = node.shape[axis]
+    if isinstance(item, int | Dim) and not isinstance(item, bool):
+        return Slice(node, axis, _inside(item, size), ONE, 1)
+    if not isinstance(item, slice):
+        raise TraceError(
+            "an index is an int, a dim, a slice, `...` or None",
+            found=type(item).__name__ if isinstance(item, float | str) else repr(item),
+            help="coda.take(table, index) takes rows at an integer tensor; coda.where chooses "
+            "by a condition",
+        )
+    if item == slice(None):
+        return node
+    step = 1 if item.step is None else item.step
+    if not isinstance(step, int) or step < 1:
+        raise TraceError("a slice goes forward by whole steps", found=f"step {step!r}")
+    start = _inside(0 if item.start is None else item.start, size)
+    stop = _inside(size if item.stop is None else item.stop, size)
+    span = stop - start
+    if span.constant is not None and not span.constant > 0:
+        raise ShapeError("a slice is empty", found=f"{start}:{stop} of {size}")
+    count = span if step == 1 else _steps(span, step)
+    return Slice(node, axis, start, count, step)
+
+
+def _inside(at: Any, size: Dim) -> Dim:
+    """A position that counts from the front."""
+    if not isinstance(at, int | Dim) or isinstance(at, bool):
+        raise TraceError("a position is an int or a dim", found=type(at).__name__)
+    at = Dim.of(at)
+    if at.constant is not None and at.constant < 0:
+        at = size + at
+    beyond = size - at
+    if beyond.constant is not None and beyond.constant < 0:
+        raise ShapeError("a position is outside its axis", found=f"{at} of {size}")
+    return at
+
+
+def _steps(span: Dim, step: int) -> Dim:
+    """How many elements `step` apart lie in `span`, whose symbolic part `step` must divide."""
+    constant = dict(span.terms).get((), 0)
+    return (span - constant) // step + -(-constant // step)
