@@ -14,12 +14,13 @@ from coda.frontend.tensor import Spec
 from coda.frontend.tensor import Tensor as Symbolic
 from coda.frontend.trace import declared, trace
 from coda.ir.graph import Contract, Graph, walk
-from coda.ir.types import DType, bf16, from_torch
+from coda.ir.types import DType, bf16, dtype_of, from_torch
 from coda.lowering.derive import Training, check_memory, derive
 from coda.lowering.explain import Explanation
 from coda.lowering.pipeline import check_dims, lower
 from coda.lowering.program import Program
 from coda.lowering.roles import row_symbols
+from coda.runtime.bind import arrange, given_sizes
 from coda.runtime.modes import cast_arguments, refuse_transforms
 from coda.runtime.run import block_op, needs_dispatch, register, run_block, target_arch
 from coda.runtime.train import train_block
@@ -67,6 +68,7 @@ class Block:
         """The graph, with `dtype` for arguments that are declared without a type."""
         if self._given is not None:
             return self._given
+        dtype = dtype_of(dtype)
         if dtype not in self._graphs:
             assert self.fn is not None
             self._graphs[dtype] = trace(self.fn, dtype)
@@ -157,6 +159,7 @@ class Block:
         arch: str | None = None,
         dims: Mapping[str, int] | None = None,
         memory: str | None = None,
+        **named: Tensor,
     ) -> Any:
         """The outputs: a tensor, a tuple of tensors or a dict, as the function returns them.
 
@@ -165,7 +168,7 @@ class Block:
         is left alone.
 
         Args:
-            tensors: the arguments; inside another block, tensors of that block.
+            tensors, named: the arguments; inside another block, tensors of that block.
             backend: "reference", "sim" or "cuda".
             arch: to lower for, where the backend leaves it open.
             dims: sizes that the tensors' shapes do not tell.
@@ -176,15 +179,18 @@ class Block:
             CallError: where the tensors do not fit the block.
             UnsupportedError: under `torch.func.vmap` and forward-mode derivatives.
         """
+        if named:
+            tensors = arrange(self.graph, tensors, named)
         for node, tensor in zip(self.graph.inputs, tensors, strict=False):
             if not isinstance(tensor, Tensor):
                 if isinstance(tensor, Symbolic) and self.fn is not None:
                     return self.fn(*tensors)
                 raise CallError(f"`{node.name}` is a torch tensor", found=type(tensor).__name__)
         refuse_transforms(tensors)
-        if self._multiplies and tensors and torch.is_autocast_enabled(tensors[0].device.type):
+        device = tensors[0].device.type if tensors else "meta"
+        if self._multiplies and device != "meta" and torch.is_autocast_enabled(device):
             tensors = cast_arguments(self.graph, self.undeclared, tensors)
-        given = [dims.get(s, -1) for s in self._symbols] if dims else self._untold
+        given = given_sizes(self.graph, dims) if dims else self._untold
         arguments = list(tensors), given, backend or "", arch or ""
         if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
             kept = self.memory if memory is None else memory

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from coda.errors import DtypeError
+
 
 @dataclass(frozen=True)
 class DType:
@@ -41,6 +43,17 @@ _RANK = (bool_, i32, i64, e5m2, e4m3, f16, bf16, f32, f64)
 def from_torch(dtype: torch.dtype) -> DType | None:
     """The coda type of a torch dtype, or None where coda has none."""
     return _FROM_TORCH.get(dtype)
+
+
+def dtype_of(value: DType | torch.dtype | str) -> DType:
+    """A coda type, given as one, as torch's or by its name. Raises DtypeError."""
+    found = DTYPES.get(value) if isinstance(value, str) else value
+    found = from_torch(found) if isinstance(found, torch.dtype) else found
+    if not isinstance(found, DType):
+        raise DtypeError(
+            "an element type that is not there", found=repr(value), help=", ".join(DTYPES)
+        )
+    return found
 
 
 def promote(*dtypes: DType) -> DType:

@@ -166,7 +166,7 @@ class _Assembly:
 
     def select(self, exprs: list[Expr], which: Ints) -> Expr:
         """One expression where points have several: chosen by a row operand."""
-        kinds = list(dict.fromkeys(exprs))
+        kinds = list(dict.fromkeys(exprs)) or [Literal(0.0)]  # without elements nobody asks
         if len(kinds) == 1:
             return kinds[0]
         if len(kinds) > 8:

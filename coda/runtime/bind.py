@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from coda.errors import CallError
@@ -24,6 +25,12 @@ def check_tensors(graph: Graph, inputs: Sequence[Tensor], undeclared: Sequence[b
             f"`{graph.name}` takes {len(declared)} tensors", found=str(len(inputs)), help=names
         )
     for node, tensor in zip(declared, inputs, strict=True):
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise CallError(
+                f"`{node.name}` has no elements in memory, side by side",
+                found="a meta tensor" if tensor.is_meta else str(tensor.layout),
+                help="x.to_dense(); fake tensors tell shapes (torch's FakeTensorMode)",
+            )
         if tensor.ndim != node.rank:
             raise CallError(
                 f"`{node.name}` is {show_shape(node.shape)}", found=str(tuple(tensor.shape))
@@ -33,6 +40,38 @@ def check_tensors(graph: Graph, inputs: Sequence[Tensor], undeclared: Sequence[b
     devices = {t.device for t in inputs}
     if len(devices) > 1:
         raise CallError("all tensors lie on one device", found=", ".join(map(str, devices)))
+
+
+def arrange(
+    graph: Graph, tensors: Sequence[Tensor], named: Mapping[str, Tensor]
+) -> tuple[Tensor, ...]:
+    """The arguments in order, some of them given by name. Raises CallError."""
+    names = [i.name for i in graph.inputs]
+    rest = names[len(tensors) :]
+    wrong = [n for n in named if n not in rest] + [n for n in rest if n not in named]
+    if wrong or len(tensors) > len(names):
+        word = "is given twice" if wrong and wrong[0] in names[: len(tensors)] else "is no argument"
+        word = "is missing" if wrong and wrong[0] in rest else word
+        raise CallError(
+            f"`{wrong[0]}` {word}" if wrong else f"`{graph.name}` takes {len(names)} tensors",
+            found=", ".join([f"{len(tensors)} in order", *named]),
+            help=", ".join(names),
+        )
+    return (*tensors, *(named[n] for n in rest))
+
+
+def given_sizes(graph: Graph, dims: Mapping[str, int]) -> list[int]:
+    """Sizes in the order of the graph's symbols, -1 where none is given. Raises CallError."""
+    for name, size in dims.items():
+        if name not in graph.symbols:
+            raise CallError(
+                f"`{graph.name}` has no dim `{name}`",
+                found=f"dims={{{name!r}: {size}}}",
+                help=", ".join(graph.symbols),
+            )
+        if not isinstance(size, int) or size < 0:
+            raise CallError(f"dim `{name}` has a size of {size!r}", help="a size is an int ≥ 0")
+    return [dims.get(s, -1) for s in graph.symbols]
 
 
 def _refuse_type(node: Input, tensor: Tensor, undeclared: Sequence[Input]) -> None:
@@ -78,6 +117,12 @@ def bind_sizes(
                 progress = True
     for node, axis, dim, size in facts:
         missing = sorted(dim.symbols - sizes.keys())
+        if len(missing) == 1 and dim.symbols & sizes.keys():
+            raise CallError(
+                f"axis {axis} of `{node.name}` is `{dim}`, and no `{missing[0]}` gives its size",
+                found=f"size {size}, with {_listed(sizes)}",
+                help=f"other sizes of {' and '.join(sorted(dim.symbols & sizes.keys()))}",
+            )
         if missing:
             raise CallError(
                 f"the size of `{missing[0]}` cannot be told from the arguments",
@@ -93,5 +138,9 @@ def _check(node: Input, axis: int, found: int, expected: int, sizes: Mapping[str
         raise CallError(
             f"axis {axis} of `{node.name}` is `{node.shape[axis]}` = {expected}",
             found=f"size {found}",
-            help=", ".join(f"{k}={v}" for k, v in sizes.items()),
+            help=_listed(sizes),
         )
+
+
+def _listed(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in sizes.items())

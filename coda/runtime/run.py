@@ -80,6 +80,8 @@ def choose_backend(name: str) -> str:
 
 def target_arch(arch: str) -> str:
     """The arch asked for, that of the (simulated) GPU, or that of the environment."""
+    if not isinstance(arch, str):
+        raise ArchError("an arch is a name", found=repr(arch), help=" or ".join(settings.ARCHS))
     return arch or simulated_arch() or gpu_arch() or settings.ARCH.get()
 
 

@@ -173,6 +173,8 @@ CALLS = {
     "size": lambda: [good()[0], torch.ones(5), good()[2]],
     "type": lambda: [good()[0], good()[1].bfloat16(), good()[2]],
     "no_tensor": lambda: [1.0, *good()[1:]],
+    "sparse": lambda: [good()[0].to_sparse(), *good()[1:]],
+    "meta": lambda: [t.to("meta") for t in good()],
 }
 
 
@@ -181,6 +183,37 @@ def test_call(name, golden):
     with pytest.raises(CallError) as error:
         scale(*CALLS[name]())
     golden(f"call_{name}.txt", shown(error.value))
+
+
+@coda.block
+def heads(x: T["M (H d)"]):
+    return x.reshape("M (H d) -> M H d") * 2
+
+
+OPTIONS = {
+    "name_misspelt": lambda: scale(*good()[:2], z=good()[2]),
+    "name_missing": lambda: scale(good()[0], y=good()[2]),
+    "name_twice": lambda: scale(*good(), y=good()[2]),
+    "size_untold": lambda: heads(torch.ones(3, 8)),
+    "size_that_does_not_divide": lambda: heads(torch.ones(3, 8), dims={"H": 3}),
+    "size_of_no_dim": lambda: heads(torch.ones(3, 8), dims={"h": 2}),
+    "size_that_is_no_number": lambda: heads(torch.ones(3, 8), dims={"H": "2"}),
+    "backend": lambda: heads(torch.ones(3, 8), dims={"H": 2}, backend="gpu"),
+    "arch_that_is_sizes": lambda: heads.lower({"M": 3, "H": 2, "d": 4}),
+    "type": lambda: heads.lower("sm_90a", {"M": 3, "H": 2, "d": 4}, torch.complex64),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_a_call(name, golden):
+    with pytest.raises(CodaError) as error:
+        OPTIONS[name]()
+    golden(f"option_{name}.txt", shown(error.value))
+
+
+def test_arguments_by_name():
+    x, w, y = good()
+    assert torch.equal(scale(x, y=y, w=w), scale(x, w, y))
 
 
 def test_sizes_are_checked_before_lowering(golden):
