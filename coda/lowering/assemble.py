@@ -255,11 +255,13 @@ class _Assembly:
 
     def declare(self, name: str, lane: int) -> None:
         node, dtype = self.operand_of(name)
-        rows = product(node.shape)
+        count = product(node.shape)
         if lane != NO_LANE:
             kind, lanes = "tile", 1 if self.split is None else 2
         else:
-            kind, lanes = ("scalar", 1) if rows == ONE else ("col", 1)
+            over_rows = count.symbols & self.space.rows.symbols
+            one = count == ONE or (not over_rows and count.size(self.space.sizes) == 1)
+            kind, lanes = "scalar" if one else "col", 1
         split = self.split if kind == "tile" and self.split not in (None, 1) else 0
         if split and not self.space.whole_rows:
             raise Refused("partners of a tile operand are not neighbours in memory")

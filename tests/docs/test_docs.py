@@ -17,8 +17,8 @@ both sides in float64. `...` stands for any leading axes, a letter for an axis, 
 does not depend on it. Laws are applied from left to right, operands first, until none applies;
 those marked *choice* only where the Program becomes cheaper, by bytes and launches. A law in which
 a row's factor leaves a sum applies only where that factor is known too late for the kernel that
-makes the other operand; those that subtract a mean after the sum do not apply to float32, which
-would lose bits.
+makes the other operand; those that subtract a mean after the sum, and those that subtract a
+logsumexp, do not apply to values that are float32 from the start, which would lose bits.
 
 | law | identity | over |
 |---|---|---|

@@ -110,3 +110,35 @@ def test_ragged_and_prime_sizes(m, f):
     found, exact, plain = both(rms, inputs, sizes)
     assert found[0].shape == (m, 24)
     assert relative(found[0], exact[0]) <= relative(plain[0], exact[0]) * 1.05 + 1e-9
+
+
+@coda.block
+def distributions(x: coda.Tensor["M D", coda.f32], w: coda.Tensor["F D", coda.f32]):
+    y = x @ w.T
+    return coda.softmax(x), coda.log_softmax(x), coda.softmax(y), coda.log_softmax(y)
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0, -1e4])
+def test_float32_logits_far_from_zero(offset):
+    """What all logits of a row have in common does not cost a distribution its bits."""
+    sizes = {"M": 9, "D": 64, "F": 48}
+    x, w = random_inputs(distributions.graph, sizes)
+    found, exact, plain = both(distributions, [x + offset, w], sizes)
+    for a, e, p in zip(found, exact, plain, strict=True):
+        assert relative(a, e) <= 1.5 * relative(p, e) + 1e-7
+
+
+@coda.block
+def narrow(x: coda.Tensor["M D"], g: coda.Tensor["D"], b: coda.Tensor["D"], w: coda.Tensor["F D"]):
+    y = coda.layer_norm(x, g, b)
+    return y, coda.rms_norm(x, g) @ w.T, x + coda.rms_norm(x @ w.T[:, :1], g)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_one_column(m):
+    """A vector of one element is one number for all rows, not one for each."""
+    sizes = {"M": m, "D": 1, "F": 7}
+    inputs = random_inputs(narrow.graph, sizes)
+    found, exact, _ = both(narrow, inputs, sizes)
+    for a, e in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=2e-2, atol=2e-2)
