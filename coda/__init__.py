@@ -51,6 +51,7 @@ from coda.frontend.ops import (
 )
 from coda.frontend.tensor import Tensor
 from coda.ir.types import bf16, bool_, e4m3, e5m2, f16, f32, f64, i32, i64
+from coda.runtime.accumulate import accumulate_gradients
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "Block",
     "Tensor",
     "abs",
+    "accumulate_gradients",
     "bf16",
     "bias",
     "block",

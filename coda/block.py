@@ -22,7 +22,7 @@ from coda.lowering.program import Program
 from coda.lowering.roles import row_symbols
 from coda.runtime.bind import arrange, given_sizes
 from coda.runtime.modes import cast_arguments, refuse_transforms
-from coda.runtime.run import block_op, needs_dispatch, register, run_block, target_arch
+from coda.runtime.run import Updates, block_op, needs_dispatch, register, run_block, target_arch
 from coda.runtime.train import train_block
 
 
@@ -213,19 +213,26 @@ class Block:
         return self.graph
 
     def program_for(
-        self, graph: Graph, arch: str, frozen: bool, sizes: Mapping[str, int]
+        self,
+        graph: Graph,
+        arch: str,
+        frozen: bool,
+        sizes: Mapping[str, int],
+        updates: Updates = (),
     ) -> Program:
         """A Program that serves these sizes: one for all sizes of symbols that are not built in.
 
-        `graph` is the block's, or one of its training.
+        `graph` is the block's, or one of its training; `updates` are outputs, each with the
+        argument that it is written over.
         """
-        variant = (graph, arch, frozen)
+        variant = (graph, arch, frozen, updates)
         fixed = self._fixed.get(variant)
         if fixed is not None:
             key = (*variant, tuple((s, sizes[s]) for s in fixed))
             if key in self._programs:
                 return self._programs[key]
         program = lower(graph, {s: sizes[s] for s in graph.symbols}, arch, frozen)
+        program.updates = dict(updates)
         self._fixed[variant] = fixed = tuple(sorted(program.fixed))
         self._programs[(*variant, tuple((s, sizes[s]) for s in fixed))] = program
         return program

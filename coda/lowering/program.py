@@ -155,6 +155,7 @@ class Program:
         fixed: symbols whose sizes are built into the kernels; the others may change from call to
             call.
         frozen: whether weights keep their values, so that what is made of them is made once.
+        updates: outputs that are written over an argument: a name, and the argument's.
     """
 
     graph: Graph
@@ -172,6 +173,7 @@ class Program:
     normal: Graph | None = None
     fixed: frozenset[str] = frozenset()
     frozen: bool = False
+    updates: dict[str, str] = field(default_factory=dict)
 
     def is_weight(self, node: Node) -> bool:
         """Whether a node is an argument that no token reaches, or is made of such arguments."""

@@ -80,6 +80,7 @@ class KernelRun(ReferenceRun):
         self.recording = Recording(inputs)
         super().__init__(program, inputs, False, sizes)
         self.raw: dict[str, Tensor] = {}
+        self.targets = self.updated()
 
     def once(self, name: Hashable, roots: Iterable[Node], make: Callable[[], T]) -> T:
         """A value made of some nodes that only weights and tables reach; kept until they change."""
@@ -97,6 +98,16 @@ class KernelRun(ReferenceRun):
             made = torch.empty(shape, dtype=dtype, device=device)
         self.recording.made(made, fill == "zero")
         return made.zero_() if fill == "zero" else made
+
+    def updated(self) -> dict[str, Tensor]:
+        """Arguments that a buffer of the program is written over."""
+        found: dict[str, Tensor] = {}
+        named = {n.name: t for n, t in self.inputs.items() if isinstance(n, Input)}
+        for name, node in self.program.outputs:
+            place, held = self.program.places.get(node), self.program.updates.get(name)
+            if held and place and place.count < 0 and aligned(named[held]) is named[held]:
+                found[place.buffer] = named[held]
+        return found
 
     def fold(self) -> dict[Node, Tensor]:
         return self.once("folded", self.program.prepared.values(), super().fold)
@@ -221,7 +232,9 @@ class KernelRun(ReferenceRun):
         return found
 
     def room(self, name: str, rows: int, width: int, dtype: torch.dtype, fill: str = "") -> Tensor:
-        """A matrix to store into: its columns of the buffer that it is a part of, or its own."""
+        """A matrix to store into: its own, an argument, or some columns of a wider buffer."""
+        if name in self.targets:
+            return self.targets[name]
         whole = next((w for w, parts in self.program.joined.items() if name in parts), None)
         if whole is None:
             return self.new((rows, width), dtype, fill)
@@ -325,5 +338,5 @@ def run_kernels(program: Program, inputs: Sequence[Tensor], sizes: Sizes) -> tup
     quack_target.use_cache(object_directory(), settings.CACHE.get() == "1")
     run = KernelRun(program, inputs, sizes)
     outputs = run.run()
-    replays.keep(run.recording, outputs)
+    replays.keep(run.recording, outputs, [n in program.updates for n, _ in program.outputs])
     return outputs

@@ -123,8 +123,16 @@ class Recording:
         self.constants |= {_memory(t) for t in tensors} - mine
         self.sources |= {i for i, t in enumerate(self.inputs) if any(t is m for m in made_of)}
 
-    def replay(self, outputs: Sequence[Tensor], run_plan: Callable[..., None]) -> Replay | None:
-        """The launches as a replay; None where one of them took a tensor of unknown origin."""
+    def replay(
+        self,
+        outputs: Sequence[Tensor],
+        run_plan: Callable[..., None],
+        updated: Sequence[bool] = (),
+    ) -> Replay | None:
+        """The launches as a replay; None where one of them took a tensor of unknown origin.
+
+        `updated` tells which outputs are arguments that the call writes over.
+        """
         every = [*self.inputs, *(b for b, _ in self.buffers)]
         bases: dict[int, list[int]] = {}
         for i, t in enumerate(every):
@@ -148,8 +156,11 @@ class Recording:
             returned = [view(o) for o in outputs]
         except _Unknown:
             return None
-        # An argument, or a view of one, is returned as a copy, which no replay makes.
-        if not all(isinstance(v, View) and v.base >= len(self.inputs) for v in returned):
+        if not all(isinstance(v, View) for v in returned):
+            return None
+        # An argument that is returned unchanged is copied, which no replay does.
+        made = [v.base >= len(self.inputs) for v in returned]
+        if not all(m or u for m, u in zip(made, updated or [False] * len(made), strict=True)):
             return None
         buffers = [
             Buffer(tuple(t.shape), t.stride(), t.dtype, t.device, z) for t, z in self.buffers
@@ -197,9 +208,11 @@ class Replays:
                 return None
         return held[1]
 
-    def keep(self, recording: Recording, outputs: Sequence[Tensor]) -> None:
+    def keep(
+        self, recording: Recording, outputs: Sequence[Tensor], updated: Sequence[bool] = ()
+    ) -> None:
         """Remember a call, if its launches can be replayed."""
-        replay = recording.replay(outputs, self.run_plan)
+        replay = recording.replay(outputs, self.run_plan, updated)
         if replay is None:
             return
         inputs = recording.inputs

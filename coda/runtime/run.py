@@ -22,6 +22,7 @@ from coda.runtime.modes import is_transformed
 from coda.runtime.reference import run_reference
 
 Sizes = Mapping[str, int]
+Updates = tuple[tuple[str, str], ...]
 Backend = Callable[[Program, Sequence[Tensor], Sizes], tuple[Tensor, ...]]
 
 
@@ -101,7 +102,9 @@ class Runnable(Protocol):
         """The graph for arguments of these types."""
         ...
 
-    def program_for(self, graph: Graph, arch: str, frozen: bool, sizes: Sizes) -> Program:
+    def program_for(
+        self, graph: Graph, arch: str, frozen: bool, sizes: Sizes, updates: Updates = ()
+    ) -> Program:
         """A Program of the block, or of a part of its training, that serves these sizes."""
         ...
 
@@ -174,7 +177,7 @@ def run_block(
 def execute(
     program: Program, inputs: Sequence[Tensor], sizes: Sizes, backend: str
 ) -> Sequence[Tensor]:
-    """Run a Program. No output shares memory with an argument; they may share some of their own.
+    """Run a Program. Outputs share memory with no argument but the one that they are written over.
 
     What torch computes within is computed in the types that the Program says, also under autocast.
     """
@@ -184,7 +187,9 @@ def execute(
             return execute(program, inputs, sizes, backend)
     found = BACKENDS[backend](program, inputs, sizes)
     taken = {memory_of(t) for t in inputs}
-    return [t.clone() if memory_of(t) in taken else t for t in found]
+    copied = [name not in program.updates for name, _ in program.outputs]
+    pairs = zip(found, copied, strict=True)
+    return [t.clone() if c and memory_of(t) in taken else t for t, c in pairs]
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -6,7 +6,7 @@ the same two Programs, and keep of the arguments only what the backward reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,15 @@ from torch.fx.experimental.symbolic_shapes import guarding_hint_or_throw
 
 from coda.errors import UnsupportedError
 from coda.ir.graph import Graph, walk
-from coda.ir.types import DTYPES
+from coda.ir.types import DTYPES, DType
+from coda.lowering.accumulate import accumulating
 from coda.lowering.derive import Training
 from coda.lowering.program import Program
 from coda.runtime import settings
+from coda.runtime.accumulate import add, in_kernels, kept_gradients, leaves_of
 from coda.runtime.modes import is_transformed, refuse_vmap
 from coda.runtime.run import (
+    Runnable,
     Sizes,
     apart,
     bind,
@@ -45,6 +48,7 @@ class Plan:
         sizes: of every symbol of the block.
         backend: by its name.
         reached: for each output of the block, whether a wanted argument reaches it.
+        block: whose plan it is.
     """
 
     training: Training
@@ -53,6 +57,12 @@ class Plan:
     sizes: Sizes
     backend: str
     reached: tuple[bool, ...]
+    block: Runnable
+
+    def accumulating(self, targets: Mapping[str, DType]) -> Program:
+        """The backward that adds gradients of these arguments to tensors of these types."""
+        graph, updates = accumulating(self.training, targets)
+        return self.block.program_for(graph, self.forward.arch, False, self.sizes, updates)
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
@@ -94,7 +104,7 @@ def _plan(
     backward = block.program_for(training.backward, arch, False, sizes) if training.wanted else None
     asked = {i for i in graph.inputs if i.name in training.wanted}
     reached = tuple(bool(asked & set(walk([r]))) for _, r in graph.outputs)
-    return Plan(training, forward, backward, sizes, choose_backend(backend), reached)
+    return Plan(training, forward, backward, sizes, choose_backend(backend), reached, block)
 
 
 def _names(graph: Graph, wanted: Sequence[bool]) -> tuple[str, ...]:
@@ -148,9 +158,9 @@ def _typed(training: Training, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t if t.dtype == i.dtype.torch else t.to(i.dtype.torch) for i, t in like]
 
 
-def _by_argument(training: Training, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+def _by_argument(training: Training, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """One gradient for each argument of the block, or None."""
-    known: dict[str, Tensor] = dict(zip(training.wanted, gradients, strict=True))
+    known = dict(zip(training.wanted, gradients, strict=True))
     return [known.get(i.name) for i in training.forward.inputs]
 
 
@@ -195,7 +205,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         plan: Plan = inputs[0]
-        ctx.plan = plan
+        ctx.plan, ctx.leaves = plan, leaves_of(inputs[1:])
         kept = _kept(plan.training, inputs[1:], output)
         ctx.count = len(kept)
         returned = output[: len(plan.reached)]
@@ -218,8 +228,32 @@ def _run_backward(ctx: Any, given: Sequence[Tensor | None]) -> Any:
         return (None,) * (1 + len(plan.training.forward.inputs))
     kept = ctx.saved_tensors[: ctx.count]
     arguments = _arguments(plan.training, plan.sizes, kept, given)
-    run = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
-    return None, *_by_argument(plan.training, run(plan, *arguments))
+    if torch.is_grad_enabled():
+        return None, *_by_argument(plan.training, _Backward.apply(plan, *arguments))
+    held = kept_gradients([i.name for i in plan.training.forward.inputs], ctx.leaves)
+    if held:
+        return None, *_by_argument(plan.training, _accumulate(plan, arguments, held))
+    return None, *_by_argument(plan.training, _Backward.forward(plan, *arguments))
+
+
+def _accumulate(
+    plan: Plan, arguments: Sequence[Tensor], held: Mapping[str, Tensor]
+) -> list[Tensor | None]:
+    """The wanted gradients, None for those that were added to what is held."""
+    held = {n: t for n, t in held.items() if n in plan.training.wanted}
+    targets = in_kernels(held)
+    program = plan.accumulating(targets)
+    typed = [
+        *_typed(plan.training, arguments),
+        *(held[n] for n in plan.training.wanted if n in targets),
+    ]
+    gradients = execute(program, typed, plan.sizes, plan.backend)
+    found: list[Tensor | None] = []
+    for name, gradient in zip(plan.training.wanted, gradients, strict=True):
+        found.append(None if name in held else gradient)
+        if name in held:
+            add(held[name], gradient, name in targets)
+    return found
 
 
 _opaque_backward: Any = torch.compiler.disable(_run_backward)  # to whoever compiles a backward
