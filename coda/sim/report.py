@@ -129,8 +129,8 @@ class Report:
         return {"arch": self.arch, "launches": [_plain(launch) for launch in self.launches]}
 
     def tables(self) -> list[Table]:
-        """For people: launches, traffic of each tensor, findings."""
-        return [self._launches(), *self._traffic(), *self._findings()]
+        """For people: launches, instructions, traffic of each tensor, findings."""
+        return [self._launches(), *self._instructions(), *self._traffic(), *self._findings()]
 
     def __str__(self) -> str:
         buffer = io.StringIO()
@@ -159,6 +159,18 @@ class Report:
                 f"{result.warp_instructions:,}\n{result.seconds:.2f}",
             )
         return table
+
+    def _instructions(self) -> list[Table]:
+        """By class, and which sites of synchronisation ran: one that did not has proved nothing."""
+        table = Table(title="warp instructions", title_justify="left")
+        for name in ("#", "by class", "synchronising sites\nthat ran"):
+            table.add_column(name)
+        for k, launch in enumerate(self.launches):
+            result = launch.result
+            text = ", ".join(f"{name} {n:,}" for name, n in result.instructions.most_common() if n)
+            ran = sum(n > 0 for n in result.sync_sites.values())
+            table.add_row(str(k), escape(text), f"{ran} of {len(result.sync_sites)}")
+        return [table] if self.launches else []
 
     def _traffic(self) -> list[Table]:
         rows = [
@@ -192,7 +204,7 @@ class Report:
         for name in ("kind", "what", "where"):
             table.add_column(name)
         for f in found:
-            where = f"CTA {f.cta}, warp {f.warp}\nPTX line {f.ptx_line}: {escape(f.ptx_text)}"
+            where = f"CTA {f.cta}, warp {f.warp}\nPTX line {f.ptx_line}: {escape(f.short_text())}"
             source = f"\n{f.source}" if f.source else ""
             table.add_row(f.kind, escape(f.message), f"{short_name(f.kernel)}\n{where}{source}")
         return [table]

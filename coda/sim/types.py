@@ -84,8 +84,13 @@ class Finding:
     cta: int
     address: int | None
 
+    def short_text(self) -> str:
+        """The instruction, without most of a long list of registers."""
+        text = self.ptx_text
+        return text if len(text) <= 120 else f"{text[:80]} ... {text[-35:]}"
+
     def __str__(self) -> str:
-        where = f"{self.kernel[:60]}, PTX line {self.ptx_line}: {self.ptx_text}"
+        where = f"{self.kernel[:60]}, PTX line {self.ptx_line}: {self.short_text()}"
         at = f" ({self.source})" if self.source else ""
         return f"{self.kind}: {self.message}; CTA {self.cta}, warp {self.warp}; {where}{at}"
 

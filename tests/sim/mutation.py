@@ -60,6 +60,26 @@ class Mutant:
         return re.sub(r"(\.entry[^{]*\{)", rf"\1 {registers}", "\n".join(lines), count=1)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What reported a mutant first, and at which schedule; nothing if `found` is empty."""
+
+    subject: str
+    mutant: Mutant
+    found: frozenset[str]
+    schedule: str
+
+    @property
+    def caught(self) -> bool:
+        """Whether a detector that should report it did."""
+        return not self.found.isdisjoint(self.mutant.mutation.seen)
+
+    def __str__(self) -> str:
+        by = f"{', '.join(sorted(self.found)) or 'nothing'} {self.schedule}"
+        site = f"line {self.mutant.line} ({self.mutant.text[:60]})"
+        return f"{self.subject}: {self.mutant.mutation.name} at {site}: {by}"
+
+
 def mutants(mutation: Mutation, ptx: str, ran: Counter[int], most: int) -> list[Mutant]:
     """A mutation at up to `most` lines that ran."""
     lines = ptx.split("\n")

@@ -346,7 +346,8 @@ def finding(kernel):
 def test_report(machine, x, y):
     def answer(kernel):
         result = LaunchResult(kernel, [finding(kernel)], {"a": Traffic(128, 0, 64, 0)})
-        result.instructions, result.flops = Counter(load=3), 4096
+        result.instructions, result.flops = Counter(load=3, fma=0), 4096
+        result.sync_sites = {1: 4, 2: 0}
         return result
 
     machine.answer = answer
@@ -362,6 +363,9 @@ def test_report(machine, x, y):
     text = str(report)
     for part in ("double_kernel", "4,096", "1 race", "gemm.py:3", "read too [early]", "random"):
         assert part in text
+    assert "load 3" in text
+    assert "fma" not in text
+    assert "1 of 2" in text
     data = json.loads(json.dumps(report.json()))
     assert data["launches"][0]["result"]["per_allocation"]["a"]["unique_loaded"] == 64
     assert data["launches"][0]["grid"] == [3, 1, 1]

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 import coda.sim as sim
-from tests.sim.mutation import MUTATIONS, Bench, mutants
+from tests.sim.mutation import MUTATIONS, Bench, Outcome, mutants
 from tests.sim.third_party import attention, gemm, rows
 from tests.sim.third_party.cases import Case
 
@@ -70,17 +70,15 @@ def chosen(subject: Subject, bench: Bench):
             yield from mutants(mutation, bench.ptx, bench.ran, subject.sites)
 
 
-def outcomes(subject: Subject, arch: str, cache, names: tuple[str, ...] = ()):
-    """(caught by a detector that should, in words) of each mutant."""
+def outcomes(name: str, subject: Subject, arch: str, cache, names: tuple[str, ...] = ()):
+    """The outcome of each mutant of a kernel, or of those of some mutations."""
     case = subject.case
     with sim.device(arch, case.sms, checks="warn", lineinfo=False, cache=cache) as gpu:
         bench = Bench(case, gpu, subject.kernel, (("eager", 0),) if names else ())
         for mutant in chosen(subject, bench):
             if not names or mutant.mutation.name in names:
                 found, schedule = bench.reported(mutant)
-                by = f"{', '.join(sorted(found)) or 'nothing'} {schedule}"
-                words = f"{mutant.mutation.name} at line {mutant.line} ({mutant.text[:60]}): {by}"
-                yield bool(found & set(mutant.mutation.seen)), words
+                yield Outcome(name, mutant, frozenset(found), schedule)
 
 
 QUICK = (
@@ -94,20 +92,20 @@ QUICK = (
 
 def test_some_mutants(tmp_path):
     subject = Subject(HOPPER["GEMM"].case)
-    found = list(outcomes(subject, "sm_90a", tmp_path, QUICK))
+    found = list(outcomes("GEMM", subject, "sm_90a", tmp_path, QUICK))
     assert len(found) == len(QUICK)
-    assert all(caught for caught, _ in found), found
+    assert all(x.caught for x in found), [str(x) for x in found]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SUBJECTS)
 def test_mutants(arch, tmp_path):
     found = [
-        (caught, f"{name}: {words}")
+        outcome
         for name, subject in SUBJECTS[arch].items()
-        for caught, words in outcomes(subject, arch, tmp_path)
+        for outcome in outcomes(name, subject, arch, tmp_path)
     ]
-    missed = [words for caught, words in found if not caught]
+    missed = [str(x) for x in found if not x.caught]
     print(f"{len(found) - len(missed)} of {len(found)} caught on {arch}")
     assert len(found) >= 40
     assert len(missed) <= 0.05 * len(found), "\n".join(missed)

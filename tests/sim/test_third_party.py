@@ -4,7 +4,7 @@ import pytest
 
 import coda.sim as sim
 from tests.sim.third_party import attention, epilogues, examples, gemm, rows
-from tests.sim.third_party.cases import SCHEDULES, Case, run
+from tests.sim.third_party.cases import SCHEDULES, Case, argued, run
 
 CASES = (*gemm.CASES, *epilogues.CASES, *rows.CASES, *attention.CASES)
 
@@ -25,21 +25,10 @@ def parameters(quick: bool):
     ]
 
 
-# Findings that stay, by the beginning of a case's name; docs/sim-checks.md argues each.
-ARGUED = {("attention backward", "sm_100a"): {"exited"}}
-ARGUED_EXAMPLES = {("attention", "sm_90a"): {"exited"}}
-
-
 def check(case: Case, arch: str, cache, checks="warn") -> None:
-    argued = {
-        kind
-        for (name, a), ks in ARGUED.items()
-        for kind in ks
-        if case.name.startswith(name) and a == arch
-    }
     for found in run(case, arch, SCHEDULES, checks, cache):
         assert found.warp_instructions > 0
-        left = [f for f in found.findings if f.kind not in argued]
+        left = [f for f in found.findings if f.kind not in argued(case.name, arch)]
         assert not left, f"{found.schedule}: {left[0]}"
 
 
@@ -72,6 +61,6 @@ def test_examples_of_cutlass(example, schedule, seed):
     with sim.device(example.arch, schedule=schedule, seed=seed) as gpu:
         examples.run(example)
     assert gpu.report().launches
-    argued = ARGUED_EXAMPLES.get((example.name, example.arch), set())
-    left = [f for f in gpu.report().findings if f.kind not in argued]
+    stay = argued(f"CUTLASS {example.name}", example.arch)
+    left = [f for f in gpu.report().findings if f.kind not in stay]
     assert not left, left[0]
