@@ -280,6 +280,8 @@ class TensorMemory:
             else:
                 a, nbytes = guard(*at, tcgen05.a_pieces, form, shape, left)
                 operation.reads.append(("shared", a + cta * WINDOW, nbytes))
+            if form.scales:
+                operation.reads += self._scale_places(cta, chain)
             width = shape.n // 2 if narrow else shape.n
             operation.writes.append(("tensor", (cta, lane, 128 - lane, column, width), 4))
 
@@ -295,6 +297,16 @@ class TensorMemory:
         return [
             ("tensor", (cta, lane, min(128 - lane, rows), first, end - first), 4)
             for lane, first, end in ends
+        ]
+
+    @staticmethod
+    def _scale_places(cta: int, chain: Chain) -> list[Any]:
+        """Where the scales of a chain lie in tensor memory: a column for each 32 rows."""
+        rows = {(step.scale_a, chain.shape.m // chain.form.ctas) for step in chain.steps}
+        rows |= {(step.scale_b, chain.shape.n) for step in chain.steps}
+        return [
+            ("tensor", (cta, 0, 128, tmem.split(at & 0x3FFFFFFF)[1], -(-count // 32)), 4)
+            for at, count in sorted(rows)
         ]
 
     def copy(

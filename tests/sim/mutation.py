@@ -331,6 +331,10 @@ MUTATIONS = (
         computed(2, "xor.b64 {1}, {0}, 0xc000000000000000"), ("values",),
     ),
     Mutation("cp.async wait dropped", r"cp\.async\.wait_", drop, (*ORDER, "uninitialised")),
+    Mutation("copy of scales dropped", r"tcgen05\.cp", drop, ("uninitialised", "values")),
+    Mutation("release dropped", r"st\.release", drop, STUCK),
+    Mutation("release weakened", r"st\.release", replaced(r"\.release\.gpu", ""), ORDER),
+    Mutation("acquire weakened", r"ld\.acquire", replaced(r"\.acquire\.gpu", ""), (*ORDER, *STUCK)),
     Mutation("cluster arrival dropped", r"barrier\.cluster\.arrive", drop, STUCK),
     Mutation("cluster barrier dropped", r"barrier\.cluster\.wait", drop, (*ORDER, *STUCK)),
     Mutation(

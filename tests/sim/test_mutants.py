@@ -31,6 +31,8 @@ def _case(make, sms: int) -> Case:
     return Case("", make, sms=sms)
 
 
+# Its last release, which is left alone, clears the flag for a later launch.
+SPLIT = _case(partial(gemm.dense, 256, 256, split_k=2, **gemm.TILE), 4)
 HOPPER = {
     "GEMM": Subject(_case(partial(gemm.dense, 256, 256, 512, **gemm.TILE), 1), sites=2),
     "multicast GEMM": Subject(
@@ -45,6 +47,7 @@ HOPPER = {
         _case(partial(attention.forward, 384, 1, 1, causal=True, mask=attention._causal), 1),
         only=("proxy", "wgmma", "wait skipped", "store of a tile"),
     ),
+    "split-K GEMM": Subject(SPLIT, only=("release", "acquire")),
     "rms norm": Subject(_case(partial(rows.rms_norm, 1000), 4), kernel="RMSNorm_"),
 }
 BLACKWELL = {
@@ -56,6 +59,15 @@ BLACKWELL = {
     "attention": Subject(
         _case(partial(attention.forward, 384, 1, 1, causal=True, mask=attention._causal), 1),
         only=("tcgen05", "proxy", "wait skipped", "parity", "arrival"),
+    ),
+    "split-K GEMM": Subject(SPLIT, only=("release", "acquire")),
+    "block-scaled GEMM": Subject(
+        _case(partial(gemm.block_scaled, "nvfp4", **gemm.TILE), 2),
+        only=("scales", "commit", "wait skipped", "transaction"),
+    ),
+    "dynamic GEMM": Subject(
+        _case(partial(gemm.dynamic, False, **gemm.TILE), 2),
+        only=("transaction", "wait skipped", "parity", "arrival"),
     ),
     "softmax": Subject(_case(partial(rows.softmax, 1000), 4), kernel="Softmax_"),
 }
