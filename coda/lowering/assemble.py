@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from coda.ir.dims import ONE, product
-from coda.ir.graph import Node, Reduce
+from coda.ir.dims import ONE, Dim, product
+from coda.ir.graph import Node, Reduce, Slice
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
 from coda.lowering.columns import LEAF, NO_LANE, Ints, Refused, Space, Spread, Value, distinct_rows
@@ -228,7 +228,7 @@ class _Assembly:
         period = self.space.tables[node]
         point = np.arange(len(source))
         if np.any(index[used] != point[used] % period):
-            raise Refused("a table does not repeat along the columns")
+            node, period = self.part(node, period, point[used], index[used])
         columns = period * (1 if self.split is None else 2)
         fits = any(t % columns == 0 or columns % t == 0 for t in (64, 128, 256))
         if not (fits or self.space.whole_rows):
@@ -239,6 +239,18 @@ class _Assembly:
         self.operands[name] = Operand(name, "periodic", node.dtype, 1, period)
         self.nodes[name] = node
         return Load(name, 0)
+
+    def part(self, node: Node, period: int, point: Ints, index: Ints) -> tuple[Node, int]:
+        """Every second column of a table, or one half of it, that repeats along the pairs."""
+        half = period // 2
+        for start, step in ((0, 1), (half, 1), (0, 2), (1, 2)):
+            if half and np.array_equal(index, point % half * step + start):
+                found = Slice(node, -1, Dim.of(start), Dim.of(half), step)
+                whole, name = self.space.leaf(node), self.space.leaf(found)
+                if name is not None and whole in self.space.spread:
+                    self.space.spread[name] = self.space.spread[whole]
+                return found, half
+        raise Refused("a table does not repeat along the columns")
 
     # Other operands.
 

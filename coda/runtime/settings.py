@@ -38,5 +38,10 @@ BACKEND = Variable(
 ARCH = Variable("CODA_ARCH", "the arch to lower for where no GPU tells it", ARCHS, "sm_90a")
 CACHE_DIR = Variable("CODA_CACHE_DIR", "where compiled kernels are kept between processes")
 CACHE = Variable("CODA_CACHE", "0: keep compiled kernels in this process only", ("0", "1"), "1")
+FALLBACK = Variable(
+    "CODA_FALLBACK",
+    'what runs a model around its blocks under backend="coda"; by default inductor on a GPU',
+    ("", "eager", "inductor"),
+)
 
-VARIABLES = (BACKEND, ARCH, CACHE_DIR, CACHE)
+VARIABLES = (BACKEND, ARCH, CACHE_DIR, CACHE, FALLBACK)

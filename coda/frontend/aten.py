@@ -1,0 +1,558 @@
+"""One table: an ATen operator -> the primitives that it means, as a function of symbolic tensors.
+
+A rule gets the operator's arguments with tensors as `coda.Tensor`, and the result's shape and
+element type as torch has worked them out. Where torch computes in float32 what it stores in 16 bits
+(norms, softmax, activations), so does the rule; a kernel rounds where it stores, and only there.
+An operator that is not in the table, or whose arguments a rule refuses, stays torch's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from coda.errors import UnsupportedError
+from coda.frontend import library, ops
+from coda.frontend.tensor import Tensor, matmul
+from coda.ir.dims import Dim, Shape
+from coda.ir.graph import Cast, Expand, Permute, Reshape
+from coda.ir.types import DType, bool_, f32
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Result:
+    """What torch says of an operator's (first) result."""
+
+    shape: Shape
+    dtype: DType
+
+
+Rule = Callable[..., Any]
+RULES: dict[Any, Rule] = {}
+VIEWS: set[Any] = set()  # operators that move nothing where torch runs them
+
+
+def rule(*operators: Any, view: bool = False) -> Callable[[Rule], Rule]:
+    """Enter a rule for some operators."""
+
+    def enter(fn: Rule) -> Rule:
+        RULES.update(dict.fromkeys(operators, fn))
+        VIEWS.update(operators if view else ())
+        return fn
+
+    return enter
+
+
+def refuse(why: str) -> UnsupportedError:
+    """The error of a rule that does not take its arguments."""
+    return UnsupportedError(why)
+
+
+def cast(x: Tensor, dtype: DType) -> Tensor:
+    """A tensor in another element type; a predicate becomes 1 and 0."""
+    return x if x.dtype == dtype else Tensor(Cast(x.node, dtype))
+
+
+def numbers(result: Result, *values: Any) -> list[Any]:
+    """Operands in the type in which torch computes: the widest of the tensors and the result."""
+    if any(isinstance(v, torch.SymInt | torch.SymFloat | complex) for v in values):
+        raise refuse("a number that is known only in the call")
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    wide = [t for t in tensors if t.ndim and t.dtype.kind == "float"]
+    kind = max([*(t.dtype for t in wide), result.dtype], key=lambda d: d.size * (d.kind == "float"))
+    if kind.kind != "float":
+        raise refuse("arithmetic on integers")
+    return [cast(v, kind) if isinstance(v, Tensor) else v for v in values]
+
+
+def wide(x: Tensor) -> Tensor:
+    """A 16-bit float as float32."""
+    return cast(x, f32) if x.dtype.size < f32.size else x
+
+
+# Arithmetic.
+
+
+def _binary(fn: str) -> Rule:
+    def apply(result: Result, a: Any, b: Any, alpha: Any = 1) -> Tensor:
+        a, b = numbers(result, a, b)
+        if alpha != 1:
+            b = b * alpha
+        if not isinstance(a, Tensor):
+            a, b = _number_first(fn, a, b)
+        return getattr(a, f"__{fn}__")(b)
+
+    return apply
+
+
+def _number_first(fn: str, a: Any, b: Tensor) -> tuple[Any, Any]:
+    if fn not in ("add", "mul"):
+        raise refuse("a number as the first operand")
+    return b, a
+
+
+for _fn, _name in (("add", "add"), ("sub", "sub"), ("mul", "mul"), ("truediv", "div")):
+    _packet = getattr(aten, _name)
+    rule(_packet.Tensor, _packet.Scalar)(_binary(_fn))
+
+
+@rule(aten.rsub.Scalar, aten.rsub.Tensor)
+def _rsub(result: Result, a: Any, b: Any, alpha: Any = 1) -> Tensor:
+    a, b = numbers(result, a, b)
+    return b - (a if alpha == 1 else a * alpha)
+
+
+@rule(aten.pow.Tensor_Scalar)
+def _pow(result: Result, x: Tensor, n: Any) -> Tensor:
+    (x, n) = numbers(result, x, n)
+    if n == 2:
+        return ops.square(x)
+    if n == 0.5:
+        return ops.sqrt(x)
+    if n == -0.5:
+        return ops.rsqrt(x)
+    if n == 3:
+        return x * ops.square(x)
+    return x**n
+
+
+@rule(aten.addcmul.default)
+def _addcmul(result: Result, x: Any, a: Any, b: Any, value: Any = 1) -> Tensor:
+    x, a, b = numbers(result, x, a, b)
+    return x + (a * b if value == 1 else a * b * value)
+
+
+def _unary(fn: Callable[[Tensor], Tensor]) -> Rule:
+    def apply(result: Result, x: Any) -> Tensor:
+        return fn(numbers(result, x)[0])
+
+    return apply
+
+
+for _operator, _one in (
+    (aten.neg.default, lambda x: -x),
+    (aten.abs.default, ops.abs),
+    (aten.exp.default, ops.exp),
+    (aten.exp2.default, ops.exp2),
+    (aten.log.default, ops.log),
+    (aten.sqrt.default, ops.sqrt),
+    (aten.rsqrt.default, ops.rsqrt),
+    (aten.reciprocal.default, lambda x: 1.0 / x),
+    (aten.square.default, ops.square),
+    (aten.tanh.default, ops.tanh),
+    (aten.sigmoid.default, ops.sigmoid),
+    (aten.erf.default, ops.erf),
+    (aten.sin.default, ops.sin),
+    (aten.cos.default, ops.cos),
+    (aten.relu.default, library.relu),
+):
+    rule(_operator)(_unary(_one))
+
+
+# Activations: torch computes them in float32.
+
+
+def _activation(fn: Callable[..., Tensor]) -> Rule:
+    def apply(result: Result, x: Tensor, *more: Any, **options: Any) -> Tensor:
+        if x.dtype.kind != "float":
+            raise refuse("an activation of integers")
+        return cast(fn(wide(x), *more, **options), result.dtype)
+
+    return apply
+
+
+def _hardtanh(x: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
+    return ops.minimum(ops.maximum(x, low), high)
+
+
+def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    soft = ops.log(1.0 + ops.exp(ops.minimum(x * beta, threshold))) * (1.0 / beta)
+    return ops.where(x * beta > threshold, x, soft)
+
+
+def _hardsigmoid(x: Tensor) -> Tensor:
+    return _hardtanh(x + 3.0, 0.0, 6.0) * (1.0 / 6.0)
+
+
+for _operator, _one in (
+    (aten.silu.default, library.silu),
+    (aten.gelu.default, library.gelu),
+    (aten.hardtanh.default, _hardtanh),
+    (aten.relu6.default, lambda x: _hardtanh(x, 0.0, 6.0)),
+    (aten.softplus.default, _softplus),
+    (aten.mish.default, lambda x: x * ops.tanh(_softplus(x))),
+    (aten.hardsigmoid.default, _hardsigmoid),
+    (aten.hardswish.default, lambda x: x * _hardsigmoid(x)),
+    (aten.leaky_relu.default, lambda x, s=0.01: ops.where(x > 0.0, x, x * s)),
+    (aten.log_sigmoid.default, lambda x: -_softplus(-x)),
+):
+    rule(_operator)(_activation(_one))
+
+
+# Choices.
+
+
+@rule(aten.clamp.default)
+def _clamp(result: Result, x: Any, low: Any = None, high: Any = None) -> Tensor:
+    (x, low, high) = numbers(result, x, low, high)
+    x = x if low is None else ops.maximum(x, low)
+    return x if high is None else ops.minimum(x, high)
+
+
+rule(aten.clamp_min.default)(lambda result, x, low: _clamp(result, x, low))
+rule(aten.clamp_max.default)(lambda result, x, high: _clamp(result, x, None, high))
+
+
+@rule(aten.maximum.default)
+def _maximum(result: Result, a: Any, b: Any) -> Tensor:
+    return ops.maximum(*numbers(result, a, b))
+
+
+@rule(aten.minimum.default)
+def _minimum(result: Result, a: Any, b: Any) -> Tensor:
+    return ops.minimum(*numbers(result, a, b))
+
+
+def _comparison(fn: str) -> Rule:
+    def apply(result: Result, a: Tensor, b: Any) -> Tensor:
+        if isinstance(b, Tensor) and b.dtype != a.dtype or a.dtype == bool_:
+            raise refuse("a comparison of different types")
+        return getattr(a, f"__{fn}__")(b)
+
+    return apply
+
+
+for _fn in ("eq", "ne", "lt", "le", "gt", "ge"):
+    _packet = getattr(aten, _fn)
+    rule(_packet.Tensor, _packet.Scalar)(_comparison(_fn))
+
+
+@rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
+def _where(result: Result, condition: Tensor, a: Any, b: Any) -> Tensor:
+    a, b = numbers(result, a, b)
+    return ops.where(condition, a, b)
+
+
+@rule(aten.masked_fill.Scalar)
+def _masked_fill(result: Result, x: Tensor, mask: Tensor, value: Any) -> Tensor:
+    x, value = numbers(result, x, value)
+    return ops.where(mask, value, x)
+
+
+# Element types.
+
+
+@rule(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout)
+def _to(result: Result, x: Tensor, *where: Any, **options: Any) -> Tensor:
+    if x.dtype.kind != result.dtype.kind and x.dtype.kind != "bool":
+        raise refuse(f"a cast from {x.dtype} to {result.dtype}")
+    return cast(x, result.dtype)
+
+
+# Reductions.
+
+
+def _over(fn: str, x: Tensor, axes: Sequence[int], keep: bool) -> Tensor:
+    """A reduction over the last axis (or axes of size 1)."""
+    at = sorted(a % x.ndim for a in axes)
+    if at != [x.ndim - 1]:
+        raise refuse(f"a {fn} over other axes than the last")
+    return getattr(ops, fn)(x, keepdims=keep)
+
+
+@rule(aten.mean.dim)
+def _mean(
+    result: Result, x: Tensor, dim: Sequence[int], keepdim: bool = False, dtype: Any = None
+) -> Tensor:
+    (x,) = numbers(result, x)
+    return _over("mean", x, dim or range(x.ndim), keepdim)
+
+
+@rule(aten.sum.dim_IntList)
+def _sum(
+    result: Result, x: Tensor, dim: Sequence[int], keepdim: bool = False, dtype: Any = None
+) -> Tensor:
+    (x,) = numbers(result, x)
+    return _over("sum", x, dim or range(x.ndim), keepdim)
+
+
+@rule(aten.var.correction)
+def _var(
+    result: Result, x: Tensor, dim: Sequence[int], correction: Any = 1, keepdim: bool = False
+) -> Tensor:
+    if correction != 0:
+        raise refuse("a variance with a correction")
+    (x,) = numbers(result, x)
+    deviation = x - _over("mean", x, dim, True)
+    return _over("mean", ops.square(deviation), dim, keepdim)
+
+
+@rule(aten.amax.default)
+def _amax(result: Result, x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Tensor:
+    return _over("max", x, dim or range(x.ndim), keepdim)
+
+
+@rule(aten.amin.default)
+def _amin(result: Result, x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Tensor:
+    return _over("min", x, dim or range(x.ndim), keepdim)
+
+
+@rule(aten.logsumexp.default)
+def _logsumexp(result: Result, x: Tensor, dim: Sequence[int], keepdim: bool = False) -> Tensor:
+    return cast(_over("logsumexp", wide(x), dim, keepdim), result.dtype)
+
+
+def _last(x: Tensor, dim: int) -> None:
+    if dim % x.ndim != x.ndim - 1:
+        raise refuse("a softmax over another axis than the last")
+
+
+@rule(aten.softmax.int, aten._softmax.default)
+def _softmax(result: Result, x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    _last(x, dim)
+    return cast(library.softmax(wide(x)), result.dtype)
+
+
+@rule(aten.log_softmax.int, aten._log_softmax.default)
+def _log_softmax(result: Result, x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    _last(x, dim)
+    return cast(library.log_softmax(wide(x)), result.dtype)
+
+
+# Norms and losses: torch's own formulas, in float32.
+
+
+def _wide(x: Tensor | None) -> Tensor | None:
+    return None if x is None else wide(x)
+
+
+def _one_axis(shape: Sequence[Any]) -> None:
+    if len(shape) != 1:
+        raise refuse("a norm over several axes")
+
+
+@rule(aten.layer_norm.default)
+def _layer_norm(
+    result: Result,
+    x: Tensor,
+    shape: Sequence[Any],
+    w: Tensor | None = None,
+    b: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    _one_axis(shape)
+    y = library.layer_norm(wide(x), _wide(w), _wide(b), eps)
+    return cast(y, result.dtype)
+
+
+@rule(aten.rms_norm.default)
+def _rms_norm(
+    result: Result,
+    x: Tensor,
+    shape: Sequence[Any],
+    w: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    _one_axis(shape)
+    least = torch.finfo(x.dtype.torch).eps if eps is None else eps
+    return cast(library.rms_norm(wide(x), _wide(w), least), result.dtype)
+
+
+@rule(aten.cross_entropy_loss.default)
+def _cross_entropy(
+    result: Result,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    if weight is not None or x.ndim != 2 or target.dtype.kind != "int":
+        raise refuse("a loss with weights of classes, or of probabilities")
+    how = ("none", "mean", "sum")[reduction]
+    loss = library.cross_entropy(wide(x), target, ignore_index, how, label_smoothing)
+    return cast(loss, result.dtype)
+
+
+# Contractions.
+
+
+@rule(aten.linear.default)
+def _linear(result: Result, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    return _multiply(result, x, w.T if w.ndim == 2 else w, b)
+
+
+def _multiply(result: Result, x: Tensor, w: Tensor, b: Any = None, scale: Any = 1) -> Tensor:
+    """x @ w (+ b), in the type of the result, as torch's autocast has it."""
+    if w.ndim != 2 or x.ndim < 2:
+        raise refuse("a product of two batches of matrices")
+    if result.dtype.kind != "float":
+        raise refuse("a product of integers")
+    y = matmul(cast(x, result.dtype), cast(w, result.dtype))
+    y = y if scale == 1 else y * scale
+    return y if b is None else y + cast(b, result.dtype)
+
+
+@rule(aten.matmul.default, aten.mm.default)
+def _matmul(result: Result, x: Tensor, w: Tensor) -> Tensor:
+    return _multiply(result, x, w)
+
+
+@rule(aten.addmm.default)
+def _addmm(result: Result, b: Tensor, x: Tensor, w: Tensor, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return _multiply(result, x, w, b if beta == 1 else b * beta, alpha)
+
+
+# Views.
+
+
+@rule(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    view=True,
+)
+def _reshape(result: Result, x: Tensor, *_: Any) -> Tensor:
+    return x if x.shape == result.shape else Tensor(Reshape(x.node, result.shape))
+
+
+@rule(
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+    view=True,
+)
+def _same(result: Result, x: Tensor, **_: Any) -> Tensor:
+    return x
+
+
+@rule(aten.expand.default, view=True)
+def _expand(result: Result, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x if x.shape == result.shape else Tensor(Expand(x.node, result.shape))
+
+
+@rule(aten.permute.default, view=True)
+def _permute(result: Result, x: Tensor, order: Sequence[int]) -> Tensor:
+    return Tensor(Permute(x.node, tuple(i % x.ndim for i in order)))
+
+
+@rule(aten.transpose.int, view=True)
+def _transpose(result: Result, x: Tensor, a: int, b: int) -> Tensor:
+    order = list(range(x.ndim))
+    order[a], order[b] = order[b], order[a]
+    return Tensor(Permute(x.node, tuple(order)))
+
+
+@rule(aten.t.default, aten.numpy_T.default, view=True)
+def _t(result: Result, x: Tensor) -> Tensor:
+    return x.T if x.ndim == 2 else x
+
+
+@rule(aten.dropout.default)
+def _dropout(result: Result, x: Tensor, p: float, train: bool) -> Tensor:
+    if train and p:
+        raise refuse("dropout draws random numbers")
+    return x
+
+
+# Parts and wholes.
+
+
+def _index(x: Tensor, dim: int, item: Any) -> Tensor:
+    where: list[Any] = [slice(None)] * x.ndim
+    where[dim] = item
+    return x[tuple(where)]
+
+
+def _position(value: Any) -> Any:
+    if isinstance(value, int | None):
+        return value
+    raise refuse("a position that is known only in the call")
+
+
+@rule(aten.slice.Tensor)
+def _slice(
+    result: Result, x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> Tensor:
+    if x.shape == result.shape:
+        return x
+    start, end = _position(start), _position(end)
+    size = x.shape[dim].constant
+    if size is None:
+        raise refuse("a part of an axis whose size is known only in the call")
+    first, last, every = slice(start, end, _position(step)).indices(size)
+    if last <= first:
+        raise refuse("an empty slice")
+    return _index(x, dim, slice(first, last, every))
+
+
+@rule(aten.select.int)
+def _select(result: Result, x: Tensor, dim: int, at: Any) -> Tensor:
+    return _index(x, dim, _position(at))
+
+
+@rule(aten.narrow.default)
+def _narrow(result: Result, x: Tensor, dim: int, start: Any, length: Any) -> Tensor:
+    first = _position(start)
+    return _index(x, dim, slice(first, first + _position(length)))
+
+
+@rule(aten.split.Tensor)
+def _split(result: Result, x: Tensor, size: Any, dim: int = 0) -> list[Tensor]:
+    whole = x.shape[dim].constant
+    if whole is None:
+        raise refuse("a part of an axis whose size is known only in the call")
+    step = _position(size)
+    return [_index(x, dim, slice(i, min(i + step, whole))) for i in range(0, whole, step)]
+
+
+@rule(aten.split_with_sizes.default)
+def _split_sizes(result: Result, x: Tensor, sizes: Sequence[Any], dim: int = 0) -> list[Tensor]:
+    return list(ops.split(x, [Dim.of(_position(s)) for s in sizes], dim))
+
+
+@rule(aten.chunk.default)
+def _chunk(result: Result, x: Tensor, parts: int, dim: int = 0) -> list[Tensor]:
+    whole = x.shape[dim].constant
+    if whole is None:
+        raise refuse("a part of an axis whose size is known only in the call")
+    return _split(result, x, math.ceil(whole / parts), dim)
+
+
+@rule(aten.unbind.int)
+def _unbind(result: Result, x: Tensor, dim: int = 0) -> list[Tensor]:
+    whole = x.shape[dim].constant
+    if whole is None:
+        raise refuse("a part of an axis whose size is known only in the call")
+    return [_index(x, dim, i) for i in range(whole)]
+
+
+def _columns(x: Tensor, dim: int) -> None:
+    if dim % x.ndim != x.ndim - 1:
+        raise refuse("tensors joined along another axis than the last")
+
+
+@rule(aten.cat.default)
+def _cat(result: Result, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    _columns(tensors[0], dim)
+    return ops.concat([cast(t, result.dtype) for t in tensors], -1)
+
+
+@rule(aten.stack.default)
+def _stack(result: Result, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return ops.stack([cast(t, result.dtype) for t in tensors], dim if dim < 0 else dim - tensors[0].ndim - 1)
