@@ -86,6 +86,8 @@ def _binary(fn: str) -> Rule:
             b = b * alpha
         if not isinstance(a, Tensor):
             a, b = _number_first(fn, a, b)
+        if fn == "truediv" and not isinstance(b, Tensor):
+            return a * (1.0 / b) if b else a / b
         return getattr(a, f"__{fn}__")(b)
 
     return apply
@@ -248,7 +250,7 @@ def _masked_fill(result: Result, x: Tensor, mask: Tensor, value: Any) -> Tensor:
 # Element types.
 
 
-@rule(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout)
+@rule(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default)
 def _to(result: Result, x: Tensor, *where: Any, **options: Any) -> Tensor:
     if x.dtype.kind != result.dtype.kind and x.dtype.kind != "bool":
         raise refuse(f"a cast from {x.dtype} to {result.dtype}")

@@ -11,8 +11,8 @@ are known, and a Program serves any number of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import count
 
 from coda.errors import CodaError
 from coda.ir.dims import ONE, Dim, Shape, product
@@ -38,7 +38,6 @@ from coda.ir.graph import (
 )
 
 Order = tuple[int, ...]
-T = TypeVar("T")
 
 
 # Permutations.
@@ -63,10 +62,36 @@ def permuted(node: Node, order: Order) -> Node:
 
 
 def reshaped(node: Node, shape: Shape) -> Node:
-    """A reshape of what lies under other reshapes."""
-    while isinstance(node, Reshape):
-        node = node.arg
-    return node if node.shape == shape else Reshape(node, shape)
+    """A reshape, of what lies under other reshapes, casts and functions of arguments alone.
+
+    So a table of angles has the axes of the heads that it meets before it is computed.
+    """
+    if node.shape == shape:
+        return node
+    if isinstance(node, Reshape):
+        return reshaped(node.arg, shape)
+    if isinstance(node, Cast):
+        return Cast(reshaped(node.arg, shape), node.to)
+    found = None
+    if isinstance(node, Map) and not any(isinstance(n, Contract) for n in walk([node])):
+        found = _table(node, shape)
+    return found or Reshape(node, shape)
+
+
+def _table(node: Map, shape: Shape) -> Node | None:
+    """A function whose operands get or lose axes of size 1; None for other reshapes."""
+    groups = _groups(node.shape, shape)
+    if groups is None or any(len(a) != len(b) for a, b in groups):
+        return None
+    operands: list[Node] = []
+    for one in node.args:
+        full = (ONE,) * (node.rank - one.rank) + one.shape
+        wanted = [ONE] * len(shape)
+        for (before,), (after,) in groups:
+            wanted[after] = full[before]
+        operands.append(one if one.rank == 0 else reshaped(one, tuple(wanted)))
+    found = node.with_operands(operands)
+    return found if found.shape == shape else None
 
 
 def outward(roots: Iterable[Node]) -> list[tuple[Node, Order]]:
@@ -92,6 +117,8 @@ def _outward(node: Node) -> Node:
         return permuted(node.arg, node.order)
     if isinstance(node, Reshape):
         return _reshape(node)
+    if isinstance(node, Slice):
+        node = _of_sliced_weight(node) or node
     turned = [
         o for o in node.operands if isinstance(o, Permute) and not _is_turned_weight(o)
     ]
@@ -134,37 +161,92 @@ def _along(node: Cast | Slice | Reduce, arg: Permute) -> Node:
 
 
 def _reshape(node: Reshape) -> Node:
-    """A reshape that only adds or drops axes of size 1 goes under a permutation."""
+    """A reshape goes under a permutation that keeps the axes which it joins or splits together."""
     arg = node.arg
-    if isinstance(arg, Reshape):
-        return reshaped(arg, node.to)
     if not isinstance(arg, Permute) or _is_turned_weight(arg):
+        return reshaped(arg, node.to)
+    groups = _groups(arg.shape, node.to)
+    if groups is None:
         return node
-    wide = [d for d in node.to if d != ONE]
-    if wide != [d for d in arg.shape if d != ONE]:
+    inner = {place: i for i, place in enumerate(i for i in range(arg.rank) if arg.arg.shape[i] != ONE)}
+    places = [[inner[arg.order[i]] for i in before] for before, _ in groups]
+    if any(p != list(range(p[0], p[0] + len(p))) for p in places):
         return node
-    sources = [i for i in arg.order if arg.arg.shape[i] != ONE]
-    inner = reshaped(arg.arg, tuple(arg.arg.shape[i] for i in sorted(sources)))
-    order = tuple(sorted(sources).index(i) for i in sources)
-    left = permuted(inner, order)
-    if left.rank == node.rank:
-        return left
-    return _with_ones(left, node.to)
+    after = [after for _, (_, after) in sorted(zip(places, groups, strict=True))]
+    sources = _beside_their_neighbours([i for a in after for i in a], node.to)
+    under = reshaped(arg.arg, tuple(node.to[i] for i in sources))
+    return permuted(under, tuple(sources.index(i) for i in range(node.rank)))
 
 
-def _with_ones(node: Node, shape: Shape) -> Node:
-    """Axes of size 1 put into a permuted node, each at its own place."""
-    if not isinstance(node, Permute):
-        return reshaped(node, shape)
-    places = [i for i, d in enumerate(shape) if d != ONE]
-    ones = [i for i, d in enumerate(shape) if d == ONE]
-    inner = reshaped(node.arg, (ONE,) * len(ones) + node.arg.shape)
-    order = [0] * len(shape)
-    for i, place in enumerate(places):
-        order[place] = len(ones) + node.order[i]
-    for i, place in enumerate(ones):
-        order[place] = i
-    return permuted(inner, tuple(order))
+def _beside_their_neighbours(wide: Sequence[int], shape: Shape) -> list[int]:
+    """Axes in this order, with each axis of size 1 after the one that it follows in the shape."""
+    found = list(wide)
+    for i, d in enumerate(shape):
+        if d == ONE:
+            found.insert(found.index(i - 1) + 1 if i else 0, i)
+    return found
+
+
+def _groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]] | None:
+    """Axes (of more than one element) that a reshape turns into others, as few at once as can be."""
+    old = [i for i, d in enumerate(before) if d != ONE]
+    new = [i for i, d in enumerate(after) if d != ONE]
+    found: list[tuple[list[int], list[int]]] = []
+    while old and new:
+        a, b = [old.pop(0)], [new.pop(0)]
+        while (x := product(before[i] for i in a)) != (y := product(after[i] for i in b)):
+            if x.constant is None or y.constant is None:
+                return None
+            side, rest = (a, old) if x.constant < y.constant else (b, new)
+            if not rest:
+                return None
+            side.append(rest.pop(0))
+        found.append((a, b))
+    return None if old or new else found
+
+
+# Parts of heads.
+
+
+def _of_sliced_weight(node: Slice) -> Node | None:
+    """Some columns of each head, as a product with those rows of the weight.
+
+    Models that keep the q, k and v of a head side by side slice every head's columns. Such columns
+    lie in no one piece of a product's result, but the rows of its weight can be put together once.
+    """
+    heads = node.arg
+    if not isinstance(heads, Reshape) or heads.arg.rank < 2:
+        return None
+    lead = heads.arg.rank - 1
+    axis = heads.rank + node.axis
+    if heads.shape[:lead] != heads.arg.shape[:lead] or axis <= lead:
+        return None
+    columns = heads.shape[lead:]
+
+    def part(one: Node, at: int) -> Node:
+        """The columns, of a vector or of a matrix in which axis `at` has them."""
+        split = Reshape(one, (*one.shape[:at], *columns, *one.shape[at + 1 :]))
+        cut = Slice(split, axis - lead + at - split.rank, node.start, node.size, node.step)
+        whole = product(cut.shape[at : at + len(columns)])
+        return Reshape(cut, (*one.shape[:at], whole, *one.shape[at + 1 :]))
+
+    def visit(one: Node) -> Node | None:
+        if one.shape[-1:] == (ONE,) or one.rank == 0:
+            return one
+        if one.rank == 1 or all(d == ONE for d in one.shape[:-1]):
+            return part(one, one.rank - 1)
+        if isinstance(one, Contract) and not any(isinstance(n, Contract) for n in walk([one.rhs])):
+            return Contract(one.lhs, part(one.rhs, 0), one.result)
+        if isinstance(one, Cast):
+            inner = visit(one.arg)
+            return None if inner is None else Cast(inner, one.to)
+        if not isinstance(one, Map):
+            return None
+        found = [visit(a) for a in one.args]
+        return one.with_operands(f for f in found if f) if None not in found else None
+
+    found = visit(heads.arg)
+    return None if found is None else Reshape(found, node.shape)
 
 
 # Rows.
@@ -205,9 +287,13 @@ Axis = tuple[Node, int]
 
 
 class _Axes:
-    """Classes of axes that have one size whatever the sizes are, and how reshapes merge them."""
+    """Classes of axes that have one size whatever the sizes are, and how reshapes merge them.
 
-    def __init__(self) -> None:
+    `sizes` are sizes of the symbols under which only equal products are equal.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self.sizes = sizes
         self.parent: dict[Axis, Axis] = {}
         self.merges: list[tuple[list[Axis], list[Axis]]] = []
         self.columns: list[Axis] = []
@@ -279,6 +365,10 @@ class _Axes:
                     not isinstance(node, Input)
                 )
 
+    def size(self, axes: Sequence[Axis]) -> int:
+        """The number of elements of some axes."""
+        return product(node.shape[i] for node, i in axes).size(self.sizes)
+
     def others(self, node: Node, arg: Node, axis: int) -> None:
         for i in range(arg.rank):
             if i != arg.rank + axis:
@@ -292,7 +382,7 @@ class _Axes:
         while i < len(before) and j < len(after):
             a, b = [before[i]], [after[j]]
             i, j = i + 1, j + 1
-            while (x := _size(a)) != (y := _size(b)):
+            while (x := self.size(a)) != (y := self.size(b)):
                 if x < y and i < len(before):
                     a.append(before[i])
                     i += 1
@@ -308,21 +398,15 @@ class _Axes:
         self.columns += before[i:] + after[j:]
 
 
-def _size(axes: Sequence[Axis]) -> int:
-    return product(node.shape[i] for node, i in axes).constant or 0
+PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079, 10091, 10093)
 
 
 def with_row_symbols(graph: Graph) -> Graph:
-    """The graph with symbols for the axes that are rows; as it is where they cannot be told.
-
-    A graph that has symbols already tells them.
-    """
-    if graph.symbols:
-        return graph
+    """The graph with symbols for the axes that are rows; as it is where they cannot be told."""
     nodes = list(walk([*graph.inputs, *graph.roots]))
-    if any(isinstance(n, Size) for n in nodes):
+    if any(isinstance(n, Size) for n in nodes) or len(graph.symbols) > len(PRIMES):
         return graph
-    axes = _Axes()
+    axes = _Axes(dict(zip(graph.symbols, PRIMES, strict=False)))
     for node in nodes:
         axes.visit(node)
     dims = _assign(axes, nodes)
@@ -334,6 +418,20 @@ def with_row_symbols(graph: Graph) -> Graph:
         return rebuild(graph, shape, lambda d: d)
     except CodaError:
         return graph
+
+
+def canonical(graph: Graph) -> Graph:
+    """The graph with its symbols named n0, n1, ... in the order of the arguments."""
+    found: dict[str, Dim] = {}
+    for node in graph.inputs:
+        for dim in node.shape:
+            for symbol in sorted(dim.symbols):
+                found.setdefault(symbol, Dim.of(f"n{len(found)}"))
+
+    def shape(node: Node, now: Shape) -> Shape:
+        return tuple(d.substitute(found) for d in now)
+
+    return rebuild(graph, shape, lambda d: d.substitute(found)) if found else graph
 
 
 def _assign(axes: _Axes, nodes: Sequence[Node]) -> dict[Axis, Dim]:
@@ -362,19 +460,22 @@ def _assign(axes: _Axes, nodes: Sequence[Node]) -> dict[Axis, Dim]:
                     parts.setdefault(whole[0], several)
                     progress = True
     found: dict[Axis, Dim] = {}
+    roots = {axes.find(r) for r in rows}
+    fresh = (Dim.of(f"r{i}") for i in count())
 
     def resolve(axis: Axis) -> Dim:
         axis = axes.find(axis)
         if axis not in found:
+            node, i = axis
             inner = parts.get(axis)
-            if inner is None:
-                found[axis] = Dim.of(f"n{len([d for d in found.values() if len(d.terms) == 1])}")
+            if node.shape[i].constant is None:
+                found[axis] = node.shape[i]
             else:
-                found[axis] = product(resolve(a) for a in inner)
+                found[axis] = product(map(resolve, inner)) if inner else next(fresh)
         return found[axis]
 
     for node in nodes:
         for i in range(node.rank):
-            if axes.find((node, i)) in {axes.find(r) for r in rows}:
+            if axes.find((node, i)) in roots:
                 resolve((node, i))
     return found

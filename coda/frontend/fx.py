@@ -21,9 +21,9 @@ from torch.fx import Node as FxNode
 
 from coda.errors import CodaError, UnsupportedError, Where
 from coda.frontend.aten import RULES, Result
-from coda.frontend.axes import outward, with_row_symbols
+from coda.frontend.axes import canonical, outward, with_row_symbols
 from coda.frontend.tensor import Tensor
-from coda.ir.dims import Dim, Shape
+from coda.ir.dims import Dim
 from coda.ir.graph import Graph, Input, Node, origin
 from coda.ir.types import from_torch
 
@@ -200,24 +200,4 @@ def _finish(
     names = ["out"] if len(distinct) == 1 else [f"out{i}" for i in range(len(distinct))]
     graph = Graph("region", arguments, tuple(zip(names, distinct, strict=True)))
     places = {n: (distinct.index(node), order) for n, (node, order) in ordered.items()}
-    return Imported(with_row_symbols(canonical(graph)), inputs, places)
-
-
-def canonical(graph: Graph) -> Graph:
-    """The graph with torch's symbols named n0, n1, ... in the order of the arguments."""
-    found: dict[str, Dim] = {}
-    for node in graph.inputs:
-        for dim in node.shape:
-            for symbol in sorted(dim.symbols):
-                found.setdefault(symbol, Dim.of(f"n{len(found)}"))
-    return substitute_dims(graph, found) if found else graph
-
-
-def substitute_dims(graph: Graph, dims: Mapping[str, Dim]) -> Graph:
-    """The graph with symbols of its dims replaced."""
-    from coda.frontend.axes import rebuild
-
-    def shape(node: Node, now: Shape) -> Shape:
-        return tuple(d.substitute(dims) for d in now)
-
-    return rebuild(graph, shape, lambda d: d.substitute(dims))
+    return Imported(canonical(with_row_symbols(graph)), inputs, places)

@@ -77,6 +77,7 @@ def _untouchable(gm: GraphModule) -> str:
 
 def _functional(gm: GraphModule, fakes: Sequence[Any]) -> GraphModule:
     """The graph in ATen operators that write to no argument; writes come at the end."""
+    _numbers_as_they_are(gm)
     found, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True)
     if signature.buffers_to_mutate or signature.parameters or signature.buffers:
         raise NotImplementedError("a graph that owns tensors")
@@ -93,6 +94,16 @@ def _functional(gm: GraphModule, fakes: Sequence[Any]) -> GraphModule:
             found.graph.erase_node(node)
     found.graph.eliminate_dead_code(lambda n: n.is_impure() or n.target is aten.copy_.default)
     return found
+
+
+def _numbers_as_they_are(gm: GraphModule) -> None:
+    """Numbers that Dynamo keeps open (a float of a module) as their values, guarded by torch."""
+    for node in list(gm.graph.nodes):
+        value = node.meta.get("example_value")
+        if node.op == "call_method" and node.target == "item" and isinstance(value, torch.SymFloat):
+            node.replace_all_uses_with(float(value))
+            gm.graph.erase_node(node)
+    gm.recompile()
 
 
 def _write_back(gm: GraphModule, mutated: dict[str, str]) -> None:

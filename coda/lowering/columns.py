@@ -224,8 +224,10 @@ class Space:
                 return self._cast(node, self.compute(arg))
             case Reshape(arg=arg):
                 self.split(node)
-                shape = self.columns(node)
-                return self.compute(arg).move(lambda a: a.reshape(shape))
+                value, shape = self.compute(arg), self.columns(node)
+                if value.count != int(np.prod(shape)):
+                    raise Refused("it turns rows into columns")
+                return value.move(lambda a: a.reshape(shape))
             case Slice():
                 return self._slice(node)
             case Concat():

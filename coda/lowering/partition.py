@@ -452,7 +452,8 @@ class Partition:
         if isinstance(under, Concat) and under not in self.home:
             self.join(under)
         if under not in self.home and not (host and self.hosted(under)):
-            self.in_rows(under, 0)
+            below = [self.home[n].order[0] for n in walk([under]) if n in self.home]
+            self.in_rows(under, max(below, default=0))
         self.loadable.add(under)
 
     def hosted(self, node: Node) -> bool:
