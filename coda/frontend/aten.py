@@ -8,7 +8,6 @@ An operator that is not in the table, or whose arguments a rule refuses, stays t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,8 @@ import torch
 from coda.errors import UnsupportedError
 from coda.frontend import library, ops
 from coda.frontend.tensor import Tensor, matmul
-from coda.ir.dims import Dim, Shape
-from coda.ir.graph import Cast, Expand, Permute, Reshape
+from coda.ir.dims import Shape
+from coda.ir.graph import Cast
 from coda.ir.types import DType, bool_, f32
 
 aten = torch.ops.aten
@@ -223,7 +222,7 @@ def _minimum(result: Result, a: Any, b: Any) -> Tensor:
 
 def _comparison(fn: str) -> Rule:
     def apply(result: Result, a: Tensor, b: Any) -> Tensor:
-        if isinstance(b, Tensor) and b.dtype != a.dtype or a.dtype == bool_:
+        if (isinstance(b, Tensor) and b.dtype != a.dtype) or a.dtype == bool_:
             raise refuse("a comparison of different types")
         return getattr(a, f"__{fn}__")(b)
 
@@ -409,152 +408,7 @@ def _matmul(result: Result, x: Tensor, w: Tensor) -> Tensor:
 
 
 @rule(aten.addmm.default)
-def _addmm(result: Result, b: Tensor, x: Tensor, w: Tensor, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    return _multiply(result, x, w, b if beta == 1 else b * beta, alpha)
-
-
-# Views.
-
-
-@rule(
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    view=True,
-)
-def _reshape(result: Result, x: Tensor, *_: Any) -> Tensor:
-    return x if x.shape == result.shape else Tensor(Reshape(x.node, result.shape))
-
-
-@rule(
-    aten.alias.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.lift_fresh_copy.default,
-    view=True,
-)
-def _same(result: Result, x: Tensor, **_: Any) -> Tensor:
-    return x
-
-
-@rule(aten.expand.default, view=True)
-def _expand(result: Result, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return x if x.shape == result.shape else Tensor(Expand(x.node, result.shape))
-
-
-@rule(aten.permute.default, view=True)
-def _permute(result: Result, x: Tensor, order: Sequence[int]) -> Tensor:
-    return Tensor(Permute(x.node, tuple(i % x.ndim for i in order)))
-
-
-@rule(aten.transpose.int, view=True)
-def _transpose(result: Result, x: Tensor, a: int, b: int) -> Tensor:
-    order = list(range(x.ndim))
-    order[a], order[b] = order[b], order[a]
-    return Tensor(Permute(x.node, tuple(order)))
-
-
-@rule(aten.t.default, aten.numpy_T.default, view=True)
-def _t(result: Result, x: Tensor) -> Tensor:
-    return x.T if x.ndim == 2 else x
-
-
-@rule(aten.dropout.default)
-def _dropout(result: Result, x: Tensor, p: float, train: bool) -> Tensor:
-    if train and p:
-        raise refuse("dropout draws random numbers")
-    return x
-
-
-# Parts and wholes.
-
-
-def _index(x: Tensor, dim: int, item: Any) -> Tensor:
-    where: list[Any] = [slice(None)] * x.ndim
-    where[dim] = item
-    return x[tuple(where)]
-
-
-def _position(value: Any) -> Any:
-    if isinstance(value, int | None):
-        return value
-    raise refuse("a position that is known only in the call")
-
-
-@rule(aten.slice.Tensor)
-def _slice(
-    result: Result, x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
+def _addmm(
+    result: Result, b: Tensor, x: Tensor, w: Tensor, beta: Any = 1, alpha: Any = 1
 ) -> Tensor:
-    if x.shape == result.shape:
-        return x
-    start, end = _position(start), _position(end)
-    size = x.shape[dim].constant
-    if size is None:
-        raise refuse("a part of an axis whose size is known only in the call")
-    first, last, every = slice(start, end, _position(step)).indices(size)
-    if last <= first:
-        raise refuse("an empty slice")
-    return _index(x, dim, slice(first, last, every))
-
-
-@rule(aten.select.int)
-def _select(result: Result, x: Tensor, dim: int, at: Any) -> Tensor:
-    return _index(x, dim, _position(at))
-
-
-@rule(aten.narrow.default)
-def _narrow(result: Result, x: Tensor, dim: int, start: Any, length: Any) -> Tensor:
-    first = _position(start)
-    return _index(x, dim, slice(first, first + _position(length)))
-
-
-@rule(aten.split.Tensor)
-def _split(result: Result, x: Tensor, size: Any, dim: int = 0) -> list[Tensor]:
-    whole = x.shape[dim].constant
-    if whole is None:
-        raise refuse("a part of an axis whose size is known only in the call")
-    step = _position(size)
-    return [_index(x, dim, slice(i, min(i + step, whole))) for i in range(0, whole, step)]
-
-
-@rule(aten.split_with_sizes.default)
-def _split_sizes(result: Result, x: Tensor, sizes: Sequence[Any], dim: int = 0) -> list[Tensor]:
-    return list(ops.split(x, [Dim.of(_position(s)) for s in sizes], dim))
-
-
-@rule(aten.chunk.default)
-def _chunk(result: Result, x: Tensor, parts: int, dim: int = 0) -> list[Tensor]:
-    whole = x.shape[dim].constant
-    if whole is None:
-        raise refuse("a part of an axis whose size is known only in the call")
-    return _split(result, x, math.ceil(whole / parts), dim)
-
-
-@rule(aten.unbind.int)
-def _unbind(result: Result, x: Tensor, dim: int = 0) -> list[Tensor]:
-    whole = x.shape[dim].constant
-    if whole is None:
-        raise refuse("a part of an axis whose size is known only in the call")
-    return [_index(x, dim, i) for i in range(whole)]
-
-
-def _columns(x: Tensor, dim: int) -> None:
-    if dim % x.ndim != x.ndim - 1:
-        raise refuse("tensors joined along another axis than the last")
-
-
-@rule(aten.cat.default)
-def _cat(result: Result, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    _columns(tensors[0], dim)
-    return ops.concat([cast(t, result.dtype) for t in tensors], -1)
-
-
-@rule(aten.stack.default)
-def _stack(result: Result, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    return ops.stack([cast(t, result.dtype) for t in tensors], dim if dim < 0 else dim - tensors[0].ndim - 1)
+    return _multiply(result, x, w, b if beta == 1 else b * beta, alpha)

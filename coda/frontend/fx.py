@@ -20,8 +20,11 @@ import torch
 from torch.fx import Node as FxNode
 
 from coda.errors import CodaError, UnsupportedError, Where
+from coda.frontend import aten_views  # noqa: F401  (it enters its rules)
 from coda.frontend.aten import RULES, Result
-from coda.frontend.axes import canonical, outward, with_row_symbols
+from coda.frontend.axes import outward
+from coda.frontend.heads import heads_apart
+from coda.frontend.rows import canonical, with_row_symbols
 from coda.frontend.tensor import Tensor
 from coda.ir.dims import Dim
 from coda.ir.graph import Graph, Input, Node, origin
@@ -85,7 +88,11 @@ def result_of(value: Any) -> Result:
     if not isinstance(value, torch.Tensor):
         raise UnsupportedError("a value that is no tensor", found=type(value).__name__)
     dtype = from_torch(value.dtype)
-    if dtype is None or value.layout != torch.strided or dtype.size == 1 and dtype.kind == "float":
+    if (
+        dtype is None
+        or value.layout != torch.strided
+        or (dtype.size == 1 and dtype.kind == "float")
+    ):
         raise UnsupportedError(f"tensors of {value.dtype}, {value.layout}")
     if dtype.torch == torch.float64:
         raise UnsupportedError("float64 is torch's")
@@ -108,7 +115,7 @@ def apply_rule(node: FxNode, values: Callable[[FxNode], Any]) -> Any:
     Raises:
         CodaError: where no rule takes it.
     """
-    args = torch.fx.map_arg(node.args, values)
+    args: Any = torch.fx.map_arg(node.args, values)
     options: Any = torch.fx.map_arg(node.kwargs, values)
     if node.target is operator.getitem:
         return args[0][args[1]]
@@ -195,7 +202,9 @@ def _finish(
     arguments: tuple[Input, ...], inputs: tuple[FxNode, ...], wanted: Mapping[FxNode, Node]
 ) -> Imported:
     """Permutations to the outside, rows named, outputs that are one node returned once."""
-    ordered = dict(zip(wanted, outward(wanted.values()), strict=True))
+    found = outward(wanted.values())
+    apart = heads_apart([n for n, _ in found])
+    ordered = dict(zip(wanted, zip(apart, [o for _, o in found], strict=True), strict=True))
     distinct = list(dict.fromkeys(n for n, _ in ordered.values()))
     names = ["out"] if len(distinct) == 1 else [f"out{i}" for i in range(len(distinct))]
     graph = Graph("region", arguments, tuple(zip(names, distinct, strict=True)))

@@ -9,8 +9,6 @@ through any torch code.
 
 from __future__ import annotations
 
-import heapq
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,14 +20,16 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from coda.block import Block
-from coda.errors import CodaError
+from coda.errors import CodaError, UnsupportedError
 from coda.frontend.fx import Imported, import_nodes, value_of
+from coda.integrations.rebuild import Rebuild
 from coda.integrations.regions import cut, is_parameter
-from coda.integrations.report import GraphReport, RegionReport, keep_report
-from coda.ir.graph import Graph
+from coda.integrations.report import GraphReport, RegionReport, count_operators, keep_report
+from coda.ir.graph import Contract, Graph, walk
+from coda.ir.types import f32
 from coda.runtime import settings
 from coda.runtime.bind import bind_sizes
-from coda.runtime.run import gpu_arch
+from coda.runtime.run import choose_backend, gpu_arch
 
 aten = torch.ops.aten
 _blocks: dict[Graph, Block] = {}
@@ -39,19 +39,24 @@ def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callabl
     """Dynamo's backend `coda`: a callable that does what the graph does."""
     arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta.get("example_value", e) for n, e in zip(arguments, example_inputs, strict=True)]
-    why = _untouchable(gm)
-    if not why:
-        try:
-            functional = _functional(gm, fakes)
-        except Exception as e:  # torch's own tracer refuses: the model runs as it is
-            why = f"torch does not make it functional: {type(e).__name__}: {e}"
-    if why:
-        keep_report(GraphReport(whole=why))
-        return _rest(gm, example_inputs)
-    report = GraphReport()
-    split = _split(functional, report)
+    report = GraphReport(whole=_untouchable(gm))
     keep_report(report)
+    functional = None if report.whole else _functional_or_why(gm, fakes, report)
+    if functional is None:
+        return _rest(gm, example_inputs)
+    split = _split(functional, report)
     return _rest(split if report.regions else gm, example_inputs)
+
+
+def _functional_or_why(
+    gm: GraphModule, fakes: Sequence[Any], report: GraphReport
+) -> GraphModule | None:
+    """The functional graph; where torch's own tracer refuses, None, and why in the report."""
+    try:
+        return _functional(gm, fakes)
+    except Exception as e:
+        report.whole = f"torch does not make it functional: {type(e).__name__}: {e}"
+        return None
 
 
 def _rest(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -78,7 +83,9 @@ def _untouchable(gm: GraphModule) -> str:
 def _functional(gm: GraphModule, fakes: Sequence[Any]) -> GraphModule:
     """The graph in ATen operators that write to no argument; writes come at the end."""
     _numbers_as_they_are(gm)
-    found, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True)
+    made = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True)
+    found: Any = made[0]
+    signature = made[1]
     if signature.buffers_to_mutate or signature.parameters or signature.buffers:
         raise NotImplementedError("a graph that owns tensors")
     places = [n for n in found.graph.nodes if n.op == "placeholder"]
@@ -88,7 +95,7 @@ def _functional(gm: GraphModule, fakes: Sequence[Any]) -> GraphModule:
         example = old.meta.get("tensor_dict") or {}
         static = "_dynamo_static_input_type" in example
         new.meta["coda_parameter"] = static or isinstance(fake, nn.Parameter)
-    _write_back(found, signature.user_inputs_to_mutate)
+    _write_back(found, {str(k): str(v) for k, v in signature.user_inputs_to_mutate.items()})
     for node in list(found.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             found.graph.erase_node(node)
@@ -122,18 +129,6 @@ def _write_back(gm: GraphModule, mutated: dict[str, str]) -> None:
     output.args = (tuple(values),)
 
 
-class Region(nn.Module):
-    """A block in the place of a part of a graph."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *tensors: Tensor) -> Any:
-        found = self.block(*tensors)
-        return found if isinstance(found, tuple) else (found,)
-
-
 def _split(gm: GraphModule, report: GraphReport) -> GraphModule:
     """The graph with calls of blocks in the place of its regions."""
     modes = _modes(gm.graph)
@@ -143,13 +138,25 @@ def _split(gm: GraphModule, report: GraphReport) -> GraphModule:
     for nodes in found.regions:
         try:
             imported = _import(nodes)
-            block = _blocks.setdefault(imported.graph, Block(None, imported.graph))
-            report.regions.append(RegionReport.of(block, imported, nodes, _sizes(imported)))
-            regions.append((nodes, imported, block))
+            _refuse_devices(imported)
+            block = block_for(imported.graph)
+            lowered = RegionReport.of(block, nodes, _sizes(imported), _wanted(imported))
+            if not lowered.pays:
+                raise UnsupportedError("torch does it as cheaply")
         except CodaError as e:
-            found.left |= dict.fromkeys(nodes, f"its region cannot be lowered: {e.message}")
-    report.left = found.left
-    return _Rebuild(gm, regions, modes).run()
+            found.left |= dict.fromkeys(nodes, f"its region stays torch's: {e.message}")
+            continue
+        report.regions.append(lowered)
+        regions.append((nodes, imported, block))
+    report.left = count_operators(found.left)
+    return Rebuild(gm, regions, modes).run()
+
+
+def block_for(graph: Graph) -> Block:
+    """The one block of a graph: layers that are alike share it, and all that is compiled for it."""
+    if graph not in _blocks:
+        _blocks[graph] = Block(None, graph)
+    return _blocks[graph]
 
 
 def _import(nodes: list[FxNode]) -> Imported:
@@ -159,10 +166,31 @@ def _import(nodes: list[FxNode]) -> Imported:
     return import_nodes(nodes, returned, is_parameter)
 
 
+def _refuse_devices(imported: Imported) -> None:
+    """Raise UnsupportedError where the backend does not run a region on these tensors."""
+    devices = {value_of(n).device for n in imported.inputs}
+    if len(devices) > 1:
+        raise UnsupportedError("its tensors lie on several devices")
+    chosen = choose_backend("")
+    if chosen == "cuda" and devices.pop().type != "cuda":
+        raise UnsupportedError("its tensors are not on the GPU")
+    products = [n for n in walk(imported.graph.roots) if isinstance(n, Contract)]
+    if chosen != "reference" and any(f32 in (n.lhs.dtype, n.rhs.dtype) for n in products):
+        raise UnsupportedError("products of float32 are not compiled for a GPU")
+
+
+def _wanted(imported: Imported) -> tuple[str, ...] | None:
+    """Names of the arguments that get gradients; None where autograd does not record."""
+    if not torch.is_grad_enabled():
+        return None
+    pairs = zip(imported.graph.inputs, imported.inputs, strict=True)
+    return tuple(i.name for i, n in pairs if value_of(n).requires_grad) or None
+
+
 def _sizes(imported: Imported) -> dict[str, int]:
     """Sizes of the symbols of a region, as they were when it was traced. Raises CallError."""
-    shapes = [torch.empty([_hint(s) for s in value_of(n).shape], device="meta") for n in imported.inputs]
-    return bind_sizes(imported.graph, shapes)
+    shapes = [[_hint(s) for s in value_of(n).shape] for n in imported.inputs]
+    return bind_sizes(imported.graph, [torch.empty(s, device="meta") for s in shapes])
 
 
 def _hint(size: Any) -> int:
@@ -180,82 +208,3 @@ def _modes(graph: FxGraph) -> dict[FxNode, bool]:
         elif node.op in ("call_function", "output"):
             modes[node] = mode
     return modes
-
-
-class _Rebuild:
-    """The graph again, in an order in which a region is one call.
-
-    Attributes:
-        unit: the region that a node belongs to, or the node itself.
-        new: the node of the new graph for each that is still there.
-    """
-
-    def __init__(
-        self,
-        gm: GraphModule,
-        regions: Sequence[tuple[list[FxNode], Imported, Block]],
-        modes: dict[FxNode, bool],
-    ) -> None:
-        self.gm, self.regions, self.modes = gm, regions, modes
-        self.unit: dict[FxNode, Any] = {n: n for n in gm.graph.nodes}
-        for i, (nodes, _, _) in enumerate(regions):
-            self.unit |= dict.fromkeys(nodes, i)
-        self.graph = FxGraph()
-        self.new: dict[FxNode, Any] = {}
-
-    def run(self) -> GraphModule:
-        mode = torch.is_grad_enabled()
-        modules = {f"region{i}": Region(b) for i, (_, _, b) in enumerate(self.regions)}
-        for unit in self.order():
-            first = self.regions[unit][0][0] if isinstance(unit, int) else unit
-            wanted = self.modes.get(first, mode)
-            if wanted != mode:
-                self.graph.call_function(torch._C._set_grad_enabled, (wanted,))
-                mode = wanted
-            if isinstance(unit, int):
-                self.call(unit)
-            else:
-                self.new[unit] = self.graph.node_copy(unit, lambda n: self.new[n])
-        attributes = {n.target: getattr(self.gm, n.target) for n in self.graph.find_nodes(op="get_attr")}
-        root = nn.Module()
-        for name, value in {**modules, **attributes}.items():
-            setattr(root, name, value)
-        return GraphModule(root, self.graph)
-
-    def order(self) -> list[Any]:
-        """Nodes and regions, each after what it reads, otherwise as they were."""
-        places = {n: i for i, n in enumerate(self.gm.graph.nodes)}
-        at: dict[Any, int] = {}
-        waits: dict[Any, set[Any]] = {}
-        readers: dict[Any, set[Any]] = {}
-        for node, place in places.items():
-            unit = self.unit[node]
-            at.setdefault(unit, place)
-            before = {self.unit[o] for o in node.all_input_nodes} - {unit}
-            waits.setdefault(unit, set()).update(before)
-            for one in before:
-                readers.setdefault(one, set()).add(unit)
-        ready = [(at[u], u) for u, w in waits.items() if not w]
-        heap = [p for p, _ in ready]
-        by_place = {p: u for u, p in at.items()}
-        heapq.heapify(heap)
-        out: list[Any] = []
-        while heap:
-            unit = by_place[heapq.heappop(heap)]
-            out.append(unit)
-            for reader in readers.get(unit, ()):
-                waits[reader].discard(unit)
-                if not waits[reader]:
-                    heapq.heappush(heap, at[reader])
-        return out
-
-    def call(self, number: int) -> None:
-        """The call of a region's block, and its results under the axes that torch has them in."""
-        _, imported, _ = self.regions[number]
-        arguments = tuple(self.new[n] for n in imported.inputs)
-        called = self.graph.call_module(f"region{number}", arguments)
-        for node, (index, order) in imported.outputs.items():
-            found = self.graph.call_function(operator.getitem, (called, index))
-            if order != tuple(range(len(order))):
-                found = self.graph.call_function(aten.permute.default, (found, order))
-            self.new[node] = found

@@ -2,8 +2,8 @@
 
 Each operator has a level: how many operators of torch's lie on the longest way to it. Operators
 of coda's on one level that are connected are a region: a way from one of them to another cannot
-leave it, for it would come back on a higher level. What no product needs and what needs none (position
-tables, masks) is torch's and makes no level.
+leave it, for it would come back on a higher level. What no product needs and what needs none
+(position tables, masks) is torch's and makes no level.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _leave_what_meets_no_product(calls: Sequence[FxNode], left: dict[FxNode, str
     after: set[FxNode] = set()
     before: set[FxNode] = set()
     for node in calls:
-        if is_product(node) and node not in left or any(o in after for o in node.all_input_nodes):
+        if (is_product(node) and node not in left) or any(o in after for o in node.all_input_nodes):
             after.add(node)
     for node in reversed(calls):
         mine = [u for u in node.users if u not in left]

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
 from torch.fx import Node as FxNode
 
 from coda.block import Block
-from coda.errors import CodaError
 from coda.frontend.aten import VIEWS
-from coda.frontend.fx import Imported
+from coda.lowering.cost import MACHINES
 from coda.lowering.explain import Explanation
+from coda.runtime.run import target_arch
 
 
-@dataclass
+@dataclass(frozen=True)
 class RegionReport:
     """One region.
 
@@ -25,28 +26,60 @@ class RegionReport:
         block: what it became.
         ops: names of torch's operators in it, in order, without views.
         sizes: of the symbols, when it was traced.
-        explanation: the forward's Program and what it costs beside others.
+        forward: the forward's Program (one that saves, in training), and what it costs.
+        backward: the backward's, None without gradients.
     """
 
     block: Block
-    ops: list[str]
-    sizes: dict[str, int]
-    explanation: Explanation
+    ops: tuple[str, ...]
+    sizes: Mapping[str, int]
+    forward: Explanation
+    backward: Explanation | None
 
     @staticmethod
     def of(
-        block: Block, imported: Imported, nodes: Sequence[FxNode], sizes: Mapping[str, int]
+        block: Block,
+        nodes: Sequence[FxNode],
+        sizes: Mapping[str, int],
+        wanted: tuple[str, ...] | None,
     ) -> RegionReport:
-        """The report of a region, which is lowered for it. Raises CodaError."""
-        program = block.lower(dims=dict(sizes))
-        names = [operator_name(n) for n in nodes if n.target not in VIEWS]
-        return RegionReport(block, names, dict(sizes), Explanation(program))
+        """The report of a region, which is lowered as its calls will need it.
+
+        `wanted` names the arguments with gradients, None without them. Raises CodaError.
+        """
+        graph, arch = block.graph, target_arch("")
+        ops = tuple(operator_name(n) for n in nodes if n.target not in VIEWS)
+        if wanted is None:
+            frozen = not any(v.requires_grad for v in _tensors(nodes))
+            program = block.program_for(graph, arch, frozen, sizes)
+            return RegionReport(block, ops, sizes, Explanation(program), None)
+        found = block.trained_for(graph, arch, wanted, sizes)
+        backward = None if found.backward is None else Explanation(found.backward)
+        return RegionReport(block, ops, sizes, Explanation(found.forward), backward)
+
+    @property
+    def pays(self) -> bool:
+        """Whether the forward is cheaper than GEMMs apart with all else between them fused."""
+        program, other = self.forward.program, self.forward.pointwise
+        machine = MACHINES[program.arch]
+        own = program.hbm_bytes / machine.bandwidth + machine.launch * len(program.kernels)
+        return own < other.hbm_bytes / machine.bandwidth + machine.launch * other.launches
 
     def json(self) -> dict[str, Any]:
         """As plain data."""
-        found = self.explanation.json()
         kept = ("launches", "hbm_bytes", "eager", "pointwise_fused", "unfused")
-        return {"ops": dict(Counter(self.ops)), **{k: found[k] for k in kept}}
+        sides = {"forward": self.forward, "backward": self.backward}
+        told = {k: e.json() for k, e in sides.items() if e is not None}
+        return {
+            "ops": dict(Counter(self.ops)),
+            **{k: {name: v[name] for name in kept} for k, v in told.items()},
+        }
+
+
+def _tensors(nodes: Sequence[FxNode]) -> list[Any]:
+    """Fake values of what some nodes read."""
+    every = [o.meta.get("val") for n in nodes for o in n.all_input_nodes]
+    return [v for v in every if hasattr(v, "requires_grad")]
 
 
 @dataclass
@@ -55,12 +88,12 @@ class GraphReport:
 
     Attributes:
         regions: what became blocks.
-        left: torch's operators that stayed torch's, with the reason.
+        left: how often torch runs (operator, reason), views not counted.
         whole: why nothing of the graph was looked at, or "".
     """
 
     regions: list[RegionReport] = field(default_factory=list)
-    left: dict[FxNode, str] = field(default_factory=dict)
+    left: Counter[tuple[str, str]] = field(default_factory=Counter)
     whole: str = ""
 
     @property
@@ -68,40 +101,94 @@ class GraphReport:
         """How many operators are in blocks, views not counted."""
         return sum(len(r.ops) for r in self.regions)
 
-    @property
-    def operators_left(self) -> Counter[tuple[str, str]]:
-        """(operator, reason) of what torch runs, views not counted."""
-        return Counter((operator_name(n), w) for n, w in self.left.items() if n.target not in VIEWS)
-
     def json(self) -> dict[str, Any]:
         """As plain data."""
-        left = [{"op": o, "why": w, "times": n} for (o, w), n in self.operators_left.items()]
-        return {
-            "whole": self.whole,
-            "fused": self.fused,
-            "regions": [r.json() for r in self.regions],
-            "left": left,
-        }
+        left = [{"op": o, "why": w, "times": n} for (o, w), n in self.left.items()]
+        regions = [r.json() for r in self.regions]
+        return {"whole": self.whole, "fused": self.fused, "regions": regions, "left": left}
 
 
 @dataclass
 class Report:
-    """All graphs of a model, in the order in which they were compiled."""
+    """Graphs in the order in which they were compiled; `print` it, or take its `.json()`."""
 
     graphs: list[GraphReport] = field(default_factory=list)
 
+    @property
+    def fused(self) -> int:
+        """How many operators are in blocks, views not counted."""
+        return sum(g.fused for g in self.graphs)
 
-_report = Report()
+    @property
+    def left(self) -> Counter[tuple[str, str]]:
+        """How often torch runs (operator, reason), views not counted."""
+        return sum((g.left for g in self.graphs), Counter())
+
+    def json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"graphs": [g.json() for g in self.graphs]}
+
+    def tables(self) -> list[Table]:
+        """The regions of each graph, and what is left to torch."""
+        regions = Table(title="blocks", title_justify="left")
+        for column in ("graph", "ops", "launches", "op by op", "fused between", "MB", "", ""):
+            regions.add_column(column, justify="right")
+        for number, graph in enumerate(self.graphs):
+            for region in graph.regions:
+                regions.add_row(str(number), str(len(region.ops)), *_numbers(region))
+        left = Table(title="left to torch", title_justify="left")
+        for column in ("operator", "times", "why"):
+            left.add_column(column, overflow="fold")
+        for (name, why), times in self.left.most_common():
+            left.add_row(name, str(times), why)
+        for graph in self.graphs:
+            if graph.whole:
+                left.add_row("a graph", "1", graph.whole)
+        return [regions, left]
+
+    def __str__(self) -> str:
+        console = Console(width=100, force_terminal=False, no_color=True)
+        with console.capture() as captured:
+            console.print(*self.tables())
+        return captured.get()
+
+
+def _numbers(region: RegionReport) -> list[str]:
+    """Launches and megabytes of a region: coda's, torch's op by op, fused between GEMMs."""
+    sides = [e for e in (region.forward, region.backward) if e is not None]
+    launches = [sum(len(e.program.kernels) for e in sides)]
+    moved = [sum(e.program.hbm_bytes for e in sides)]
+    for name in ("eager", "pointwise"):
+        launches.append(sum(getattr(e, name).launches for e in sides))
+        moved.append(sum(getattr(e, name).hbm_bytes for e in sides))
+    return [*map(str, launches), *(f"{m / 1e6:.3f}" for m in moved)]
+
+
+LIMIT = 256  # graphs that are remembered
+_graphs: deque[GraphReport] = deque(maxlen=LIMIT)
 
 
 def keep_report(graph: GraphReport) -> None:
     """Add a graph to what `last_report` tells."""
-    _report.graphs.append(graph)
+    _graphs.append(graph)
+
+
+def last_report() -> Report:
+    """What became of the graphs that were compiled since `forget_report`, or since the start."""
+    return Report(list(_graphs))
+
+
+def forget_report() -> None:
+    """Begin a new report."""
+    _graphs.clear()
+
+
+def count_operators(left: Mapping[FxNode, str]) -> Counter[tuple[str, str]]:
+    """How often torch runs (operator, reason), views not counted."""
+    return Counter((operator_name(n), why) for n, why in left.items() if n.target not in VIEWS)
 
 
 def operator_name(node: FxNode) -> str:
     """`aten.linear`, without its overload."""
-    return re.sub(r"\.[^.]*$", "", str(node.target)) if "." in str(node.target) else node.name
-
-
-__all__ = ["CodaError", "GraphReport", "RegionReport", "Report"]
+    name = str(node.target)
+    return name.rsplit(".", 1)[0] if "." in name else getattr(node.target, "__name__", name)
