@@ -260,6 +260,9 @@ def _summed(d: Node, shape: Shape, whole: Shape) -> Node:
             continue
         if d.shape[i] == ONE:
             d = Map("mul", (d, Size(all_of, d.dtype)))
+        elif i + 1 < rank and wide[i + 1] == ONE != d.shape[i + 1]:
+            together = d.shape[i] * d.shape[i + 1]  # neighbours are summed at once
+            d = Reshape(d, (*d.shape[:i], ONE, together, *d.shape[i + 2 :]))
         else:
             d = Reduce("sum", d, i - rank)
     return _reshape(d, d.shape[rank - len(shape) :])

@@ -152,7 +152,7 @@ class _Build:
             return
         name = self.partition.name(node)
         self.program.places[node] = Place(name, 0, node.shape[-1].size(self.sizes))
-        self.buffer(name, node.shape, node.dtype)
+        self.buffer(name, (product(node.shape[:-1]), node.shape[-1]), node.dtype)
         parts = self.partition.joined[node]
         self.program.joined[name] = tuple(self.partition.name(p) for p in parts)
         for part in parts:

@@ -177,7 +177,7 @@ class Partition:
         ]
         taken = any(p in self.part_of or p in self.joined for p in parts)
         known = any(isinstance(p, Input | Const) or p in self.weights for p in parts)
-        if not all(whole) or taken or known or len(set(parts)) < len(parts) or node.rank != 2:
+        if not all(whole) or taken or known or len(set(parts)) < len(parts) or node.rank < 2:
             return False
         for part in parts:
             self.materialise(part)
