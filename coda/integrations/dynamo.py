@@ -92,6 +92,7 @@ def _functional(gm: GraphModule, fakes: Sequence[Any]) -> GraphModule:
     originals = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for new, old, fake in zip(places, originals, fakes, strict=True):
         new.meta.setdefault("val", fake)
+        new.meta["coda_gradient"] = isinstance(fake, Tensor) and fake.requires_grad
         example = old.meta.get("tensor_dict") or {}
         static = "_dynamo_static_input_type" in example
         new.meta["coda_parameter"] = static or isinstance(fake, nn.Parameter)
@@ -132,6 +133,7 @@ def _write_back(gm: GraphModule, mutated: dict[str, str]) -> None:
 def _split(gm: GraphModule, report: GraphReport) -> GraphModule:
     """The graph with calls of blocks in the place of its regions."""
     modes = _modes(gm.graph)
+    _mark_gradients(gm.graph, modes)
     outer = torch.is_grad_enabled()
     found = cut(gm.graph, [n for n, m in modes.items() if m != outer])
     regions: list[tuple[list[FxNode], Imported, Block]] = []
@@ -140,7 +142,9 @@ def _split(gm: GraphModule, report: GraphReport) -> GraphModule:
             imported = _import(nodes)
             _refuse_devices(imported)
             block = block_for(imported.graph)
-            lowered = RegionReport.of(block, nodes, _sizes(imported), _wanted(imported))
+            frozen = not any(n.meta["coda_gradient"] for n in imported.inputs)
+            sizes, wanted = _sizes(imported), _wanted(imported)
+            lowered = RegionReport.of(block, nodes, sizes, frozen, wanted)
             if not lowered.pays:
                 raise UnsupportedError("torch does it as cheaply")
         except CodaError as e:
@@ -184,7 +188,7 @@ def _wanted(imported: Imported) -> tuple[str, ...] | None:
     if not torch.is_grad_enabled():
         return None
     pairs = zip(imported.graph.inputs, imported.inputs, strict=True)
-    return tuple(i.name for i, n in pairs if value_of(n).requires_grad) or None
+    return tuple(i.name for i, n in pairs if n.meta["coda_gradient"]) or None
 
 
 def _sizes(imported: Imported) -> dict[str, int]:
@@ -208,3 +212,15 @@ def _modes(graph: FxGraph) -> dict[FxNode, bool]:
         elif node.op in ("call_function", "output"):
             modes[node] = mode
     return modes
+
+
+def _mark_gradients(graph: FxGraph, modes: dict[FxNode, bool]) -> None:
+    """Note of each node whether autograd will ask for its gradient."""
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            continue
+        value = value_of(node)
+        known = not isinstance(value, Tensor) or value.is_floating_point()
+        recorded = known and modes.get(node, False) and node.target is not aten.detach.default
+        above = any(o.meta["coda_gradient"] for o in node.all_input_nodes)
+        node.meta["coda_gradient"] = recorded and above

@@ -41,16 +41,17 @@ class RegionReport:
         block: Block,
         nodes: Sequence[FxNode],
         sizes: Mapping[str, int],
+        frozen: bool,
         wanted: tuple[str, ...] | None,
     ) -> RegionReport:
         """The report of a region, which is lowered as its calls will need it.
 
-        `wanted` names the arguments with gradients, None without them. Raises CodaError.
+        `frozen` as in `Block.lower`; `wanted` names the arguments with gradients, None without
+        autograd. Raises CodaError.
         """
         graph, arch = block.graph, target_arch("")
         ops = tuple(operator_name(n) for n in nodes if n.target not in VIEWS)
         if wanted is None:
-            frozen = not any(v.requires_grad for v in _tensors(nodes))
             program = block.program_for(graph, arch, frozen, sizes)
             return RegionReport(block, ops, sizes, Explanation(program), None)
         found = block.trained_for(graph, arch, wanted, sizes)
@@ -74,12 +75,6 @@ class RegionReport:
             "ops": dict(Counter(self.ops)),
             **{k: {name: v[name] for name in kept} for k, v in told.items()},
         }
-
-
-def _tensors(nodes: Sequence[FxNode]) -> list[Any]:
-    """Fake values of what some nodes read."""
-    every = [o.meta.get("val") for n in nodes for o in n.all_input_nodes]
-    return [v for v in every if hasattr(v, "requires_grad")]
 
 
 @dataclass

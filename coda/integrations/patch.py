@@ -1,0 +1,277 @@
+"""`coda.patch(model)`: the repeated layers of a model through coda, in place and undone at will.
+
+Layers are found by structure: a `ModuleList` of modules of one class that hold matrices, which lies
+in no other such list. Each gets a compiled call of its own (torch's slot for it, on the instance):
+class, forward, parameters, hooks and names stay what they are. One layer of each kind is run first,
+on what the model itself gives it, and held against float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from coda.errors import CallError, UnsupportedError
+from coda.integrations import report as told
+from coda.integrations.dynamo import backend
+
+SLACK = 2.0  # how many times torch's own error a layer may be away from float64
+
+
+@dataclass(frozen=True)
+class Patched:
+    """One layer: its name, whether coda runs it, why not, and of a checked one what was measured.
+
+    `fused` and `left` count torch's operators in blocks and outside; the errors are relative to
+    float64, in the Frobenius norm.
+    """
+
+    name: str
+    replaced: bool
+    why: str = ""
+    fused: int = 0
+    left: int = 0
+    error: float = 0.0
+    torch_error: float = 0.0
+
+
+@dataclass
+class PatchReport:
+    """What `patch` did: `print` it; `undo()` gives the model back as it was."""
+
+    layers: list[Patched] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def replaced(self) -> int:
+        """How many layers coda runs."""
+        return sum(one.replaced for one in self.layers)
+
+    def undo(self) -> None:
+        """Take the compiled calls away."""
+        for module in self.modules:
+            module._compiled_call_impl = None
+        self.modules.clear()
+
+    def __str__(self) -> str:
+        table = Table(title=f"{self.replaced} of {len(self.layers)} layers", title_justify="left")
+        for column in ("layer", "coda", "ops in blocks", "left", "error", "torch's", "why not"):
+            table.add_column(column, overflow="fold")
+        for one in self.layers:
+            numbers = [str(one.fused), str(one.left), f"{one.error:.1e}", f"{one.torch_error:.1e}"]
+            shown = numbers if one.error or one.fused else [""] * 4
+            table.add_row(one.name, "yes" if one.replaced else "no", *shown, one.why)
+        console = Console(width=110, force_terminal=False, no_color=True)
+        with console.capture() as captured:
+            console.print(table)
+        return captured.get()
+
+
+def patch(
+    model: nn.Module,
+    example: Mapping[str, Any] | Sequence[Any] | None = None,
+    *,
+    only: Iterable[str] = ("*",),
+    skip: Iterable[str] = (),
+    dynamic: bool | None = None,
+) -> PatchReport:
+    """Run a model's repeated layers by coda, from now on.
+
+    Args:
+        model: its layers are changed in place; nothing else in the process is.
+        example: arguments of the model's forward, by name or in order, on which the layers are
+            checked; by default the model's own `dummy_inputs`, as transformers has them.
+        only, skip: patterns of layers' names, as in `model.layers.*`.
+        dynamic: as in `torch.compile`.
+
+    Raises:
+        CallError: without an example.
+        UnsupportedError: where no layer was replaced; the message is the table.
+    """
+    layers = dict(_chosen(model, tuple(only), tuple(skip)))
+    if not layers:
+        raise UnsupportedError(
+            "no repeated layers were found to patch",
+            found=type(model).__name__,
+            help='torch.compile(model, backend="coda") takes any model',
+        )
+    report = PatchReport()
+    fresh = {n: m for n, m in layers.items() if not _foreign(m)}
+    kinds = {n: _kind(m) for n, m in fresh.items()}
+    first = {kind: n for n, kind in reversed(kinds.items())}
+    seen = _inputs(model, example, {n: fresh[n] for n in first.values()}) if fresh else {}
+    limit = 8 * max(len(layers), 1)
+    call = torch.compile(_fresh_call(), backend=backend, dynamic=dynamic, recompile_limit=limit)
+    checked = {k: _check(n, fresh[n], call, seen.get(n)) for k, n in first.items()}
+    for name, module in layers.items():
+        if name not in fresh:
+            report.layers.append(Patched(name, False, "its call was replaced by somebody else"))
+            continue
+        result = checked[kinds[name]]
+        same = first[kinds[name]] == name
+        report.layers.append(result if same else Patched(name, result.replaced, result.why))
+        if result.replaced:
+            module._compiled_call_impl = functools.partial(call, module)
+            report.modules.append(module)
+    if not report.replaced:
+        raise UnsupportedError("no layer was replaced", found="\n" + str(report))
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo `patch`, for all layers of a model."""
+    for module in model.modules():
+        if _is_ours(module._compiled_call_impl):
+            module._compiled_call_impl = None
+
+
+def _is_ours(call: Any) -> bool:
+    return isinstance(call, functools.partial) and hasattr(call.func, "_coda_patch")
+
+
+def _foreign(module: nn.Module) -> bool:
+    """Whether somebody (coda among them) has already put another call in the place of a layer's."""
+    return module._compiled_call_impl is not None or "forward" in vars(module)
+
+
+def _fresh_call() -> Callable[..., Any]:
+    """The call of a layer, with a code object of its own: torch keeps compiled code by those."""
+
+    def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return layer._call_impl(*args, **kwargs)
+
+    return types.FunctionType(call.__code__.replace(), globals(), "call")
+
+
+def _chosen(
+    model: nn.Module, only: tuple[str, ...], skip: tuple[str, ...]
+) -> Iterator[tuple[str, nn.Module]]:
+    """The layers by name."""
+    outer: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(o) for o in outer):
+            continue
+        matrices = [[p for p in one.parameters() if p.ndim == 2] for one in module]
+        if len({type(one) for one in module}) != 1 or not all(len(m) > 1 for m in matrices):
+            continue
+        outer.append(name + ".")
+        for number, one in module.named_children():
+            path = f"{name}.{number}"
+            wanted = any(fnmatch(path, p) for p in only)
+            if wanted and not any(fnmatch(path, p) for p in skip):
+                yield path, one
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """What layers have in common for which one check stands."""
+    tensors = [(n, tuple(p.shape), p.dtype) for n, p in module.named_parameters()]
+    classes = [(n, type(m).__name__) for n, m in module.named_modules()]
+    return type(module), tuple(tensors), tuple(classes)
+
+
+def _inputs(
+    model: nn.Module,
+    example: Mapping[str, Any] | Sequence[Any] | None,
+    layers: Mapping[str, nn.Module],
+) -> dict[str, tuple[Any, Any]]:
+    """What the model gives these layers on the example."""
+    if example is None:
+        example = getattr(model, "dummy_inputs", None)
+    if example is None:
+        raise CallError(
+            "a model is patched on an example of its arguments",
+            found=type(model).__name__,
+            help="coda.patch(model, example={'input_ids': …})",
+        )
+    found: dict[str, tuple[Any, Any]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: found.setdefault(name, (args, kwargs)) and None
+
+    hooks = [m.register_forward_pre_hook(keep(n), with_kwargs=True) for n, m in layers.items()]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    given = pytree.tree_map_only(Tensor, lambda t: t.to(device), example)
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            _call(model, given)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _call(model: nn.Module, given: Mapping[str, Any] | Sequence[Any]) -> Any:
+    if not isinstance(given, Mapping):
+        return model(*given)
+    takes = inspect.signature(model.forward).parameters
+    quiet = {"use_cache": False} if "use_cache" in takes and "use_cache" not in given else {}
+    return model(**given, **quiet)
+
+
+def _check(
+    name: str, layer: nn.Module, call: Callable[..., Any], inputs: tuple[Any, Any] | None
+) -> Patched:
+    """Run one layer by torch and by coda, and hold both against float64."""
+    if inputs is None:
+        return Patched(name, False, "the example does not reach it")
+    args, kwargs = inputs
+    modes = {m: m.training for m in layer.modules()}
+    before = len(told.last_report().graphs)
+    try:
+        layer.eval()
+        with torch.no_grad():
+            plain = _tensors(layer._call_impl(*args, **kwargs))
+            ours = _tensors(call(layer, *args, **kwargs))
+            exact = _exactly(layer, args, kwargs)
+    except Exception as e:
+        return Patched(name, False, f"{type(e).__name__}: {str(e).splitlines()[0]}")
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    graphs = told.last_report().graphs[before:]
+    fused, left = sum(g.fused for g in graphs), sum(sum(g.left.values()) for g in graphs)
+    error, others = _distance(ours, exact), _distance(plain, exact)
+    why = ""
+    if not fused:
+        why = next((g.whole for g in graphs if g.whole), "nothing in it is cheaper in a block")
+    elif not error <= SLACK * others + 1e-6:
+        why = f"it is {error:.1e} away from float64, torch {others:.1e}"
+    return Patched(name, not why, why, fused, left, error, others)
+
+
+def _exactly(layer: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
+    """The layer's outputs in float64."""
+    double = copy.deepcopy(layer).double()
+
+    def wide(t: Tensor) -> Tensor:
+        return t.double() if t.is_floating_point() else t
+
+    args, kwargs = pytree.tree_map_only(Tensor, wide, (args, kwargs))
+    return _tensors(double._call_impl(*args, **kwargs))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(value)
+    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest relative distance of an output."""
+    pairs = zip(found, exact, strict=True)
+    norms = [((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs]
+    return max(norms, default=0.0)
