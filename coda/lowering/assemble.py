@@ -17,7 +17,7 @@ from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import Node, Reduce, Slice
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
-from coda.lowering.columns import LEAF, NO_LANE, Ints, Refused, Space, Spread, Value, distinct_rows
+from coda.lowering.columns import SUMS, RowStatistic, Space, Spread
 from coda.lowering.epilogue import (
     Acc,
     Call,
@@ -31,6 +31,7 @@ from coda.lowering.epilogue import (
     Statistic,
     StoreExpr,
 )
+from coda.lowering.values import LEAF, NO_LANE, Ints, Refused, Value, beside, distinct_rows
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,22 @@ class _Assembly:
             return (self.at(value, np.arange(self.points), columns),)
         raise Refused(f"it has {value.count} columns where the kernel has {self.space.width}")
 
+    def is_filled_by(self, value: Value) -> bool:
+        """Whether a value has an element for each column, or one for each pair of them."""
+        if self.split is None or value.count != self.points:
+            return value.count == self.space.width
+        columns = self.columns()
+        inside = (value.slots[:, :, None] == columns[:, None, :]).any(-1) | (value.slots < 0)
+        return bool(inside.all())
+
     def at(self, value: Value, element: Ints, columns: Ints) -> Expr:
         """The expression at every point, of the element that the point computes."""
         slots, group = value.slots[element], value.group[element]
         inside = (slots[:, :, None] == columns[:, None, :]).any(-1) | (slots < 0)
         if not inside.all():
             raise Refused("an element reads columns of another point")
-        if self.space.groups:
-            size = self.space.groups[0].size
+        size = self.space.group_size
+        if size:
             if self.split is not None and size % (2 * self.split):
                 raise Refused("pairs of columns cross the groups of a statistic")
             if np.any((group >= 0) & (group != columns[:, 0] // size)):
@@ -277,7 +286,11 @@ class _Assembly:
         split = self.split if kind == "tile" and self.split not in (None, 1) else 0
         if split and not self.space.whole_rows:
             raise Refused("partners of a tile operand are not neighbours in memory")
-        self.operands[name] = Operand(name, kind, dtype, lanes, split=split or 0)
+        span = None
+        if kind == "tile" and name in self.space.offsets:
+            elements = rows.size(self.space.sizes)
+            span = self.space.offsets[name], elements // self.space.rows.size(self.space.sizes)
+        self.operands[name] = Operand(name, kind, dtype, lanes, split=split or 0, span=span)
         self.nodes[name] = node
 
 
@@ -311,19 +324,16 @@ def assemble(
         partial_of: the buffer of a reduction's partials.
     """
     values = [v for s in stores for v in s.values] + [s.value for s in sinks]
-    values += [v for _, v in space.statistics.values()]
+    values += [s.value for s in space.statistics.values()]
     build = _Assembly(space, operand_of, pairing(space.width, [v.slots for v in values]))
     store_exprs = tuple(_store(build, s) for s in stores)
     if build.split is not None and not space.whole_rows:
         neighbours = [s for s in store_exprs if len(s.lanes) == 2 and not s.split]
         if len(neighbours) > 1:
             raise Refused("an epilogue writes one matrix of neighbouring pairs")
-    if build.split is not None and any(s.rows for s in sinks):
+    if build.split is not None and not space.whole_rows and any(s.rows for s in sinks):
         raise Refused("a sum over the rows of pairs of columns")
-    sink_exprs = tuple(
-        SinkExpr(s.buffer, s.monoid, build.lanes(s.value), s.index, s.rows, s.rounded)
-        for s in sinks
-    )
+    sink_exprs = tuple(_sink(build, s) for s in sinks)
     for sink in sinks:
         if sink.index is not None:
             build.bind(Load(sink.index, NO_LANE))
@@ -356,9 +366,9 @@ def _statistics(
     space = build.space
     needed = _stat_names(roots)
     rows: list[Statistic] = []
-    for name, (node, value) in reversed(space.statistics.items()):
+    for name, one in reversed(space.statistics.items()):
         if name in needed:
-            rows.insert(0, _row_statistic(build, node, name, value))
+            rows.insert(0, _row_statistic(build, name, one))
             expr = rows[0].expr
             needed |= _stat_names([expr]) if expr is not None else set()
     folds: list[Statistic] = []
@@ -395,43 +405,41 @@ def _stat_names(exprs: Sequence[Expr]) -> set[str]:
     return found
 
 
-def _row_statistic(build: _Assembly, node: Node, name: str, value: Value) -> Statistic:
-    lanes = build.lanes(value)
-    assert isinstance(node, Reduce)
-    expr = lanes[0]
-    if len(lanes) > 1:
-        if node.fn != "sum":
-            raise Refused("a row kernel takes sums of pairs of columns, and no other statistic")
-        expr = Call("add", lanes)
-    return Statistic(name, node.fn, expr, value.count)
+def _row_statistic(build: _Assembly, name: str, one: RowStatistic) -> Statistic:
+    lanes = build.lanes(one.value)
+    expr = lanes[0] if len(lanes) == 1 else Call("add", lanes)
+    if len(lanes) > 1 and one.node.fn not in SUMS:
+        raise Refused("a row kernel takes sums of pairs of columns, and no other statistic")
+    return Statistic(name, one.node.fn, expr, one.group or one.count, one.group)
+
+
+def _sink(build: _Assembly, sink: Sink) -> SinkExpr:
+    """A reduction over the columns, or a sum over the rows."""
+    space = build.space
+    if not space.whole_rows:
+        lanes = build.lanes(sink.value)
+        return SinkExpr(sink.buffer, sink.monoid, lanes, sink.index, sink.rows, sink.rounded)
+    lanes = build.lanes(space.widened(sink.value))
+    split = build.split if build.split is not None and build.split > 1 else 0
+    span = _span(space, sink.value)
+    return SinkExpr(sink.buffer, sink.monoid, lanes, rows=True, split=split, span=span)
+
+
+def _span(space: Space, value: Value) -> tuple[int, int] | None:
+    """The columns that a value has, where it has not all of them."""
+    return None if value.count == space.width else (space.place_of(value), value.count)
 
 
 def _store(build: _Assembly, store: Store) -> StoreExpr:
     """Values side by side, as one matrix; or one narrow value."""
-    if all(v.narrow for v in store.values) and build.space.width != 1:
+    space = build.space
+    if all(v.narrow for v in store.values) and space.width != 1:
         (value,) = store.values
-        expr = build.bind(_place(build.space.exprs[int(value.expr[0])], (), []))
+        expr = build.bind(_place(space.exprs[int(value.expr[0])], (), []))
         return StoreExpr(store.buffer, store.dtype, (expr,), narrow=True)
-    lanes = build.lanes(_beside(store.values))
+    value, span = beside(store.values), None
+    if space.whole_rows and not build.is_filled_by(value):
+        value, span = space.widened(value), _span(space, value)
+    lanes = build.lanes(value)
     split = build.split if build.split is not None and len(lanes) == 2 else 0
-    return StoreExpr(store.buffer, store.dtype, lanes, 0 if split == 1 else (split or 0))
-
-
-def _beside(values: Sequence[Value]) -> Value:
-    """Values concatenated along the columns."""
-    if len(values) == 1:
-        return values[0]
-    slots = max(v.slots.shape[1] for v in values)
-    leaves = max(v.leaves.shape[1] for v in values)
-
-    def padded(a: NDArray, width: int) -> NDArray:
-        extra = np.full((len(a), width - a.shape[1], *a.shape[2:]), -1)
-        return np.concatenate([a, extra], 1)
-
-    return Value(
-        (sum(v.count for v in values),),
-        np.concatenate([v.expr for v in values]),
-        np.concatenate([padded(v.slots, slots) for v in values]),
-        np.concatenate([padded(v.leaves, leaves) for v in values]),
-        np.concatenate([v.group for v in values]),
-    )
+    return StoreExpr(store.buffer, store.dtype, lanes, 0 if split == 1 else (split or 0), span=span)

@@ -25,7 +25,7 @@ from coda.ir.graph import (
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
 from coda.lowering.assemble import Assembled, Sink, Store, assemble
-from coda.lowering.columns import Refused, Space, Value
+from coda.lowering.columns import Space
 from coda.lowering.epilogue import Acc, Operand
 from coda.lowering.partition import Draft, Partition
 from coda.lowering.program import (
@@ -39,6 +39,7 @@ from coda.lowering.program import (
     TorchKernel,
 )
 from coda.lowering.roles import row_symbols
+from coda.lowering.values import Refused, Value
 
 
 class Banned(Exception):
@@ -182,9 +183,9 @@ class _Build:
         names = tuple(tuple(n for n, _ in g) for g in groups)
         if draft.kind == "row":
             space = draft.space
-            nodes = self.computed(draft, stored)
+            nodes = self.computed(draft, [*stored, *sunk])
             return RowwiseKernel(
-                "", assembled, names, assembled.folded, nodes, space.rows, space.width
+                "", assembled, names, assembled.folded, tuple(sunk), nodes, space.rows, space.width
             )
         for contract in draft.contracts:
             self.need(contract.lhs)

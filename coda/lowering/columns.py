@@ -9,13 +9,11 @@ only move the arrays. RoPE, gated activations and per-head norms need no case of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from coda.ir.dims import ONE, Dim, Shape, broadcast, product
 from coda.ir.graph import (
@@ -33,54 +31,22 @@ from coda.ir.graph import (
     Slice,
     walk,
 )
-from coda.lowering.epilogue import Acc, Call, Expr, Literal, Load, Stat
+from coda.lowering.epilogue import Acc, Expr, Literal, Load, Stat
+from coda.lowering.values import (
+    LEAF,
+    NO_LANE,
+    TILE_PARTS,
+    Ints,
+    Refused,
+    Value,
+    beside,
+    combine,
+    first_column,
+    spread,
+)
 
-Ints = NDArray[np.int64]
-NO_LANE = -1  # the lane of a load that is the same for all columns
-TILE_PARTS = (32, 64, 128, 256)  # widths of groups that every tile or subtile is made of
-LEAF = "%"  # Load("%3") is row leaf 3 of an element: a vector that the element names itself
-
-
-class Refused(Exception):
-    """A node cannot be computed at the points of a kernel; the message says why, for `explain`."""
-
-
-@dataclass(eq=False)
-class Value:
-    """A node at the columns of a kernel.
-
-    Attributes:
-        shape: the node's column axes.
-        expr: for each element (row-major) an index into the space's expressions, in which lane i
-            of Acc and of tile loads stands for `slots[:, i]`.
-        slots: columns of the space that an element reads, ascending, -1 for none.
-        leaves: (source, index) of each row leaf of an element, -1 for none.
-        group: the column group whose statistic an element reads, -1 for none.
-    """
-
-    shape: tuple[int, ...]
-    expr: Ints
-    slots: Ints
-    leaves: Ints
-    group: Ints
-
-    @property
-    def count(self) -> int:
-        """The number of elements in a row."""
-        return len(self.expr)
-
-    @property
-    def narrow(self) -> bool:
-        """Whether the value is the same for all columns."""
-        return self.count == 1 and self.slots.shape[1] == 0 and self.leaves.shape[1] == 0
-
-    def move(self, change: Callable[[NDArray], NDArray]) -> Value:
-        """The elements that a view keeps, in its order; `change` acts on the column axes."""
-        index = change(np.arange(self.count).reshape(self.shape))
-        flat = index.reshape(-1)
-        return Value(
-            index.shape, self.expr[flat], self.slots[flat], self.leaves[flat], self.group[flat]
-        )
+SUMS = ("sum", "mean")
+Segment = tuple[int, int]  # the first of some columns, and how many
 
 
 @dataclass(frozen=True)
@@ -106,6 +72,19 @@ class GroupStatistic:
     size: int
 
 
+@dataclass(frozen=True)
+class RowStatistic:
+    """A reduction in a pass over rows: of `value`, which is 0 outside the `count` columns reduced.
+
+    `group` is the width of the groups that are reduced apart, or 0.
+    """
+
+    node: Reduce
+    value: Value
+    count: int
+    group: int
+
+
 @dataclass
 class Space:
     """The columns of one kernel and the nodes that were computed there.
@@ -117,12 +96,17 @@ class Space:
         leaf: what a node is called that the kernel loads, or None where it does not.
         accumulators: contractions of this kernel, with the first column of each.
         whole_rows: whether a reduction over all columns can be used again (row kernels).
+        segmented: whether a concatenation is taken part by part, each in its own columns.
         refused: nodes that are not computed here, and why.
-        statistics: reductions of whole rows by name, with what they reduce.
+        statistics: reductions of whole rows, or of groups of their columns, by name.
         folds: reductions by name whose partials this kernel folds.
         leads: the row axes under which values were seen, as [B, S] for rows of B·S.
         spread: operands that depend on some of the row axes only, by name.
         tables: sources that depend on the rows, with their number of columns.
+        segment: the columns (first, count) in which narrower matrices are loaded now: a pass over
+            rows takes a concatenation part by part.
+        segments: all such columns so far.
+        offsets: the first column of each matrix that is narrower than the kernel.
     """
 
     width: int
@@ -131,17 +115,93 @@ class Space:
     leaf: Callable[[Node], str | None] = lambda node: None
     accumulators: Mapping[Node, int] = field(default_factory=dict)
     whole_rows: bool = False
+    segmented: bool = True
     values: dict[Node, Value] = field(default_factory=dict)
     refused: dict[Node, str] = field(default_factory=dict)
     exprs: list[Expr] = field(default_factory=list)
     index: dict[Expr, int] = field(default_factory=dict)
     sources: list[Node] = field(default_factory=list)
     groups: list[GroupStatistic] = field(default_factory=list)
-    statistics: dict[str, tuple[Node, Value]] = field(default_factory=dict)
+    statistics: dict[str, RowStatistic] = field(default_factory=dict)
     folds: dict[str, Node] = field(default_factory=dict)
     leads: dict[Shape, None] = field(default_factory=dict)
     spread: dict[str, Spread] = field(default_factory=dict)
     tables: dict[Node, int] = field(default_factory=dict)
+    segment: Segment | None = None
+    segments: dict[Segment, None] = field(default_factory=dict)
+    offsets: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def inside(self, segment: Segment | None) -> Iterator[None]:
+        """Load matrices as wide as the segment at its columns; None changes nothing."""
+        before = self.segment
+        self.segment = segment or before
+        try:
+            yield
+        finally:
+            self.segment = before
+
+    def parts(self, node: Node) -> list[tuple[Node, Segment | None]]:
+        """The operands of a node, with the columns of those that lie side by side."""
+        plain: list[tuple[Node, Segment | None]] = [(o, None) for o in node.operands]
+        if not (self.whole_rows and self.segmented and isinstance(node, Concat)):
+            return plain
+        axes = node.rank - self.split(node)
+        first, count = self.segment or (0, self.width)
+        if axes != -node.axis or product(node.shape[-axes:]).size(self.sizes) != count:
+            return plain
+        found: list[tuple[Node, Segment | None]] = []
+        for arg in node.args:
+            size = product(arg.shape[-axes:]).size(self.sizes)
+            found.append((arg, (first, size)))
+            self.segments.setdefault((first, size))
+            first += size
+        return found
+
+    def matches(self, elements: int) -> bool:
+        """Whether a matrix of so many elements fills the kernel, or the segment."""
+        rows = self.rows.size(self.sizes)
+        wide = [self.width] if self.segment is None else [self.width, self.segment[1]]
+        return any(elements == w * rows for w in wide)
+
+    @contextmanager
+    def attempt(self, kept: Callable[[Node], bool]) -> Iterator[None]:
+        """Forget what was computed inside if it is refused, but for the nodes to be kept."""
+        nodes, offsets = set(self.values), dict(self.offsets)
+        statistics, segments = dict(self.statistics), dict(self.segments)
+        try:
+            yield
+        except Refused:
+            for node in set(self.values) - nodes:
+                if not kept(node):
+                    del self.values[node]
+            self.offsets, self.segments = offsets, segments
+            self.statistics = statistics
+            raise
+
+    def place_of(self, value: Value) -> int:
+        """The column at which a value begins. Raises Refused where nothing tells."""
+        if value.count == self.width:
+            return 0
+        first = first_column(value)
+        if first < 0 and self.segment is not None and self.segment[1] == value.count:
+            first = self.segment[0]
+        if first < 0 or first + value.count > self.width:
+            raise Refused("it does not lie in the columns of the kernel, one by one")
+        return first
+
+    def widened(self, value: Value) -> Value:
+        """A value that is 0 in all columns that it does not have. Raises Refused."""
+        first = self.place_of(value)
+        rest = self.width - first - value.count
+        zeros = [self.at((n,), Literal(0.0), None) for n in (first, rest)]
+        return beside([v for v in (zeros[0], value, zeros[1]) if v.count])
+
+    @property
+    def group_size(self) -> int:
+        """The width of the groups of columns that have statistics of their own, or 0."""
+        sizes = [g.size for g in self.groups]
+        return next(iter(sizes + [s.group for s in self.statistics.values() if s.group]), 0)
 
     def id(self, expr: Expr) -> int:
         """The index of an expression."""
@@ -236,7 +296,7 @@ class Space:
                 return self._permute(node)
             case Expand(arg=arg):
                 shape = self.columns(node)
-                return _spread(self._aligned(arg, len(shape)), shape)
+                return spread(self._aligned(arg, len(shape)), shape)
             case Reduce():
                 return self._reduce(node)
         raise Refused(f"`{type(node).__name__.lower()}` is not computed point by point")
@@ -260,9 +320,18 @@ class Space:
             return self.at(shape, Load(name, NO_LANE), None)
         if (over_rows or self.rows == ONE) and count == self.width:
             return self.at(shape, Load(name, 0), np.arange(count))
+        if over_rows and self.segment is not None and count == self.segment[1]:
+            return self.at(shape, Load(name, 0), self.anchored(name) + np.arange(count))
         if over_rows and self.rows != ONE:
             self.tables[node] = count
         return self._source(shape, node)
+
+    def anchored(self, name: str) -> int:
+        """The first column of a matrix that is as wide as the segment. Raises Refused."""
+        assert self.segment is not None
+        if self.offsets.setdefault(name, self.segment[0]) != self.segment[0]:
+            raise Refused("a matrix is read at two places of the kernel's columns")
+        return self.offsets[name]
 
     def at(self, shape: tuple[int, ...], expr: Expr, slots: Ints | None) -> Value:
         count = int(np.prod(shape))
@@ -292,8 +361,8 @@ class Space:
     def _map(self, node: Map) -> Value:
         columns = self._column_axes(node)
         args = [self._aligned(a, columns) for a in node.args]
-        value = _combine(self, node.fn, args)
-        sums = all(n.fn == "sum" for n, _ in self.statistics.values() if isinstance(n, Reduce))
+        value = combine(self, node.fn, args)
+        sums = all(s.node.fn in SUMS for s in self.statistics.values())
         if self.whole_rows and not sums and value.slots.shape[1] > 1:
             raise Refused("a row kernel takes sums of pairs of columns, and no other statistic")
         return value
@@ -311,7 +380,7 @@ class Space:
     def _cast(self, node: Cast, value: Value) -> Value:
         if node.arg.dtype.kind == "bool" and node.to.kind != "bool":
             one, zero = (self.at((1,) * len(value.shape), Literal(v), None) for v in (1.0, 0.0))
-            return _combine(self, "where", [value, one, zero])
+            return combine(self, "where", [value, one, zero])
         if node.to.kind != "float":
             raise Refused(f"a cast to {node.to} rounds")
         return value
@@ -330,16 +399,11 @@ class Space:
 
     def _concat(self, node: Concat) -> Value:
         axis = self._axis(node, node.axis)
-        parts = [self.operand(a, node.rank - self.split(node)) for a in node.args]
-        slots = max(p.slots.shape[1] for p in parts)
-        leaves = max(p.leaves.shape[1] for p in parts)
-        joined = Value(
-            (sum(p.count for p in parts),),
-            np.concatenate([p.expr for p in parts]),
-            np.concatenate([_pad(p.slots, slots) for p in parts]),
-            np.concatenate([_pad(p.leaves, leaves) for p in parts]),
-            np.concatenate([p.group for p in parts]),
-        )
+        parts: list[Value] = []
+        for arg, segment in self.parts(node):
+            with self.inside(segment):
+                parts.append(self.operand(arg, node.rank - self.split(node)))
+        joined = beside(parts)
         starts = np.cumsum([0] + [p.count for p in parts])
         order = np.concatenate(
             [np.arange(p.count).reshape(p.shape) + s for p, s in zip(parts, starts, strict=False)],
@@ -359,21 +423,37 @@ class Space:
         value = self.compute(node.arg)
         if value.count == value.shape[axis]:
             return self._whole_row(node, value)
-        return self._group(node, value, axis)
+        group = self._group_of_row if self.whole_rows else self._group
+        return group(node, value, axis)
 
     def _whole_row(self, node: Reduce, value: Value) -> Value:
         if not self.whole_rows:
             raise Refused(f"`{node.fn}` needs the whole row, and a tile has a part of it")
-        if value.count != self.width or (value.slots.shape[1] > 1 and node.fn != "sum"):
+        paired = value.count != self.width or value.slots.shape[1] > 1
+        if paired and node.fn not in SUMS:
             raise Refused("it does not reduce the columns of the kernel one by one")
+        return self.at(self.columns(node), Stat(self._statistic(node, value, 0)), None)
+
+    def _statistic(self, node: Reduce, value: Value, group: int) -> str:
+        """A name for a statistic of the row, or of groups of its columns."""
         name = f"s{len(self.statistics)}"
-        self.statistics[name] = (node, value)
-        return self.at(self.columns(node), Stat(name), None)
+        self.statistics[name] = RowStatistic(node, self.widened(value), value.count, group)
+        return name
+
+    def _group_of_row(self, node: Reduce, value: Value, axis: int) -> Value:
+        """A statistic of aligned groups of columns in a pass over rows."""
+        size, first = value.shape[axis], self.place_of(value)
+        sizes = {s.group for s in self.statistics.values() if s.group} | {size}
+        if axis != -1 or first % size or size not in TILE_PARTS or len(sizes) > 1:
+            raise Refused(f"`{node.fn}` does not reduce aligned groups of columns of one size")
+        if node.fn not in SUMS:
+            raise Refused(f"a group statistic is a sum, not `{node.fn}`")
+        out = self.at(self.columns(node), Stat(self._statistic(node, value, size)), None)
+        out.group = (first + np.arange(0, value.count, size)) // size
+        return out
 
     def _group(self, node: Reduce, value: Value, axis: int) -> Value:
         """A statistic of aligned groups of columns (a head), from the accumulator."""
-        if self.whole_rows:
-            raise Refused("a row kernel takes statistics of whole rows")
         size = value.shape[axis]
         moved = value.move(lambda a: np.moveaxis(a, axis, -1))
         columns = moved.slots.reshape(-1, size) if moved.slots.shape[1] == 1 else None
@@ -399,126 +479,3 @@ class Space:
         out = self.at(self.columns(node), Stat(found.name), None)
         out.group = start[:, 0] // size
         return out
-
-
-def _pad(a: NDArray, width: int) -> NDArray:
-    """More slots or leaves, all -1."""
-    missing = width - a.shape[1]
-    if missing == 0:
-        return a
-    return np.concatenate([a, np.full((len(a), missing, *a.shape[2:]), -1)], 1)
-
-
-def _spread(value: Value, shape: tuple[int, ...]) -> Value:
-    """A value broadcast to other column axes."""
-    if value.shape == shape:
-        return value
-    return value.move(lambda a: np.broadcast_to(a, shape))
-
-
-def _combine(space: Space, fn: str, args: Sequence[Value]) -> Value:
-    """A scalar function of values, element by element."""
-    shape = np.broadcast_shapes(*(a.shape for a in args))
-    args = [_spread(a, shape) for a in args]
-    slots, lanes = _union([a.slots for a in args])
-    group = _same_group([a.group for a in args])
-    leaves, names = _shared([a.leaves for a in args])
-    keys = np.stack([a.expr for a in args], 1)
-    kinds = np.concatenate([keys, *lanes], 1)
-    first, inverse = distinct_rows(kinds)
-    found = np.empty(len(first), np.int64)
-    for i, element in enumerate(first):
-        parts = []
-        for j, arg in enumerate(args):
-            renamed = tuple(int(v) for v in lanes[j][element])
-            expr = space.exprs[int(arg.expr[element])]
-            parts.append(substitute(expr, renamed, names[j]))
-        found[i] = space.id(_fold(fn, tuple(parts)))
-    return Value(shape, found[inverse], slots, leaves, group)
-
-
-def _fold(fn: str, args: tuple[Expr, ...]) -> Expr:
-    """A call, or the literal that it is."""
-    if fn == "neg" and isinstance(args[0], Literal):
-        return Literal(-args[0].value)
-    return Call(fn, args)
-
-
-def _union(slots: list[Ints]) -> tuple[Ints, list[Ints]]:
-    """The columns that any operand reads, and each operand's lanes among them."""
-    used = [s for s in slots if s.shape[1]]
-    if not used:
-        return slots[0], list(slots)
-    if all(s is used[0] or np.array_equal(s, used[0]) for s in used):
-        lanes = np.broadcast_to(np.arange(used[0].shape[1]), used[0].shape)
-        lanes = np.where(used[0] >= 0, lanes, -1)
-        return used[0], [lanes if s.shape[1] else s for s in slots]
-    high = np.iinfo(np.int64).max
-    every = np.concatenate(used, 1)
-    every = np.sort(np.where(every < 0, high, every), 1)
-    repeated = np.zeros_like(every, bool)
-    repeated[:, 1:] = every[:, 1:] == every[:, :-1]
-    every = np.sort(np.where(repeated, high, every), 1)
-    width = int((every != high).sum(1).max())
-    if width > 2:
-        raise Refused(f"an element reads {width} columns of a row; an epilogue has two at hand")
-    union = np.where(every[:, :width] == high, -1, every[:, :width])
-    lanes = []
-    for s in slots:
-        lane = np.argmax(union[:, None, :] == s[:, :, None], -1) if s.shape[1] else s
-        lanes.append(np.where(s >= 0, lane, -1))
-    return union, lanes
-
-
-def _shared(leaves: list[Ints]) -> tuple[Ints, list[tuple[int, ...]]]:
-    """Row leaves of all operands, equal ones once; and what each operand's leaves are called."""
-    kept: list[Ints] = []
-    names: list[tuple[int, ...]] = []
-    for one in leaves:
-        mine = []
-        for column in np.moveaxis(one, 1, 0):
-            same = [i for i, k in enumerate(kept) if np.array_equal(k, column)]
-            mine.append(same[0] if same else len(kept))
-            if not same:
-                kept.append(column)
-        names.append(tuple(mine))
-    if not kept:
-        return leaves[0], names
-    return np.stack(kept, 1), names
-
-
-def _same_group(groups: list[Ints]) -> Ints:
-    out = groups[0]
-    for g in groups[1:]:
-        if np.any((out >= 0) & (g >= 0) & (out != g)):
-            raise Refused("it mixes statistics of different groups of columns")
-        out = np.maximum(out, g)
-    return out
-
-
-def distinct_rows(kinds: Ints) -> tuple[Ints, Ints]:
-    """Elements that represent the distinct rows of `kinds`, and each row's representative."""
-    if len(kinds) == 0 or np.all(kinds == kinds[0]):
-        return np.zeros(min(1, len(kinds)), np.int64), np.zeros(len(kinds), np.int64)
-    code = np.zeros(len(kinds), np.int64)
-    for column in kinds.T:
-        low, high = int(column.min()), int(column.max())
-        code = code * (high - low + 1) + (column - low)
-        _, code = np.unique(code, return_inverse=True)
-    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
-    return first, inverse
-
-
-@lru_cache(maxsize=100_000)
-def substitute(expr: Expr, lanes: tuple[int, ...], leaves: tuple[int, ...]) -> Expr:
-    """An expression with its lanes and its row leaves renamed."""
-    match expr:
-        case Acc(lane=lane):
-            return Acc(lanes[lane])
-        case Load(operand=name, lane=lane) if name.startswith(LEAF):
-            return Load(LEAF + str(leaves[int(name[1:])]), lane)
-        case Load(operand=name, lane=lane) if lane != NO_LANE:
-            return Load(name, lanes[lane])
-        case Call(fn=fn, args=args):
-            return Call(fn, tuple(substitute(a, lanes, leaves) for a in args))
-    return cast(Expr, expr)

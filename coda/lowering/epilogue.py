@@ -56,6 +56,7 @@ class Call:
 
 
 Expr = Acc | Load | Stat | Literal | Call
+Span = tuple[int, int]  # the first of some columns of a kernel, and how many
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Operand:
         "partial" planes of a split reduction, [M, parts] each, folded by a `Statistic`.
 
     `split` tells where the two lanes of a tile operand lie, as it does in `StoreExpr` (a pass over
-    rows alone reads lanes that are not neighbours).
+    rows alone reads lanes that are not neighbours). `span` is (first, count) of the kernel's
+    columns where a tile operand of a pass over rows has no others; it is not read elsewhere.
     """
 
     name: str
@@ -82,13 +84,15 @@ class Operand:
     lanes: int = 1
     period: int = 0
     split: int = 0
+    span: Span | None = None
 
 
 @dataclass(frozen=True)
 class Statistic:
     """A reduction over columns whose finished value the same kernel uses again.
 
-    In a row kernel: over the whole row of `width` columns; of `expr`, or by folding `operand`
+    In a row kernel: over `width` columns of the row, `expr` being 0 in all others, or over each
+    aligned group of `group` of them; of `expr`, or by folding `operand`
     (partials of a split reduction, `count` values in each part, the last part ragged; 0 for a sum
     over the rows of a GEMM, which has as many parts as the GEMM has tiles of rows).
     In a GEMM's epilogue: over aligned groups of `group` columns of the tile (a head), taken from
@@ -111,7 +115,8 @@ class StoreExpr:
     `lanes` has one expression (element mode, or one value for each pair: half the columns) or two
     (pair mode, both columns). `split` tells where the two columns of a pair lie in the buffer:
     0 for adjacent, else the distance between them (half a head: column j and j + split).
-    `narrow` marks a value without columns, [M, 1], of a row kernel.
+    `narrow` marks a value without columns, [M, 1], of a row kernel; `span` one that has only some
+    of its columns.
     """
 
     buffer: str
@@ -119,13 +124,15 @@ class StoreExpr:
     lanes: tuple[Expr, ...]
     split: int = 0
     narrow: bool = False
+    span: Span | None = None
 
 
 @dataclass(frozen=True)
 class SinkExpr:
     """A reduction over the columns, written as one partial per tile: planes of shape [M, parts].
 
-    With `rows`, a sum over the rows instead: one partial for each tile of rows, [N, parts].
+    With `rows`, a sum over the rows instead: one partial for each tile of rows, [N, parts]. In a
+    pass over rows, `split` and `span` say what they say of a store.
 
     `monoid` names a row of `coda.ir.monoids`, or is "pick": the element whose column equals the
     integer col operand `index` (a row without such a column is left as it was).
@@ -139,6 +146,8 @@ class SinkExpr:
     index: str | None = None
     rows: bool = False
     rounded: DType | None = None
+    split: int = 0
+    span: Span | None = None
 
 
 @dataclass(frozen=True)

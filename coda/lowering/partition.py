@@ -32,7 +32,7 @@ from coda.ir.graph import (
     walk,
 )
 from coda.ir.monoids import MONOIDS
-from coda.lowering.columns import Refused, Space, Value
+from coda.lowering.columns import Segment, Space
 from coda.lowering.program import Unfused
 from coda.lowering.roles import (
     base,
@@ -45,8 +45,10 @@ from coda.lowering.roles import (
     leaves_of,
     over_rows,
     pointwise_leaves,
+    summand,
     weight_nodes,
 )
+from coda.lowering.values import Refused, Value
 
 Order = tuple[int, int]  # the GEMM that came last, running number
 
@@ -145,7 +147,7 @@ class Partition:
         if not homes:
             return  # of inputs alone: placed when somebody asks for it
         last = max(homes, key=lambda d: d.order)
-        if isinstance(node, Reduce) and last.kind != "gemm" and self.sunk_late(node):
+        if isinstance(node, Reduce) and last.kind != "gemm" and self.sunk(node, last):
             return
         if isinstance(node, Concat) and self.too_wide(node, last) and self.join(node):
             return
@@ -218,21 +220,29 @@ class Partition:
         """Compute a node in a kernel; the reason if it cannot be."""
         if draft.contracts and (draft.contracts[0], node) in self.banned:
             return "the columns of the kernel cannot be laid out for it"
-        before = set(draft.space.values)
-        try:
-            for operand in node.operands:
-                self.reach(operand, draft)
-            draft.space.compute(node)
-        except Refused as refusal:
-            for one in set(draft.space.values) - before:
-                if self.home.get(one) is not draft:
-                    del draft.space.values[one]
-            return str(refusal)
+        why = ""
+        for segmented in (True, False) if draft.kind == "row" else (False,):
+            draft.space.segmented = segmented
+            try:
+                with draft.space.attempt(lambda n: self.home.get(n) is draft):
+                    self.reach_all(node, draft)
+                    draft.space.compute(node)
+                break
+            except Refused as refusal:
+                why = why or str(refusal)
+        else:
+            return why
         self.home[node] = draft
         draft.homed.append(node)
         if draft.kind == "row" and draft.space.values[node].narrow:
             self.loadable.add(node)
         return ""
+
+    def reach_all(self, node: Node, draft: Draft) -> None:
+        """Make the operands of a node available in a kernel, each in its columns."""
+        for operand, segment in draft.space.parts(node):
+            with draft.space.inside(segment):
+                self.reach(operand, draft)
 
     def reach(self, operand: Node, draft: Draft) -> None:
         """Make an operand available in a kernel: loaded, computed again, or else stored for it."""
@@ -242,8 +252,7 @@ class Partition:
             return
         try:
             if home is None:
-                for below in operand.operands:
-                    self.reach(below, draft)
+                self.reach_all(operand, draft)
             draft.space.compute(operand)
         except Refused:
             if home is None and is_pointwise(operand):
@@ -256,14 +265,15 @@ class Partition:
         """Take a reduction over all columns in a GEMM's epilogue; its fold comes after."""
         if isinstance(node, Reduce) and not MONOIDS[node.fn].tiled:
             return False
+        if isinstance(node, Reduce) and self.sums_rows(node, draft):
+            return self.sink_rows(node, draft)
+        if draft.kind != "gemm":
+            return False
         try:
-            for operand in node.arg.operands:
-                self.reach(operand, draft)
+            self.reach_all(node.arg, draft)
             value = draft.space.compute(node.arg)
         except Refused:
             return False
-        if isinstance(node, Reduce) and self.reduces_rows(node, draft):
-            return self.sink_rows(node, draft, value)
         whole = value.count == value.shape[-1] and value.slots.shape[1] > 0
         along = not isinstance(node, Reduce) or node.axis == -1
         if not (whole and along and value.count in (draft.space.width, draft.space.width // 2)):
@@ -280,7 +290,7 @@ class Partition:
             self.home[node] = draft
             self.loadable.add(node)
             return True
-        after = self.row_draft(draft.order[0], draft.space.rows, 1)
+        after = self.row_draft(draft.order[0], draft.space.rows, 1, draft.order)
         moments = self.moments(node)
         for one in moments or [node]:
             draft.space.refused[one] = "its total is known only after this kernel"
@@ -291,18 +301,43 @@ class Partition:
         after.space.fold(moments[-1] if moments else node, moments[0] if moments else None)
         return True
 
-    def reduces_rows(self, node: Reduce, draft: Draft) -> bool:
-        """Whether a reduction is over all rows of a kernel."""
-        before = node.arg.shape[: node.axis]
-        return all(d == ONE for d in before) and node.arg.shape[node.axis] == draft.space.rows
+    def sums_rows(self, node: Reduce, draft: Draft) -> bool:
+        """Whether a reduction sums over all rows of a kernel (and over column axes after them)."""
+        rows, columns = product(node.arg.shape[: node.axis + node.rank + 1]), product(node.shape)
+        narrow = rows == ONE or any(d != ONE for d in node.shape[: node.axis])
+        if node.fn != "sum" or narrow or draft.kind == "torch" or columns == ONE:
+            return False
+        mine = draft.space.rows
+        return rows == mine or any(
+            product(summand(node).shape[:i]) == mine for i in range(1, summand(node).rank)
+        )
 
-    def sink_rows(self, node: Reduce, draft: Draft, value: Value) -> bool:
-        """Take a sum over the rows in a GEMM's epilogue; a pass over the columns folds it."""
-        if node.fn != "sum" or value.count != draft.space.width:
+    def sink_rows(self, node: Reduce, draft: Draft) -> bool:
+        """Sum over the rows in a kernel that has the values; a pass over the columns folds it."""
+        place = draft.contracts[0] if draft.contracts else "shared"
+        if (place, node) in self.banned and draft.homed:
             return False
-        if (draft.contracts[0], node) in self.banned:
-            return False
-        after = self.row_draft(draft.order[0], product(node.shape), 1)
+        under, space = summand(node), draft.space
+        count = product(under.shape).size(self.sizes) // max(1, space.rows.size(self.sizes))
+        spans = [None, *(s for s in space.segments if s[1] == count)]
+        for segment in spans[: 1 if draft.kind == "gemm" else None]:
+            try:
+                kept = lambda n: self.home.get(n) is draft  # noqa: E731
+                with space.inside(segment), space.attempt(kept):
+                    self.reach_all(under, draft)
+                    value = space.compute(under)
+                    first = space.place_of(value)
+            except Refused:
+                continue
+            if draft.kind == "gemm" and (first, value.count) != (0, space.width):
+                continue
+            self.fold_rows(node, draft, value)
+            return True
+        return False
+
+    def fold_rows(self, node: Reduce, draft: Draft, value: Value) -> None:
+        """Record a sum over the rows, and the pass that folds its partials."""
+        after = self.row_draft(draft.order[0], product(node.shape), 1, draft.order)
         draft.space.refused[node] = "its total is known only after this kernel"
         self.home[node] = after
         after.homed.append(node)
@@ -310,7 +345,25 @@ class Partition:
         draft.sinks[node] = value
         draft.over_rows.add(node)
         after.space.fold(node)
-        return True
+
+    def summed_in_pass(self, node: Reduce, index: int) -> bool:
+        """Sum over the rows of values that a pass over rows, or a GEMM's epilogue, has at hand."""
+        under = summand(node)
+        homes = [self.home[o] for o in walk([under]) if o in self.home]
+        hosts = self.hosts(under)
+        order = [d for d in hosts if d.kind == "row"] + [d for d in hosts if d.kind == "gemm"]
+        order += [d for d in self.drafts if d.kind == "row" and d not in hosts]
+        for draft in [] if ("shared", node) in self.banned else order:
+            known = all(h is draft or h.order < draft.order for h in homes)
+            if known and self.sums_rows(node, draft) and self.sink_rows(node, draft):
+                return True
+        for rows, columns in [] if ("alone", node) in self.banned else self.row_shapes(under):
+            width = columns.size(self.sizes)
+            draft = self.open("row", index, Space(width, rows, self.sizes, whole_rows=True))
+            if width > 1 and self.sums_rows(node, draft) and self.sink_rows(node, draft):
+                return True
+            self.drafts.remove(draft)
+        return False
 
     def moments(self, node: Reduce) -> list[Reduce]:
         """The mean and the variance of one value, if both are wanted: one sink gives both."""
@@ -321,21 +374,22 @@ class Partition:
     def in_rows(self, node: Node, index: int) -> None:
         """Place a node in a pass over rows after the GEMM `index`, or give it to torch."""
         why = "no kernel computes it"
+        if isinstance(node, Reduce) and self.summed_in_pass(node, index):
+            return
         for rows, columns in self.row_shapes(node):
             width = columns.size(self.sizes)
             if ("alone", node) in self.banned:
                 why = "the columns of a pass over rows cannot be laid out for it"
                 break
-            shared = (
-                [] if ("shared", node) in self.banned else [*self.row_drafts(index, rows, width)]
-            )
-            for draft in [*shared, None]:
+            shared = [] if ("shared", node) in self.banned else self.rooms(index, rows, width)
+            for draft, segment in [*shared, (None, None)]:
                 fresh = draft is None
                 if draft is None:
                     space = Space(width, rows, self.sizes, whole_rows=True)
                     draft = self.open("row", index, space)
                 old, draft.space.width = draft.space.width, max(width, draft.space.width)
-                why = self.absorb(node, draft)
+                with draft.space.inside(segment):
+                    why = self.absorb(node, draft)
                 if not why:
                     draft.symbols |= columns.symbols
                     return
@@ -381,10 +435,20 @@ class Partition:
             and (width == d.space.width or 1 in (width, d.space.width))
         ]
 
-    def row_draft(self, index: int, rows: Dim, width: int) -> Draft:
-        """A pass over rows behind a GEMM."""
+    def rooms(self, index: int, rows: Dim, width: int) -> list[tuple[Draft, Segment | None]]:
+        """Passes over rows behind a GEMM that could take `width` columns, and where in theirs."""
+        found: list[tuple[Draft, Segment | None]] = []
+        found += [(d, None) for d in self.row_drafts(index, rows, width)]
+        for draft in self.drafts:
+            if draft.kind == "row" and draft.order[0] == index and draft.space.rows == rows:
+                found += [(draft, s) for s in draft.space.segments if s[1] == width]
+        return found
+
+    def row_draft(self, index: int, rows: Dim, width: int, behind: Order) -> Draft:
+        """A pass over rows behind a kernel."""
         for draft in self.row_drafts(index, rows, width):
-            return draft
+            if draft.order > behind:
+                return draft
         return self.open("row", index, Space(width, rows, self.sizes, whole_rows=True))
 
     # Memory.
@@ -402,10 +466,8 @@ class Partition:
         under = self.storage(node)
         if under is node or not (isinstance(under, Input) or self.in_memory(under, draft)):
             return None
-        elements = product(under.shape).size(self.sizes)
-        if elements == draft.space.width * draft.space.rows.size(self.sizes):
-            return None
-        return self.name(node)
+        fills = draft.space.matches(product(under.shape).size(self.sizes))
+        return None if fills else self.name(node)
 
     def in_memory(self, node: Node, draft: Draft) -> bool:
         """Whether a node is (or can be) stored by an earlier kernel."""
@@ -480,11 +542,15 @@ class Partition:
                 found.append(draft)
         return found
 
+    def sunk(self, node: Reduce, last: Draft) -> bool:
+        """Take a sum over the rows as a sink of a kernel."""
+        return self.sunk_late(node) or self.summed_in_pass(node, last.order[0])
+
     def sunk_late(self, node: Reduce) -> bool:
         """Take a sum over a weight's rows in the GEMM that gives the weight's gradient."""
         homes = [self.home[o] for o in walk([node.arg]) if o in self.home]
         for draft in self.hosts(node.arg):
             known = all(h.order < draft.order for h in homes)
-            if draft.kind == "gemm" and known and self.reduces_rows(node, draft):
+            if draft.kind == "gemm" and known and self.sums_rows(node, draft):
                 return self.sink(node, draft)
         return False

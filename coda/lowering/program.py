@@ -97,13 +97,15 @@ class GemmKernel:
 class RowwiseKernel:
     """One fused pass over rows: statistics of a row, and what is made of them.
 
-    `rows` is the number of rows and `width` of columns; `folds` names the partials that are folded.
+    `rows` is the number of rows and `width` of columns; `folds` are the reductions whose partials
+    are folded, `sunk` sums over the rows that are written as partials, one for each block of rows.
     """
 
     name: str
     assembled: Assembled
     stored: tuple[tuple[Node, ...], ...]
     folds: tuple[Node, ...]
+    sunk: tuple[Node, ...]
     nodes: tuple[Node, ...]
     rows: Dim
     width: int

@@ -52,6 +52,14 @@ def over_rows(node: Contract) -> bool:
     return is_turned(node.lhs) and is_turned(node.rhs)
 
 
+def summand(node: Reduce) -> Node:
+    """What a reduction sums, under the axes that it had before they were merged."""
+    under = node.arg
+    while isinstance(under, Reshape):
+        under = under.arg
+    return under
+
+
 def flat(node: Concat) -> list[Node]:
     """The operands of a concatenation, and of those among them."""
     found: list[Node] = []

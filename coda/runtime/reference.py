@@ -28,6 +28,7 @@ from coda.lowering.epilogue import (
     Load,
     Operand,
     SinkExpr,
+    Span,
     Stat,
     Statistic,
     StoreExpr,
@@ -164,11 +165,12 @@ class ReferenceRun:
             x = point.store(store)
             self.buffers[store.buffer] = x if self.exact else x.to(store.dtype.torch)
         for sink in assembled.epilogue.sinks:
-            x = point.columns(sink.lanes)
+            x = point.ordered(sink.lanes, sink.split, sink.span)
             if sink.rounded is not None and not self.exact:
                 x = x.to(sink.rounded.torch).to(self.compute)
             if sink.rows:
-                self.parts[sink.buffer] = _sum_of_rows(x)
+                columns = self.program.buffers[sink.buffer].shape[1].size(self.sizes)
+                self.parts[sink.buffer] = _sum_of_rows(x, columns)
             elif sink.monoid == "pick":
                 self.buffers[sink.buffer] = pick(x, operands[sink.index or ""].reshape(-1))
             else:
@@ -187,10 +189,11 @@ def matrix(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _sum_of_rows(x: Tensor, tile: int = 128) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Sums over the rows of each tile of rows, [columns, tiles]."""
+def _sum_of_rows(x: Tensor, columns: int, tile: int = 128) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Sums over the rows of each tile of rows, [columns, parts]; some of x's columns are parts."""
     sums = [t.sum(0) for t in torch.split(x, tile)] or [x.sum(0)]
-    return (torch.stack(sums, 1),), torch.ones((1, len(sums)), dtype=x.dtype, device=x.device)
+    parts = torch.stack(sums).reshape(-1, columns).T
+    return (parts,), torch.ones((1, parts.shape[1]), dtype=x.dtype, device=x.device)
 
 
 @dataclass
@@ -248,7 +251,11 @@ class _Points:
         if operand.kind == "col":
             return x.reshape(self.rows, 1)
         columns = operand.period or self.width * operand.lanes // self.lanes
-        x = x.reshape(self.rows, columns)
+        if operand.span:
+            first, columns = operand.span
+            x = x.reshape(self.rows, columns)
+            x = torch.nn.functional.pad(x, (first, self.width - first - columns))
+        x = x.reshape(self.rows, self.width if operand.span else columns)
         if operand.kind == "periodic":
             return x[:, torch.arange(self.points, device=x.device) % operand.period]
         if operand.split:
@@ -266,12 +273,16 @@ class _Points:
         """What a store writes, in the order of the buffer."""
         if store.narrow:
             return self.evaluate(store.lanes[0]).expand(self.rows, 1)
-        x = self.columns(store.lanes)
-        if store.split:
-            blocks = self.width // (2 * store.split)
-            x = x.reshape(self.rows, blocks, store.split, 2).transpose(2, 3)
+        return self.ordered(store.lanes, store.split, store.span)
+
+    def ordered(self, lanes: Sequence[Expr], split: int, span: Span | None) -> Tensor:
+        """Columns in the order of a buffer: lanes `split` apart, and only those of a span."""
+        x = self.columns(lanes)
+        if split:
+            blocks = self.width // (2 * split)
+            x = x.reshape(self.rows, blocks, split, 2).transpose(2, 3)
             x = x.reshape(self.rows, self.width)
-        return x
+        return x if span is None else x[:, span[0] : sum(span)]
 
     def statistic(
         self, stat: Statistic, parts: Mapping[str, tuple[tuple[Tensor, ...], Tensor]]
@@ -284,12 +295,17 @@ class _Points:
             self.stats[stat.name] = monoid.finish(merged, stat.width)
             for plane, value in zip(monoid.planes, merged, strict=True):
                 self.stats[f"{stat.name}.{plane}"] = value
-        elif stat.group:
+        elif stat.group and self.acc is not None:
             self.stats[stat.name] = self.group(stat)
         else:
             assert stat.expr is not None
             x = self.evaluate(stat.expr).expand(self.rows, self.points)
-            self.stats[stat.name] = monoid.reduce(x, 1)
+            points = stat.group // self.lanes or self.points
+            groups = self.points // points if stat.group else 1
+            x = x.reshape(self.rows, groups, points)
+            x = x.sum(2) / stat.width if stat.monoid == "mean" else monoid.reduce(x, 2)
+            x = x.reshape(self.rows, groups)
+            self.stats[stat.name] = x.repeat_interleave(points, 1) if stat.group else x
 
     def group(self, stat: Statistic) -> Tensor:
         """A statistic of groups of columns, at each point of the group."""
