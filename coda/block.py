@@ -23,6 +23,7 @@ from coda.lowering.roles import row_symbols
 from coda.runtime.bind import arrange, given_sizes
 from coda.runtime.modes import cast_arguments, refuse_transforms
 from coda.runtime.run import Updates, block_op, needs_dispatch, register, run_block, target_arch
+from coda.runtime.sharded import any_sharded, call_sharded
 from coda.runtime.train import train_block
 
 
@@ -190,20 +191,37 @@ class Block:
         device = tensors[0].device.type if tensors else "meta"
         if self._multiplies and device != "meta" and torch.is_autocast_enabled(device):
             tensors = cast_arguments(self.graph, self.undeclared, tensors)
-        given = given_sizes(self.graph, dims) if dims else self._untold
-        arguments = list(tensors), given, backend or "", arch or ""
-        if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-            kept = self.memory if memory is None else memory
-            found = train_block(self._number, *arguments, kept)[: len(self._names)]
+        options = backend or "", arch or ""
+        kept = self.memory if memory is None else memory
+        if any_sharded(tensors):
+            graph = self.graph_for(tensors)
+            found = call_sharded(
+                graph, tensors, dict(dims or {}), lambda t, d: self._run(t, d, *options, kept)
+            )
         else:
-            frozen = not any([t.requires_grad for t in tensors])
-            run = block_op if needs_dispatch(tensors) else run_block
-            found = run(self._number, *arguments, frozen)
+            found = self._run(list(tensors), dims, *options, kept)
         if self._names == ["out"]:
             return found[0]
         if self._names[0] == "out0":
             return tuple(found)
         return dict(zip(self._names, found, strict=True))
+
+    def _run(
+        self,
+        tensors: list[Tensor],
+        dims: Mapping[str, int] | None,
+        backend: str,
+        arch: str,
+        memory: str,
+    ) -> Sequence[Tensor]:
+        """The outputs, with a backward where torch records gradients."""
+        given = given_sizes(self.graph, dims) if dims else self._untold
+        arguments = tensors, given, backend, arch
+        if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+            return train_block(self._number, *arguments, memory)[: len(self._names)]
+        frozen = not any([t.requires_grad for t in tensors])
+        run = block_op if needs_dispatch(tensors) else run_block
+        return run(self._number, *arguments, frozen)
 
     def graph_for(self, inputs: Sequence[Tensor]) -> Graph:
         """The graph for arguments of these types."""

@@ -1,0 +1,169 @@
+"""A block on several ranks, one of its dims shared out among them: what does each rank have?
+
+Every rank computes the block on its own part. A value that depends on the dim is then *split*: the
+rank has its part of it. A value that does not is *full*, the same on all ranks, or *partial*: a sum
+over the dim, of which each rank has a summand. What is linear in a partial value is partial;
+anything else that reads one, or a fold over the dim other than a sum, cannot be computed apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from coda.ir.dims import Dim, Shape, product
+from coda.ir.graph import (
+    Cast,
+    Concat,
+    Contract,
+    Expand,
+    Gather,
+    Graph,
+    Input,
+    Iota,
+    Map,
+    Node,
+    Permute,
+    Pick,
+    Put,
+    Reduce,
+    Reshape,
+    Size,
+    Slice,
+    users,
+    walk,
+)
+
+FULL, SPLIT, PARTIAL = "full", "split", "partial"
+
+
+class Inseparable(Exception):
+    """A node cannot be computed by ranks that have a part each; the message says why."""
+
+    def __init__(self, node: Node, why: str) -> None:
+        super().__init__(why)
+        self.node = node
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A block with one dim shared out.
+
+    Attributes:
+        symbol: the dim.
+        outputs: the state of each output.
+        gradients: of each argument, by name: "split", "full" or "partial"; "" where it is full in
+            one part and partial in another.
+    """
+
+    symbol: str
+    outputs: tuple[str, ...]
+    gradients: Mapping[str, str]
+
+
+def share(graph: Graph, symbol: str) -> Shared:
+    """What ranks have that share out a dim of a block. Raises Inseparable."""
+    states: dict[Node, str] = {}
+    for node in walk((*graph.inputs, *graph.roots)):
+        states[node] = _state(node, symbol, [states[o] for o in node.operands])
+    readers = users(graph.roots)
+    gradients: dict[Node, set[str]] = {}
+    for node in reversed(list(walk(graph.roots))):
+        found = {FULL} if node in graph.roots else set()
+        for user in readers[node]:
+            found |= gradients[user] if states[user] == FULL else {PARTIAL}
+        gradients[node] = {SPLIT} if states[node] == SPLIT else found
+    named: dict[str, str] = {}
+    for node in graph.inputs:
+        kinds = gradients.get(node, {FULL})
+        named[node.name] = next(iter(kinds)) if len(kinds) == 1 else ""
+    return Shared(symbol, tuple(states[r] for r in graph.roots), named)
+
+
+def axis_of(shape: Shape, symbol: str) -> int | None:
+    """The axis whose size a dim is part of."""
+    return next((i for i, d in enumerate(shape) if symbol in d.symbols), None)
+
+
+def _state(node: Node, symbol: str, operands: list[str]) -> str:
+    """The state of a node, from those of its operands."""
+    if isinstance(node, Input):
+        return SPLIT if axis_of(node.shape, symbol) is not None else FULL
+    if isinstance(node, Size | Iota):
+        dim = node.dim if isinstance(node, Size) else node.count
+        if symbol in dim.symbols:
+            raise Inseparable(node, f"it needs all of `{symbol}`")
+        return FULL
+    if isinstance(node, Contract | Reduce):
+        return _sum(node, symbol, operands)
+    if isinstance(node, Map):
+        return _map(node, operands)
+    _check_place(node, symbol)
+    return next((s for s in (PARTIAL, SPLIT) if s in operands), FULL)
+
+
+def _sum(node: Contract | Reduce, symbol: str, operands: list[str]) -> str:
+    summed: Dim = node.lhs.shape[-1] if isinstance(node, Contract) else node.arg.shape[node.axis]
+    adds = isinstance(node, Contract) or node.fn == "sum"
+    if symbol in summed.symbols:
+        if not adds:
+            raise Inseparable(node, f"it needs all of `{symbol}`")
+        if PARTIAL not in operands:
+            return PARTIAL
+    elif PARTIAL not in operands:
+        return SPLIT if SPLIT in operands else FULL
+    elif adds and operands.count(PARTIAL) == 1 and SPLIT not in operands:
+        return PARTIAL
+    raise Inseparable(node, f"each rank has only its part of a sum over `{symbol}`")
+
+
+def _map(node: Map, operands: list[str]) -> str:
+    if PARTIAL not in operands:
+        return SPLIT if SPLIT in operands else FULL
+    alone = operands.count(PARTIAL) == 1 and SPLIT not in operands
+    linear = {
+        "neg": True,
+        "add": all(s == PARTIAL for s in operands),
+        "sub": all(s == PARTIAL for s in operands),
+        "mul": alone,
+        "div": alone and operands[0] == PARTIAL,
+    }
+    if not linear.get(node.fn, False):
+        raise Inseparable(node, "each rank has only its part of the sum that it reads")
+    return PARTIAL
+
+
+def _check_place(node: Node, symbol: str) -> None:
+    """Raise Inseparable where a view or a gather mixes the parts of the dim."""
+    match node:
+        case Cast() | Permute() | Expand():
+            mixed = False
+        case Reshape(arg=arg):
+            mixed = _before(arg.shape, symbol) != _before(node.shape, symbol)
+        case Slice(arg=arg, axis=axis):
+            mixed = symbol in arg.shape[axis].symbols | node.start.symbols | node.size.symbols
+        case Concat(axis=axis):
+            mixed = symbol in node.shape[axis].symbols
+        case Gather(table=table):
+            mixed = symbol in table.shape[0].symbols
+        case Pick(arg=arg):
+            mixed = symbol in arg.shape[-1].symbols
+        case Put():
+            mixed = any(symbol in d.symbols for o in node.operands for d in o.shape)
+        case _:
+            mixed = False
+    if mixed:
+        raise Inseparable(node, f"it needs all of `{symbol}`")
+
+
+def _before(shape: Shape, symbol: str) -> Dim | None:
+    """How many parts of a row-major tensor come one after the other before the dim begins."""
+    axis = axis_of(shape, symbol)
+    return None if axis is None else product(shape[:axis])
+
+
+def candidates(graph: Graph, dims: Iterable[Dim]) -> list[str]:
+    """Dims that may be shared out where axes of these sizes are: they are part of each."""
+    common = [d.symbols for d in dims]
+    found = frozenset.intersection(*common) if common else frozenset()
+    return [s for s in graph.symbols if s in found]
