@@ -15,10 +15,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from coda.errors import CallError, UnsupportedError
-from coda.ir.dims import ONE, Dim, product
+from coda.ir.dims import ONE, product
 from coda.ir.graph import (
     Cast,
-    Concat,
     Const,
     Contract,
     Graph,
@@ -28,7 +27,6 @@ from coda.ir.graph import (
     Node,
     Reduce,
     Size,
-    Slice,
     origin,
     walk,
 )
@@ -38,6 +36,7 @@ from coda.lowering.cut import minimum_cut
 from coda.lowering.laws import LAWS
 from coda.lowering.rewrite import rewrite
 from coda.lowering.roles import weight_nodes
+from coda.lowering.siblings import merge_siblings
 
 MEMORY = ("min", "balanced", "speed")
 
@@ -99,7 +98,7 @@ def derive(
     asked = [i for i in graph.inputs if i.name in names]
     found = vjp(cotangents, asked)
     gradients = [(f"d{i.name}", found[i]) for i in asked if i in found]
-    saved = _choose(merged, [n for _, n in gradients], sizes, memory)
+    saved = _choose(merged, [n for _, n in gradients], sizes, memory, original)
     return _split(graph, normal, gradients, saved, original, roles, taken)
 
 
@@ -125,48 +124,12 @@ def _free(name: str, taken: set[str]) -> str:
     return name
 
 
-def merge_siblings(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
-    """Contractions of one activation with several arguments as slices of one contraction.
-
-    Its derivative is then one contraction for the activation and one for the weights. Also gives
-    the node of the graph that each node of the new one stands for.
-    """
-    nodes = list(walk(graph.roots))
-    weights = weight_nodes(nodes)
-    groups: dict[tuple[Node, object, object], list[Contract]] = {}
-    for node in nodes:
-        if isinstance(node, Contract) and isinstance(node.rhs, Input) and node.rhs in weights:
-            groups.setdefault((node.lhs, node.result, node.rhs.dtype), []).append(node)
-    groups = {k: g for k, g in groups.items() if k[0] not in weights}
-    group_of: dict[Node, tuple[Contract, ...]] = {
-        c: tuple(g) for g in groups.values() if len(g) > 1 for c in g
-    }
-    new: dict[Node, Node] = {}
-    for node in nodes:
-        operands = tuple(new[o] for o in node.operands)
-        with origin(node.where):
-            group = group_of.get(node)
-            if group is None:
-                same = all(a is b for a, b in zip(operands, node.operands, strict=True))
-                new[node] = node if same else node.with_operands(operands)
-            else:
-                new[node] = _slice_of(node, group, operands[0], new)
-    return graph.with_roots(new[r] for r in graph.roots), {m: n for n, m in new.items()}
-
-
-def _slice_of(node: Node, group: tuple[Contract, ...], lhs: Node, new: Mapping[Node, Node]) -> Node:
-    weights = tuple(new.get(c.rhs, c.rhs) for c in group)
-    wide = Contract(lhs, Concat(weights, -2), group[0].result)
-    start = Dim.of(0)
-    for one in group:
-        if one is node:
-            break
-        start = start + one.shape[-1]
-    return Slice(wide, -1, start, node.shape[-1], 1)
-
-
 def _choose(
-    merged: Graph, gradients: list[Node], sizes: Mapping[str, int], memory: str
+    merged: Graph,
+    gradients: list[Node],
+    sizes: Mapping[str, int],
+    memory: str,
+    known: Mapping[Node, Node],
 ) -> list[Node]:
     """The nodes of the forward that the backward reads."""
     forward = list(walk(merged.roots))
@@ -184,9 +147,7 @@ def _choose(
     kept = {n for n in forward if memory != "min" and isinstance(n, Contract | Reduce)}
 
     def cost(node: Node) -> int | None:
-        if isinstance(node, Contract) and any(
-            isinstance(u, Slice) for u in forward if node in u.operands
-        ):
+        if node not in known:
             return None
         held = product(node.shape).size(sizes) * node.dtype.size
         if isinstance(node, Input):

@@ -2,22 +2,23 @@
 
 Statistics come first, those that do not need each other in one sweep of the row, then one sweep
 that stores. A row is read again for each sweep (from the cache), so that no width spills registers.
+
+A kernel that sums over rows takes a block of them: the warps first take their statistics, row by
+row, and then columns, with the sums in registers and one partial for the block.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
 
 from coda.ir.dims import product, show_shape
-from coda.lowering.emit_epilogue import Lines
 from coda.lowering.emit_gemm import safe
-from coda.lowering.epilogue import Call, Expr, Load, Operand, Stat, Statistic, StoreExpr
+from coda.lowering.epilogue import SinkExpr, Statistic, StoreExpr
 from coda.lowering.program import Program, RowwiseKernel
-
-WARPS = 4  # rows of a CTA
-INDENT = "    "
+from coda.lowering.row_pieces import LANES, TALL_ROWS, TALL_WARPS, WARPS, Piece, teams
+from coda.lowering.row_sweeps import INDENT, Step, Sweeps, indented
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,16 @@ class RowSource:
         text: the Python source; `launch` is its host function.
         name: a module name that belongs to this text alone.
         parameters: (emitted name, operand or buffer, columns, whether it is written), in order.
-            Sums over the rows of a GEMM have as many parts as the GEMM has tiles: 0 columns.
+            Sums over the rows of an earlier kernel have any number of parts: 0 columns.
         types: the element type of each parameter, as coda names it.
+        partials: the buffers of sums over rows, which have a row for each partial.
     """
 
     text: str
     name: str
     parameters: tuple[tuple[str, str, int, bool], ...]
     types: tuple[str, ...]
+    partials: tuple[str, ...]
 
 
 def emit_rowwise(program: Program, kernel: RowwiseKernel) -> RowSource:
@@ -43,62 +46,18 @@ def emit_rowwise(program: Program, kernel: RowwiseKernel) -> RowSource:
     return _Emitter(program, kernel).emit()
 
 
-class _Emitter:
-    def __init__(self, program: Program, kernel: RowwiseKernel) -> None:
-        self.program, self.kernel = program, kernel
-        self.epilogue = kernel.assembled.epilogue
-        self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
-        self.lanes = 2 if self.epilogue.pair else 1
-        self.points = kernel.width // self.lanes
-        self.vec = self.vector_length()
-        folds = [s for s in self.epilogue.statistics if s.operand]
-        self.tall: set[str | None] = {s.operand for s in folds if not s.count}
-        self.math: set[str] = set()
-        self.rows: set[str] = {"LANES"}
-
-    def vector_length(self) -> int:
-        """Points that a lane takes at once: a power of two that every pattern divides by."""
-        lengths = [self.points, 8]
-        lengths += [o.period for o in self.epilogue.operands if o.period]
-        lengths += [o.split for o in self.epilogue.operands if o.split]
-        lengths += [s.split for s in self.epilogue.stores if s.split]
-        common = gcd(*lengths)
-        return common & -common
-
-    # Leaves.
-
-    def leaf(self, expr: Expr) -> str:
-        match expr:
-            case Load(operand=name, lane=lane):
-                return self.load(self.kinds[name], lane)
-            case Stat(name=name, plane=plane):
-                return f"{name}_{plane}" if plane else name
-        raise AssertionError(expr)
-
-    def load(self, operand: Operand, lane: int) -> str:
-        name = safe(operand.name)
-        if operand.kind in ("col", "scalar"):
-            return f"{name}_0"
-        if operand.split:
-            return f"{name}_{lane}[j]"
-        if operand.lanes == 2:
-            return f"{name}_v[2 * j + {lane}]"
-        return f"{name}_v[j]"
-
-    # The kernel.
-
+class _Emitter(Sweeps):
     def emit(self) -> RowSource:
-        body: list[str] = self.constants()
-        for fold in [s for s in self.epilogue.statistics if s.operand]:
-            body += self.fold(fold)
-        for level in self.levels():
-            body += self.sweep(level)
-        body += self.final()
+        if self.epilogue.sinks:
+            body = self.block()
+        else:
+            body = ["if row < rows:", *indented([*self.row(), *self.wide(), *self.narrow()])]
         parameters = self.parameters()
         names = [p[0] for p in parameters]
         text = self.module(names, body)
         name = "coda_rows_" + hashlib.sha256(text.encode()).hexdigest()[:24]
-        return RowSource(text, name, parameters, self.types(parameters))
+        partials = tuple(s.buffer for s in self.epilogue.sinks)
+        return RowSource(text, name, parameters, self.types(parameters), partials)
 
     def parameters(self) -> tuple[tuple[str, str, int, bool], ...]:
         found: list[tuple[str, str, int, bool]] = []
@@ -110,6 +69,8 @@ class _Emitter:
                 "tile": self.kernel.width if o.lanes == self.lanes else self.points,
                 "periodic": o.period,
             }.get(o.kind)
+            if o.span:
+                columns = o.span[1]
             if columns is None and o.name in self.tall:
                 columns = 0
             elif columns is None:
@@ -120,36 +81,30 @@ class _Emitter:
             shape = self.program.buffers[store.buffer].shape
             columns = product(shape[1:]).size(self.program.sizes)
             found.append((safe(store.buffer) + "_out", store.buffer, columns, True))
+        for sink in self.epilogue.sinks:
+            columns = sink.span[1] if sink.span else self.kernel.width
+            found.append((safe(sink.buffer) + "_out", sink.buffer, columns, True))
         return tuple(found)
 
     def types(self, parameters: tuple[tuple[str, str, int, bool], ...]) -> tuple[str, ...]:
         stores = {s.buffer: s.dtype.name for s in self.epilogue.stores}
+        stores |= {s.buffer: "f32" for s in self.epilogue.sinks}
         return tuple(
             stores[source] if written else self.kinds[source].dtype.name
             for _, source, _, written in parameters
         )
 
-    def constants(self) -> list[str]:
-        """Values that a row has once."""
-        lines = []
-        for o in self.epilogue.operands:
-            name = safe(o.name)
-            if o.kind in ("col", "scalar"):
-                row = "row" if o.kind == "col" else "0"
-                lines.append(f"{name}_0 = {name}[{row}, 0].to(Float32)")
-        return lines
+    # What a warp does to one row.
 
-    def levels(self) -> list[list[Statistic]]:
-        """Statistics of the row, those of one list independent of each other."""
-        left = [s for s in self.epilogue.statistics if s.expr is not None]
-        known = {s.name for s in self.epilogue.statistics if s.operand}
-        found: list[list[Statistic]] = []
-        while left:
-            now = [s for s in left if stats_of(s.expr) <= known]
-            found.append(now)
-            known |= {s.name for s in now}
-            left = [s for s in left if s not in now]
-        return found
+    def row(self) -> list[str]:
+        """Statistics of one row."""
+        every = [e for s in (*self.epilogue.stores, *self.epilogue.sinks) for e in s.lanes]
+        body = self.once_loaded([*every, *(s.expr for s in self.epilogue.statistics)])
+        for fold in [s for s in self.epilogue.statistics if s.operand]:
+            body += self.fold(fold)
+        for level in self.levels():
+            body += self.sweep(level)
+        return body
 
     def fold(self, stat: Statistic) -> list[str]:
         """A statistic from partials of tiles: lanes take parts in turn, then the warp merges."""
@@ -187,188 +142,153 @@ class _Emitter:
             start, inner, end = self.accumulate(stat, value)
         return [*start, *loop, *(INDENT * 2 + i for i in inner), *end]
 
-    def accumulate(self, stat: Statistic, value: str) -> tuple[list[str], list[str], list[str]]:
-        """Start, step and end of a fold over the lanes' values."""
-        name = stat.name
-        if stat.monoid in ("sum", "mean"):
-            self.rows |= {"zero", "warp_sum"}
-            end = f"warp_sum({name}_s)"
-            if stat.monoid == "mean":
-                end = f"{end} * {1.0 / stat.width!r}"
-            return [f"{name}_s = zero()"], [f"{name}_s = {name}_s + {value}"], [f"{name} = {end}"]
-        if stat.monoid in ("max", "min"):
-            start = "lowest" if stat.monoid == "max" else "highest"
-            self.rows |= {start, f"warp_{stat.monoid}"}
-            fn = "maximum" if stat.monoid == "max" else "minimum"
-            self.math.add(fn)
-            step = f"{name}_s = {fn}({name}_s, {value})"
-            return [f"{name}_s = {start}()"], [step], [f"{name} = warp_{stat.monoid}({name}_s)"]
-        self.rows |= {"lse_step", "warp_lse", "lowest", "zero"}
-        return (
-            [f"{name}_s = (lowest(), zero())"],
-            [f"{name}_s = lse_step({name}_s, {value})"],
-            [f"{name} = warp_lse({name}_s)"],
-        )
-
-    def sweep(self, level: list[Statistic]) -> list[str]:
-        """One sweep of the row for some statistics, and a second one for their variances."""
-        lines = Lines(self.leaf, prefix="a")
-        values = lines.assign([s.expr for s in level if s.expr is not None])
-        starts: list[str] = []
-        steps: list[str] = []
-        ends: list[str] = []
-        pivots = {s.expr: s.name for s in level if s.monoid == "variance"}
-        for stat, value in zip(level, values, strict=True):
-            if stat.monoid == "mean" and stat.expr in pivots:
-                ends.append(f"{stat.name} = {pivots[stat.expr]}_mean")
-                continue
-            if stat.monoid == "variance":
-                self.rows |= {"zero", "warp_sum"}
-                starts += self.pivot(stat)
-                starts.append(f"{stat.name}_s = zero()")
-                steps.append(f"{stat.name}_s = {stat.name}_s + ({value} - {stat.name}_k)")
-                share = repr(1.0 / stat.width)
-                mean = f"{stat.name}_k + warp_sum({stat.name}_s) * {share}"
-                ends.append(f"{stat.name}_mean = {mean}")
-                continue
-            start, step, end = self.accumulate(stat, value)
-            starts, steps, ends = starts + start, steps + step, ends + end
-        self.math |= lines.imported
-        exprs = [s.expr for s in level if s.expr is not None]
-        ends.sort(key=lambda line: line.endswith("_mean"))
-        out = [*starts, *self.loop(exprs, [*lines.lines, *steps]), *ends]
-        return out + self.deviations([s for s in level if s.monoid == "variance"])
-
-    def pivot(self, stat: Statistic) -> list[str]:
-        """The row's first value, near which sums lose nothing."""
-        assert stat.expr is not None
-        lines = Lines(self.leaf, prefix=f"{stat.name}_p")
-        (value,) = lines.assign([stat.expr])
-        self.math |= lines.imported
-        out = [*self.loads([stat.expr], "0"), *lines.lines, f"{stat.name}_k = {value}"]
-        for name in loads_of([stat.expr]):
-            for suffix in ("_v", "_0[", "_1["):
-                new = suffix.replace("_", f"_{stat.name}", 1)
-                out = [line.replace(safe(name) + suffix, safe(name) + new) for line in out]
-        return [line.replace("[j]", "[0]").replace("2 * j", "0") for line in out]
-
-    def deviations(self, variances: list[Statistic]) -> list[str]:
-        """Σ(x − mean)² in a sweep of its own."""
-        if not variances:
-            return []
-        lines = Lines(self.leaf, prefix="b")
-        values = lines.assign([s.expr for s in variances if s.expr is not None])
-        steps: list[str] = []
-        starts: list[str] = []
-        ends: list[str] = []
-        for stat, value in zip(variances, values, strict=True):
-            name = stat.name
-            starts.append(f"{name}_q = zero()")
-            steps.append(f"{name}_d = {value} - {name}_mean")
-            steps.append(f"{name}_q = {name}_q + {name}_d * {name}_d")
-            ends.append(f"{name} = warp_sum({name}_q) * {1.0 / stat.width!r}")
-        exprs = [s.expr for s in variances if s.expr is not None]
-        return [*starts, *self.loop(exprs, [*lines.lines, *steps]), *ends]
-
-    def final(self) -> list[str]:
-        """The sweep that stores, and the values that a row has once."""
-        wide = [s for s in self.epilogue.stores if not self.once(s)]
-        narrow = [s for s in self.epilogue.stores if self.once(s)]
-        out: list[str] = []
-        if wide:
-            lines = Lines(self.leaf, prefix="v")
-            kept: list[str] = []
-            after: list[str] = []
-            rooms: list[str] = []
-            for store in wide:
-                values = lines.assign(store.lanes)
-                more = self.keep(store, values)
-                rooms, kept, after = rooms + more[0], kept + more[1], after + more[2]
-            self.math |= lines.imported
-            exprs = [e for s in wide for e in s.lanes]
-            out += self.loop(exprs, [*lines.lines, *kept], rooms, after)
-        if narrow:
-            lines = Lines(self.leaf, prefix="w")
-            values = [lines.assign(s.lanes)[0] for s in narrow]
-            self.math |= lines.imported
-            exprs = [e for s in narrow for e in s.lanes]
-            loads = self.loads(exprs, "0") if self.kernel.width == 1 else []
-            inner = [line.replace("[j]", "[0]") for line in lines.lines]
-            out += [*loads, *inner, "if lane == 0:"]
-            for store, value in zip(narrow, values, strict=True):
-                target = f"{safe(store.buffer)}_out"
-                shown = value.replace("[j]", "[0]")
-                out.append(f"{INDENT}{target}[row, 0] = Float32({shown}).to({target}.element_type)")
-        return out
+    def wide_stores(self) -> list[StoreExpr]:
+        """The stores of whole rows."""
+        return [s for s in self.epilogue.stores if not self.once(s)]
 
     def once(self, store: StoreExpr) -> bool:
         """Whether a store has one column."""
         return store.narrow or self.kernel.width == 1
 
-    def keep(self, store: StoreExpr, values: list[str]) -> tuple[list[str], list[str], list[str]]:
+    def wide(self) -> list[str]:
+        """The sweep that stores."""
+        out: list[str] = []
+        for piece in self.pieces:
+            step = self.stored(piece)
+            out += self.loop(piece, step) if step.exprs else []
+        return out
+
+    def inside(self, item: StoreExpr | SinkExpr, piece: Piece) -> bool:
+        """Whether a store or a sink has the columns of a piece."""
+        first = self.begin(item.span)
+        count = item.span[1] // self.lanes if item.span else self.points
+        return first <= piece.first < first + count
+
+    def stored(self, piece: Piece, sinks: Sequence[SinkExpr] = ()) -> Step:
+        """What is stored of a piece, and added to sums over the rows."""
+        items = [s for s in (*self.wide_stores(), *sinks) if self.inside(s, piece)]
+        exprs = [[piece.special(e) for e in s.lanes] for s in items]
+        step = Step([e for many in exprs for e in many], [])
+        step.inner, values = self.assigned(step.exprs, "v")
+        for item, many in zip(items, exprs, strict=True):
+            mine, values = values[: len(many)], values[len(many) :]
+            if isinstance(item, StoreExpr):
+                self.keep(item, mine, piece, step)
+            else:
+                self.add(item, mine, step)
+        return step
+
+    def keep(self, store: StoreExpr, values: list[str], piece: Piece, step: Step) -> None:
         """Room, assignments and the write of one wide store."""
         name = f"{safe(store.buffer)}_out"
         self.rows |= {"vector", "store"}
+        at = self.shifted("index", piece, self.begin(store.span))
         if store.split:
-            rooms = [f"{name}_{i} = vector({self.vec})" for i in (0, 1)]
-            kept = [f"{name}_{i}[j] = {v}" for i, v in enumerate(values)]
-            after = [
-                f"store({name}, row, {self.apart('index', store.split, i)}, {name}_{i})"
-                for i in (0, 1)
-            ]
-            return rooms, kept, after
-        lanes = len(values)
-        rooms = [f"{name}_v = vector({lanes * self.vec})"]
-        at = ["j"] if lanes == 1 else ["2 * j", "2 * j + 1"]
-        kept = [f"{name}_v[{i}] = {v}" for i, v in zip(at, values, strict=True)]
-        return rooms, kept, [f"store({name}, row, index, {name}_v)"]
+            step.rooms += [f"{name}_{i} = vector({self.vec})" for i in (0, 1)]
+            step.inner += [f"{name}_{i}[j] = {v}" for i, v in enumerate(values)]
+            for i in (0, 1):
+                where = self.apart(at, store.split, i)
+                step.after.append(f"store({name}, row, {where}, {name}_{i})")
+            return
+        step.rooms.append(f"{name}_v = vector({len(values) * self.vec})")
+        points = ["j"] if len(values) == 1 else ["2 * j", "2 * j + 1"]
+        step.inner += [f"{name}_v[{i}] = {v}" for i, v in zip(points, values, strict=True)]
+        step.after.append(f"store({name}, row, {at}, {name}_v)")
 
-    def apart(self, index: str, split: int, lane: int) -> str:
-        """The vector of one lane where lanes lie `split` columns apart."""
-        block = split // self.vec
-        if block == 1:
-            return f"{index} * 2 + {lane}"
-        return f"{index} // {block} * {2 * block} + {index} % {block} + {lane * block}"
+    def narrow(self) -> list[str]:
+        """Write the values that a row has once."""
+        stores = [s for s in self.epilogue.stores if self.once(s)]
+        if not stores:
+            return []
+        exprs = [s.lanes[0] for s in stores]
+        lines, values = self.assigned(exprs, "w")
+        loads = self.loads(exprs, "0", self.pieces[0]) if self.kernel.width == 1 else []
+        out = [*loads, *(line.replace("[j]", "[0]") for line in lines), "if lane == 0:"]
+        for store, value in zip(stores, values, strict=True):
+            target = f"{safe(store.buffer)}_out"
+            shown = value.replace("[j]", "[0]")
+            out.append(f"{INDENT}{target}[row, 0] = Float32({shown}).to({target}.element_type)")
+        return out
 
-    def loop(
-        self,
-        exprs: list[Expr],
-        inner: list[str],
-        rooms: list[str] | None = None,
-        after: list[str] | None = None,
+    # What a block of warps does to a block of rows, where sums over them are taken.
+
+    def block(self) -> list[str]:
+        """Statistics of the rows by warps in turn, then the columns with their sums."""
+        wide = [e for s in self.wide_stores() for e in s.lanes]
+        wide += [e for s in self.epilogue.sinks for e in s.lanes]
+        kept = self.stat_names(wide)
+        rows = [*self.row(), *self.narrow()]
+        rows += [f"{n}_of[row - first] = {n}" for n in kept]
+        out = [f"first = block * {TALL_ROWS}"]
+        if kept:
+            self.rows.add("room")
+            out += [f"{n}_of = room({TALL_ROWS})" for n in kept]
+        if self.epilogue.statistics or self.narrow():
+            head = [f"for turn in cutlass.range({TALL_ROWS // TALL_WARPS}):"]
+            body = [f"row = first + turn * {TALL_WARPS} + warp", "if row < rows:"]
+            out += [*head, *indented(body), *indented(rows, 2), "cute.arch.sync_threads()"]
+        for piece in self.pieces:
+            out += self.columns(piece, kept)
+        return out
+
+    def columns(self, piece: Piece, kept: list[str]) -> list[str]:
+        """The columns of a piece: a warp takes vectors of them, through the rows of the block."""
+        sinks = [s for s in self.epilogue.sinks if self.inside(s, piece)]
+        step = self.stored(piece, sinks)
+        if not step.exprs:
+            return []
+        own = self.once_loaded(self.with_groups(step.exprs))
+        own += [f"{n} = {n}_of[row - first]" for n in kept]
+        return self.through_rows(piece, step, sinks, own)
+
+    def add(self, sink: SinkExpr, values: list[str], step: Step) -> None:
+        """Add values to a sum over the rows."""
+        name = f"{safe(sink.buffer)}_out"
+        if sink.split:
+            into = [f"{name}_{i}[j]" for i in (0, 1)]
+        elif len(values) == 1:
+            into = [f"{name}_v[j]"]
+        else:
+            into = [f"{name}_v[2 * j]", f"{name}_v[2 * j + 1]"]
+        step.inner += [f"{x} = {x} + {v}" for x, v in zip(into, values, strict=True)]
+
+    def rooms(self, sink: SinkExpr, piece: Piece) -> tuple[list[str], list[str]]:
+        """Room for a sum over the rows, and its write."""
+        name = f"{safe(sink.buffer)}_out"
+        self.rows |= {"zeros", "store"}
+        at = self.shifted("index", piece, self.begin(sink.span))
+        if sink.split:
+            where = [self.apart(at, sink.split, i) for i in (0, 1)]
+            made = [f"{name}_{i} = zeros({self.vec})" for i in (0, 1)]
+            return made, [f"store({name}, part, {w}, {name}_{i})" for i, w in enumerate(where)]
+        made = [f"{name}_v = zeros({len(sink.lanes) * self.vec})"]
+        return made, [f"store({name}, part, {at}, {name}_v)"]
+
+    def through_rows(
+        self, piece: Piece, step: Step, sinks: Sequence[SinkExpr], own: list[str]
     ) -> list[str]:
-        """A sweep: vectors of the row by lanes in turn, and the values of a vector one by one."""
-        vectors = self.points // self.vec
-        head = [
-            f"for step in cutlass.range({-(-vectors // 32)}):",
-            f"{INDENT}index = step * LANES + lane",
-            f"{INDENT}if index < {vectors}:",
+        """Loops over the vectors of a piece, and over the rows of the block for each."""
+        rooms = [self.rooms(s, piece) for s in sinks]
+        before, after = ([line for r in rooms for line in r[i]] for i in (0, 1))
+        sides = teams(self.pieces, self.vec)
+        wide = TALL_WARPS // sides
+        vectors = piece.count // self.vec
+        at = f"(turn * {wide} + warp % {wide}) * LANES + lane"
+        ragged = bool(self.needed_groups(step.exprs, piece)) and vectors % LANES
+        body = self.step(step, "index", piece, f"at < {vectors}" if ragged else "")
+        rows = [
+            f"for step in cutlass.range({TALL_ROWS // sides}):",
+            f"{INDENT}row = first + step * {sides} + warp // {wide}",
+            f"{INDENT}if row < rows:",
+            *indented([*own, *body], 2),
         ]
-        body = [*self.loads(exprs, "index"), *(rooms or [])]
-        body.append(f"for j in cutlass.range_constexpr({self.vec}):")
-        body += [INDENT + i for i in inner]
-        return [*head, *(INDENT * 2 + b for b in [*body, *(after or [])])]
-
-    def loads(self, exprs: list[Expr], index: str) -> list[str]:
-        """The vectors that some expressions read."""
-        lines = []
-        for name in sorted(loads_of(exprs)):
-            o = self.kinds[name]
-            if o.kind in ("col", "scalar"):
-                continue
-            self.rows.add("load")
-            x = safe(name)
-            row = "0" if o.kind == "row" else "row"
-            if o.split:
-                for lane in (0, 1):
-                    at = self.apart(index, o.split, lane)
-                    lines.append(f"{x}_{lane} = load({x}, {row}, {at}, {self.vec})")
-                continue
-            at = index
-            if o.kind == "periodic":
-                at = f"{index} % {o.period // self.vec}"
-            lines.append(f"{x}_v = load({x}, {row}, {at}, {o.lanes * self.vec})")
-        return lines
+        last = [f"part = block * {sides} + warp // {wide}", *after]
+        head = f"for turn in cutlass.range({-(-vectors // (LANES * wide))}):"
+        if ragged:
+            last = [f"if at < {vectors}:", *indented(last)]
+            return [head, *indented([*self.clamped(at, vectors), *before, *rows, *last])]
+        inner = [f"index = {at}", f"if index < {vectors}:", *indented([*before, *rows, *last])]
+        return [head, *indented(inner)]
 
     def module(self, names: list[str], body: list[str]) -> str:
         """The whole text."""
@@ -380,6 +300,7 @@ class _Emitter:
         for store in self.epilogue.stores:
             shape = show_shape(self.program.buffers[store.buffer].shape)
             notes.append(f"    -> {store.buffer}: {shape} {store.dtype}")
+        notes += [f"    -> {s.buffer}: sum over each block of rows" for s in self.epilogue.sinks]
         tensors = ", ".join(f"{n}: cute.Tensor" for n in names)
         lines = [
             '"""' + title,
@@ -394,6 +315,9 @@ class _Emitter:
         ]
         if self.math:
             lines.append(f"from coda.runtime.epilogue_math import {', '.join(sorted(self.math))}")
+        tall = bool(self.epilogue.sinks)
+        warps, each = (TALL_WARPS, TALL_ROWS) if tall else (WARPS, WARPS)
+        where = "warp = thread // LANES" if tall else f"row = block * {WARPS} + thread // LANES"
         lines += [
             "",
             "",
@@ -402,43 +326,16 @@ class _Emitter:
             "    thread, _, _ = cute.arch.thread_idx()",
             "    block, _, _ = cute.arch.block_idx()",
             "    lane = thread % LANES",
-            f"    row = block * {WARPS} + thread // LANES",
-            "    if row < rows:",
-            *(INDENT * 2 + b for b in body),
+            f"    {where}",
+            *indented(body),
             "",
             "",
             "@cute.jit",
             f"def launch({tensors}, rows: cutlass.Int32, stream):",
             f"    kernel({', '.join(names)}, rows).launch(",
-            f"        grid=[cute.ceil_div(rows, {WARPS}), 1, 1],",
-            f"        block=[{WARPS} * LANES, 1, 1],",
+            f"        grid=[cute.ceil_div(rows, {each}), 1, 1],",
+            f"        block=[{warps} * LANES, 1, 1],",
             "        stream=stream,",
             "    )",
         ]
         return "\n".join(lines) + "\n"
-
-
-def stats_of(expr: Expr | None) -> set[str]:
-    """The statistics that an expression reads."""
-    match expr:
-        case Stat(name=name):
-            return {name}
-        case Call(args=args):
-            return set().union(*(stats_of(a) for a in args))
-    return set()
-
-
-def loads_of(exprs: list[Expr]) -> set[str]:
-    """The operands that expressions load."""
-    found: set[str] = set()
-    stack, seen = list(exprs), set()
-    while stack:
-        expr = stack.pop()
-        if expr in seen:
-            continue
-        seen.add(expr)
-        if isinstance(expr, Load):
-            found.add(expr.operand)
-        elif isinstance(expr, Call):
-            stack.extend(expr.args)
-    return found

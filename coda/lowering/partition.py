@@ -511,12 +511,26 @@ class Partition:
         under = self.storage(node)
         if under in self.weights or isinstance(under, Input):
             return
-        if isinstance(under, Concat) and under not in self.home:
+        if isinstance(under, Concat) and under not in self.home and not self.in_pass(under):
             self.join(under)
         if under not in self.home and not (host and self.hosted(under)):
             below = [self.home[n].order[0] for n in walk([under]) if n in self.home]
             self.in_rows(under, max(below, default=0))
         self.loadable.add(under)
+
+    def in_pass(self, node: Node) -> bool:
+        """Compute a node of arguments alone in one pass over rows."""
+        if any(n in self.home for n in walk([node]) if n not in self.weights):
+            return False
+        for rows, columns in (
+            self.row_shapes(node)[:1] if ("alone", node) not in self.banned else ()
+        ):
+            space = Space(columns.size(self.sizes), rows, self.sizes, whole_rows=True)
+            draft = self.open("row", 0, space)
+            if not self.absorb(node, draft):
+                return True
+            self.drafts.remove(draft)
+        return False
 
     def hosted(self, node: Node) -> bool:
         """Compute a node of arguments alone in a kernel that loads all that it needs anyway."""

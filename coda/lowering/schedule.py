@@ -13,7 +13,7 @@ from coda.ir.dims import ONE, Dim, product
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import f32
 from coda.lowering.assemble import Assembled
-from coda.lowering.epilogue import Epilogue, Statistic
+from coda.lowering.epilogue import Epilogue, SinkExpr, Statistic
 from coda.lowering.program import (
     Buffer,
     Config,
@@ -22,6 +22,7 @@ from coda.lowering.program import (
     Program,
     RowwiseKernel,
 )
+from coda.lowering.row_pieces import row_parts
 
 SMS = {"sm_90a": 132, "sm_100a": 148}
 
@@ -107,8 +108,7 @@ def size_partials(program: Program) -> Program:
             if sink.rows:
                 m = gemm.problem(program.sizes)[0]
                 parts = -(-m // cta_rows(gemm.config, program.arch))
-                shape = (ONE, old.shape[1], Dim.of(max(parts, 1)))
-                program.buffers[sink.buffer] = Buffer(sink.buffer, "partial", shape, f32)
+                size_sum(program, sink, max(parts, 1), gemm.problem(program.sizes)[1])
                 continue
             makers[sink.buffer] = gemm
             planes = Dim.of(len(MONOIDS[sink.monoid].planes))
@@ -119,9 +119,20 @@ def size_partials(program: Program) -> Program:
     for kernel in program.kernels:
         if isinstance(kernel, RowwiseKernel):
             kernel = replace(kernel, assembled=_counted(program, kernel.assembled, makers))
+            for sink in kernel.assembled.epilogue.sinks:
+                parts = row_parts(kernel.assembled, kernel.width, kernel.rows.size(program.sizes))
+                size_sum(program, sink, parts, kernel.width)
         kernels.append(kernel)
     program.kernels = tuple(kernels)
     return program
+
+
+def size_sum(program: Program, sink: SinkExpr, parts: int, width: int) -> None:
+    """Size the partials of a sum over rows: a column may be a part of another's sum."""
+    columns = program.buffers[sink.buffer].shape[1]
+    parts *= (sink.span[1] if sink.span else width) // columns.size(program.sizes)
+    shape = (ONE, columns, Dim.of(parts))
+    program.buffers[sink.buffer] = Buffer(sink.buffer, "partial", shape, f32)
 
 
 def _counted(program: Program, assembled: Assembled, makers: dict[str, GemmKernel]) -> Assembled:

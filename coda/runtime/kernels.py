@@ -18,6 +18,7 @@ from coda.lowering.assemble import Assembled
 from coda.lowering.emit_gemm import Source, Table, emit_gemm
 from coda.lowering.emit_rowwise import emit_rowwise
 from coda.lowering.program import GemmKernel, Program, RowwiseKernel
+from coda.lowering.row_pieces import row_parts
 from coda.lowering.schedule import cta_rows
 from coda.runtime import quack_target, settings
 from coda.runtime.cache import kernel_directory, object_directory
@@ -177,6 +178,12 @@ class KernelRun(ReferenceRun):
             width = product(self.program.buffers[store.buffer].shape[1:]).size(self.sizes)
             found = self.room(store.buffer, rows, width, store.dtype.torch)
             self.buffers[store.buffer] = tensors[store.buffer] = found
+        for sink in assembled.epilogue.sinks:
+            parts = row_parts(assembled, kernel.width, rows)
+            width = sink.span[1] if sink.span else kernel.width
+            found = self.new((parts, width), torch.float32, "" if rows else "zero")
+            tensors[sink.buffer] = found
+            self.raw[sink.buffer] = self.summands(sink.buffer, found)
         if rows:
             self.launch_rows(rows_of(self.program, kernel), rows, tensors)
 
@@ -213,11 +220,16 @@ class KernelRun(ReferenceRun):
         for sink in kernel.assembled.epilogue.sinks:
             found = sinks[sink.buffer]
             if sink.rows:
-                self.raw[sink.buffer] = found.T
+                self.raw[sink.buffer] = self.summands(sink.buffer, found)
             elif sink.monoid == "pick":
                 self.buffers[sink.buffer] = found.reshape(-1, 1)
             else:
                 self.raw[sink.buffer] = found.view(torch.float32)
+
+    def summands(self, buffer: str, found: Tensor) -> Tensor:
+        """Partials of sums over rows, [columns, parts]; some columns of a kernel may be parts."""
+        columns = self.program.buffers[buffer].shape[1].size(self.sizes)
+        return found.reshape(-1, columns).T
 
     def loaded(self, kernel: GemmKernel) -> dict[str, Tensor]:
         """Operands that are tensors of this call."""

@@ -38,8 +38,21 @@ def vector(count: int) -> Any:
     return cute.make_rmem_tensor(cute.make_layout(count), Float32)
 
 
-def _over_lanes(planes: tuple[Any, ...], merge: Any) -> tuple[Any, ...]:
-    offset = LANES // 2
+def zeros(count: int) -> Any:
+    """`count` zeros of float32."""
+    made = vector(count)
+    made.fill(0.0)
+    return made
+
+
+def room(count: int) -> Any:
+    """`count` values of float32 in the shared memory of the block."""
+    allocator = cutlass.utils.SmemAllocator()
+    return allocator.allocate_tensor(Float32, cute.make_layout(count), 16)
+
+
+def _over_lanes(planes: tuple[Any, ...], merge: Any, lanes: int = LANES) -> tuple[Any, ...]:
+    offset = lanes // 2
     while offset:
         others = tuple(cute.arch.shuffle_sync_bfly(p, offset=offset) for p in planes)
         planes = merge(planes, others)
@@ -50,6 +63,11 @@ def _over_lanes(planes: tuple[Any, ...], merge: Any) -> tuple[Any, ...]:
 def warp_sum(x: Any) -> Any:
     """The sum over the lanes of a warp."""
     return _over_lanes((x,), lambda a, b: (a[0] + b[0],))[0]
+
+
+def lanes_sum(x: Any, lanes: int) -> Any:
+    """The sum over each aligned group of `lanes` lanes of a warp."""
+    return _over_lanes((x,), lambda a, b: (a[0] + b[0],), lanes)[0]
 
 
 def warp_max(x: Any) -> Any:

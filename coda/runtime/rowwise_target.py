@@ -33,8 +33,11 @@ def _compile(source: RowSource, shared: tuple[bool, ...], arch: str, directory: 
     module = load_module(source.text, source.name, Path(directory))
     rows = cute.sym_int()
     tensors = []
-    for (_, _, columns, _), kind, once in zip(source.parameters, source.types, shared, strict=True):
-        tensors.append(_fake(_TYPES[kind], 1 if once else rows, columns))
+    for (_, name, columns, _), kind, once in zip(
+        source.parameters, source.types, shared, strict=True
+    ):
+        lead = cute.sym_int() if name in source.partials else 1 if once else rows
+        tensors.append(_fake(_TYPES[kind], lead, columns))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return cute.compile(
         module.launch, *tensors, cutlass.Int32(1), stream, options="--enable-tvm-ffi"
@@ -82,8 +85,11 @@ class Rows:
 
     def arguments(self, rows: int, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
         """What the compiled kernel takes; `tensors` holds operands and results by name."""
+        kept = self.source.partials
         found = [
-            _laid_out(tensors[source], 1 if once else rows, columns)
+            tensors[source]
+            if source in kept
+            else _laid_out(tensors[source], 1 if once else rows, columns)
             for (_, source, columns, _), once in zip(
                 self.source.parameters, self.shared, strict=True
             )
