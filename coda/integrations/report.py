@@ -54,9 +54,12 @@ class RegionReport:
         if wanted is None:
             program = block.program_for(graph, arch, frozen, sizes)
             return RegionReport(block, ops, sizes, Explanation(program), None)
-        found = block.trained_for(graph, arch, wanted, sizes)
-        backward = None if found.backward is None else Explanation(found.backward)
-        return RegionReport(block, ops, sizes, Explanation(found.forward), backward)
+        training = block.training_for(graph, wanted, block.memory, sizes)
+        forward = Explanation(block.program_for(training.forward, arch, False, sizes))
+        backward = None
+        if training.wanted:
+            backward = Explanation(block.program_for(training.backward, arch, False, sizes))
+        return RegionReport(block, ops, sizes, forward, backward)
 
     @property
     def pays(self) -> bool:

@@ -288,7 +288,7 @@ class _Assembly:
             raise Refused("partners of a tile operand are not neighbours in memory")
         span = None
         if kind == "tile" and name in self.space.offsets:
-            elements = rows.size(self.space.sizes)
+            elements = count.size(self.space.sizes)
             span = self.space.offsets[name], elements // self.space.rows.size(self.space.sizes)
         self.operands[name] = Operand(name, kind, dtype, lanes, split=split or 0, span=span)
         self.nodes[name] = node
