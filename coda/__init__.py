@@ -1,5 +1,8 @@
 """coda: a Transformer block written as mathematics -> fused Hopper and Blackwell kernels."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from coda.block import Block, block, parse
 from coda.frontend.library import (
     bias,
@@ -53,7 +56,29 @@ from coda.frontend.tensor import Tensor
 from coda.ir.types import bf16, bool_, e4m3, e5m2, f16, f32, f64, i32, i64
 from coda.runtime.accumulate import accumulate_gradients
 
+if TYPE_CHECKING:
+    from coda import nn
+    from coda.integrations.patch import patch, unpatch
+    from coda.integrations.report import last_report
+
 __version__ = "0.1.0"
+
+# Torch's compiler takes seconds to import: what needs it is imported when it is asked for.
+_LATE = {
+    "last_report": "coda.integrations.report",
+    "nn": "coda.nn",
+    "patch": "coda.integrations.patch",
+    "unpatch": "coda.integrations.patch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported when it is asked for."""
+    if name not in _LATE:
+        raise AttributeError(f"module 'coda' has no attribute {name!r}")
+    module = import_module(_LATE[name])
+    return module if name == "nn" else getattr(module, name)
+
 
 __all__ = [
     "Block",
@@ -81,6 +106,7 @@ __all__ = [
     "i32",
     "i64",
     "l2_norm",
+    "last_report",
     "layer_norm",
     "linear",
     "log",
@@ -91,7 +117,9 @@ __all__ = [
     "mean",
     "min",
     "minimum",
+    "nn",
     "parse",
+    "patch",
     "pick",
     "reglu",
     "relu",
@@ -113,5 +141,6 @@ __all__ = [
     "swiglu",
     "take",
     "tanh",
+    "unpatch",
     "where",
 ]

@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -27,6 +28,7 @@ from coda.errors import CallError, UnsupportedError
 from coda.integrations import report as told
 from coda.integrations.dynamo import backend
 
+_calls: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 SLACK = 2.0  # how many times torch's own error a layer may be away from float64
 
 
@@ -113,7 +115,9 @@ def patch(
     first = {kind: n for n, kind in reversed(kinds.items())}
     seen = _inputs(model, example, {n: fresh[n] for n in first.values()}) if fresh else {}
     limit = 8 * max(len(layers), 1)
-    call = torch.compile(_fresh_call(), backend=backend, dynamic=dynamic, recompile_limit=limit)
+    options: Any = {"backend": backend, "dynamic": dynamic, "recompile_limit": limit}
+    call = torch.compile(_fresh_call(), **options)
+    _calls.add(call)
     checked = {k: _check(n, fresh[n], call, seen.get(n)) for k, n in first.items()}
     for name, module in layers.items():
         if name not in fresh:
@@ -138,7 +142,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _is_ours(call: Any) -> bool:
-    return isinstance(call, functools.partial) and hasattr(call.func, "_coda_patch")
+    return isinstance(call, functools.partial) and call.func in _calls
 
 
 def _foreign(module: nn.Module) -> bool:

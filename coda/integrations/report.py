@@ -55,11 +55,9 @@ class RegionReport:
             program = block.program_for(graph, arch, frozen, sizes)
             return RegionReport(block, ops, sizes, Explanation(program), None)
         training = block.training_for(graph, wanted, block.memory, sizes)
-        forward = Explanation(block.program_for(training.forward, arch, False, sizes))
-        backward = None
-        if training.wanted:
-            backward = Explanation(block.program_for(training.backward, arch, False, sizes))
-        return RegionReport(block, ops, sizes, forward, backward)
+        sides = [training.forward, training.backward][: 2 if training.wanted else 1]
+        told = [Explanation(block.program_for(side, arch, False, sizes)) for side in sides]
+        return RegionReport(block, ops, sizes, told[0], told[1] if len(told) == 2 else None)
 
     @property
     def pays(self) -> bool:

@@ -252,12 +252,13 @@ class _Assembly:
     def part(self, node: Node, period: int, point: Ints, index: Ints) -> tuple[Node, int]:
         """Every second column of a table, or one half of it, that repeats along the pairs."""
         half = period // 2
+        whole = node.rank and node.shape[-1].size(self.space.sizes) == period
         for start, step in ((0, 1), (half, 1), (0, 2), (1, 2)):
-            if half and np.array_equal(index, point % half * step + start):
+            if half and whole and np.array_equal(index, point % half * step + start):
                 found = Slice(node, -1, Dim.of(start), Dim.of(half), step)
-                whole, name = self.space.leaf(node), self.space.leaf(found)
-                if name is not None and whole in self.space.spread:
-                    self.space.spread[name] = self.space.spread[whole]
+                known, name = self.space.leaf(node), self.space.leaf(found)
+                if name is not None and known in self.space.spread:
+                    self.space.spread[name] = self.space.spread[known]
                 return found, half
         raise Refused("a table does not repeat along the columns")
 

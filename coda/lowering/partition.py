@@ -179,7 +179,8 @@ class Partition:
         ]
         taken = any(p in self.part_of or p in self.joined for p in parts)
         known = any(isinstance(p, Input | Const) or p in self.weights for p in parts)
-        if not all(whole) or taken or known or len(set(parts)) < len(parts) or node.rank < 2:
+        flat_rows = node.rank == 2 or product(node.shape[:-1]) == self.rows
+        if not all(whole) or taken or known or len(set(parts)) < len(parts) or not flat_rows:
             return False
         for part in parts:
             self.materialise(part)

@@ -1,0 +1,185 @@
+"""Modules to drop in: each a few lines over a block, with the conventions of `torch.nn`.
+
+Weights are [out_features, in_features] as in `nn.Linear`, inputs [..., in_features]; parameters are
+initialised as torch's own modules do. They train by the blocks' derived backwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coda.block import Block, block
+from coda.errors import CodaError
+from coda.frontend import library
+from coda.frontend.shapes import parse_shape
+from coda.frontend.tensor import Spec
+from coda.ir.types import i64
+
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "silu": library.silu,
+    "gelu": library.gelu,
+    "gelu_tanh": lambda x: library.gelu(x, "tanh"),
+    "relu": library.relu,
+}
+
+
+def _declared(fn: Callable[..., Any], *specs: Any) -> Block:
+    """A block of a function whose arguments are declared here."""
+    names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
+    fn.__annotations__ = dict(zip(names, specs, strict=True))
+    return block(fn)
+
+
+def _norm_linear(eps: float, bias: bool) -> Block:
+    def rms_norm_linear(x: Any, w_norm: Any, w: Any, b: Any) -> Any:
+        return library.linear(library.rms_norm(x, w_norm, eps), w, b)
+
+    def without_bias(x: Any, w_norm: Any, w: Any) -> Any:
+        return library.linear(library.rms_norm(x, w_norm, eps), w)
+
+    shapes = [Spec(parse_shape(s), None) for s in ("M D", "D", "N D", "N")]
+    return _declared(rms_norm_linear, *shapes) if bias else _declared(without_bias, *shapes[:3])
+
+
+def _gated_mlp(activation: str) -> Block:
+    act = ACTIVATIONS[activation]
+
+    def gated_mlp(x: Any, w_gate: Any, w_up: Any, w_down: Any) -> Any:
+        return (act(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T
+
+    shapes = [Spec(parse_shape(s), None) for s in ("M D", "F D", "F D", "N F")]
+    return _declared(gated_mlp, *shapes)
+
+
+def _linear_cross_entropy(ignore_index: int, reduction: str, smoothing: float) -> Block:
+    def linear_cross_entropy(x: Any, w: Any, target: Any) -> Any:
+        logits = x @ w.T
+        return library.cross_entropy(logits, target, ignore_index, reduction, smoothing)
+
+    shapes = [Spec(parse_shape(s), None) for s in ("M D", "V D")]
+    return _declared(linear_cross_entropy, *shapes, Spec(parse_shape("M"), i64))
+
+
+_blocks: dict[tuple[Any, ...], Block] = {}
+
+
+def _block(make: Callable[..., Block], *options: Any) -> Block:
+    """The one block for these options: modules hold none, and so can be saved and copied."""
+    key = (make, *options)
+    found = _blocks.get(key)
+    if found is None:
+        found = _blocks[key] = make(*options)
+    return found
+
+
+def _matrix(rows: int, columns: int, **where: Any) -> nn.Parameter:
+    """A weight as `nn.Linear` begins with."""
+    weight = torch.empty(rows, columns, **where)
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    return nn.Parameter(weight)
+
+
+class RMSNormLinear(nn.Module):
+    """linear(rms_norm(x)): `nn.RMSNorm` and `nn.Linear` in one, the norm in the GEMM's epilogue.
+
+    Parameters are `norm_weight` [in_features], `weight` [out_features, in_features] and `bias`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        eps: float = 1e-6,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where = {"device": device, "dtype": dtype}
+        self.eps = eps
+        _block(_norm_linear, eps, bias)
+        self.norm_weight = nn.Parameter(torch.ones(in_features, **where))
+        self.weight = _matrix(out_features, in_features, **where)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            bound = 1 / math.sqrt(in_features)
+            self.bias = nn.Parameter(torch.empty(out_features, **where).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        more = () if self.bias is None else (self.bias,)
+        run = _block(_norm_linear, self.eps, self.bias is not None)
+        y = run(x.reshape(-1, x.shape[-1]), self.norm_weight, self.weight, *more)
+        return y.reshape(*x.shape[:-1], -1)
+
+
+class GatedMLP(nn.Module):
+    """w_down(act(w_gate x) · w_up x), after Shazeer (2020), without biases.
+
+    Parameters are `gate_weight`, `up_weight` [hidden_features, in_features] and `down_weight`
+    [out_features, hidden_features]; `activation` is "silu", "gelu", "gelu_tanh" or "relu".
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        activation: str = "silu",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise CodaError(
+                "an activation that is not there",
+                found=repr(activation),
+                help=" or ".join(ACTIVATIONS),
+            )
+        where = {"device": device, "dtype": dtype}
+        self.activation = activation
+        _block(_gated_mlp, activation)
+        self.gate_weight = _matrix(hidden_features, in_features, **where)
+        self.up_weight = _matrix(hidden_features, in_features, **where)
+        self.down_weight = _matrix(out_features or in_features, hidden_features, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        run = _block(_gated_mlp, self.activation)
+        flat = x.reshape(-1, x.shape[-1])
+        y = run(flat, self.gate_weight, self.up_weight, self.down_weight)
+        return y.reshape(*x.shape[:-1], -1)
+
+
+class LinearCrossEntropy(nn.Module):
+    """cross_entropy(x @ weightᵀ, target): a vocabulary's projection and its loss in one.
+
+    `weight` is [num_classes, in_features]; share it with an embedding by assigning the parameter.
+    Other arguments are those of `nn.CrossEntropyLoss`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = ignore_index, reduction, label_smoothing
+        _block(_linear_cross_entropy, *self.options)
+        self.weight = _matrix(num_classes, in_features, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        """x [..., in_features] and target [...] of int64 -> the loss, as torch reduces it."""
+        run = _block(_linear_cross_entropy, *self.options)
+        loss = run(x.reshape(-1, x.shape[-1]), self.weight, target.reshape(-1))
+        return loss.reshape(target.shape) if self.options[1] == "none" else loss
