@@ -61,11 +61,18 @@ class RegionReport:
 
     @property
     def pays(self) -> bool:
-        """Whether the forward is cheaper than GEMMs apart with all else between them fused."""
-        program, other = self.forward.program, self.forward.pointwise
-        machine = MACHINES[program.arch]
-        own = program.hbm_bytes / machine.bandwidth + machine.launch * len(program.kernels)
-        return own < other.hbm_bytes / machine.bandwidth + machine.launch * other.launches
+        """Whether it is cheaper than GEMMs apart with all else between them fused, launches and
+        bytes reckoned together.
+        """
+        own = other = 0.0
+        for side in (self.forward, self.backward):
+            if side is not None:
+                program, machine = side.program, MACHINES[side.program.arch]
+                own += program.hbm_bytes / machine.bandwidth
+                own += machine.launch * len(program.kernels)
+                other += side.pointwise.hbm_bytes / machine.bandwidth
+                other += machine.launch * side.pointwise.launches
+        return own < other
 
     def json(self) -> dict[str, Any]:
         """As plain data."""
