@@ -356,8 +356,17 @@ class Machine:
         if block.exits and self.observer is not None:
             self._left(rows)
         if block.spins:
+            self._spin(rows, m)
+
+    def _spin(self, rows: Array, m: Array | None) -> None:
+        """Warps, or the lanes of them that are here, let others run before they go on."""
+        if m is None:
             here = self.key[rows]
             self.key[rows] = np.where(here < SPIN, here | SPIN, here)
+        else:
+            pc = self.pc[rows]
+            self.pc[rows] = np.where(m & (pc < SPIN), pc | SPIN, pc)
+            self.refresh(rows)
 
     def _left(self, rows: Array) -> None:
         """Tell the observer of CTAs whose last threads have left."""
@@ -370,9 +379,11 @@ class Machine:
         """No warp can run at once: see what can be let go. False at the end."""
         if self.agents.relieve():
             return True
-        spinning = (self.key >= SPIN) & (self.key < EXIT)
-        if spinning.any():
-            self.key[spinning] &= ~np.int32(SPIN)
+        spinning = ((self.key >= SPIN) & (self.key < EXIT)).nonzero()[0]
+        if len(spinning):
+            pc = self.pc[spinning]
+            self.pc[spinning] = np.where(pc < EXIT, pc & ~np.int32(SPIN), pc)
+            self.refresh(spinning)
             self._spun()
             return True
         if (self.pc == EXIT).all():

@@ -3,10 +3,46 @@
 import ctypes
 
 import numpy as np
+import pytest
 
 from coda.sim.machine import run
 from coda.sim.types import Allocations, Launch, LaunchResult, Options
 
+SCHEDULES = [
+    {"schedule": "eager"},
+    {"schedule": "late"},
+    {"schedule": "random", "seed": 1},
+    {"schedule": "random", "seed": 2},
+]
+schedules = pytest.mark.parametrize("options", SCHEDULES, ids=lambda o: f"{o}")
+
+MBARRIER = """
+    mov.u32 %r2, smem;
+    setp.eq.b32 %p1, %r1, 0;
+    @%p1 mbarrier.init.shared.b64 [%r2], 32;
+    bar.sync 0;
+    mov.b32 %r10, 0;
+    mov.b32 %r0, 0;
+    shr.u32 %r3, %r1, 5;
+    setp.ne.b32 %p2, %r3, 0;
+    $ROUND:
+    @%p2 bra $WAIT;
+    {produce}
+    mbarrier.arrive.shared.b64 _, [%r2];
+    bra $NEXT;
+    $WAIT:
+    and.b32 %r11, %r10, 1;
+    $TRY:
+    mbarrier.try_wait.parity.shared.b64 %p3, [%r2], %r11;
+    @!%p3 bra $TRY;
+    ld.shared.b32 %r12, [%r2+16];
+    add.s32 %r0, %r0, %r12;
+    $NEXT:
+    bar.sync 1, 64;
+    add.s32 %r10, %r10, 1;
+    setp.lt.u32 %p4, %r10, 5;
+    @%p4 bra $ROUND;
+"""
 HEAD = ".version 8.7\n.target sm_90a\n.address_size 64\n"
 
 
