@@ -77,21 +77,23 @@ def backward(
     """Gradients of queries, keys and values, through the public function."""
     from flash_attn.cute.interface import flash_attn_func
 
-    inputs = _inputs(s, h, hk, d, d, s)
-    cotangent = randn(1, s, h, d)
+    return _gradients(
+        partial(flash_attn_func, **options),
+        lambda q, k, v: reference(q, k, v, mask, score)[0],
+        _inputs(s, h, hk, d, d, s),
+    )
+
+
+def _gradients(ours: Any, theirs: Any, inputs: list[Tensor]) -> Problem:
+    """The output and the gradients of queries, keys and values of a function of them."""
+    cotangent = torch.randn_like(inputs[0])
 
     def gradients(function: Any, tensors: list[Tensor], cotangent: Tensor) -> dict[str, Tensor]:
         leaves = [t.detach().requires_grad_() for t in tensors]
         out = function(*leaves)
+        out = out[0] if isinstance(out, tuple) else out
         found = torch.autograd.grad(out, leaves, cotangent)
         return {"out": out, **dict(zip(("dq", "dk", "dv"), found, strict=True))}
-
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn_func(q, k, v, **options)
-        return out[0] if isinstance(out, tuple) else out
-
-    def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference(q, k, v, mask, score)[0]
 
     expected = gradients(theirs, [t.float() for t in inputs], cotangent.float())
     return Problem(lambda: gradients(ours, inputs, cotangent), expected, 2**-5)
@@ -100,31 +102,45 @@ def backward(
 STARTS = [0, 100, 100, 256]
 
 
+def _lengths() -> dict[str, Any]:
+    """How the functions are told of sequences of several lengths in one tensor; one is empty."""
+    starts = torch.tensor(STARTS, dtype=torch.int32)
+    longest = max(e - s for s, e in itertools.pairwise(STARTS))
+    return {
+        "cu_seqlens_q": starts,
+        "cu_seqlens_k": starts,
+        "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+    }
+
+
+def _by_sequence(q: Tensor, k: Tensor, v: Tensor, mask: Rule | None) -> Tensor:
+    spans = [(s, e) for s, e in itertools.pairwise(STARTS) if e > s]
+    parts = [reference(q[None, s:e], k[None, s:e], v[None, s:e], mask)[0][0] for s, e in spans]
+    return torch.cat(parts)
+
+
 def varlen(causal: bool) -> Problem:
     """Sequences of several lengths in one tensor; one is empty."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
     q, k, v = (randn(STARTS[-1], h, 128) for h in (2, 1, 1))
-    starts = torch.tensor(STARTS, dtype=torch.int32)
-    longest = max(e - s for s, e in itertools.pairwise(STARTS))
 
     def launch() -> dict[str, Tensor]:
-        found = _flash_attn_fwd(
-            q,
-            k,
-            v,
-            cu_seqlens_q=starts,
-            cu_seqlens_k=starts,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            causal=causal,
-        )
-        return {"out": found[0]}
+        return {"out": _flash_attn_fwd(q, k, v, **_lengths(), causal=causal)[0]}
 
-    spans = [(s, e) for s, e in itertools.pairwise(STARTS) if e > s]
-    mask = _causal if causal else None
-    parts = [reference(q[None, s:e], k[None, s:e], v[None, s:e], mask)[0][0] for s, e in spans]
-    return Problem(launch, {"out": torch.cat(parts)}, 2**-6)
+    return Problem(launch, {"out": _by_sequence(q, k, v, _causal if causal else None)}, 2**-6)
+
+
+def varlen_backward(causal: bool) -> Problem:
+    """Gradients of sequences of several lengths in one tensor."""
+    from flash_attn.cute.interface import flash_attn_varlen_func
+
+    return _gradients(
+        partial(flash_attn_varlen_func, **_lengths(), causal=causal),
+        partial(_by_sequence, mask=_causal if causal else None),
+        [randn(STARTS[-1], 2, 128) for _ in range(3)],
+    )
 
 
 def _causal(row: Tensor, column: Tensor) -> Tensor:
@@ -168,9 +184,41 @@ def _thirds(row: Tensor, column: Tensor) -> Tensor:
     return (column % 3 == 0) & (column <= row)
 
 
-def _with(make: Any, name: str, build: Any, **more: Any) -> Callable[[], Problem]:
-    """A problem with a function in the DSL, which is made inside the device."""
-    return lambda: make(**{name: build()}, **more)
+def _grow_mod() -> Any:
+    """Makes scores grow with the distance of query and key: in the DSL."""
+    import cutlass
+    from cutlass import cute
+
+    @cute.jit
+    def grow(scores, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
+        return scores * (1.0 + (q_idx - kv_idx).to(cutlass.Float32) * 0.01)
+
+    return grow
+
+
+def _grow_mod_backward() -> Any:
+    """The gradient through `_grow_mod`."""
+    import cutlass
+    from cutlass import cute
+
+    @cute.jit
+    def grow(gradient, scores, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
+        return gradient * (1.0 + (q_idx - kv_idx).to(cutlass.Float32) * 0.01)
+
+    return grow
+
+
+def _grow(scores: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return scores * (1 + (row - column) * 0.01)
+
+
+def _cap(scores: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return 2 * torch.tanh(scores / 2)
+
+
+def _with(make: Any, build: dict[str, Any], **more: Any) -> Callable[[], Problem]:
+    """A problem with functions in the DSL, which are made inside the device."""
+    return lambda: make(**{name: one() for name, one in build.items()}, **more)
 
 
 CASES = (
@@ -186,8 +234,8 @@ CASES = (
     ),
     Case("attention, varlen", partial(varlen, False)),
     Case("attention, varlen, causal", partial(varlen, True)),
-    Case("attention, score_mod", _with(forward, "score_mod", _score_mod, score=_slope)),
-    Case("attention, mask_mod", _with(forward, "mask_mod", _mask_mod, mask=_thirds)),
+    Case("attention, score_mod", _with(forward, {"score_mod": _score_mod}, score=_slope)),
+    Case("attention, mask_mod", _with(forward, {"mask_mod": _mask_mod}, mask=_thirds)),
     Case("attention backward", partial(backward)),
     Case("attention backward, causal", partial(backward, causal=True, mask=_causal)),
     Case("attention backward, GQA", partial(backward, hk=1, causal=True, mask=_causal)),
@@ -196,4 +244,16 @@ CASES = (
         "attention backward, window",
         partial(backward, window_size=(70, 0), mask=_window(70, 0)),
     ),
+    Case("attention backward, varlen", partial(varlen_backward, False)),
+    Case("attention backward, varlen, causal", partial(varlen_backward, True)),
+    Case("attention backward, softcap", partial(backward, softcap=2.0, score=_cap)),
+    Case(
+        "attention backward, score_mod",
+        _with(
+            backward,
+            {"score_mod": _grow_mod, "score_mod_bwd": _grow_mod_backward},
+            score=_grow,
+        ),
+    ),
+    Case("attention backward, mask_mod", _with(backward, {"mask_mod": _mask_mod}, mask=_thirds)),
 )
