@@ -17,6 +17,7 @@ from coda.ir.graph import Contract, Graph, walk
 from coda.ir.types import DType, bf16, dtype_of, from_torch
 from coda.lowering.derive import Training, check_memory, derive
 from coda.lowering.explain import Explanation
+from coda.lowering.explain_training import TrainingExplanation
 from coda.lowering.pipeline import check_dims, lower
 from coda.lowering.program import Program
 from coda.lowering.roles import row_symbols
@@ -117,6 +118,23 @@ class Block:
     ) -> Explanation:
         """What the Program does and why; `print` it, or take its `.json()`."""
         return Explanation(self.lower(arch, dims, dtype, frozen))
+
+    def explain_training(
+        self,
+        arch: str | None = None,
+        dtype: DType = bf16,
+        wanted: Sequence[str] | None = None,
+        memory: str | None = None,
+        **dims: int,
+    ) -> TrainingExplanation:
+        """What forward and backward do, and what is kept between them, as `explain` tells it.
+
+        Args:
+            arch, dtype, dims: as in `explain`.
+            wanted, memory: as in `lower_training`.
+        """
+        forward, backward = self.lower_training(arch, dims, dtype, wanted, memory)
+        return TrainingExplanation(self.graph_of(dtype), forward, backward)
 
     def lower_training(
         self,

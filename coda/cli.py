@@ -9,23 +9,26 @@ import json
 import os
 import runpy
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from torch import Tensor
 
 import coda
 from coda.block import Block
 from coda.doctor import examine
 from coda.errors import CodaError
 from coda.ir.types import DTYPES, DType
-from coda.measure import load_inputs, measure, random_inputs
+from coda.lowering.program import Program
+from coda.measure import Report, load_inputs, measure, measure_training, random_inputs
 from coda.runtime import cache as kernel_cache
-from coda.runtime.compile import compile_program, show_progress, usage_table
+from coda.runtime.compile import Compiled, compile_program, show_progress, usage_table
 from coda.runtime.run import choose_backend, target_arch
 
 app = typer.Typer(
@@ -41,6 +44,9 @@ Dims = Annotated[str, typer.Option(help="sizes, as in M=8192,D=4096")]
 Arch = Annotated[str, typer.Option(help="sm_90a or sm_100a")]
 Type = Annotated[str, typer.Option(help="element type of arguments declared without one")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Backward = Annotated[bool, typer.Option("--backward", help="of training: forward and backward")]
+Memory = Annotated[str, typer.Option(help="what training saves: min, balanced or speed")]
+Wanted = Annotated[str, typer.Option(help="arguments to differentiate, as in x,w; else all floats")]
 Frozen = Annotated[bool, typer.Option(help="weights keep their values (inference)")]
 
 
@@ -89,18 +95,41 @@ def explain(
     arch: Arch = "",
     dtype: Type = "bf16",
     frozen: Frozen = False,
+    backward: Backward = False,
+    memory: Memory = "",
+    wanted: Wanted = "",
     as_json: Json = False,
     text: Annotated[bool, typer.Option("--text", help="print the Program's text")] = False,
 ) -> None:
     """What a block becomes: kernels, bytes, rooflines, and where each op went."""
-    block = load_block(target)
-    found = block.explain(arch or None, parse_dtype(dtype), frozen, **parse_dims(dims))
+    block, element, sizes = load_block(target), parse_dtype(dtype), parse_dims(dims)
+    check_training(backward, memory, wanted, frozen)
+    if backward:
+        kept = names_of(wanted), memory or None
+        found = block.explain_training(arch or None, element, *kept, **sizes)
+        programs = [found.forward.program, found.backward.program]
+    else:
+        found = block.explain(arch or None, element, frozen, **sizes)
+        programs = [found.program]
     if as_json:
         print(json.dumps(found.json(), indent=2))
     elif text:
-        print(found.program.text(), end="")
+        print("\n".join(p.text() for p in programs), end="")
     else:
         found.print(Console())
+
+
+def check_training(backward: bool, memory: str, wanted: str, frozen: bool = False) -> None:
+    """Raise CodaError for options that do not go together."""
+    if (memory or wanted) and not backward:
+        raise CodaError("--memory and --wanted belong to --backward", found=memory or wanted)
+    if backward and frozen:
+        raise CodaError("weights that keep their values are not trained", found="--frozen")
+
+
+def names_of(wanted: str) -> list[str] | None:
+    """The names of "x,w", None for all."""
+    return [n.strip() for n in wanted.split(",")] if wanted else None
 
 
 @app.command()
@@ -114,21 +143,33 @@ def run(
     seed: Annotated[int, typer.Option(help="of random arguments and schedules")] = 0,
     schedule: Annotated[str, typer.Option(help="of backend sim: eager, late or random")] = "eager",
     show: Annotated[bool, typer.Option("--report", help="what backend sim saw")] = False,
+    backward: Backward = False,
+    memory: Memory = "",
+    wanted: Wanted = "",
     as_json: Json = False,
 ) -> None:
-    """Run a block, and measure its error against float64 beside torch's, op by op."""
+    """Run a block, and measure its error against float64 beside torch's, op by op.
+
+    With --backward: the errors of its gradients.
+    """
     block = load_block(target)
+    check_training(backward, memory, wanted)
     graph = block.graph_of(parse_dtype(dtype))
     sizes = parse_dims(dims)
     given = load_inputs(graph, Path(inputs)) if inputs else random_inputs(graph, sizes, seed)
     chosen = choose_backend(backend)
     if chosen != "sim" and (show or schedule != "eager"):
         raise CodaError("--report and --schedule belong to backend sim", found=chosen)
+    run: Any = measure
+    if backward:
+        run = partial(measure_training, wanted=names_of(wanted), memory=memory or None)
     seen = None
     if chosen == "sim":
-        report, seen = _simulate(block, given, target_arch(arch), schedule, seed, sizes)
+        arch = target_arch(arch)
+        call = partial(run, block, block.graph_for(given), given, "sim", arch, sizes)
+        report, seen = _simulate(call, arch, schedule, seed)
     else:
-        report = measure(block, graph, given, backend, arch, sizes)
+        report = run(block, graph, given, backend, arch, sizes)
     if as_json:
         found = report.json() | ({"simulator": seen.json()} if seen is not None and show else {})
         print(json.dumps(found, indent=2))
@@ -139,8 +180,8 @@ def run(
 
 
 def _simulate(
-    block: Block, given: list[Tensor], arch: str, schedule: str, seed: int, sizes: dict[str, int]
-) -> tuple[Any, Any]:
+    call: Callable[[], Report], arch: str, schedule: str, seed: int
+) -> tuple[Report, Any]:
     """Measure a block on a simulated GPU: the errors, and what the simulator saw."""
     from coda.runtime.simulate import device
     from coda.sim import SimError
@@ -149,7 +190,7 @@ def _simulate(
         raise CodaError("a schedule is eager, late or random", found=schedule)
     try:
         with device(arch, schedule=schedule, seed=seed) as gpu:
-            report = measure(block, block.graph_for(given), given, "sim", arch, sizes)
+            report = call()
     except SimError as e:
         raise CodaError(f"the simulated GPU stopped: {e}") from e
     return report, gpu.report()
@@ -164,6 +205,9 @@ def compile_(
     frozen: Frozen = False,
     out: Annotated[str, typer.Option(help="a directory that loads without recompiling")] = "",
     emit: Annotated[str, typer.Option(help="print source, ptx or cubin (its path)")] = "",
+    backward: Backward = False,
+    memory: Memory = "",
+    wanted: Wanted = "",
     as_json: Json = False,
 ) -> None:
     """Compile a block's kernels, with or without a GPU, and say what each takes."""
@@ -171,10 +215,18 @@ def compile_(
         raise CodaError("there is no such thing to emit", found=emit, help="source, ptx or cubin")
     if out:
         os.environ["CODA_CACHE_DIR"] = str(Path(out).resolve())
-    block = load_block(target)
-    program = block.lower(arch or None, parse_dims(dims), parse_dtype(dtype), frozen)
-    found = {c.kernel: c for c in show_progress(compile_program(program), len(program.kernels))}
-    done = [found[k.name] for k in program.kernels if k.name in found]
+    block, element, sizes = load_block(target), parse_dtype(dtype), parse_dims(dims)
+    check_training(backward, memory, wanted, frozen)
+    if backward:
+        kept = names_of(wanted), memory or None
+        both = block.lower_training(arch or None, sizes, element, *kept)
+        done = [
+            c for p, n in zip(both, ("forward", "backward"), strict=True) for c in _compile(p, n)
+        ]
+        program = both[0]
+    else:
+        program = block.lower(arch or None, sizes, element, frozen)
+        done = _compile(program)
     if as_json:
         print(json.dumps([c.json() for c in done], indent=2))
     elif emit:
@@ -186,6 +238,13 @@ def compile_(
             )
     else:
         Console().print(usage_table(program.arch, done))
+
+
+def _compile(program: Program, which: str = "") -> list[Compiled]:
+    """The kernels of a Program in its order; their names begin with `which` it is."""
+    found = {c.kernel: c for c in show_progress(compile_program(program), len(program.kernels))}
+    done = [found[k.name] for k in program.kernels if k.name in found]
+    return [replace(c, kernel=f"{which} {c.kernel}".strip()) for c in done]
 
 
 class CacheAction(StrEnum):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from coda.ir.evaluate import evaluate
 from coda.ir.graph import Contract, Graph, Node, walk
 from coda.lowering.pipeline import check_dims
 from coda.runtime.bind import bind_sizes
+from coda.runtime.run import choose_backend
 
 
 def random_inputs(graph: Graph, dims: Mapping[str, int], seed: int = 0) -> list[Tensor]:
@@ -110,8 +111,6 @@ def measure(
     dims: Mapping[str, int] | None = None,
 ) -> Report:
     """Run a block and compare with float64."""
-    from coda.runtime.run import choose_backend
-
     with torch.no_grad():
         found = block(*inputs, backend=backend or None, arch=arch or None, dims=dims)
         sizes = bind_sizes(graph, inputs, dims)
@@ -138,8 +137,6 @@ def measure_gradients(
     seed: int = 0,
 ) -> Report:
     """Run a block and its backward on random cotangents; the gradients' errors."""
-    from coda.runtime.run import choose_backend
-
     sizes = bind_sizes(graph, inputs, dims)
 
     def leaves(dtype: torch.dtype | None) -> list[Tensor]:
@@ -176,6 +173,67 @@ def measure_gradients(
         if a is not None and e is not None and b is not None
     ]
     return Report(graph.name, sizes, choose_backend(backend), tuple(errors))
+
+
+def measure_training(
+    block: Block,
+    graph: Graph,
+    inputs: Sequence[Tensor],
+    backend: str = "",
+    arch: str = "",
+    dims: Mapping[str, int] | None = None,
+    wanted: Sequence[str] | None = None,
+    memory: str | None = None,
+) -> Report:
+    """Run a block and its backward, of random cotangents, and compare gradients with float64's.
+
+    Args:
+        block, graph, inputs, backend, arch, dims: as in `measure`.
+        wanted: names of the arguments to differentiate; by default all floats.
+        memory: as in a call.
+    """
+    floats = [i.name for i in graph.inputs if i.dtype.kind == "float"]
+    names = floats if wanted is None else list(wanted)
+    if set(names) - set(floats):
+        raise CallError("a gradient is that of a float", found=", ".join({*names} - {*floats}))
+    sizes = bind_sizes(graph, inputs, dims)
+
+    def gradients(wide: bool, run: Callable[[list[Tensor]], Any]) -> dict[str, Tensor | None]:
+        leaves = [
+            (x.double() if wide and x.is_floating_point() else x.clone()).requires_grad_(
+                i.name in names
+            )
+            for i, x in zip(graph.inputs, inputs, strict=True)
+        ]
+        found = run(leaves)
+        generator = torch.Generator().manual_seed(7)
+        total: Tensor = torch.zeros(())
+        for y in found.values() if isinstance(found, dict) else found:
+            if y.requires_grad:
+                d = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+                total = total + (y.double() * d).sum()
+        total.backward()
+        return {i.name: x.grad for i, x in zip(graph.inputs, leaves, strict=True)}
+
+    def ours(leaves: list[Tensor]) -> Any:
+        y = block(*leaves, backend=backend or None, arch=arch or None, dims=dims, memory=memory)
+        return (y,) if isinstance(y, Tensor) else y
+
+    def op_by_op(compute: torch.dtype | None) -> Callable[[list[Tensor]], Any]:
+        def run(leaves: list[Tensor]) -> Any:
+            values: dict[Node, Tensor] = dict(zip(graph.inputs, leaves, strict=True))
+            return evaluate(graph.roots, values, sizes, compute)
+
+        return run
+
+    mine = gradients(False, ours)
+    exact, plain = gradients(True, op_by_op(torch.float64)), gradients(False, op_by_op(None))
+    errors: list[Error] = []
+    for name in names:
+        a, b, e = mine[name], plain[name], exact[name]
+        if a is not None and b is not None and e is not None:
+            errors.append(Error(f"d{name}", tuple(a.shape), relative(a, e), relative(b, e)))
+    return Report(f"{graph.name}, backward,", sizes, choose_backend(backend), tuple(errors))
 
 
 def relative(x: Tensor, exact: Tensor) -> float:

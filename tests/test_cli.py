@@ -56,6 +56,41 @@ def test_explain_json(capsys):
     assert found["unfused"] == []
 
 
+def test_explain_backward(capsys):
+    options = ("--dims", DIMS, "--backward")
+    code, out, _ = run(capsys, "explain", MLP, *options)
+    assert code == 0
+    for word in ("kernels of the forward", "kernels of the backward", "bytes per token"):
+        assert word in out
+    saved = {}
+    for memory in ("min", "balanced"):
+        _, out, _ = run(capsys, "explain", MLP, *options, "--memory", memory, "--json")
+        saved[memory] = json.loads(out)["saved_bytes_per_token"]
+    assert saved["min"]["coda"] == saved["min"]["checkpointed"] < saved["balanced"]["coda"]
+    assert saved["balanced"]["coda"] < saved["balanced"]["eager"]
+    _, out, _ = run(capsys, "explain", MLP, *options, "--wanted", "w_down", "--text")
+    assert out.count("program mlp") == 2
+    assert "return dw_down=" in out
+
+
+def test_options_of_training_belong_together(capsys):
+    for options in (("--memory", "min"), ("--wanted", "x"), ("--backward", "--frozen")):
+        code, _, err = run(capsys, "explain", MLP, "--dims", DIMS, *options)
+        assert code == 1
+        assert "--" in err
+    code, _, err = run(capsys, "run", MLP, "--dims", DIMS, "--backward", "--wanted", "y")
+    assert code == 1
+    assert "found: y" in err
+
+
+def test_run_backward(capsys):
+    options = ("--dims", DIMS, "--backward", "--memory", "speed", "--wanted", "x,w_up")
+    _, out, _ = run(capsys, "run", MLP, *options, "--backend", "reference", "--json")
+    errors = json.loads(out)["outputs"]
+    assert [e["output"] for e in errors] == ["dx", "dw_up"]
+    assert all(0 < e["coda"] <= 1.2 * e["torch"] for e in errors)
+
+
 def test_explain_text_and_a_block_in_the_text_form(capsys, tmp_path):
     path = tmp_path / "f.coda"
     path.write_text("block f(%x: [M, D] bf16) {\n  %0 = square %x\n  return out = %0\n}\n")
