@@ -282,6 +282,7 @@ ARRIVE = r"mbarrier\.arrive\.(?!expect)"
 TRY_WAIT = r"mbarrier\.try_wait\.parity"
 LOOP = TRY_WAIT + r"\S*\s+P1,"  # a peek that fails wrongly falls into the loop
 LOAD = r"cp\.async\.bulk\.tensor\.\S*\.shared::\w+\.global"
+TILE_STORE = r"stmatrix|st\.shared\.v4\S*\s+\[%r\d+\], \{%r"  # what is stored is no constant
 STUCK = ("Deadlock", "Livelock", "Fault")
 ORDER = ("race",)
 
@@ -320,8 +321,11 @@ MUTATIONS = (
     ),
     Mutation("barrier count over", r"mbarrier\.init", computed(-1, "add.s32 {1}, {0}, 1"), STUCK),
     Mutation("copy of a shifted box", LOAD, coordinate, ("values",)),
-    Mutation("store of a tile dropped", r"stmatrix", drop, ("uninitialised", "values")),
-    Mutation("store of a tile moved", r"stmatrix", addressed(16), ("values", "uninitialised")),
+    Mutation("store of a tile dropped", TILE_STORE, drop, ("uninitialised", "values")),
+    Mutation(
+        "store of a tile moved", TILE_STORE, addressed(16),
+        ("values", "uninitialised"),
+    ),
     Mutation(
         "swizzle of an operand", r"wgmma\.mma_async",
         computed(-6, "xor.b64 {1}, {0}, 0x4000000000000000"), ("values",),
