@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coda.sim.blocks import Blocks
 from coda.sim.clocks import PAST, SEEN
 from coda.sim.flights import Flights
+from coda.sim.maps import Maps
 from coda.sim.observe import MAKERS, Observer
 from coda.sim.ptx import Instruction
 from coda.sim.races import NO_ORDER
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from coda.sim.machine import Machine
 
 
-class Exits(Blocks):
+class Exits(Maps):
     """The checks at the end of a CTA and of its tensor memory."""
 
     def exited(self, cta: int) -> None:

@@ -5,9 +5,10 @@ kind of asynchronous operation that its kernel uses (groups of bulk copies, wgmm
 products of each CTA, and one for each mbarrier, whose clock is the number of phases that have
 ended: what TMA writes is known to those who have acquired that phase.
 
-A warp has four clocks over these components: SEEN, what happened before in the generic proxy;
+A warp has five clocks over these components: SEEN, what happened before in the generic proxy;
 ASYNC, what of it the async proxy sees too, after a proxy fence; INIT, whose mbarriers it may use;
-PAST, what has ended in time even where nothing makes it visible (relaxed arrivals).
+PAST, what has ended in time even where nothing makes it visible (relaxed arrivals); MAPS, what was
+released to the proxy that reads tensor maps.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from coda.sim.machine import Machine
 
 Array = NDArray[Any]
-SEEN, ASYNC, INIT, PAST = range(4)
+SEEN, ASYNC, INIT, PAST, MAPS = VIEWS = range(5)
 KINDS = ("bulk", "bulk store", "wgmma", "cp.async", "tcgen05.ld", "tcgen05.st")
 _NEEDED = {
     "bulk": ("cp.async.bulk", "cp.reduce"),
@@ -67,7 +68,7 @@ class Clocks:
         self.fixed = used + self.size
         self.clusters = machine.count // self.size
         self.width = self.fixed + MBARRIERS
-        self.at = np.zeros((machine.warps, 4, self.width), np.int32)
+        self.at = np.zeros((machine.warps, len(VIEWS), self.width), np.int32)
         self.at[row, SEEN, self.own] = 1
         self.at[row, PAST, self.own] = 1
         self.sequence = np.zeros((machine.warps, len(KINDS)), np.int64)
@@ -169,7 +170,7 @@ class Clocks:
         block = self.at[row].copy()
         np.maximum(block[PAST], block[SEEN], out=block[PAST])
         if relaxed:
-            block[SEEN] = block[ASYNC] = 0
+            block[SEEN] = block[ASYNC] = block[MAPS] = 0
         return block
 
     def give(self, key: Any, block: Array) -> None:
@@ -184,7 +185,7 @@ class Clocks:
         """A phase of `key` has ended: its knowledge can be acquired."""
         block = self.coming.pop(key, None)
         if block is None:
-            block = np.zeros((4, self.width), np.int32)
+            block = np.zeros((len(VIEWS), self.width), np.int32)
         self.come[key] = block
         if key in self.coming_abroad or key in self.come_abroad:
             self.come_abroad[key] = self.coming_abroad.pop(key, {})
@@ -236,4 +237,10 @@ class Clocks:
         if proxy:
             np.maximum(at[ASYNC], at[SEEN], out=at[ASYNC])
         np.maximum(at[INIT], at[SEEN], out=at[INIT])
+        self.tick(row)
+
+    def fence_maps(self, row: int) -> None:
+        """A warp's fence: what it knows holds for the proxy that reads tensor maps."""
+        at = self.at[row]
+        np.maximum(at[MAPS], at[SEEN], out=at[MAPS])
         self.tick(row)

@@ -152,7 +152,7 @@ def _cluster_wait(e: Emitter, ins: Instruction, f: Fields) -> None:
     "fence.proxy.async.generic =acquire|release ?sync_restrict::shared::cluster|sync_restrict::"
     "shared::cta =cluster",
     "fence.proxy.alias",
-    "fence.proxy.tensormap::generic =acquire|release|acq_rel =cta|cluster|gpu|sys",
+    "fence.proxy.tensormap::generic =release =cta|cluster|gpu|sys",
     "fence.mbarrier_init.release.cluster",
     "fence ?sc|acq_rel|acquire|release =cta|cluster|gpu|sys",
     "fence =acquire|release =sync_restrict::shared::cluster|sync_restrict::shared::cta =cluster",
@@ -166,6 +166,16 @@ def _fence(e: Emitter, ins: Instruction, f: Fields) -> None:
     guard = "m" if ins.predicate is None else f"both(m, {e.guard(ins)}, M.shape)"
     e.line("if M.observer is not None:")
     e.line(f"    M.observer.fence({e.site(ins)}, g, {guard})")
+
+
+@rule("fence.proxy.tensormap::generic order=acquire|acq_rel =cta|cluster|gpu|sys")
+def _map_fence(e: Emitter, ins: Instruction, f: Fields) -> None:
+    base, offset = e.address(ins.operands[0])
+    at = f"spread(M.transfers.at(({base}, {offset})), M.shape)"
+    guard = "m" if ins.predicate is None else f"both(m, {e.guard(ins)}, M.shape)"
+    e.line("if M.observer is not None:")
+    e.line(f"    M.observer.fence({e.site(ins)}, g, {guard})")
+    e.line(f"    M.observer.map_acquire({e.site(ins)}, g, {guard}, {at})")
 
 
 @rule("setmaxnreg op=inc|dec =sync =aligned =u32")

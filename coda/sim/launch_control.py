@@ -87,6 +87,8 @@ class LaunchControl:
                 machine.observer.matrix_access(ins, row, np.array([start]), 128, write)
             return machine.shared.data[start : start + 128]
         machine.memory.span(ins, row, address, address + 128)
+        if machine.observer is not None and write:
+            machine.observer.map_write(ins, row, address)
         return machine.memory.views[1][address - 64 : address + 64]
 
     def replace(

@@ -151,6 +151,17 @@ class Observer:
     def cluster_acquire(self, ins: Instruction, row: int, cluster: int) -> None:
         """A warp leaves the barrier of its cluster."""
 
+    # tensor maps in global memory
+
+    def map_write(self, ins: Instruction, row: int, address: int) -> None:
+        """tensormap.replace or tensormap.cp_fenceproxy; other stores are told as such."""
+
+    def map_acquire(self, ins: Instruction, g: Any, m: Any, address: Array) -> None:
+        """fence.proxy.tensormap::generic.acquire by each active lane, of the map at its address."""
+
+    def map_use(self, ins: Instruction, row: int, address: int) -> None:
+        """A copy engine is about to read a map."""
+
     # tensor memory
 
     def tensor_alloc(self, ins: Instruction, row: int, cta: int, column: int, columns: int) -> None:

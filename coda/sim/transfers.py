@@ -96,6 +96,8 @@ class Transfers:
             where = f"a tensor map at {address:#x}"
             machine.fault(ins, "misaligned", where, row, None, address)
         machine.memory.span(ins, row, address, address + 64)
+        if machine.observer is not None:
+            machine.observer.map_use(ins, row, address)
         low = address - 64
         return machine.guard(
             ins, row, tma.TensorMap.decode, machine.memory.views[1][low : low + 64].tobytes()

@@ -8,6 +8,7 @@ import pytest
 from coda.sim.counters import conflicts
 from coda.sim.types import CHECK_KINDS, CheckFailed, Fault, Traffic
 from tests.sim.kernels import kernel, launch
+from tests.sim.test_tma import encode
 
 WARN = dict.fromkeys(CHECK_KINDS, "warn")
 SCHEDULES = ({"schedule": "eager"}, {"schedule": "late"}, {"schedule": "random", "seed": 3})
@@ -269,6 +270,48 @@ def test_bounds_and_alignment(access, kind):
 
 
 # levels, places, counters
+
+
+MAP = """
+mov.u32 %r1, %tid.x; mov.u32 %r4, smem; mul.wide.u32 %rd9, %r1, 4; add.s64 %rd9, %rd9, %rd0;
+setp.eq.u32 %p2, %r1, 0; @!%p2 bra $STORED;
+mbarrier.init.shared.b64 [%r4], 1; fence.mbarrier_init.release.cluster;
+$STORED: bar.sync 0;
+{change}
+{release}
+{between}
+@!%p2 bra $WAIT;
+{acquire}
+mbarrier.arrive.expect_tx.shared.b64 _, [%r4], 64;
+cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes
+  [%r4+1024], [%rd0, {{0, 0}}], [%r4];
+$WAIT:
+mbarrier.try_wait.parity.shared.b64 %p3, [%r4], 0; @!%p3 bra $WAIT;
+ret;
+"""
+RELEASE = "fence.proxy.tensormap::generic.release.gpu;"
+ACQUIRE = "fence.proxy.tensormap::generic.acquire.gpu [%rd0], 128;"
+CHANGES = (
+    "ld.global.b32 %r2, [%rd9]; st.global.b32 [%rd9], %r2; bar.warp.sync -1;",
+    "@%p2 tensormap.replace.tile.fill_mode.global.b1024.b32 [%rd0], 0;",
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_tensor_map_that_is_changed_is_released_and_acquired(change):
+    data, raw = np.zeros((4, 16), np.uint32), np.zeros(64, np.uint32)
+    map_ = raw[-(raw.ctypes.data // 4) % 32 :][:32]
+    map_[:16] = np.frombuffer(encode(data.ctypes.data, (16, 4), (64,), (4, 4), "f32"), np.uint32)
+
+    def kinds(release: str, acquire: str, between: str = "bar.sync 0;"):
+        body = MAP.format(change=change, release=release, acquire=acquire, between=between)
+        result = launch(kernel(body, 2, shared=4096), map_, data, block=32, checks=WARN)
+        return [f.message for f in result.findings]
+
+    assert kinds(RELEASE, ACQUIRE) == []
+    for without in ((RELEASE, ""), ("", ACQUIRE), ("", "")):
+        (message,) = kinds(*without)
+        assert "no fence.proxy.tensormap" in message
 
 
 def test_levels():
