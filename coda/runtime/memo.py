@@ -12,21 +12,36 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 T = TypeVar("T")
+
+
+_steps = 0  # of all optimizers
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class Witness:
     """A tensor as it was: the object, where its memory is, and its version.
 
     Torch does not count the changes of a tensor made in inference mode, so no witness holds for it.
+    Nor does it count those of whoever writes parameters past it, as sharded training does, so none
+    holds for a parameter over the step of an optimizer.
     """
 
-    __slots__ = ("address", "reference", "version")
+    __slots__ = ("address", "reference", "step", "version")
 
     def __init__(self, tensor: Tensor, gone: Callable[[Any], object] | None = None) -> None:
         self.reference = weakref.ref(tensor, gone)
         self.address, self.version = tensor.data_ptr(), version_of(tensor)
+        self.step = _steps if tensor.requires_grad else None
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether this is the tensor, unchanged."""
@@ -35,7 +50,15 @@ class Witness:
             and self.version is not None
             and tensor._version == self.version
             and tensor.data_ptr() == self.address
+            and self.step in (None, _steps)
         )
+
+    def is_over(self) -> bool:
+        """Whether the tensor is gone, or its memory is, as that of a parameter is between uses."""
+        tensor = self.reference()
+        if tensor is None or self.step not in (None, _steps):
+            return True
+        return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -66,7 +89,14 @@ class Memo:
         key = (name, *map(id, tensors))
         entry = self.entries.get(key)
         if entry is None or not entry.fresh(tensors):
+            self.sweep()
             value = make()
             witnesses = [Witness(t, lambda _: self.entries.pop(key, None)) for t in tensors]
             entry = self.entries[key] = Entry(witnesses, value)
         return entry.value
+
+    def sweep(self) -> None:
+        """Forget what was made of tensors that have no memory any more."""
+        over = [k for k, e in self.entries.items() if any(w.is_over() for w in e.witnesses)]
+        for key in over:
+            self.entries.pop(key, None)

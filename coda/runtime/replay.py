@@ -218,6 +218,9 @@ class Replays:
         inputs = recording.inputs
         self.sources = tuple(sorted(recording.sources))
         self.others = tuple(i for i in range(len(inputs)) if i not in recording.sources)
+        over = [k for k, (w, _) in self.found.items() if any(x.is_over() for x in w)]
+        for key in over:
+            del self.found[key]
         if len(self.found) >= LIMIT:
             self.found.pop(next(iter(self.found)))
         self.found[self.key(inputs)] = [Witness(inputs[i]) for i in self.sources], replay

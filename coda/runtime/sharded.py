@@ -32,14 +32,12 @@ from coda.runtime.bind import bind_sizes
 
 
 def any_sharded(tensors: Sequence[Tensor]) -> bool:
-    """Whether an argument is a DTensor, outside torch's compiler."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether an argument is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
     return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
 
 
-def call_sharded(
+def _call_sharded(
     graph: Graph,
     tensors: Sequence[Any],
     dims: dict[str, int],
@@ -78,6 +76,10 @@ def call_sharded(
         wrap = DTensor.from_local(value, mesh, places, run_check=False, shape=shape, stride=stride)
         found.append(wrap)
     return found
+
+
+# What torch compiles breaks its graph here: the analysis is not for tracing.
+call_sharded: Callable[..., list[Tensor]] = torch.compiler.disable(_call_sharded)  # type: ignore[assignment]
 
 
 def _mesh_of(graph: Graph, tensors: Sequence[Any]) -> Any:

@@ -96,3 +96,37 @@ def test_a_call_that_copies_on_the_way_is_not_replayed():
     replays = Replays(lambda *_: None)
     replays.keep(recording, outputs)
     assert replays.find([x, w]) is None
+
+
+def test_parameters_written_past_torchs_count_are_seen_after_a_step(made):
+    """Sharded training gathers new values into the same memory and keeps the version."""
+    memo, w = Memo(), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    replays = Replays(lambda *_: None)
+
+    def value():
+        return memo.get("b", [w], lambda: made.append(1) or w.detach() * 3)
+
+    for step in range(3):
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter((w,)):
+            w.copy_(torch.full((2,), float(step)))
+        assert value().tolist() == [3.0 * step] * 2
+        assert value() is value()
+        x = torch.randn(2, 4)
+        replays.keep(*record(x, w, value()))
+        assert replays.find([x, w]) is not None
+        optimizer.step()
+        assert replays.find([x, w]) is None
+    assert len(made) == 3
+    frozen = torch.ones(3)
+    first = memo.get("c", [frozen], lambda: frozen * 3)
+    optimizer.step()
+    assert memo.get("c", [frozen], lambda: None) is first
+
+
+def test_what_is_made_of_freed_parameters_is_forgotten():
+    memo, layers = Memo(), [torch.ones(4) for _ in range(3)]
+    for w in layers:
+        memo.get("b", [w], lambda: torch.zeros(4))
+        w.untyped_storage().resize_(0)
+    assert len(memo.entries) == 1
