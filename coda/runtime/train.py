@@ -1,13 +1,12 @@
 """A block, called where torch records gradients -> outputs, and a backward by the derived Program.
 
-Eager calls are one autograd function; what torch compiles or transforms are two operators. Both run
-the same two Programs, and keep of the arguments only what the backward reads.
+Eager calls are autograd functions; what torch compiles is two operators. Both run the same two
+Programs, and keep of the arguments only what the backward reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,101 +14,13 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guarding_hint_or_throw
 
 from coda.errors import UnsupportedError
-from coda.ir.graph import Graph, walk
-from coda.ir.types import DTYPES, DType
-from coda.lowering.accumulate import accumulating
+from coda.ir.graph import Graph
+from coda.ir.types import DTYPES
 from coda.lowering.derive import Training
-from coda.lowering.program import Program
-from coda.runtime import settings
 from coda.runtime.accumulate import add, in_kernels, kept_gradients, leaves_of
 from coda.runtime.modes import is_transformed, refuse_vmap
-from coda.runtime.run import (
-    Runnable,
-    Sizes,
-    apart,
-    bind,
-    block_of,
-    choose_backend,
-    execute,
-    memory_of,
-    needs_dispatch,
-    simulated_arch,
-    target_arch,
-)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a call with arguments of some shapes trains.
-
-    Attributes:
-        training: the two graphs.
-        forward, backward: their Programs; no backward where no wanted argument is reached.
-        sizes: of every symbol of the block.
-        backend: by its name.
-        reached: for each output of the block, whether a wanted argument reaches it.
-        block: whose plan it is.
-    """
-
-    training: Training
-    forward: Program
-    backward: Program | None
-    sizes: Sizes
-    backend: str
-    reached: tuple[bool, ...]
-    block: Runnable
-
-    def accumulating(self, targets: Mapping[str, DType]) -> Program:
-        """The backward that adds gradients of these arguments to tensors of these types."""
-        graph, updates = accumulating(self.training, targets)
-        return self.block.program_for(graph, self.forward.arch, False, self.sizes, updates)
-
-
-_plans: dict[tuple[Any, ...], Plan] = {}
-
-
-def plan_of(
-    number: int,
-    inputs: Sequence[Tensor],
-    dims: Sequence[int],
-    backend: str,
-    arch: str,
-    memory: str,
-    wanted: Sequence[bool],
-) -> Plan:
-    """The plan for these arguments, made once for each set of shapes and types."""
-    environment = settings.BACKEND.get(), settings.ARCH.get(), simulated_arch()
-    shapes = tuple([(t.shape, t.dtype, t.device) for t in inputs])
-    key = (number, *dims, backend, arch, memory, *wanted, *environment, shapes)
-    if key not in _plans:
-        graph, sizes = bind(number, inputs, dims)
-        if len(_plans) >= 4096:
-            _plans.clear()
-        _plans[key] = _plan(number, graph, sizes, backend, arch, memory, wanted)
-    return _plans[key]
-
-
-def _plan(
-    number: int,
-    graph: Graph,
-    sizes: Sizes,
-    backend: str,
-    arch: str,
-    memory: str,
-    wanted: Sequence[bool],
-) -> Plan:
-    block, arch = block_of(number), target_arch(arch)
-    training = block.training_for(graph, _names(graph, wanted), memory, sizes)
-    forward = block.program_for(training.forward, arch, False, sizes)
-    backward = block.program_for(training.backward, arch, False, sizes) if training.wanted else None
-    asked = {i for i in graph.inputs if i.name in training.wanted}
-    reached = tuple(bool(asked & set(walk([r]))) for _, r in graph.outputs)
-    return Plan(training, forward, backward, sizes, choose_backend(backend), reached, block)
-
-
-def _names(graph: Graph, wanted: Sequence[bool]) -> tuple[str, ...]:
-    pairs = zip(graph.inputs, wanted, strict=True)
-    return tuple(i.name for i, asked in pairs if asked and i.dtype.kind == "float")
+from coda.runtime.plan import Layout, Plan, make_plan, plan_of, wanted_names
+from coda.runtime.run import Sizes, apart, bind, block_of, execute, memory_of, needs_dispatch
 
 
 def train_block(
@@ -119,49 +30,8 @@ def train_block(
     wanted = [t.requires_grad for t in inputs]
     if needs_dispatch(inputs) and not is_transformed():
         return train_op(number, inputs, dims, backend, arch, memory, wanted)
-    return _Eager.apply(plan_of(number, inputs, dims, backend, arch, memory, wanted), *inputs)
-
-
-def _kept(training: Training, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors that the backward reads, without the cotangents."""
-    known = dict(zip([i.name for i in training.forward.inputs], inputs, strict=True))
-    names = [n for n, _ in training.forward.outputs]
-    computed = dict(zip(names, outputs, strict=True))
-    known |= {n: computed[n] for n in training.saved}
-    cotangents = set(training.cotangents)
-    return [known[i.name] for i in training.backward.inputs if i.name not in cotangents]
-
-
-def _arguments(
-    training: Training, sizes: Sizes, kept: Sequence[Tensor], given: Sequence[Tensor | None]
-) -> list[Tensor]:
-    """The backward's arguments, with zeros for cotangents that nobody gave."""
-    cotangents = dict(zip(training.cotangents, given, strict=False))
-    supply = iter(kept)
-    like = next(t for t in (*kept, *given) if t is not None)
-    out: list[Tensor] = []
-    for node in training.backward.inputs:
-        if node.name not in cotangents:
-            out.append(next(supply))
-            continue
-        d = cotangents[node.name]
-        if d is None:
-            shape = [s.size(sizes) for s in node.shape]
-            d = like.new_zeros(shape, dtype=node.dtype.torch)
-        out.append(d.contiguous())
-    return out
-
-
-def _typed(training: Training, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The backward's arguments in the types that it declares."""
-    like = zip(training.backward.inputs, tensors, strict=True)
-    return [t if t.dtype == i.dtype.torch else t.to(i.dtype.torch) for i, t in like]
-
-
-def _by_argument(training: Training, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """One gradient for each argument of the block, or None."""
-    known = dict(zip(training.wanted, gradients, strict=True))
-    return [known.get(i.name) for i in training.forward.inputs]
+    plan = plan_of(number, inputs, dims, backend, arch, memory, wanted)
+    return (_Transformed if is_transformed() else _Eager).apply(plan, *inputs)
 
 
 def _refuse_second_order(*_: Any) -> Any:
@@ -195,29 +65,59 @@ def _witnessed(kept: Sequence[Tensor], returned: Sequence[Tensor]) -> list[Tenso
     return saved + [t for t in witnesses if not any(t is s for s in saved)]
 
 
+def _compute(plan: Plan, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(map(_owned, execute(plan.forward, inputs, plan.sizes, plan.backend)))
+
+
+def _record(ctx: Any, plan: Plan, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """Save what the backward reads."""
+    ctx.plan, ctx.leaves = plan, leaves_of(inputs)
+    returned = outputs[: len(plan.reached)]
+    kept = plan.layout.saved(inputs, outputs)
+    ctx.count = len(kept)
+    ctx.save_for_backward(*(kept if is_transformed() else _witnessed(kept, returned)))
+    ctx.set_materialize_grads(False)
+
+
+def _unreached(plan: Plan, returned: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs without a gradient."""
+    pairs = zip(returned, plan.reached, strict=True)
+    return [t for t, reached in pairs if not (reached and t.is_floating_point())]
+
+
 class _Eager(torch.autograd.Function):
-    """A call outside torch's compiler: its outputs, and what is saved of it."""
+    """A call outside torch's compiler."""
 
     @staticmethod
-    def forward(plan: Plan, *inputs: Tensor) -> Any:
-        return tuple(map(_owned, execute(plan.forward, inputs, plan.sizes, plan.backend)))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        plan: Plan = inputs[0]
-        ctx.plan, ctx.leaves = plan, leaves_of(inputs[1:])
-        kept = _kept(plan.training, inputs[1:], output)
-        ctx.count = len(kept)
-        returned = output[: len(plan.reached)]
-        ctx.save_for_backward(*(kept if is_transformed() else _witnessed(kept, returned)))
-        ctx.set_materialize_grads(False)
-        fixed = [t for t, reached in zip(returned, plan.reached, strict=True) if not reached]
-        fixed += [t for t in returned if not t.is_floating_point()]
-        ctx.mark_non_differentiable(*fixed, *output[len(plan.reached) :])
+    def forward(ctx: Any, plan: Plan, *inputs: Tensor) -> Any:
+        outputs = _compute(plan, inputs)
+        _record(ctx, plan, inputs, outputs)
+        returned = outputs[: len(plan.reached)]
+        ctx.mark_non_differentiable(*_unreached(plan, returned))
+        return returned
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> Any:
         return _opaque_backward(ctx, given)
+
+
+class _Transformed(torch.autograd.Function):
+    """A call inside a transform of `torch.func`: what is saved is among its outputs."""
+
+    @staticmethod
+    def forward(plan: Plan, *inputs: Tensor) -> Any:
+        return _compute(plan, inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        plan: Plan = inputs[0]
+        _record(ctx, plan, inputs[1:], output)
+        count = len(plan.reached)
+        ctx.mark_non_differentiable(*_unreached(plan, output[:count]), *output[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor | None) -> Any:
+        return _run_backward(ctx, given)
 
 
 def _run_backward(ctx: Any, given: Sequence[Tensor | None]) -> Any:
@@ -225,15 +125,16 @@ def _run_backward(ctx: Any, given: Sequence[Tensor | None]) -> Any:
     plan: Plan = ctx.plan
     refuse_vmap([d for d in given if d is not None])
     if plan.backward is None or all(d is None for d in given):
-        return (None,) * (1 + len(plan.training.forward.inputs))
+        return (None,) * (1 + len(plan.layout.gradients))
     kept = ctx.saved_tensors[: ctx.count]
-    arguments = _arguments(plan.training, plan.sizes, kept, given)
+    arguments = plan.layout.arguments(plan.sizes, kept, given)
     if torch.is_grad_enabled():
-        return None, *_by_argument(plan.training, _Backward.apply(plan, *arguments))
-    held = kept_gradients([i.name for i in plan.training.forward.inputs], ctx.leaves)
-    if held:
-        return None, *_by_argument(plan.training, _accumulate(plan, arguments, held))
-    return None, *_by_argument(plan.training, _Backward.forward(plan, *arguments))
+        gradients = _Backward.apply(plan, *arguments)
+    elif held := kept_gradients([i.name for i in plan.training.forward.inputs], ctx.leaves):
+        gradients = _accumulate(plan, arguments, held)
+    else:
+        gradients = _Backward.forward(plan, *arguments)
+    return None, *plan.layout.by_argument(gradients)
 
 
 def _accumulate(
@@ -244,7 +145,7 @@ def _accumulate(
     targets = in_kernels(held)
     program = plan.accumulating(targets)
     typed = [
-        *_typed(plan.training, arguments),
+        *plan.layout.typed(arguments),
         *(held[n] for n in plan.training.wanted if n in targets),
     ]
     gradients = execute(program, typed, plan.sizes, plan.backend)
@@ -265,7 +166,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(plan: Plan, *arguments: Tensor) -> Any:
         assert plan.backward is not None
-        typed = _typed(plan.training, arguments)
+        typed = plan.layout.typed(arguments)
         return tuple(execute(plan.backward, typed, plan.sizes, plan.backend))
 
     @staticmethod
@@ -298,7 +199,7 @@ def _training(
 ) -> Training:
     """The training of a call whose sizes torch may hold open."""
     known = {s: _hint(d) for s, d in sizes.items()}
-    return block_of(number).training_for(graph, _names(graph, wanted), memory, known)
+    return block_of(number).training_for(graph, wanted_names(graph, wanted), memory, known)
 
 
 def _hint(size: Any) -> int:
@@ -349,9 +250,9 @@ def backward_op(
     """
     graph = block_of(number).graph_of(DTYPES[dtype])
     known = dict(zip(graph.symbols, sizes, strict=True))
-    plan = _plan(number, graph, known, backend, arch, memory, wanted)
+    plan = make_plan(number, graph, known, backend, arch, memory, wanted)
     assert plan.backward is not None
-    arguments = _typed(plan.training, tensors)
+    arguments = plan.layout.typed(tensors)
     gradients = execute(plan.backward, arguments, known, plan.backend)
     return [t.contiguous() for t in apart(gradients)]
 
@@ -382,7 +283,8 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     free = [i.dtype.name for i, undeclared in declared if undeclared]
     ctx.call = number, [sizes[s] for s in graph.symbols], (free or ["bf16"])[0]
     ctx.options = backend, arch, memory, wanted
-    ctx.save_for_backward(*_kept(training, tensors, output))
+    ctx.layout = Layout.of(training)
+    ctx.save_for_backward(*ctx.layout.saved(tensors, output))
 
 
 def _gradients(ctx: Any, given: Sequence[Tensor | None]) -> Any:
@@ -390,9 +292,9 @@ def _gradients(ctx: Any, given: Sequence[Tensor | None]) -> Any:
     found: list[Tensor | None] = [None] * len(training.forward.inputs)
     number, sizes, dtype = ctx.call
     if training.wanted and any(d is not None for d in given):
-        arguments = _arguments(training, ctx.sizes, kept, given)
+        arguments = ctx.layout.arguments(ctx.sizes, kept, given)
         gradients = backward_op(number, arguments, sizes, dtype, *ctx.options)
-        found = _by_argument(training, gradients)
+        found = ctx.layout.by_argument(gradients)
     return None, found, None, None, None, None, None
 
 

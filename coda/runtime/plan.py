@@ -1,0 +1,168 @@
+"""How a call trains: Programs of its forward and backward, and what goes from one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from coda.ir.graph import Graph, Input, walk
+from coda.ir.types import DType
+from coda.lowering.accumulate import accumulating
+from coda.lowering.derive import Training
+from coda.lowering.program import Program
+from coda.runtime import settings
+from coda.runtime.run import (
+    Runnable,
+    Sizes,
+    bind,
+    block_of,
+    choose_backend,
+    simulated_arch,
+    target_arch,
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where values go from a call to its backward, by position.
+
+    Attributes:
+        kept: what the backward reads but cotangents, among the arguments and after them the
+            forward's outputs.
+        read: each argument of the backward: a position in `kept`, or a cotangent and -1 - its own.
+        inputs: the backward's arguments themselves.
+        gradients: for each argument of the block, which of the backward's outputs, or -1.
+    """
+
+    kept: tuple[int, ...]
+    read: tuple[int, ...]
+    inputs: tuple[Input, ...]
+    gradients: tuple[int, ...]
+
+    @staticmethod
+    def of(training: Training) -> Layout:
+        """The layout of a training."""
+        inputs, outputs = training.forward.inputs, training.forward.outputs
+        places = {i.name: p for p, i in enumerate(inputs)}
+        computed = {name: len(inputs) + p for p, (name, _) in enumerate(outputs)}
+        places |= {name: computed[name] for name in training.saved}
+        cotangents = {name: -1 - p for p, name in enumerate(training.cotangents) if name}
+        kept = [i.name for i in training.backward.inputs if i.name not in cotangents]
+        position = {name: p for p, name in enumerate(kept)} | cotangents
+        gradients = {name: p for p, name in enumerate(training.wanted)}
+        return Layout(
+            tuple(places[name] for name in kept),
+            tuple(position[i.name] for i in training.backward.inputs),
+            training.backward.inputs,
+            tuple(gradients.get(i.name, -1) for i in inputs),
+        )
+
+    def saved(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors that the backward reads, without the cotangents."""
+        every = (*inputs, *outputs)
+        return [every[p] for p in self.kept]
+
+    def arguments(
+        self, sizes: Sizes, kept: Sequence[Tensor], given: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """The backward's arguments, with zeros for cotangents that nobody gave."""
+        out: list[Tensor] = []
+        for node, position in zip(self.inputs, self.read, strict=True):
+            found = kept[position] if position >= 0 else given[-1 - position]
+            if found is None:
+                like = next(t for t in (*kept, *given) if t is not None)
+                shape = [d.size(sizes) for d in node.shape]
+                found = like.new_zeros(shape, dtype=node.dtype.torch)
+            out.append(found if position >= 0 else found.contiguous())
+        return out
+
+    def typed(self, arguments: Sequence[Tensor]) -> list[Tensor]:
+        """The backward's arguments in the types that it declares."""
+        pairs = zip(arguments, self.inputs, strict=True)
+        return [t if t.dtype == i.dtype.torch else t.to(i.dtype.torch) for t, i in pairs]
+
+    def by_argument(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """One gradient for each argument of the block, or None."""
+        return [gradients[p] if p >= 0 else None for p in self.gradients]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call with arguments of some shapes trains.
+
+    Attributes:
+        training: the two graphs.
+        forward, backward: their Programs; no backward where no wanted argument is reached.
+        sizes: of every symbol of the block.
+        backend: by its name.
+        reached: for each output of the block, whether a wanted argument reaches it.
+        block: whose plan it is.
+        layout: where values go from one graph to the other.
+    """
+
+    training: Training
+    forward: Program
+    backward: Program | None
+    sizes: Sizes
+    backend: str
+    reached: tuple[bool, ...]
+    block: Runnable
+    layout: Layout
+
+    def accumulating(self, targets: Mapping[str, DType]) -> Program:
+        """The backward that adds gradients of these arguments to tensors of these types."""
+        graph, updates = accumulating(self.training, targets)
+        return self.block.program_for(graph, self.forward.arch, False, self.sizes, updates)
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def plan_of(
+    number: int,
+    inputs: Sequence[Tensor],
+    dims: Sequence[int],
+    backend: str,
+    arch: str,
+    memory: str,
+    wanted: Sequence[bool],
+) -> Plan:
+    """The plan for these arguments, made once for each set of shapes and types."""
+    environment = settings.BACKEND.get(), settings.ARCH.get(), simulated_arch()
+    shapes = tuple([(t.shape, t.dtype, t.device) for t in inputs])
+    key = (number, *dims, backend, arch, memory, *wanted, *environment, shapes)
+    if key not in _plans:
+        graph, sizes = bind(number, inputs, dims)
+        if len(_plans) >= 4096:
+            _plans.clear()
+        _plans[key] = make_plan(number, graph, sizes, backend, arch, memory, wanted)
+    return _plans[key]
+
+
+def make_plan(
+    number: int,
+    graph: Graph,
+    sizes: Sizes,
+    backend: str,
+    arch: str,
+    memory: str,
+    wanted: Sequence[bool],
+) -> Plan:
+    """The plan for a block of these sizes."""
+    block, arch = block_of(number), target_arch(arch)
+    training = block.training_for(graph, wanted_names(graph, wanted), memory, sizes)
+    forward = block.program_for(training.forward, arch, False, sizes)
+    backward = block.program_for(training.backward, arch, False, sizes) if training.wanted else None
+    asked = {i for i in graph.inputs if i.name in training.wanted}
+    reached = tuple(bool(asked & set(walk([r]))) for _, r in graph.outputs)
+    backend, layout = choose_backend(backend), Layout.of(training)
+    return Plan(training, forward, backward, sizes, backend, reached, block, layout)
+
+
+def wanted_names(graph: Graph, wanted: Sequence[bool]) -> tuple[str, ...]:
+    """The names of the floats among the wanted arguments."""
+    pairs = zip(graph.inputs, wanted, strict=True)
+    return tuple(i.name for i, asked in pairs if asked and i.dtype.kind == "float")
