@@ -34,21 +34,26 @@ from coda.ir.graph import (
     Size,
     Slice,
     origin,
+    users,
     walk,
 )
+from coda.ir.linear import factor_cotangent, linear_outputs, row_factor
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, i32
 
 
-def vjp(cotangents: Mapping[Node, Node], wanted: Iterable[Node]) -> dict[Node, Node]:
+def vjp(
+    cotangents: Mapping[Node, Node], wanted: Iterable[Node], kept: bool = False
+) -> dict[Node, Node]:
     """The cotangents of `wanted` nodes, by node; one that no output depends on is missing.
 
     Args:
         cotangents: of output nodes, each of its node's shape and element type.
         wanted: inputs, or other nodes at which differentiation stops.
+        kept: whether the outputs are kept, so that derivatives may read them (`ir/linear.py`).
     """
     wanted = tuple(dict.fromkeys(wanted))
-    return _Backward(wanted).run(cotangents)
+    return _Backward(wanted, users(cotangents) if kept else {}).run(cotangents)
 
 
 def full(d: Node, shape: Shape) -> Node:
@@ -110,17 +115,22 @@ class _Backward:
 
     Attributes:
         wanted: where differentiation stops.
+        users: of each node, where outputs may be read.
+        given: the cotangents of the outputs.
         found: contributions to each node's cotangent.
         parts: contributions by way of slices.
     """
 
     wanted: tuple[Node, ...]
+    users: Mapping[Node, list[Node]] = field(default_factory=dict)
+    given: Mapping[Node, Node] = field(default_factory=dict)
     found: dict[Node, list[Node]] = field(default_factory=dict)
     parts: dict[Node, list[tuple[Slice, Node]]] = field(default_factory=dict)
     active: set[Node] = field(default_factory=set)
 
     def run(self, cotangents: Mapping[Node, Node]) -> dict[Node, Node]:
         order = list(walk(cotangents))
+        self.given = cotangents
         self.active = set(self.wanted)
         for node in order:
             if node.dtype.kind == "float" and any(o in self.active for o in node.operands):
@@ -205,6 +215,11 @@ class _Backward:
             raise UnsupportedError(f"`{node.fn}` has no derivative", where=node.where)
         terms = row.derivative(_Term(d), _Term(node), *(_Term(a) for a in node.args))
         gifts: dict[Node, Node] = {}
+        factor = row_factor(node) if self.users else None
+        outputs = linear_outputs(node, self.users, self.given) if factor in self.active else None
+        if factor is not None and outputs is not None:
+            terms = tuple(None if a is factor else t for a, t in zip(node.args, terms, strict=True))
+            self.give(factor, factor_cotangent(factor, outputs, self.given))
         for arg, term in zip(node.args, terms, strict=True):
             if term is not None and arg in self.active:
                 share = _summed(term.node, arg.shape, node.shape)
@@ -255,8 +270,9 @@ def _summed(d: Node, shape: Shape, whole: Shape) -> Node:
     rank = len(whole)
     wide = (ONE,) * (rank - len(shape)) + shape
     d = Reshape(d, (ONE,) * (rank - d.rank) + d.shape) if d.rank < rank else d
+    done, d = _summed_together(d, wide)
     for i, (mine, all_of) in enumerate(zip(wide, whole, strict=True)):
-        if mine != ONE or all_of == ONE:
+        if i < done or mine != ONE or all_of == ONE:
             continue
         if d.shape[i] == ONE:
             d = Map("mul", (d, Size(all_of, d.dtype)))
@@ -266,6 +282,18 @@ def _summed(d: Node, shape: Shape, whole: Shape) -> Node:
         else:
             d = Reduce("sum", d, i - rank)
     return _reshape(d, d.shape[rank - len(shape) :])
+
+
+def _summed_together(d: Node, shape: Shape) -> tuple[int, Node]:
+    """The sum over all first axes that an operand of `shape` does not have, and their number."""
+    axes = 0
+    while axes < len(shape) and shape[axes] == ONE != d.shape[axes]:
+        axes += 1
+    if axes < 2:
+        return 0, d
+    rest = d.shape[axes:]
+    total = Reduce("sum", Reshape(d, (product(d.shape[:axes]), *rest)), -1 - len(rest))
+    return axes, Reshape(total, (ONE,) * axes + rest)
 
 
 def _reshaped(d: Node, now: Shape, before: Shape) -> Node:

@@ -323,6 +323,8 @@ class Space:
         if over_rows and self.segment is not None and count == self.segment[1]:
             return self.at(shape, Load(name, 0), self.anchored(name) + np.arange(count))
         if over_rows and self.rows != ONE:
+            if name in self.offsets:
+                raise Refused("a matrix is read at two places of the kernel's columns")
             self.tables[node] = count
         return self._source(shape, node)
 

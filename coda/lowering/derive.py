@@ -5,8 +5,8 @@ norm's statistics are sums over values that are at hand where the cotangent is m
 are scaled before they are stored, so that weight gradients read activations as they are.
 
 What is saved is a minimum cut between the block's arguments and what the derivative reads, by
-bytes written and read. Contractions and statistics are not computed again, unless memory is all
-that counts.
+bytes written and read. Contractions and statistics of rows are not computed again, unless memory is
+all that counts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from coda.ir.vjp import vjp
 from coda.lowering.cut import minimum_cut
 from coda.lowering.laws import LAWS
 from coda.lowering.rewrite import rewrite
-from coda.lowering.roles import weight_nodes
+from coda.lowering.roles import row_symbols, weight_nodes
 from coda.lowering.siblings import merge_siblings
 
 MEMORY = ("min", "balanced", "speed")
@@ -96,7 +96,7 @@ def derive(
             roles[-1] = Input(_free(f"d_{name}", taken), node.shape, node.dtype)
             cotangents[node] = _added(cotangents.get(node), roles[-1])
     asked = [i for i in graph.inputs if i.name in names]
-    found = vjp(cotangents, asked)
+    found = vjp(cotangents, asked, kept=memory != "min")
     gradients = [(f"d{i.name}", found[i]) for i in asked if i in found]
     saved = _choose(merged, [n for _, n in gradients], sizes, memory, original)
     return _split(graph, normal, gradients, saved, original, roles, taken)
@@ -144,7 +144,16 @@ def _choose(
     if memory == "speed":
         return list(needed)
     returned = set(merged.roots)
-    kept = {n for n in forward if memory != "min" and isinstance(n, Contract | Reduce)}
+    tokens = row_symbols(forward)
+
+    def of_rows(node: Reduce) -> bool:
+        """Whether a statistic is that of whole rows: those of a row's parts are cheap."""
+        return all(d == ONE or d.symbols & tokens for d in node.shape)
+
+    kept: set[Node] = set()
+    if memory != "min":
+        kept |= {n for n in forward if isinstance(n, Contract)}
+        kept |= {n for n in forward if isinstance(n, Reduce) and of_rows(n)}
 
     def cost(node: Node) -> int | None:
         if node not in known:

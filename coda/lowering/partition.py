@@ -239,24 +239,28 @@ class Partition:
             self.loadable.add(node)
         return ""
 
-    def reach_all(self, node: Node, draft: Draft) -> None:
+    def reach_all(self, node: Node, draft: Draft, whole: bool = False) -> None:
         """Make the operands of a node available in a kernel, each in its columns."""
         for operand, segment in draft.space.parts(node):
             with draft.space.inside(segment):
-                self.reach(operand, draft)
+                self.reach(operand, draft, whole)
 
-    def reach(self, operand: Node, draft: Draft) -> None:
-        """Make an operand available in a kernel: loaded, computed again, or else stored for it."""
+    def reach(self, operand: Node, draft: Draft, whole: bool = False) -> None:
+        """Make an operand available in a kernel: loaded, computed again, or else stored for it.
+
+        What cannot be computed again goes to a pass over rows `whole`, with all that it is made of.
+        """
         home = self.home.get(operand)
         known = home is draft or isinstance(operand, Const | Size)
         if known or self.leaf(operand, draft) is not None:
             return
+        again = is_pointwise(operand)
         try:
             if home is None:
-                self.reach_all(operand, draft)
+                self.reach_all(operand, draft, whole or not again)
             draft.space.compute(operand)
         except Refused:
-            if home is None and is_pointwise(operand):
+            if home is None and (again or whole):
                 raise
             if home is None:
                 self.in_rows(operand, 0)
@@ -338,7 +342,7 @@ class Partition:
 
     def fold_rows(self, node: Reduce, draft: Draft, value: Value) -> None:
         """Record a sum over the rows, and the pass that folds its partials."""
-        after = self.row_draft(draft.order[0], product(node.shape), 1, draft.order)
+        after = self.row_draft(draft.order[0], product(node.shape), 1, draft.order, narrow=True)
         draft.space.refused[node] = "its total is known only after this kernel"
         self.home[node] = after
         after.homed.append(node)
@@ -351,9 +355,10 @@ class Partition:
         """Sum over the rows of values that a pass over rows, or a GEMM's epilogue, has at hand."""
         under = summand(node)
         homes = [self.home[o] for o in walk([under]) if o in self.home]
-        hosts = self.hosts(under)
-        order = [d for d in hosts if d.kind == "row"] + [d for d in hosts if d.kind == "gemm"]
-        order += [d for d in self.drafts if d.kind == "row" and d not in hosts]
+        passes = [d for d in self.drafts if d.kind == "row"]
+        order = [d for d in passes if self.loads_all_of(under, d)]
+        order += [d for d in self.hosts(under) if d.kind == "gemm"]
+        order += [d for d in passes if d not in order]
         for draft in [] if ("shared", node) in self.banned else order:
             known = all(h is draft or h.order < draft.order for h in homes)
             if known and self.sums_rows(node, draft) and self.sink_rows(node, draft):
@@ -445,10 +450,12 @@ class Partition:
                 found += [(draft, s) for s in draft.space.segments if s[1] == width]
         return found
 
-    def row_draft(self, index: int, rows: Dim, width: int, behind: Order) -> Draft:
-        """A pass over rows behind a kernel."""
+    def row_draft(
+        self, index: int, rows: Dim, width: int, behind: Order, narrow: bool = False
+    ) -> Draft:
+        """A pass over rows behind a kernel; `narrow` ones have so many columns now."""
         for draft in self.row_drafts(index, rows, width):
-            if draft.order > behind:
+            if draft.order > behind and (draft.space.width == width or not narrow):
                 return draft
         return self.open("row", index, Space(width, rows, self.sizes, whole_rows=True))
 
@@ -544,18 +551,20 @@ class Partition:
     def hosts(self, node: Node) -> list[Draft]:
         """Kernels with a point for each element of a node, which load the arguments it needs."""
         elements = product(node.shape).size(self.sizes)
-        needed = {
-            n for n in pointwise_leaves(node) if product(n.shape).size(self.sizes) >= elements
-        }
         found: list[Draft] = []
         for draft in reversed(self.drafts):
             space = draft.space
             fits = elements == space.width * space.rows.size(self.sizes)
-            if draft.kind == "torch" or not fits or not needed:
-                continue
-            if needed <= {o for n in space.values for o in leaves_of(n)}:
+            if draft.kind != "torch" and fits and self.loads_all_of(node, draft):
                 found.append(draft)
         return found
+
+    def loads_all_of(self, node: Node, draft: Draft) -> bool:
+        """Whether a kernel loads the arguments that a node is made of, as large as the node."""
+        elements = product(node.shape).size(self.sizes)
+        leaves = pointwise_leaves(node)
+        needed = {n for n in leaves if product(n.shape).size(self.sizes) >= elements}
+        return bool(needed) and needed <= {o for n in draft.space.values for o in leaves_of(n)}
 
     def sunk(self, node: Reduce, last: Draft) -> bool:
         """Take a sum over the rows as a sink of a kernel."""

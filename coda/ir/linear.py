@@ -1,0 +1,99 @@
+"""The exchange of two sums (law 2), as a derivative needs it: ⟨Aᵀ dy, z⟩ = ⟨dy, A z⟩.
+
+Where rows z = x · r go on to outputs y = A z by linear operations alone, the cotangent of the
+factor r is Σ dz · x = (Σ dz · z) / r = (Σ dy · y) / r: a sum over the outputs, which are kept
+anyway, in place of one over x, which then need not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from coda.ir.dims import ONE, product
+from coda.ir.graph import (
+    Cast,
+    Concat,
+    Contract,
+    Map,
+    Node,
+    Permute,
+    Reduce,
+    Reshape,
+    Slice,
+)
+
+_NEVER_ZERO = ("rsqrt", "recip")
+
+
+def row_factor(node: Map) -> Node | None:
+    """The factor of a product that is the same for all of a row, and never 0."""
+    if node.fn != "mul":
+        return None
+    for factor, other in (node.args, node.args[::-1]):
+        under = factor
+        while isinstance(under, Cast | Reshape):
+            under = under.arg
+        never_zero = isinstance(under, Map) and under.fn in _NEVER_ZERO
+        rows = factor.rank == node.rank and factor.shape[:-1] == node.shape[:-1]
+        if never_zero and rows and factor.shape[-1] == ONE != other.shape[-1]:
+            return factor
+    return None
+
+
+def linear_outputs(
+    node: Node, users: Mapping[Node, list[Node]], outputs: Mapping[Node, Node]
+) -> list[Node] | None:
+    """The outputs that a node goes on to by linear operations; None if it goes elsewhere, too.
+
+    Each has the node's leading axes, and no linear operation reads it again. They come in the order
+    of their users, as columns that are read one after the other.
+    """
+    reached: dict[Node, None] = {node: None}
+    ends: list[Node] = []
+    stack = [node]
+    while stack:
+        one = stack.pop()
+        above = users.get(one, [])
+        if one in outputs:
+            ends.append(one)
+            if above:
+                return None
+        new = [u for u in above if u not in reached]
+        reached |= dict.fromkeys(new)
+        stack += reversed(new)
+        if not above and one not in outputs:
+            return None
+    inside = reached.keys()
+    if not all(n is node or _is_linear(n, inside) for n in reached):
+        return None
+    rows = node.shape[:-1]
+    return ends if all(n.shape[: len(rows)] == rows for n in ends) else None
+
+
+def _is_linear(node: Node, inside: Collection[Node]) -> bool:
+    """Whether a node is linear in those of its operands that are inside, and has no others."""
+    known = [o in inside for o in node.operands]
+    match node:
+        case Slice() | Reshape() | Permute() | Cast() | Concat():
+            return all(known)
+        case Map(fn="neg" | "add" | "sub"):
+            return all(known)
+        case Map(fn="mul"):
+            return sum(known) == 1
+        case Map(fn="div"):
+            return known == [True, False]
+        case Contract():
+            return known == [True, False]
+    return False
+
+
+def factor_cotangent(factor: Node, outputs: list[Node], cotangents: Mapping[Node, Node]) -> Node:
+    """(Σ dy · y) / r over all columns of the outputs."""
+    lead = factor.shape[:-1]
+    parts: list[Node] = []
+    for one in outputs:
+        rest = product(one.shape[len(lead) :])
+        flat = [Reshape(n, (*lead, rest)) for n in (cotangents[one], one)]
+        parts.append(Map("mul", tuple(n.arg if n.arg.shape == n.shape else n for n in flat)))
+    whole = parts[0] if len(parts) == 1 else Concat(tuple(parts), -1)
+    return Map("mul", (Reduce("sum", whole, -1), Map("recip", (factor,))))
