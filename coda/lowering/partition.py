@@ -51,6 +51,7 @@ from coda.lowering.roles import (
 from coda.lowering.values import Refused, Value
 
 Order = tuple[int, int]  # the GEMM that came last, running number
+LAST = 1 << 30  # behind all GEMMs: sums that are only returned are folded together
 
 
 @dataclass(eq=False)
@@ -160,6 +161,8 @@ class Partition:
             if self.only_returned(node):
                 return
             self.unfused.append(Unfused(node, why))
+        if last.kind == "row" and self.only_returned(node) and self.storage(node) is not node:
+            return
         self.in_rows(node, last.order[0])
 
     def only_returned(self, node: Node) -> bool:
@@ -197,7 +200,7 @@ class Partition:
         group = self.siblings[node]
         for operand in (o for one in group for o in one.operands):
             self.materialise(operand, host=True)
-        index = 1 + max((d.order[0] for d in self.drafts), default=0)
+        index = 1 + max((d.order[0] for d in self.drafts if d.order[0] < LAST), default=0)
         starts = np.cumsum([0] + [c.shape[-1].size(self.sizes) for c in group])
         first: dict[Node, int] = {c: int(s) for c, s in zip(group, starts, strict=False)}
         rows = product(node.lhs.shape[:-1])
@@ -342,7 +345,9 @@ class Partition:
 
     def fold_rows(self, node: Reduce, draft: Draft, value: Value) -> None:
         """Record a sum over the rows, and the pass that folds its partials."""
-        after = self.row_draft(draft.order[0], product(node.shape), 1, draft.order, narrow=True)
+        end = all(self.only_returned(u) for u in self.users[node])
+        index = LAST if end else draft.order[0]
+        after = self.row_draft(index, product(node.shape), 1, draft.order, narrow=True)
         draft.space.refused[node] = "its total is known only after this kernel"
         self.home[node] = after
         after.homed.append(node)
@@ -562,9 +567,10 @@ class Partition:
     def loads_all_of(self, node: Node, draft: Draft) -> bool:
         """Whether a kernel loads the arguments that a node is made of, as large as the node."""
         elements = product(node.shape).size(self.sizes)
-        leaves = pointwise_leaves(node)
+        leaves = pointwise_leaves(node, self.weights)
         needed = {n for n in leaves if product(n.shape).size(self.sizes) >= elements}
-        return bool(needed) and needed <= {o for n in draft.space.values for o in leaves_of(n)}
+        loaded = {o for n in draft.space.values for o in leaves_of(n, self.weights)}
+        return bool(needed) and needed <= loaded
 
     def sunk(self, node: Reduce, last: Draft) -> bool:
         """Take a sum over the rows as a sink of a kernel."""

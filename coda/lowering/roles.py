@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from coda.ir.dims import product
 from coda.ir.graph import (
@@ -69,26 +69,26 @@ def flat(node: Concat) -> list[Node]:
     return found
 
 
-def pointwise_leaves(node: Node) -> set[Input]:
-    """The arguments that a node is made of by pointwise operations."""
-    found: set[Input] = set()
+def pointwise_leaves(node: Node, weights: Collection[Node] = ()) -> set[Node]:
+    """The arguments that a node is made of by pointwise operations, and what is made of weights."""
+    found: set[Node] = set()
     stack, seen = [node], set[Node]()
     while stack:
         one = stack.pop()
         if one in seen:
             continue
         seen.add(one)
-        if isinstance(one, Input):
+        if isinstance(one, Input) or one in weights:
             found.add(one)
         elif is_pointwise(one) or isinstance(one, Concat):
             stack.extend(one.operands)
     return found
 
 
-def leaves_of(node: Node) -> set[Node]:
-    """The arguments that an operation reads as they are, or through views."""
-    found = {base(o) for o in node.operands}
-    return {n for n in found if isinstance(n, Input)}
+def leaves_of(node: Node, weights: Collection[Node] = ()) -> set[Node]:
+    """The arguments, and what is made of weights, that an operation reads, or views of them."""
+    known = {o for o in node.operands if o in weights}
+    return known | {n for n in map(base, node.operands) if isinstance(n, Input)}
 
 
 def in_order(roots: Iterable[Node]) -> list[Node]:

@@ -6,7 +6,7 @@ weights, and biases and other vectors along the columns have one gradient togeth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coda.ir.dims import ONE, Dim, product
@@ -42,8 +42,8 @@ def merge_siblings(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
     return merge.rebuilt()
 
 
-def join(nodes: Sequence[Node], axis: int) -> Node | None:
-    """Values of weights side by side along an axis, as the same function of joined arguments."""
+def join(nodes: Sequence[Node], axis: int, weights: Collection[Node]) -> Node | None:
+    """Values side by side along an axis, as the same function of weights side by side."""
     first = nodes[0]
     if all(n is first for n in nodes):
         narrow = -axis > first.rank or first.shape[axis] == ONE
@@ -51,7 +51,8 @@ def join(nodes: Sequence[Node], axis: int) -> Node | None:
     if any(type(n) is not type(first) for n in nodes) or -axis > min(n.rank for n in nodes):
         return None
     if isinstance(first, Input):
-        return Concat(tuple(nodes), axis) if len(set(nodes)) == len(nodes) else None
+        known = len(set(nodes)) == len(nodes) and all(n in weights for n in nodes)
+        return Concat(tuple(nodes), axis) if known else None
     if not isinstance(first, Map | Cast | Reduce | Permute | Contract | Reshape):
         return None
     if any(not same_operation(first, n) for n in nodes):
@@ -61,7 +62,7 @@ def join(nodes: Sequence[Node], axis: int) -> Node | None:
     joined: list[Node] = []
     for i, operands in enumerate(zip(*(n.operands for n in nodes), strict=True)):
         at = _axis_of_operand(first, i, axis)
-        one = join(operands, at) if at is not None else operands[0]
+        one = join(operands, at, weights) if at is not None else operands[0]
         if one is None or (at is None and any(o is not operands[0] for o in operands)):
             return None
         joined.append(one)
@@ -130,7 +131,7 @@ class _Merge:
         self.weights = weight_nodes(nodes)
         self.users = users(self.graph.roots)
         for lanes in self.groups(nodes):
-            rhs = join([c.rhs for c in lanes], -2)
+            rhs = join([c.rhs for c in lanes], -2, self.weights)
             assert rhs is not None
             self.add(lanes, Contract(lanes[0].lhs, rhs, lanes[0].result))
 
@@ -149,7 +150,7 @@ class _Merge:
                     node.result,
                     node.rhs.dtype,
                 )
-                if same and join([*(c.rhs for c in group), node.rhs], -2) is not None:
+                if same and join([*(c.rhs for c in group), node.rhs], -2, self.weights) is not None:
                     group.append(node)
                     break
             else:
@@ -196,7 +197,7 @@ class _Merge:
         """Whether two operands may be those of two lanes."""
         if a in self.lane_of:
             return self.lane_of[a] == self.lane_of.get(b)
-        return a is b or {a, b} <= self.weights
+        return join((a, b), -1, self.weights) is not None
 
     def lifted(self, lanes: Lanes) -> Node | None:
         """The operation of some lanes on what stands for all of their operands."""
@@ -204,7 +205,7 @@ class _Merge:
         for each in zip(*(n.operands for n in lanes), strict=True):
             one = self.wide.get(each)
             if one is None:
-                one = join(each, -1)
+                one = join(each, -1, self.weights)
             if one is None:
                 return None
             operands.append(one)
