@@ -283,6 +283,13 @@ def _sum(
     return _over("sum", x, dim or range(x.ndim), keepdim)
 
 
+@rule(aten.var.dim)
+def _var_dim(
+    result: Result, x: Tensor, dim: Sequence[int], unbiased: bool = True, keepdim: bool = False
+) -> Tensor:
+    return _var(result, x, dim, int(unbiased), keepdim)
+
+
 @rule(aten.var.correction)
 def _var(
     result: Result, x: Tensor, dim: Sequence[int], correction: Any = 1, keepdim: bool = False

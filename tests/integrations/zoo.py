@@ -70,7 +70,9 @@ def step(model, call, given):
     model.zero_grad()
     out = call(**given)
     out.loss.backward()
-    gradients = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {
+        n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None
+    }
     return out.loss.item(), out.logits.detach(), gradients
 
 
