@@ -11,7 +11,7 @@ from coda.integrations.dynamo import backend
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Nothing compiled, nothing reported; the backend is known though coda runs from its sources."""
+    """Nothing compiled, nothing reported; the backend is known though coda is not installed."""
     if "coda" not in list_backends():
         register_backend(backend, name="coda")
     assert "coda" in _BACKENDS

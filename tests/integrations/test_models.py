@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 import coda
 from tests.integrations.zoo import FAMILIES, arguments, build, distance, overall, step
 
-QUICK = ("Llama", "GPT-NeoX")
+QUICK = ("Llama",)
 OTHERS = [pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n not in QUICK]
 
 
@@ -74,8 +74,8 @@ def test_one_graph_for_all_sizes_of_a_batch():
     compiled = torch.compile(model, backend="coda", dynamic=True)
     for batch, length in ((2, 16), (3, 24), (4, 7)):
         given = arguments("Llama", batch=batch, length=length)
-        loss, logits, gradients = step(model, compiled, given)
-        loss1, logits1, gradients1 = step(model, model, given)
+        _, logits, gradients = step(model, compiled, given)
+        _, logits1, gradients1 = step(model, model, given)
         assert distance(logits, logits1) < 1e-5
         assert overall(gradients, gradients1) < 1e-5
     assert len(coda.last_report().graphs) == 1
