@@ -5,10 +5,12 @@ Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -23,7 +25,7 @@ from rich.console import Console
 import coda
 from coda.block import Block
 from coda.doctor import examine
-from coda.errors import CodaError
+from coda.errors import CodaError, Where
 from coda.ir.types import DTYPES, DType
 from coda.lowering.program import Program
 from coda.measure import Report, load_inputs, measure, measure_training, random_inputs
@@ -33,7 +35,6 @@ from coda.runtime.run import choose_backend, target_arch
 
 app = typer.Typer(
     name="coda",
-    help="Transformer blocks written as mathematics, compiled to fused kernels.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -57,17 +58,46 @@ def load_block(target: str) -> Block:
     if not path.is_file():
         raise CodaError("there is no such file", found=file, help="FILE.py:NAME or FILE.coda")
     if path.suffix == ".coda":
-        return coda.parse(path.read_text(), str(path))
-    sys.path.insert(0, str(path.parent))
-    found = {k: v for k, v in runpy.run_path(str(path)).items() if isinstance(v, Block)}
+        block = coda.parse(path.read_text(), str(path))
+        found = {block.graph.name: block}
+    else:
+        found = {k: v for k, v in _run_file(path).items() if isinstance(v, Block)}
     if not name and len(found) == 1:
         return next(iter(found.values()))
     if name not in found:
+        several = f"{file} has several blocks" if found else f"{file} has no block"
         raise CodaError(
-            f"{file} has no block `{name}`" if name else f"{file} has several blocks",
-            help="it has " + (", ".join(found) or "none"),
+            f"{file} has no block `{name}`" if name else several,
+            help=" or ".join(f"{file}:{n}" for n in found) or "a function under @coda.block",
         )
     return found[name]
+
+
+def _run_file(path: Path) -> dict[str, Any]:
+    """What a Python file defines. What it prints goes to stderr. Raises CodaError."""
+    sys.path.insert(0, str(path.parent))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return runpy.run_path(str(path))
+    except CodaError:
+        raise
+    except Exception as e:
+        raise CodaError(
+            f"{path} does not run",
+            found=f"{type(e).__name__}: {e}",
+            help=f"python {path} shows the same",
+            where=_place(e, path),
+        ) from e
+
+
+def _place(error: Exception, path: Path) -> Where | None:
+    """The innermost line of a file that an error was raised in."""
+    if isinstance(error, SyntaxError) and error.lineno and error.filename == str(path):
+        return Where(error.filename, error.lineno, max((error.offset or 1) - 1, 0))
+    steps = [s for s, _ in traceback.walk_tb(error.__traceback__)]
+    lines = [n for _, n in traceback.walk_tb(error.__traceback__)]
+    mine = [i for i, s in enumerate(steps) if s.f_code.co_filename == str(path)]
+    return Where(str(path), lines[mine[-1]]) if mine else None
 
 
 def parse_dims(text: str) -> dict[str, int]:
@@ -75,9 +105,11 @@ def parse_dims(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         name, _, number = part.partition("=")
-        if not number.strip().isdigit():
-            raise CodaError("a size cannot be read", found=part, help="--dims M=8192,D=4096")
-        sizes[name.strip()] = int(number)
+        name, number = name.strip(), number.strip()
+        if not number.isdigit() or not name.isidentifier() or name in sizes:
+            word = f"`{name}` has two sizes" if name in sizes else "a size cannot be read"
+            raise CodaError(word, found=part, help="--dims M=8192,D=4096")
+        sizes[name] = int(number)
     return sizes
 
 
@@ -86,6 +118,21 @@ def parse_dtype(name: str) -> DType:
     if name not in DTYPES:
         raise CodaError("an element type that is not there", found=name, help=", ".join(DTYPES))
     return DTYPES[name]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(coda.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print it")
+    ] = False,
+) -> None:
+    """Transformer blocks written as mathematics, compiled to fused kernels."""
 
 
 @app.command()
@@ -159,7 +206,9 @@ def run(
     given = load_inputs(graph, Path(inputs)) if inputs else random_inputs(graph, sizes, seed)
     chosen = choose_backend(backend)
     if chosen != "sim" and (show or schedule != "eager"):
-        raise CodaError("--report and --schedule belong to backend sim", found=chosen)
+        raise CodaError(
+            "--report and --schedule belong to backend sim", found=chosen, help="--backend sim"
+        )
     run: Any = measure
     if backward:
         run = partial(measure_training, wanted=names_of(wanted), memory=memory or None)
@@ -291,7 +340,7 @@ def doctor(as_json: Json = False) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The console script. Exit codes: 0, 1 for an error, 2 for wrong usage."""
     try:
-        code: Any = app(arguments, standalone_mode=False)
+        code: Any = app(arguments, standalone_mode=False, prog_name="coda")
     except CodaError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         sys.exit(1)

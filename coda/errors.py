@@ -13,6 +13,7 @@ from types import FrameType
 import torch
 
 _PACKAGE = str(Path(__file__).parent)
+_COMMAND_LINE = str(Path(__file__).parent / "cli.py")
 _SKIPPED = (_PACKAGE, str(Path(torch.__file__).parent), "<string>")
 
 
@@ -32,10 +33,13 @@ class Where:
 
     @staticmethod
     def caller() -> Where | None:
-        """The innermost expression outside coda and torch that is being evaluated now."""
+        """The innermost expression outside coda and torch that is being evaluated now.
+
+        None where that is no line of the user's: the command line was called, not a function.
+        """
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename.startswith(_SKIPPED):
-            frame = frame.f_back
+            frame = None if frame.f_code.co_filename == _COMMAND_LINE else frame.f_back
         return None if frame is None else Where.of(frame, frame.f_lasti)
 
     @staticmethod

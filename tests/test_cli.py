@@ -134,6 +134,7 @@ def test_doctor(capsys):
         (("explain", MLP.replace(":mlp", ":no"), "--dims", DIMS), "has no block `no`"),
         (("explain", MLP, "--dims", "M=16"), "no size for dim"),
         (("explain", MLP, "--dims", "M=x"), "a size cannot be read"),
+        (("explain", MLP, "--dims", "M=1,M=2"), "`M` has two sizes"),
         (("explain", MLP, "--dims", DIMS, "--arch", "sm_80"), "an arch that coda does not know"),
         (("run", MLP, "--dims", DIMS, "--dtype", "f8"), "an element type that is not there"),
         (("compile", MLP, "--dims", DIMS, "--emit", "sass"), "no such thing to emit"),
@@ -144,6 +145,42 @@ def test_mistakes_give_one_message_and_code_1(capsys, arguments, message):
     assert (code, out) == (1, "")
     assert message in err
     assert "Traceback" not in err
+
+
+FILES = {
+    "a mistake in the block": "def f(x: coda.Tensor['M D']): return x @ x",
+    "wrong syntax": "def f(:",
+    "a module that is not there": "import nowhere_at_all",
+    "no block": "one = 1",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_defines_no_block_is_shown_at_its_own_line(capsys, tmp_path, name):
+    path = tmp_path / "user.py"
+    path.write_text("import coda\n@coda.block\n" * (name != "no block") + FILES[name] + "\n")
+    if name == "a module that is not there":
+        path.write_text(FILES[name] + "\n")
+    code, out, err = run(capsys, "explain", f"{path}:f", "--dims", DIMS)
+    assert (code, out) == (1, "")
+    assert "Traceback" not in err
+    assert "typer" not in err
+    assert FILES[name] in err or "has no block" in err
+
+
+def test_only_the_result_goes_to_stdout(capsys, tmp_path):
+    path = tmp_path / "noisy.py"
+    path.write_text(
+        "import coda\nprint('loading')\n@coda.block\ndef f(x: coda.Tensor['M D']): return x * 2\n"
+    )
+    code, out, err = run(capsys, "explain", f"{path}:f", "--dims", "M=4,D=8", "--json")
+    assert code == 0
+    assert json.loads(out)["launches"] == 1
+    assert "loading" in err
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, coda.__version__ + "\n", "")
 
 
 def test_wrong_usage_gives_code_2(capsys):
