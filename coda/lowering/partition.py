@@ -90,6 +90,7 @@ class Partition:
         sizes: the size of every symbol.
         banned: (place, node): nodes that a kernel's layout of columns cannot take. The place is a
             GEMM's first contraction, or a pass over rows that is "shared" or taken "alone".
+        apart: whether contractions whose rows are reduced have a GEMM of their own.
         home: where each node is computed first.
         drafts: the kernels, in no order.
         loadable: nodes that will be in memory if somebody loads them.
@@ -101,6 +102,7 @@ class Partition:
     graph: Graph
     sizes: Mapping[str, int]
     banned: frozenset[tuple[Node | str, Node]] = frozenset()
+    apart: bool = False
     home: dict[Node, Draft] = field(default_factory=dict)
     drafts: list[Draft] = field(default_factory=list)
     loadable: set[Node] = field(default_factory=set)
@@ -125,7 +127,7 @@ class Partition:
         matrices += [i for i in self.graph.inputs if i.rank > 1]
         if matrices:
             self.rows = product(matrices[0].shape[:-1])
-        self.siblings = group_siblings(contracts, nodes, self.weights)
+        self.siblings = group_siblings(contracts, nodes, self.weights, self.apart)
         forced = [*self.graph.roots, *(o for c in contracts for o in c.operands)]
         self.loadable = {self.storage(n) for n in forced}
         for node in nodes:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from coda.errors import ArchError, DimError, InternalError
 from coda.ir.evaluate import evaluate
-from coda.ir.graph import Const, Graph, Map, Node, Size, Slice, transform, walk
+from coda.ir.graph import Const, Graph, Map, Node, Pick, Reduce, Size, Slice, transform, walk
 from coda.ir.verify import verify
 from coda.lowering.build import Banned, build
 from coda.lowering.cost import MACHINES, price
@@ -64,17 +64,28 @@ def lower(
             best = program
         else:
             chosen.discard(key)
+    if any(isinstance(u.node, Reduce | Pick) for u in best.unfused):
+        program = _lower(graph, sizes, arch, frozen, accept, apart=True)
+        best = min(program, best, key=price)
     return best
 
 
-def _lower(graph: Graph, sizes: dict[str, int], arch: str, frozen: bool, accept: Accept) -> Program:
+def _lower(
+    graph: Graph,
+    sizes: dict[str, int],
+    arch: str,
+    frozen: bool,
+    accept: Accept,
+    apart: bool = False,
+) -> Program:
+    """The Program of one choice of laws; with `apart`, what is reduced has a GEMM of its own."""
     steps: list[Step] = []
     normal = graph.with_roots(_numbers(rewrite(graph.roots, LAWS, accept, steps), sizes))
     verify(normal, "laws")
     banned: frozenset[tuple[Node | str, Node]] = frozenset()
     while True:
         try:
-            program = build(Partition(normal, sizes, banned).run(), graph, arch)
+            program = build(Partition(normal, sizes, banned, apart).run(), graph, arch)
             break
         except Banned as refusal:
             if (refusal.place, refusal.node) in banned:

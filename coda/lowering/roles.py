@@ -16,6 +16,7 @@ from coda.ir.graph import (
     Map,
     Node,
     Permute,
+    Pick,
     Reduce,
     Reshape,
     Size,
@@ -152,13 +153,14 @@ def weight_nodes(nodes: list[Node]) -> set[Node]:
 
 
 def group_siblings(
-    contracts: list[Contract], nodes: list[Node], weights: set[Node]
+    contracts: list[Contract], nodes: list[Node], weights: set[Node], apart: bool = False
 ) -> dict[Node, tuple[Contract, ...]]:
     """Contractions of one activation that share a GEMM.
 
     Those that an elementwise operation joins (gate and up) pair their columns and stay among
     themselves, and so does one that is joined with another matrix, which would not be as wide as
-    the kernel; the others of the activation go side by side.
+    the kernel; the others of the activation go side by side. With `apart`, those whose rows are
+    reduced do not: the reduction is then one of whole rows of the GEMM, and so its sink.
     """
     by_input: dict[Node, list[Contract]] = {}
     out: dict[Node, tuple[Contract, ...]] = {c: (c,) for c in contracts}
@@ -179,6 +181,9 @@ def group_siblings(
                 beside = {i for o in others for i in pointwise_leaves(o)} - weights
                 if any(product(i.shape) == product(node.shape) for i in beside):
                     mixed |= reach[node]
+        elif apart and isinstance(node, Reduce | Pick):
+            whole = node.operands[0]
+            mixed |= {c for c in reach.get(whole, ()) if c.shape[-1] == whole.shape[-1]}
     for group in by_input.values():
         rest = list(group)
         while rest:

@@ -103,3 +103,20 @@ def test_numbers_are_no_kernels():
     program = lowered(scaled, {"M": 8, "D": 16})
     assert len(program.kernels) == 1
     assert "M" in program.fixed, "its size is built in"
+
+
+@coda.block
+def two_tokens(
+    x: T["M D"], g: T["D"], w: T["V D"], v: T["V D"], a: T["M", coda.i64], b: T["M", coda.i64]
+):
+    h = coda.rms_norm(x, g)
+    return coda.cross_entropy(h @ w.T, a) + coda.cross_entropy(h @ v.T, b)
+
+
+def test_two_heads_with_a_loss_each_store_no_logits():
+    """Side by side in one GEMM, neither loss would be a reduction of its whole rows."""
+    program = lowered(two_tokens, {"M": 6, "D": 16, "V": 40})
+    assert not any(isinstance(k, TorchKernel) for k in program.kernels)
+    assert len(list(program.gemms())) == 2
+    widths = {program.buffers[n].shape[-1].size(program.sizes) for n in written(program)}
+    assert widths <= {1, 16}
