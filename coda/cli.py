@@ -93,7 +93,7 @@ def _run_file(path: Path) -> dict[str, Any]:
 def _place(error: Exception, path: Path) -> Where | None:
     """The innermost line of a file that an error was raised in."""
     if isinstance(error, SyntaxError) and error.lineno and error.filename == str(path):
-        return Where(error.filename, error.lineno, max((error.offset or 1) - 1, 0))
+        return Where(str(path), error.lineno, max((error.offset or 1) - 1, 0))
     steps = [s for s, _ in traceback.walk_tb(error.__traceback__)]
     lines = [n for _, n in traceback.walk_tb(error.__traceback__)]
     mine = [i for i, s in enumerate(steps) if s.f_code.co_filename == str(path)]
