@@ -108,11 +108,16 @@ def test_gradients_are_no_further_from_float64_than_torch(example):
         assert relative(mine, exact[name]) <= 1.15 * relative(plain[name], exact[name]), name
 
 
-# Launches, GEMMs among them, and MB of the backward.
+# Launches of the forward that saves and of the backward, GEMMs and MB of the backward.
 BACKWARD = {
-    "llama_mlp": (6, 4, 3466),
-    "llama_layer": (13, 8, 4685),
-    "gpt2_layer": (19, 8, 1848),
+    "llama_mlp": (3, 6, 4, 3467),
+    "llama_layer": (6, 11, 8, 4681),
+    "qwen3_layer": (6, 12, 8, 4252),
+    "gpt2_layer": (6, 13, 8, 1577),
+    "starcoder2": (6, 15, 8, 4492),
+    "neox_parallel": (4, 13, 8, 7702),
+    "gemma2_layer": (6, 13, 8, 5557),
+    "unnamed_norm": (3, 6, 4, 3467),
 }
 
 
@@ -120,13 +125,16 @@ BACKWARD = {
 @pytest.mark.parametrize("name", BACKWARD)
 def test_launches_and_bytes_of_the_backward(name, arch):
     """CODA's hand-written program for the Llama layer moves 4798 MB."""
-    kernels, gemms, megabytes = BACKWARD[name]
-    module = runpy.run_path(str(ROOT / f"{name}.py"))
-    block = module[TABLE[name][0]]
-    _, program = block.lower_training(arch, module["DIMS"], wanted=wanted_of(block))
+    forwards, kernels, gemms, megabytes = BACKWARD[name]
+    block, dims, *_ = TABLE[name]
+    module = runpy.run_path(str(ROOT / f"{FILES.get(name, name)}.py"))
+    block = module[block]
+    forward, program = block.lower_training(arch, module[dims], wanted=wanted_of(block))
+    assert len(forward.kernels) <= forwards
     assert len(program.kernels) <= kernels
     assert len(list(program.gemms())) <= gemms
     assert hbm_bytes(program) <= megabytes * 1e6
+    assert not any(isinstance(k, TorchKernel) for k in (*forward.kernels, *program.kernels))
 
 
 # Bytes of the stack: SwiGLU's backward holds more than the registers of sm_100a have room for.
@@ -137,9 +145,9 @@ STACK = {"sm_90a": 0, "sm_100a": 128}
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward_kernels_compile(name, arch):
-    module = runpy.run_path(str(ROOT / f"{name}.py"))
+    module = runpy.run_path(str(ROOT / f"{FILES.get(name, name)}.py"))
     block = module[TABLE[name][0]]
-    _, program = block.lower_training(arch, module["DIMS"], wanted=wanted_of(block))
+    _, program = block.lower_training(arch, module[TABLE[name][1]], wanted=wanted_of(block))
     for one in compile_program(program):
         assert one.usage is not None
         assert one.usage.local == 0, one.kernel

@@ -1,0 +1,144 @@
+"""What the derived backwards must look like, by the kernels of their Programs."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+import coda
+from coda.ir.graph import Input, Reduce
+from coda.lowering.derive import derive
+from coda.lowering.pipeline import lower
+from coda.lowering.program import GemmKernel, RowwiseKernel, TorchKernel
+
+ROOT = Path(__file__).parents[2] / "examples"
+T = coda.Tensor
+SMALL = {"M": 256, "D": 128, "F": 512, "H": 4, "G": 2, "d": 32, "V": 1000}
+
+
+def trained(block, sizes=SMALL, arch="sm_90a"):
+    sizes = {s: sizes[s] for s in block.graph.symbols}
+    wanted = [i.name for i in block.graph.inputs if i.name not in ("cos", "sin")]
+    training = derive(block.graph, sizes, wanted)
+    forward, backward = (
+        lower(g, {s: sizes[s] for s in g.symbols}, arch)
+        for g in (training.forward, training.backward)
+    )
+    return training, forward, backward
+
+
+def example(name, block="layer"):
+    return runpy.run_path(str(ROOT / f"{name}.py"))[block]
+
+
+def passes(program):
+    """Passes over rows that read or write more than a number a row."""
+    return [
+        k
+        for k in program.kernels
+        if isinstance(k, RowwiseKernel)
+        and any(o.kind in ("tile", "periodic") for o in k.assembled.epilogue.operands)
+    ]
+
+
+EXAMPLES = ["llama_layer", "qwen3_layer", "gpt2_layer"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_program_of_the_backward(name, golden):
+    _, _, backward = trained(example(name))
+    golden(f"{name}_backward.program", backward.text())
+
+
+@coda.block
+def rms(x: T["M D"], g: T["D"], w: T["F D"], v: T["D F"]):
+    return x + coda.silu(coda.rms_norm(x, g) @ w.T) @ v.T
+
+
+@coda.block
+def layer(x: T["M D"], g: T["D"], b: T["D"], w: T["F D"], c: T["F"], v: T["D F"]):
+    return x + coda.gelu(coda.layer_norm(x, g, b) @ w.T + c) @ v.T
+
+
+@pytest.mark.parametrize(("block", "statistics"), [(rms, 1), (layer, 2)])
+def test_a_norms_backward_lies_in_the_gemms(block, statistics):
+    """Statistics are sinks where the cotangent is made, applied in the epilogue of the dgrad."""
+    _, _, backward = trained(block)
+    assert not passes(backward)
+    assert not any(isinstance(k, TorchKernel) for k in backward.kernels)
+    maker, dgrad, *_ = backward.gemms()
+    along_rows = [s for s in maker.assembled.epilogue.sinks if not s.rows]
+    assert len(along_rows) == statistics
+    assert any(s.buffer == "dx" for s in dgrad.assembled.epilogue.stores)
+    gain = [n for k in backward.kernels for n in getattr(k, "folds", ()) if n.shape[-1] != 1]
+    assert all(isinstance(n, Reduce) for n in gain)
+
+
+def test_the_weight_gradient_reads_the_raw_activation():
+    """The normalised input does not exist: the cotangent carries the row's factor."""
+    _, _, backward = trained(rms)
+    read = [k.contracts[0].rhs.operands[0] for k in backward.gemms() if k.contracts[0].rhs.operands]
+    assert any(isinstance(n, Input) and n.name == "x" for n in read)
+
+
+def test_rope_of_q_k_and_v_is_one_pass_backward():
+    """One pass over rows of q, k and v side by side, each read at its own columns."""
+    _, forward, backward = trained(example("llama_layer"))
+    (one,) = passes(backward)
+    width = (SMALL["H"] + 2 * SMALL["G"]) * SMALL["d"]
+    assert one.width == width
+    spans = {o.name: o.span for o in one.assembled.epilogue.operands if o.span}
+    assert {spans["d_q"], spans["d_k"], spans["d_v"]} == {(0, 128), (128, 64), (192, 64)}
+    (stored,) = [s for s in one.assembled.epilogue.stores if not s.narrow]
+    assert not stored.span
+    assert len(one.assembled.epilogue.statistics) == 1
+    assert not passes(forward)
+
+
+def test_outputs_are_kept_in_place_of_what_they_are_linear_in():
+    """⟨Rᵀ dy, z⟩ = ⟨dy, R z⟩: the forward saves q, k and v, which it gives anyway."""
+    training, forward, _ = trained(example("llama_layer"))
+    roots = dict(training.forward.outputs)
+    outputs = {roots[n] for n in ("x", "q", "k", "v")}
+    assert sum(roots[n] in outputs for n in training.saved) >= 4
+    wide = [s for k in forward.gemms() for s in k.assembled.epilogue.stores]
+    assert sum(s.buffer.startswith("saved") for s in wide) == 2  # x1, and gate with up
+
+
+def test_qk_norms_backward_is_part_of_that_pass():
+    """Statistics of heads and sums over rows for the gains, in the pass of RoPE's backward."""
+    _, forward, backward = trained(example("qwen3_layer"))
+    assert not passes(forward)
+    (one,) = passes(backward)
+    epilogue = one.assembled.epilogue
+    assert {s.group for s in epilogue.statistics} == {0, SMALL["d"]}
+    assert [s.rows for s in epilogue.sinks] == [True, True]
+
+
+def test_biases_of_siblings_have_one_gradient():
+    """q, k and v of a LayerNorm block: one contraction for all weights, one sum for all biases."""
+    _, _, backward = trained(example("gpt2_layer", "starcoder2_layer"))
+    assert len(list(backward.gemms())) == 8
+    (one,) = passes(backward)
+    assert len(one.sunk) == 2  # biases, and what the mean takes of the weights' gradient
+    assert all(s.span is None for s in one.assembled.epilogue.sinks)
+
+
+def test_sums_that_are_only_returned_are_folded_together():
+    _, _, backward = trained(example("llama_layer"))
+    last = backward.kernels[-1]
+    assert isinstance(last, RowwiseKernel)
+    assert len(last.folds) == 2
+    assert sum(isinstance(k, GemmKernel) for k in backward.kernels) == 8
+
+
+@coda.block
+def cotangents(x: T["M D"], w: T["D"], b: T["D"]):
+    return x * w + b
+
+
+def test_sums_over_rows_without_any_gemm():
+    _, _, backward = trained(cotangents)
+    one, fold = backward.kernels
+    assert [len(k.assembled.epilogue.sinks) for k in (one, fold)] == [2, 0]
+    assert len(fold.folds) == 2
