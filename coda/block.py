@@ -56,10 +56,8 @@ class Block:
             self.undeclared = [isinstance(s, Spec) and s.dtype is None for s in specs]
         self.__name__ = self.graph.name
         self._multiplies = any(isinstance(n, Contract) for n in walk(self.graph.roots))
-        self._number = register(self)
+        self._handle = register(self)
         self._names = [name for name, _ in self.graph.outputs]
-        self._symbols = self.graph.symbols
-        self._untold = [-1] * len(self._symbols)
 
     @property
     def graph(self) -> Graph:
@@ -233,13 +231,13 @@ class Block:
         memory: str,
     ) -> Sequence[Tensor]:
         """The outputs, with a backward where torch records gradients."""
-        given = given_sizes(self.graph, dims) if dims else self._untold
+        given = given_sizes(self.graph, dims) if dims else []
         arguments = tensors, given, backend, arch
         if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-            return train_block(self._number, *arguments, memory)[: len(self._names)]
+            return train_block(self._handle, *arguments, memory)[: len(self._names)]
         frozen = not any([t.requires_grad for t in tensors])
         run = block_op if needs_dispatch(tensors) else run_block
-        return run(self._number, *arguments, frozen)
+        return run(self._handle, *arguments, frozen)
 
     def graph_for(self, inputs: Sequence[Tensor]) -> Graph:
         """The graph for arguments of these types."""

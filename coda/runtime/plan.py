@@ -122,7 +122,7 @@ _plans: dict[tuple[Any, ...], Plan] = {}
 
 
 def plan_of(
-    number: int,
+    handle: str,
     inputs: Sequence[Tensor],
     dims: Sequence[int],
     backend: str,
@@ -133,17 +133,17 @@ def plan_of(
     """The plan for these arguments, made once for each set of shapes and types."""
     environment = settings.BACKEND.get(), settings.ARCH.get(), simulated_arch()
     shapes = tuple([(t.shape, t.dtype, t.device) for t in inputs])
-    key = (number, *dims, backend, arch, memory, *wanted, *environment, shapes)
+    key = (handle, *dims, backend, arch, memory, *wanted, *environment, shapes)
     if key not in _plans:
-        graph, sizes = bind(number, inputs, dims)
+        graph, sizes = bind(handle, inputs, dims)
         if len(_plans) >= 4096:
             _plans.clear()
-        _plans[key] = make_plan(number, graph, sizes, backend, arch, memory, wanted)
+        _plans[key] = make_plan(handle, graph, sizes, backend, arch, memory, wanted)
     return _plans[key]
 
 
 def make_plan(
-    number: int,
+    handle: str,
     graph: Graph,
     sizes: Sizes,
     backend: str,
@@ -152,7 +152,7 @@ def make_plan(
     wanted: Sequence[bool],
 ) -> Plan:
     """The plan for a block of these sizes."""
-    block, arch = block_of(number), target_arch(arch)
+    block, arch = block_of(handle), target_arch(arch)
     training = block.training_for(graph, wanted_names(graph, wanted), memory, sizes)
     forward = block.program_for(training.forward, arch, False, sizes)
     backward = block.program_for(training.backward, arch, False, sizes) if training.wanted else None

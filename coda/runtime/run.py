@@ -115,25 +115,28 @@ class Runnable(Protocol):
         ...
 
 
-_blocks: weakref.WeakValueDictionary[int, Runnable] = weakref.WeakValueDictionary()
+_blocks: weakref.WeakValueDictionary[str, Runnable] = weakref.WeakValueDictionary()
 _numbers = count()
 
 
-def register(block: Runnable) -> int:
-    """A number for a block: the operator's first argument."""
-    number = next(_numbers)
-    _blocks[number] = block
-    return number
+def register(block: Runnable) -> str:
+    """A handle for a block: the operator's first argument.
+
+    It is a string: numbers may change from call to call of what torch compiles.
+    """
+    handle = str(next(_numbers))
+    _blocks[handle] = block
+    return handle
 
 
-def block_of(number: int) -> Runnable:
-    """The block of a number."""
-    return _blocks[number]
+def block_of(handle: str) -> Runnable:
+    """The block that a handle stands for."""
+    return _blocks[handle]
 
 
-def bind(number: int, inputs: Sequence[Tensor], dims: Sequence[int]) -> tuple[Graph, Sizes]:
+def bind(handle: str, inputs: Sequence[Tensor], dims: Sequence[int]) -> tuple[Graph, Sizes]:
     """The graph for these arguments and the size of every symbol. Raises CallError."""
-    block = _blocks[number]
+    block = _blocks[handle]
     graph = block.graph_for(inputs)
     check_tensors(graph, inputs, block.undeclared)
     given = {s: d for s, d in zip(graph.symbols, dims, strict=False) if d >= 0}
@@ -145,7 +148,7 @@ _recent: dict[tuple[Any, ...], Program] = {}
 
 
 def run_block(
-    number: int, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
+    handle: str, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
 ) -> Sequence[Tensor]:
     """Run a block: what the operator does, without torch's dispatch.
 
@@ -153,7 +156,7 @@ def run_block(
     may be views of one buffer.
     """
     environment = settings.BACKEND.get(), settings.ARCH.get(), simulated_arch()
-    options = (number, *dims, backend, arch, frozen, *environment)
+    options = (handle, *dims, backend, arch, frozen, *environment)
     recent = _recent.get(options)
     if recent is not None:
         found = recall(recent, inputs)
@@ -162,9 +165,9 @@ def run_block(
     shapes = tuple([(t.shape, t.dtype, t.device) for t in inputs])
     key = (*options, shapes)
     if key not in _known:
-        graph, sizes = bind(number, inputs, dims)
+        graph, sizes = bind(handle, inputs, dims)
         chosen = choose_backend(backend)
-        program = _blocks[number].program_for(graph, target_arch(arch), frozen, sizes)
+        program = _blocks[handle].program_for(graph, target_arch(arch), frozen, sizes)
         if len(_known) >= 4096:
             _known.clear()
         _known[key] = program, sizes, chosen
@@ -207,18 +210,18 @@ def recall(program: Program, inputs: list[Tensor]) -> Sequence[Tensor] | None:
 
 @torch.library.custom_op("coda::block", mutates_args=())
 def block_op(
-    number: int, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
+    handle: str, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
 ) -> list[Tensor]:
     """Run a block.
 
     Args:
-        number: from `register`.
+        handle: from `register`.
         inputs: the block's arguments.
-        dims: sizes of the graph's symbols in their order, -1 where the shapes tell them.
+        dims: sizes of the graph's symbols in their order, -1 where the shapes tell them; or none.
         backend, arch: names, or "" for the default.
         frozen: whether weights keep their values.
     """
-    found = run_block(number, inputs, dims, backend, arch, frozen)
+    found = run_block(handle, inputs, dims, backend, arch, frozen)
     return [t.contiguous() for t in apart(found)]
 
 
@@ -245,9 +248,9 @@ def needs_dispatch(inputs: Sequence[Tensor]) -> bool:
 
 @block_op.register_fake
 def _(
-    number: int, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
+    handle: str, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
 ) -> list[Tensor]:
-    graph, sizes = bind(number, inputs, dims)
+    graph, sizes = bind(handle, inputs, dims)
     like = inputs[0]
     return [
         like.new_empty([d.size(sizes) for d in node.shape], dtype=node.dtype.torch)

@@ -24,13 +24,13 @@ from coda.runtime.run import Sizes, apart, bind, block_of, execute, memory_of, n
 
 
 def train_block(
-    number: int, inputs: list[Tensor], dims: list[int], backend: str, arch: str, memory: str
+    handle: str, inputs: list[Tensor], dims: list[int], backend: str, arch: str, memory: str
 ) -> Sequence[Tensor]:
     """The outputs of a block, whose gradients its derived backward gives."""
     wanted = [t.requires_grad for t in inputs]
     if needs_dispatch(inputs) and not is_transformed():
-        return train_op(number, inputs, dims, backend, arch, memory, wanted)
-    plan = plan_of(number, inputs, dims, backend, arch, memory, wanted)
+        return train_op(handle, inputs, dims, backend, arch, memory, wanted)
+    plan = plan_of(handle, inputs, dims, backend, arch, memory, wanted)
     return (_Transformed if is_transformed() else _Eager).apply(plan, *inputs)
 
 
@@ -180,7 +180,7 @@ class _Backward(torch.autograd.Function):
 
 @torch.library.custom_op("coda::train", mutates_args=())
 def train_op(
-    number: int,
+    handle: str,
     inputs: list[Tensor],
     dims: list[int],
     backend: str,
@@ -189,17 +189,17 @@ def train_op(
     wanted: list[bool],
 ) -> list[Tensor]:
     """Run a block for training: its outputs, then what is saved."""
-    plan = plan_of(number, inputs, dims, backend, arch, memory, wanted)
+    plan = plan_of(handle, inputs, dims, backend, arch, memory, wanted)
     found = execute(plan.forward, inputs, plan.sizes, plan.backend)
     return [t.contiguous() for t in apart(found)]
 
 
 def _training(
-    number: int, graph: Graph, sizes: Sizes, memory: str, wanted: Sequence[bool]
+    handle: str, graph: Graph, sizes: Sizes, memory: str, wanted: Sequence[bool]
 ) -> Training:
     """The training of a call whose sizes torch may hold open."""
     known = {s: _hint(d) for s, d in sizes.items()}
-    return block_of(number).training_for(graph, wanted_names(graph, wanted), memory, known)
+    return block_of(handle).training_for(graph, wanted_names(graph, wanted), memory, known)
 
 
 def _hint(size: Any) -> int:
@@ -209,7 +209,7 @@ def _hint(size: Any) -> int:
 
 @train_op.register_fake
 def _(
-    number: int,
+    handle: str,
     inputs: list[Tensor],
     dims: list[int],
     backend: str,
@@ -217,8 +217,8 @@ def _(
     memory: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    graph, sizes = bind(number, inputs, dims)
-    training = _training(number, graph, sizes, memory, wanted)
+    graph, sizes = bind(handle, inputs, dims)
+    training = _training(handle, graph, sizes, memory, wanted)
     return _empty(training.forward, sizes, inputs[0])
 
 
@@ -230,7 +230,7 @@ def _empty(graph: Graph, sizes: Sizes, like: Tensor) -> list[Tensor]:
 
 @torch.library.custom_op("coda::train_backward", mutates_args=())
 def backward_op(
-    number: int,
+    handle: str,
     tensors: list[Tensor],
     sizes: list[int],
     dtype: str,
@@ -242,15 +242,15 @@ def backward_op(
     """The gradients of a block's wanted arguments.
 
     Args:
-        number: from `register`.
+        handle: from `register`.
         tensors: the backward's arguments.
         sizes: of the block's symbols, in their order.
         dtype: of arguments that are declared without a type.
         backend, arch, memory, wanted: as in the forward.
     """
-    graph = block_of(number).graph_of(DTYPES[dtype])
+    graph = block_of(handle).graph_of(DTYPES[dtype])
     known = dict(zip(graph.symbols, sizes, strict=True))
-    plan = make_plan(number, graph, known, backend, arch, memory, wanted)
+    plan = make_plan(handle, graph, known, backend, arch, memory, wanted)
     assert plan.backward is not None
     arguments = plan.layout.typed(tensors)
     gradients = execute(plan.backward, arguments, known, plan.backend)
@@ -259,7 +259,7 @@ def backward_op(
 
 @backward_op.register_fake
 def _(
-    number: int,
+    handle: str,
     tensors: list[Tensor],
     sizes: list[int],
     dtype: str,
@@ -268,20 +268,20 @@ def _(
     memory: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    graph = block_of(number).graph_of(DTYPES[dtype])
+    graph = block_of(handle).graph_of(DTYPES[dtype])
     known = dict(zip(graph.symbols, sizes, strict=True))
-    training = _training(number, graph, known, memory, wanted)
+    training = _training(handle, graph, known, memory, wanted)
     return _empty(training.backward, known, tensors[0])
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    number, tensors, dims, backend, arch, memory, wanted = inputs
-    graph, sizes = bind(number, tensors, dims)
-    training = _training(number, graph, sizes, memory, wanted)
-    ctx.training, ctx.sizes = training, sizes
-    declared = zip(graph.inputs, block_of(number).undeclared, strict=True)
+    handle, tensors, dims, backend, arch, memory, wanted = inputs
+    graph, sizes = bind(handle, tensors, dims)
+    training = _training(handle, graph, sizes, memory, wanted)
+    ctx.training, ctx.sizes, ctx.dims = training, sizes, dims
+    declared = zip(graph.inputs, block_of(handle).undeclared, strict=True)
     free = [i.dtype.name for i, undeclared in declared if undeclared]
-    ctx.call = number, [sizes[s] for s in graph.symbols], (free or ["bf16"])[0]
+    ctx.call = handle, [sizes[s] for s in graph.symbols], (free or ["bf16"])[0]
     ctx.options = backend, arch, memory, wanted
     ctx.layout = Layout.of(training)
     ctx.save_for_backward(*ctx.layout.saved(tensors, output))
@@ -290,12 +290,13 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 def _gradients(ctx: Any, given: Sequence[Tensor | None]) -> Any:
     kept, training = ctx.saved_tensors, ctx.training
     found: list[Tensor | None] = [None] * len(training.forward.inputs)
-    number, sizes, dtype = ctx.call
+    handle, sizes, dtype = ctx.call
     if training.wanted and any(d is not None for d in given):
         arguments = ctx.layout.arguments(ctx.sizes, kept, given)
-        gradients = backward_op(number, arguments, sizes, dtype, *ctx.options)
+        gradients = backward_op(handle, arguments, sizes, dtype, *ctx.options)
         found = ctx.layout.by_argument(gradients)
-    return None, found, None, None, None, None, None
+    nothing = None if ctx.dims else []  # torch takes an empty list for one of tensors
+    return None, found, nothing, None, None, None, None
 
 
 train_op.register_autograd(_gradients, setup_context=_save)

@@ -104,11 +104,10 @@ def test_under_torch_compile(inputs):
 
 
 def test_torch_checks_the_operator(inputs):
-    number = mlp._number
-    dims = [-1] * len(mlp.graph.symbols)
+    handle = mlp._handle
     torch.library.opcheck(
         torch.ops.coda.block.default,
-        (number, inputs, dims, "reference", "sm_90a", True),
+        (handle, inputs, [], "reference", "sm_90a", True),
         test_utils=("test_schema", "test_faketensor"),
     )
 
