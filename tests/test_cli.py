@@ -196,6 +196,15 @@ def test_python_m_coda_is_the_same_program():
 
 
 @pytest.mark.slow
+def test_compile_backward(capsys):
+    options = ("--dims", "M=128,D=128,F=256", "--backward", "--wanted", "w_down", "--json")
+    _, out, _ = run(capsys, "compile", MLP, *options)
+    names = [k["kernel"].split() for k in json.loads(out)]
+    assert [w for w, _ in names] == sorted((w for w, _ in names), reverse=True)
+    assert {w for w, _ in names} == {"forward", "backward"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_compile(tmp_path, arch):
     """In a process of its own, with a directory that a second run loads from."""

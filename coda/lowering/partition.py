@@ -317,9 +317,10 @@ class Partition:
         narrow = rows == ONE or any(d != ONE for d in node.shape[: node.axis])
         if node.fn != "sum" or narrow or draft.kind == "torch" or columns == ONE:
             return False
-        mine = draft.space.rows
+        mine, under = draft.space.rows, summand(node)
         return rows == mine or any(
-            product(summand(node).shape[:i]) == mine for i in range(1, summand(node).rank)
+            product(under.shape[:i]) == mine and product(node.shape[:i]) == ONE
+            for i in range(1, under.rank)
         )
 
     def sink_rows(self, node: Reduce, draft: Draft) -> bool:

@@ -152,6 +152,20 @@ def sharded_gradients(mesh, accumulate=False, **options):
     return max(relative(p.grad.full_tensor() / 2, q.grad) for p, q in pairs)
 
 
+def ddp(_):
+    names = example()
+    tokens = next(names["batches"](1, batch=4, length=16))
+    single, model = llama(names), llama(names)
+    single(tokens).backward()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    mine = tokens.chunk(2)[dist.get_rank()]
+    with wrapped.no_sync(), coda.accumulate_gradients():
+        wrapped(mine).backward()
+    wrapped(mine).backward()
+    for p, q in zip(model.parameters(), single.parameters(), strict=True):
+        assert relative(p.grad / 2, q.grad) < 1e-5
+
+
 def fsdp2(mesh):
     assert sharded_gradients(mesh) < 1e-5
 
@@ -172,6 +186,7 @@ CHECKS = (
     rows_and_weights_on_a_mesh_of_two_axes,
     local_tensors_are_plain,
     what_ranks_cannot_do_apart_is_refused,
+    ddp,
     fsdp2,
     fsdp2_with_gradients_added_in_place,
     fsdp2_in_bf16,

@@ -229,14 +229,67 @@ def test_mixed_types_are_refused_with_the_argument_that_set_them(inputs):
     assert "torch.autocast" in e.value.help
 
 
-def test_one_compilation_serves_all_rows(inputs):
+@coda.block
+def gained(x: T["M D"], g: T["D"]):
+    return coda.softmax(x * g) * x
+
+
+@coda.block
+def loss(x: T["M D"], w: T["V D"], target: T["M", coda.i64]):
+    return coda.cross_entropy(x @ w.T, target)
+
+
+@coda.block
+def gated(x: T["B S D"], w: T["F D"], c: T["S F"]):
+    return coda.silu(x @ w.T) * c
+
+
+def draw(*shapes):
+    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+# A block, the same in torch, arguments of some sizes, sizes.
+DYNAMIC = {
+    "mlp": (
+        mlp,
+        torch_mlp,
+        lambda m: draw((m, 16), (16,), (24, 16), (24, 16), (16, 24)),
+        [(9,), (5,), (130,)],
+    ),
+    "no contraction": (
+        gained,
+        lambda x, g: torch.softmax(x * g, -1) * x,
+        lambda m: draw((m, 16), (16,)),
+        [(9,), (5,), (130,)],
+    ),
+    "rows built in": (
+        loss,
+        lambda x, w, t: torch.nn.functional.cross_entropy(x @ w.T, t),
+        lambda m: [*draw((m, 16), (32, 16)), torch.randint(0, 32, (m,))],
+        [(9,), (5,), (130,)],
+    ),
+    "batches": (
+        gated,
+        lambda x, w, c: torch.nn.functional.silu(x @ w.T) * c,
+        lambda b, s: draw((b, s, 16), (24, 16), (s, 24)),
+        [(2, 5), (3, 9), (4, 7)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_one_compilation_serves_all_rows(name):
+    block, theirs, make, sizes = DYNAMIC[name]
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda *a: mlp(*a) * 2, backend=counter, fullgraph=True, dynamic=True)
-    for m in (9, 5, 130):
-        mine = leaves([torch.randn(m, 16, dtype=torch.float64), *inputs[1:]])
-        d = torch.randn(m, 16, dtype=torch.float64)
-        found = torch.autograd.grad(compiled(*mine), mine, d)
-        same(found, torch.autograd.grad(2 * torch_mlp(*mine), mine, d))
+    compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=True)
+    for size in sizes:
+        mine = make(*size)
+        wanted = [x for x in mine if x.requires_grad]
+        y = theirs(*mine)
+        d = torch.randn_like(y)
+        for call in (compiled, block):
+            found = torch.autograd.grad(call(*mine), wanted, d)
+            same(found, torch.autograd.grad(y, wanted, d, retain_graph=True))
     assert counter.frame_count == 1
 
 
