@@ -130,3 +130,24 @@ def test_what_is_made_of_freed_parameters_is_forgotten():
         memo.get("b", [w], lambda: torch.zeros(4))
         w.untyped_storage().resize_(0)
     assert len(memo.entries) == 1
+
+
+def test_an_argument_is_returned_only_where_the_call_writes_over_it():
+    x, total = torch.ones(2, 4), torch.zeros(2, 4)
+
+    def kernel(x, out):
+        out.add_(x)
+
+    for updated in ([True], [False]):
+        recording = Recording([x, total])
+        kernel(x, total)
+        recording.steps.append(Step("rows", kernel, (x, total)))
+        replays = Replays(lambda *_: None)
+        replays.keep(recording, (total,), updated)
+        found = replays.find([x, total])
+        assert (found is not None) == updated[0]
+        if found is not None:
+            other = torch.full((2, 4), 5.0)
+            (out,) = found.run([x, other])
+            assert out is other
+            assert bool((other == 6).all())
