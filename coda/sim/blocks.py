@@ -1,13 +1,13 @@
-"""Global memory between blocks -> findings where one reads or overwrites what another wrote.
+"""Global memory between blocks -> findings where one touches what another wrote, or still reads.
 
-Only words that the launch has written have a shadow, which holds who wrote them last. Blocks order
-their accesses by atomics and by stores and loads that are volatile, relaxed, release or acquire:
-each of these counts as a release of its word if it writes, and as an acquire if it reads. That is
-more than the PTX manual grants to relaxed ones, whose fences are not looked at. Such accesses do
-not race among each other, nor do reductions by units.
+Each tensor that the launch touches has a shadow, of words. Blocks order their accesses by atomics
+and by stores and loads that are volatile, relaxed, release or acquire: each of these counts as a
+release of its word if it writes, and as an acquire if it reads. That is more than the PTX manual
+grants to relaxed ones, whose fences are not looked at. Such accesses do not race among each other,
+nor do reductions by units.
 
-That a block overwrites what another still reads is not looked for, nor that threads of two blocks
-store to one word: flash-attention's do so, with equal values.
+That threads of two blocks store to one word is not looked for: flash-attention's do so, with equal
+values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from coda.sim.clocks import SEEN
 from coda.sim.ptx import Instruction
 from coda.sim.races import NO_ORDER, STRONGS, Races, strong
-from coda.sim.shadow import PART, STRONG
+from coda.sim.shadow import PART, STRONG, Shadow
 
 if TYPE_CHECKING:
     from coda.sim.agents import Operation
@@ -41,23 +41,21 @@ class Blocks(Races):
         self.bases = np.array(self.starts, np.int64)
         self.names = [name for _, _, name in ranges]
         self.sizes = [nbytes for _, nbytes, _ in ranges]
-        self.writers: dict[int, Array] = {}
+        self.shadows: dict[int, Shadow] = {}
 
-    def _parts(
-        self, starts: Array, nbytes: int, write: bool
-    ) -> Iterator[tuple[Array, Array, slice | Array]]:
+    def _parts(self, starts: Array, nbytes: int) -> Iterator[tuple[Shadow, Array, slice | Array]]:
         """(shadow, words, which) of the runs that lie in each allocation, one row for each run."""
         owner = np.searchsorted(self.bases, starts, "right") - 1
         whole = int(owner[0]) == int(owner[-1]) and bool(np.equal(owner, owner[0]).all())
         for k in owner[:1].tolist() if whole else np.unique(owner).tolist():
-            table = self.writers.get(k)
-            if table is None and write and k >= 0:
-                table = self.writers[k] = np.zeros(self.sizes[k] // 4 + 2, np.int32)
-            if table is None:
+            if k < 0:
                 continue
+            shadow = self.shadows.get(k)
+            if shadow is None:
+                shadow = self.shadows[k] = Shadow(self.events, self.sizes[k] // 4 + 2)
             which = slice(None) if whole else np.flatnonzero(owner == k)
             first = (starts[which] - (self.starts[k] & ~3)) >> 2
-            yield table, first[:, None] + np.arange(max(nbytes // 4, 1)), which
+            yield shadow, first[:, None] + np.arange(max(nbytes // 4, 1)), which
 
     # accesses by lanes
 
@@ -95,17 +93,33 @@ class Blocks(Races):
     def _lanes_abroad(
         self, ins: Instruction, r: Array, at: Array, nbytes: int, write: bool, flags: int
     ) -> None:
-        for table, words, which in self._parts(at, nbytes, write):
+        for shadow, words, which in self._parts(at, nbytes):
             rows = r[which]
-            self._ordered(ins, rows, table[words], write, flags, at[which])
-            if not write:
-                continue
-            numbers = np.zeros(self.machine.warps, np.int32)
-            for row in np.unique(rows).tolist():
-                own = int(self.clocks.own[row])
-                clock = int(self.clocks.at[row, SEEN, own])
-                numbers[row] = self.events.number(row, own, clock, flags, ins)
-            table[words] = numbers[rows][:, None]
+            self._ordered(ins, rows, shadow.writers[words], write, flags, at[which])
+            if write:
+                self._still_read(ins, rows, shadow, words, flags, at[which])
+                shadow.writers[words] = self._numbers(ins, rows, flags)[rows][:, None]
+            elif not flags & STRONG:
+                each, numbers = np.repeat(rows, words.shape[1]), self._numbers(ins, rows, flags)
+                seen, cluster = self.clocks.at[:, SEEN], self.machine.cluster_of_row
+                shadow.read(words.ravel(), 1, each, numbers, seen, cluster)
+
+    def _still_read(
+        self, ins: Instruction, r: Array, shadow: Shadow, words: Array, flags: int, at: Array
+    ) -> None:
+        """Check a write against those who have read the words."""
+        readers = shadow.readers[words]
+        if not readers.any():
+            return
+        shadow.readers[words] = 0
+        if flags & STRONG:
+            return
+        pairs = readers * np.int64(self.machine.warps) - r[:, None]
+        found, first = np.unique(pairs, return_index=True)
+        for pair, k in zip(found.tolist(), (first // readers.shape[1]).tolist(), strict=True):
+            number, row = -(-pair // self.machine.warps), int(r[k])
+            for event in self.events.members(number).values() if number else ():
+                self._reached(ins, row, event, "overwrites", int(at[k]), "reads")
 
     def _ordered(
         self, ins: Instruction, r: Array, ids: Array, write: bool, flags: int, at: Array
@@ -129,7 +143,9 @@ class Blocks(Races):
             event, row = divmod(pair, self.machine.warps)
             self._reached(ins, row, event, "overwrites" if write else "reads", address)
 
-    def _reached(self, ins: Instruction, row: int, event: int, doing: str, address: int) -> None:
+    def _reached(
+        self, ins: Instruction, row: int, event: int, doing: str, address: int, did: str = "wrote"
+    ) -> None:
         events = self.events
         component, who = int(events.component[event]), events.who(event)
         cluster = int(self.machine.cluster_of_row[who.row])
@@ -138,7 +154,7 @@ class Blocks(Races):
         k = bisect_right(self.starts, address) - 1
         block = int(self.machine.ctas[self.machine.cta_of(who.row)])
         what = (
-            f"{doing} global memory ({self.names[k]}) that CTA {block} wrote at PTX line "
+            f"{doing} global memory ({self.names[k]}) that CTA {block} {did} at PTX line "
             f"{who.ins.line} ({who.ins.op}), {NO_ORDER}"
         )
         self.find("race", what, ins, row, address, who)
@@ -152,8 +168,12 @@ class Blocks(Races):
         if not len(starts) or nbytes < 4:
             return
         flags = STRONG if op.ins.op.startswith(STRONGS) else 0
-        for table, words, which in self._parts(starts, nbytes, write):
+        event = self.events.number(op.row, *channel, flags, op.ins)
+        for shadow, words, which in self._parts(starts, nbytes):
             r = np.full(len(words), op.row)
-            self._ordered(op.ins, r, table[words], write, flags, starts[which])
+            self._ordered(op.ins, r, shadow.writers[words], write, flags, starts[which])
             if write:
-                table[words] = self.events.number(op.row, *channel, flags, op.ins)
+                self._still_read(op.ins, r, shadow, words, flags, starts[which])
+                shadow.writers[words] = event
+            else:
+                shadow.unit_reads(shadow.readers, words, event)

@@ -56,11 +56,11 @@ class Maps(Blocks):
                     np.maximum(before, now, out=before)
 
     def map_use(self, ins: Instruction, row: int, address: int) -> None:
-        if bisect_right(self.starts, address) - 1 not in self.writers:
+        if bisect_right(self.starts, address) - 1 not in self.shadows:
             return
         at = np.array([address], np.int64)
-        for table, words, _ in self._parts(at, BYTES, False):
-            for event in np.unique(table[words]).tolist():
+        for shadow, words, _ in self._parts(at, BYTES):
+            for event in np.unique(shadow.writers[words]).tolist():
                 if event and not self._visible(row, address, event):
                     component = int(self.events.component[event])
                     who = self.events.who(event)

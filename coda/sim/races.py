@@ -309,7 +309,8 @@ class Races(Observer):
             readers[at] = 0
             writers[at] = self.events.number(op.row, *channel, flags, op.ins)
         else:
-            self._unit_reads(op, readers, at, channel)
+            event = self.events.number(op.row, *channel, 0, op.ins)
+            shadow.unit_reads(readers, at, event)
 
     def unit_abroad(
         self, op: Operation, where: Any, nbytes: int, channel: tuple[int, int], write: bool
@@ -345,19 +346,6 @@ class Races(Observer):
         found = self.shared.still_reading(sets, block[SEEN], own)
         if found:
             self.overwrites(op.ins, op.row, base, found[1])
-
-    def _unit_reads(self, op: Operation, readers: Array, at: Any, channel: tuple[int, int]) -> None:
-        sets = readers[at]
-        if not sets.size:
-            return
-        event = self.events.number(op.row, *channel, 0, op.ins)
-        top = int(sets.max())
-        if int(sets.min()) == top:
-            readers[at] = self.events.with_reader(top, event)
-            return
-        old, back = np.unique(sets, return_inverse=True)
-        new = [self.events.with_reader(k, event) for k in old.tolist()]
-        readers[at] = np.array(new, np.int32)[back].reshape(sets.shape)
 
     def block(self, block: Block, number: int, g: Any, m: Any) -> None:
         """A use of what tcgen05.ld loads waits for it, as ptxas sees to it."""

@@ -160,11 +160,20 @@ class Shadow:
                     return at, event
         return None
 
-    def read(self, at: Array, words: int, r: Array, numbers: Array, seen: Array) -> None:
+    def read(
+        self,
+        at: Array,
+        words: int,
+        r: Array,
+        numbers: Array,
+        seen: Array,
+        cluster: Array | None = None,
+    ) -> None:
         """Warps `r` read units `at` of `words` words; `numbers` has the event of each warp.
 
         A reader that comes before another need not be kept: who waits for the later one has waited
-        for both. So most words have one reader, that of the last instruction.
+        for both. So most words have one reader, that of the last instruction. `cluster` has that of
+        each warp, where they share the memory: clocks say nothing of others.
         """
         events = self.events
         readers = self.readers.reshape(-1, words)
@@ -172,6 +181,8 @@ class Shadow:
         single = np.maximum(old, 0)
         ended = seen[r[:, None], events.component[single]] >= events.clock[single]
         ended &= old >= 0
+        if cluster is not None:
+            ended &= (old == 0) | (cluster[events.row[single]] == cluster[r][:, None])
         if ended.all():
             readers[at] = mine
             left = readers[at] != mine  # several warps read the word at this instruction
@@ -181,6 +192,19 @@ class Shadow:
         if left.any():
             k, j = np.nonzero(left)
             self._read_together(at[k] * words + j, r[k], numbers)
+
+    def unit_reads(self, readers: Array, at: Any, event: int) -> None:
+        """A unit reads words `at` of a view of `readers`; who else does is not forgotten."""
+        old = readers[at]
+        if not old.size:
+            return
+        top = int(old.max())
+        if int(old.min()) == top:
+            readers[at] = self.events.with_reader(top, event)
+            return
+        kinds, back = np.unique(old, return_inverse=True)
+        new = [self.events.with_reader(k, event) for k in kinds.tolist()]
+        readers[at] = np.array(new, np.int32)[back].reshape(old.shape)
 
     def _read_together(self, word: Array, r: Array, numbers: Array) -> None:
         """Add several readers to words: once for each set of warps and of earlier readers."""
