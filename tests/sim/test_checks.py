@@ -237,6 +237,20 @@ def test_blocks_hand_over_global_memory_by_release_and_acquire(schedule):
     clean("st.global.b32 [%rd9], %r1;", grid=(2, 1, 1))
 
 
+@schedules
+def test_a_block_overwrites_what_another_has_read(schedule):
+    two = {"grid": (2, 1, 1), **schedule}
+    look, put = "@%p5 ld.global.b32 %r13, [%rd9];", "@!%p5 st.global.b32 [%rd9], %r1;"
+    ordered = look + "@!%p5 bra N;" + RAISE + "bra.uni X; N: " + AWAIT + "bar.sync 0; X:" + put
+    clean(ROLE + ordered, **two)
+    message = only(ROLE + look + "bar.sync 0;" + put, "race", **two).message
+    assert "overwrites global memory (array 0) that CTA 0 reads" in message
+    clean(ROLE + "ld.global.b32 %r13, [%rd9+1024];" + put, **two)
+    copy = COPY.replace("@%p2", "@%p7").replace("[%rd0]", "[%rd0+128]") + COMMIT + DRAIN
+    other = "not.pred %p7, %p5; and.pred %p7, %p7, %p2; fence.proxy.async.shared::cta; bar.sync 0;"
+    only(ROLE + WRITE + look + other + copy, "race", **two)
+
+
 def test_reductions_of_blocks_do_not_race():
     clean("red.global.add.u32 [%rd0], %r1;", grid=(2, 1, 1))
     store = WRITE + "fence.proxy.async.shared::cta; bar.sync 0;" + COPY + COMMIT + DRAIN
