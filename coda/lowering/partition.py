@@ -189,13 +189,23 @@ class Partition:
             return False
         for part in parts:
             self.materialise(part)
-        if any(self.home[p].kind == "torch" for p in parts):
+        if any(self.home[p].kind == "torch" or not self.fills(p) for p in parts):
             return False
         self.joined[node] = tuple(parts)
         self.part_of |= dict.fromkeys(parts, node)
         self.home[node] = max((self.home[p] for p in parts), key=lambda d: d.order)
         self.loadable.add(node)
         return True
+
+    def fills(self, node: Node) -> bool:
+        """Whether a node has all columns of the GEMM that computes it, or one for each pair."""
+        space = self.home[node].space
+        if self.home[node].kind != "gemm":
+            return True
+        value = space.compute(node)
+        return value.count == space.width or (
+            value.slots.shape[1] == 2 and 2 * value.count == space.width
+        )
 
     def contract(self, node: Contract) -> None:
         """Open the GEMM of a contraction and its siblings."""

@@ -133,3 +133,33 @@ def test_examples(path, memory):
         graph = block.graph_of(f64)
         dims = sizes_of(graph, SMALL)
         check(graph, random_inputs(graph, dims), dims, memory, tolerance=1e-6)
+
+
+ADAPTED = """
+block adapted(%x: [M, 64] f64, %w_norm: [64] f64, %w: [128, 64] f64, %a: [4, 64] f64,
+    %b: [128, 4] f64, %v: [128, 64] f64, %c: [4, 64] f64, %d: [128, 4] f64) {
+  %r = sum %x axis -1
+  %h = mul %x, %r
+  %n = mul %h, %w_norm
+  %g0 = contract %n, %w f64
+  %g1 = contract %n, %a f64
+  %g2 = contract %g1, %b f64
+  %g = add %g0, %g2
+  %u0 = contract %n, %v f64
+  %u1 = contract %n, %c f64
+  %u2 = contract %u1, %d f64
+  %u = add %u0, %u2
+  %s = sigmoid %g
+  %y = mul %s, %u
+  return out = %y
+}
+"""
+
+
+def test_siblings_of_several_kernels_are_saved_as_they_are():
+    """A low-rank adapter beside each projection: parts of one wide product in two kernels."""
+    graph = parse(ADAPTED)
+    generator = torch.Generator().manual_seed(1)
+    shapes = [[d.size({"M": 5}) for d in i.shape] for i in graph.inputs]
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    check(graph, inputs, {"M": 5}, "balanced", tolerance=1e-8)
