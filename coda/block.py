@@ -56,7 +56,7 @@ class Block:
             self.undeclared = [isinstance(s, Spec) and s.dtype is None for s in specs]
         self.__name__ = self.graph.name
         self._multiplies = any(isinstance(n, Contract) for n in walk(self.graph.roots))
-        self._handle = register(self)
+        self._handle = register(self, "" if fn is None else f"{fn.__module__}.{fn.__qualname__}")
         self._names = [name for name, _ in self.graph.outputs]
 
     @property

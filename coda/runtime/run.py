@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from coda.errors import ArchError, UnsupportedError
+from coda.errors import ArchError, CallError, UnsupportedError
 from coda.ir.graph import Graph
-from coda.ir.types import DType
+from coda.ir.text import show
+from coda.ir.types import DType, bf16
 from coda.lowering.derive import Training
 from coda.lowering.program import Program
 from coda.runtime import settings
@@ -115,28 +116,35 @@ class Runnable(Protocol):
         ...
 
 
-_blocks: weakref.WeakValueDictionary[str, Runnable] = weakref.WeakValueDictionary()
-_numbers = count()
+_blocks: dict[str, weakref.WeakSet[Runnable]] = {}
 
 
-def register(block: Runnable) -> str:
+def register(block: Runnable, origin: str) -> str:
     """A handle for a block: the operator's first argument.
 
-    It is a string: numbers may change from call to call of what torch compiles.
+    Torch keeps what it compiled between processes, so a handle says what the block means: equal
+    blocks of one `origin` (where the function was written) have one handle, others never.
     """
-    handle = str(next(_numbers))
-    _blocks[handle] = block
+    content = origin, show(block.graph_of(bf16)), tuple(block.undeclared)
+    handle = hashlib.sha256(repr(content).encode()).hexdigest()[:24]
+    _blocks.setdefault(handle, weakref.WeakSet()).add(block)
     return handle
 
 
 def block_of(handle: str) -> Runnable:
-    """The block that a handle stands for."""
-    return _blocks[handle]
+    """A block that a handle stands for. Raises CallError where there is none any more."""
+    for block in _blocks.get(handle, ()):
+        return block
+    raise CallError(
+        "compiled code calls a block that this process has not made",
+        found=handle,
+        help="make the block before what calls it",
+    )
 
 
 def bind(handle: str, inputs: Sequence[Tensor], dims: Sequence[int]) -> tuple[Graph, Sizes]:
     """The graph for these arguments and the size of every symbol. Raises CallError."""
-    block = _blocks[handle]
+    block = block_of(handle)
     graph = block.graph_for(inputs)
     check_tensors(graph, inputs, block.undeclared)
     given = {s: d for s, d in zip(graph.symbols, dims, strict=False) if d >= 0}
@@ -167,7 +175,7 @@ def run_block(
     if key not in _known:
         graph, sizes = bind(handle, inputs, dims)
         chosen = choose_backend(backend)
-        program = _blocks[handle].program_for(graph, target_arch(arch), frozen, sizes)
+        program = block_of(handle).program_for(graph, target_arch(arch), frozen, sizes)
         if len(_known) >= 4096:
             _known.clear()
         _known[key] = program, sizes, chosen

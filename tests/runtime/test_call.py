@@ -1,5 +1,9 @@
 """Blocks as torch callables."""
 
+import gc
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -110,6 +114,25 @@ def test_torch_checks_the_operator(inputs):
         (handle, inputs, [], "reference", "sm_90a", True),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+TEXT = "block scaled(%x: [M, D] f32) {{ %0 = const {} f32 %1 = mul %x, %0 return out = %1 }}"
+
+
+def test_a_handle_says_what_a_block_means():
+    """Torch's compiler keeps code that names blocks; another process may make others first."""
+    first, second, other = (coda.parse(TEXT.format(c)) for c in (2.0, 2.0, 3.0))
+    handle = first._handle
+    assert second._handle == handle != other._handle
+    command = f"import coda; print(coda.parse({TEXT.format(2.0)!r})._handle)"
+    printed = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert printed.stdout.strip() == handle
+    del second
+    gc.collect()
+    x = torch.randn(3, 4)
+    assert torch.equal(torch.compile(first, backend="aot_eager")(x), 2 * x)
+    with pytest.raises(CallError, match="has not made"):
+        torch.ops.coda.block("0" * 24, [x], [], "", "", True)
 
 
 def test_several_outputs():
