@@ -173,7 +173,7 @@ class KernelRun(ReferenceRun):
                 tensors[operand.name] = self.raw[operand.name]
             elif operand.name in assembled.nodes:
                 x = self.operand(assembled, operand.name)
-                tensors[operand.name] = x.view(torch.uint8) if x.dtype == torch.bool else x
+                tensors[operand.name] = _readable(x)
         for store in assembled.epilogue.stores:
             width = product(self.program.buffers[store.buffer].shape[1:]).size(self.sizes)
             found = self.room(store.buffer, rows, width, store.dtype.torch)
@@ -236,7 +236,7 @@ class KernelRun(ReferenceRun):
         found: dict[str, Tensor] = {}
         kinds = {o.name: o.kind for o in kernel.assembled.epilogue.operands}
         for name in kernel.assembled.nodes:
-            x = self.operand(kernel.assembled, name)
+            x = _readable(self.operand(kernel.assembled, name))
             if kinds[name] in ("col", "scalar"):
                 found[name] = x.reshape(-1).contiguous()
             elif kinds[name] == "tile":
@@ -352,3 +352,8 @@ def run_kernels(program: Program, inputs: Sequence[Tensor], sizes: Sizes) -> tup
     outputs = run.run()
     replays.keep(run.recording, outputs, [n in program.updates for n, _ in program.outputs])
     return outputs
+
+
+def _readable(x: Tensor) -> Tensor:
+    """A tensor as kernels read it: the DSL has no matrices of conditions, but of bytes."""
+    return x.view(torch.uint8) if x.dtype == torch.bool else x

@@ -139,6 +139,25 @@ def test_ragged_and_prime_sizes_and_every_function(block, sizes, arch):
 
 
 @pytest.mark.slow
+@coda.block
+def masked(x: T["M D"], w: T["F D"], keep: T["M F", coda.bool_], rows: T["M", coda.bool_]):
+    y = (x @ w.T) / coda.sqrt(x.shape[-1])
+    inside = ((y > 0.0) & ~(y > 1.0)) ^ (y < -1.0)
+    z = coda.where(keep | inside, y, 0.0)
+    return z, coda.where(rows[:, None], coda.rms_norm(z), 0.0)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_conditions_that_are_arguments(arch):
+    """A dropout's mask, in a GEMM and in a pass over rows."""
+    inputs = random_inputs(masked.graph, {"M": 37, "D": 64, "F": 96})
+    with device(arch):
+        found = masked(*inputs)
+    expected = masked(*inputs, backend="reference", arch=arch)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_mean_far_larger_than_the_deviation(arch):
     sizes = {"M": 70, "D": 256, "F": 40}
