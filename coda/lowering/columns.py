@@ -31,6 +31,7 @@ from coda.ir.graph import (
     Slice,
     walk,
 )
+from coda.ir.types import f32
 from coda.lowering.epilogue import Acc, Expr, Literal, Load, Stat
 from coda.lowering.values import (
     LEAF,
@@ -317,6 +318,8 @@ class Space:
         shape = (1,) * (columns - len(shape)) + shape
         count = int(np.prod(shape))
         if count == 1:
+            if not over_rows and self.accumulators and node.dtype != f32:
+                return self._source(shape, node)  # a GEMM's scalars are float32, vectors are packed
             return self.at(shape, Load(name, NO_LANE), None)
         if (over_rows or self.rows == ONE) and count == self.width:
             return self.at(shape, Load(name, 0), np.arange(count))

@@ -158,6 +158,19 @@ def test_conditions_that_are_arguments(arch):
         torch.testing.assert_close(a, b)
 
 
+@coda.block
+def scaled(x: T["M D"], w: T["F D"], a: T[""], b: T["1"]):
+    return a * (x @ w.T) + b
+
+
+def test_scalars_that_are_arguments():
+    inputs = random_inputs(scaled.graph, {"M": 37, "D": 64, "F": 96})
+    with device("sm_90a"):
+        found = scaled(*inputs)
+    expected = scaled(*inputs, backend="reference", arch="sm_90a")
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_mean_far_larger_than_the_deviation(arch):
     sizes = {"M": 70, "D": 256, "F": 40}
