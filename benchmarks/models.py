@@ -7,19 +7,20 @@ table into docs/models.md.
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
 import coda
 from coda.integrations.dynamo import backend
 from coda.integrations.report import forget_report
-from tests.integrations.zoo import FAMILIES, arguments, build, distance, overall, step
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+zoo = import_module("tests.integrations.zoo")
 
 HEAD = (
     "model | graph breaks | ops in blocks | left to torch | launches a layer: coda | between GEMMs "
@@ -35,8 +36,10 @@ def counted(name, layers):
     torch._dynamo.reset()
     forget_report()
     counters.clear()
-    model = build(name, layers).to(torch.bfloat16)
-    step(model, torch.compile(model, backend=backend), arguments(name, torch.bfloat16, 4, 64))
+    model = zoo.build(name, layers).to(torch.bfloat16)
+    zoo.step(
+        model, torch.compile(model, backend=backend), zoo.arguments(name, torch.bfloat16, 4, 64)
+    )
     report = coda.last_report()
     total = [0] * 6
     for region in (r for g in report.graphs for r in g.regions):
@@ -54,21 +57,21 @@ def row(name):
     two, three = counted(name, 2), counted(name, 3)
     layer = [b - a for a, b in zip(two[0], three[0], strict=True)]
     torch._dynamo.reset()
-    plain, ours, exact = (build(name) for _ in range(3))
+    plain, ours, exact = (zoo.build(name) for _ in range(3))
     plain, ours, exact = plain.bfloat16(), ours.bfloat16(), exact.double()
     exact.load_state_dict({k: v.double() for k, v in plain.state_dict().items()})
-    _, y, g = step(exact, exact, arguments(name, torch.float64))
-    _, y1, g1 = step(plain, plain, arguments(name, torch.bfloat16))
+    _, y, g = zoo.step(exact, exact, zoo.arguments(name, torch.float64))
+    _, y1, g1 = zoo.step(plain, plain, zoo.arguments(name, torch.bfloat16))
     compiled = torch.compile(ours, backend=backend)
-    _, y2, g2 = step(ours, compiled, arguments(name, torch.bfloat16))
-    errors = [distance(y1, y), distance(y2, y), overall(g1, g), overall(g2, g)]
+    _, y2, g2 = zoo.step(ours, compiled, zoo.arguments(name, torch.bfloat16))
+    errors = [zoo.distance(y1, y), zoo.distance(y2, y), zoo.overall(g1, g), zoo.overall(g2, g)]
     numbers = [two[3], two[1], two[2], *layer[:3], *(f"{b / 1e3:.0f}" for b in layer[3:])]
     return " | ".join([name, *map(str, numbers), *(f"{e:.1e}" for e in errors)])
 
 
 def main():
     torch.set_num_threads(1)
-    names = [a for a in sys.argv[1:] if a != "--write"] or list(FAMILIES)
+    names = [a for a in sys.argv[1:] if a != "--write"] or list(zoo.FAMILIES)
     lines = [HEAD, " | ".join(["---"] + ["--:"] * HEAD.count("|"))]
     for name in names:
         lines.append(row(name))

@@ -9,6 +9,7 @@ through any torch code.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,6 +150,11 @@ def _split(gm: GraphModule, report: GraphReport) -> GraphModule:
                 raise UnsupportedError("torch does it as cheaply")
         except CodaError as e:
             found.left |= dict.fromkeys(nodes, f"its region stays torch's: {e.message}")
+            continue
+        except Exception as e:  # a fault of coda's must not be one of the model's
+            why = f"coda fails on its region, please report it: {type(e).__name__}: {e}"
+            warnings.warn(why, RuntimeWarning, stacklevel=2)
+            found.left |= dict.fromkeys(nodes, why)
             continue
         report.regions.append(lowered)
         regions.append((nodes, imported, block))

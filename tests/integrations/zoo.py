@@ -16,6 +16,14 @@ COMMON = {
 }
 GEMMA = {**COMMON, "head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32}
 ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+GPT2 = {
+    "vocab_size": 128,
+    "n_embd": 64,
+    "n_head": 4,
+    "n_positions": 128,
+    "loss_type": "ForCausalLM",
+}
+GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
 GRANITE = {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 3.0}
 
 FAMILIES = {
@@ -27,7 +35,7 @@ FAMILIES = {
     "Gemma-3": ("Gemma3TextConfig", GEMMA),
     "Phi-3": ("Phi3Config", {**COMMON, "sliding_window": None}),
     "OLMo-2": ("Olmo2Config", COMMON),
-    "GPT-2": ("GPT2Config", {"vocab_size": 128, "n_embd": 64, "n_head": 4, "n_positions": 128}),
+    "GPT-2": ("GPT2Config", GPT2),
     "GPT-NeoX": ("GPTNeoXConfig", {**COMMON, "rotary_pct": 0.25}),
     "StarCoder2": ("Starcoder2Config", COMMON),
     "Cohere": ("CohereConfig", COMMON),
