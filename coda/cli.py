@@ -28,7 +28,7 @@ from coda.doctor import examine
 from coda.errors import CodaError, Where
 from coda.ir.types import DTYPES, DType
 from coda.lowering.program import Program
-from coda.measure import Report, load_inputs, measure, measure_training, random_inputs
+from coda.measure import Report, load_inputs, measure, measure_gradients, random_inputs
 from coda.runtime import cache as kernel_cache
 from coda.runtime.compile import Compiled, compile_program, show_progress, usage_table
 from coda.runtime.run import choose_backend, target_arch
@@ -211,7 +211,7 @@ def run(
         )
     run: Any = measure
     if backward:
-        run = partial(measure_training, wanted=names_of(wanted), memory=memory or None)
+        run = partial(measure_gradients, wanted=names_of(wanted), memory=memory or None)
     seen = None
     if chosen == "sim":
         arch = target_arch(arch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,15 +135,32 @@ def measure_gradients(
     arch: str = "",
     dims: Mapping[str, int] | None = None,
     seed: int = 0,
+    wanted: Sequence[str] | None = None,
+    memory: str | None = None,
 ) -> Report:
-    """Run a block and its backward on random cotangents; the gradients' errors."""
+    """Run a block and its backward on random cotangents; the gradients' errors.
+
+    Args:
+        block, graph, inputs, backend, arch, dims: as in `measure`.
+        seed: of the cotangents.
+        wanted: names of the arguments to differentiate; by default all floats.
+        memory: as in a call.
+
+    Raises:
+        CallError: where `wanted` names something else than a float.
+    """
     sizes = bind_sizes(graph, inputs, dims)
+    floats = [i.name for i in graph.inputs if i.dtype.kind == "float"]
+    names = [n for n in floats if wanted is None or n in wanted]
+    if wanted is not None and len(names) < len(set(wanted)):
+        others = ", ".join(sorted(set(wanted) - set(floats)))
+        raise CallError("a gradient is that of a float", found=others, help=", ".join(floats))
 
     def leaves(dtype: torch.dtype | None) -> list[Tensor]:
         made = [x.detach().clone() for x in inputs]
-        return [
-            x.to(dtype or x.dtype).requires_grad_() if x.is_floating_point() else x for x in made
-        ]
+        cast = [x.to(dtype or x.dtype) if x.is_floating_point() else x for x in made]
+        pairs = zip(cast, graph.inputs, strict=True)
+        return [x.requires_grad_() if i.name in names else x for x, i in pairs]
 
     def plain(compute: torch.dtype | None) -> tuple[list[Tensor], list[Tensor]]:
         mine = leaves(compute)
@@ -154,86 +171,25 @@ def measure_gradients(
         generator = torch.Generator().manual_seed(seed)
         given = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
         pairs = [(o, d) for o, d in zip(outputs, given, strict=True) if o.requires_grad]
-        wanted = [x for x in mine if x.requires_grad]
+        asked = [x for x in mine if x.requires_grad]
         found = torch.autograd.grad(
-            [o for o, _ in pairs], wanted, [d for _, d in pairs], allow_unused=True
+            [o for o, _ in pairs], asked, [d for _, d in pairs], allow_unused=True
         )
         return list(found)
 
     mine = leaves(None)
-    found = block(*mine, backend=backend or None, arch=arch or None, dims=dims)
+    options: dict[str, Any] = {"backend": backend or None, "arch": arch or None, "dims": dims}
+    found = block(*mine, **options, memory=memory)
     if isinstance(found, dict):
         found = tuple(found.values())
     coda_s = gradients(mine, found if isinstance(found, tuple) else (found,))
     exact, torch_s = gradients(*plain(torch.float64)), gradients(*plain(None))
-    names = [i.name for i in graph.inputs if i.dtype.kind == "float"]
     errors = [
         Error(f"d{name}", tuple(e.shape), relative(a, e), relative(b, e))
         for name, a, e, b in zip(names, coda_s, exact, torch_s, strict=True)
         if a is not None and e is not None and b is not None
     ]
     return Report(graph.name, sizes, choose_backend(backend), tuple(errors))
-
-
-def measure_training(
-    block: Block,
-    graph: Graph,
-    inputs: Sequence[Tensor],
-    backend: str = "",
-    arch: str = "",
-    dims: Mapping[str, int] | None = None,
-    wanted: Sequence[str] | None = None,
-    memory: str | None = None,
-) -> Report:
-    """Run a block and its backward, of random cotangents, and compare gradients with float64's.
-
-    Args:
-        block, graph, inputs, backend, arch, dims: as in `measure`.
-        wanted: names of the arguments to differentiate; by default all floats.
-        memory: as in a call.
-    """
-    floats = [i.name for i in graph.inputs if i.dtype.kind == "float"]
-    names = floats if wanted is None else list(wanted)
-    if set(names) - set(floats):
-        raise CallError("a gradient is that of a float", found=", ".join({*names} - {*floats}))
-    sizes = bind_sizes(graph, inputs, dims)
-
-    def gradients(wide: bool, run: Callable[[list[Tensor]], Any]) -> dict[str, Tensor | None]:
-        leaves = [
-            (x.double() if wide and x.is_floating_point() else x.clone()).requires_grad_(
-                i.name in names
-            )
-            for i, x in zip(graph.inputs, inputs, strict=True)
-        ]
-        found = run(leaves)
-        generator = torch.Generator().manual_seed(7)
-        total: Tensor = torch.zeros(())
-        for y in found.values() if isinstance(found, dict) else found:
-            if y.requires_grad:
-                d = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-                total = total + (y.double() * d).sum()
-        total.backward()
-        return {i.name: x.grad for i, x in zip(graph.inputs, leaves, strict=True)}
-
-    def ours(leaves: list[Tensor]) -> Any:
-        y = block(*leaves, backend=backend or None, arch=arch or None, dims=dims, memory=memory)
-        return (y,) if isinstance(y, Tensor) else y
-
-    def op_by_op(compute: torch.dtype | None) -> Callable[[list[Tensor]], Any]:
-        def run(leaves: list[Tensor]) -> Any:
-            values: dict[Node, Tensor] = dict(zip(graph.inputs, leaves, strict=True))
-            return evaluate(graph.roots, values, sizes, compute)
-
-        return run
-
-    mine = gradients(False, ours)
-    exact, plain = gradients(True, op_by_op(torch.float64)), gradients(False, op_by_op(None))
-    errors: list[Error] = []
-    for name in names:
-        a, b, e = mine[name], plain[name], exact[name]
-        if a is not None and b is not None and e is not None:
-            errors.append(Error(f"d{name}", tuple(a.shape), relative(a, e), relative(b, e)))
-    return Report(f"{graph.name}, backward,", sizes, choose_backend(backend), tuple(errors))
 
 
 def relative(x: Tensor, exact: Tensor) -> float:

@@ -6,7 +6,8 @@ Sizes are larger than the simulator's, so that persistent kernels take several t
 import pytest
 import torch
 
-from coda.measure import measure, measure_gradients, random_inputs
+import coda
+from coda.measure import measure, measure_gradients, random_inputs, relative
 from tests.kernels.test_kernels import EXAMPLES, example, functions, hold, normed, rms, softmaxed
 
 pytestmark = pytest.mark.gpu
@@ -76,3 +77,20 @@ def test_a_cuda_graph_captures_a_warm_call():
         graph.replay()
         torch.cuda.synchronize()
     assert torch.equal(found, expected)
+
+
+def test_gradients_are_added_in_place_by_replays():
+    x, *weights = on_gpu(rms, {"M": 300, "D": 256, "F": 320})
+    mine, theirs = ([w.clone().requires_grad_() for w in weights] for _ in range(2))
+    mine[1].main_grad = torch.zeros(weights[1].shape, device="cuda")
+    for step in range(4):
+        d = torch.randn_like(x)
+        with coda.accumulate_gradients():
+            rms(x, *mine, backend="cuda").backward(d)
+        rms(x, *theirs, backend="reference").backward(d)
+        if step == 1:
+            held = mine[2].grad
+    assert mine[1].grad is None
+    assert mine[2].grad is held
+    for found, w in zip([mine[0].grad, mine[1].main_grad, held], theirs, strict=True):
+        assert relative(found, w.grad) < 2e-2
