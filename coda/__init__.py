@@ -55,13 +55,12 @@ from coda.frontend.ops import (
 from coda.frontend.tensor import Tensor
 from coda.ir.types import bf16, bool_, e4m3, e5m2, f16, f32, f64, i32, i64
 from coda.runtime.accumulate import accumulate_gradients
+from coda.version import __version__
 
 if TYPE_CHECKING:
     from coda import nn
     from coda.integrations.patch import patch, unpatch
     from coda.integrations.report import last_report
-
-__version__ = "0.1.0"
 
 # Torch's compiler takes seconds to import: what needs it is imported when it is asked for.
 _LATE = {
@@ -83,6 +82,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Block",
     "Tensor",
+    "__version__",
     "abs",
     "accumulate_gradients",
     "bf16",

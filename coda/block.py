@@ -32,8 +32,8 @@ class Block:
     """A block of mathematics: traced once for each element type, lowered for each set of sizes.
 
     Call it with torch tensors. `fn` (and `__wrapped__`) is the traced function, None for a block
-    that was written as text; `graph` is what it means; `memory` is how it trains, where a call does
-    not say.
+    that was written as text; `graph` is what it means, by which `handle` names it to torch's
+    compiler; `memory` is how it trains, where a call does not say.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Block:
             self.undeclared = [isinstance(s, Spec) and s.dtype is None for s in specs]
         self.__name__ = self.graph.name
         self._multiplies = any(isinstance(n, Contract) for n in walk(self.graph.roots))
-        self._handle = register(self, "" if fn is None else f"{fn.__module__}.{fn.__qualname__}")
+        self.handle = register(self, "" if fn is None else f"{fn.__module__}.{fn.__qualname__}")
         self._names = [name for name, _ in self.graph.outputs]
 
     @property
@@ -234,10 +234,10 @@ class Block:
         given = given_sizes(self.graph, dims) if dims else []
         arguments = tensors, given, backend, arch
         if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-            return train_block(self._handle, *arguments, memory)[: len(self._names)]
+            return train_block(self.handle, *arguments, memory)[: len(self._names)]
         frozen = not any([t.requires_grad for t in tensors])
         run = block_op if needs_dispatch(tensors) else run_block
-        return run(self._handle, *arguments, frozen)
+        return run(self.handle, *arguments, frozen)
 
     def graph_for(self, inputs: Sequence[Tensor]) -> Graph:
         """The graph for arguments of these types."""

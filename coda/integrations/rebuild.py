@@ -54,7 +54,7 @@ class Rebuild:
 
     def run(self) -> GraphModule:
         mode = torch.is_grad_enabled()
-        modules = {f"region{i}": Region(b) for i, (_, _, b) in enumerate(self.regions)}
+        modules = {self.name(i): Region(b) for i, (_, _, b) in enumerate(self.regions)}
         for unit in self.order():
             first = self.regions[unit][0][0] if isinstance(unit, int) else unit
             wanted = self.modes.get(first, mode)
@@ -72,6 +72,10 @@ class Rebuild:
         for name, value in {**modules, **attributes}.items():
             setattr(root, name, value)
         return GraphModule(root, self.graph)
+
+    def name(self, number: int) -> str:
+        """A region's name, which says what it means: torch keeps compiled graphs by their text."""
+        return f"region{number}_{self.regions[number][2].handle}"
 
     def order(self) -> list[Any]:
         """Nodes and regions, each after what it reads, otherwise as they were."""
@@ -104,7 +108,7 @@ class Rebuild:
         """The call of a region's block, and its results under the axes that torch has them in."""
         _, imported, _ = self.regions[number]
         arguments = tuple(self.new[n] for n in imported.inputs)
-        called = self.graph.call_module(f"region{number}", arguments)
+        called = self.graph.call_module(self.name(number), arguments)
         for node, (index, order) in imported.outputs.items():
             found = self.graph.call_function(operator.getitem, (called, index))
             if order != tuple(range(len(order))):

@@ -21,6 +21,7 @@ from coda.runtime import settings
 from coda.runtime.bind import bind_sizes, check_tensors
 from coda.runtime.modes import is_transformed
 from coda.runtime.reference import run_reference
+from coda.version import __version__
 
 Sizes = Mapping[str, int]
 Updates = tuple[tuple[str, str], ...]
@@ -125,7 +126,7 @@ def register(block: Runnable, origin: str) -> str:
     Torch keeps what it compiled between processes, so a handle says what the block means: equal
     blocks of one `origin` (where the function was written) have one handle, others never.
     """
-    content = origin, show(block.graph_of(bf16)), tuple(block.undeclared)
+    content = __version__, origin, show(block.graph_of(bf16)), tuple(block.undeclared)
     handle = hashlib.sha256(repr(content).encode()).hexdigest()[:24]
     _blocks.setdefault(handle, weakref.WeakSet()).add(block)
     return handle

@@ -202,6 +202,17 @@ def test_the_rest_by_inductor(monkeypatch):
     agree(Block(), X.clone().requires_grad_())
 
 
+def test_inductor_tells_graphs_apart_that_differ_within_a_block(monkeypatch, tmp_path):
+    """It keeps compiled graphs by their text, in which a block is a name."""
+    monkeypatch.setenv("CODA_FALLBACK", "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for eps in (1e-6, 10.0):
+        torch._dynamo.reset()
+        model = Block()
+        model.norm.eps = eps
+        agree(model, X.clone().requires_grad_())
+
+
 def test_two_results_and_a_graph_that_returns_its_argument():
     class Both(Block):
         def forward(self, x):

@@ -108,7 +108,7 @@ def test_under_torch_compile(inputs):
 
 
 def test_torch_checks_the_operator(inputs):
-    handle = mlp._handle
+    handle = mlp.handle
     torch.library.opcheck(
         torch.ops.coda.block.default,
         (handle, inputs, [], "reference", "sm_90a", True),
@@ -122,9 +122,9 @@ TEXT = "block scaled(%x: [M, D] f32) {{ %0 = const {} f32 %1 = mul %x, %0 return
 def test_a_handle_says_what_a_block_means():
     """Torch's compiler keeps code that names blocks; another process may make others first."""
     first, second, other = (coda.parse(TEXT.format(c)) for c in (2.0, 2.0, 3.0))
-    handle = first._handle
-    assert second._handle == handle != other._handle
-    command = f"import coda; print(coda.parse({TEXT.format(2.0)!r})._handle)"
+    handle = first.handle
+    assert second.handle == handle != other.handle
+    command = f"import coda; print(coda.parse({TEXT.format(2.0)!r}).handle)"
     printed = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     assert printed.stdout.strip() == handle
     del second
