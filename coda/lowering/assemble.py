@@ -332,6 +332,8 @@ def assemble(
         neighbours = [s for s in store_exprs if len(s.lanes) == 2 and not s.split]
         if len(neighbours) > 1:
             raise Refused("an epilogue writes one matrix of neighbouring pairs")
+    if not space.whole_rows and any(_is_ragged(s) for s in store_exprs):
+        raise Refused(f"pairs of columns {build.split} apart are not stored in whole vectors")
     if build.split is not None and not space.whole_rows and any(s.rows for s in sinks):
         raise Refused("a sum over the rows of pairs of columns")
     sink_exprs = tuple(_sink(build, s) for s in sinks)
@@ -429,6 +431,12 @@ def _sink(build: _Assembly, sink: Sink) -> SinkExpr:
 def _span(space: Space, value: Value) -> tuple[int, int] | None:
     """The columns that a value has, where it has not all of them."""
     return None if value.count == space.width else (space.place_of(value), value.count)
+
+
+def _is_ragged(store: StoreExpr) -> bool:
+    """Whether a GEMM cannot store two lanes apart: its stores are tiles of 32 columns, by TMA."""
+    whole = store.split % 32 == 0 or 32 % store.split == 0 if store.split else True
+    return not whole or bool(store.split * store.dtype.size % 16)
 
 
 def _store(build: _Assembly, store: Store) -> StoreExpr:

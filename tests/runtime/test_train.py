@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from coda.ir.graph import Input
-from coda.measure import random_inputs
+from coda.measure import random_inputs, relative
+from coda.runtime.simulate import device
 from tests.runtime.test_call import SIZES, mlp, torch_mlp
 
 
@@ -130,3 +131,25 @@ def test_the_backward_reads_no_argument_that_it_does_not_need():
     backward = mlp.lower_training("sm_90a", sizes, wanted=["w_down"])[1]
     names = {i.name for i in backward.graph.inputs if isinstance(i, Input)}
     assert not names & {"x", "g", "w_gate", "w_up", "w_down"}
+
+
+@pytest.mark.parametrize("f", [72, 100])
+def test_halves_of_any_width_are_stored(f):
+    """Gate and up lie F columns apart in what is saved: kernels store them in whole vectors."""
+    forward, _ = mlp.lower_training("sm_90a", {"M": 40, "D": 64, "F": f})
+    splits = [s.split for g in forward.gemms() for s in g.assembled.epilogue.stores]
+    assert f not in splits
+    wide, _ = mlp.lower_training("sm_90a", {"M": 40, "D": 64, "F": 96})
+    assert 96 in [s.split for g in wide.gemms() for s in g.assembled.epilogue.stores]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("f", [72, 100])
+def test_kernels_of_halves_of_any_width(f):
+    inputs = random_inputs(mlp.graph, {"M": 40, "D": 64, "F": f})
+    exact, mine = leaves([x.double() for x in inputs]), leaves(inputs)
+    mlp(*exact).sum().backward()
+    with device("sm_90a", checks="raise"):
+        mlp(*mine, backend="sim").sum().backward()
+    for a, b in zip(mine, exact, strict=True):
+        assert relative(a.grad, b.grad) < 2e-2
