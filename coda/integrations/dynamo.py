@@ -24,7 +24,7 @@ from coda.block import Block
 from coda.errors import CodaError, UnsupportedError
 from coda.frontend.fx import Imported, import_nodes, value_of
 from coda.integrations.rebuild import Rebuild
-from coda.integrations.regions import cut, is_parameter
+from coda.integrations.regions import cut, is_parameter, without_tail
 from coda.integrations.report import GraphReport, RegionReport, count_operators, keep_report
 from coda.ir.graph import Contract, Graph, walk
 from coda.ir.types import f32
@@ -138,28 +138,40 @@ def _split(gm: GraphModule, report: GraphReport) -> GraphModule:
     outer = torch.is_grad_enabled()
     found = cut(gm.graph, [n for n, m in modes.items() if m != outer])
     regions: list[tuple[list[FxNode], Imported, Block]] = []
-    for nodes in found.regions:
-        try:
-            imported = _import(nodes)
-            _refuse_devices(imported)
-            block = block_for(imported.graph)
-            frozen = not any(n.meta["coda_gradient"] for n in imported.inputs)
-            sizes, wanted = _sizes(imported), _wanted(imported)
-            lowered = RegionReport.of(block, nodes, sizes, frozen, wanted)
-            if not lowered.pays:
-                raise UnsupportedError("torch does it as cheaply")
-        except CodaError as e:
-            found.left |= dict.fromkeys(nodes, f"its region stays torch's: {e.message}")
-            continue
-        except Exception as e:  # a fault of coda's must not be one of the model's
-            why = f"coda fails on its region, please report it: {type(e).__name__}: {e}"
-            warnings.warn(why, RuntimeWarning, stacklevel=2)
-            found.left |= dict.fromkeys(nodes, why)
-            continue
-        report.regions.append(lowered)
-        regions.append((nodes, imported, block))
+    for whole in found.regions:
+        why = _add(whole, report, regions)
+        shorter = without_tail(whole) if why else []
+        kept = set(shorter) if shorter and not _add(shorter, report, regions) else set()
+        if why:
+            found.left |= {n: why for n in whole if n not in kept}
     report.left = count_operators(found.left)
     return Rebuild(gm, regions, modes).run()
+
+
+def _add(
+    nodes: list[FxNode],
+    report: GraphReport,
+    regions: list[tuple[list[FxNode], Imported, Block]],
+) -> str:
+    """Make a block of some nodes; why not, if they stay torch's."""
+    try:
+        imported = _import(nodes)
+        _refuse_devices(imported)
+        block = block_for(imported.graph)
+        frozen = not any(n.meta["coda_gradient"] for n in imported.inputs)
+        sizes, wanted = _sizes(imported), _wanted(imported)
+        lowered = RegionReport.of(block, nodes, sizes, frozen, wanted)
+        if not lowered.pays:
+            raise UnsupportedError("torch does it as cheaply")
+    except CodaError as e:
+        return f"its region stays torch's: {e.message}"
+    except Exception as e:  # a fault of coda's must not be one of the model's
+        why = f"coda fails on its region, please report it: {type(e).__name__}: {e}"
+        warnings.warn(why, RuntimeWarning, stacklevel=2)
+        return why
+    report.regions.append(lowered)
+    regions.append((nodes, imported, block))
+    return ""
 
 
 def block_for(graph: Graph) -> Block:

@@ -173,3 +173,17 @@ def _does_not_pay(nodes: Sequence[FxNode]) -> str:
         return "a product with nothing to take in"
     kinds = {from_torch(v.dtype) for n in nodes if hasattr(v := value_of(n), "dtype")}
     return "" if kinds else "nothing is computed"
+
+
+def without_tail(nodes: Sequence[FxNode]) -> list[FxNode]:
+    """A region up to its last products; empty where that is all of it, or too little.
+
+    It is tried where the whole does not pay: what comes after the last product may be what no
+    kernel lays out.
+    """
+    needed: set[FxNode] = set()
+    for node in reversed(nodes):
+        if is_product(node) or any(u in needed for u in node.users):
+            needed.add(node)
+    kept = [n for n in nodes if n in needed]
+    return [] if len(kept) == len(nodes) or _does_not_pay(kept) else kept
