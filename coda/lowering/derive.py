@@ -33,8 +33,8 @@ from coda.ir.graph import (
 from coda.ir.types import f32
 from coda.ir.vjp import vjp
 from coda.lowering.cut import minimum_cut
-from coda.lowering.laws import LAWS
-from coda.lowering.rewrite import rewrite
+from coda.lowering.laws import EXCHANGES, LAWS
+from coda.lowering.rewrite import Law, rewrite
 from coda.lowering.roles import row_symbols, weight_nodes
 from coda.lowering.siblings import merge_siblings
 
@@ -98,8 +98,23 @@ def derive(
     asked = [i for i in graph.inputs if i.name in names]
     found = vjp(cotangents, asked, kept=memory != "min")
     gradients = [(f"d{i.name}", found[i]) for i in asked if i in found]
+    if memory != "min":
+        gradients = exchanged(gradients, merged)
     saved = _choose(merged, [n for _, n in gradients], sizes, memory, original)
     return _split(graph, normal, gradients, saved, original, roles, taken)
+
+
+def exchanged(gradients: list[tuple[str, Node]], forward: Graph) -> list[tuple[str, Node]]:
+    """Gradients in which sums are exchanged (law 2) where the forward has the other contraction."""
+    known = {n for n in walk(forward.roots) if isinstance(n, Contract)}
+
+    def accept(law: Law, node: Node) -> bool:
+        new = law.apply(node)
+        plain = rewrite([new], EXCHANGES, lambda *_: False) if new is not None else ()
+        return any(n in known for n in walk(plain) if n not in set(walk([node])))
+
+    roots = rewrite([n for _, n in gradients], EXCHANGES, accept)
+    return [(name, root) for (name, _), root in zip(gradients, roots, strict=True)]
 
 
 def check_memory(memory: str) -> str:

@@ -256,6 +256,47 @@ def sums_together(x: Node, y: Node) -> Sides:
     return _add(_over("sum", x), _over("sum", y)), _over("sum", _add(x, y))
 
 
+# Law 2, swap: two sums exchange, in a derivative, where the forward has the other contraction.
+
+
+@law(x="... K")
+def negation_past_sum(x: Node) -> Sides:
+    """Σ_k (−x) = −Σ_k x."""
+    return _over("sum", Map("neg", (x,))), Map("neg", (_over("sum", x),))
+
+
+@law(x="L K")
+def turned_twice(x: Node) -> Sides:
+    """(xᵀ)ᵀ = x."""
+    return _turned(_turned(x)), x
+
+
+def lies_straight(nodes: Mapping[str, Node]) -> bool:
+    """Whether `w` is not a transpose: the law for transposes is another."""
+    return not isinstance(nodes["w"], Permute)
+
+
+@law(x="... K", y="... N", w="K N", choice=True, when=lies_straight)
+def row_sum_exchanged(x: Node, y: Node, w: Node) -> Sides:
+    """Σ_k x (Σ_n y w) = Σ_n y (Σ_k x w): a sum over a contraction's output is one over another's.
+
+    Softmax's Σ dP P is Σ dO O: known before the contraction that gives dP, whose epilogue needs it.
+    """
+    return (
+        _over("sum", _mul(x, _contract(y, w))),
+        _over("sum", _mul(y, _contract(x, _turned(w)))),
+    )
+
+
+@law(x="... K", y="... N", w="N K", choice=True)
+def row_sum_exchanged_turned(x: Node, y: Node, w: Node) -> Sides:
+    """Σ_k x (Σ_n y wᵀ) = Σ_n y (Σ_k x w): the same where the weight lies turned."""
+    return (
+        _over("sum", _mul(x, _contract(y, _turned(w)))),
+        _over("sum", _mul(y, _contract(x, w))),
+    )
+
+
 # Law 3, split: reductions written out become folds of one monoid, which can be taken in parts.
 
 
@@ -316,4 +357,11 @@ LAWS: tuple[Law, ...] = (
     contractions_together,
     row_factor_past_sum,
     sums_together,
+)
+
+EXCHANGES: tuple[Law, ...] = (
+    negation_past_sum,
+    turned_twice,
+    row_sum_exchanged,
+    row_sum_exchanged_turned,
 )

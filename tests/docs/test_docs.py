@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from coda.lowering.laws import LAWS
+from coda.lowering.laws import EXCHANGES, LAWS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,6 +20,9 @@ a row's factor leaves a sum applies only where that factor is known too late for
 makes the other operand; those that subtract a mean after the sum, and those that subtract a
 logsumexp, do not apply to values that are float32 from the start, which would lose bits.
 
+The exchange of sums is tried on derivatives: where the forward has the other contraction, or (in
+`coda/ir/linear.py`) where the outputs of the block are linear in what a row's factor multiplies.
+
 | law | identity | over |
 |---|---|---|
 """
@@ -27,7 +30,7 @@ logsumexp, do not apply to values that are float32 from the start, which would l
 
 def laws_page():
     rows = []
-    for law in LAWS:
+    for law in (*LAWS, *EXCHANGES):
         over = ", ".join(
             f"{n}[{' '.join(('...',) * v.leading + v.axes)}]" for n, v in law.variables.items()
         )

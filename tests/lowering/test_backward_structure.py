@@ -4,12 +4,14 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 import coda
 from coda.ir.graph import Input
 from coda.lowering.derive import derive
 from coda.lowering.pipeline import lower
 from coda.lowering.program import GemmKernel, RowwiseKernel, TorchKernel
+from coda.runtime.reference import run_reference
 
 ROOT = Path(__file__).parents[2] / "examples"
 T = coda.Tensor
@@ -141,3 +143,37 @@ def test_sums_over_rows_without_any_gemm():
     one, fold = backward.kernels
     assert [len(k.assembled.epilogue.sinks) for k in (one, fold)] == [2, 0]
     assert len(fold.folds) == 2
+
+
+@coda.block
+def attention(q: T["M D"], k: T["N D"], v: T["N D"]):
+    return coda.softmax(q @ k.T) @ v
+
+
+def test_softmaxs_delta_is_known_before_the_contraction_that_needs_it():
+    """Σ dP P = Σ dO O (law 2): dS is made in the epilogue of the GEMM that gives dP."""
+    training, _, backward = trained(attention, {"M": 96, "N": 160, "D": 64})
+    assert "out" in dict(training.forward.outputs)
+    (delta,) = [k for k in backward.kernels if isinstance(k, RowwiseKernel)]
+    assert delta.width == 64
+    maker = next(backward.gemms())
+    assert backward.kernels.index(delta) < backward.kernels.index(maker)
+    loaded = {o.name for o in maker.assembled.epilogue.operands}
+    assert {s.buffer for s in delta.assembled.epilogue.stores} <= loaded
+    assert len(list(backward.gemms())) == 4
+
+
+def test_the_gradients_of_attention():
+    training, forward, backward = trained(attention, sizes := {"M": 9, "N": 16, "D": 8})
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(9, 8), (16, 8), (16, 8), (9, 8)]
+    *inputs, d = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = torch.softmax(leaves[0] @ leaves[1].T, -1) @ leaves[2]
+    expected = torch.autograd.grad(out, leaves, d)
+    found = run_reference(forward, inputs, exact=True, sizes=sizes)
+    known = dict(zip(("q", "k", "v"), inputs, strict=True)) | {"d_out": d}
+    known |= dict(zip(training.saved, found[1:], strict=True))
+    given = [known[i.name] for i in backward.graph.inputs]
+    for mine, theirs in zip(run_reference(backward, given, exact=True), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)

@@ -9,7 +9,7 @@ from coda.ir.dims import Dim
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Input, Map, Node, walk
 from coda.ir.types import bf16, f32
-from coda.lowering.laws import LAWS
+from coda.lowering.laws import EXCHANGES, LAWS
 from coda.lowering.rewrite import Law, rewrite
 
 SIZES = (1, 2, 3, 7, 16, 31)
@@ -33,7 +33,7 @@ def sample(law: Law, sizes: dict[str, int], seed: int, scale: float = 1.0, mean:
     return values
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+@pytest.mark.parametrize("law", [*LAWS, *EXCHANGES], ids=lambda law: law.name)
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -47,7 +47,7 @@ def test_both_sides_agree_in_float64(law, seed, lead, k, n):
     torch.testing.assert_close(right, left, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+@pytest.mark.parametrize("law", [*LAWS, *EXCHANGES], ids=lambda law: law.name)
 @pytest.mark.parametrize(("scale", "mean"), [(1, 0), (1, 1e4), (1e-3, 0), (30, 0)])
 def test_the_right_side_rounds_no_worse_than_declared(law, scale, mean):
     """Sides computed in float32, held against the left side in float64."""
@@ -78,7 +78,7 @@ def conditioning(law: Law, values, sizes) -> float:
     return product * sizes["K"] ** 0.5
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+@pytest.mark.parametrize("law", [*LAWS, *EXCHANGES], ids=lambda law: law.name)
 def test_it_fires_where_it_is_planted(law):
     """Planted under other operations, with dims of other names, it is found and applied."""
     dims = {"L": Dim.of("T"), "K": Dim.of("C"), "N": Dim.of("E")}
