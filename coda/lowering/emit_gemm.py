@@ -423,10 +423,20 @@ def vanishes(
         case Call(fn=fn, args=args):
             found = [vanishes(a, kinds, zero) for a in args]
             if fn == "mul":
-                return any(found)
+                return any(found) and not any(diverges(a, kinds, zero) for a in args)
             if fn == "where":
                 return all(found[1:])
             odd = ("neg", "abs", "square", "sqrt", "tanh", "sin", "erf")
             both = ("add", "sub", "maximum", "minimum")
             return fn in (*odd, *both) and all(found)
     return False
+
+
+def diverges(expr: Expr, kinds: dict[str, Operand], zero: tuple[str, ...]) -> bool:
+    """Whether an expression may be infinite where operands are 0: 0 times it is not 0 then."""
+    if not isinstance(expr, Call):
+        return False
+    if expr.fn in ("recip", "rsqrt", "log", "pow", "div") and vanishes(expr.args[-1], kinds, zero):
+        return True
+    first = expr.fn == "pow" and vanishes(expr.args[0], kinds, zero)
+    return first or any(diverges(a, kinds, zero) for a in expr.args)

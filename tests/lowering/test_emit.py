@@ -100,3 +100,15 @@ def test_what_is_not_compiled_is_refused_by_name():
     program = wide.lower("sm_90a", {"M": 8, "D": 16, "F": 32})
     with pytest.raises(UnsupportedError, match="8 or 16 bits"):
         program.source()
+
+
+def test_a_factor_that_is_infinite_outside_the_matrix_is_masked():
+    """In rows outside, x / r is 0 · ∞: such sums over the rows need their mask."""
+    kinds = {"x": Operand("x", "tile", bf16), "r": Operand("r", "col", f32)}
+    outside = ("col", "tile", "periodic")
+    x, r = Load("x"), Load("r")
+    shifted = Call("rsqrt", (Call("add", (r, Literal(1e-5))),))
+    assert vanishes(Call("mul", (x, r)), kinds, outside)
+    assert vanishes(Call("mul", (x, shifted)), kinds, outside)
+    for factor in (Call("recip", (r,)), Call("rsqrt", (r,)), Call("div", (x, r))):
+        assert not vanishes(Call("mul", (x, Call("neg", (factor,)))), kinds, outside)
