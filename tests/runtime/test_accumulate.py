@@ -61,7 +61,7 @@ def test_gradients_are_added_in_place(inputs):
 def test_sums_in_float32_round_once_each_step(inputs):
     """bf16 weights with float32 `main_grad`: nearer to float64 than sums in bf16."""
     narrow = [x.bfloat16() for x in inputs]
-    xs = microbatches(narrow).repeat(8, 1, 1)
+    xs = microbatches(narrow).repeat(32, 1, 1)
     exact = train(weights_of([x.double() for x in narrow]), xs.double(), False)
     rounded = train(weights_of(narrow), xs, True)
     mine = weights_of(narrow)
@@ -71,7 +71,7 @@ def test_sums_in_float32_round_once_each_step(inputs):
     for w, r, e in zip(mine, rounded, exact, strict=True):
         assert w.grad is None
         assert w.main_grad.dtype == torch.float32
-        assert relative(w.main_grad, e.grad) < 0.6 * relative(r.grad, e.grad)
+        assert relative(w.main_grad, e.grad) < 0.4 * relative(r.grad, e.grad)
 
 
 def test_one_weight_in_two_places_and_torch_beside_the_block(inputs):
