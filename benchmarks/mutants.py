@@ -23,7 +23,8 @@ def cells(found: list[Outcome]) -> str:
     if not found:
         return " | "
     kinds = Counter(kind for x in found for kind in x.found if kind in x.mutant.mutation.seen)
-    by = ", ".join(f"{kind} {n}" for kind, n in kinds.most_common())
+    often = sorted(kinds.items(), key=lambda x: (-x[1], x[0]))
+    by = ", ".join(f"{kind} {n}" for kind, n in often)
     return f"{sum(x.caught for x in found)} of {len(found)} | {by}"
 
 

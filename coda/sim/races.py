@@ -327,8 +327,8 @@ class Races(Observer):
         low, top = int(ids.min()), int(ids.max())
         if not low and not write:
             self.unwritten(op.ins, op.row, base, memory)
-        if low == top:
-            ids = np.array([top])
+        if low == top and self._in_order(top, block, flags, own):
+            return
         fenced = block[ASYNC].__getitem__ if flags & PROXY else None
         late, hidden = shadow.unordered(ids, block[SEEN].__getitem__, flags & STRONG, own, fenced)
         doing = "overwrites" if write else "reads"
@@ -336,6 +336,13 @@ class Races(Observer):
             if bad is not None and bad.any():
                 event = int(ids.ravel()[int(bad.argmax())])
                 self.conflict(op.ins, op.row, base, event, fence, doing)
+
+    def _in_order(self, event: int, block: Array, flags: int, own: int) -> bool:
+        """Whether one event comes before an access of a unit, as `Shadow.unordered` for many."""
+        component, clock, of = self.events.about(event)
+        after = component == own or of & flags & STRONG or block[SEEN, component] >= clock
+        hidden = flags & PROXY and not of & PROXY and block[ASYNC, component] < clock
+        return bool(after and not hidden)
 
     def _unit_readers(
         self, op: Operation, block: Array, sets: Array, flags: int, own: int, base: int

@@ -59,6 +59,10 @@ class Events:
         self.instructions.append(ins)
         return k
 
+    def about(self, event: int) -> tuple[int, int, int]:
+        """(component, clock, flags) of an event."""
+        return int(self.component[event]), int(self.clock[event]), int(self.flags[event])
+
     def who(self, event: int) -> Who:
         """Who made an event; not of 0."""
         ins = self.instructions[event]
