@@ -59,7 +59,9 @@ def build(name, layers=2, dropout=0.0, **more):
             setattr(made, one, dropout)
     if name in HEADS:
         return getattr(transformers, HEADS[name])(made)
-    return transformers.AutoModelForCausalLM.from_config(made)
+    model = transformers.AutoModelForCausalLM.from_config(made)
+    model.loss_type = model.loss_type or "ForCausalLM"  # GPT-2 has none, and logs that it has none
+    return model
 
 
 def arguments(name, dtype=torch.float32, batch=2, length=16):
