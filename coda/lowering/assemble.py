@@ -289,8 +289,12 @@ class _Assembly:
             raise Refused("partners of a tile operand are not neighbours in memory")
         span = None
         if kind == "tile" and name in self.space.offsets:
+            spread = self.space.spread.get(name)
             elements = count.size(self.space.sizes)
-            span = self.space.offsets[name], elements // self.space.rows.size(self.space.sizes)
+            columns = elements // self.space.rows.size(self.space.sizes)
+            if spread is not None:
+                columns = product(node.shape[node.rank - spread.columns :]).size(self.space.sizes)
+            span = self.space.offsets[name], columns
         self.operands[name] = Operand(name, kind, dtype, lanes, split=split or 0, span=span)
         self.nodes[name] = node
 
