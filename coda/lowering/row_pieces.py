@@ -14,7 +14,7 @@ from coda.lowering.epilogue import Call, Epilogue, Expr, Literal, Load, Stat
 
 LANES = 32
 WARPS = 4  # rows of a CTA, a warp each
-TALL_WARPS = 16  # warps of a CTA that sums over rows
+TALL_WARPS = 8  # warps of a CTA that sums over rows: more would have too few registers each
 TALL_ROWS = 64  # rows of such a CTA
 _MOST = 8
 
