@@ -184,12 +184,12 @@ class Partition:
         ]
         taken = any(p in self.part_of or p in self.joined for p in parts)
         known = any(isinstance(p, Input | Const) or p in self.weights for p in parts)
-        flat_rows = node.rank == 2 or product(node.shape[:-1]) == self.rows
-        if not all(whole) or taken or known or len(set(parts)) < len(parts) or not flat_rows:
+        if not all(whole) or taken or known or len(set(parts)) < len(parts):
             return False
         for part in parts:
             self.materialise(part)
-        if any(self.home[p].kind == "torch" or not self.fills(p) for p in parts):
+        rows = product(node.shape[:-1])
+        if any(self.home[p].space.rows != rows or not self.fills(p) for p in parts):
             return False
         self.joined[node] = tuple(parts)
         self.part_of |= dict.fromkeys(parts, node)
@@ -201,7 +201,7 @@ class Partition:
         """Whether a node has all columns of the GEMM that computes it, or one for each pair."""
         space = self.home[node].space
         if self.home[node].kind != "gemm":
-            return True
+            return self.home[node].kind == "row"
         value = space.compute(node)
         return value.count == space.width or (
             value.slots.shape[1] == 2 and 2 * value.count == space.width

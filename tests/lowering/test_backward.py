@@ -163,3 +163,29 @@ def test_siblings_of_several_kernels_are_saved_as_they_are():
     shapes = [[d.size({"M": 5}) for d in i.shape] for i in graph.inputs]
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
     check(graph, inputs, {"M": 5}, "balanced", tolerance=1e-8)
+
+
+HEADS = """
+block heads(%x: [M, 64] f64, %w: [64, 64] f64, %v: [64, 64] f64, %bias: [128] f64) {
+  %heads = reshape %bias [4, 32]
+  %b0 = slice %heads axis -1 from 0 size 16 step 1
+  %b1 = slice %heads axis -1 from 16 size 16 step 1
+  %b2 = reshape %b0 [64]
+  %b3 = reshape %b1 [64]
+  %q0 = contract %x, %w f64
+  %q = add %q0, %b2
+  %k0 = contract %x, %v f64
+  %k = add %k0, %b3
+  %k1 = sigmoid %k
+  return q = %q, k = %k1
+}
+"""
+
+
+def test_parts_of_other_rows_are_not_joined():
+    """Gradients of parts of heads, sums over tokens, go beside each other within each head."""
+    graph = parse(HEADS)
+    generator = torch.Generator().manual_seed(1)
+    shapes = [[d.size({"M": 5}) for d in i.shape] for i in graph.inputs]
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    check(graph, inputs, {"M": 5}, "balanced", tolerance=1e-8)
