@@ -88,7 +88,7 @@ def _functional(gm: GraphModule, fakes: Sequence[Any]) -> GraphModule:
     found: Any = made[0]
     signature = made[1]
     if signature.buffers_to_mutate or signature.parameters or signature.buffers:
-        raise NotImplementedError("a graph that owns tensors")
+        raise UnsupportedError("a graph that owns tensors")
     places = [n for n in found.graph.nodes if n.op == "placeholder"]
     originals = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for new, old, fake in zip(places, originals, fakes, strict=True):
