@@ -68,8 +68,9 @@ def arguments(name, dtype=torch.float32, batch=2, length=16):
     """Arguments of the forward, with labels; ids that no config takes for padding."""
     generator = torch.Generator().manual_seed(1)
     if name == "ViT":
-        pixels = torch.randn(batch, 3, 32, 32, generator=generator).to(torch.bfloat16)
-        return {"pixel_values": pixels.to(dtype), "labels": torch.zeros(batch, dtype=torch.long)}
+        images = 8 * batch  # one row of logits each: the errors of two would tell nothing
+        pixels = torch.randn(images, 3, 32, 32, generator=generator).to(torch.bfloat16)
+        return {"pixel_values": pixels.to(dtype), "labels": torch.arange(images) % 2}
     ids = torch.randint(1, 128, (batch, length), generator=generator)
     more = {} if name == "BERT" else {"use_cache": False}
     return {"input_ids": ids, "labels": ids, **more}
