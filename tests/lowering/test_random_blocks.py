@@ -144,7 +144,7 @@ def test_a_program_means_what_its_block_means(graph, frozen):
 
 
 @pytest.mark.slow
-@settings(SETTINGS, max_examples=3000)
+@settings(SETTINGS, max_examples=1500)
 @given(blocks(), st.booleans())
 def test_many_programs_mean_what_their_blocks_mean(graph, frozen):
     check(graph, frozen)
