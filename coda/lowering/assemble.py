@@ -27,9 +27,9 @@ from coda.lowering.epilogue import (
     Load,
     Operand,
     SinkExpr,
-    Stat,
     Statistic,
     StoreExpr,
+    stat_names,
 )
 from coda.lowering.values import LEAF, NO_LANE, Ints, Refused, Value, beside, distinct_rows
 
@@ -371,13 +371,13 @@ def _statistics(
 ) -> tuple[tuple[Statistic, ...], tuple[Node, ...]]:
     """The statistics that the expressions need, each after those that it needs itself."""
     space = build.space
-    needed = _stat_names(roots)
+    needed = stat_names(roots)
     rows: list[Statistic] = []
     for name, one in reversed(space.statistics.items()):
         if name in needed:
             rows.insert(0, _row_statistic(build, name, one))
             expr = rows[0].expr
-            needed |= _stat_names([expr]) if expr is not None else set()
+            needed |= stat_names([expr]) if expr is not None else set()
     folds: list[Statistic] = []
     folded: list[Node] = []
     for name, node in space.folds.items():
@@ -393,23 +393,6 @@ def _statistics(
         if g.name in needed
     ]
     return (*folds, *groups, *rows), tuple(folded)
-
-
-def _stat_names(exprs: Sequence[Expr]) -> set[str]:
-    """The statistics that expressions read."""
-    found: set[str] = set()
-    stack = list(exprs)
-    seen: set[Expr] = set()
-    while stack:
-        expr = stack.pop()
-        if expr in seen:
-            continue
-        seen.add(expr)
-        if isinstance(expr, Stat):
-            found.add(expr.name)
-        elif isinstance(expr, Call):
-            stack.extend(expr.args)
-    return found
 
 
 def _row_statistic(build: _Assembly, name: str, one: RowStatistic) -> Statistic:

@@ -9,9 +9,10 @@ only move the arrays. RoPE, gated activations and per-head norms need no case of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from coda.ir.graph import (
     walk,
 )
 from coda.ir.types import f32
-from coda.lowering.epilogue import Acc, Expr, Literal, Load, Stat
+from coda.lowering.epilogue import Acc, Expr, Literal, Load, Stat, stat_names
 from coda.lowering.values import (
     LEAF,
     NO_LANE,
@@ -177,8 +178,24 @@ class Space:
                 if not kept(node):
                     del self.values[node]
             self.offsets, self.segments = offsets, segments
-            self.statistics = statistics
+            self.statistics = self.needed(statistics, set(self.values) - nodes)
             raise
+
+    def needed(
+        self, before: Mapping[str, RowStatistic], nodes: Iterable[Node]
+    ) -> dict[str, RowStatistic]:
+        """The statistics of before, and those that some nodes read, or that these need."""
+        values = [self.values[n] for n in nodes]
+        found = dict(before)
+        for name, one in reversed(self.statistics.items()):
+            if name in before or name in stat_names(self.expressions(values)):
+                found[name] = one
+                values.append(one.value)
+        return {name: found[name] for name in self.statistics if name in found}
+
+    def expressions(self, values: Iterable[Value]) -> list[Expr]:
+        """The expressions of some values."""
+        return [self.exprs[i] for v in values for i in np.unique(v.expr)]
 
     def place_of(self, value: Value) -> int:
         """The column at which a value begins. Raises Refused where nothing tells."""
@@ -441,7 +458,7 @@ class Space:
 
     def _statistic(self, node: Reduce, value: Value, group: int) -> str:
         """A name for a statistic of the row, or of groups of its columns."""
-        name = f"s{len(self.statistics)}"
+        name = next(n for i in count() if (n := f"s{i}") not in self.statistics)
         self.statistics[name] = RowStatistic(node, self.widened(value), value.count, group)
         return name
 

@@ -8,6 +8,7 @@ emitters turn it into CuTe DSL.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coda.ir.types import DType
@@ -159,3 +160,20 @@ class Epilogue:
     statistics: tuple[Statistic, ...]
     stores: tuple[StoreExpr, ...]
     sinks: tuple[SinkExpr, ...]
+
+
+def stat_names(exprs: Sequence[Expr]) -> set[str]:
+    """The statistics that expressions read."""
+    found: set[str] = set()
+    stack = list(exprs)
+    seen: set[Expr] = set()
+    while stack:
+        expr = stack.pop()
+        if expr in seen:
+            continue
+        seen.add(expr)
+        if isinstance(expr, Stat):
+            found.add(expr.name)
+        elif isinstance(expr, Call):
+            stack.extend(expr.args)
+    return found

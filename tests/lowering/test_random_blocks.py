@@ -143,6 +143,15 @@ def test_a_program_means_what_its_block_means(graph, frozen):
     check(graph, frozen)
 
 
+def test_a_statistic_stays_where_a_kernel_refuses_what_reads_it_in_pairs():
+    x = Tensor(Input("x", (M, D), f64))
+    cos, sin = (Input(n, (M, Dim.of(HEAD // 2)), f64) for n in ("cos", "sin"))
+    shifted = x + coda.logsumexp(x, keepdims=True)
+    heads = shifted.reshape(M, x.shape[-1] // HEAD, HEAD)
+    turned = coda.rope(heads, Tensor(cos), Tensor(sin)).reshape(*x.shape)
+    check(Graph("turned", (x.node, cos, sin), (("out", coda.tanh(turned).node),)), False)
+
+
 @pytest.mark.slow
 @settings(SETTINGS, max_examples=1500)
 @given(blocks(), st.booleans())
