@@ -71,7 +71,7 @@ def test_random_blocks(graph, memory):
 
 
 @pytest.mark.slow
-@settings(SETTINGS, max_examples=1000)
+@settings(SETTINGS, max_examples=400)
 @given(blocks(), st.sampled_from(MEMORY))
 def test_many_random_blocks(graph, memory):
     check(graph, values(graph), SIZES, memory)
