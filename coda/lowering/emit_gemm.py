@@ -23,6 +23,7 @@ from coda.lowering.epilogue import (
     SinkExpr,
     Stat,
     StoreExpr,
+    leaves,
 )
 from coda.lowering.program import GemmKernel, Program
 
@@ -389,20 +390,9 @@ def _mentions(lines: Lines, name: str) -> bool:
 
 def _loads(epilogue: Epilogue) -> set[str]:
     """Names of the operands that expressions load."""
-    found: set[str] = set()
-    stack = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
-    stack += [s.expr for s in epilogue.statistics if s.expr is not None]
-    seen: set[Expr] = set()
-    while stack:
-        expr = stack.pop()
-        if expr in seen:
-            continue
-        seen.add(expr)
-        if isinstance(expr, Load):
-            found.add(expr.operand)
-        elif isinstance(expr, Call):
-            stack.extend(expr.args)
-    return found
+    exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
+    exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
+    return {e.operand for e in leaves(exprs) if isinstance(e, Load)}
 
 
 def vanishes(

@@ -8,7 +8,7 @@ emitters turn it into CuTe DSL.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from coda.ir.types import DType
@@ -162,18 +162,23 @@ class Epilogue:
     sinks: tuple[SinkExpr, ...]
 
 
-def stat_names(exprs: Sequence[Expr]) -> set[str]:
-    """The statistics that expressions read."""
-    found: set[str] = set()
-    stack = list(exprs)
+def leaves(exprs: Iterable[Expr]) -> set[Expr]:
+    """What expressions are made of at the bottom."""
+    found: set[Expr] = set()
     seen: set[Expr] = set()
+    stack = list(exprs)
     while stack:
         expr = stack.pop()
         if expr in seen:
             continue
         seen.add(expr)
-        if isinstance(expr, Stat):
-            found.add(expr.name)
-        elif isinstance(expr, Call):
+        if isinstance(expr, Call):
             stack.extend(expr.args)
+        else:
+            found.add(expr)
     return found
+
+
+def stat_names(exprs: Iterable[Expr]) -> set[str]:
+    """The statistics that expressions read."""
+    return {e.name for e in leaves(exprs) if isinstance(e, Stat)}
