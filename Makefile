@@ -13,11 +13,7 @@ test: $(VENV)/ready
 	$(PYTEST)
 
 sweep: $(VENV)/ready
-	$(PYTEST) -m slow --ignore=tests/sim
-
-# The simulator on kernels of other libraries at every schedule, and mutants of them: long.
-simulator: $(VENV)/ready
-	$(PYTEST) -m slow tests/sim
+	$(PYTEST) -m slow
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -30,4 +26,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,sass]'
 	touch $@
 
-.PHONY: demo test sweep simulator lint
+.PHONY: demo test sweep lint

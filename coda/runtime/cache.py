@@ -36,8 +36,14 @@ def _usable(path: Path) -> Path:
             RuntimeWarning,
             stacklevel=3,
         )
-        return Path(tempfile.mkdtemp(prefix="coda-"))
+        return Path(_scratch().name)
     return path
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """A directory that ends with the process."""
+    return tempfile.TemporaryDirectory(prefix="coda-")
 
 
 def kernel_directory() -> Path:

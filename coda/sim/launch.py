@@ -14,6 +14,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Container
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,13 @@ def default_cache() -> Path:
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="coda-sim-"))
+        return Path(_scratch().name)
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """A directory that ends with the process."""
+    return tempfile.TemporaryDirectory(prefix="coda-sim-")
 
 
 def build_shim(directory: Path) -> Path:
