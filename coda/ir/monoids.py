@@ -64,11 +64,18 @@ def _merge_sum(p: Parts, counts: Tensor, dim: int) -> Parts:
 
 
 def _amax(x: Tensor, dim: int) -> Parts:
-    return (x.amax(dim, keepdim=True),)
+    return (x.amax(dim, keepdim=True) if x.shape[dim] else _identity(x, dim, -torch.inf),)
 
 
 def _amin(x: Tensor, dim: int) -> Parts:
-    return (x.amin(dim, keepdim=True),)
+    return (x.amin(dim, keepdim=True) if x.shape[dim] else _identity(x, dim, torch.inf),)
+
+
+def _identity(x: Tensor, dim: int, value: float) -> Tensor:
+    """The fold of no values, which torch refuses for maxima and minima."""
+    shape = list(x.shape)
+    shape[dim] = 1
+    return x.new_full(shape, value)
 
 
 def _lse_partial(x: Tensor, dim: int) -> Parts:

@@ -12,7 +12,20 @@ from collections.abc import Mapping
 
 from coda.errors import ArchError, DimError, InternalError
 from coda.ir.evaluate import evaluate
-from coda.ir.graph import Const, Graph, Map, Node, Pick, Reduce, Size, Slice, transform, walk
+from coda.ir.graph import (
+    Const,
+    Contract,
+    Graph,
+    Input,
+    Map,
+    Node,
+    Pick,
+    Reduce,
+    Size,
+    Slice,
+    transform,
+    walk,
+)
 from coda.ir.verify import verify
 from coda.lowering.build import Banned, build
 from coda.lowering.cost import MACHINES, price
@@ -20,6 +33,7 @@ from coda.lowering.laws import LAWS
 from coda.lowering.partition import Partition
 from coda.lowering.program import Program
 from coda.lowering.rewrite import Accept, Law, Step, rewrite
+from coda.lowering.roles import row_symbols
 from coda.lowering.schedule import schedule
 
 
@@ -125,10 +139,26 @@ def check_dims(graph: Graph, dims: Mapping[str, int]) -> dict[str, int]:
     for node in graph.inputs:
         for dim in node.shape:
             dim.size(dims)
+    tokens = row_symbols(walk(graph.roots))
     for node in walk(graph.roots):
         if isinstance(node, Slice):
             _check_slice(node, dims)
+        elif isinstance(node, Input | Contract) and node.rank > 1:
+            _check_columns(node, dims, tokens)
     return dict(dims)
+
+
+def _check_columns(node: Input | Contract, dims: Mapping[str, int], tokens: frozenset[str]) -> None:
+    """Raise DimError for a matrix without columns; one without rows is as good as any."""
+    columns = node.shape[-1]
+    if columns.size(dims) == 0 and not columns.symbols & tokens:
+        what = f"`{node.name}`" if isinstance(node, Input) else "a product"
+        raise DimError(
+            f"{what} has no columns: `{columns}` = 0",
+            found=", ".join(f"{k}={v}" for k, v in dims.items()),
+            where=node.where,
+            help="only the number of rows may be 0",
+        )
 
 
 def _check_slice(node: Slice, dims: Mapping[str, int]) -> None:

@@ -197,6 +197,7 @@ OPTIONS = {
     "size_untold": lambda: heads(torch.ones(3, 8)),
     "size_that_does_not_divide": lambda: heads(torch.ones(3, 8), dims={"H": 3}),
     "size_of_no_dim": lambda: heads(torch.ones(3, 8), dims={"h": 2}),
+    "no_columns": lambda: heads(torch.ones(3, 0), dims={"H": 2}),
     "size_that_is_no_number": lambda: heads(torch.ones(3, 8), dims={"H": "2"}),
     "backend": lambda: heads(torch.ones(3, 8), dims={"H": 2}, backend="gpu"),
     "arch_that_is_sizes": lambda: heads.lower({"M": 3, "H": 2, "d": 4}),
