@@ -55,38 +55,43 @@ def is_interned(node: Node) -> bool:
     return _interned.get(_key(node)) is node
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Node(metaclass=_Interned):
-    """A value: a tensor of `shape` and `dtype`. `where` is the user's line that wrote it first."""
+    """A value: a tensor of `shape` and `dtype`. `where` is the user's line that wrote it first.
 
+    `operands` are the nodes that it reads, in order.
+    """
+
+    operands: tuple[Node, ...] = field(init=False)
     shape: Shape = field(init=False)
     dtype: DType = field(init=False)
-    where: Where | None = field(init=False, repr=False)
+    where: Where | None = field(init=False)
 
     def __init_subclass__(cls) -> None:
         cls.identity: tuple[str, ...] = tuple(cls.__annotations__)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "where", _origin[-1] if _origin else Where.caller())
+        object.__setattr__(self, "operands", tuple(self._operands()))
         shape, dtype = self.infer()
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "dtype", dtype)
+
+    def __repr__(self) -> str:
+        """The kind and the type alone: written out, a value used twice is two trees."""
+        return f"<{type(self).__name__.lower()} {show_shape(self.shape)} {self.dtype}>"
 
     def infer(self) -> tuple[Shape, DType]:
         """Shape and dtype, from the operands. Raises ShapeError or DtypeError."""
         raise TypeError(f"{type(self).__name__} is not a kind of node")
 
-    @property
-    def operands(self) -> tuple[Node, ...]:
-        """The nodes that this one reads, in order."""
-        found: list[Node] = []
+    def _operands(self) -> Iterator[Node]:
         for name in self.identity:
             value = getattr(self, name)
             if isinstance(value, Node):
-                found.append(value)
+                yield value
             elif isinstance(value, tuple) and value and isinstance(value[0], Node):
-                found.extend(value)
-        return tuple(found)
+                yield from value
 
     @property
     def rank(self) -> int:
@@ -107,7 +112,7 @@ class Node(metaclass=_Interned):
         return type(self)(*values)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Input(Node):
     """`%x = input [M, D] bf16`: an argument of the block."""
 
@@ -119,7 +124,7 @@ class Input(Node):
         return self.declared, self.element
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Const(Node):
     """`%c = const 1e-05 f32`: a number, of shape []."""
 
@@ -131,7 +136,7 @@ class Const(Node):
         return (), self.element
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Size(Node):
     """`%n = size D f32`: the size of a dim as a number, of shape []."""
 
@@ -142,7 +147,7 @@ class Size(Node):
         return (), self.element
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Map(Node):
     """`%y = mul %x, %r`: a scalar function of `coda.ir.scalars`, elementwise."""
 
@@ -169,7 +174,7 @@ class Map(Node):
         return shape, promote(*(a.dtype for a in values))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reduce(Node):
     """`%s = sum %x axis -1`: a monoid of `coda.ir.monoids` over one axis, kept with size 1."""
 
@@ -190,7 +195,7 @@ class Reduce(Node):
         return tuple(shape), self.arg.dtype
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Contract(Node):
     """`%y = contract %x, %w bf16`: [..., K] with [N, K] to [..., N]; the GEMM."""
 
@@ -211,7 +216,7 @@ class Contract(Node):
         return (*self.lhs.shape[:-1], self.rhs.shape[0]), self.result
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Cast(Node):
     """`%y = cast %x f32`: another element type."""
 
@@ -222,7 +227,7 @@ class Cast(Node):
         return self.arg.shape, self.to
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reshape(Node):
     """`%y = reshape %x [M, H, d]`: the same elements in row-major order under other axes."""
 
@@ -238,7 +243,7 @@ class Reshape(Node):
         return self.to, self.arg.dtype
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Permute(Node):
     """`%y = permute %x (1, 0)`: axes in another order."""
 
@@ -254,7 +259,7 @@ class Permute(Node):
         return tuple(self.arg.shape[i] for i in self.order), self.arg.dtype
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Slice(Node):
     """`%y = slice %x axis -1 from 0 size d step 1`: every step-th element of an axis."""
 
@@ -284,7 +289,7 @@ class Slice(Node):
         return tuple(shape), self.arg.dtype
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Concat(Node):
     """`%y = concat %a, %b axis -1`: operands one after the other along an axis."""
 
@@ -311,7 +316,7 @@ class Concat(Node):
         return tuple(shape), promote(*(a.dtype for a in self.args))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Expand(Node):
     """`%y = expand %x [M, D]`: axes of size 1 (and axes that are not there) repeated."""
 
@@ -327,7 +332,7 @@ class Expand(Node):
         return self.to, self.arg.dtype
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Iota(Node):
     """`%i = iota V i32`: 0, 1, ... V - 1."""
 
@@ -338,7 +343,7 @@ class Iota(Node):
         return (self.count,), self.element
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Gather(Node):
     """`%y = gather %table, %index`: rows of [V, ...] at an integer index, index shape + [...]."""
 
@@ -351,7 +356,7 @@ class Gather(Node):
         return (*self.index.shape, *self.table.shape[1:]), self.table.dtype
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pick(Node):
     """`%y = pick %x, %index`: x[..., index[...]] kept with size 1; outside the axis it is 0."""
 
@@ -369,7 +374,7 @@ class Pick(Node):
         return (*self.arg.shape[:-1], ONE), self.arg.dtype
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Put(Node):
     """`%y = put %x, %index rows V`: rows of x summed at an integer index of [V, ...]; else 0."""
 

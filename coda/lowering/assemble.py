@@ -167,10 +167,11 @@ class _Assembly:
         kinds = np.concatenate([value.expr[element][:, None], lane], 1)
         first, which = distinct_rows(kinds)
         exprs = [
-            _place(self.space.exprs[int(k[0])], tuple(int(v) for v in k[1:]), names)
+            _place(self.space.exprs[int(k[0])], tuple(int(v) for v in k[1:]), names, {})
             for k in kinds[first]
         ]
-        exprs = [self.bind(e) for e in exprs]
+        memo: dict[Expr, Expr] = {}
+        exprs = [self.bind(e, memo) for e in exprs]
         return self.select(exprs, which)
 
     def select(self, exprs: list[Expr], which: Ints) -> Expr:
@@ -264,15 +265,20 @@ class _Assembly:
 
     # Other operands.
 
-    def bind(self, expr: Expr) -> Expr:
+    def bind(self, expr: Expr, memo: dict[Expr, Expr]) -> Expr:
         """Declare the operands of an expression; loads without a lane get lane 0."""
+        if expr not in memo:
+            memo[expr] = self._bind(expr, memo)
+        return memo[expr]
+
+    def _bind(self, expr: Expr, memo: dict[Expr, Expr]) -> Expr:
         match expr:
             case Load(operand=name, lane=lane):
                 if name not in self.operands:
                     self.declare(name, lane)
                 return Load(name, max(lane, 0))
             case Call(fn=fn, args=args):
-                return Call(fn, tuple(self.bind(a) for a in args))
+                return Call(fn, tuple(self.bind(a, memo) for a in args))
         return expr
 
     def declare(self, name: str, lane: int) -> None:
@@ -299,7 +305,7 @@ class _Assembly:
         self.nodes[name] = node
 
 
-def _place(expr: Expr, lanes: tuple[int, ...], names: list[Load]) -> Expr:
+def _place(expr: Expr, lanes: tuple[int, ...], names: list[Load], memo: dict[Call, Expr]) -> Expr:
     """An expression at a point: slots become lanes, row leaves become loads."""
     match expr:
         case Acc(lane=lane):
@@ -309,7 +315,9 @@ def _place(expr: Expr, lanes: tuple[int, ...], names: list[Load]) -> Expr:
         case Load(operand=name, lane=lane) if lane != NO_LANE:
             return Load(name, lanes[lane])
         case Call(fn=fn, args=args):
-            return Call(fn, tuple(_place(a, lanes, names) for a in args))
+            if expr not in memo:
+                memo[expr] = Call(fn, tuple(_place(a, lanes, names, memo) for a in args))
+            return memo[expr]
     return expr
 
 
@@ -343,7 +351,7 @@ def assemble(
     sink_exprs = tuple(_sink(build, s) for s in sinks)
     for sink in sinks:
         if sink.index is not None:
-            build.bind(Load(sink.index, NO_LANE))
+            build.bind(Load(sink.index, NO_LANE), {})
     roots = [e for s in (*store_exprs, *sink_exprs) for e in s.lanes]
     statistics, folded = _statistics(build, roots, partial_of)
     columns = build.columns().reshape(-1)
@@ -388,7 +396,7 @@ def _statistics(
             folds.append(Statistic(name, node.fn, None, width, operand=buffer))
             folded.append(node)
     groups = [
-        Statistic(g.name, g.fn, build.bind(g.expr), g.size, group=g.size)
+        Statistic(g.name, g.fn, build.bind(g.expr, {}), g.size, group=g.size)
         for g in space.groups
         if g.name in needed
     ]
@@ -431,7 +439,7 @@ def _store(build: _Assembly, store: Store) -> StoreExpr:
     space = build.space
     if all(v.narrow for v in store.values) and space.width != 1:
         (value,) = store.values
-        expr = build.bind(_place(space.exprs[int(value.expr[0])], (), []))
+        expr = build.bind(_place(space.exprs[int(value.expr[0])], (), [], {}), {})
         return StoreExpr(store.buffer, store.dtype, (expr,), narrow=True)
     value, span = beside(store.values), None
     if space.whole_rows and not build.is_filled_by(value):

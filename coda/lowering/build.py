@@ -334,10 +334,10 @@ class _Build:
 
     def operand_of(self, name: str) -> tuple[Node, DType]:
         """The node that an operand's name stands for, and the type it has in memory."""
-        for node, known in self.partition.names.items():
-            if known == name:
-                return node, node.dtype
-        raise InternalError(f"there is no operand {name}")
+        node = self.partition.named.get(name)
+        if node is None:
+            raise InternalError(f"there is no operand {name}")
+        return node, node.dtype
 
     def culprit(
         self, draft: Draft, groups: list[list[tuple[Node, Value]]], sunk: list[Node]

@@ -36,6 +36,7 @@ from coda.ir.types import f32
 from coda.lowering.epilogue import Acc, Expr, Literal, Load, Stat, stat_names
 from coda.lowering.values import (
     LEAF,
+    LONGEST,
     NO_LANE,
     TILE_PARTS,
     Ints,
@@ -109,6 +110,7 @@ class Space:
             rows takes a concatenation part by part.
         segments: all such columns so far.
         offsets: the first column of each matrix that is narrower than the kernel.
+        nested: how many computations have asked for the one that goes on now.
     """
 
     width: int
@@ -132,6 +134,7 @@ class Space:
     segment: Segment | None = None
     segments: dict[Segment, None] = field(default_factory=dict)
     offsets: dict[str, int] = field(default_factory=dict)
+    nested: int = 0
 
     @contextmanager
     def inside(self, segment: Segment | None) -> Iterator[None]:
@@ -231,7 +234,13 @@ class Space:
     def compute(self, node: Node) -> Value:
         """The value of a node whose operands were computed here, or are loaded. Raises Refused."""
         if node not in self.values:
-            self.values[node] = self._compute(node)
+            if self.nested == LONGEST:
+                raise Refused(f"it is more than {LONGEST} operations away from what is known here")
+            self.nested += 1
+            try:
+                self.values[node] = self._compute(node)
+            finally:
+                self.nested -= 1
         return self.values[node]
 
     def fold(self, node: Node, mean: Node | None = None) -> None:

@@ -108,10 +108,11 @@ def exchanged(gradients: list[tuple[str, Node]], forward: Graph) -> list[tuple[s
     """Gradients in which sums are exchanged (law 2) where the forward has the other contraction."""
     known = {n for n in walk(forward.roots) if isinstance(n, Contract)}
 
-    def accept(law: Law, node: Node) -> bool:
+    def accept(law: Law, node: Node, _: object) -> bool:
         new = law.apply(node)
         plain = rewrite([new], EXCHANGES, lambda *_: False) if new is not None else ()
-        return any(n in known for n in walk(plain) if n not in set(walk([node])))
+        before = set(walk([node]))
+        return any(n in known for n in walk(plain) if n not in before)
 
     roots = rewrite([n for _, n in gradients], EXCHANGES, accept)
     return [(name, root) for (name, _), root in zip(gradients, roots, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import keyword
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coda.errors import UnsupportedError
 from coda.ir.dims import show_shape
@@ -403,30 +403,55 @@ def vanishes(
     There the accumulator and everything that varies along the columns is 0, but vectors along the
     rows are not. `zero` tells the kinds of operands that are 0.
     """
-    match expr:
-        case Acc():
-            return True
-        case Load(operand=name):
-            return kinds[name].kind in zero
-        case Literal(value=value):
-            return value == 0.0
-        case Call(fn=fn, args=args):
-            found = [vanishes(a, kinds, zero) for a in args]
-            if fn == "mul":
-                return any(found) and not any(diverges(a, kinds, zero) for a in args)
-            if fn == "where":
-                return all(found[1:])
-            odd = ("neg", "abs", "square", "sqrt", "tanh", "sin", "erf")
-            both = ("add", "sub", "maximum", "minimum")
-            return fn in (*odd, *both) and all(found)
-    return False
+    return _Outside(kinds, zero).vanishes(expr)
 
 
-def diverges(expr: Expr, kinds: dict[str, Operand], zero: tuple[str, ...]) -> bool:
-    """Whether an expression may be infinite where operands are 0: 0 times it is not 0 then."""
-    if not isinstance(expr, Call):
+@dataclass
+class _Outside:
+    """What is known of expressions where operands are 0; each is looked at once."""
+
+    kinds: dict[str, Operand]
+    zero: tuple[str, ...]
+    known: dict[tuple[str, Expr], bool] = field(default_factory=dict)
+
+    def vanishes(self, expr: Expr) -> bool:
+        """Whether an expression is surely 0."""
+        key = "vanishes", expr
+        if key not in self.known:
+            self.known[key] = self._vanishes(expr)
+        return self.known[key]
+
+    def _vanishes(self, expr: Expr) -> bool:
+        match expr:
+            case Acc():
+                return True
+            case Load(operand=name):
+                return self.kinds[name].kind in self.zero
+            case Literal(value=value):
+                return value == 0.0
+            case Call(fn=fn, args=args):
+                found = [self.vanishes(a) for a in args]
+                if fn == "mul":
+                    return any(found) and not any(self.diverges(a) for a in args)
+                if fn == "where":
+                    return all(found[1:])
+                odd = ("neg", "abs", "square", "sqrt", "tanh", "sin", "erf")
+                both = ("add", "sub", "maximum", "minimum")
+                return fn in (*odd, *both) and all(found)
         return False
-    if expr.fn in ("recip", "rsqrt", "log", "pow", "div") and vanishes(expr.args[-1], kinds, zero):
-        return True
-    first = expr.fn == "pow" and vanishes(expr.args[0], kinds, zero)
-    return first or any(diverges(a, kinds, zero) for a in expr.args)
+
+    def diverges(self, expr: Expr) -> bool:
+        """Whether an expression may be infinite: 0 times it is not 0 then."""
+        key = "diverges", expr
+        if key not in self.known:
+            self.known[key] = self._diverges(expr)
+        return self.known[key]
+
+    def _diverges(self, expr: Expr) -> bool:
+        if not isinstance(expr, Call):
+            return False
+        reciprocal = expr.fn in ("recip", "rsqrt", "log", "pow", "div")
+        if reciprocal and self.vanishes(expr.args[-1]):
+            return True
+        first = expr.fn == "pow" and self.vanishes(expr.args[0])
+        return first or any(self.diverges(a) for a in expr.args)

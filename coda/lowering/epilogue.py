@@ -8,8 +8,10 @@ emitters turn it into CuTe DSL.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from coda.ir.types import DType
 
@@ -41,19 +43,51 @@ class Stat:
     plane: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Literal:
-    """A number of the user's program."""
+    """A number of the user's program. By repr, -0.0 is not 0.0, and NaN is NaN."""
 
     value: float
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Literal) and repr(self.value) == repr(other.value)
 
-@dataclass(frozen=True)
-class Call:
-    """A scalar function of `coda.ir.scalars`, by name."""
+    def __hash__(self) -> int:
+        return hash(repr(self.value))
+
+
+class _Interned(type):
+    """Make equal calls one object, so that a value that is used twice is not two trees."""
+
+    def __call__(cls, fn: str, args: tuple[Expr, ...]) -> Any:
+        found = _interned.get((fn, args))
+        if found is None:
+            found = _interned[fn, args] = type.__call__(cls, fn, args)
+        return found
+
+
+_interned: weakref.WeakValueDictionary[tuple[str, tuple[Expr, ...]], Call] = (
+    weakref.WeakValueDictionary()
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Call(metaclass=_Interned):
+    """A scalar function of `coda.ir.scalars`, by name; equality is identity.
+
+    `depth` is the number of calls on the longest way down.
+    """
 
     fn: str
     args: tuple[Expr, ...]
+    depth: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        below = (a.depth for a in self.args if isinstance(a, Call))
+        object.__setattr__(self, "depth", 1 + max(below, default=0))
+
+    def __repr__(self) -> str:
+        return f"<{self.fn} of {len(self.args)}, {self.depth} deep>"
 
 
 Expr = Acc | Load | Stat | Literal | Call

@@ -70,9 +70,15 @@ _depths: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
 
 def depth(node: Node) -> int:
     """The largest number of contractions on a way from the inputs to a node."""
-    if node not in _depths:
-        below = max((depth(o) for o in node.operands), default=0)
-        _depths[node] = below + isinstance(node, Contract)
+    stack = [node]
+    while stack:
+        one = stack[-1]
+        waiting = [o for o in one.operands if o not in _depths]
+        if waiting:
+            stack += waiting
+        else:
+            below = max((_depths[o] for o in one.operands), default=0)
+            _depths[stack.pop()] = below + isinstance(one, Contract)
     return _depths[node]
 
 

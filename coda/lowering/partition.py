@@ -45,10 +45,11 @@ from coda.lowering.roles import (
     leaves_of,
     over_rows,
     pointwise_leaves,
+    row_shapes,
     summand,
     weight_nodes,
 )
-from coda.lowering.values import Refused, Value
+from coda.lowering.values import LONGEST, Refused, Value
 
 Order = tuple[int, int]  # the GEMM that came last, running number
 LAST = 1 << 30  # behind all GEMMs: sums that are only returned are folded together
@@ -97,6 +98,7 @@ class Partition:
         joined: nodes that are concatenations in memory, with the nodes whose kernels write their
             parts.
         part_of: those parts, with the concatenation.
+        waiting: how many operations deep a node of arguments alone is that is not placed yet.
     """
 
     graph: Graph
@@ -107,12 +109,14 @@ class Partition:
     drafts: list[Draft] = field(default_factory=list)
     loadable: set[Node] = field(default_factory=set)
     names: dict[Node, str] = field(default_factory=dict)
+    named: dict[str, Node] = field(default_factory=dict)
     unfused: list[Unfused] = field(default_factory=list)
     joined: dict[Node, tuple[Node, ...]] = field(default_factory=dict)
     part_of: dict[Node, Node] = field(default_factory=dict)
     weights: set[Node] = field(default_factory=set)
     siblings: dict[Node, tuple[Contract, ...]] = field(default_factory=dict)
     users: dict[Node, list[Node]] = field(default_factory=dict)
+    waiting: dict[Node, int] = field(default_factory=dict)
     rows: Dim = ONE
     opened: int = 0
 
@@ -120,6 +124,7 @@ class Partition:
         """Place every node."""
         nodes = in_order(self.graph.roots)
         self.users = users(self.graph.roots)
+        self.named = {i.name: i for i in self.graph.inputs}
         self.weights = weight_nodes(nodes)
         contracts = [n for n in nodes if isinstance(n, Contract) and n not in self.weights]
         matrices = [c.lhs for c in contracts if not over_rows(c)]
@@ -147,8 +152,11 @@ class Partition:
             self.contract(node)
             return
         homes = [self.home[o] for o in node.operands if o in self.home]
-        if not homes:
-            return  # of inputs alone: placed when somebody asks for it
+        if not homes:  # of inputs alone: placed when somebody asks for it, or when it grows long
+            self.waiting[node] = 1 + max((self.waiting.get(o, 0) for o in node.operands), default=0)
+            if self.waiting[node] == LONGEST // 2:
+                self.materialise(node)
+            return
         last = max(homes, key=lambda d: d.order)
         if isinstance(node, Reduce) and last.kind != "gemm" and self.sunk(node, last):
             return
@@ -269,6 +277,8 @@ class Partition:
         known = home is draft or isinstance(operand, Const | Size)
         if known or self.leaf(operand, draft) is not None:
             return
+        if operand in draft.space.values:
+            return
         again = is_pointwise(operand)
         try:
             if home is None:
@@ -381,7 +391,7 @@ class Partition:
             known = all(h is draft or h.order < draft.order for h in homes)
             if known and self.sums_rows(node, draft) and self.sink_rows(node, draft):
                 return True
-        for rows, columns in [] if ("alone", node) in self.banned else self.row_shapes(under):
+        for rows, columns in [] if ("alone", node) in self.banned else row_shapes(under, self.rows):
             width = columns.size(self.sizes)
             draft = self.open("row", index, Space(width, rows, self.sizes, whole_rows=True))
             if width > 1 and self.sums_rows(node, draft) and self.sink_rows(node, draft):
@@ -400,13 +410,16 @@ class Partition:
         why = "no kernel computes it"
         if isinstance(node, Reduce) and self.summed_in_pass(node, index):
             return
-        for rows, columns in self.row_shapes(node):
+        last = max((self.home[o].order for o in node.operands if o in self.home), default=(0, 0))
+        for rows, columns in row_shapes(node, self.rows):
             width = columns.size(self.sizes)
             if ("alone", node) in self.banned:
                 why = "the columns of a pass over rows cannot be laid out for it"
                 break
             shared = [] if ("shared", node) in self.banned else self.rooms(index, rows, width)
-            for draft, segment in [*shared, (None, None)]:
+            shared = [room for room in shared if room[0].order >= last]
+            alone = [(None, None)] * 2  # computing the operands again, or loading them
+            for draft, segment in [*shared, *alone]:
                 fresh = draft is None
                 if draft is None:
                     space = Space(width, rows, self.sizes, whole_rows=True)
@@ -420,6 +433,7 @@ class Partition:
                 draft.space.width = old
                 if fresh and not draft.homed:
                     self.drafts.remove(draft)
+                    self.loadable |= {self.storage(o) for o in node.operands if o in self.home}
         self.in_torch(node, index, why)
 
     def in_torch(self, node: Node, index: int, why: str) -> None:
@@ -434,19 +448,6 @@ class Partition:
         self.home[node] = draft
         self.loadable.add(node)
         self.unfused.append(Unfused(node, why))
-
-    def row_shapes(self, node: Node) -> list[tuple[Dim, Dim]]:
-        """Ways to see a node as rows and columns, the rows of the program first."""
-        shape = node.operands[0].shape if isinstance(node, Reduce) else node.shape
-        found: list[tuple[Dim, Dim]] = []
-        for i in range(len(shape) + 1):
-            rows, columns = product(shape[:i]), product(shape[i:])
-            whole = not isinstance(node, Reduce) or i == len(shape) + node.axis
-            if whole and rows == self.rows:
-                found.insert(0, (rows, columns))
-            elif whole and (i == len(shape) - 1 or not shape):
-                found.append((rows, columns))
-        return found
 
     def row_drafts(self, index: int, rows: Dim, width: int) -> list[Draft]:
         """The passes over rows behind a GEMM that could take `width` columns."""
@@ -522,15 +523,15 @@ class Partition:
         """A name for a node in memory."""
         if node not in self.names:
             self.names[node] = node.name if isinstance(node, Input) else self.new_name(node)
+            self.named[self.names[node]] = node
         return self.names[node]
 
     def new_name(self, node: Node) -> str:
         """An output's own name, else t1, t2 and so on."""
-        taken = {i.name for i in self.graph.inputs} | set(self.names.values())
         for name, root in self.graph.outputs:
             if root is node:
-                return name if name not in taken else f"{name}_out"
-        return next(n for i in count(len(self.names)) if (n := f"t{i}") not in taken)
+                return f"{name}_out" if name in self.named else name
+        return next(n for i in count(len(self.names)) if (n := f"t{i}") not in self.named)
 
     def materialise(self, node: Node, host: bool = False) -> None:
         """See to it that a node will be in memory; with `host`, behind all kernels so far."""
@@ -548,9 +549,8 @@ class Partition:
         """Compute a node of arguments alone in one pass over rows."""
         if any(n in self.home for n in walk([node]) if n not in self.weights):
             return False
-        for rows, columns in (
-            self.row_shapes(node)[:1] if ("alone", node) not in self.banned else ()
-        ):
+        shapes = [] if ("alone", node) in self.banned else row_shapes(node, self.rows)[:1]
+        for rows, columns in shapes:
             space = Space(columns.size(self.sizes), rows, self.sizes, whole_rows=True)
             draft = self.open("row", 0, space)
             if not self.absorb(node, draft):

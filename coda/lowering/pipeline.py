@@ -3,7 +3,7 @@
     graph ── laws ──▶ normal form ── partition ──▶ drafts ── build ──▶ Program ── schedule ──▶
 
 The laws with a choice are decided by the cost model: the Program is built with and without each,
-and the cheaper one is kept.
+and the cheaper one is kept. Places of a graph that look alike are decided together.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from coda.ir.graph import (
     walk,
 )
 from coda.ir.verify import verify
+from coda.lowering.alike import kinds
 from coda.lowering.build import Banned, build
 from coda.lowering.cost import MACHINES, price
 from coda.lowering.laws import LAWS
 from coda.lowering.partition import Partition
 from coda.lowering.program import Program
-from coda.lowering.rewrite import Accept, Law, Step, rewrite
+from coda.lowering.rewrite import Accept, Law, Place, Step, rewrite
 from coda.lowering.roles import row_symbols
 from coda.lowering.schedule import schedule
 
@@ -58,11 +59,12 @@ def lower(
         raise ArchError("an arch that coda does not know", found=arch, help=" or ".join(MACHINES))
     sizes = check_dims(graph, dims)
     verify(graph, "trace")
-    chosen: set[Node] = set()
-    candidates: list[Node] = []
+    chosen: set[tuple[int, ...]] = set()
+    candidates: list[tuple[int, ...]] = []
+    alike = kinds(graph.roots)
 
-    def accept(_: Law, node: Node) -> bool:
-        key = node.operands[0]
+    def accept(_: Law, __: Node, place: Place) -> bool:
+        key = tuple(alike[p] if isinstance(p, Node) else p for p in place)
         if key not in candidates:
             candidates.append(key)
         return key in chosen

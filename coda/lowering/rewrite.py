@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
 from coda.errors import InternalError
 from coda.ir.dims import ONE, Dim, Shape, product
-from coda.ir.graph import Cast, Const, Contract, Input, Map, Node, Reshape, Size, origin
+from coda.ir.graph import Cast, Const, Contract, Input, Map, Node, Reduce, Reshape, Size, origin
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, bf16, f32, f64
 
@@ -227,7 +228,8 @@ class Step:
     after: Node
 
 
-Accept = Callable[[Law, Node], bool]
+Place = tuple[Node | int, ...]  # a node of the graph that is rewritten, and steps from it
+Accept = Callable[[Law, Node, Place], bool]
 
 
 def rewrite(
@@ -238,37 +240,109 @@ def rewrite(
     Args:
         roots: the outputs of a graph.
         laws: tried in order at each node, operands first.
-        accept: asked before an application of a law with `choice`.
+        accept: asked before an application of a law with `choice`; it is told the place of the
+            node's first operand, which is the same whatever was rewritten before.
         trace: collects what was applied.
     """
-    done: dict[Node, Node] = {}
-    fuel = _FUEL
+    return _Rewrite(_by_kind(tuple(laws)), accept, trace).run(roots)
 
-    def step(node: Node) -> Node | None:
-        for one in laws:
-            new = one.apply(node)
-            if new is not None and new is not node and (not one.choice or accept(one, node)):
-                if trace is not None:
-                    trace.append(Step(one, node, new))
-                return new
-        return None
 
-    def visit(node: Node) -> Node:
-        nonlocal fuel
-        if node in done:
-            return done[node]
-        operands = tuple(visit(o) for o in node.operands)
+Kind = tuple[type[Node], str]
+
+
+def _kind(node: Node) -> Kind:
+    return type(node), node.fn if isinstance(node, Map | Reduce) else ""
+
+
+@lru_cache(maxsize=16)
+def _by_kind(laws: tuple[Law, ...]) -> Mapping[Kind, list[Law]]:
+    """The laws whose left side is a node of some kind, in their order."""
+    found: dict[Kind, list[Law]] = {}
+    for one in laws:
+        found.setdefault(_kind(one.left), []).append(one)
+    return found
+
+
+@dataclass
+class _Rewrite:
+    """One run of the engine: a stack of nodes to visit, and what became of those visited.
+
+    Attributes:
+        laws: by the kind of node that their left side is.
+        accept, trace: as in `rewrite`.
+        done: what became of each node.
+        places: where nodes stand that are not of the graph itself.
+    """
+
+    laws: Mapping[Kind, list[Law]]
+    accept: Accept
+    trace: list[Step] | None
+    done: dict[Node, Node] = field(default_factory=dict)
+    places: dict[Node, Place] = field(default_factory=dict)
+    fuel: int = _FUEL
+
+    def run(self, roots: Sequence[Node]) -> tuple[Node, ...]:
+        """What becomes of the roots."""
+        stack: list[tuple[Node, Node | None]] = []
+        for root in roots:
+            stack.append((root, None))
+            while stack:
+                node, out = stack.pop()
+                if out is not None:  # `out` took the node's place, and was rewritten itself
+                    self.done[node] = self.done[out]
+                elif node not in self.done:
+                    waiting = [o for o in node.operands if o not in self.done]
+                    if waiting:
+                        stack.append((node, None))
+                        stack += [(o, None) for o in reversed(waiting)]
+                    else:
+                        self.leave(node, stack)
+        return tuple(self.done[r] for r in roots)
+
+    def leave(self, node: Node, stack: list[tuple[Node, Node | None]]) -> None:
+        """Rebuild a node on its operands, and apply a law to it."""
         out = node
+        operands = tuple(self.done[o] for o in node.operands)
         if any(a is not b for a, b in zip(operands, node.operands, strict=True)):
             with origin(node.where):
                 out = node.with_operands(operands)
-        new = step(out)
-        if new is not None:
-            fuel -= 1
-            if fuel == 0:
-                raise InternalError("the laws do not come to an end")
-            out = visit(new)
-        done[node] = done[out] = out
-        return out
+            if out in self.done:
+                self.done[node] = self.done[out]
+                return
+            self.places.setdefault(out, self.place(node))
+        new = self.step(out)
+        if new is None:
+            self.done[node] = self.done[out] = out
+            return
+        self.fuel -= 1
+        if self.fuel == 0:
+            raise InternalError("the laws do not come to an end")
+        self.locate(new, self.place(out))
+        stack += [(node, new), (out, new), (new, None)]
 
-    return tuple(visit(r) for r in roots)
+    def step(self, node: Node) -> Node | None:
+        """The node after the first law that applies; None if none does."""
+        for one in self.laws.get(_kind(node), ()):
+            new = one.apply(node)
+            if new is None or new is node:
+                continue
+            if one.choice and not self.accept(one, node, self.place(node.operands[0])):
+                continue
+            if self.trace is not None:
+                self.trace.append(Step(one, node, new))
+            return new
+        return None
+
+    def place(self, node: Node) -> Place:
+        """Where a node stands: itself, if it is of the graph."""
+        return self.places.get(node, (node,))
+
+    def locate(self, new: Node, place: Place) -> None:
+        """Give places to the nodes that a law has made, by their order."""
+        stack, number = [new], 0
+        while stack:
+            node = stack.pop()
+            if node not in self.done and node not in self.places:
+                self.places[node] = (*place, number)
+                number += 1
+                stack.extend(reversed(node.operands))

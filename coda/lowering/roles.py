@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from coda.ir.dims import product
+from coda.ir.dims import Dim, product
 from coda.ir.graph import (
     Cast,
     Concat,
@@ -114,6 +114,20 @@ def in_order(roots: Iterable[Node]) -> list[Node]:
     return [*early, *before, *(n for n in nodes if n in wide), *after]
 
 
+def row_shapes(node: Node, mine: Dim) -> list[tuple[Dim, Dim]]:
+    """Ways to see a node as rows and columns, the rows of the program (`mine`) first."""
+    shape = node.operands[0].shape if isinstance(node, Reduce) else node.shape
+    found: list[tuple[Dim, Dim]] = []
+    for i in range(len(shape) + 1):
+        rows, columns = product(shape[:i]), product(shape[i:])
+        whole = not isinstance(node, Reduce) or i == len(shape) + node.axis
+        if whole and rows == mine:
+            found.insert(0, (rows, columns))
+        elif whole and (i == len(shape) - 1 or not shape):
+            found.append((rows, columns))
+    return found
+
+
 def row_symbols(nodes: Iterable[Node]) -> frozenset[str]:
     """Symbols that are rows of a contraction and never its columns: tokens."""
     rows: set[str] = set()
@@ -175,7 +189,7 @@ def group_siblings(
             reach[node] = frozenset([node])
         elif is_pointwise(node):
             reach[node] = frozenset().union(*(reach.get(o, frozenset()) for o in node.operands))
-            if isinstance(node, Map):
+            if isinstance(node, Map) and reach[node]:
                 joined |= {(a, b) for a in reach[node] for b in reach[node]}
                 others = [o for o in node.args if not reach.get(o) and o not in weights]
                 beside = {i for o in others for i in pointwise_leaves(o)} - weights

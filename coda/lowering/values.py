@@ -15,6 +15,7 @@ from coda.lowering.epilogue import Acc, Call, Expr, Literal, Load
 Ints = NDArray[np.int64]
 NO_LANE = -1  # the lane of a load that is the same for all columns
 TILE_PARTS = (32, 64, 128, 256)  # widths of groups that every tile or subtile is made of
+LONGEST = 100  # operations one after the other in one kernel; what comes then is another's
 LEAF = "%"  # Load("%3") is row leaf 3 of an element: a vector that the element names itself
 
 
@@ -127,7 +128,10 @@ def combine(space: Expressions, fn: str, args: Sequence[Value]) -> Value:
             renamed = tuple(int(v) for v in lanes[j][element])
             expr = space.exprs[int(arg.expr[element])]
             parts.append(substitute(expr, renamed, names[j]))
-        found[i] = space.id(_fold(fn, tuple(parts)))
+        folded = _fold(fn, tuple(parts))
+        if isinstance(folded, Call) and folded.depth > LONGEST:
+            raise Refused(f"more than {LONGEST} operations follow each other in the kernel")
+        found[i] = space.id(folded)
     return Value(shape, found[inverse], slots, leaves, group)
 
 

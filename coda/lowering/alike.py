@@ -1,0 +1,40 @@
+"""Nodes that look alike: the same operations around them, on values of the same shapes.
+
+What is decided for one of them is decided for all: the layers of a model are equal, and trying
+each by itself would take the square of their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+
+from coda.ir.graph import Input, Node, users, walk
+
+BELOW, ABOVE = 4, 3  # how many operations down and up have to agree
+
+
+def kinds(roots: Iterable[Node]) -> dict[Node, int]:
+    """A number for each node of a graph, the same for nodes that look alike."""
+    roots = tuple(roots)
+    nodes, above = list(walk(roots)), users(roots)
+    numbers: dict[Hashable, int] = {}
+    here = {n: numbers.setdefault(_operation(n), len(numbers)) for n in nodes}
+    down = here
+    for _ in range(BELOW):
+        found = {n: (here[n], *(down[o] for o in n.operands)) for n in nodes}
+        down = {n: numbers.setdefault(found[n], len(numbers)) for n in nodes}
+    for _ in range(ABOVE):
+        around = {n: (down[n], "above", *sorted(down[u] for u in above[n])) for n in nodes}
+        down = {n: numbers.setdefault(around[n], len(numbers)) for n in nodes}
+    return down
+
+
+def _operation(node: Node) -> Hashable:
+    """What a node does, whatever to; arguments have no names here."""
+    values: list[object] = []
+    for name in () if isinstance(node, Input) else node.identity:
+        value = getattr(node, name)
+        nested = isinstance(value, tuple) and value and isinstance(value[0], Node)
+        if not (isinstance(value, Node) or nested):
+            values.append(repr(value) if isinstance(value, float) else value)
+    return type(node), node.shape, node.dtype, tuple(values)
