@@ -55,6 +55,7 @@ from coda.frontend.ops import (
 from coda.frontend.tensor import Tensor
 from coda.ir.types import bf16, bool_, e4m3, e5m2, f16, f32, f64, i32, i64
 from coda.runtime.accumulate import accumulate_gradients
+from coda.runtime.share import share_weights
 from coda.version import __version__
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rsqrt",
+    "share_weights",
     "sigmoid",
     "silu",
     "sin",

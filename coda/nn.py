@@ -19,6 +19,7 @@ from coda.frontend import library
 from coda.frontend.shapes import parse_shape
 from coda.frontend.tensor import Spec
 from coda.ir.types import i64
+from coda.runtime.share import share
 
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "silu": library.silu,
@@ -121,6 +122,7 @@ class RMSNormLinear(nn.Module):
 class GatedMLP(nn.Module):
     """w_down(act(w_gate x) · w_up x), after Shazeer (2020), without biases.
 
+    The GEMM reads gate and up as one matrix: they lie in one buffer (`coda.share_weights`).
     Parameters are `gate_weight`, `up_weight` [hidden_features, in_features] and `down_weight`
     [out_features, hidden_features]; `activation` is "silu", "gelu", "gelu_tanh" or "relu".
     """
@@ -147,6 +149,12 @@ class GatedMLP(nn.Module):
         self.gate_weight = _matrix(hidden_features, in_features, **where)
         self.up_weight = _matrix(hidden_features, in_features, **where)
         self.down_weight = _matrix(out_features or in_features, hidden_features, **where)
+        share((self.gate_weight, self.up_weight))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedMLP:
+        super()._apply(fn, recurse)
+        share((self.gate_weight, self.up_weight))  # which `.to()` has taken apart
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""

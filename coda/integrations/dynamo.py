@@ -10,7 +10,7 @@ through any torch code.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,9 @@ def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callabl
     functional = None if report.whole else _functional_or_why(gm, fakes, report)
     if functional is None:
         return _rest(gm, example_inputs)
-    split = _split(functional, report)
+    places = [n for n in functional.graph.nodes if n.op == "placeholder"]
+    given = {n: e for n, e in zip(places, example_inputs, strict=True) if is_parameter(n)}
+    split = _split(functional, report, given)
     return _rest(split if report.regions else gm, example_inputs)
 
 
@@ -131,8 +133,11 @@ def _write_back(gm: GraphModule, mutated: dict[str, str]) -> None:
     output.args = (tuple(values),)
 
 
-def _split(gm: GraphModule, report: GraphReport) -> GraphModule:
-    """The graph with calls of blocks in the place of its regions."""
+def _split(gm: GraphModule, report: GraphReport, given: Mapping[FxNode, Tensor]) -> GraphModule:
+    """The graph with calls of blocks in the place of its regions.
+
+    `given` are the model's own parameters: those that kernels read as one get one memory.
+    """
     modes = _modes(gm.graph)
     _mark_gradients(gm.graph, modes)
     outer = torch.is_grad_enabled()
@@ -145,6 +150,9 @@ def _split(gm: GraphModule, report: GraphReport) -> GraphModule:
         if why:
             found.left |= {n: why for n in whole if n not in kept}
     report.left = count_operators(found.left)
+    for lowered, (_, imported, _) in zip(report.regions, regions, strict=True):
+        pairs = zip(imported.graph.inputs, imported.inputs, strict=True)
+        lowered.settle({i.name: given.get(n) for i, n in pairs})
     return Rebuild(gm, regions, modes).run()
 
 

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from coda.errors import CallError, UnsupportedError
 from coda.integrations import report as told
 from coda.integrations.dynamo import backend
+from coda.integrations.weights import share_alike
 
 _calls: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 SLACK = 2.0  # how many times torch's own error a layer may be away from float64
@@ -129,6 +130,9 @@ def patch(
         if result.replaced:
             module._compiled_call_impl = functools.partial(call, module)
             report.modules.append(module)
+    for kind, name in first.items():
+        if checked[kind].replaced:
+            share_alike(fresh[name], [m for n, m in fresh.items() if kinds[n] == kind])
     if not report.replaced:
         raise UnsupportedError("no layer was replaced", found="\n" + str(report))
     return report

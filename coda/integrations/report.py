@@ -9,10 +9,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.fx import Node as FxNode
 
 from coda.block import Block
 from coda.frontend.aten import VIEWS
+from coda.integrations.weights import WeightUse, settle
 from coda.lowering.cost import MACHINES
 from coda.lowering.explain import Explanation
 from coda.runtime.run import target_arch
@@ -28,6 +30,7 @@ class RegionReport:
         sizes: of the symbols, when it was traced.
         forward: the forward's Program (one that saves, in training), and what it costs.
         backward: the backward's, None without gradients.
+        weights: how its GEMMs read their weights.
     """
 
     block: Block
@@ -35,6 +38,7 @@ class RegionReport:
     sizes: Mapping[str, int]
     forward: Explanation
     backward: Explanation | None
+    weights: list[WeightUse] = field(default_factory=list)
 
     @staticmethod
     def of(
@@ -59,6 +63,19 @@ class RegionReport:
         told = [Explanation(block.program_for(side, arch, False, sizes)) for side in sides]
         return RegionReport(block, ops, sizes, told[0], told[1] if len(told) == 2 else None)
 
+    def settle(self, given: Mapping[str, Tensor | None]) -> None:
+        """Give weights that kernels read as one a memory, and note how each is read.
+
+        `given` has the tensor of each argument, None where it is computed in each call.
+        """
+        sides = [e.program for e in (self.forward, self.backward) if e is not None]
+        self.weights[:] = settle(sides, given)
+
+    @property
+    def copied(self) -> int:
+        """Bytes of copies of weights."""
+        return sum(w.copied for w in self.weights)
+
     @property
     def pays(self) -> bool:
         """Whether it is cheaper than GEMMs apart with all else between them fused, launches and
@@ -82,6 +99,8 @@ class RegionReport:
         return {
             "ops": dict(Counter(self.ops)),
             **{k: {name: v[name] for name in kept} for k, v in told.items()},
+            "weights": [w.json() for w in self.weights],
+            "copied_bytes": self.copied,
         }
 
 
@@ -123,6 +142,11 @@ class Report:
         return sum(g.fused for g in self.graphs)
 
     @property
+    def copied(self) -> int:
+        """Bytes of copies of weights, beside the model's own."""
+        return sum(r.copied for g in self.graphs for r in g.regions)
+
+    @property
     def left(self) -> Counter[tuple[str, str]]:
         """How often torch runs (operator, reason), views not counted."""
         return sum((g.left for g in self.graphs), Counter())
@@ -134,11 +158,13 @@ class Report:
     def tables(self) -> list[Table]:
         """The regions of each graph, and what is left to torch."""
         regions = Table(title="blocks", title_justify="left")
-        for column in ("graph", "ops", "launches", "op by op", "fused between", "MB", "", ""):
+        columns = ("launches", "op by op", "fused between", "MB", "", "", "MB of weights copied")
+        for column in ("graph", "ops", *columns):
             regions.add_column(column, justify="right")
         for number, graph in enumerate(self.graphs):
             for region in graph.regions:
-                regions.add_row(str(number), str(len(region.ops)), *_numbers(region))
+                copied = f"{region.copied / 1e6:.3f}"
+                regions.add_row(str(number), str(len(region.ops)), *_numbers(region), copied)
         left = Table(title="left to torch", title_justify="left")
         for column in ("operator", "times", "why"):
             left.add_column(column, overflow="fold")
@@ -147,7 +173,21 @@ class Report:
         for graph in self.graphs:
             if graph.whole:
                 left.add_row("a graph", "1", graph.whole)
-        return [regions, left]
+        return [regions, left, *self._copies()]
+
+    def _copies(self) -> list[Table]:
+        """Weights that are copied, and why; no table where none is."""
+        copies = Table(title="weights that kernels read from copies", title_justify="left")
+        for column in ("weights", "MB", "why"):
+            copies.add_column(column, overflow="fold")
+        found: Counter[tuple[str, str]] = Counter()
+        for region in (r for g in self.graphs for r in g.regions):
+            for use in region.weights:
+                if use.copied:
+                    found[", ".join(use.weights), use.why] += use.copied
+        for (weights, why), copied in found.items():
+            copies.add_row(weights, f"{copied / 1e6:.3f}", why)
+        return [copies] if found else []
 
     def __str__(self) -> str:
         console = Console(width=100, force_terminal=False, no_color=True)

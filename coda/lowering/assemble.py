@@ -77,7 +77,8 @@ class Assembled:
 
     Attributes:
         epilogue: what happens at a point.
-        order: the accumulator's columns in the kernel's order (None for their own order).
+        split: how far apart the columns lie that the kernel has side by side, as pairs; 0 where
+            it has the columns in their own order.
         packed: row operands to be packed from `sources`.
         sources: the nodes whose vectors are packed, by number.
         nodes: the node that each other operand loads, by name.
@@ -86,12 +87,19 @@ class Assembled:
     """
 
     epilogue: Epilogue
-    order: Ints | None
+    split: int
     packed: tuple[Packed, ...]
     sources: dict[int, Node]
     nodes: dict[str, Node]
     folded: tuple[Node, ...]
     spread: dict[str, Spread]
+
+
+def paired_columns(width: int, split: int) -> Ints:
+    """[width / 2, 2]: columns `split` apart, beside each other."""
+    p = np.arange(width // 2)
+    low = p // split * 2 * split + p % split
+    return np.stack([low, low + split], 1)
 
 
 def pairing(width: int, slots: Sequence[Ints]) -> int | None:
@@ -127,9 +135,7 @@ class _Assembly:
         """[points, lanes]: the columns of each point."""
         if self.split is None:
             return np.arange(self.space.width)[:, None]
-        p = np.arange(self.points)
-        low = p // self.split * 2 * self.split + p % self.split
-        return np.stack([low, low + self.split], 1)
+        return paired_columns(self.space.width, self.split)
 
     def lanes(self, value: Value) -> tuple[Expr, ...]:
         """One expression for each lane of the point, or one for a pair. Raises Refused."""
@@ -354,8 +360,6 @@ def assemble(
             build.bind(Load(sink.index, NO_LANE), {})
     roots = [e for s in (*store_exprs, *sink_exprs) for e in s.lanes]
     statistics, folded = _statistics(build, roots, partial_of)
-    columns = build.columns().reshape(-1)
-    order = None if np.array_equal(columns, np.arange(space.width)) else columns
     used = {int(i) for p in build.packed for i in np.unique(p.source) if i >= 0}
     return Assembled(
         Epilogue(
@@ -365,7 +369,7 @@ def assemble(
             store_exprs,
             sink_exprs,
         ),
-        order,
+        0 if build.split in (None, 1) else build.split,
         tuple(build.packed),
         {i: space.sources[i] for i in sorted(used)},
         build.nodes,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from coda.ir.dims import product
+from coda.ir.dims import ONE, product
 from coda.ir.graph import (
     Cast,
     Const,
@@ -31,6 +31,7 @@ from coda.ir.graph import (
 from coda.ir.scalars import SCALARS
 from coda.lowering.epilogue import Call, Expr
 from coda.lowering.program import GemmKernel, Kernel, Program, RowwiseKernel, TorchKernel
+from coda.lowering.roles import stacked
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,16 @@ def kernel_seconds(program: Program, kernel: Kernel) -> tuple[float, str]:
     return max(memory, compute), "tensor cores" if compute > memory else "memory"
 
 
-def prepare_bytes(program: Program) -> int:
-    """Bytes moved to make what is computed of weights, once for each version of them."""
+def prepare_bytes(program: Program, matrices: bool = False) -> int:
+    """Bytes moved to make what is computed of weights, once for each version of them.
+
+    Arguments one below the other are as they lie. With `matrices`, vectors are not counted.
+    """
     known = set(program.prepared.values())
     total = 0
     for node in program.prepared.values():
+        if stacked(node) or (matrices and product(node.shape[:-1]) == ONE):
+            continue
         inputs = [n for n in walk([node]) if isinstance(n, Input) or (n in known and n is not node)]
         total += sum(memory_bytes(n, program) for n in inputs) + memory_bytes(node, program)
     return total
@@ -202,10 +208,11 @@ def price(program: Program) -> float:
     """What the laws' choices are decided by: bytes and launches, in seconds.
 
     FLOPs of the tensor cores are the same for all programs of a block. Weights that may change are
-    prepared in each call.
+    prepared in each call. Matrices that are made of weights count in each call even if those do not
+    change: such a copy takes as much memory as the weight, for as long as the model runs.
     """
     machine = MACHINES[program.arch]
-    moved = hbm_bytes(program) + (0 if program.frozen else prepare_bytes(program))
+    moved = hbm_bytes(program) + prepare_bytes(program, matrices=program.frozen)
     return moved / machine.bandwidth + machine.launch * len(program.kernels)
 
 

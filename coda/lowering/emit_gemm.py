@@ -26,6 +26,7 @@ from coda.lowering.epilogue import (
     leaves,
 )
 from coda.lowering.program import GemmKernel, Program
+from coda.lowering.weights import halves
 
 COMPILED = {bf16, f16, e4m3, e5m2}
 RESERVED = {"acc", "c", "D", "epilogue", "prepass", "KERNEL"}
@@ -98,12 +99,21 @@ def emit_gemm(program: Program, kernel: GemmKernel) -> Source:
     weights = " | ".join(label(c.rhs, program) for c in kernel.contracts)
     ragged = n % kernel.config.tile_n != 0
     head = f"{kernel.name} of {program.graph.name}: {label(kernel.a, program)} @ [{weights}].T"
-    return _Emitter(program, kernel.assembled, ragged).emit(f"{head}, {m}×{n}×{k}.")
+    split = halves(program, kernel)
+    rows = (split, n // (2 * split)) if split else None
+    return _Emitter(program, kernel.assembled, ragged, rows).emit(f"{head}, {m}×{n}×{k}.")
 
 
 class _Emitter:
-    def __init__(self, program: Program, assembled: Assembled, ragged: bool) -> None:
+    def __init__(
+        self,
+        program: Program,
+        assembled: Assembled,
+        ragged: bool,
+        halves: tuple[int, int] | None,
+    ) -> None:
         self.program, self.assembled, self.ragged = program, assembled, ragged
+        self.halves = halves
         self.epilogue: Epilogue = assembled.epilogue
         self.pair = self.epilogue.pair
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
@@ -267,7 +277,8 @@ class _Emitter:
             needed = [p for p in parameters if _mentions(before[0], p)]
             lines = [*self.function("prepass", needed, [], *before), "", "", *lines]
         imported = sorted(body.imported | before[0].imported | ({"pack", "unpack"} & self.used))
-        imports = ["from quack.epilogue.frontend import gemm_epilogue"]
+        source = "coda.runtime.halves" if self.halves else "quack.epilogue.frontend"
+        imports = [f"from {source} import gemm_epilogue"]
         theirs = sorted(self.classes - OURS)
         if "rotary_cos_sin_load" in theirs:
             theirs.remove("rotary_cos_sin_load")
@@ -323,6 +334,9 @@ class _Emitter:
         before: tuple[Lines, list[tuple[str, str]]],
     ) -> list[str]:
         lines = ["KERNEL = gemm_epilogue("]
+        if self.halves:
+            # Rows of the weight in pairs: groups of two halves, so many rows apart.
+            lines.append("    split={}, groups={},".format(*self.halves))
         stores = {s.buffer: s for s in self.epilogue.stores}
         shown = [self.output(name, stores[buffer], lane) for name, buffer, lane in outputs]
         if shown:

@@ -31,6 +31,7 @@ from coda.lowering.cost import (
 )
 from coda.lowering.program import GemmKernel, Kernel, Program, RowwiseKernel, TorchKernel
 from coda.lowering.show import show_config
+from coda.lowering.weights import WeightRead, weight_reads
 
 KINDS: dict[type, str] = {GemmKernel: "gemm", RowwiseKernel: "rows", TorchKernel: "torch"}
 
@@ -63,6 +64,7 @@ class Explanation:
             "launches": len(program.kernels),
             "hbm_bytes": hbm_bytes(program),
             "prepared_bytes": prepare_bytes(program),
+            "weights": [self._weight(r) for r in weight_reads(program)],
             "eager": vars(self.eager),
             "pointwise_fused": vars(self.pointwise),
             "laws": [{"law": s.law.name, "at": str(s.before.where)} for s in program.steps],
@@ -82,6 +84,17 @@ class Explanation:
                 time, _ = kernel_seconds(self.program, kernel)
                 why = pass_reason(self.program, kernel)
                 yield kernel, why, moved.read_bytes + moved.write_bytes, time
+
+    def _weight(self, read: WeightRead) -> dict[str, Any]:
+        """How a GEMM reads its weights."""
+        return {
+            "kernel": read.kernel,
+            "weights": list(read.weights),
+            "bytes": read.nbytes,
+            "copied": bool(read.why),
+            "why": read.why,
+            "together": [i.name for i in read.together] if len(read.together) > 1 else [],
+        }
 
     def _unfused(self) -> list[Any]:
         return list({(_at(u.node), u.why): u for u in self.program.unfused}.values())
@@ -132,6 +145,7 @@ class Explanation:
             console.print(
                 f"made of weights once for each version of them: {names} ({moved:.1f} MB)"
             )
+        self.print_weights(console)
         console.print(self._ops())
         self.print_passes(console)
         unfused = self._unfused()
@@ -139,6 +153,15 @@ class Explanation:
             console.print(f"not fused: {_at(one.node)}: {one.why}")
         if not unfused:
             console.print("nothing was left unfused")
+
+    def print_weights(self, console: Console) -> None:
+        """Write which weights are read from a copy, and which are if they lie apart."""
+        for read in weight_reads(self.program):
+            what = f"{read.kernel} reads {', '.join(read.weights)} ({read.nbytes / 1e6:.1f} MB)"
+            if read.why:
+                console.print(f"{what} from a copy: {read.why}")
+            elif len(read.together) > 1:
+                console.print(f"{what} in place if they share a buffer (coda.share_weights)")
 
     def print_passes(self, console: Console) -> None:
         """Write what each pass over rows costs, and why there is one."""

@@ -70,6 +70,16 @@ def flat(node: Concat) -> list[Node]:
     return found
 
 
+def stacked(node: Node) -> tuple[Input, ...]:
+    """The arguments of which a matrix is made, one below the other; none for another node."""
+    if isinstance(node, Input):
+        return (node,)
+    if isinstance(node, Concat) and node.rank == 2 and node.axis == -2:
+        parts = [stacked(a) for a in node.args if a.dtype == node.dtype]
+        return tuple(i for p in parts for i in p) if len(parts) == len(node.args) else ()
+    return ()
+
+
 def pointwise_leaves(node: Node, weights: Collection[Node] = ()) -> set[Node]:
     """The arguments that a node is made of by pointwise operations, and what is made of weights."""
     found: set[Node] = set()

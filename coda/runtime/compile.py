@@ -170,7 +170,7 @@ def _compile(program: Program, kernel: GemmKernel | RowwiseKernel) -> None:
 
         def matrix(self, kernel: GemmKernel) -> Tensor:
             _, n, k = kernel.problem(self.sizes)
-            if len(kernel.contracts) == 1 and kernel.assembled.order is None:
+            if len(kernel.contracts) == 1 and not kernel.assembled.split:
                 return aligned(self.value(kernel.contracts[0].rhs), turned=True)
             return padded(n, k, kernel.contracts[0].rhs.dtype.torch, torch.device("cpu"))
 

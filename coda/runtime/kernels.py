@@ -20,10 +20,11 @@ from coda.lowering.emit_rowwise import emit_rowwise
 from coda.lowering.program import GemmKernel, Program, RowwiseKernel
 from coda.lowering.row_pieces import row_parts
 from coda.lowering.schedule import cta_rows
+from coda.lowering.weights import WeightRead, halves, weight_reads
 from coda.runtime import quack_target, settings
 from coda.runtime.cache import kernel_directory, object_directory
 from coda.runtime.memo import Memo
-from coda.runtime.prepare import packed_row, weight_matrix
+from coda.runtime.prepare import one_below_another, packed_row, paired_rows, weight_matrix
 from coda.runtime.reference import ReferenceRun, matrix
 from coda.runtime.replay import Recording, Replays, Step
 from coda.runtime.rowwise_target import Rows
@@ -35,6 +36,7 @@ class State:
 
     gemms: dict[str, quack_target.Gemm]
     rows: dict[str, Rows]
+    reads: dict[str, WeightRead]
     memo: Memo
     replays: Replays
 
@@ -47,7 +49,8 @@ _states: weakref.WeakKeyDictionary[Program, State] = weakref.WeakKeyDictionary()
 def state_of(program: Program) -> State:
     """The emitted sources and loaded kernels of a program."""
     if program not in _states:
-        _states[program] = State({}, {}, Memo(), Replays(quack_target.run_plan))
+        reads = {r.kernel: r for r in weight_reads(program)}
+        _states[program] = State({}, {}, reads, Memo(), Replays(quack_target.run_plan))
     return _states[program]
 
 
@@ -110,8 +113,10 @@ class KernelRun(ReferenceRun):
                 found[place.buffer] = named[held]
         return found
 
-    def fold(self) -> dict[Node, Tensor]:
-        return self.once("folded", self.program.prepared.values(), super().fold)
+    def folded(self, nodes: Sequence[Node], known: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
+        name = ("folded", *(n for n, node in self.program.prepared.items() if node in nodes))
+        make = super().folded
+        return self.once(name, nodes, lambda: make(nodes, known))
 
     def operand(self, assembled: Assembled, name: str) -> Tensor:
         spread = assembled.spread.get(name)
@@ -136,12 +141,14 @@ class KernelRun(ReferenceRun):
             a, b = (self.new((x.shape[0], 16), x.dtype, "zero") for x in (a, b))
         operands = {**self.packed(kernel), **self.loaded(kernel)}
         operands |= self.tables(kernel, gemm.source)
-        ones = self.once("ones", [kernel.contracts[0].rhs], lambda: _ones_like_rows(b))
-        operands |= dict.fromkeys(gemm.source.masks, ones)
-        if gemm.source.row_masks:
-            rows = _ones(a.shape[0], a.device)
-            self.recording.constant(rows, [])
-            operands |= dict.fromkeys(gemm.source.row_masks, rows)
+        for masks, count in (
+            (gemm.source.masks, b.shape[0]),
+            (gemm.source.row_masks, a.shape[0]),
+        ):
+            if masks:
+                ones = _ones(count, a.device)
+                self.recording.constant(ones, [])
+                operands |= dict.fromkeys(masks, ones)
         indices = {}
         for sink in kernel.assembled.epilogue.sinks:
             if sink.index is not None:
@@ -268,16 +275,23 @@ class KernelRun(ReferenceRun):
         return self.buffers[name]
 
     def matrix(self, kernel: GemmKernel) -> Tensor:
-        """B, [N, K]: siblings merged, rows in the kernel's order of columns."""
+        """B, [N, K]: siblings one below the other; their own memory where they lie so in it."""
         roots = [c.rhs for c in kernel.contracts]
-        if not self.program.is_weight(roots[0]):
-            return aligned(self.value(roots[0]), turned=True)
+        by_halves = halves(self.program, kernel) > 0
 
         def make() -> Tensor:
             whole = weight_matrix(kernel, {n: self.value(n) for n in roots})
-            return aligned(whole, turned=True)
+            whole = whole if by_halves else paired_rows(kernel, whole)
+            return aligned(whole, turned=not by_halves)
 
-        return self.once(("matrix", kernel.name), roots, make)
+        read = state_of(self.program).reads.get(kernel.name)
+        if read is None:  # of an activation
+            return make()
+        whole = None if read.why else one_below_another([self.value(n) for n in roots])
+        if whole is None or aligned(whole, not by_halves) is not whole:
+            return self.once(("matrix", kernel.name), roots, make)
+        self.recording.lie_together([self.inputs[i] for i in read.together])
+        return whole
 
     def packed(self, kernel: GemmKernel | RowwiseKernel) -> dict[str, Tensor]:
         """Packed row operands."""
@@ -311,10 +325,6 @@ class KernelRun(ReferenceRun):
 @lru_cache(maxsize=64)
 def _ones(count: int, device: torch.device) -> Tensor:
     return torch.ones(count, device=device)
-
-
-def _ones_like_rows(b: Tensor) -> Tensor:
-    return torch.ones(b.shape[0], device=b.device)
 
 
 def padded(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,50 +1,96 @@
-"""Weights -> what the kernels load of them: merged, interleaved, folded and packed, once a version.
+"""Weights -> what the kernels load of them: views, or copies that are merged, folded and packed.
 
 A prepared tensor depends on weights alone. It is made when a kernel first needs it, and again when
-one of those weights has changed (torch counts the versions of a tensor).
+one of those weights has changed (torch counts the versions of a tensor). Weights that lie one below
+the other in one memory are one matrix as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Input, Node, walk
-from coda.lowering.assemble import Packed
+from coda.lowering.assemble import Packed, paired_columns
 from coda.lowering.program import GemmKernel, Program, RowwiseKernel
-from coda.lowering.roles import is_turned
+from coda.lowering.roles import is_turned, stacked
+
+
+def together(program: Program, tensors: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
+    """Prepared nodes that are arguments one below the other, where these lie so in memory."""
+    found: dict[Node, Tensor] = {}
+    for node in program.prepared.values():
+        whole = one_below_another([tensors[i] for i in stacked(node)])
+        if whole is not None:
+            found[node] = whole
+    return found
+
+
+def one_below_another(parts: Sequence[Tensor]) -> Tensor | None:
+    """Matrices as the one that they are parts of, from the first one down; None if they are not.
+
+    They are, if they lie in one memory, rows at one distance, each after the one before.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if not parts or any(p.ndim != 2 for p in parts):
+        return None
+    first = parts[0]
+    after, step = first.storage_offset(), first.stride()
+    memory = first.untyped_storage().data_ptr()
+    for part in parts:
+        like = (part.dtype, part.shape[1], part.stride()) == (first.dtype, first.shape[1], step)
+        here = part.untyped_storage().data_ptr() == memory and part.storage_offset() == after
+        if not (like and here and part.numel()):
+            return None
+        after += part.shape[0] * step[0]
+    rows = sum(p.shape[0] for p in parts)
+    return first.detach().as_strided((rows, first.shape[1]), step)
 
 
 def folded_weights(
-    program: Program, tensors: Mapping[Node, Tensor], compute: torch.dtype, rounding: bool
+    program: Program,
+    nodes: Iterable[Node],
+    tensors: Mapping[Node, Tensor],
+    compute: torch.dtype,
+    rounding: bool,
 ) -> dict[Node, Tensor]:
-    """Values of all prepared nodes.
+    """Values of some prepared nodes; those that a GEMM reads as one matrix lie so in memory.
 
     Weights of contractions come first, rounded as they are stored: sums over them must see the
     same rounded values, or a large mean would not cancel.
     """
-    known = dict(tensors)
-    factors = [c.rhs for k in program.gemms() for c in k.contracts]
-    weights = [w.operands[0] if is_turned(w) else w for w in factors]
-    nodes = list(program.prepared.values())
+    known, nodes = dict(tensors), list(nodes)
+    factors = [[c.rhs for c in k.contracts] for k in program.gemms()]
+    weights = {w.operands[0] if is_turned(w) else w for group in factors for w in group}
     for node in sorted(nodes, key=lambda n: n not in weights):
         (value,) = evaluate([node], known, program.sizes, compute)
         if node in weights and rounding:
             value = value.to(node.dtype.torch)
         known[node] = value.contiguous()
+    for group in factors:
+        if len(group) > 1 and all(n in nodes for n in group):
+            parts = [known[n] for n in group]
+            known |= zip(group, torch.cat(parts).split([len(p) for p in parts]), strict=True)
     return {n: known[n] for n in nodes}
 
 
 def weight_matrix(kernel: GemmKernel, values: Mapping[Node, Tensor]) -> Tensor:
-    """The GEMM's B, [N, K]: siblings one under the other, rows in the kernel's order of columns."""
+    """The GEMM's B, [N, K]: siblings one below the other, a copy where they do not lie so."""
     parts = [values[c.rhs] for c in kernel.contracts]
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    order = kernel.assembled.order
-    if order is None:
+    whole = one_below_another(parts)
+    return torch.cat(parts) if whole is None else whole
+
+
+def paired_rows(kernel: GemmKernel, whole: Tensor) -> Tensor:
+    """B with its rows in the kernel's order of columns: partners beside each other."""
+    split = kernel.assembled.split
+    if not split:
         return whole
+    order = paired_columns(whole.shape[0], split).reshape(-1)
     return whole[torch.from_numpy(order).to(whole.device)]
 
 

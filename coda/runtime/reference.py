@@ -35,7 +35,13 @@ from coda.lowering.epilogue import (
 )
 from coda.lowering.program import GemmKernel, Program, RowwiseKernel, TorchKernel
 from coda.lowering.roles import is_view
-from coda.runtime.prepare import folded_weights, packed_row, weight_matrix
+from coda.runtime.prepare import (
+    folded_weights,
+    packed_row,
+    paired_rows,
+    together,
+    weight_matrix,
+)
 
 Tensors = Mapping[str, Tensor]
 
@@ -78,7 +84,13 @@ class ReferenceRun:
 
     def fold(self) -> dict[Node, Tensor]:
         """What is made of weights."""
-        return folded_weights(self.program, self.inputs, self.compute, rounding=not self.exact)
+        lying = together(self.program, self.inputs)
+        rest = [n for n in self.program.prepared.values() if n not in lying]
+        return lying | self.folded(rest, self.inputs | lying)
+
+    def folded(self, nodes: Sequence[Node], known: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
+        """Values of prepared nodes that have to be computed."""
+        return folded_weights(self.program, nodes, known, self.compute, rounding=not self.exact)
 
     def run(self) -> tuple[Tensor, ...]:
         for kernel in self.program.kernels:
@@ -130,7 +142,7 @@ class ReferenceRun:
     def gemm(self, kernel: GemmKernel) -> None:
         a = matrix(self.value(kernel.a)).to(self.compute)
         weights = {c.rhs: self.value(c.rhs) for c in kernel.contracts}
-        b = weight_matrix(kernel, weights).to(self.compute)
+        b = paired_rows(kernel, weight_matrix(kernel, weights)).to(self.compute)
         acc = a @ b.transpose(0, 1)
         self.epilogue(kernel.assembled, acc, acc.shape[0], acc.shape[1], kernel.config.tile_n)
 

@@ -98,6 +98,33 @@ def bound(x: Any, tensors: Sequence[Tensor]) -> Any:
     return x
 
 
+@dataclass(frozen=True)
+class Roles:
+    """What the arguments of a call are to its replay, by position.
+
+    Attributes:
+        sources: kept memory was made of them: they are known by identity and version.
+        others: known by shape, strides, type and alignment.
+        together: those that are read as one lie at the same distances in one memory.
+    """
+
+    sources: tuple[int, ...]
+    others: tuple[int, ...]
+    together: tuple[tuple[int, ...], ...]
+
+    def key(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+        """What of the arguments is built into a replay."""
+        found: list[Any] = [id(inputs[i]) for i in self.sources]
+        for i in self.others:
+            t = inputs[i]
+            found += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
+        for first, *rest in self.together:
+            at, memory = inputs[first].data_ptr(), _memory(inputs[first])
+            for i in rest:
+                found += (inputs[i].data_ptr() - at, _memory(inputs[i]) == memory)
+        return tuple(found)
+
+
 class _Unknown(Exception):
     """A launch took a tensor that was made in the call in a way that is not recorded."""
 
@@ -111,6 +138,7 @@ class Recording:
         self.buffers: list[tuple[Tensor, bool]] = []
         self.constants: set[int] = set()
         self.sources: set[int] = set()
+        self.together: set[tuple[int, ...]] = set()
 
     def made(self, buffer: Tensor, zero: bool) -> None:
         """Memory that the call makes."""
@@ -122,6 +150,18 @@ class Recording:
         mine = {_memory(t) for t in self.inputs}
         self.constants |= {_memory(t) for t in tensors} - mine
         self.sources |= {i for i, t in enumerate(self.inputs) if any(t is m for m in made_of)}
+
+    def lie_together(self, tensors: Sequence[Tensor]) -> None:
+        """Arguments that a launch reads as one, which it does only where they lie as now."""
+        places = [next(i for i, t in enumerate(self.inputs) if t is one) for one in tensors]
+        if len(places) > 1:
+            self.together.add(tuple(places))
+
+    def roles(self) -> Roles:
+        """What each argument is to a replay."""
+        sources = tuple(sorted(self.sources))
+        others = tuple(i for i in range(len(self.inputs)) if i not in self.sources)
+        return Roles(sources, others, tuple(sorted(self.together)))
 
     def replay(
         self,
@@ -180,33 +220,25 @@ def _view(x: Tensor, index: int, base: Tensor) -> View:
 
 
 class Replays:
-    """Replays of one program, by its weights' identities and the other arguments' shapes."""
+    """Replays of one program, by its weights' identities and the other arguments' shapes.
+
+    Weights may be copied in some calls and read as they lie in others: `roles` has each such case.
+    """
 
     def __init__(self, run_plan: Callable[..., None]) -> None:
         self.run_plan = run_plan
-        self.sources: tuple[int, ...] = ()
-        self.others: tuple[int, ...] = ()
-        self.found: dict[tuple[Any, ...], tuple[list[Witness], Replay]] = {}
-
-    def key(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The weights, and what of the other arguments is built into a replay."""
-        ids: list[Any] = [id(inputs[i]) for i in self.sources]
-        for i in self.others:
-            t = inputs[i]
-            ids += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
-        return tuple(ids)
+        self.roles: list[Roles] = []
+        self.found: dict[tuple[int, tuple[Any, ...]], tuple[list[Witness], Replay]] = {}
 
     def find(self, inputs: Sequence[Tensor]) -> Replay | None:
         """The replay for these arguments, or None where they were not seen, or have changed."""
-        if not self.found:
-            return None
-        held = self.found.get(self.key(inputs))
-        if held is None:
-            return None
-        for witness, index in zip(held[0], self.sources, strict=True):
-            if not witness.holds(inputs[index]):
-                return None
-        return held[1]
+        for number, roles in enumerate(self.roles):
+            held = self.found.get((number, roles.key(inputs)))
+            if held is not None:
+                pairs = zip(held[0], roles.sources, strict=True)
+                if all([w.holds(inputs[i]) for w, i in pairs]):
+                    return held[1]
+        return None
 
     def keep(
         self, recording: Recording, outputs: Sequence[Tensor], updated: Sequence[bool] = ()
@@ -215,12 +247,13 @@ class Replays:
         replay = recording.replay(outputs, self.run_plan, updated)
         if replay is None:
             return
-        inputs = recording.inputs
-        self.sources = tuple(sorted(recording.sources))
-        self.others = tuple(i for i in range(len(inputs)) if i not in recording.sources)
+        inputs, roles = recording.inputs, recording.roles()
+        if roles not in self.roles:
+            self.roles.append(roles)
         over = [k for k, (w, _) in self.found.items() if any(x.is_over() for x in w)]
         for key in over:
             del self.found[key]
         if len(self.found) >= LIMIT:
             self.found.pop(next(iter(self.found)))
-        self.found[self.key(inputs)] = [Witness(inputs[i]) for i in self.sources], replay
+        key = self.roles.index(roles), roles.key(inputs)
+        self.found[key] = [Witness(inputs[i]) for i in roles.sources], replay
