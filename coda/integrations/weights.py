@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from coda.ir.graph import Input
 from coda.lowering.program import Program
 from coda.lowering.weights import weight_reads
 from coda.runtime.share import share, shared_groups
@@ -44,17 +45,18 @@ def settle(
         programs: of the region.
         given: the tensor of each argument, None where it is computed in each call.
     """
+    reads = [r for p in programs for r in weight_reads(p)]
+    groups = dict.fromkeys(r.together for r in reads if len(r.together) > 1 and not r.why)
+    apart: dict[tuple[Input, ...], str] = {}
+    for group in sorted(groups, key=len, reverse=True):  # parts of a larger one then lie right
+        tensors = [given.get(i.name) for i in group]
+        known = [t for t in tensors if t is not None]
+        computed = "some of them are computed in each call"
+        apart[group] = share(known) if len(known) == len(tensors) else computed
     found: list[WeightUse] = []
-    for program in programs:
-        for read in weight_reads(program):
-            why = read.why
-            if not why and len(read.together) > 1:
-                tensors = [given.get(i.name) for i in read.together]
-                known = [t for t in tensors if t is not None]
-                same = len(known) == len(tensors)
-                why = share(known) if same else "some are computed in each call"
-            copied = read.nbytes if why else 0
-            found.append(WeightUse(read.kernel, read.weights, copied, why))
+    for read in reads:
+        why = read.why or apart.get(read.together, "")
+        found.append(WeightUse(read.kernel, read.weights, read.nbytes if why else 0, why))
     return tuple(found)
 
 
