@@ -147,8 +147,8 @@ class Block:
         Args:
             arch, dims, dtype: as in `lower`.
             wanted: names of the arguments to differentiate; by default all floats.
-            memory: "min" saves arguments alone, "balanced" moves the fewest bytes, "speed"
-                computes nothing again; by default the block's.
+            memory: "min" saves arguments and statistics of rows alone, "balanced" moves the
+                fewest bytes, "speed" computes nothing again; by default the block's.
         """
         arch, graph = target_arch(arch or ""), self.graph_of(dtype)
         sizes = check_dims(graph, dims or {})
@@ -301,9 +301,9 @@ def block(
 
     Args:
         fn: the function; or use `@coda.block(memory=...)`.
-        memory: what a call that trains saves for its backward. "min" saves arguments alone and
-            computes the rest again, "balanced" moves the fewest bytes, "speed" computes nothing
-            again.
+        memory: what a call that trains saves for its backward. "min" saves arguments and
+            statistics of rows, and computes the rest again, "balanced" moves the fewest bytes,
+            "speed" computes nothing again.
 
     Raises:
         UnsupportedError: for another `memory`.

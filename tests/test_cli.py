@@ -66,7 +66,7 @@ def test_explain_backward(capsys):
     for memory in ("min", "balanced"):
         _, out, _ = run(capsys, "explain", MLP, *options, "--memory", memory, "--json")
         saved[memory] = json.loads(out)["saved_bytes_per_token"]
-    assert saved["min"]["coda"] == saved["min"]["checkpointed"] < saved["balanced"]["coda"]
+    assert saved["min"]["coda"] == saved["min"]["checkpointed"] + 4 < saved["balanced"]["coda"]
     assert saved["balanced"]["coda"] < saved["balanced"]["eager"]
     _, out, _ = run(capsys, "explain", MLP, *options, "--wanted", "w_down", "--text")
     assert out.count("program mlp") == 2

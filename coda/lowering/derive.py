@@ -5,8 +5,8 @@ norm's statistics are sums over values that are at hand where the cotangent is m
 are scaled before they are stored, so that weight gradients read activations as they are.
 
 What is saved is a minimum cut between the block's arguments and what the derivative reads, by
-bytes written and read. Contractions and statistics of rows are not computed again, unless memory is
-all that counts.
+bytes written and read. Statistics of rows, a number each, are not computed again, and contractions
+only where memory is all that counts.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def derive(
         sizes: of every symbol: what bytes are reckoned with.
         wanted: names of the arguments to differentiate; by default all floats.
         given: names of the outputs that have a cotangent; by default all floats.
-        memory: "min" saves arguments alone, "balanced" moves the fewest bytes, "speed" computes
-            nothing again.
+        memory: "min" saves arguments and statistics of rows alone, "balanced" moves the fewest
+            bytes, "speed" computes nothing again.
     """
     check_memory(memory)
     floats = [i.name for i in graph.inputs if i.dtype.kind == "float"]
@@ -166,10 +166,9 @@ def _choose(
         """Whether a statistic is that of whole rows: those of a row's parts are cheap."""
         return all(d == ONE or d.symbols & tokens for d in node.shape)
 
-    kept: set[Node] = set()
+    kept: set[Node] = {n for n in forward if isinstance(n, Reduce) and of_rows(n)}
     if memory != "min":
         kept |= {n for n in forward if isinstance(n, Contract)}
-        kept |= {n for n in forward if isinstance(n, Reduce) and of_rows(n)}
 
     def cost(node: Node) -> int | None:
         if node not in known:
@@ -178,7 +177,7 @@ def _choose(
         if isinstance(node, Input):
             return held
         if memory == "min":
-            return None
+            return held if node in kept else None
         return held + 1 if node in returned else 2 * held + 1
 
     return minimum_cut(list(needed), free, kept, cost)
