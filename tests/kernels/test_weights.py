@@ -1,4 +1,4 @@
-"""Weights that kernels read where they lie, held bit by bit against copies in the kernel's order."""
+"""Weights that kernels read where they lie, held bit by bit against ordered copies."""
 
 import pytest
 import torch

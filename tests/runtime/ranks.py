@@ -14,7 +14,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import coda
 from coda.errors import CallError
+from coda.integrations.dynamo import backend
 from coda.measure import random_inputs, relative
+from coda.runtime.share import share
 from tests.runtime.test_call import SIZES, mlp
 
 T = coda.Tensor
@@ -179,7 +181,71 @@ def fsdp2_in_bf16(mesh):
     assert sharded_gradients(mesh, mp_policy=policy) < 5e-2
 
 
+class Gated(torch.nn.Module):
+    """A gated MLP as torch writes it; notes why its weights are not moved in a call."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up = (torch.nn.Linear(16, 32, bias=False) for _ in range(2))
+        self.down = torch.nn.Linear(32, 16, bias=False)
+        self.seen = []
+
+    def forward(self, x):
+        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+
+    def matrices(self):
+        return self.gate.weight, self.up.weight
+
+
+def steps(model, rank=None):
+    """Three steps on the same rows, those of one rank or all; the weights after them."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(3):
+        torch.manual_seed(step)
+        x = torch.randn(8, 16)
+        optimizer.zero_grad()
+        model(x if rank is None else x.chunk(2)[rank]).square().mean().backward()
+        optimizer.step()
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return [p.detach().clone() for p in whole]
+
+
+def hold_against_plain(mesh, model):
+    expected = steps(Gated())
+    fully_shard(model, mesh=mesh)
+    for found, exact in zip(steps(model, dist.get_rank()), expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+
+
+def fsdp2_of_weights_that_share_a_buffer(mesh):
+    model = Gated()
+    coda.share_weights(*model.matrices())
+    hold_against_plain(mesh, model)
+    with pytest.raises(CallError, match="not a plain parameter: DTensor"):
+        coda.share_weights(*model.matrices())
+
+
+def fsdp2_keeps_its_own_buffers(mesh):
+    """What is gathered for a call is never moved, by hand or by the compiler."""
+    model = Gated()
+    forward = torch.compile(Gated.forward, backend=backend)
+
+    def call(x):
+        model.seen.append(share(model.matrices()))
+        return forward(model, x)
+
+    model.forward = call
+    hold_against_plain(mesh, model)
+    assert len(model.seen) == 3
+    assert all("somebody else looks at" in why for why in model.seen)
+    assert coda.last_report().fused
+    assert coda.last_report().copied
+
+
 CHECKS = (
+    fsdp2_of_weights_that_share_a_buffer,
+    fsdp2_keeps_its_own_buffers,
     rows_are_shared_out,
     columns_and_rows_of_weights_are_shared_out,
     heads_are_shared_out,
@@ -197,6 +263,7 @@ def run_checks(rank, directory):
     """Run all checks as one of two processes; leave a file with a traceback for each that fails."""
     torch.set_num_threads(1)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), "2"
+    os.environ["CODA_FALLBACK"] = "eager"
     store = f"file://{directory / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
