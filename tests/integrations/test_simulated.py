@@ -43,5 +43,6 @@ def test_a_layers_kernels(name, arch, monkeypatch):
     monkeypatch.setenv("CODA_ARCH", arch)
     found = gradients(layer, torch.compile(layer, backend="coda"), args, kwargs)
     assert coda.last_report().fused > 20
+    assert coda.last_report().copied == 0
     for a, b in zip(found, expected, strict=True):
         assert distance(a, b) < 2e-2

@@ -139,6 +139,7 @@ def test_frozen_weights_are_shared_and_not_folded(llama):
     assert coda.last_report().copied == 0
 
 
+@pytest.mark.slow
 def test_adapters_train_on_shared_weights():
     import peft
 
