@@ -19,11 +19,11 @@ from coda.lowering.derive import Training, check_memory, derive
 from coda.lowering.explain import Explanation
 from coda.lowering.explain_training import TrainingExplanation
 from coda.lowering.pipeline import check_dims, lower
-from coda.lowering.program import Program
+from coda.lowering.program import NO_TERMS, Program, Terms
 from coda.lowering.roles import row_symbols
 from coda.runtime.bind import arrange, given_sizes
 from coda.runtime.modes import cast_arguments, refuse_transforms
-from coda.runtime.run import Updates, block_op, needs_dispatch, register, run_block, target_arch
+from coda.runtime.run import block_op, needs_dispatch, register, run_block, target_arch
 from coda.runtime.sharded import any_sharded, call_sharded
 from coda.runtime.train import train_block
 
@@ -154,8 +154,8 @@ class Block:
         sizes = check_dims(graph, dims or {})
         training = derive(graph, sizes, wanted, memory=memory or self.memory)
         forward, backward = (
-            lower(g, {s: sizes[s] for s in g.symbols}, arch)
-            for g in (training.forward, training.backward)
+            lower(g, {s: sizes[s] for s in g.symbols}, arch, terms=terms)
+            for g, terms in ((training.forward, NO_TERMS), (training.backward, training.terms()))
         )
         return forward, backward
 
@@ -252,21 +252,19 @@ class Block:
         arch: str,
         frozen: bool,
         sizes: Mapping[str, int],
-        updates: Updates = (),
+        terms: Terms = NO_TERMS,
     ) -> Program:
         """A Program that serves these sizes: one for all sizes of symbols that are not built in.
 
-        `graph` is the block's, or one of its training; `updates` are outputs, each with the
-        argument that it is written over.
+        `graph` is the block's, or one of its training; `terms` are what it may do with memory.
         """
-        variant = (graph, arch, frozen, updates)
+        variant = (graph, arch, frozen, terms)
         fixed = self._fixed.get(variant)
         if fixed is not None:
             key = (*variant, tuple((s, sizes[s]) for s in fixed))
             if key in self._programs:
                 return self._programs[key]
-        program = lower(graph, {s: sizes[s] for s in graph.symbols}, arch, frozen)
-        program.updates = dict(updates)
+        program = lower(graph, {s: sizes[s] for s in graph.symbols}, arch, frozen, terms)
         self._fixed[variant] = fixed = tuple(sorted(program.fixed))
         self._programs[(*variant, tuple((s, sizes[s]) for s in fixed))] = program
         return program

@@ -17,6 +17,7 @@ from coda.frontend.aten import VIEWS
 from coda.integrations.weights import WeightUse, settle
 from coda.lowering.cost import MACHINES
 from coda.lowering.explain import Explanation
+from coda.lowering.program import NO_TERMS
 from coda.runtime.run import target_arch
 
 
@@ -59,8 +60,11 @@ class RegionReport:
             program = block.program_for(graph, arch, frozen, sizes)
             return RegionReport(block, ops, sizes, Explanation(program), None)
         training = block.training_for(graph, wanted, block.memory, sizes)
-        sides = [training.forward, training.backward][: 2 if training.wanted else 1]
-        told = [Explanation(block.program_for(side, arch, False, sizes)) for side in sides]
+        sides = [(training.forward, NO_TERMS), (training.backward, training.terms())]
+        told = [
+            Explanation(block.program_for(side, arch, False, sizes, terms))
+            for side, terms in sides[: 2 if training.wanted else 1]
+        ]
         return RegionReport(block, ops, sizes, told[0], told[1] if len(told) == 2 else None)
 
     def settle(self, given: Mapping[str, Tensor | None]) -> None:

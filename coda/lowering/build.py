@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,6 +11,7 @@ from coda.errors import InternalError
 from coda.ir.dims import ONE, Dim, Shape, product
 from coda.ir.graph import (
     Cast,
+    Concat,
     Const,
     Contract,
     Graph,
@@ -26,8 +27,9 @@ from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
 from coda.lowering.assemble import Assembled, Sink, Store, assemble
 from coda.lowering.columns import Space
+from coda.lowering.draft import Draft
 from coda.lowering.epilogue import Acc, Operand
-from coda.lowering.partition import Draft, Partition
+from coda.lowering.partition import Partition
 from coda.lowering.program import (
     Buffer,
     Config,
@@ -83,7 +85,7 @@ class _Build:
             kernel = self.kernel(draft)
             if kernel is not None:
                 kernels.append(kernel)
-        program.kernels = tuple(self.typed(k) for k in _number(kernels[::-1]))
+        program.kernels = tuple(self.typed(k) for k in numbered(kernels[::-1]))
         returned = {partition.storage(root) for _, root in program.outputs}
         for node in returned & program.places.keys():
             buffer = program.buffers[program.places[node].buffer]
@@ -109,6 +111,8 @@ class _Build:
                 operand = replace(operand, dtype=self.program.buffers[place.buffer].dtype)
             elif node is not None and self.is_unrounded(node):
                 operand = replace(operand, dtype=f32)
+            if operand.kind == "scalar" and isinstance(kernel, GemmKernel):
+                operand = replace(operand, dtype=f32)  # as which it is passed
             operands.append(operand)
         epilogue = replace(assembled.epilogue, operands=tuple(operands))
         return replace(kernel, assembled=replace(assembled, epilogue=epilogue))
@@ -135,7 +139,7 @@ class _Build:
         under = self.partition.storage(node)
         name = self.partition.name(under)
         buffers = self.program.buffers
-        if under in self.partition.joined:
+        if isinstance(under, Concat) and under in self.partition.joined:
             self.join(under)
         elif isinstance(under, Input):
             buffers.setdefault(name, Buffer(name, "input", under.shape, under.dtype))
@@ -147,14 +151,19 @@ class _Build:
         else:
             self.needed.add(under)
 
-    def join(self, node: Node) -> None:
-        """A buffer that several kernels write, each its own columns."""
+    def join(self, node: Concat) -> None:
+        """A buffer that several kernels write, each its own columns or rows."""
         if node in self.program.places:
             return
         name = self.partition.name(node)
-        self.program.places[node] = Place(name, 0, node.shape[-1].size(self.sizes))
-        self.buffer(name, (product(node.shape[:-1]), node.shape[-1]), node.dtype)
         parts = self.partition.joined[node]
+        columns = node.rank - 1
+        if node in self.partition.stacked:
+            self.program.stacked.add(name)
+            columns = node.rank + node.axis + 1
+        rows, width = product(node.shape[:columns]), product(node.shape[columns:])
+        self.program.places[node] = Place(name, 0, width.size(self.sizes))
+        self.buffer(name, (rows, width), node.dtype)
         self.program.joined[name] = tuple(self.partition.name(p) for p in parts)
         for part in parts:
             self.needed.add(part)
@@ -223,7 +232,7 @@ class _Build:
             value = space.compute(node)
             at = starts[node]
             for i, (group, end) in enumerate(groups):
-                alone = {group[0][0], node} & self.partition.part_of.keys()
+                alone = {group[0][0], node} & self.partition.piece_of.keys()
                 same = group[0][0].dtype == node.dtype and at >= 0 and not alone
                 if same and end == at and draft.kind == "gemm":
                     group.append((node, value))
@@ -369,7 +378,7 @@ def _fits(space: Space, stores: list[Store], sinks: list[Sink], build: _Build) -
     return True
 
 
-def _number(kernels: list[Kernel]) -> list[Kernel]:
+def numbered(kernels: Iterable[Kernel]) -> list[Kernel]:
     """Names in the order of launches: gemm0, rows1, torch2."""
     prefix = {GemmKernel: "gemm", RowwiseKernel: "rows", TorchKernel: "torch"}
     return [replace(k, name=f"{prefix[type(k)]}{i}") for i, k in enumerate(kernels)]

@@ -9,7 +9,7 @@ only move the arrays. RoPE, gated activations and per-head norms need no case of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -34,6 +34,7 @@ from coda.ir.graph import (
 )
 from coda.ir.types import f32
 from coda.lowering.epilogue import Acc, Expr, Literal, Load, Stat, stat_names
+from coda.lowering.roles import base
 from coda.lowering.values import (
     LEAF,
     LONGEST,
@@ -50,6 +51,11 @@ from coda.lowering.values import (
 
 SUMS = ("sum", "mean")
 Segment = tuple[int, int]  # the first of some columns, and how many
+
+
+def is_number(node: Node) -> bool:
+    """Whether a node has one element, whatever the sizes are."""
+    return all(d == ONE for d in node.shape)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ class Space:
         rows: number of rows, as a dim.
         sizes: the size of every symbol.
         leaf: what a node is called that the kernel loads, or None where it does not.
+        weights: nodes that are known before the call.
         accumulators: contractions of this kernel, with the first column of each.
         whole_rows: whether a reduction over all columns can be used again (row kernels).
         segmented: whether a concatenation is taken part by part, each in its own columns.
@@ -117,6 +124,7 @@ class Space:
     rows: Dim
     sizes: Mapping[str, int]
     leaf: Callable[[Node], str | None] = lambda node: None
+    weights: Collection[Node] = ()
     accumulators: Mapping[Node, int] = field(default_factory=dict)
     whole_rows: bool = False
     segmented: bool = True
@@ -256,6 +264,8 @@ class Space:
 
     def split(self, node: Node) -> int:
         """How many of the node's leading axes are the rows. Raises Refused."""
+        if self.rows != ONE and is_number(node):
+            return 0
         total = ONE
         for i in range(node.rank + 1):
             if total == self.rows and (i or self.rows == ONE):
@@ -337,14 +347,16 @@ class Space:
             return self.at((1,) * columns, Literal(float(value)), None)
         name = self.leaf(node)
         if name is None:
-            return self.compute(node)
+            value = self.compute(node)
+            alone = is_number(node) and len(value.shape) != columns
+            return value.move(lambda a: a.reshape((1,) * columns)) if alone else value
         cut = max(0, node.rank - columns)
         over_rows = self.over_rows(name, node, columns)
         shape = tuple(d.size(self.sizes) for d in node.shape[cut:])
         shape = (1,) * (columns - len(shape)) + shape
         count = int(np.prod(shape))
         if count == 1:
-            if not over_rows and self.accumulators and node.dtype != f32:
+            if not over_rows and self.accumulators and node in self.weights and node.dtype != f32:
                 return self._source(shape, node)  # a GEMM's scalars are float32, vectors are packed
             return self.at(shape, Load(name, NO_LANE), None)
         if (over_rows or self.rows == ONE) and count == self.width:
@@ -379,6 +391,8 @@ class Space:
         """A vector or a table narrower than the space: each element names its own column of it."""
         if np.prod(shape) > 16 * self.width + 65536:
             raise Refused("an operand is larger than the rows of the kernel")
+        if self.rows == ONE and isinstance(base(node), Input) and node not in self.weights:
+            raise Refused("an argument that is new in every call is not packed")
         if node not in self.sources:
             self.sources.append(node)
         value = self.at(shape, Load(LEAF + "0", NO_LANE), None)

@@ -34,6 +34,7 @@ from coda.ir.types import f32
 from coda.ir.vjp import vjp
 from coda.lowering.cut import minimum_cut
 from coda.lowering.laws import EXCHANGES, LAWS
+from coda.lowering.program import Terms, Updates
 from coda.lowering.rewrite import Law, rewrite
 from coda.lowering.roles import row_symbols, weight_nodes
 from coda.lowering.siblings import merge_siblings
@@ -53,6 +54,7 @@ class Training:
             where the backward does not read it.
         wanted: names of the arguments whose gradients the backward gives, in order. An argument
             that no output depends on is missing.
+        memory: how it was asked to trade memory for traffic.
     """
 
     forward: Graph
@@ -60,6 +62,13 @@ class Training:
     saved: tuple[str, ...]
     cotangents: tuple[str | None, ...]
     wanted: tuple[str, ...]
+    memory: str = "balanced"
+
+    def terms(self, updates: Updates = ()) -> Terms:
+        """What the backward may do with memory, where outputs are written over arguments."""
+        saved = frozenset(self.saved)
+        passing = saved | {name for name in self.cotangents if name}
+        return Terms(updates, saved, passing, self.memory == "min")
 
 
 def derive(
@@ -101,7 +110,7 @@ def derive(
     if memory != "min":
         gradients = exchanged(gradients, merged)
     saved = _choose(merged, [n for _, n in gradients], sizes, memory, original)
-    return _split(graph, normal, gradients, saved, original, roles, taken)
+    return _split(graph, normal, gradients, saved, original, roles, taken, memory)
 
 
 def exchanged(gradients: list[tuple[str, Node]], forward: Graph) -> list[tuple[str, Node]]:
@@ -191,6 +200,7 @@ def _split(
     original: Mapping[Node, Node],
     roles: list[Input | None],
     taken: set[str],
+    memory: str,
 ) -> Training:
     """The two graphs, with saved values as outputs of one and inputs of the other."""
     kept = [n for n in saved if not isinstance(n, Input)]
@@ -225,6 +235,7 @@ def _split(
         tuple(n for n, _ in outputs if n in used),
         tuple(r.name if r is not None and r in reached else None for r in roles),
         tuple(name[1:] for name, _ in gradients),
+        memory,
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import keyword
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from coda.errors import UnsupportedError
 from coda.ir.dims import show_shape
@@ -26,6 +27,7 @@ from coda.lowering.epilogue import (
     leaves,
 )
 from coda.lowering.program import GemmKernel, Program
+from coda.lowering.twins import first_alike
 from coda.lowering.weights import halves
 
 COMPILED = {bf16, f16, e4m3, e5m2}
@@ -79,6 +81,18 @@ class Source:
     row_masks: tuple[str, ...]
     groups: dict[str, int]
 
+    def renamed(self, names: Mapping[str, str]) -> Source:
+        """The same module for a kernel whose operands and buffers have other names."""
+        return replace(
+            self,
+            d=self.d and names[self.d],
+            outputs=tuple((emitted, names[b], lane) for emitted, b, lane in self.outputs),
+            operands={names[o]: emitted for o, emitted in self.operands.items()},
+            tables=tuple(
+                replace(t, operands=tuple(names[o] for o in t.operands)) for t in self.tables
+            ),
+        )
+
 
 def safe(name: str) -> str:
     """A name that an emitted function may use."""
@@ -86,7 +100,7 @@ def safe(name: str) -> str:
 
 
 def emit_gemm(program: Program, kernel: GemmKernel) -> Source:
-    """The module of a GEMM kernel of a program."""
+    """The module of a GEMM kernel of a program: that of the first one that is alike."""
     kinds = {kernel.a.dtype, *(c.rhs.dtype for c in kernel.contracts)}
     if len(kinds) > 1 or not kinds <= COMPILED:
         raise UnsupportedError(
@@ -95,6 +109,11 @@ def emit_gemm(program: Program, kernel: GemmKernel) -> Source:
             help='cast to bf16, or run it on backend="reference"',
             where=kernel.contracts[0].where,
         )
+    first, names = first_alike(program, kernel)
+    return _emit(program, first).renamed(names)
+
+
+def _emit(program: Program, kernel: GemmKernel) -> Source:
     m, n, k = kernel.problem(program.sizes)
     weights = " | ".join(label(c.rhs, program) for c in kernel.contracts)
     ragged = n % kernel.config.tile_n != 0

@@ -31,6 +31,7 @@ class RowSource:
         parameters: (emitted name, operand or buffer, columns, whether it is written), in order.
             Sums over the rows of an earlier kernel have any number of parts: 0 columns.
         types: the element type of each parameter, as coda names it.
+        padded: whether rows of matrices begin at multiples of 16 bytes, whatever their length.
         partials: the buffers of sums over rows, which have a row for each partial.
     """
 
@@ -39,11 +40,15 @@ class RowSource:
     parameters: tuple[tuple[str, str, int, bool], ...]
     types: tuple[str, ...]
     partials: tuple[str, ...]
+    padded: bool = False
 
 
-def emit_rowwise(program: Program, kernel: RowwiseKernel) -> RowSource:
-    """The module of a pass over rows."""
-    return _Emitter(program, kernel).emit()
+def emit_rowwise(program: Program, kernel: RowwiseKernel, padded: bool = False) -> RowSource:
+    """The module of a pass over rows.
+
+    With `padded`, rows of matrices begin at multiples of 16 bytes although they have other lengths.
+    """
+    return _Emitter(program, kernel, padded).emit()
 
 
 class _Emitter(Sweeps):
@@ -57,7 +62,7 @@ class _Emitter(Sweeps):
         text = self.module(names, body)
         name = "coda_rows_" + hashlib.sha256(text.encode()).hexdigest()[:24]
         partials = tuple(s.buffer for s in self.epilogue.sinks)
-        return RowSource(text, name, parameters, self.types(parameters), partials)
+        return RowSource(text, name, parameters, self.types(parameters), partials, self.padded)
 
     def parameters(self) -> tuple[tuple[str, str, int, bool], ...]:
         found: list[tuple[str, str, int, bool]] = []
@@ -154,6 +159,7 @@ class _Emitter(Sweeps):
         """The sweep that stores."""
         out: list[str] = []
         for piece in self.pieces:
+            self.enter(piece)
             step = self.stored(piece)
             out += self.loop(piece, step) if step.exprs else []
         return out

@@ -29,6 +29,7 @@ from coda.lowering.cost import (
     scalar_flops,
     traffic,
 )
+from coda.lowering.memory import temporary_bytes
 from coda.lowering.program import GemmKernel, Kernel, Program, RowwiseKernel, TorchKernel
 from coda.lowering.show import show_config
 from coda.lowering.weights import WeightRead, weight_reads
@@ -73,6 +74,8 @@ class Explanation:
                 {"kernel": k.name, "why": why, "bytes": moved, "roofline_us": time * 1e6}
                 for k, why, moved, time in self._passes()
             ],
+            "temporary_bytes": temporary_bytes(program),
+            "parts": [{"op": _at(c.node), "columns": list(c.columns)} for c in program.cuts],
             "unfused": [{"op": _at(u.node), "why": u.why} for u in self._unfused()],
         }
 
@@ -146,6 +149,8 @@ class Explanation:
                 f"made of weights once for each version of them: {names} ({moved:.1f} MB)"
             )
         self.print_weights(console)
+        kept = temporary_bytes(program) / 1e6
+        console.print(f"memory for what is not returned: {kept:.1f} MB at most")
         console.print(self._ops())
         self.print_passes(console)
         unfused = self._unfused()
@@ -164,7 +169,9 @@ class Explanation:
                 console.print(f"{what} in place if they share a buffer (coda.share_weights)")
 
     def print_passes(self, console: Console) -> None:
-        """Write what each pass over rows costs, and why there is one."""
+        """Write what is made in parts, and what each pass over rows costs, and why there is one."""
+        for cut in self.program.cuts:
+            console.print(f"{_at(cut.node)} is made in {cut}")
         for kernel, why, moved, time in self._passes():
             console.print(f"{kernel.name} costs {moved / 1e6:.1f} MB, {time * 1e6:.1f} µs: {why}")
 

@@ -20,6 +20,7 @@ from coda.ir.graph import Const, Expand, Graph, Input, Iota, Node, Size, walk
 from coda.ir.vjp import vjp
 from coda.lowering.cost import MACHINES, hbm_bytes, label
 from coda.lowering.explain import Explanation
+from coda.lowering.memory import temporary_bytes
 from coda.lowering.program import Program
 from coda.lowering.roles import base, row_symbols, weight_nodes
 
@@ -144,6 +145,12 @@ class TrainingExplanation:
             console.print(one.kernels(f"kernels of the {name}"))
         console.print(self._totals())
         console.print(self._memory())
+        both = (self.forward, self.backward)
+        most = [f"{temporary_bytes(e.program) / 1e6:.1f} MB" for e in both]
+        console.print(
+            f"memory for what is neither kept nor returned: at most {most[0]} in the forward and "
+            f"{most[1]} in the backward"
+        )
         for one in (self.forward, self.backward):
             one.print_passes(console)
 

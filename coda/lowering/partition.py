@@ -17,6 +17,7 @@ import numpy as np
 
 from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import (
+    Cast,
     Concat,
     Const,
     Contract,
@@ -33,6 +34,7 @@ from coda.ir.graph import (
 )
 from coda.ir.monoids import MONOIDS
 from coda.lowering.columns import Segment, Space
+from coda.lowering.draft import LAST, Draft, Order
 from coda.lowering.program import Unfused
 from coda.lowering.roles import (
     base,
@@ -46,40 +48,11 @@ from coda.lowering.roles import (
     over_rows,
     pointwise_leaves,
     row_shapes,
+    stacks,
     summand,
     weight_nodes,
 )
 from coda.lowering.values import LONGEST, Refused, Value
-
-Order = tuple[int, int]  # the GEMM that came last, running number
-LAST = 1 << 30  # behind all GEMMs: sums that are only returned are folded together
-
-
-@dataclass(eq=False)
-class Draft:
-    """A kernel in the making.
-
-    Attributes:
-        kind: "gemm", "row" or "torch".
-        order: its place among the kernels.
-        space: its columns (a torch kernel has none).
-        contracts: a GEMM's contractions.
-        homed: nodes that are computed here first.
-        sinks: reductions and picks that are taken in a GEMM's epilogue, with their values.
-        over_rows: those of them that sum over the rows.
-        why: why a torch kernel's node is there.
-        symbols: those that the number of columns of a pass over rows depends on.
-    """
-
-    kind: str
-    order: Order
-    space: Space
-    contracts: tuple[Contract, ...] = ()
-    homed: list[Node] = field(default_factory=list)
-    sinks: dict[Node, Value] = field(default_factory=dict)
-    over_rows: set[Node] = field(default_factory=set)
-    why: str = ""
-    symbols: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -92,12 +65,15 @@ class Partition:
         banned: (place, node): nodes that a kernel's layout of columns cannot take. The place is a
             GEMM's first contraction, or a pass over rows that is "shared" or taken "alone".
         apart: whether contractions whose rows are reduced have a GEMM of their own.
+        passing: names of arguments that are new in every call.
+        part_of: contractions of a value that is made in parts.
         home: where each node is computed first.
         drafts: the kernels, in no order.
         loadable: nodes that will be in memory if somebody loads them.
         joined: nodes that are concatenations in memory, with the nodes whose kernels write their
             parts.
-        part_of: those parts, with the concatenation.
+        piece_of: those parts, with the concatenation.
+        stacked: concatenations whose parts are rows.
         waiting: how many operations deep a node of arguments alone is that is not placed yet.
     """
 
@@ -105,6 +81,8 @@ class Partition:
     sizes: Mapping[str, int]
     banned: frozenset[tuple[Node | str, Node]] = frozenset()
     apart: bool = False
+    passing: frozenset[str] = frozenset()
+    part_of: Mapping[Node, int] = field(default_factory=dict)
     home: dict[Node, Draft] = field(default_factory=dict)
     drafts: list[Draft] = field(default_factory=list)
     loadable: set[Node] = field(default_factory=set)
@@ -112,7 +90,8 @@ class Partition:
     named: dict[str, Node] = field(default_factory=dict)
     unfused: list[Unfused] = field(default_factory=list)
     joined: dict[Node, tuple[Node, ...]] = field(default_factory=dict)
-    part_of: dict[Node, Node] = field(default_factory=dict)
+    piece_of: dict[Node, Node] = field(default_factory=dict)
+    stacked: set[Node] = field(default_factory=set)
     weights: set[Node] = field(default_factory=set)
     siblings: dict[Node, tuple[Contract, ...]] = field(default_factory=dict)
     users: dict[Node, list[Node]] = field(default_factory=dict)
@@ -125,14 +104,14 @@ class Partition:
         nodes = in_order(self.graph.roots)
         self.users = users(self.graph.roots)
         self.named = {i.name: i for i in self.graph.inputs}
-        self.weights = weight_nodes(nodes)
+        self.weights = weight_nodes(nodes, self.passing)
         contracts = [n for n in nodes if isinstance(n, Contract) and n not in self.weights]
         matrices = [c.lhs for c in contracts if not over_rows(c)]
         matrices += [c.lhs.operands[0] for c in contracts if over_rows(c)]
         matrices += [i for i in self.graph.inputs if i.rank > 1]
         if matrices:
             self.rows = product(matrices[0].shape[:-1])
-        self.siblings = group_siblings(contracts, nodes, self.weights, self.apart)
+        self.siblings = group_siblings(contracts, nodes, self.weights, self.apart, self.part_of)
         forced = [*self.graph.roots, *(o for c in contracts for o in c.operands)]
         self.loadable = {self.storage(n) for n in forced}
         for node in nodes:
@@ -162,6 +141,8 @@ class Partition:
             return
         if isinstance(node, Concat) and self.too_wide(node, last) and self.join(node):
             return
+        if isinstance(node, Concat) and stacks(node) and self.join(node, stacked=True):
+            return
         if last.kind == "gemm":
             if isinstance(node, Reduce | Pick) and self.sink(node, last):
                 return
@@ -184,23 +165,29 @@ class Partition:
         width = node.shape[-1].size(self.sizes)
         return draft.kind != "torch" and node.axis == -1 and width > draft.space.width
 
-    def join(self, node: Concat) -> bool:
-        """Make a concatenation in memory, whose parts are written where they are computed."""
+    def join(self, node: Concat, stacked: bool = False) -> bool:
+        """Make a concatenation in memory, whose parts are written where they are computed.
+
+        Parts are columns, or `stacked` rows.
+        """
         parts = [self.storage(a) for a in flat(node)]
         whole = [
             product(p.shape) == product(a.shape) for p, a in zip(parts, flat(node), strict=True)
         ]
-        taken = any(p in self.part_of or p in self.joined for p in parts)
+        taken = any(p in self.piece_of or p in self.joined for p in parts)
         known = any(isinstance(p, Input | Const) or p in self.weights for p in parts)
         if not all(whole) or taken or known or len(set(parts)) < len(parts):
             return False
         for part in parts:
             self.materialise(part)
-        rows = product(node.shape[:-1])
-        if any(self.home[p].space.rows != rows or not self.fills(p) for p in parts):
+        rows = [a.shape[node.axis] if stacked else product(node.shape[:-1]) for a in flat(node)]
+        spaces = [self.home[p].space for p in parts]
+        fits = [s.rows == r for s, r in zip(spaces, rows, strict=True)]
+        if not all(fits) or not all(map(self.fills, parts)):
             return False
         self.joined[node] = tuple(parts)
-        self.part_of |= dict.fromkeys(parts, node)
+        self.stacked |= {node} if stacked else set()
+        self.piece_of |= dict.fromkeys(parts, node)
         self.home[node] = max((self.home[p] for p in parts), key=lambda d: d.order)
         self.loadable.add(node)
         return True
@@ -237,6 +224,7 @@ class Partition:
         self.opened += 1
         draft = Draft(kind, (index, self.opened), space, contracts)
         space.leaf = lambda n: self.leaf(n, draft)
+        space.weights = self.weights
         self.drafts.append(draft)
         return draft
 
@@ -567,7 +555,14 @@ class Partition:
         return False
 
     def hosts(self, node: Node) -> list[Draft]:
-        """Kernels with a point for each element of a node, which load the arguments it needs."""
+        """Kernels with a point for each element of a node, which load the arguments it needs.
+
+        Of what is made of one reduction, for each element that this reduces.
+        """
+        under = node
+        while isinstance(under, Cast | Reshape):
+            under = under.arg
+        node = under.arg if isinstance(under, Reduce) else node
         elements = product(node.shape).size(self.sizes)
         found: list[Draft] = []
         for draft in reversed(self.drafts):

@@ -28,18 +28,24 @@ from coda.ir.graph import (
 )
 from coda.ir.verify import verify
 from coda.lowering.alike import kinds
-from coda.lowering.build import Banned, build
+from coda.lowering.build import Banned, build, numbered
 from coda.lowering.cost import MACHINES, price
 from coda.lowering.laws import LAWS
+from coda.lowering.memory import plan_memory, soonest_freed
 from coda.lowering.partition import Partition
-from coda.lowering.program import Program
+from coda.lowering.parts import Parted, in_parts
+from coda.lowering.program import NO_TERMS, Program, Terms
 from coda.lowering.rewrite import Accept, Law, Place, Step, rewrite
 from coda.lowering.roles import row_symbols
 from coda.lowering.schedule import schedule
 
 
 def lower(
-    graph: Graph, dims: Mapping[str, int], arch: str = "sm_90a", frozen: bool = False
+    graph: Graph,
+    dims: Mapping[str, int],
+    arch: str = "sm_90a",
+    frozen: bool = False,
+    terms: Terms = NO_TERMS,
 ) -> Program:
     """The cheapest Program that we find for a graph.
 
@@ -50,6 +56,7 @@ def lower(
         arch: "sm_90a" or "sm_100a".
         frozen: whether weights keep their values (inference), so that what is made of them is
             made once.
+        terms: what the Program may do with memory.
 
     Raises:
         ArchError: for another arch.
@@ -69,19 +76,19 @@ def lower(
             candidates.append(key)
         return key in chosen
 
-    best = _lower(graph, sizes, arch, frozen, accept)
+    best = _lower(graph, sizes, arch, frozen, terms, accept)
     tried = 0
     while tried < len(candidates):
         key = candidates[tried]
         tried += 1
         chosen.add(key)
-        program = _lower(graph, sizes, arch, frozen, accept)
+        program = _lower(graph, sizes, arch, frozen, terms, accept)
         if price(program) < price(best):
             best = program
         else:
             chosen.discard(key)
     if any(isinstance(u.node, Reduce | Pick) for u in best.unfused):
-        program = _lower(graph, sizes, arch, frozen, accept, apart=True)
+        program = _lower(graph, sizes, arch, frozen, terms, accept, apart=True)
         best = min(program, best, key=price)
     return best
 
@@ -91,6 +98,7 @@ def _lower(
     sizes: dict[str, int],
     arch: str,
     frozen: bool,
+    terms: Terms,
     accept: Accept,
     apart: bool = False,
 ) -> Program:
@@ -98,17 +106,23 @@ def _lower(
     steps: list[Step] = []
     normal = graph.with_roots(_numbers(rewrite(graph.roots, LAWS, accept, steps), sizes))
     verify(normal, "laws")
+    parted = in_parts(normal, sizes, terms.passing) if terms.thrifty else Parted(normal)
+    verify(parted.graph, "parts")
     banned: frozenset[tuple[Node | str, Node]] = frozenset()
     while True:
         try:
-            program = build(Partition(normal, sizes, banned, apart).run(), graph, arch)
+            placed = Partition(parted.graph, sizes, banned, apart, terms.passing, parted.part_of)
+            program = build(placed.run(), graph, arch)
             break
         except Banned as refusal:
             if (refusal.place, refusal.node) in banned:
                 raise InternalError(f"the partition does not come to an end: {refusal}") from None
             banned |= {(refusal.place, refusal.node)}
-    program.steps, program.normal, program.frozen = steps, normal, frozen
-    return schedule(program)
+    program.steps, program.normal, program.cuts = steps, parted.graph, parted.cuts
+    program.frozen, program.terms = frozen, terms
+    if program.cuts:
+        program.kernels = tuple(numbered(soonest_freed(program)))
+    return plan_memory(schedule(program))
 
 
 def _numbers(roots: tuple[Node, ...], sizes: Mapping[str, int]) -> tuple[Node, ...]:

@@ -14,6 +14,7 @@ from coda.ir.dims import Dim, Shape, product
 from coda.ir.graph import Contract, Graph, Node, Permute, Reshape, Slice
 from coda.ir.types import DType
 from coda.lowering.assemble import Assembled
+from coda.lowering.parts import Cut
 from coda.lowering.rewrite import Step
 
 
@@ -126,6 +127,32 @@ class TorchKernel:
 
 
 Kernel = GemmKernel | RowwiseKernel | TorchKernel
+Updates = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a caller lets a Program do with memory.
+
+    Attributes:
+        updates: outputs that are written over an argument: a name, and the argument's.
+        spare: arguments that a call may give up: nobody reads them after the Program.
+        passing: arguments that are new in every call, as no weight is.
+        thrifty: whether what the Program makes for itself is made in parts where it is large.
+    """
+
+    updates: Updates = ()
+    spare: frozenset[str] = frozenset()
+    passing: frozenset[str] = frozenset()
+    thrifty: bool = False
+
+    @property
+    def updated(self) -> frozenset[str]:
+        """The outputs that are written over an argument."""
+        return frozenset(name for name, _ in self.updates)
+
+
+NO_TERMS = Terms()
 
 
 @dataclass(frozen=True)
@@ -149,6 +176,7 @@ class Program:
         places: where each node that is in memory lies.
         outputs: each output's name and its node (a view of a node in memory, or itself there).
         joined: buffers that are made of others side by side, each written by its own kernel.
+        stacked: those of them whose parts are rows, one below the other.
         weights: arguments that no token reaches.
         prepared: nodes of weights alone that are computed once, by buffer name.
         steps: the laws that were applied.
@@ -157,7 +185,11 @@ class Program:
         fixed: symbols whose sizes are built into the kernels; the others may change from call to
             call.
         frozen: whether weights keep their values, so that what is made of them is made once.
-        updates: outputs that are written over an argument: a name, and the argument's.
+        terms: what the caller lets it do with memory.
+        overwrites: buffers that are written over one that is over then, or over an argument if the
+            call gives it up.
+        cuts: values that are made in parts.
+        freed: for each kernel, the buffers that are over once it is done.
     """
 
     graph: Graph
@@ -168,6 +200,7 @@ class Program:
     places: dict[Node, Place] = field(default_factory=dict)
     outputs: tuple[tuple[str, Node], ...] = ()
     joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    stacked: set[str] = field(default_factory=set)
     weights: frozenset[Node] = frozenset()
     prepared: dict[str, Node] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
@@ -175,7 +208,15 @@ class Program:
     normal: Graph | None = None
     fixed: frozenset[str] = frozenset()
     frozen: bool = False
-    updates: dict[str, str] = field(default_factory=dict)
+    terms: Terms = NO_TERMS
+    overwrites: dict[str, str] = field(default_factory=dict)
+    freed: tuple[tuple[str, ...], ...] = ()
+    cuts: tuple[Cut, ...] = ()
+
+    @property
+    def updates(self) -> dict[str, str]:
+        """Outputs that are written over an argument: a name, and the argument's."""
+        return dict(self.terms.updates)
 
     def is_weight(self, node: Node) -> bool:
         """Whether a node is an argument that no token reaches, or is made of such arguments."""
@@ -206,7 +247,7 @@ class Program:
     __str__ = text
 
     def source(self) -> str:
-        """The generated CuTe DSL of all kernels, one module after the other."""
+        """The generated CuTe DSL of all kernels, one module after the other; each text once."""
         from coda.lowering.emit_gemm import emit_gemm
         from coda.lowering.emit_rowwise import emit_rowwise
 
@@ -218,7 +259,7 @@ class Program:
                 texts.append(emit_rowwise(self, kernel).text)
             else:
                 texts.append(f'"""{kernel.name}: torch, since {kernel.why}."""\n')
-        return "\n\n".join(texts)
+        return "\n\n".join(dict.fromkeys(texts))
 
     def gemms(self) -> Iterator[GemmKernel]:
         """The GEMM kernels."""

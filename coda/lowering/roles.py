@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
-from coda.ir.dims import Dim, product
+from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import (
     Cast,
     Concat,
@@ -80,6 +80,12 @@ def stacked(node: Node) -> tuple[Input, ...]:
     return ()
 
 
+def stacks(node: Concat) -> bool:
+    """Whether a concatenation is one of rows: nothing lies before its axis."""
+    before = node.shape[: node.rank + node.axis]
+    return all(d == ONE for d in before)
+
+
 def pointwise_leaves(node: Node, weights: Collection[Node] = ()) -> set[Node]:
     """The arguments that a node is made of by pointwise operations, and what is made of weights."""
     found: set[Node] = set()
@@ -152,8 +158,11 @@ def row_symbols(nodes: Iterable[Node]) -> frozenset[str]:
     return frozenset(rows - columns)
 
 
-def weight_nodes(nodes: list[Node]) -> set[Node]:
-    """Nodes that no token reaches: they change only when a weight does."""
+def weight_nodes(nodes: list[Node], passing: Collection[str] = ()) -> set[Node]:
+    """Nodes that no token reaches: they change only when a weight does.
+
+    `passing` names arguments that are new in every call.
+    """
     tokens = row_symbols(nodes)
     if tokens:
         free = {
@@ -165,6 +174,7 @@ def weight_nodes(nodes: list[Node]) -> set[Node]:
         right = [n.rhs for n in nodes if isinstance(n, Contract)]
         left = {i for n in nodes if isinstance(n, Contract) for i in walk([n.lhs])}
         free = {n for n in walk(right) if isinstance(n, Input) and n not in left}
+    free = {n for n in free if n.name not in passing}
     found: set[Node] = set(free)
     for node in nodes:
         if isinstance(node, Iota) and not tokens & node.count.symbols:
@@ -177,20 +187,26 @@ def weight_nodes(nodes: list[Node]) -> set[Node]:
 
 
 def group_siblings(
-    contracts: list[Contract], nodes: list[Node], weights: set[Node], apart: bool = False
+    contracts: list[Contract],
+    nodes: list[Node],
+    weights: set[Node],
+    apart: bool = False,
+    part_of: Mapping[Node, int] | None = None,
 ) -> dict[Node, tuple[Contract, ...]]:
     """Contractions of one activation that share a GEMM.
 
     Those that an elementwise operation joins (gate and up) pair their columns and stay among
     themselves, and so does one that is joined with another matrix, which would not be as wide as
     the kernel; the others of the activation go side by side. With `apart`, those whose rows are
-    reduced do not: the reduction is then one of whole rows of the GEMM, and so its sink.
+    reduced do not: the reduction is then one of whole rows of the GEMM, and so its sink. Those of
+    different parts of a value (`part_of`) stay apart.
     """
-    by_input: dict[Node, list[Contract]] = {}
+    part_of = part_of or {}
+    by_input: dict[tuple[Node, int], list[Contract]] = {}
     out: dict[Node, tuple[Contract, ...]] = {c: (c,) for c in contracts}
     for one in contracts:
         if one.rhs in weights:
-            by_input.setdefault(one.lhs, []).append(one)
+            by_input.setdefault((one.lhs, part_of.get(one, -1)), []).append(one)
     reach: dict[Node, frozenset[Node]] = {}
     mixed: set[Node] = set()
     joined: set[tuple[Node, Node]] = set()

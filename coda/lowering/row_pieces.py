@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
@@ -50,8 +50,21 @@ class Piece:
         return Call(expr.fn, args)
 
 
-def pieces_of(assembled: Assembled, width: int) -> tuple[Piece, ...]:
-    """The pieces of a pass over rows, in order."""
+def is_ragged(assembled: Assembled, width: int) -> bool:
+    """Whether vectors would cover all columns of a pass over rows but the last few.
+
+    Its rows are then read and written by vectors if they lie at multiples of 16 bytes.
+    """
+    epilogue = assembled.epilogue
+    plain = not (epilogue.pair or epilogue.sinks or any(s.group for s in epilogue.statistics))
+    matrices = [x for x in epilogue.operands if x.kind in ("tile", "periodic")]
+    spans = any(x.span for x in (*matrices, *epilogue.stores))
+    periodic = any(x.kind == "periodic" for x in matrices)
+    return plain and not spans and not periodic and width > _MOST and width % _MOST != 0
+
+
+def pieces_of(assembled: Assembled, width: int, padded: bool = False) -> tuple[Piece, ...]:
+    """The pieces of a pass over rows, in order; the last few columns of `padded` rows apart."""
     epilogue = assembled.epilogue
     lanes = 2 if epilogue.pair else 1
     points = width // lanes
@@ -62,7 +75,10 @@ def pieces_of(assembled: Assembled, width: int) -> tuple[Piece, ...]:
                 numbers[Load(packed.name, lane)] = packed.numbers[lane::lanes]
     written = [*epilogue.stores, *epilogue.sinks]
     spans = [x.span for x in (*epilogue.operands, *written) if x.span]
-    cuts = {0, points} | {c // lanes for first, count in spans for c in (first, first + count)}
+    tail = {points // _MOST * _MOST} if padded else set()
+    cuts = (
+        {0, points} | tail | {c // lanes for first, count in spans for c in (first, first + count)}
+    )
     fine = cuts | {int(i) + 1 for n in numbers.values() for i in np.flatnonzero(np.diff(n))}
     if len(fine) > _MOST + 1:
         numbers, fine = {}, cuts
@@ -73,7 +89,7 @@ def pieces_of(assembled: Assembled, width: int) -> tuple[Piece, ...]:
     )
 
 
-def vector_length(epilogue: Epilogue, pieces: tuple[Piece, ...]) -> int:
+def vector_length(epilogue: Epilogue, pieces: Sequence[Piece]) -> int:
     """Points that a lane takes at once: a power of two that every pattern divides by."""
     lanes = 2 if epilogue.pair else 1
     lengths = [8]

@@ -48,14 +48,15 @@ class Step:
 class Sweeps:
     """The text of sweeps over one row of a kernel."""
 
-    def __init__(self, program: Program, kernel: RowwiseKernel) -> None:
-        self.program, self.kernel = program, kernel
+    def __init__(self, program: Program, kernel: RowwiseKernel, padded: bool = False) -> None:
+        self.program, self.kernel, self.padded = program, kernel, padded
         self.epilogue: Epilogue = kernel.assembled.epilogue
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
         self.lanes = 2 if self.epilogue.pair else 1
         self.points = kernel.width // self.lanes
-        self.pieces: tuple[Piece, ...] = pieces_of(kernel.assembled, kernel.width)
+        self.pieces: tuple[Piece, ...] = pieces_of(kernel.assembled, kernel.width, padded)
         self.vec = vector_length(self.epilogue, self.pieces)
+        self.enter(self.pieces[0])
         self.groups = {s.name: s for s in self.epilogue.statistics if s.group}
         folds = [s for s in self.epilogue.statistics if s.operand]
         self.tall: set[str | None] = {s.operand for s in folds if not s.count}
@@ -117,6 +118,11 @@ class Sweeps:
         return [*exprs, *(g.expr for n, g in self.groups.items() if n in self.reads(exprs))]
 
     # Vectors.
+
+    def enter(self, piece: Piece) -> None:
+        """Go on with the vectors of a piece; they differ where the last columns are a piece."""
+        if self.padded:
+            self.vec = vector_length(self.epilogue, [piece])
 
     def shifted(self, index: str, piece: Piece, first: int = 0) -> str:
         """The vector of a tensor whose points begin at `first`."""
@@ -267,6 +273,7 @@ class Sweeps:
         """Loops over the pieces, with a step for each statistic that has values there."""
         out: list[str] = []
         for piece in self.pieces:
+            self.enter(piece)
             chosen: list[tuple[Statistic, Expr]] = []
             for stat in level:
                 if stat.name in steps and stat.expr is not None:
@@ -285,6 +292,7 @@ class Sweeps:
     def pivot(self, stat: Statistic) -> list[str]:
         """The row's first value, near which sums lose nothing."""
         assert stat.expr is not None
+        self.enter(self.pieces[0])
         expr = self.pieces[0].special(stat.expr)
         lines, (value,) = self.assigned([expr], f"{stat.name}_p")
         out = [*self.loads([expr], "0", self.pieces[0]), *lines, f"{stat.name}_k = {value}"]

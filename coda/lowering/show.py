@@ -63,7 +63,9 @@ def _body(program: Program, kernel: GemmKernel | RowwiseKernel) -> list[str]:
         values = ", ".join(_name(e, names) for e in store.lanes)
         apart = f" {store.split} apart" if store.split else ""
         shape = show_shape(buffer.shape)
-        lines.append(f"    store {store.buffer} {shape} {store.dtype} = {values}{apart}")
+        old = program.overwrites.get(store.buffer)
+        over = f" over {old}" if old else ""
+        lines.append(f"    store {store.buffer} {shape} {store.dtype} = {values}{apart}{over}")
     for sink in epilogue.sinks:
         values = ", ".join(_name(e, names) for e in sink.lanes)
         at = f" at {sink.index}" if sink.index else ""

@@ -25,7 +25,9 @@ from coda.ir.graph import Node
 from coda.ir.text import parse, show
 from coda.lowering.emit_gemm import Source, emit_gemm
 from coda.lowering.emit_rowwise import emit_rowwise
-from coda.lowering.program import GemmKernel, Program, RowwiseKernel, TorchKernel
+from coda.lowering.memory import held_in
+from coda.lowering.program import GemmKernel, Program, RowwiseKernel, Terms, TorchKernel
+from coda.lowering.row_pieces import is_ragged
 from coda.runtime.cache import kernel_directory, prune
 from coda.runtime.sass import Usage, usage
 
@@ -40,6 +42,7 @@ class Job:
     dims: tuple[tuple[str, int], ...]
     arch: str
     frozen: bool
+    terms: Terms
     kernel: str
 
 
@@ -63,7 +66,7 @@ def compile_program(program: Program, jobs: int = 0) -> Iterator[Compiled]:
     """Compile all kernels of a program, as many at once as there are cores; as they are done."""
     text, dims = show(program.graph), tuple(program.sizes.items())
     work = [
-        Job(text, dims, program.arch, program.frozen, k.name)
+        Job(text, dims, program.arch, program.frozen, program.terms, k.name)
         for k in program.kernels
         if not isinstance(k, TorchKernel)
     ]
@@ -96,7 +99,7 @@ def compile_job(job: Job) -> Compiled:
     """Compile one kernel in this process."""
     from coda.lowering.pipeline import lower
 
-    program = lower(parse(job.text), dict(job.dims), job.arch, job.frozen)
+    program = lower(parse(job.text), dict(job.dims), job.arch, job.frozen, job.terms)
     kernel = next(k for k in program.kernels if k.name == job.kernel)
     assert isinstance(kernel, GemmKernel | RowwiseKernel)
     return compile_kernel(program, kernel)
@@ -104,8 +107,10 @@ def compile_job(job: Job) -> Compiled:
 
 def compile_kernel(program: Program, kernel: GemmKernel | RowwiseKernel) -> Compiled:
     """Compile one kernel in this process, which `prepare_process` made ready for the arch."""
-    emitted = emit_gemm(program, kernel) if isinstance(kernel, GemmKernel) else None
-    name = (emitted or emit_rowwise(program, kernel)).name  # type: ignore[arg-type]
+    if isinstance(kernel, GemmKernel):
+        name = emit_gemm(program, kernel).name
+    else:
+        name = emit_rowwise(program, kernel, has_padded_rows(program, kernel)).name
     base = kernel_directory() / f"{name}.{program.arch}"
     with captured(base):
         _compile(program, kernel)
@@ -117,6 +122,14 @@ def compile_kernel(program: Program, kernel: GemmKernel | RowwiseKernel) -> Comp
         cubin,
         usage(cubin),
     )
+
+
+def has_padded_rows(program: Program, kernel: RowwiseKernel) -> bool:
+    """Whether a pass over rows of an odd length reads what our kernels wrote, and nothing else."""
+    tiles = [o.name for o in kernel.assembled.epilogue.operands if o.kind == "tile"]
+    found = {n for t in tiles for n in held_in(program, kernel.assembled.nodes[t])}
+    theirs = {i.name for i in program.graph.inputs} - program.terms.spare
+    return is_ragged(kernel.assembled, kernel.width) and not found & theirs
 
 
 class captured:
@@ -191,6 +204,9 @@ def _compile(program: Program, kernel: GemmKernel | RowwiseKernel) -> None:
             self, gemm: quack_target.Gemm, a: Tensor, b: Tensor, d: Tensor | None, arguments: Any
         ) -> None:
             gemm.plan(a, b, d, arguments)
+
+        def padded_rows(self, kernel: RowwiseKernel, rows: int, tensors: Any) -> bool:
+            return has_padded_rows(self.program, kernel)
 
         def launch_rows(self, kernel: Rows, rows: int, tensors: Any) -> None:
             kernel.compile()

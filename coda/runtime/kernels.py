@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from coda.lowering.assemble import Assembled
 from coda.lowering.emit_gemm import Source, Table, emit_gemm
 from coda.lowering.emit_rowwise import emit_rowwise
 from coda.lowering.program import GemmKernel, Program, RowwiseKernel
-from coda.lowering.row_pieces import row_parts
+from coda.lowering.row_pieces import is_ragged, row_parts
 from coda.lowering.schedule import cta_rows
 from coda.lowering.weights import WeightRead, halves, weight_reads
 from coda.runtime import quack_target, settings
@@ -27,7 +27,7 @@ from coda.runtime.memo import Memo
 from coda.runtime.prepare import one_below_another, packed_row, paired_rows, weight_matrix
 from coda.runtime.reference import ReferenceRun, matrix
 from coda.runtime.replay import Recording, Replays, Step
-from coda.runtime.rowwise_target import Rows
+from coda.runtime.rowwise_target import Rows, is_padded
 
 
 @dataclass
@@ -35,10 +35,17 @@ class State:
     """What a program keeps between calls: loaded kernels, and what they load of the weights."""
 
     gemms: dict[str, quack_target.Gemm]
-    rows: dict[str, Rows]
+    rows: dict[tuple[str, bool], Rows]
     reads: dict[str, WeightRead]
     memo: Memo
     replays: Replays
+    giving: dict[frozenset[str], Replays] = field(default_factory=dict)
+
+    def of(self, given: frozenset[str]) -> Replays:
+        """The replays of calls that give up these arguments."""
+        if not given:
+            return self.replays
+        return self.giving.setdefault(given, Replays(quack_target.run_plan))
 
 
 T = TypeVar("T")
@@ -65,26 +72,35 @@ def gemm_of(program: Program, kernel: GemmKernel) -> quack_target.Gemm:
     return state.gemms[kernel.name]
 
 
-def rows_of(program: Program, kernel: RowwiseKernel) -> Rows:
-    """The loaded module of a pass over rows."""
+def rows_of(program: Program, kernel: RowwiseKernel, padded: bool = False) -> Rows:
+    """The loaded module of a pass over rows, `padded` ones or as they come."""
     state = state_of(program)
-    if kernel.name not in state.rows:
-        source = emit_rowwise(program, kernel)
+    key = kernel.name, padded
+    if key not in state.rows:
+        source = emit_rowwise(program, kernel, padded)
         once = {o.name for o in kernel.assembled.epilogue.operands if o.kind in ("row", "scalar")}
         shared = tuple(name in once for _, name, _, _ in source.parameters)
-        state.rows[kernel.name] = Rows(source, shared, program.arch, kernel_directory())
-    return state.rows[kernel.name]
+        state.rows[key] = Rows(source, shared, program.arch, kernel_directory())
+    return state.rows[key]
 
 
 class KernelRun(ReferenceRun):
     """One call of a Program by its kernels, on tensors where a GPU (or the simulator) sees them."""
 
-    def __init__(self, program: Program, inputs: Sequence[Tensor], sizes: Sizes) -> None:
+    def __init__(
+        self,
+        program: Program,
+        inputs: Sequence[Tensor],
+        sizes: Sizes,
+        given: frozenset[str] = frozenset(),
+    ) -> None:
         self.memo = state_of(program).memo
         self.recording = Recording(inputs)
         super().__init__(program, inputs, False, sizes)
         self.raw: dict[str, Tensor] = {}
         self.targets = self.updated()
+        named = {n.name: t for n, t in self.inputs.items() if isinstance(n, Input)}
+        self.given = {name: named[name] for name in given if name in named}
 
     def once(self, name: Hashable, roots: Iterable[Node], make: Callable[[], T]) -> T:
         """A value made of some nodes that only weights and tables reach; kept until they change."""
@@ -109,9 +125,17 @@ class KernelRun(ReferenceRun):
         named = {n.name: t for n, t in self.inputs.items() if isinstance(n, Input)}
         for name, node in self.program.outputs:
             place, held = self.program.places.get(node), self.program.updates.get(name)
-            if held and place and place.count < 0 and aligned(named[held]) is named[held]:
+            whole = place and place.count == named[held].shape[-1] if held else False
+            if held and place and whole and aligned(named[held]) is named[held]:
                 found[place.buffer] = named[held]
         return found
+
+    def release(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.raw.pop(name, None)
+        super().release(names)
+        left = [*self.buffers.values(), *self.raw.values()]
+        self.recording.keep_only(left)
 
     def folded(self, nodes: Sequence[Node], known: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
         name = ("folded", *(n for n, node in self.program.prepared.items() if node in nodes))
@@ -169,7 +193,7 @@ class KernelRun(ReferenceRun):
     ) -> None:
         """Launch, or in a run that only compiles, compile."""
         plan = gemm.launch(a, b, d, arguments)
-        self.recording.steps.append(Step("gemm", plan, (a, b, d, dict(arguments))))
+        self.recording.launched(Step("gemm", plan, (a, b, d, dict(arguments))))
 
     def rows(self, kernel: RowwiseKernel) -> None:
         rows = kernel.rows.size(self.sizes)
@@ -181,9 +205,11 @@ class KernelRun(ReferenceRun):
             elif operand.name in assembled.nodes:
                 x = self.operand(assembled, operand.name)
                 tensors[operand.name] = _readable(x)
+        padded = self.padded_rows(kernel, rows, tensors)
         for store in assembled.epilogue.stores:
             width = product(self.program.buffers[store.buffer].shape[1:]).size(self.sizes)
-            found = self.room(store.buffer, rows, width, store.dtype.torch)
+            fill = "padded" if padded and width > 1 else ""
+            found = self.room(store.buffer, rows, width, store.dtype.torch, fill)
             self.buffers[store.buffer] = tensors[store.buffer] = found
         for sink in assembled.epilogue.sinks:
             parts = row_parts(assembled, kernel.width, rows)
@@ -192,14 +218,21 @@ class KernelRun(ReferenceRun):
             tensors[sink.buffer] = found
             self.raw[sink.buffer] = self.summands(sink.buffer, found)
         if rows:
-            self.launch_rows(rows_of(self.program, kernel), rows, tensors)
+            self.launch_rows(rows_of(self.program, kernel, padded), rows, tensors)
+
+    def padded_rows(self, kernel: RowwiseKernel, rows: int, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a pass over rows of an odd length reads and writes them by vectors."""
+        if not is_ragged(kernel.assembled, kernel.width):
+            return False
+        tiles = [o.name for o in kernel.assembled.epilogue.operands if o.kind == "tile"]
+        return all(is_padded(tensors[name].reshape(rows, kernel.width)) for name in tiles)
 
     def launch_rows(self, kernel: Rows, rows: int, tensors: Mapping[str, Tensor]) -> None:
         """Launch, or in a run that only compiles, compile."""
         arguments = kernel.arguments(rows, tensors)
         compiled = kernel.compile()
         compiled(*arguments)
-        self.recording.steps.append(Step("rows", compiled, arguments))
+        self.recording.launched(Step("rows", compiled, arguments))
 
     def results(self, kernel: GemmKernel, rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Buffers for what the kernel writes."""
@@ -244,30 +277,57 @@ class KernelRun(ReferenceRun):
         kinds = {o.name: o.kind for o in kernel.assembled.epilogue.operands}
         for name in kernel.assembled.nodes:
             x = _readable(self.operand(kernel.assembled, name))
-            if kinds[name] in ("col", "scalar"):
+            if kinds[name] == "scalar":
+                found[name] = self.wide(x.reshape(-1))
+            elif kinds[name] == "col":
                 found[name] = x.reshape(-1).contiguous()
             elif kinds[name] == "tile":
                 found[name] = aligned(matrix(x))
+        return found
+
+    def wide(self, x: Tensor) -> Tensor:
+        """A number in float32, which is how GEMMs take it."""
+        if x.dtype == torch.float32:
+            return x
+        found = self.new((1,), torch.float32)
+        torch.Tensor.copy_(found, x)
+        self.recording.launched(Step("rows", torch.Tensor.copy_, (found, x)))
         return found
 
     def room(self, name: str, rows: int, width: int, dtype: torch.dtype, fill: str = "") -> Tensor:
         """A matrix to store into: its own, an argument, or some columns of a wider buffer."""
         if name in self.targets:
             return self.targets[name]
+        old = self.overwritten(name, (rows, width), dtype, fill)
+        if old is not None:
+            return old
         whole = next((w for w, parts in self.program.joined.items() if name in parts), None)
         if whole is None:
             return self.new((rows, width), dtype, fill)
-        shapes = [self.program.buffers[p].shape[-1].size(self.sizes) for p in self.parts_of(whole)]
-        starts = dict(zip(self.parts_of(whole), accumulate([0, *shapes]), strict=False))
-        if any(s * dtype.itemsize % 16 for s in starts.values()):
+        axis = 0 if whole in self.program.stacked else 1
+        parts = self.program.joined[whole]
+        lengths = [self.program.buffers[p].shape[axis].size(self.sizes) for p in parts]
+        starts = dict(zip(parts, accumulate([0, *lengths]), strict=False))
+        if axis and any(s * dtype.itemsize % 16 for s in starts.values()):
             return self.new((rows, width), dtype, fill)
         if whole not in self.buffers:
-            self.buffers[whole] = self.new((rows, sum(shapes)), dtype, "padded")
-        return self.buffers[whole].narrow(1, starts[name], width)
+            shape = (sum(lengths), width) if axis == 0 else (rows, sum(lengths))
+            held = self.targets.get(whole)
+            fill = "padded" if shape[1] > 1 else ""
+            self.buffers[whole] = self.new(shape, dtype, fill) if held is None else held
+        return self.buffers[whole].narrow(axis, starts[name], width if axis else rows)
 
-    def parts_of(self, name: str) -> tuple[str, ...]:
-        """The buffers that lie side by side in a buffer."""
-        return self.program.joined[name]
+    def overwritten(
+        self, name: str, shape: tuple[int, int], dtype: torch.dtype, fill: str
+    ) -> Tensor | None:
+        """The matrix that a buffer is written over, if one is, and if it is this call's to give."""
+        source = self.program.overwrites.get(name, "")
+        old = self.buffers.get(source, self.given.get(source))
+        if old is None or old.dtype != dtype or old.numel() != shape[0] * shape[1]:
+            return None
+        same = old if old.shape == shape else old.reshape(shape)
+        fits = is_padded(same) and (fill == "padded" or same.is_contiguous())
+        return same if same.data_ptr() == old.data_ptr() and fits else None
 
     def buffer(self, name: str) -> Tensor:
         if name in self.program.joined and name not in self.buffers:
@@ -348,19 +408,26 @@ def aligned(x: Tensor, turned: bool = False) -> Tensor:
     return copy.copy_(x)
 
 
-def run_kernels(program: Program, inputs: Sequence[Tensor], sizes: Sizes) -> tuple[Tensor, ...]:
+def run_kernels(
+    program: Program,
+    inputs: Sequence[Tensor],
+    sizes: Sizes,
+    given: frozenset[str] = frozenset(),
+) -> tuple[Tensor, ...]:
     """The outputs of a Program, computed by its kernels.
 
     The first call with arguments of some shapes prepares and launches; later ones replay it.
+    Kernels may write over the arguments that are `given` up.
     """
-    replays = state_of(program).replays
+    replays = state_of(program).of(given)
     found = replays.find(inputs)
     if found is not None:
         return found.run(inputs)
     quack_target.use_cache(object_directory(), settings.CACHE.get() == "1")
-    run = KernelRun(program, inputs, sizes)
+    run = KernelRun(program, inputs, sizes, given)
     outputs = run.run()
-    replays.keep(run.recording, outputs, [n in program.updates for n, _ in program.outputs])
+    updates = program.updates
+    replays.keep(run.recording, outputs, [n in updates for n, _ in program.outputs])
     return outputs
 
 

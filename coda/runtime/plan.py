@@ -84,6 +84,12 @@ class Layout:
         pairs = zip(arguments, self.inputs, strict=True)
         return [t if t.dtype == i.dtype.torch else t.to(i.dtype.torch) for t, i in pairs]
 
+    def spare(self, program: Program) -> dict[int, str]:
+        """Saved values that a backward may write over: places in `kept`, and their names."""
+        pairs = zip(self.inputs, self.read, strict=True)
+        over = program.terms.spare & set(program.overwrites.values())
+        return {p: i.name for i, p in pairs if p >= 0 and i.name in over}
+
     def by_argument(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """One gradient for each argument of the block, or None."""
         return [gradients[p] if p >= 0 else None for p in self.gradients]
@@ -115,7 +121,9 @@ class Plan:
     def accumulating(self, targets: Mapping[str, DType]) -> Program:
         """The backward that adds gradients of these arguments to tensors of these types."""
         graph, updates = accumulating(self.training, targets)
-        return self.block.program_for(graph, self.forward.arch, False, self.sizes, updates)
+        return self.block.program_for(
+            graph, self.forward.arch, False, self.sizes, self.training.terms(updates)
+        )
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
@@ -155,7 +163,9 @@ def make_plan(
     block, arch = block_of(handle), target_arch(arch)
     training = block.training_for(graph, wanted_names(graph, wanted), memory, sizes)
     forward = block.program_for(training.forward, arch, False, sizes)
-    backward = block.program_for(training.backward, arch, False, sizes) if training.wanted else None
+    backward = None
+    if training.wanted:
+        backward = block.program_for(training.backward, arch, False, sizes, training.terms())
     asked = {i for i in graph.inputs if i.name in training.wanted}
     reached = tuple(bool(asked & set(walk([r]))) for _, r in graph.outputs)
     backend, layout = choose_backend(backend), Layout.of(training)

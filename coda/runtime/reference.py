@@ -8,7 +8,7 @@ without rounding it says whether the lowering kept the meaning.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,14 +93,21 @@ class ReferenceRun:
         return folded_weights(self.program, nodes, known, self.compute, rounding=not self.exact)
 
     def run(self) -> tuple[Tensor, ...]:
-        for kernel in self.program.kernels:
+        for kernel, over in zip(self.program.kernels, self.program.freed, strict=True):
             if isinstance(kernel, GemmKernel):
                 self.gemm(kernel)
             elif isinstance(kernel, RowwiseKernel):
                 self.rows(kernel)
             else:
                 self.torch(kernel)
+            self.release(over)
         return tuple(self.output(node) for _, node in self.program.outputs)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Drop buffers that are over."""
+        for name in names:
+            self.buffers.pop(name, None)
+            self.parts.pop(name, None)
 
     def value(self, node: Node) -> Tensor:
         """A node in memory, or a view of one, in its own shape."""
@@ -123,7 +130,9 @@ class ReferenceRun:
     def buffer(self, name: str) -> Tensor:
         """A buffer, or the parts that it is made of, side by side."""
         parts = self.program.joined.get(name)
-        return self.buffers[name] if parts is None else torch.cat([*map(self.buffer, parts)], 1)
+        if parts is None:
+            return self.buffers[name]
+        return torch.cat([*map(self.buffer, parts)], 0 if name in self.program.stacked else 1)
 
     def operand(self, assembled: Assembled, name: str) -> Tensor:
         """What an operand loads: a value, repeated over row axes on which it does not depend."""

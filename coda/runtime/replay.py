@@ -7,7 +7,7 @@ launches, and does nothing else on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,28 +64,34 @@ class Buffer:
         return x.zero_() if self.zero else x
 
 
+Event = Step | tuple[int, Buffer | None]  # a launch; or memory that is made, or over
+
+
 class Replay:
-    """The launches of a call."""
+    """The launches of a call, and between them what memory is made and is over."""
 
     def __init__(
         self,
-        steps: list[Step],
-        buffers: list[Buffer],
+        events: list[Event],
+        count: int,
         outputs: list[View],
         run_plan: Callable[..., None],
     ) -> None:
-        self.steps, self.buffers, self.outputs = steps, buffers, outputs
+        self.events, self.count, self.outputs = events, count, outputs
         self.run_plan = run_plan
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Launch, on these arguments."""
-        tensors = [*inputs, *(b.make() for b in self.buffers)]
-        for step in self.steps:
-            if step.kind == "gemm":
-                a, b, d, operands = (bound(x, tensors) for x in step.arguments)
-                self.run_plan(step.kernel, a, b, d, operands)
+        tensors: list[Any] = [*inputs, *([None] * self.count)]
+        for event in self.events:
+            if isinstance(event, tuple):
+                place, buffer = event
+                tensors[place] = None if buffer is None else buffer.make()
+            elif event.kind == "gemm":
+                a, b, d, operands = (bound(x, tensors) for x in event.arguments)
+                self.run_plan(event.kernel, a, b, d, operands)
             else:
-                step.kernel(*(bound(x, tensors) for x in step.arguments))
+                event.kernel(*(bound(x, tensors) for x in event.arguments))
         return tuple(v.of(tensors) for v in self.outputs)
 
 
@@ -129,26 +135,68 @@ class _Unknown(Exception):
     """A launch took a tensor that was made in the call in a way that is not recorded."""
 
 
+@dataclass(frozen=True)
+class _Base:
+    """Where a tensor of a call lies, without the tensor."""
+
+    place: int
+    address: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @staticmethod
+    def of(place: int, x: Tensor) -> _Base:
+        """What is known of tensor `place` of a call."""
+        start = int(x.storage_offset()) * x.element_size()
+        return _Base(place, x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, start)
+
+    def view(self, x: Tensor) -> View:
+        """A tensor as a view of this one."""
+        same = (self.size, self.stride, self.dtype) == (tuple(x.shape), x.stride(), x.dtype)
+        offset = int(x.storage_offset()) - self.offset // x.element_size()
+        shape = tuple(x.shape), x.stride()
+        return View(self.place, x.dtype, *shape, offset, same and offset == 0)
+
+
 class Recording:
-    """What happens in one call: launches, memory that is made, memory that does not change."""
+    """What happens in one call: launches, memory that is made, memory that does not change.
+
+    It holds no memory that the call makes, which may be over before the call is.
+    """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.inputs = list(inputs)
-        self.steps: list[Step] = []
-        self.buffers: list[tuple[Tensor, bool]] = []
+        self.events: list[Event] = []
+        self.bases: dict[int, list[_Base]] = {}
         self.constants: set[int] = set()
         self.sources: set[int] = set()
         self.together: set[tuple[int, ...]] = set()
+        self.count = 0
+        self.complete = True
+        for place, x in enumerate(inputs):
+            self.bases.setdefault(_memory(x), []).append(_Base.of(place, x))
+        self.own = set(self.bases)
 
     def made(self, buffer: Tensor, zero: bool) -> None:
         """Memory that the call makes."""
-        self.buffers.append((buffer, zero))
+        place = len(self.inputs) + self.count
+        self.count += 1
+        shape = tuple(buffer.shape), buffer.stride()
+        self.events.append((place, Buffer(*shape, buffer.dtype, buffer.device, zero)))
+        self.bases.setdefault(_memory(buffer), []).append(_Base.of(place, buffer))
+
+    def keep_only(self, buffers: Iterable[Tensor]) -> None:
+        """Of the memory that the call made, all but that of these buffers is over."""
+        kept = {_memory(b) for b in buffers} | self.own
+        for memory in self.bases.keys() - kept:
+            self.events += [(base.place, None) for base in self.bases.pop(memory)]
 
     def constant(self, value: Any, made_of: Sequence[Tensor]) -> None:
         """Memory that lives until one of the arguments `made_of` changes."""
         tensors = value.values() if isinstance(value, dict) else [value]
-        mine = {_memory(t) for t in self.inputs}
-        self.constants |= {_memory(t) for t in tensors} - mine
+        self.constants |= {_memory(t) for t in tensors} - self.own
         self.sources |= {i for i, t in enumerate(self.inputs) if any(t is m for m in made_of)}
 
     def lie_together(self, tensors: Sequence[Tensor]) -> None:
@@ -163,6 +211,27 @@ class Recording:
         others = tuple(i for i in range(len(self.inputs)) if i not in self.sources)
         return Roles(sources, others, tuple(sorted(self.together)))
 
+    def launched(self, step: Step) -> None:
+        """A launch, as it is recorded: without the tensors of this call."""
+        try:
+            arguments = tuple(map(self.view, step.arguments))
+            self.events.append(Step(step.kind, step.kernel, arguments))
+        except _Unknown:
+            self.complete = False
+
+    def view(self, x: Any) -> Any:
+        """An argument of a launch as a view of a tensor of any such call. Raises _Unknown."""
+        if isinstance(x, dict):
+            return {k: self.view(v) for k, v in x.items()}
+        if not isinstance(x, Tensor) or _memory(x) in self.constants:
+            return x
+        if _memory(x) not in self.bases:
+            raise _Unknown
+        # Arguments may share memory: the one that begins last before the view is its base.
+        here = self.bases[_memory(x)]
+        before = [b for b in here if b.address <= x.data_ptr()]
+        return max(before or here, key=lambda b: b.address).view(x)
+
     def replay(
         self,
         outputs: Sequence[Tensor],
@@ -173,50 +242,21 @@ class Recording:
 
         `updated` tells which outputs are arguments that the call writes over.
         """
-        every = [*self.inputs, *(b for b, _ in self.buffers)]
-        bases: dict[int, list[int]] = {}
-        for i, t in enumerate(every):
-            bases.setdefault(_memory(t), []).append(i)
-
-        def view(x: Any) -> Any:
-            if isinstance(x, dict):
-                return {k: view(v) for k, v in x.items()}
-            if not isinstance(x, Tensor) or _memory(x) in self.constants:
-                return x
-            if _memory(x) not in bases:
-                raise _Unknown
-            # Arguments may share memory: the one that begins last before the view is its base.
-            here = bases[_memory(x)]
-            before = [i for i in here if every[i].data_ptr() <= x.data_ptr()]
-            base = max(before or here, key=lambda i: every[i].data_ptr())
-            return _view(x, base, every[base])
-
         try:
-            steps = [Step(s.kind, s.kernel, tuple(map(view, s.arguments))) for s in self.steps]
-            returned = [view(o) for o in outputs]
+            returned = [self.view(o) for o in outputs]
         except _Unknown:
             return None
-        if not all(isinstance(v, View) for v in returned):
+        if not self.complete or not all(isinstance(v, View) for v in returned):
             return None
         # An argument that is returned unchanged is copied, which no replay does.
         made = [v.base >= len(self.inputs) for v in returned]
         if not all(m or u for m, u in zip(made, updated or [False] * len(made), strict=True)):
             return None
-        buffers = [
-            Buffer(tuple(t.shape), t.stride(), t.dtype, t.device, z) for t, z in self.buffers
-        ]
-        return Replay(steps, buffers, returned, run_plan)
+        return Replay(self.events, self.count, returned, run_plan)
 
 
 def _memory(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
-
-
-def _view(x: Tensor, index: int, base: Tensor) -> View:
-    start = int(base.storage_offset()) * base.element_size() // x.element_size()
-    same = (base.shape, base.stride(), base.dtype) == (x.shape, x.stride(), x.dtype)
-    offset = int(x.storage_offset()) - start
-    return View(index, x.dtype, tuple(x.shape), x.stride(), offset, same and offset == 0)
 
 
 class Replays:

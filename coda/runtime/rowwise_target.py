@@ -37,31 +37,41 @@ def _compile(source: RowSource, shared: tuple[bool, ...], arch: str, directory: 
         source.parameters, source.types, shared, strict=True
     ):
         lead = cute.sym_int() if name in source.partials else 1 if once else rows
-        tensors.append(_fake(_TYPES[kind], lead, columns))
+        tensors.append(_fake(_TYPES[kind], lead, columns, source.padded))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return cute.compile(
         module.launch, *tensors, cutlass.Int32(1), stream, options="--enable-tvm-ffi"
     )
 
 
-def _fake(dtype: Any, rows: Any, columns: int) -> Any:
+def _fake(dtype: Any, rows: Any, columns: int, padded: bool) -> Any:
     """A tensor as the kernel takes it: whole vectors of 16 bytes, rows any such distance apart."""
     size = dtype.width // 8
     if columns == 0:
         shape, stride = (rows, cute.sym_int()), (1, cute.sym_int64())
         return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=size)
-    apart = cute.sym_int64(divisibility=16 // size) if columns * size % 16 == 0 else columns
+    apart = (
+        cute.sym_int64(divisibility=16 // size)
+        if columns * size % 16 == 0 or (padded and columns > 1)
+        else columns
+    )
     align = max(size, 16 if columns > 1 else 1)
     shape = (rows, columns)
     return cute.runtime.make_fake_tensor(dtype, shape, stride=(apart, 1), assumed_align=align)
 
 
-def _laid_out(x: Tensor, rows: int, columns: int) -> Tensor:
+def is_padded(x: Tensor) -> bool:
+    """Whether the rows of a matrix begin at multiples of 16 bytes."""
+    apart = x.stride(0) * x.element_size() % 16 == 0 or x.shape[0] == 1
+    return x.stride(1) == 1 and apart and x.data_ptr() % 16 == 0
+
+
+def _laid_out(x: Tensor, rows: int, columns: int, padded: bool = False) -> Tensor:
     """A tensor as the kernel takes it, copied where it lies otherwise."""
     if columns == 0:
         return x
     x = x.reshape(rows, columns)
-    whole = columns * x.element_size() % 16 == 0
+    whole = columns * x.element_size() % 16 == 0 or (padded and columns > 1)
     apart = x.stride(0) * x.element_size() % 16 == 0 if whole else x.stride(0) == columns
     if (x.stride(1) != 1 and columns > 1) or not (apart or rows == 1):
         x = x.contiguous()
@@ -89,7 +99,7 @@ class Rows:
         found = [
             tensors[source]
             if source in kept
-            else _laid_out(tensors[source], 1 if once else rows, columns)
+            else _laid_out(tensors[source], 1 if once else rows, columns, self.source.padded)
             for (_, source, columns, _), once in zip(
                 self.source.parameters, self.shared, strict=True
             )

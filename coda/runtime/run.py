@@ -16,7 +16,7 @@ from coda.ir.graph import Graph
 from coda.ir.text import show
 from coda.ir.types import DType, bf16
 from coda.lowering.derive import Training
-from coda.lowering.program import Program
+from coda.lowering.program import NO_TERMS, Program, Terms
 from coda.runtime import settings
 from coda.runtime.bind import bind_sizes, check_tensors
 from coda.runtime.modes import is_transformed
@@ -24,26 +24,32 @@ from coda.runtime.reference import run_reference
 from coda.version import __version__
 
 Sizes = Mapping[str, int]
-Updates = tuple[tuple[str, str], ...]
-Backend = Callable[[Program, Sequence[Tensor], Sizes], tuple[Tensor, ...]]
+Given = frozenset[str]  # arguments that a call gives up: its kernels may write over them
+Backend = Callable[[Program, Sequence[Tensor], Sizes, Given], tuple[Tensor, ...]]
 
 
-def _reference(program: Program, inputs: Sequence[Tensor], sizes: Sizes) -> tuple[Tensor, ...]:
+def _reference(
+    program: Program, inputs: Sequence[Tensor], sizes: Sizes, _: Given
+) -> tuple[Tensor, ...]:
     return run_reference(program, inputs, sizes=sizes)
 
 
-def _cuda(program: Program, inputs: Sequence[Tensor], sizes: Sizes) -> tuple[Tensor, ...]:
+def _cuda(
+    program: Program, inputs: Sequence[Tensor], sizes: Sizes, given: Given
+) -> tuple[Tensor, ...]:
     """The kernels, on the GPU. quack and the DSL are imported here, when they are needed."""
     from coda.runtime.kernels import run_kernels
 
-    return run_kernels(program, inputs, sizes)
+    return run_kernels(program, inputs, sizes, given)
 
 
-def _sim(program: Program, inputs: Sequence[Tensor], sizes: Sizes) -> tuple[Tensor, ...]:
+def _sim(
+    program: Program, inputs: Sequence[Tensor], sizes: Sizes, given: Given
+) -> tuple[Tensor, ...]:
     """The kernels, executed from their PTX."""
     from coda.runtime.simulate import run_simulated
 
-    return run_simulated(program, inputs, sizes)
+    return run_simulated(program, inputs, sizes, given)
 
 
 BACKENDS: dict[str, Backend] = {"reference": _reference, "sim": _sim, "cuda": _cuda}
@@ -105,7 +111,7 @@ class Runnable(Protocol):
         ...
 
     def program_for(
-        self, graph: Graph, arch: str, frozen: bool, sizes: Sizes, updates: Updates = ()
+        self, graph: Graph, arch: str, frozen: bool, sizes: Sizes, terms: Terms = NO_TERMS
     ) -> Program:
         """A Program of the block, or of a part of its training, that serves these sizes."""
         ...
@@ -187,17 +193,22 @@ def run_block(
 
 
 def execute(
-    program: Program, inputs: Sequence[Tensor], sizes: Sizes, backend: str
+    program: Program,
+    inputs: Sequence[Tensor],
+    sizes: Sizes,
+    backend: str,
+    given: Given = frozenset(),
 ) -> Sequence[Tensor]:
     """Run a Program. Outputs share memory with no argument but the one that they are written over.
 
+    `given` names arguments that nobody reads after the call: kernels may write over them.
     What torch computes within is computed in the types that the Program says, also under autocast.
     """
     device = inputs[0].device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return execute(program, inputs, sizes, backend)
-    found = BACKENDS[backend](program, inputs, sizes)
+            return execute(program, inputs, sizes, backend, given)
+    found = BACKENDS[backend](program, inputs, sizes, given)
     taken = {memory_of(t) for t in inputs}
     copied = [name not in program.updates for name, _ in program.outputs]
     pairs = zip(found, copied, strict=True)

@@ -21,9 +21,12 @@ def device(arch: str, **options: object) -> sim.Device:
 
 
 def run_simulated(
-    program: Program, inputs: Sequence[Tensor], sizes: Mapping[str, int]
+    program: Program,
+    inputs: Sequence[Tensor],
+    sizes: Mapping[str, int],
+    given: frozenset[str] = frozenset(),
 ) -> tuple[Tensor, ...]:
-    """The outputs of a Program.
+    """The outputs of a Program, whose kernels may write over the arguments that are `given` up.
 
     Inside `with coda.sim.device(...)` the kernels run there. Elsewhere they run on a device of
     their own, which stops at the first bug that a check finds.
@@ -35,18 +38,21 @@ def run_simulated(
     gpu = sim.active()
     if gpu is None:
         with device(program.arch, checks="raise"):
-            return _run(program, inputs, sizes)
+            return _run(program, inputs, sizes, given)
     if gpu.arch != program.arch:
         raise ArchError(
             f"a program for {program.arch} does not run on a simulated {gpu.arch}",
             found=f'coda.sim.device(arch="{gpu.arch}")',
             help=f'call the block with arch="{gpu.arch}"',
         )
-    return _run(program, inputs, sizes)
+    return _run(program, inputs, sizes, given)
 
 
 def _run(
-    program: Program, inputs: Sequence[Tensor], sizes: Mapping[str, int]
+    program: Program,
+    inputs: Sequence[Tensor],
+    sizes: Mapping[str, int],
+    given: frozenset[str],
 ) -> tuple[Tensor, ...]:
     quack_target.cover_our_sources()
-    return KernelRun(program, inputs, sizes).run()
+    return KernelRun(program, inputs, sizes, given).run()

@@ -6,7 +6,7 @@ Programs, and keep of the arguments only what the backward reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from coda.errors import UnsupportedError
 from coda.ir.graph import Graph
 from coda.ir.types import DTYPES
 from coda.lowering.derive import Training
+from coda.lowering.program import Program
 from coda.runtime.accumulate import add, in_kernels, kept_gradients, leaves_of
 from coda.runtime.modes import is_transformed, refuse_vmap
 from coda.runtime.plan import Layout, Plan, make_plan, plan_of, wanted_names
 from coda.runtime.run import Sizes, apart, bind, block_of, execute, memory_of, needs_dispatch
+from coda.runtime.spare import given_up
 
 
 def train_block(
@@ -126,29 +128,36 @@ def _run_backward(ctx: Any, given: Sequence[Tensor | None]) -> Any:
     refuse_vmap([d for d in given if d is not None])
     if plan.backward is None or all(d is None for d in given):
         return (None,) * (1 + len(plan.layout.gradients))
-    kept = ctx.saved_tensors[: ctx.count]
-    arguments = plan.layout.arguments(plan.sizes, kept, given)
+    saved = ctx.saved_tensors
     if torch.is_grad_enabled():
-        gradients = _Backward.apply(plan, *arguments)
-    elif held := kept_gradients([i.name for i in plan.training.forward.inputs], ctx.leaves):
-        gradients = _accumulate(plan, arguments, held)
-    else:
-        gradients = _Backward.forward(plan, *arguments)
+        arguments = plan.layout.arguments(plan.sizes, saved[: ctx.count], given)
+        return None, *plan.layout.by_argument(_Backward.apply(plan, *arguments))
+    names = [i.name for i in plan.training.forward.inputs]
+    held = kept_gradients(names, ctx.leaves)
+    held = {n: t for n, t in held.items() if n in plan.training.wanted}
+    targets = in_kernels(held)
+    program = plan.accumulating(targets) if targets else plan.backward
+    places = plan.layout.spare(program)
+    spare = frozenset(places[p] for p in given_up(ctx, saved, tuple(places)))
+    arguments = plan.layout.arguments(plan.sizes, saved[: ctx.count], given)
+    gradients = _computed(plan, program, arguments, held, targets, spare)
     return None, *plan.layout.by_argument(gradients)
 
 
-def _accumulate(
-    plan: Plan, arguments: Sequence[Tensor], held: Mapping[str, Tensor]
+def _computed(
+    plan: Plan,
+    program: Program,
+    arguments: Sequence[Tensor],
+    held: Mapping[str, Tensor],
+    targets: Collection[str],
+    spare: frozenset[str],
 ) -> list[Tensor | None]:
     """The wanted gradients, None for those that were added to what is held."""
-    held = {n: t for n, t in held.items() if n in plan.training.wanted}
-    targets = in_kernels(held)
-    program = plan.accumulating(targets)
     typed = [
         *plan.layout.typed(arguments),
         *(held[n] for n in plan.training.wanted if n in targets),
     ]
-    gradients = execute(program, typed, plan.sizes, plan.backend)
+    gradients = execute(program, typed, plan.sizes, plan.backend, spare)
     found: list[Tensor | None] = []
     for name, gradient in zip(plan.training.wanted, gradients, strict=True):
         found.append(None if name in held else gradient)

@@ -59,7 +59,7 @@ def record(x, w, folded):
         out.add_(x * f)
 
     kernel(x[:, :2], folded, buffer[:, 1:3], 2)
-    recording.steps.append(Step("rows", kernel, (x[:, :2], folded, buffer[:, 1:3], 2)))
+    recording.launched(Step("rows", kernel, (x[:, :2], folded, buffer[:, 1:3], 2)))
     return recording, (buffer[:, 1:3],)
 
 
@@ -92,7 +92,7 @@ def test_a_replay_is_not_found_for_what_it_was_not_recorded_for():
 def test_a_call_that_copies_on_the_way_is_not_replayed():
     x, w = torch.randn(2, 4), torch.randn(2)
     recording, outputs = record(x, w, w * 3)
-    recording.steps.append(Step("rows", print, (x.clone(),)))
+    recording.launched(Step("rows", print, (x.clone(),)))
     replays = Replays(lambda *_: None)
     replays.keep(recording, outputs)
     assert replays.find([x, w]) is None
@@ -141,7 +141,7 @@ def test_an_argument_is_returned_only_where_the_call_writes_over_it():
     for updated in ([True], [False]):
         recording = Recording([x, total])
         kernel(x, total)
-        recording.steps.append(Step("rows", kernel, (x, total)))
+        recording.launched(Step("rows", kernel, (x, total)))
         replays = Replays(lambda *_: None)
         replays.keep(recording, (total,), updated)
         found = replays.find([x, total])

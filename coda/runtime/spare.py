@@ -1,0 +1,75 @@
+"""Saved tensors of a backward -> those that it may write over.
+
+Torch keeps what is saved if the graph is to be run again; and whoever looks at a saved tensor, or a
+hook that packs it, may hold it. A tensor is given up only where nobody but this backward has it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coda.errors import CallError
+
+Holders = tuple[int, int, int]
+
+
+def _holders(tensors: Sequence[Tensor], place: int) -> Holders:
+    """How many hold a tensor's memory, the tensor itself, and its Python object."""
+    tensor = tensors[place]
+    memory = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return memory, tensor._use_count(), sys.getrefcount(tensor)  # type: ignore[attr-defined]
+
+
+class _Probe(torch.autograd.Function):
+    """Counts the holders of a saved tensor that nobody else has."""
+
+    found: Holders = (0, 0, 0)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x + 1)
+        return x + 2
+
+    @staticmethod
+    def backward(ctx: Any, *given: Any) -> Any:
+        kept = ctx.saved_tensors
+        _Probe.found = _holders(kept, 0)
+        return given[0]
+
+
+@lru_cache(maxsize=1)
+def _alone() -> Holders:
+    """The counts of a saved tensor that nobody else has, as this Python and torch count."""
+    with torch.enable_grad():
+        _Probe.apply(torch.zeros(1, requires_grad=True)).backward()
+    return _Probe.found
+
+
+def given_up(ctx: Any, kept: Sequence[Tensor], places: Sequence[int]) -> frozenset[int]:
+    """Those of some places in `kept` whose tensors only this backward has, and for the last time.
+
+    `kept` is `ctx.saved_tensors`, held by one name. Raises CallError where an earlier backward,
+    which did not come to its end, wrote over them.
+    """
+    if getattr(ctx, "spent", False):
+        raise CallError(
+            "what was saved for a backward is gone: it has begun already, and failed",
+            help="call the block again, or run each backward with retain_graph=True",
+        )
+    engine: Any = torch._C._autograd  # type: ignore[attr-defined]
+    if not places or engine._get_current_graph_task_keep_graph():
+        return frozenset()
+    alone = _alone()
+    found: set[int] = set()
+    for place in places:
+        holders = _holders(kept, place) if type(kept[place]) is Tensor else alone[:0]
+        if holders and all(a <= b for a, b in zip(holders, alone, strict=True)):
+            found.add(place)
+    ctx.spent = bool(found)
+    return frozenset(found)

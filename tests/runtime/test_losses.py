@@ -1,0 +1,305 @@
+"""Losses over a vocabulary in training: what is stored, written over, and made in parts."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import coda
+from coda.errors import CodaError
+from coda.lowering.memory import temporary_bytes
+from coda.lowering.program import GemmKernel, TorchKernel
+from coda.runtime import kernels
+from coda.runtime.simulate import device
+
+T = coda.Tensor
+LLAMA = {"M": 8192, "D": 4096, "V": 128256}
+GPT2 = {"M": 8192, "D": 768, "V": 50257}
+PARTS = {"M": 40, "D": 16, "V": 600}  # so many words to so few columns that logits are cut
+
+
+def head(reduction="mean", smoothing=0.0, z_loss=0.0, cap=0.0, wide=False):
+    """A block of a vocabulary's projection and its loss."""
+
+    def loss(x: T["M D"], w: T["V D"], y: T["M", coda.i64]):
+        logits = x @ w.T
+        logits = logits.cast(coda.f32) if wide else logits
+        logits = coda.softcap(logits, cap) if cap else logits
+        return coda.cross_entropy(logits, y, -100, reduction, smoothing, z_loss)
+
+    return coda.block(loss)
+
+
+def theirs(x, w, y, reduction="mean", smoothing=0.0, z_loss=0.0, cap=0.0, wide=False):
+    logits = x @ w.T
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    loss = F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
+    loss = loss + z_loss * torch.logsumexp(logits, -1).square() * (y != -100)
+    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / (y != -100).sum()}[reduction]
+
+
+VARIANTS = [
+    {},
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"cap": 30.0},
+    {"smoothing": 0.1},
+    {"z_loss": 1e-4},
+    {"reduction": "sum", "cap": 30.0, "smoothing": 0.1, "z_loss": 1e-4, "wide": True},
+    {"cap": 30.0, "smoothing": 0.1, "z_loss": 1e-4, "wide": True},
+]
+
+
+def stored(program):
+    """Bytes that kernels write, by buffer."""
+    epilogues = [k.assembled.epilogue for k in program.kernels if not isinstance(k, TorchKernel)]
+    names = [x.buffer for e in epilogues for x in (*e.stores, *e.sinks)]
+    return {n: program.buffers[n].nbytes(program.sizes) for n in names}
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("sizes", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_every_loss_is_a_gemm_and_folds(options, sizes, arch):
+    block, logits = head(**options), 2 * sizes["M"] * sizes["V"]
+    folds = {"none": 1}.get(options.get("reduction", ""), 2)
+    forward, backward = block.lower_training(arch, sizes)
+    assert [type(k) for k in forward.kernels].count(GemmKernel) == 1
+    assert len(forward.kernels) == 1 + folds
+    assert len(backward.kernels) == 3
+    assert not any(isinstance(k, TorchKernel) for k in (*forward.kernels, *backward.kernels))
+    assert [n for n in stored(forward).values() if n >= logits] == [logits]
+    assert temporary_bytes(backward) == 0  # the logits' gradient lies where the logits lay
+    (new,) = backward.overwrites
+    assert backward.buffers[backward.overwrites[new]].nbytes(sizes) == logits
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("sizes", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_no_logits_are_stored_where_memory_counts(options, sizes):
+    block, logits = head(**options), 2 * sizes["M"] * sizes["V"]
+    forward, backward = block.lower_training("sm_90a", sizes, memory="min")
+    assert max(stored(forward).values()) < logits // 50
+    (cut,) = backward.cuts
+    parts = len(cut.columns)
+    assert sum(cut.columns) == sizes["V"]
+    assert all(n % 256 == 0 for n in cut.columns[:-1])
+    assert len(backward.kernels) == 3 * parts
+    assert all(isinstance(k, GemmKernel) for k in backward.kernels)
+    most = cut.columns[0] * sizes["M"] * 2 + sizes["M"] * sizes["D"] * 4
+    assert temporary_bytes(backward) == most
+    assert f"made in {parts} parts" in str(block.explain_training(memory="min", **sizes))
+    assert len({kernels.emit_gemm(backward, k).name for k in backward.kernels}) == 5
+
+
+def test_small_logits_stay_whole():
+    sizes = {"M": 64, "D": 4096, "V": 128256}
+    backward = head().lower_training("sm_90a", sizes, memory="min")[1]
+    assert not backward.cuts
+    assert len(backward.kernels) == 3
+
+
+def data(sizes, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    m, d, v = (sizes[s] for s in "MDV")
+    x = torch.randn(m, d, generator=g, dtype=torch.float64)
+    w = torch.randn(v, d, generator=g, dtype=torch.float64) / d**0.5
+    y = torch.randint(0, v, (m,), generator=g)
+    y[::5] = -100
+    return x.to(dtype), w.to(dtype), y
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("memory", ["min", "balanced", "speed"])
+def test_gradients_are_torch_s(options, memory):
+    x, w, y = data(PARTS)
+    block = head(**{**options, "wide": False})
+    mine = [t.clone().requires_grad_() for t in (x, w)]
+    asked = [t.clone().requires_grad_() for t in (x, w)]
+    loss, expected = (
+        block(*mine, y, memory=memory, backend="reference"),
+        theirs(*asked, y, **options),
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    d = torch.randn_like(expected)
+    loss.backward(d)
+    expected.backward(d)
+    for a, b in zip(mine, asked, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_gradcheck():
+    x, w, y = data({"M": 6, "D": 3, "V": 7})
+    for memory in ("min", "balanced"):
+        block = head(smoothing=0.1, z_loss=0.01, cap=3.0)
+        run = lambda *t, b=block, m=memory: b(*t, y, memory=m, backend="reference")  # noqa: E731
+        assert torch.autograd.gradcheck(run, [x.requires_grad_(), w.requires_grad_()])
+
+
+@coda.block
+def last_layer(x: T["M D"], g: T["D"], w: T["V D"], b: T["V"], y: T["M", coda.i64]):
+    return coda.cross_entropy(coda.layer_norm(x, g) @ w.T + b, y)
+
+
+def test_parts_of_a_head_behind_a_norm_and_with_a_bias():
+    """Statistics over the vocabulary are sums over its parts, and the bias' gradient is parts."""
+    x, w, y = data(PARTS)
+    g, b = torch.randn(16, dtype=torch.float64), torch.randn(600, dtype=torch.float64)
+    program = last_layer.lower_training("sm_90a", PARTS, memory="min")[1]
+    assert program.cuts
+    assert not any(isinstance(k, TorchKernel) for k in program.kernels)
+    mine, asked = ([t.clone().requires_grad_() for t in (x, g, w, b)] for _ in range(2))
+    last_layer(*mine, y, memory="min", backend="reference").backward()
+    F.cross_entropy(F.linear(F.layer_norm(asked[0], (16,), asked[1]), *asked[2:]), y).backward()
+    for a, e in zip(mine, asked, strict=True):
+        torch.testing.assert_close(a.grad, e.grad, rtol=1e-9, atol=1e-11)
+
+
+# What calls allocate, on the simulated device.
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Each call of a Program on the simulated device, with the most memory that it held at once."""
+    found = []
+    start, release = kernels.KernelRun.__init__, kernels.KernelRun.release
+
+    def started(run, *args, **options):
+        start(run, *args, **options)
+        run.told = SimpleNamespace(most=0, program=run.program, stored=set(), complete=True)
+        found.append(run.told)
+
+    def released(run, names):
+        own = {t.untyped_storage().data_ptr() for t in run.inputs.values()}
+        tensors = [*run.buffers.values(), *run.raw.values()]
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        run.told.most = max(run.told.most, sum(n for p, n in sizes.items() if p not in own))
+        run.told.stored |= sizes.keys()
+        run.told.complete = run.recording.complete
+        release(run, names)
+
+    monkeypatch.setattr(kernels.KernelRun, "__init__", started)
+    monkeypatch.setattr(kernels.KernelRun, "release", released)
+    return found
+
+
+def train(block, sizes, memory, steps=(False,), keep=None):
+    """Gradients of each backward of one forward, which retains its graph or not, and torch's."""
+    x, w, y = data(sizes, torch.bfloat16)
+    mine = [t.clone().requires_grad_() for t in (x, w)]
+    asked = [t.double().requires_grad_() for t in (x, w)]
+    loss = block(*mine, y, memory=memory, backend="sim")
+    if keep is not None:
+        keep.append(loss.grad_fn.saved_tensors)
+    found = [torch.autograd.grad(loss, mine, retain_graph=retain) for retain in steps]
+    return found, torch.autograd.grad(theirs(*asked, y), asked), loss, mine
+
+
+def close(found, expected):
+    for a, e in zip(found, expected, strict=True):
+        assert float((a.double() - e).norm() / e.norm()) < 4e-3
+
+
+SMALL = {"M": 40, "D": 64, "V": 264}
+
+
+def test_a_backward_writes_over_the_logits_only_if_nobody_reads_them_again(runs):
+    block, logits = head(), 2 * SMALL["M"] * SMALL["V"]
+    gradients = 2 * SMALL["D"] * (SMALL["M"] + SMALL["V"])
+    with device("sm_90a", checks="raise"):
+        steps = True, True, False
+        found, expected, loss, mine = train(block, SMALL, "balanced", steps)
+        for one in found:
+            close(one, expected)
+        assert torch.equal(found[0][1], found[2][1])
+        assert [r.most for r in runs[1:]] == [gradients + logits, gradients + logits, gradients]
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(loss, mine)
+        assert all(r.complete for r in runs)
+
+        del runs[:]
+        held = []
+        found, expected, *_ = train(block, SMALL, "balanced", keep=held)
+        close(found[0], expected)
+        assert runs[1].most == gradients + logits  # somebody else has the logits
+
+
+def test_a_failed_backward_is_not_begun_again(runs, monkeypatch):
+    def fails(run, kernel):
+        raise MemoryError
+
+    block = head()
+    with device("sm_90a", checks="raise"):
+        x, w, y = data(SMALL, torch.bfloat16)
+        loss = block(x, w.requires_grad_(), y, backend="sim")
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels.KernelRun, "gemm", fails)
+            with pytest.raises(MemoryError):
+                loss.backward()
+        with pytest.raises(CodaError, match="has begun already"):
+            loss.backward()
+
+
+def test_outputs_that_are_saved_are_not_written_over(runs):
+    @coda.block
+    def both(x: T["M D"], w: T["V D"], y: T["M", coda.i64]):
+        logits = x @ w.T
+        return logits, coda.cross_entropy(logits, y)
+
+    x, w, y = data(SMALL, torch.bfloat16)
+    with device("sm_90a", checks="raise"):
+        logits, loss = both(x, w.requires_grad_(), y, backend="sim")
+        before = logits.detach().clone()
+        loss.backward()
+        assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("arch", [pytest.param("sm_90a"), pytest.param("sm_100a")])
+def test_parts_are_freed_one_after_the_other(runs, arch):
+    sizes = {"M": 40, "D": 16, "V": 600}
+    block = head()
+    with device(arch, checks="raise") as gpu:
+        found, expected, *_ = train(block, sizes, "min")
+        close(found[0], expected)
+        assert not gpu.report().findings
+    program = runs[1].program
+    assert len(program.kernels) == 9
+    gradients = 2 * sizes["D"] * (sizes["M"] + sizes["V"])
+    assert runs[1].most <= temporary_bytes(program) + gradients
+    assert runs[1].complete
+
+
+def test_parts_are_added_in_place(runs):
+    sizes = {"M": 40, "D": 16, "V": 600}
+    x, w, y = data(sizes, torch.bfloat16)
+    w.requires_grad_()
+    w.main_grad = torch.ones(w.shape)
+    with device("sm_90a", checks="raise"), coda.accumulate_gradients():
+        head()(x, w, y, memory="min", backend="sim").backward()
+    asked = w.detach().double().requires_grad_()
+    theirs(x.double(), asked, y).backward()
+    close([w.main_grad - 1], [asked.grad])
+    assert w.main_grad.untyped_storage().data_ptr() in runs[1].stored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("memory", ["min", "balanced"])
+@pytest.mark.parametrize("options", VARIANTS[3:], ids=str)
+def test_hostile_sizes_in_the_simulator(options, memory, arch, runs):
+    """One row more than tiles have, a vocabulary that no vector divides."""
+    for sizes in ({"M": 129, "D": 64, "V": 257}, {"M": 33, "D": 72, "V": 1}):
+        x, w, y = data(sizes, torch.bfloat16)
+        mine = [t.clone().requires_grad_() for t in (x, w)]
+        torchs = [t.clone().requires_grad_() for t in (x, w)]
+        asked = [t.double().requires_grad_() for t in (x, w)]
+        with device(arch, checks="raise") as gpu:
+            head(**options)(*mine, y, memory=memory, backend="sim").sum().backward()
+            assert not gpu.report().findings
+        theirs(*asked, y, **options).sum().backward()
+        theirs(*torchs, y, **options).sum().backward()
+        for a, t, e in zip(mine, torchs, asked, strict=True):
+            errors = [float((g.grad.double() - e.grad).norm()) for g in (a, t)]
+            assert errors[0] <= 1.1 * errors[1] + 1e-6
+        assert all(r.complete for r in runs)
