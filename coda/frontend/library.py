@@ -181,7 +181,8 @@ def cross_entropy(
 ) -> Tensor:
     """logsumexp(logits) − logits[target] for each row of [..., V], with torch's options.
 
-    `target` is [...], of whole numbers. A row whose target is `ignore_index` counts nothing.
+    `target` is [...], of whole numbers. A row whose target is `ignore_index` counts nothing; one
+    whose target is no class at all has the loss NaN.
     `reduction` is "mean" (over the rows that count), "sum" or "none" ([...]). `z_loss` adds
     z_loss · logsumexp².
     """

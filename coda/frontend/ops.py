@@ -217,5 +217,5 @@ def take(table: Tensor, index: Tensor) -> Tensor:
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
-    """x[..., index[...]], one column for each row: [..., 1]; 0 where the index is outside."""
+    """x[..., index[...]], one column for each row: [..., 1]; NaN where the index is outside."""
     return Tensor(Pick(*_nodes("pick", x, index)))

@@ -157,11 +157,12 @@ class _Evaluator:
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
-    """x[..., index[...]] kept with size 1; 0 where the index is outside."""
+    """x[..., index[...]] kept with size 1; NaN (of whole numbers 0) where the index is outside."""
     width = x.shape[-1]
     inside = (index >= 0) & (index < width)
     found = x.gather(-1, index.clamp(0, width - 1).long().unsqueeze(-1))
-    return torch.where(inside.unsqueeze(-1), found, torch.zeros((), dtype=x.dtype, device=x.device))
+    nothing = torch.nan if x.is_floating_point() else 0
+    return torch.where(inside.unsqueeze(-1), found, x.new_full((), nothing))
 
 
 def _put(x: Tensor, index: Tensor, rows: int) -> Tensor:

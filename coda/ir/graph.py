@@ -358,7 +358,7 @@ class Gather(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pick(Node):
-    """`%y = pick %x, %index`: x[..., index[...]] kept with size 1; outside the axis it is 0."""
+    """`%y = pick %x, %index`: x[..., index[...]] kept with size 1; NaN outside the axis."""
 
     arg: Node
     index: Node

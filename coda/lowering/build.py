@@ -72,6 +72,11 @@ class _Build:
     def sizes(self) -> Mapping[str, int]:
         return self.partition.sizes
 
+    @property
+    def roots(self) -> tuple[Node, ...]:
+        """The outputs' nodes."""
+        return self.partition.graph.roots
+
     def run(self) -> Program:
         partition, program = self.partition, self.program
         program.outputs = tuple(
@@ -268,9 +273,11 @@ class _Build:
             at += value.count
         width = draft.space.width if first >= 0 else at
         if any(v.narrow for _, v in group):
-            returned = {self.partition.storage(r) for r in self.partition.graph.roots}
+            contracts = [c for d in self.partition.drafts for c in d.contracts]
+            kept = [*self.partition.graph.roots, *(o for c in contracts for o in c.operands)]
             narrow = dtype.kind == "float" and dtype.size < f32.size
-            dtype = f32 if narrow and group[0][0] not in returned else dtype
+            typed = group[0][0] in {self.partition.storage(n) for n in kept}
+            dtype = f32 if narrow and not typed else dtype
         self.buffer(name, (draft.space.rows, Dim.of(width)), dtype)
 
     def buffer(self, name: str, shape: Shape, dtype: DType) -> None:
@@ -314,7 +321,7 @@ class _Build:
             self.program.places[node] = Place(name, 0, 1)
             self.program.buffers[name] = Buffer(name, "temp", (rows, ONE), f32)
             index = self.partition.leaf(node.index, draft)
-            return Sink(name, "pick", draft.sinks[node], index)
+            return Sink(name, "pick", draft.sinks[node], index, rounded=self.rounding(node))
         assert isinstance(node, Reduce)
         if node in draft.over_rows:
             shape = (ONE, product(node.shape), ONE)
@@ -324,16 +331,18 @@ class _Build:
         self.program.buffers[name] = Buffer(name, "partial", (rows, ONE, planes), f32)
         return Sink(name, node.fn, draft.sinks[node], rounded=self.rounding(node))
 
-    def rounding(self, node: Reduce) -> DType | None:
+    def rounding(self, node: Reduce | Pick) -> DType | None:
         """The type to which a sink rounds what it reduces: that in which a later kernel reads it.
 
         A maximum that no stored value equals, or a logsumexp of other values than those that it
-        normalises, would be wrong by more than a rounding.
+        normalises, would be wrong by more than a rounding. What is returned may be read later, as
+        by a backward.
         """
         under = node.arg
         while isinstance(under, Cast | Reshape):
             under = under.arg
-        held = MONOIDS[node.fn].held and under in self.loaded
+        held = isinstance(node, Pick) or MONOIDS[node.fn].held
+        held = held and under in self.loaded | {self.partition.storage(r) for r in self.roots}
         return under.dtype if held and under.dtype.size < 4 else None
 
     def partial(self, node: Node) -> str:

@@ -111,10 +111,13 @@ def _sources(node: Node) -> list[Node]:
 
 
 def part_columns(columns: int, count: int) -> tuple[int, ...]:
-    """So many columns in at most `count` parts of whole tiles; the last part may be smaller."""
+    """So many columns in at most `count` parts, whole tiles but for the last."""
     count = min(count, MOST)
     each = -(-columns // (count * STEP)) * STEP
-    return tuple(min(each, columns - first) for first in range(0, columns, each))
+    whole, rest = divmod(columns, each)
+    if rest and (rest >= STEP or not whole):
+        return (each,) * whole + (rest,)
+    return (each,) * (whole - 1) + (each + rest,)
 
 
 def _bytes(node: Node, sizes: Mapping[str, int]) -> int:

@@ -110,14 +110,15 @@ class KernelRun(ReferenceRun):
         return value
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, fill: str = "") -> Tensor:
-        """Memory for what a kernel writes: "padded" rows for TMA, "zero", or as it comes."""
+        """Memory for what a kernel writes: "padded" rows for TMA, "zero", "nan", or as it comes."""
         device = next(iter(self.inputs.values())).device
         if fill == "padded":
             made = padded(shape[0], shape[1], dtype, device)
         else:
             made = torch.empty(shape, dtype=dtype, device=device)
-        self.recording.made(made, fill == "zero")
-        return made.zero_() if fill == "zero" else made
+        start = {"zero": 0.0, "nan": torch.nan}.get(fill)
+        self.recording.made(made, start)
+        return made if start is None else made.fill_(start)
 
     def updated(self) -> dict[str, Tensor]:
         """Arguments that a buffer of the program is written over."""
@@ -249,7 +250,7 @@ class KernelRun(ReferenceRun):
                 width = kernel.problem(self.sizes)[1]
                 sinks[sink.buffer] = self.new((tiles, width), torch.float32)
             elif sink.monoid == "pick":
-                sinks[sink.buffer] = self.new((rows,), torch.float32, "zero")
+                sinks[sink.buffer] = self.new((rows,), torch.float32, "nan")
             else:
                 dtype = torch.int64 if sink.monoid == "variance" else torch.float32
                 sinks[sink.buffer] = self.new((rows, parts), dtype)

@@ -50,18 +50,18 @@ class View:
 
 @dataclass(frozen=True)
 class Buffer:
-    """Memory that a call makes: elements, type, and whether it starts as zeros."""
+    """Memory that a call makes: elements, type, and what it starts with, if that is read."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    zero: bool
+    start: float | None
 
     def make(self) -> Tensor:
         """New memory."""
         x = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
-        return x.zero_() if self.zero else x
+        return x if self.start is None else x.fill_(self.start)
 
 
 Event = Step | tuple[int, Buffer | None]  # a launch; or memory that is made, or over
@@ -179,12 +179,12 @@ class Recording:
             self.bases.setdefault(_memory(x), []).append(_Base.of(place, x))
         self.own = set(self.bases)
 
-    def made(self, buffer: Tensor, zero: bool) -> None:
-        """Memory that the call makes."""
+    def made(self, buffer: Tensor, start: float | None = None) -> None:
+        """Memory that the call makes, and the number that it starts with."""
         place = len(self.inputs) + self.count
         self.count += 1
         shape = tuple(buffer.shape), buffer.stride()
-        self.events.append((place, Buffer(*shape, buffer.dtype, buffer.device, zero)))
+        self.events.append((place, Buffer(*shape, buffer.dtype, buffer.device, start)))
         self.bases.setdefault(_memory(buffer), []).append(_Base.of(place, buffer))
 
     def keep_only(self, buffers: Iterable[Tensor]) -> None:

@@ -175,7 +175,7 @@ def test_take_and_pick():
     torch.testing.assert_close(value(coda.take, X, index % 5), X[index % 5])
     found = value(coda.pick, X, index)[:, 0]
     torch.testing.assert_close(found[:4], X[range(4), index[:4]])
-    assert found[4] == 0
+    assert found[4].isnan()  # never a number that looks right
 
 
 @pytest.mark.parametrize(

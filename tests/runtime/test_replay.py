@@ -52,7 +52,7 @@ def record(x, w, folded):
     recording = Recording([x, w])
     recording.constant(folded, [w])
     buffer = torch.zeros(2, 4)
-    recording.made(buffer, True)
+    recording.made(buffer, 0.0)
 
     def kernel(x, f, out, rows):
         assert rows == 2
