@@ -390,6 +390,21 @@ def _cross_entropy(
     return cast(loss, result.dtype)
 
 
+@rule(aten.nll_loss_nd.default, aten.nll_loss.default)
+def _nll_loss(
+    result: Result,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+) -> Tensor:
+    if weight is not None or x.ndim != 2:
+        raise refuse("a loss with weights of classes, or of more axes than rows and classes")
+    how = ("none", "mean", "sum")[reduction]
+    return cast(library.nll_loss(wide(x), target, ignore_index, how), result.dtype)
+
+
 # Contractions.
 
 

@@ -29,7 +29,7 @@ from coda.frontend.ops import (
     where,
 )
 from coda.frontend.tensor import Tensor
-from coda.ir.dims import Dim, product, show_shape
+from coda.ir.dims import Dim, Shape, product, show_shape
 
 
 def rms_norm(x: Tensor, w: Tensor | None = None, eps: float = 1e-6, shift: float = 0.0) -> Tensor:
@@ -186,15 +186,7 @@ def cross_entropy(
     `reduction` is "mean" (over the rows that count), "sum" or "none" ([...]). `z_loss` adds
     z_loss · logsumexp².
     """
-    if target.dtype.kind != "int" or logits.ndim < 2 or target.shape != logits.shape[:-1]:
-        raise ShapeError(
-            "cross_entropy takes logits [..., V] and the number of a class for each row",
-            found=f"{show_shape(logits.shape)} and {show_shape(target.shape)} {target.dtype}",
-            help='target: coda.Tensor["M", coda.i64]',
-        )
-    lead = target.shape
-    logits = logits.reshape(product(lead), logits.shape[-1]) if len(lead) > 1 else logits
-    target = target.reshape(product(lead)) if len(lead) > 1 else target
+    logits, target, lead = _rows_and_classes("cross_entropy", logits, target)
     lse = logsumexp(logits, keepdims=True)
     loss = lse - pick(logits, target)
     if label_smoothing:
@@ -202,6 +194,35 @@ def cross_entropy(
         loss = (1.0 - label_smoothing) * loss + label_smoothing * smooth
     if z_loss:
         loss = loss + z_loss * square(lse)
+    return _reduced(loss, target, lead, ignore_index, reduction)
+
+
+def nll_loss(
+    log_probabilities: Tensor, target: Tensor, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """−log_probabilities[target] for each row of [..., V]; all else is as in `cross_entropy`."""
+    x, target, lead = _rows_and_classes("nll_loss", log_probabilities, target)
+    return _reduced(-pick(x, target), target, lead, ignore_index, reduction)
+
+
+def _rows_and_classes(name: str, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Shape]:
+    """Rows [N, V], the class of each, and the axes that were its rows. Raises ShapeError."""
+    if target.dtype.kind != "int" or x.ndim < 2 or target.shape != x.shape[:-1]:
+        raise ShapeError(
+            f"{name} takes logits [..., V] and the number of a class for each row",
+            found=f"{show_shape(x.shape)} and {show_shape(target.shape)} {target.dtype}",
+            help='target: coda.Tensor["M", coda.i64]',
+        )
+    lead = target.shape
+    if len(lead) == 1:
+        return x, target, lead
+    return x.reshape(product(lead), x.shape[-1]), target.reshape(product(lead)), lead
+
+
+def _reduced(
+    loss: Tensor, target: Tensor, lead: Shape, ignore_index: int, reduction: str
+) -> Tensor:
+    """The losses [N, 1] of the rows that count: each, their sum or their mean."""
     counts = target[:, None] != ignore_index
     loss = where(counts, loss, 0.0)[:, 0]
     if reduction == "none":
@@ -210,7 +231,7 @@ def cross_entropy(
     if reduction == "sum":
         return total
     if reduction == "mean":
-        return total / sum(counts.cast(logits.dtype)[:, 0], axis=0)
+        return total / sum(counts.cast(loss.dtype)[:, 0], axis=0)
     raise CodaError(
         "a loss is reduced by mean, sum or none", found=repr(reduction), help='reduction="mean"'
     )

@@ -33,6 +33,7 @@ from coda.ir.graph import (
 from coda.ir.types import f32
 from coda.ir.vjp import vjp
 from coda.lowering.cut import minimum_cut
+from coda.lowering.descend import descended
 from coda.lowering.laws import EXCHANGES, LAWS
 from coda.lowering.program import Terms, Updates
 from coda.lowering.rewrite import Law, rewrite
@@ -93,7 +94,7 @@ def derive(
     names = set(floats if wanted is None else wanted)
     if names - set(floats):
         raise CallError("a gradient is that of a float", found=", ".join(names - set(floats)))
-    normal = graph.with_roots(rewrite(graph.roots, LAWS, lambda *_: False))
+    normal = graph.with_roots(descended(rewrite(graph.roots, LAWS, lambda *_: False)))
     merged, original = merge_siblings(normal)
     given = {n for n, _ in graph.outputs} if given is None else set(given)
     taken = {i.name for i in graph.inputs} | {s for s in graph.symbols}

@@ -30,6 +30,7 @@ from coda.ir.verify import verify
 from coda.lowering.alike import kinds
 from coda.lowering.build import Banned, build, numbered
 from coda.lowering.cost import MACHINES, price
+from coda.lowering.descend import descended
 from coda.lowering.laws import LAWS
 from coda.lowering.memory import plan_memory, soonest_freed
 from coda.lowering.partition import Partition
@@ -104,7 +105,8 @@ def _lower(
 ) -> Program:
     """The Program of one choice of laws; with `apart`, what is reduced has a GEMM of its own."""
     steps: list[Step] = []
-    normal = graph.with_roots(_numbers(rewrite(graph.roots, LAWS, accept, steps), sizes))
+    roots = descended(rewrite(graph.roots, LAWS, accept, steps))
+    normal = graph.with_roots(_numbers(roots, sizes))
     verify(normal, "laws")
     parted = in_parts(normal, sizes, terms.passing) if terms.thrifty else Parted(normal)
     verify(parted.graph, "parts")

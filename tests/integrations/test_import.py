@@ -108,11 +108,19 @@ CASES = {
     "dropout in eval": (lambda x: F.dropout(x, 0.5, training=False) * 2, X),
     "loss": (lambda x, t: F.cross_entropy(x.view(-1, 8), t, label_smoothing=0.1), X, TARGET),
     "sum of losses": (lambda x, t: F.cross_entropy(x.view(-1, 8), t, reduction="sum"), X, TARGET),
+    "nll": (lambda x, t: F.nll_loss(F.log_softmax(x.view(-1, 8), -1), t), X, TARGET),
     "a part of the rows": (lambda x, w: F.linear(x, w)[:, 1:3] * 2, X, W),
 }  # fmt: skip
 
 
-NAMED = ("views", "ones", "loss", "sum of losses", "a part of the rows")  # they name their sizes
+NAMED = (
+    "views",
+    "ones",
+    "loss",
+    "sum of losses",
+    "nll",
+    "a part of the rows",
+)  # they name their sizes
 ANY_ROWS = [(n, True) for n in CASES if n not in NAMED]
 
 

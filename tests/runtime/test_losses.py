@@ -323,3 +323,76 @@ def test_confident_rows_have_gradients_no_worse_than_torch_s(memory, wide):
         grads.append([t.grad.double() for t in given])
     for exact, torchs, mine in zip(*grads, strict=True):
         assert (mine - exact).norm() <= 1.05 * (torchs - exact).norm()
+
+
+@coda.block
+def by_log_softmax(x: T["M D"], w: T["V D"], y: T["M", coda.i64]):
+    return coda.nll_loss(coda.log_softmax(x @ w.T), y)
+
+
+@coda.block
+def by_picking(x: T["M D"], w: T["V D"], y: T["M", coda.i64]):
+    return -coda.mean(coda.pick(coda.log_softmax(x @ w.T), y)[:, 0], axis=0)
+
+
+@coda.block
+def next_words(x: T["B S D"], w: T["V D"], y: T["B S", coda.i64]):
+    return coda.cross_entropy((x @ w.T)[:, :-1], y[:, 1:])
+
+
+@pytest.mark.parametrize("memory", ["min", "balanced"])
+def test_one_column_of_a_log_softmax_is_no_matrix(memory):
+    for block in (by_log_softmax, by_picking):
+        forward, backward = block.lower_training("sm_90a", LLAMA, memory=memory)
+        like = head().lower_training("sm_90a", LLAMA, memory=memory)
+        assert [type(k) for k in forward.kernels] == [type(k) for k in like[0].kernels]
+        assert [type(k) for k in backward.kernels] == [type(k) for k in like[1].kernels]
+        assert sum(stored(forward).values()) <= sum(stored(like[0]).values())
+    x, w, y = data({"M": 6, "D": 3, "V": 7})
+    run = lambda *t: by_log_softmax(*t, y, memory=memory, backend="reference")  # noqa: E731
+    assert torch.autograd.gradcheck(run, [x.requires_grad_(), w.requires_grad_()])
+
+
+def test_logits_that_nobody_wants_are_not_computed():
+    sizes = {"B": 4, "S": 2048, "D": 4096, "V": 128256}
+    forward, backward = next_words.lower_training("sm_90a", sizes)
+    assert [type(k) for k in forward.kernels].count(GemmKernel) == 1
+    assert len(forward.kernels) == 3
+    assert max(stored(forward).values()) == 2 * 4 * 2047 * 128256
+    matrices = [k for k in backward.kernels if isinstance(k, TorchKernel)]
+    assert all(k.node.shape[-1].constant != 128256 for k in matrices)
+    x, w, y = torch.randn(2, 5, 3), torch.randn(7, 3), torch.randint(0, 7, (2, 5))
+    mine, asked = ([t.double().requires_grad_() for t in (x, w)] for _ in range(2))
+    next_words(*mine, y, backend="reference").backward()
+    F.cross_entropy((asked[0] @ asked[1].T)[:, :-1].flatten(0, 1), y[:, 1:].flatten()).backward()
+    for a, b in zip(mine, asked, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_targets_that_are_no_class():
+    """NaN for a class that is not there; nothing for rows that do not count; NaN if none does."""
+    x, w, y = data({"M": 8, "D": 4, "V": 6})
+    each = head(reduction="none")
+    y[1], y[2] = 6, -1
+    loss = each(x, w, y, backend="reference")
+    assert loss.isnan().tolist() == [False, True, True] + [False] * 5
+    y[:] = -100
+    x.requires_grad_()
+    total = head(reduction="sum")(x, w, y, backend="reference")
+    total.backward()
+    assert total == 0
+    assert not x.grad.any()
+    assert head()(x, w, y, backend="reference").isnan()
+
+
+@pytest.mark.parametrize("memory", ["min", "balanced"])
+def test_infinite_logits_are_as_in_torch(memory):
+    x, w, y = data({"M": 6, "D": 4, "V": 7})
+    x, w[4], y[2] = x.abs(), -torch.inf, 4  # a class that nobody chooses, but for row 2
+    mine, asked = ([t.clone().requires_grad_() for t in (x, w)] for _ in range(2))
+    loss = head(reduction="none")(*mine, y, memory=memory, backend="reference")
+    expected = F.cross_entropy(asked[0] @ asked[1].T, y, reduction="none")
+    torch.testing.assert_close(loss, expected)
+    assert loss[2].isinf()
+    x[1] = torch.inf
+    assert not head(reduction="none")(x, w, y, backend="reference")[1].isfinite()
