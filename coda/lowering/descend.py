@@ -46,19 +46,30 @@ def descended(roots: Sequence[Node]) -> tuple[Node, ...]:
 
 def _picked(arg: Node, pick: Pick) -> Node:
     """A column of a value, for each row, from a column of what it is made of."""
-    with origin(arg.where):
-        if isinstance(arg, Cast) and arg.arg.dtype.kind == arg.to.kind:
-            return Cast(_picked(arg.arg, pick), arg.to)
-        if isinstance(arg, Map):
-            wide = [a for a in arg.args if a.rank and a.shape[-1] != ONE]
-            if len(wide) == 1 and wide[0].shape == arg.shape and _is_linear(arg, wide[0]):
-                column = _picked(wide[0], pick)
-                return Map(arg.fn, tuple(column if a is wide[0] else a for a in arg.args))
-        return Pick(arg, pick.index)
+    way: list[tuple[Node, Node]] = []
+    while (under := _under(arg)) is not None:
+        way.append((arg, under))
+        arg = under
+    column: Node = Pick(arg, pick.index)
+    for node, under in reversed(way):
+        with origin(node.where):
+            column = node.with_operands(column if o is under else o for o in node.operands)
+    return column
 
 
-def _is_linear(node: Map, x: Node) -> bool:
+def _under(node: Node) -> Node | None:
+    """What a sum, a multiple or a cast is made of, all else being the same for all of a row."""
+    if isinstance(node, Cast):
+        return node.arg if node.arg.dtype.kind == node.to.kind else None
+    wide = [a for a in node.operands if a.rank and a.shape[-1] != ONE]
+    alone = len(wide) == 1 and wide[0].shape == node.shape
+    return wide[0] if alone and _is_linear(node, wide[0]) else None
+
+
+def _is_linear(node: Node, x: Node) -> bool:
     """Whether a function of `x` is a sum with others, or a multiple by a number."""
+    if not isinstance(node, Map):
+        return False
     numbers = all(isinstance(a, Const | Size) for a in node.args if a is not x)
     multiple = node.fn == "mul" or (node.fn == "div" and node.args[0] is x)
     return node.fn in ("add", "sub", "neg") or (multiple and numbers)

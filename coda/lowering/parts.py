@@ -161,22 +161,28 @@ class _Parts:
             if root in self.axes:
                 with origin(root.where):
                     self.stands[root] = self.beside(root)
-        new: dict[Node, Node] = {}
-        return tuple(self.resolved(r, new) for r in graph.roots), self.part_of
+        return self.resolved(graph.roots), self.part_of
 
-    def resolved(self, node: Node, new: dict[Node, Node]) -> Node:
-        """A node of others that are sums over parts, or parts side by side, where they are now."""
-        if node not in new:
-            if node in self.stands:
-                new[node] = self.resolved(self.stands[node], new)
-                return new[node]
-            operands = [self.resolved(o, new) for o in node.operands]
-            same = all(a is b for a, b in zip(operands, node.operands, strict=True))
-            with origin(node.where):
-                new[node] = node if same else node.with_operands(operands)
-            if node in self.part_of:
-                self.part_of[new[node]] = self.part_of[node]
-        return new[node]
+    def resolved(self, roots: tuple[Node, ...]) -> tuple[Node, ...]:
+        """Roots of nodes that are sums over parts, or parts side by side, where they are now."""
+        new: dict[Node, Node] = {}
+        stack = list(roots)
+        while stack:
+            node = stack[-1]
+            stands = self.stands.get(node)
+            needed = node.operands if stands is None else (stands,)
+            missing = [] if node in new else [n for n in needed if n not in new]
+            if missing:
+                stack += missing
+                continue
+            stack.pop()
+            if node not in new:
+                new[node] = (
+                    new[stands] if stands is not None else _on(node, [new[n] for n in needed])
+                )
+                if node in self.part_of:
+                    self.part_of[new[node]] = self.part_of[node]
+        return tuple(new[r] for r in roots)
 
     # Upwards: what depends on the axis.
 
@@ -267,6 +273,14 @@ class _Parts:
         """A part of an operand, or all of it where it does not depend on the axis."""
         inside = -axis <= node.rank and node.shape[axis] != ONE
         return self.part(node, axis, part) if inside else node
+
+
+def _on(node: Node, operands: list[Node]) -> Node:
+    """The same operation on other operands."""
+    if all(a is b for a, b in zip(operands, node.operands, strict=True)):
+        return node
+    with origin(node.where):
+        return node.with_operands(operands)
 
 
 def _with(shape: Shape, axis: int, size: Dim) -> Shape:
