@@ -351,7 +351,7 @@ class KernelRun(ReferenceRun):
         whole = None if read.why else one_below_another([self.value(n) for n in roots])
         if whole is None or aligned(whole, not by_halves) is not whole:
             return self.once(("matrix", kernel.name), roots, make)
-        self.recording.lie_together([self.inputs[i] for i in read.together])
+        self.recording.in_place([self.inputs[i] for i in read.together])
         return whole
 
     def packed(self, kernel: GemmKernel | RowwiseKernel) -> dict[str, Tensor]:

@@ -61,6 +61,16 @@ class Witness:
         return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
+class Place(Witness):
+    """A tensor where it was, whatever its values are now."""
+
+    __slots__ = ()
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether this is the tensor, in the same memory."""
+        return self.reference() is tensor and tensor.data_ptr() == self.address
+
+
 def version_of(tensor: Tensor) -> int | None:
     """How often a tensor was changed in place; None where torch does not count."""
     return None if tensor.is_inference() else tensor._version

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coda.runtime.memo import Witness
+from coda.runtime.memo import Place, Witness
 
 LIMIT = 1024  # replays kept for one program: layers, and shapes that alternate
 
@@ -64,7 +64,32 @@ class Buffer:
         return x if self.start is None else x.fill_(self.start)
 
 
-Event = Step | tuple[int, Buffer | None]  # a launch; or memory that is made, or over
+@dataclass(frozen=True)
+class Launch:
+    """A step without the tensors of its call: where views of that call's go, and which.
+
+    `operands` are those of a GEMM's epilogue, by name.
+    """
+
+    kind: str
+    kernel: Any
+    arguments: list[Any]
+    views: list[tuple[int, View]]
+    operands: dict[str, Any]
+    named: list[tuple[str, View]]
+
+    @staticmethod
+    def of(step: Step) -> Launch:
+        """A step whose tensors are views, ready to be filled in."""
+        *plain, last = step.arguments
+        operands = dict(last) if isinstance(last, dict) else {}
+        plain = plain if isinstance(last, dict) else [*plain, last]
+        views = [(i, x) for i, x in enumerate(plain) if isinstance(x, View)]
+        named = [(k, x) for k, x in operands.items() if isinstance(x, View)]
+        return Launch(step.kind, step.kernel, plain, views, operands, named)
+
+
+Event = Launch | tuple[int, Buffer | None]  # a launch; or memory that is made, or over
 
 
 class Replay:
@@ -87,21 +112,19 @@ class Replay:
             if isinstance(event, tuple):
                 place, buffer = event
                 tensors[place] = None if buffer is None else buffer.make()
-            elif event.kind == "gemm":
-                a, b, d, operands = (bound(x, tensors) for x in event.arguments)
-                self.run_plan(event.kernel, a, b, d, operands)
+                continue
+            arguments, operands = event.arguments.copy(), event.operands.copy()
+            for i, view in event.views:
+                arguments[i] = tensors[view.base] if view.whole else view.of(tensors)
+            for name, view in event.named:
+                operands[name] = tensors[view.base] if view.whole else view.of(tensors)
+            if event.kind == "gemm":
+                self.run_plan(event.kernel, *arguments, operands)
             else:
-                event.kernel(*(bound(x, tensors) for x in event.arguments))
+                event.kernel(*arguments)
+            arguments.clear()  # and with them memory that is over now
+            operands.clear()
         return tuple(v.of(tensors) for v in self.outputs)
-
-
-def bound(x: Any, tensors: Sequence[Tensor]) -> Any:
-    """An argument in this call."""
-    if isinstance(x, View):
-        return x.of(tensors)
-    if isinstance(x, dict):
-        return {k: bound(v, tensors) if isinstance(v, View) else v for k, v in x.items()}
-    return x
 
 
 @dataclass(frozen=True)
@@ -110,25 +133,30 @@ class Roles:
 
     Attributes:
         sources: kept memory was made of them: they are known by identity and version.
+        placed: weights that are read where they lie: known by identity and address.
         others: known by shape, strides, type and alignment.
-        together: those that are read as one lie at the same distances in one memory.
     """
 
     sources: tuple[int, ...]
+    placed: tuple[int, ...]
     others: tuple[int, ...]
-    together: tuple[tuple[int, ...], ...]
 
     def key(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         """What of the arguments is built into a replay."""
-        found: list[Any] = [id(inputs[i]) for i in self.sources]
+        found: list[Any] = [id(inputs[i]) for i in self.sources + self.placed]
         for i in self.others:
             t = inputs[i]
             found += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
-        for first, *rest in self.together:
-            at, memory = inputs[first].data_ptr(), _memory(inputs[first])
-            for i in rest:
-                found += (inputs[i].data_ptr() - at, _memory(inputs[i]) == memory)
         return tuple(found)
+
+    def witnesses(self, inputs: Sequence[Tensor]) -> Held:
+        """How the arguments are now that are known by identity, and which they are."""
+        held: list[Witness] = [Witness(inputs[i]) for i in self.sources]
+        held += [Place(inputs[i]) for i in self.placed]
+        return list(zip(held, self.sources + self.placed, strict=True))
+
+
+Held = list[tuple[Witness, int]]
 
 
 class _Unknown(Exception):
@@ -172,7 +200,7 @@ class Recording:
         self.bases: dict[int, list[_Base]] = {}
         self.constants: set[int] = set()
         self.sources: set[int] = set()
-        self.together: set[tuple[int, ...]] = set()
+        self.placed: set[int] = set()
         self.count = 0
         self.complete = True
         for place, x in enumerate(inputs):
@@ -199,23 +227,21 @@ class Recording:
         self.constants |= {_memory(t) for t in tensors} - self.own
         self.sources |= {i for i, t in enumerate(self.inputs) if any(t is m for m in made_of)}
 
-    def lie_together(self, tensors: Sequence[Tensor]) -> None:
-        """Arguments that a launch reads as one, which it does only where they lie as now."""
-        places = [next(i for i, t in enumerate(self.inputs) if t is one) for one in tensors]
-        if len(places) > 1:
-            self.together.add(tuple(places))
+    def in_place(self, tensors: Sequence[Tensor]) -> None:
+        """Arguments of which a launch reads the memory itself, several perhaps as one."""
+        self.placed |= {i for i, t in enumerate(self.inputs) if any(t is one for one in tensors)}
 
     def roles(self) -> Roles:
         """What each argument is to a replay."""
-        sources = tuple(sorted(self.sources))
-        others = tuple(i for i in range(len(self.inputs)) if i not in self.sources)
-        return Roles(sources, others, tuple(sorted(self.together)))
+        placed = self.placed - self.sources
+        others = set(range(len(self.inputs))) - self.sources - placed
+        return Roles(tuple(sorted(self.sources)), tuple(sorted(placed)), tuple(sorted(others)))
 
     def launched(self, step: Step) -> None:
         """A launch, as it is recorded: without the tensors of this call."""
         try:
             arguments = tuple(map(self.view, step.arguments))
-            self.events.append(Step(step.kind, step.kernel, arguments))
+            self.events.append(Launch.of(Step(step.kind, step.kernel, arguments)))
         except _Unknown:
             self.complete = False
 
@@ -268,16 +294,14 @@ class Replays:
     def __init__(self, run_plan: Callable[..., None]) -> None:
         self.run_plan = run_plan
         self.roles: list[Roles] = []
-        self.found: dict[tuple[int, tuple[Any, ...]], tuple[list[Witness], Replay]] = {}
+        self.found: dict[tuple[int, tuple[Any, ...]], tuple[Held, Replay]] = {}
 
     def find(self, inputs: Sequence[Tensor]) -> Replay | None:
         """The replay for these arguments, or None where they were not seen, or have changed."""
         for number, roles in enumerate(self.roles):
             held = self.found.get((number, roles.key(inputs)))
-            if held is not None:
-                pairs = zip(held[0], roles.sources, strict=True)
-                if all([w.holds(inputs[i]) for w, i in pairs]):
-                    return held[1]
+            if held is not None and all([w.holds(inputs[i]) for w, i in held[0]]):
+                return held[1]
         return None
 
     def keep(
@@ -290,10 +314,10 @@ class Replays:
         inputs, roles = recording.inputs, recording.roles()
         if roles not in self.roles:
             self.roles.append(roles)
-        over = [k for k, (w, _) in self.found.items() if any(x.is_over() for x in w)]
+        over = [k for k, (w, _) in self.found.items() if any(x.is_over() for x, _ in w)]
         for key in over:
             del self.found[key]
         if len(self.found) >= LIMIT:
             self.found.pop(next(iter(self.found)))
         key = self.roles.index(roles), roles.key(inputs)
-        self.found[key] = [Witness(inputs[i]) for i in roles.sources], replay
+        self.found[key] = roles.witnesses(inputs), replay

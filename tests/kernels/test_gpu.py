@@ -94,3 +94,16 @@ def test_gradients_are_added_in_place_by_replays():
     assert mine[2].grad is held
     for found, w in zip([mine[0].grad, mine[1].main_grad, held], theirs, strict=True):
         assert relative(found, w.grad) < 2e-2
+
+
+def test_weights_in_one_buffer_are_read_in_place_by_warm_calls():
+    block, sizes = example("llama_mlp")
+    x, norm, gate, up, down = on_gpu(block, sizes)
+    gate, up = (torch.nn.Parameter(w.clone()) for w in (gate, up))
+    coda.share_weights(gate, up)
+    with torch.no_grad():
+        for _ in range(3):
+            found = block(x, norm, gate, up, down, backend="cuda")
+            expected = block(x, norm, gate, up, down, backend="reference")
+            torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+            up.mul_(1.25)

@@ -165,26 +165,39 @@ def test_an_optimizer_steps_as_it_would(model, options):
 def recorded(replays, x, weights):
     """A call of a kernel that reads two weights as one matrix."""
     recording = Recording([x, *weights])
-    recording.lie_together(weights)
+    recording.in_place(weights)
     whole = weights[0].detach().as_strided((10, 8), (8, 1))
     buffer = torch.zeros(x.shape[0], 10)
     recording.made(buffer, True)
-    step = Step("rows", lambda x, w, out: out.copy_(x @ w.T), (x, whole, buffer))
-    recording.steps.append(step)
+
+    def kernel(x, w, out):
+        out.copy_(x @ w.T)
+
+    recording.launched(Step("rows", kernel, (x, whole, buffer)))
     replays.keep(recording, (buffer,))
 
 
-def test_a_replay_serves_all_layers_whose_weights_lie_alike(pair):
+def test_a_replay_sees_weights_change_and_ends_when_they_move(pair):
     coda.share_weights(*pair)
     replays, x = Replays(lambda *_: None), torch.randn(3, 8)
     recorded(replays, x, pair)
-    other = [nn.Parameter(torch.randn(n, 8)) for n in (6, 4)]
-    assert replays.find([x, *other]) is None  # they lie apart
-    coda.share_weights(*other)
-    for weights in (pair, other):
+    for _ in range(2):
         with torch.no_grad():
-            weights[1].mul_(2)  # is seen without a copy
-        (y,) = replays.find([x, *weights]).run([x, *weights])
-        torch.testing.assert_close(y, x @ torch.cat([w.detach() for w in weights]).T)
-    swapped = torch.randn(10, 8)
-    assert replays.find([x, swapped[4:], swapped[:4]]) is None
+            pair[1].mul_(2)
+        (y,) = replays.find([x, *pair]).run([x, *pair])
+        torch.testing.assert_close(y, x @ torch.cat([w.detach() for w in pair]).T)
+    pair[1].data = pair[1].data.clone()
+    assert replays.find([x, *pair]) is None
+    other = nn.Parameter(torch.randn(4, 8))
+    coda.share_weights(*[nn.Parameter(p.detach().clone()) for p in pair])
+    assert replays.find([x, pair[0], other]) is None
+
+
+def test_a_replay_holds_no_weight_alive(pair):
+    coda.share_weights(*pair)
+    replays, x = Replays(lambda *_: None), torch.randn(3, 8)
+    recorded(replays, x, pair)
+    memory = StorageWeakRef(pair[0].untyped_storage())
+    for p in pair:
+        p.data = p.data.clone()
+    assert memory.expired()
