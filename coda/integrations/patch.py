@@ -37,7 +37,8 @@ SLACK = 2.0  # how many times torch's own error a layer may be away from float64
 class Patched:
     """One layer: its name, whether coda runs it, why not, and of a checked one what was measured.
 
-    `fused` and `left` count torch's operators in blocks and outside; the errors are relative to
+    `fused` and `left` count torch's operators in blocks and outside; `copied` are bytes of weights
+    that its kernels read from copies (`coda.last_report()` says why); the errors are relative to
     float64, in the Frobenius norm.
     """
 
@@ -48,6 +49,7 @@ class Patched:
     left: int = 0
     error: float = 0.0
     torch_error: float = 0.0
+    copied: int = 0
 
 
 @dataclass
@@ -70,11 +72,13 @@ class PatchReport:
 
     def __str__(self) -> str:
         table = Table(title=f"{self.replaced} of {len(self.layers)} layers", title_justify="left")
-        for column in ("layer", "coda", "ops in blocks", "left", "error", "torch's", "why not"):
+        columns = ("ops in blocks", "left", "error", "torch's", "bytes copied")
+        for column in ("layer", "coda", *columns, "why not"):
             table.add_column(column, overflow="fold")
         for one in self.layers:
             numbers = [str(one.fused), str(one.left), f"{one.error:.1e}", f"{one.torch_error:.1e}"]
-            shown = numbers if one.error or one.fused else [""] * 4
+            numbers.append(str(one.copied))
+            shown = numbers if one.error or one.fused else [""] * len(numbers)
             table.add_row(one.name, "yes" if one.replaced else "no", *shown, one.why)
         console = Console(width=110, force_terminal=False, no_color=True)
         with console.capture() as captured:
@@ -259,7 +263,8 @@ def _check(
         why = next((g.whole for g in graphs if g.whole), "nothing in it is cheaper in a block")
     elif not error <= SLACK * others + 1e-6:
         why = f"it is {error:.1e} away from float64, torch {others:.1e}"
-    return Patched(name, not why, why, fused, left, error, others)
+    copied = sum(r.copied for g in graphs for r in g.regions)
+    return Patched(name, not why, why, fused, left, error, others, copied)
 
 
 def _exactly(layer: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:

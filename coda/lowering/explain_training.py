@@ -152,6 +152,7 @@ class TrainingExplanation:
             f"{most[1]} in the backward"
         )
         for one in (self.forward, self.backward):
+            one.print_weights(console)
             one.print_passes(console)
 
     def _totals(self) -> Table:

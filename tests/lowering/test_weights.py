@@ -46,6 +46,12 @@ def test_nor_does_its_training(llama):
             assert isinstance(node, Concat) or node.rank < 2
 
 
+def test_what_is_told_of_training_says_how_weights_are_read(llama):
+    told = str(llama.explain_training(arch="sm_90a", **LLAMA))
+    assert told.count("reads w_gate, w_up (234.9 MB) in place if they share a buffer") == 2
+    assert "from a copy" not in told
+
+
 def test_a_gain_that_goes_into_the_weight_is_a_copy_that_counts(llama):
     program = llama.lower("sm_90a", LLAMA | {"M": 1 << 20}, frozen=True)
     copied = [r for r in weight_reads(program) if r.why]
