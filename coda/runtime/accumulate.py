@@ -89,6 +89,22 @@ def in_kernels(kept: Mapping[str, Tensor]) -> dict[str, DType]:
     return found
 
 
+def joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Contiguous matrices as rows of one, where they lie one behind the other in one memory.
+
+    So lie gradients of siblings (q, k and v) that a backward has given: rows of one product.
+    """
+    first, rows = tensors[0], sum(t.shape[0] for t in tensors)
+    end, memory = first.data_ptr(), first.untyped_storage().data_ptr()
+    for tensor in tensors:
+        same = tensor.dtype == first.dtype and tensor.shape[1:] == first.shape[1:]
+        inside = tensor.untyped_storage().data_ptr() == memory and tensor.data_ptr() == end
+        if not (same and inside):
+            return None
+        end += tensor.numel() * tensor.element_size()
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
 def add(held: Tensor, gradient: Tensor, summed: bool) -> None:
     """Leave a gradient where it is kept. `summed`: it is the sum already, in memory or on its way.
 

@@ -18,6 +18,7 @@ from coda.lowering.assemble import Assembled
 from coda.lowering.emit_gemm import Source, Table, emit_gemm
 from coda.lowering.emit_rowwise import emit_rowwise
 from coda.lowering.program import GemmKernel, Program, RowwiseKernel
+from coda.lowering.roles import base
 from coda.lowering.row_pieces import is_ragged, row_parts
 from coda.lowering.schedule import cta_rows
 from coda.lowering.weights import WeightRead, halves, weight_reads
@@ -125,10 +126,12 @@ class KernelRun(ReferenceRun):
         found: dict[str, Tensor] = {}
         named = {n.name: t for n, t in self.inputs.items() if isinstance(n, Input)}
         for name, node in self.program.outputs:
-            place, held = self.program.places.get(node), self.program.updates.get(name)
-            whole = place and place.count == named[held].shape[-1] if held else False
-            if held and place and whole and aligned(named[held]) is named[held]:
-                found[place.buffer] = named[held]
+            if name not in self.program.updates:
+                continue
+            place = self.program.places.get(base(node))
+            held = named[self.program.updates[name]]
+            if place and place.count == held.shape[-1] and aligned(held) is held:
+                found[place.buffer] = held
         return found
 
     def release(self, names: Iterable[str]) -> None:

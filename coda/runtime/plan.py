@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from coda.ir.graph import Graph, Input, walk
 from coda.ir.types import DType
-from coda.lowering.accumulate import accumulating
+from coda.lowering.accumulate import Names, accumulating, siblings
 from coda.lowering.derive import Training
 from coda.lowering.program import Program
 from coda.runtime import settings
@@ -118,12 +119,23 @@ class Plan:
     block: Runnable
     layout: Layout
 
-    def accumulating(self, targets: Mapping[str, DType]) -> Program:
-        """The backward that adds gradients of these arguments to tensors of these types."""
-        graph, updates = accumulating(self.training, targets)
-        return self.block.program_for(
-            graph, self.forward.arch, False, self.sizes, self.training.terms(updates)
-        )
+    def accumulating(
+        self, targets: Mapping[str, DType], beside: Sequence[Names]
+    ) -> tuple[Program, tuple[Names, ...]]:
+        """The backward that adds gradients of these arguments to tensors of these types.
+
+        `beside` are siblings that are added to the rows of one matrix. Also tells for each tensor
+        that the program is given after the backward's arguments whose gradients it holds.
+        """
+        found = accumulating(self.training, targets, beside)
+        terms = self.training.terms(found.updates)
+        arch = self.forward.arch
+        return self.block.program_for(found.graph, arch, False, self.sizes, terms), found.held
+
+    @cached_property
+    def siblings(self) -> tuple[Names, ...]:
+        """Arguments whose gradients are all rows of one matrix, in their order."""
+        return siblings(self.training)
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}

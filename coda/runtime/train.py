@@ -15,10 +15,10 @@ from torch.fx.experimental.symbolic_shapes import guarding_hint_or_throw
 
 from coda.errors import UnsupportedError
 from coda.ir.graph import Graph
-from coda.ir.types import DTYPES
+from coda.ir.types import DTYPES, DType
 from coda.lowering.derive import Training
 from coda.lowering.program import Program
-from coda.runtime.accumulate import add, in_kernels, kept_gradients, leaves_of
+from coda.runtime.accumulate import add, in_kernels, joined, kept_gradients, leaves_of
 from coda.runtime.modes import is_transformed, refuse_vmap
 from coda.runtime.plan import Layout, Plan, make_plan, plan_of, wanted_names
 from coda.runtime.run import Sizes, apart, bind, block_of, execute, memory_of, needs_dispatch
@@ -136,12 +136,23 @@ def _run_backward(ctx: Any, given: Sequence[Tensor | None]) -> Any:
     held = kept_gradients(names, ctx.leaves)
     held = {n: t for n, t in held.items() if n in plan.training.wanted}
     targets = in_kernels(held)
-    program = plan.accumulating(targets) if targets else plan.backward
+    program, sums = _adding(plan, held, targets) if targets else (plan.backward, [])
     places = plan.layout.spare(program)
     spare = frozenset(places[p] for p in given_up(ctx, saved, tuple(places)))
     arguments = plan.layout.arguments(plan.sizes, saved[: ctx.count], given)
-    gradients = _computed(plan, program, arguments, held, targets, spare)
+    gradients = _computed(plan, program, [*arguments, *sums], held, targets, spare)
     return None, *plan.layout.by_argument(gradients)
+
+
+def _adding(
+    plan: Plan, held: Mapping[str, Tensor], targets: Mapping[str, DType]
+) -> tuple[Program, list[Tensor]]:
+    """The backward that adds to tensors of these types, and the tensors as it takes them."""
+    matrices = {s: joined([held[n] for n in s]) for s in plan.siblings if targets.keys() >= {*s}}
+    beside = [names for names, matrix in matrices.items() if matrix is not None]
+    program, order = plan.accumulating(targets, beside)
+    sums = [held[n[0]] if len(n) == 1 else matrices[n] for n in order]
+    return program, [t for t in sums if t is not None]
 
 
 def _computed(
@@ -153,10 +164,8 @@ def _computed(
     spare: frozenset[str],
 ) -> list[Tensor | None]:
     """The wanted gradients, None for those that were added to what is held."""
-    typed = [
-        *plan.layout.typed(arguments),
-        *(held[n] for n in plan.training.wanted if n in targets),
-    ]
+    count = len(plan.layout.inputs)
+    typed = [*plan.layout.typed(arguments[:count]), *arguments[count:]]
     gradients = execute(program, typed, plan.sizes, plan.backend, spare)
     found: list[Tensor | None] = []
     for name, gradient in zip(plan.training.wanted, gradients, strict=True):

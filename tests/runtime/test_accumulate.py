@@ -5,11 +5,15 @@ import torch
 
 import coda
 from coda.ir.types import bf16, f32
-from coda.lowering.accumulate import accumulating
+from coda.lowering.accumulate import accumulating, siblings
 from coda.lowering.cost import hbm_bytes
 from coda.lowering.derive import derive
 from coda.lowering.pipeline import lower
 from coda.measure import random_inputs, relative
+from coda.runtime import accumulate as module
+from coda.runtime import run
+from coda.runtime import train as train_module
+from coda.runtime.accumulate import joined
 from coda.runtime.simulate import device
 from tests.runtime.test_call import SIZES, mlp
 
@@ -109,14 +113,17 @@ def test_no_pass_reads_the_gradients_again(dtype):
     sizes = {"M": 8192, "D": 4096, "F": 14336}
     training = derive(mlp.graph, sizes)
     names = ("w_gate", "w_up", "w_down")
-    graph, updates = accumulating(training, dict.fromkeys(names, dtype))
-    program, plain = (lower(g, sizes) for g in (graph, training.backward))
-    assert [n for n, _ in updates] == [f"d{n}" for n in names]
+    assert siblings(training) == (("w_gate", "w_up"),)
     matrix = sizes["D"] * sizes["F"]
     added = len(names) * matrix * (2 * dtype.size - bf16.size)
     again = 2 * sizes["M"] * sizes["D"] + 4 * sizes["D"]  # gate and up load x and its gain each
-    assert hbm_bytes(program) == hbm_bytes(plain) + added + again
-    assert len(program.kernels) == len(plain.kernels) + 1
+    plain = lower(training.backward, sizes)
+    for beside, more, launches in ((siblings(training), 0, 0), ((), again, 1)):
+        found = accumulating(training, dict.fromkeys(names, dtype), beside)
+        assert [n for n, _ in found.updates] == [f"d{n}" for n in names]
+        program = lower(found.graph, sizes)
+        assert hbm_bytes(program) == hbm_bytes(plain) + added + more
+        assert len(program.kernels) == len(plain.kernels) + launches
 
 
 @coda.block
@@ -124,7 +131,61 @@ def linear(x: T["M D"], w: T["F D"]):
     return x @ w.T
 
 
-def test_a_kernel_adds_in_place():
+@pytest.fixture
+def programs(monkeypatch):
+    """The Programs of backwards that add, as they run."""
+    found = []
+
+    def execute(program, *rest):
+        found.extend([program] if program.updates else [])
+        return run.execute(program, *rest)
+
+    monkeypatch.setattr(train_module, "execute", execute)
+    return found
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """For each sum that a kernel made: whether it was written where the gradient is kept."""
+    found = []
+
+    def add(held, gradient, summed):
+        found.extend([gradient.data_ptr() == held.data_ptr()] if summed else [])
+        module.add(held, gradient, summed)
+
+    monkeypatch.setattr(train_module, "add", add)
+    return found
+
+
+def test_siblings_have_one_product_where_their_gradients_are_rows_of_one_matrix(inputs, programs):
+    """So are they after the first backward; a weight whose gradient lies apart takes another."""
+    xs = microbatches(inputs)
+    mine = train(weights_of(inputs), xs, True)
+    gate, up = (w.grad for w in mine[1:3])
+    assert gate.is_contiguous()
+    assert up.data_ptr() == gate.data_ptr() + gate.numel() * gate.element_size()
+    assert gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
+    mine[2].grad = up.clone()
+    train(mine, xs[:1], True)
+    gemms = [len(list(p.gemms())) for p in programs]
+    assert gemms == [*[gemms[0]] * (STEPS - 1), gemms[0] + 1]
+    plain = train(weights_of(inputs), torch.cat([xs, xs[:1]]), False)
+    for a, b in zip(mine, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_matrices_are_joined_only_where_they_are_rows_of_one():
+    whole = torch.zeros(7, 4)
+    a, b, c = whole[:2], whole[2:5], whole[5:]
+    found = joined([a, b, c])
+    assert found is not None
+    assert (found.shape, found.stride()) == (whole.shape, whole.stride())
+    assert found.data_ptr() == whole.data_ptr()
+    for others in ([b, a], [a, c], [a, b.clone()], [a, b.view(torch.int32)], [a, b[:, :2]]):
+        assert joined(others) is None
+
+
+def test_a_kernel_adds_in_place(written):
     x, w = random_inputs(linear.graph, {"M": 40, "D": 64, "F": 72})
     w.requires_grad_()
     w.main_grad = torch.ones(w.shape)
@@ -134,11 +195,12 @@ def test_a_kernel_adds_in_place():
     theirs = 1 + 2 * x.float().sum(0).expand(w.shape)
     torch.testing.assert_close(w.main_grad, theirs, rtol=1e-6, atol=1e-5)
     assert w.grad is None
+    assert written == [True, True]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-def test_kernels_add_in_place(arch):
+def test_kernels_add_in_place(arch, written, programs):
     inputs = random_inputs(mlp.graph, {"M": 40, "D": 64, "F": 96})
     xs = microbatches(inputs, 40)[:2]
     exact = train(weights_of([x.double() for x in inputs]), xs.double(), False)
@@ -149,6 +211,9 @@ def test_kernels_add_in_place(arch):
         held = [w.grad for w in mine[:3]]
         train(mine, xs, True, backend="sim")
         assert not gpu.report().findings
+    assert written
+    assert all(written)
+    assert {len(list(p.gemms())) for p in programs} == {4}
     for w, g in zip(mine[1:3], held[1:], strict=True):
         assert w.grad is g
     sums = [*(w.grad for w in mine[:3]), mine[3].main_grad]
