@@ -29,6 +29,12 @@ SIZES = {"M": M, "N": N, "K": K, "F": N // 2, "H": N // 128, "d": 128}
 T, f32 = coda.Tensor, coda.f32
 
 
+def tiles(name, arch):
+    """The tiles that both are compiled for: half as wide for three matrices in and three out."""
+    tile_m, tile_n = TILES[arch]
+    return tile_m, 128 if (name, arch) == ("swiglu_backward", "sm_100a") else tile_n
+
+
 @coda.block
 def bare(x: T["M K"], w: T["N K"]):
     return x @ w.T
@@ -81,6 +87,34 @@ def lse(x: T["M K"], w: T["N K"]):
     return {"z": z, "lse": coda.logsumexp(z)}
 
 
+@coda.block
+def rms_backward(x: T["M K"], w: T["N K"], c: T["M N"], y: T["M N"], g: T["N"], r: T["M 1", f32]):
+    """The boundary of a norm: the residual's gradient, and partials of its weight's."""
+    z = x @ w.T
+    return {"dx": z * g + c + y * r.cast(x.dtype), "dg": coda.sum(z * y, axis=0)}
+
+
+@coda.block
+def gelu_backward(x: T["M K"], w: T["N K"], z: T["M N"]):
+    """The derivative of GELU, GELU again for the next weight's, and partials of the bias's."""
+    d = x @ w.T
+    inner = 0.7978845608028654 * z * (1.0 + 0.044715 * z * z)
+    t = coda.tanh(inner)
+    slope = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * z * z)
+    dz = d * (0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * slope)
+    return {"dz": dz, "y": 0.5 * z * (1.0 + t), "db": coda.sum(dz, axis=0)}
+
+
+@coda.block
+def swiglu_backward(x: T["M K"], w: T["N K"], g: T["M N"], u: T["M N"], s: T["M 1", f32]):
+    """SwiGLU behind a norm whose factor is s, from what was stored without it."""
+    d, s = x @ w.T, s.cast(x.dtype)
+    a, b = g * s, u * s
+    q = coda.sigmoid(a)
+    da, db = d * b * (q + a * q * (1.0 - q)), d * a * q
+    return {"dg": da * s, "du": db * s, "y": a * q * b, "ss": coda.sum(da * g + db * u)}
+
+
 def quack_arguments(tile_n):
     """The library's epilogue for each block, and its operands by name."""
     from quack.epilogue import library
@@ -92,11 +126,14 @@ def quack_arguments(tile_n):
         return torch.empty(1, n)
 
     parts = torch.empty(1, M, -(-N // tile_n))
+    sums = torch.empty(1, -(-M // 128), N)
     matrix = new(M, N)
     boundary = {"weight": vector(N), "resid_out": matrix, "sqsum": parts}
     affine = {"s": vector(M), "t": vector(M), "wg": vector(N), "wb": vector(N), "postact": matrix}
     gelu = {"rstd": vector(M), "weight": vector(N), "postact": matrix}
     swiglu = {"rstd": vector(M), "postact": new(M, N // 2)}
+    norm = {"y": matrix, "w": vector(N), "corr": vector(M), "dw": sums}
+    gated = {"rstd": vector(M), "postact": matrix, "dsum": parts}
     return {
         "bare": (library.identity_epi, {}, True, False),
         "residual": (library.residual_epi, {"res": matrix}, True, False),
@@ -107,14 +144,18 @@ def quack_arguments(tile_n):
         "rope": (library.rope_epi, {"table": matrix}, True, False),
         "qk_norm": (library.qknorm_epi, {"qk": 128, "w": vector(N)}, True, False),
         "lse": (library.lse_epi, {"lse": parts}, True, False),
+        "rms_backward": (library.rms_bwd_apply_epi, norm, True, True),
+        "gelu_backward": (library.dgelu_dbias_mod, {"postact": matrix, "dbias": sums}, True, True),
+        "swiglu_backward": (library.dswiglu_rstd_preact_mod, gated, True, True),
     }
 
 
 def theirs(name, arch, directory):
     """Resources of the library's kernel."""
-    tile_m, tile_n = TILES[arch]
+    tile_m, tile_n = tiles(name, arch)
     mod, operands, store, with_c = quack_arguments(tile_n)[name]
-    a, b, d = (torch.empty(1, *s, dtype=torch.bfloat16) for s in ((M, K), (N, K), (M, N)))
+    width = 2 * N if name == "swiglu_backward" else N  # gate and up side by side
+    a, b, d = (torch.empty(1, *s, dtype=torch.bfloat16) for s in ((M, K), (N, K), (M, width)))
     base = Path(directory) / f"theirs_{name}"
     with captured(base):
         mod.gemm(
@@ -132,7 +173,7 @@ def ours(name, arch):
     graph = globals()[name].graph
     program = lower(graph, {s: SIZES[s] for s in graph.symbols}, arch)
     (gemm,) = program.gemms()
-    gemm = replace(gemm, config=Config(*TILES[arch], (2, 1)))
+    gemm = replace(gemm, config=Config(*tiles(name, arch), (2, 1)))
     program.kernels = tuple(gemm if isinstance(k, GemmKernel) else k for k in program.kernels)
     return compile_kernel(size_partials(program), gemm).usage
 
@@ -159,7 +200,7 @@ def main():
         done = subprocess.run(
             [sys.executable, __file__, arch], stdout=subprocess.PIPE, check=True, text=True
         )
-        table = Table(title=f"{arch}, tiles {TILES[arch][0]}×{TILES[arch][1]}")
+        table = Table(title=f"{arch}, tiles {TILES[arch][0]}×{TILES[arch][1]}, or half as wide")
         for column in (
             "epilogue",
             "quack",

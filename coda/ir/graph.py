@@ -432,8 +432,8 @@ class Graph:
         return show(self)
 
 
-def walk(roots: Iterable[Node]) -> Iterator[Node]:
-    """Each node once, operands first."""
+def walk(roots: Iterable[Node], until: type | tuple[type, ...] = ()) -> Iterator[Node]:
+    """Each node once, operands first, and nothing below nodes of the kinds `until`."""
     seen: set[Node] = set()
     stack: list[tuple[Node, bool]] = [(r, False) for r in reversed(list(roots))]
     while stack:
@@ -443,7 +443,8 @@ def walk(roots: Iterable[Node]) -> Iterator[Node]:
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            stack.extend((o, False) for o in reversed(node.operands) if o not in seen)
+            below = () if isinstance(node, until) else reversed(node.operands)
+            stack.extend((o, False) for o in below if o not in seen)
 
 
 def transform(roots: Iterable[Node], change: Callable[[Node], Node]) -> tuple[Node, ...]:

@@ -8,7 +8,7 @@ the weight are), and the points are pairs (the pairing of the design).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +27,12 @@ from coda.lowering.epilogue import (
     Load,
     Operand,
     SinkExpr,
+    Stat,
     Statistic,
     StoreExpr,
     stat_names,
 )
+from coda.lowering.products import factored
 from coda.lowering.values import LEAF, NO_LANE, Ints, Refused, Value, beside, distinct_rows
 
 
@@ -348,8 +350,8 @@ def assemble(
     store_exprs = tuple(_store(build, s) for s in stores)
     if build.split is not None and not space.whole_rows:
         neighbours = [s for s in store_exprs if len(s.lanes) == 2 and not s.split]
-        if len(neighbours) > 1:
-            raise Refused("an epilogue writes one matrix of neighbouring pairs")
+        if sum(s.dtype.size != 2 for s in neighbours) > 1:
+            raise Refused("an epilogue writes one matrix of neighbouring pairs of 8 or of 32 bits")
     if not space.whole_rows and any(_is_ragged(s) for s in store_exprs):
         raise Refused(f"pairs of columns {build.split} apart are not stored in whole vectors")
     if build.split is not None and not space.whole_rows and any(s.rows for s in sinks):
@@ -358,6 +360,7 @@ def assemble(
     for sink in sinks:
         if sink.index is not None:
             build.bind(Load(sink.index, NO_LANE), {})
+    store_exprs, sink_exprs = _factored(build, store_exprs, sink_exprs)
     roots = [e for s in (*store_exprs, *sink_exprs) for e in s.lanes]
     statistics, folded = _statistics(build, roots, partial_of)
     used = {int(i) for p in build.packed for i in np.unique(p.source) if i >= 0}
@@ -376,6 +379,24 @@ def assemble(
         folded,
         {n: space.spread[n] for n in build.nodes if n in space.spread},
     )
+
+
+def _factored(
+    build: _Assembly, stores: tuple[StoreExpr, ...], sinks: tuple[SinkExpr, ...]
+) -> tuple[tuple[StoreExpr, ...], tuple[SinkExpr, ...]]:
+    """Stores and sinks with what their products share computed once."""
+    groups = {s.name for s in build.space.groups}
+    groups |= {n for n, s in build.space.statistics.items() if s.group}
+
+    def once(leaf: Expr) -> bool:
+        if isinstance(leaf, Load):
+            return build.operands[leaf.operand].kind in ("col", "scalar")
+        return isinstance(leaf, Stat) and leaf.name not in groups
+
+    lanes = iter(factored([e for s in (*stores, *sinks) for e in s.lanes], once))
+    new = [replace(s, lanes=tuple(next(lanes) for _ in s.lanes)) for s in (*stores, *sinks)]
+    count = len(stores)
+    return tuple(new[:count]), tuple(new[count:])  # type: ignore[return-value]
 
 
 def _statistics(

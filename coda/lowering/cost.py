@@ -6,7 +6,6 @@ dense: H100 SXM 989 TFLOP/s in bf16 and 3.35 TB/s, B200 2250 TFLOP/s and 8 TB/s.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from coda.ir.dims import ONE, product
@@ -29,7 +28,7 @@ from coda.ir.graph import (
     walk,
 )
 from coda.ir.scalars import SCALARS
-from coda.lowering.epilogue import Call, Expr
+from coda.lowering.epilogue import calls
 from coda.lowering.program import GemmKernel, Kernel, Program, RowwiseKernel, TorchKernel
 from coda.lowering.roles import stacked
 
@@ -154,21 +153,6 @@ def scalar_flops(program: Program, kernel: Kernel) -> int:
         m, n = kernel.rows.size(program.sizes), kernel.width
     points = m * n // (2 if epilogue.pair else 1)
     return points * sum(SCALARS[c.fn].flops for c in calls(exprs))
-
-
-def calls(exprs: Iterable[Expr]) -> list[Call]:
-    """Each distinct call of some expressions, operands first."""
-    found: dict[Call, None] = {}
-
-    def visit(expr: Expr) -> None:
-        if isinstance(expr, Call) and expr not in found:
-            for arg in expr.args:
-                visit(arg)
-            found[expr] = None
-
-    for expr in exprs:
-        visit(expr)
-    return list(found)
 
 
 def kernel_seconds(program: Program, kernel: Kernel) -> tuple[float, str]:

@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from coda.lowering.cost import calls
-from coda.lowering.epilogue import Call, Expr, Literal
+from coda.lowering.epilogue import Call, Expr, Literal, calls
 
 INFIX = {"add": "+", "sub": "-", "mul": "*"}
 RENAMED = {"abs": "absolute", "pow": "power"}

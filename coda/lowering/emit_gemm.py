@@ -24,6 +24,7 @@ from coda.lowering.epilogue import (
     SinkExpr,
     Stat,
     StoreExpr,
+    held,
     leaves,
 )
 from coda.lowering.program import GemmKernel, Program
@@ -31,7 +32,7 @@ from coda.lowering.twins import first_alike
 from coda.lowering.weights import halves
 
 COMPILED = {bf16, f16, e4m3, e5m2}
-RESERVED = {"acc", "c", "D", "epilogue", "prepass", "KERNEL"}
+RESERVED = {"acc", "c", "D", "epilogue", "pause", "prepass", "KERNEL"}
 SINKS = {
     "sum": "ColVecReduce({0!r})",
     "mean": "ColVecReduce({0!r})",
@@ -39,8 +40,12 @@ SINKS = {
     "variance": "Moments({0!r})",
 }
 GROUPS = {"sum": "GroupSum", "mean": "GroupMean"}
+PAUSE = 4  # points, or two columns each, between pauses
+WHOLE, PAIRS = -1, -2  # how a store is passed that is not one lane of pairs
 OURS = {
-    *("GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "SplitStore"),
+    "epilogue_ops": {"GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "PairStore"}
+    | {"SplitStore"},
+    "in_turn": {"Pause", "RowInTurn", "SumInTurn"},
 }
 
 
@@ -61,13 +66,15 @@ class Source:
         text: the Python source; `KERNEL` is its `EpiMod`.
         name: a module name that belongs to this text alone.
         d: the buffer that the GEMM's own store writes, or None.
-        outputs: (emitted name, buffer, lane or -1) of the other stores.
+        outputs: (emitted name, buffer, lane) of the other stores; WHOLE for one value at a point,
+            PAIRS for both lanes as neighbours.
         operands: emitted names of operands that are passed as they are.
         tables: packed periodic operands.
         sinks: emitted names of the sinks' buffers.
         masks: emitted names of row operands that are 1 inside the matrix and 0 outside.
         row_masks: emitted names of column operands that are 1 inside the matrix and 0 outside.
-        groups: emitted names of group statistics and the width of a group.
+        numbers: emitted names of operators that take a number: the width of a group's statistic,
+            or how often a kernel pauses.
     """
 
     text: str
@@ -79,7 +86,7 @@ class Source:
     sinks: dict[str, str]
     masks: tuple[str, ...]
     row_masks: tuple[str, ...]
-    groups: dict[str, int]
+    numbers: dict[str, int]
 
     def renamed(self, names: Mapping[str, str]) -> Source:
         """The same module for a kernel whose operands and buffers have other names."""
@@ -138,6 +145,9 @@ class _Emitter:
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
         self.tables = self.pack_tables()
         self.classes: set[str] = set()
+        # Where much is at hand at a point, several columns of it are more than the registers hold.
+        several = len(self.epilogue.stores) > 1 and any(s.rows for s in self.epilogue.sinks)
+        self.pauses = program.arch == "sm_100a" and (held(self.epilogue) > 5 or several)
         self.masked = self.rows_masked = False
 
     def pack_tables(self) -> tuple[Table, ...]:
@@ -194,11 +204,12 @@ class _Emitter:
         text = self.module(head, parameters, body, returned, outputs, sinks, before)
         name = "coda_gemm_" + hashlib.sha256(text.encode()).hexdigest()[:24]
         passed = {o.name: safe(o.name) for o in self.passed()}
-        groups = {s.name: s.group for s in self.epilogue.statistics if s.group}
+        numbers = {s.name: s.group for s in self.epilogue.statistics if s.group}
+        numbers |= {"pause": PAUSE} if self.pauses else {}
         masks = ("inside",) if self.masked else ()
         rows = ("inside_rows",) if self.rows_masked else ()
         stored = tuple(outputs)
-        return Source(text, name, d, stored, passed, self.tables, sinks, masks, rows, groups)
+        return Source(text, name, d, stored, passed, self.tables, sinks, masks, rows, numbers)
 
     def passed(self) -> list[Operand]:
         """Operands that the kernel loads under their own names."""
@@ -215,12 +226,14 @@ class _Emitter:
         names = [safe(o.name) for o in self.passed()]
         names += [t.name for t in self.tables]
         names += [s.name for s in self.epilogue.statistics if s.group]
+        names += [safe(s.buffer) for s in self.epilogue.sinks if self.in_turn(s)]
+        names += ["pause"] * self.pauses
         return names + ["inside"] * self.masked + ["inside_rows"] * self.rows_masked
 
     def stores(
         self, body: Lines, returned: list[tuple[str, str]]
     ) -> tuple[str | None, list[tuple[str, str, int]]]:
-        d: str | None = None
+        first, d = self.by_gemm(), None
         outputs: list[tuple[str, str, int]] = []
         for store in self.epilogue.stores:
             values = body.assign(store.lanes)
@@ -230,15 +243,27 @@ class _Emitter:
                     outputs.append((f"{name}_{lane}", store.buffer, lane))
                     returned.append((f"{name}_{lane}", value))
                 continue
-            full = len(store.lanes) == (2 if self.pair else 1)
-            value = f"pack({', '.join(values)})" if len(values) == 2 else values[0]
-            if full and d is None:
+            if store is first:
                 d = store.buffer
-                returned.insert(0, ("D", value))
+                returned.insert(0, ("D", self.packed(values)))
+            elif len(values) == 2:
+                body.imported.add("word")
+                outputs.append((name, store.buffer, PAIRS))
+                returned.append((name, f"word({', '.join(values)}, {store.dtype.name!r})"))
             else:
-                outputs.append((name, store.buffer, -1))
-                returned.append((name, value))
+                outputs.append((name, store.buffer, WHOLE))
+                returned.append((name, values[0]))
         return d, outputs
+
+    def by_gemm(self) -> StoreExpr | None:
+        """The store that is the GEMM's own: of whole rows, and if it can be of 32 bits or of 8."""
+        whole = [s for s in self.epilogue.stores if len(s.lanes) == 1 + self.pair and not s.split]
+        odd = [s for s in whole if self.pair and s.dtype.size != 2]
+        return next(iter(odd or whole), None)
+
+    def packed(self, values: list[str]) -> str:
+        """One value, or both of a pair."""
+        return f"pack({', '.join(values)})" if len(values) == 2 else values[0]
 
     def sinks(self, body: Lines, returned: list[tuple[str, str]]) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -252,8 +277,15 @@ class _Emitter:
                 values.append("0.0" if sink.monoid in ("sum", "mean") else values[0])
             value = f"pack({', '.join(values)})" if self.pair else values[0]
             found[safe(sink.buffer)] = sink.buffer
+            if self.in_turn(sink):
+                body.lines.append(f"{safe(sink.buffer)}({value})")
+                continue
             returned.append((safe(sink.buffer), value))
         return found
+
+    def in_turn(self, sink: SinkExpr) -> bool:
+        """Whether a sum over the rows is taken as the columns are computed."""
+        return sink.rows and self.pauses and not self.pair
 
     def inside(self, sink: SinkExpr, expr: Expr) -> Expr:
         """What a sink takes: sums of columns outside the matrix must vanish."""
@@ -291,14 +323,15 @@ class _Emitter:
         before: tuple[Lines, list[tuple[str, str]]],
     ) -> str:
         definition = self.definition(outputs, sinks, before)
-        lines = self.function("epilogue", parameters, self.unpacked(parameters), body, returned)
+        first = ["acc = pause(acc)"] * self.pauses + self.unpacked(parameters)
+        lines = self.function("epilogue", parameters, first, body, returned)
         if before[1]:
             needed = [p for p in parameters if _mentions(before[0], p)]
             lines = [*self.function("prepass", needed, [], *before), "", "", *lines]
         imported = sorted(body.imported | before[0].imported | ({"pack", "unpack"} & self.used))
         source = "coda.runtime.halves" if self.halves else "quack.epilogue.frontend"
         imports = [f"from {source} import gemm_epilogue"]
-        theirs = sorted(self.classes - OURS)
+        theirs = sorted(self.classes.difference(*OURS.values()))
         if "rotary_cos_sin_load" in theirs:
             theirs.remove("rotary_cos_sin_load")
             imports.append("from quack.epilogue.rotary import rotary_cos_sin_load")
@@ -306,9 +339,10 @@ class _Emitter:
             imports.append(f"from quack.epilogue.ops import {', '.join(theirs)}")
         if imported:
             imports.append(f"from coda.runtime.epilogue_math import {', '.join(imported)}")
-        if self.classes & OURS:
-            names = ", ".join(sorted(self.classes & OURS))
-            imports.append(f"from coda.runtime.epilogue_ops import {names}")
+        for module, ours in OURS.items():
+            if self.classes & ours:
+                names = ", ".join(sorted(self.classes & ours))
+                imports.append(f"from coda.runtime.{module} import {names}")
         title = ['"""' + head, "", *self.notes(), '"""', ""]
         return "\n".join([*title, *imports, "", "", *lines, "", "", *definition]) + "\n"
 
@@ -371,9 +405,9 @@ class _Emitter:
                 chosen = f'ColVecLoad("{safe(sink.index)}_index")'
                 reduced.append(f"{name!r}: {self.make(f'ColVecSelect({name!r}, {chosen})')}")
                 extra.append(self.make(chosen))
-            elif sink.rows:
+            elif sink.rows and not self.in_turn(sink):
                 reduced.append(f"{name!r}: {self.make(f'RowVecReduce({name!r})')}")
-            else:
+            elif not sink.rows:
                 reduced.append(f"{name!r}: {self.make(SINKS[sink.monoid].format(name))}")
         if reduced:
             lines += ["    outs={", *(f"        {r}," for r in reduced), "    },"]
@@ -390,17 +424,25 @@ class _Emitter:
     def output(self, name: str, store: StoreExpr, lane: int) -> str:
         if lane >= 0:
             return self.make(f"SplitStore({name!r}, {store.split})")
+        if lane == PAIRS:
+            return self.make(f"PairStore({name!r})")
         half = self.pair and len(store.lanes) == 1
         return self.make(f"HalfStore({name!r})") if half else repr(name)
 
     def operators(self) -> list[tuple[str, str]]:
         """The operator of every operand."""
         kinds = {"row": "RowVecLoad", "col": "ColVecLoad", "tile": "TileLoad", "scalar": "Scalar"}
+        kinds |= {"row": "RowInTurn"} if self.pauses and not self.pair else {}
         found = [(safe(o.name), f"{kinds[o.kind]}({safe(o.name)!r})") for o in self.passed()]
         found += [(t.name, self.table(t)) for t in self.tables]
         for stat in self.epilogue.statistics:
             if stat.group:
                 found.append((stat.name, f"{GROUPS[stat.monoid]}({stat.name!r})"))
+        for sink in self.epilogue.sinks:
+            if self.in_turn(sink):
+                name = safe(sink.buffer)
+                found.append((name, f"SumInTurn({name!r})"))
+        found += [("pause", 'Pause("pause")')] * self.pauses
         found += [("inside", 'RowVecLoad("inside")')] * self.masked
         return found + [("inside_rows", 'ColVecLoad("inside_rows")')] * self.rows_masked
 

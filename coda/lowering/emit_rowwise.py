@@ -4,7 +4,8 @@ Statistics come first, those that do not need each other in one sweep of the row
 that stores. A row is read again for each sweep (from the cache), so that no width spills registers.
 
 A kernel that sums over rows takes a block of them: the warps first take their statistics, row by
-row, and then columns, with the sums in registers and one partial for the block.
+row, and then columns, with the sums in registers and one partial for the block. A kernel that only
+folds such partials has a row in each lane: those of neighbouring rows are neighbours in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from coda.ir.dims import product, show_shape
 from coda.lowering.emit_gemm import safe
 from coda.lowering.epilogue import SinkExpr, Statistic, StoreExpr
 from coda.lowering.program import Program, RowwiseKernel
-from coda.lowering.row_pieces import LANES, TALL_ROWS, TALL_WARPS, WARPS, Piece, teams
+from coda.lowering.row_pieces import (
+    LANES,
+    TALL_ROWS,
+    TALL_WARPS,
+    WARPS,
+    Piece,
+    fold_warps,
+    teams,
+)
 from coda.lowering.row_sweeps import INDENT, Step, Sweeps, indented
 
 
@@ -55,6 +64,8 @@ class _Emitter(Sweeps):
     def emit(self) -> RowSource:
         if self.epilogue.sinks:
             body = self.block()
+        elif self.only_folds():
+            body = self.folds()
         else:
             body = ["if row < rows:", *indented([*self.row(), *self.wide(), *self.narrow()])]
         parameters = self.parameters()
@@ -203,18 +214,60 @@ class _Emitter(Sweeps):
 
     def narrow(self) -> list[str]:
         """Write the values that a row has once."""
+        computed, written = self.narrow_lines()
+        return [*computed, "if lane == 0:", *indented(written)] if written else []
+
+    def narrow_lines(self) -> tuple[list[str], list[str]]:
+        """How values that a row has once are computed, and written."""
         stores = [s for s in self.epilogue.stores if self.once(s)]
-        if not stores:
-            return []
         exprs = [s.lanes[0] for s in stores]
         lines, values = self.assigned(exprs, "w")
-        loads = self.loads(exprs, "0", self.pieces[0]) if self.kernel.width == 1 else []
-        out = [*loads, *(line.replace("[j]", "[0]") for line in lines), "if lane == 0:"]
+        loads = self.loads(exprs, "0", self.pieces[0]) if stores and self.kernel.width == 1 else []
+        written: list[str] = []
         for store, value in zip(stores, values, strict=True):
             target = f"{safe(store.buffer)}_out"
             shown = value.replace("[j]", "[0]")
-            out.append(f"{INDENT}{target}[row, 0] = Float32({shown}).to({target}.element_type)")
-        return out
+            written.append(f"{target}[row, 0] = Float32({shown}).to({target}.element_type)")
+        return [*loads, *(line.replace("[j]", "[0]") for line in lines)], written
+
+    # What a block of warps does that only folds sums over the rows of earlier kernels.
+
+    def only_folds(self) -> bool:
+        """Whether all that a row needs are such folds and values that it has once."""
+        kinds = {o.kind for o in self.epilogue.operands}
+        folded = all(s.operand in self.tall for s in self.epilogue.statistics)
+        plain = folded and not self.wide_stores() and kinds <= {"partial", "col", "scalar"}
+        return bool(self.tall) and plain
+
+    def folds(self) -> list[str]:
+        """Warps take parts in turn, a lane those of its row; the first warp adds what they have."""
+        self.rows |= {"room", "zero"}
+        warps = fold_warps(self.kernel.rows.size(self.program.sizes))
+        folded = [(s.name, safe(s.operand or "")) for s in self.epilogue.statistics]
+        out = [f"{name}_of = room({warps} * LANES)" for name, _ in folded]
+        for name, source in folded:
+            inner = [
+                f"for step in cutlass.range({name}_each, unroll=8):",
+                f"    {name}_s = {name}_s + {source}[row, step * {warps} + warp]",
+                f"if {name}_last < {source}.shape[1]:",
+                f"    {name}_s = {name}_s + {source}[row, {name}_last]",
+            ]
+            out += [
+                f"{name}_each = {source}.shape[1] // {warps}",
+                f"{name}_last = {name}_each * {warps} + warp",
+                f"{name}_s = zero()",
+                "if row < rows:",
+                *indented(inner),
+            ]
+            out.append(f"{name}_of[warp * LANES + lane] = {name}_s")
+        names = [name for name, _ in folded]
+        totals = [f"{name} = {name}_of[lane]" for name in names]
+        totals.append(f"for other in cutlass.range_constexpr(1, {warps}):")
+        totals += [f"    {name} = {name} + {name}_of[other * LANES + lane]" for name in names]
+        computed, written = self.narrow_lines()
+        own = self.once_loaded([e for s in self.epilogue.stores for e in s.lanes])
+        rest = indented([*totals, *own, *computed, *written])
+        return [*out, "cute.arch.sync_threads()", "if warp == 0 and row < rows:", *rest]
 
     # What a block of warps does to a block of rows, where sums over them are taken.
 
@@ -229,7 +282,7 @@ class _Emitter(Sweeps):
         if kept:
             self.rows.add("room")
             out += [f"{n}_of = room({TALL_ROWS})" for n in kept]
-        if self.epilogue.statistics or self.narrow():
+        if rows:
             head = [f"for turn in cutlass.range({TALL_ROWS // TALL_WARPS}):"]
             body = [f"row = first + turn * {TALL_WARPS} + warp", "if row < rows:"]
             out += [*head, *indented(body), *indented(rows, 2), "cute.arch.sync_threads()"]
@@ -321,9 +374,7 @@ class _Emitter(Sweeps):
         ]
         if self.math:
             lines.append(f"from coda.runtime.epilogue_math import {', '.join(sorted(self.math))}")
-        tall = bool(self.epilogue.sinks)
-        warps, each = (TALL_WARPS, TALL_ROWS) if tall else (WARPS, WARPS)
-        where = "warp = thread // LANES" if tall else f"row = block * {WARPS} + thread // LANES"
+        warps, each, where = self.block_shape()
         lines += [
             "",
             "",
@@ -332,7 +383,7 @@ class _Emitter(Sweeps):
             "    thread, _, _ = cute.arch.thread_idx()",
             "    block, _, _ = cute.arch.block_idx()",
             "    lane = thread % LANES",
-            f"    {where}",
+            *indented(where),
             *indented(body),
             "",
             "",
@@ -345,3 +396,12 @@ class _Emitter(Sweeps):
             "    )",
         ]
         return "\n".join(lines) + "\n"
+
+    def block_shape(self) -> tuple[int, int, list[str]]:
+        """Warps of a block and its rows, and lines that tell a warp which are its own."""
+        if self.epilogue.sinks:
+            return TALL_WARPS, TALL_ROWS, ["warp = thread // LANES"]
+        if self.only_folds():
+            warps = fold_warps(self.kernel.rows.size(self.program.sizes))
+            return warps, LANES, ["warp = thread // LANES", "row = block * LANES + lane"]
+        return WARPS, WARPS, [f"row = block * {WARPS} + thread // LANES"]

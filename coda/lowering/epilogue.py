@@ -196,6 +196,12 @@ class Epilogue:
     sinks: tuple[SinkExpr, ...]
 
 
+def held(epilogue: Epilogue) -> int:
+    """How many values an epilogue has at a point at once: matrices loaded or stored, and sums."""
+    tiles = sum(o.kind == "tile" for o in epilogue.operands) + len(epilogue.stores)
+    return tiles + sum(s.monoid != "pick" for s in epilogue.sinks)
+
+
 def leaves(exprs: Iterable[Expr]) -> set[Expr]:
     """What expressions are made of at the bottom."""
     found: set[Expr] = set()
@@ -211,6 +217,21 @@ def leaves(exprs: Iterable[Expr]) -> set[Expr]:
         else:
             found.add(expr)
     return found
+
+
+def calls(exprs: Iterable[Expr]) -> list[Call]:
+    """Each distinct call of some expressions, operands first."""
+    found: dict[Call, None] = {}
+
+    def visit(expr: Expr) -> None:
+        if isinstance(expr, Call) and expr not in found:
+            for arg in expr.args:
+                visit(arg)
+            found[expr] = None
+
+    for expr in exprs:
+        visit(expr)
+    return list(found)
 
 
 def stat_names(exprs: Iterable[Expr]) -> set[str]:

@@ -16,6 +16,7 @@ LANES = 32
 WARPS = 4  # rows of a CTA, a warp each
 TALL_WARPS = 8  # warps of a CTA that sums over rows: more would have too few registers each
 TALL_ROWS = 64  # rows of such a CTA
+FOLD_WARPS = 8  # warps of a CTA that folds sums over rows, which share the parts of 32 of them
 _MOST = 8
 
 
@@ -142,3 +143,8 @@ def leaves_of_kind(expr: Expr | None, kind: type) -> list:
         elif isinstance(one, Call):
             stack.extend(one.args)
     return list(found)
+
+
+def fold_warps(rows: int) -> int:
+    """Warps of a CTA that folds sums over rows: four times as many where few CTAs have work."""
+    return FOLD_WARPS if rows > 32 * LANES else 4 * FOLD_WARPS

@@ -13,7 +13,7 @@ from coda.ir.dims import ONE, Dim, product
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import f32
 from coda.lowering.assemble import Assembled
-from coda.lowering.epilogue import Epilogue, SinkExpr, Statistic
+from coda.lowering.epilogue import Epilogue, SinkExpr, Statistic, held
 from coda.lowering.program import (
     Buffer,
     Config,
@@ -73,9 +73,9 @@ def legal(config: Config, kernel: GemmKernel) -> str:
     tiles = sum(o.kind == "tile" for o in epilogue.operands) + len(epilogue.stores)
     if tiles > 5 and config.tile_m * config.tile_n > 128 * 128:
         return f"shared memory does not hold {tiles} tiles of the epilogue"
-    held = tiles + sum(s.monoid != "pick" for s in epilogue.sinks)
-    if held > 5 and config.tile_m * config.tile_n > 256 * 128:
-        return f"registers do not hold {held} values of the epilogue for each point"
+    values = held(epilogue)
+    if values > 5 and config.tile_m * config.tile_n > 256 * 128:
+        return f"registers do not hold {values} values of the epilogue for each point"
     return ""
 
 

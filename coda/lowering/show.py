@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from coda.ir.dims import show_shape
 from coda.lowering.assemble import Assembled
-from coda.lowering.cost import calls, describe, label
-from coda.lowering.epilogue import Acc, Call, Expr, Literal, Load, Operand, Stat
+from coda.lowering.cost import describe, label
+from coda.lowering.epilogue import Acc, Call, Expr, Literal, Load, Operand, Stat, calls
 from coda.lowering.program import Config, GemmKernel, Kernel, Program, RowwiseKernel
 
 

@@ -49,6 +49,15 @@ def rounded(a: Any, to: str) -> Any:
     return lanes(lambda x: x.to(_TYPES[to]).to(Float32), a)
 
 
+def word(a: Any, b: Any, to: str) -> Any:
+    """Two numbers as the neighbours of 16 bits that a float32 has room for."""
+    pair = cute.make_rmem_tensor(2, Float32)
+    pair[0], pair[1] = _f(a), _f(b)
+    narrow = cute.make_rmem_tensor(2, _TYPES[to])
+    narrow.store(pair.load().to(_TYPES[to]))
+    return cute.recast_tensor(narrow, Float32)[0]
+
+
 def square(a: Any) -> Any:
     """a · a."""
     return a * a

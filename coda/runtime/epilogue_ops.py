@@ -1,4 +1,4 @@
-"""Epilogue operators that quack does not have: group totals, moments, split stores.
+"""Epilogue operators that quack does not have: group totals, moments, stores of pairs.
 
 And a log Σ exp that survives +inf.
 """
@@ -12,7 +12,12 @@ import cutlass.cute as cute
 from cutlass import Float32, Int64, const_expr
 from quack import layout_utils
 from quack.compile_utils import div_for_dtype, fake_batched
-from quack.epilogue.ops import ColVecReduce, GroupedColStatsBase, OnlineLSEReduce, TileStore
+from quack.epilogue.ops import (
+    ColVecReduce,
+    GroupedColStatsBase,
+    OnlineLSEReduce,
+    TileStore,
+)
 
 
 class GroupSum(GroupedColStatsBase):
@@ -135,6 +140,36 @@ class HalfStore(TileStore):
         batch = fctx.l if fctx.batched else None
         columns = cute.sym_int()
         return fake_batched(dtype, fctx.m, columns, batch, 1, div_for_dtype(dtype))
+
+
+class PairStore(TileStore):
+    """Both lanes of every pair, as neighbours: a second matrix beside the GEMM's own.
+
+    The epilogue gives both as the two halves of one word. The host passes the first half of the
+    columns, since quack takes a store in pair mode for one value for each pair; on the device this
+    is a store of all columns.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.whole = TileStore(name)
+        self.gated = True  # what quack asks of a store in pair mode
+
+    def host_fake_arg(self, key: Any, fctx: Any) -> Any:
+        return HalfStore(self.name).host_fake_arg(key, fctx)
+
+    def to_params(self, gemm: Any, args: Any) -> Any:
+        half = getattr(args, self.name)
+        shape = (half.shape[0], 2 * half.shape[1], *half.shape[2:])
+        view = cute.make_tensor(half.iterator, cute.make_layout(shape, stride=half.stride))
+        return self.whole.to_params(gemm, _Replaced(args, self.name, view))
+
+    def store_setup(self, *args: Any) -> Any:
+        return self.whole.store_setup(*args)
+
+    @cute.jit
+    def store_convert(self, gemm: Any, frag: Any, *_: Any) -> Any:
+        return cute.recast_tensor(frag, getattr(gemm, self._dtype_gemm_attr()))
 
 
 class SplitStore(HalfStore):

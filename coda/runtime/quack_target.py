@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from coda.errors import CallError
-from coda.lowering.emit_gemm import Source, Table
+from coda.lowering.emit_gemm import PAIRS, Source, Table
 from coda.lowering.program import Config
 
 
@@ -71,12 +71,12 @@ class Gemm:
             found[table.name] = operands[table.name]
         for name in (*source.masks, *source.row_masks):
             found[name] = operands[name]
-        found |= source.groups
+        found |= source.numbers
         for name, buffer, lane in source.outputs:
             whole = stores[buffer]
-            if lane >= 0:
+            if lane >= 0 or lane == PAIRS:
                 width = whole.shape[1] // 2
-                whole = whole.narrow(1, lane * splits[buffer], width)
+                whole = whole.narrow(1, lane * splits[buffer] if lane > 0 else 0, width)
             found[name] = whole
         found |= {name: sinks[buffer] for name, buffer in source.sinks.items()}
         return found | dict(indices)

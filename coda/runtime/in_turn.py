@@ -1,0 +1,167 @@
+"""What keeps the points of a thread in turn, where much is at hand at each (sm_100a).
+
+ptxas would rather compute a thread's columns step by step, side by side; with several matrices to
+load and to store that is more than 255 registers, and the rest spills.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, const_expr
+from quack.epilogue.ops import EpiOp, RowVecLoad, RowVecReduce
+
+COLUMNS = 8  # reduced together: each lane is left with the sum of one of them
+SHARED = 4  # lanes that are left with the same sum
+LANES = 32
+
+
+class Pause(EpiOp):
+    """A boundary between every few points: a fence of the block, which ptxas works up to."""
+
+    fn_port = "apply"
+
+    def host_arg_key(self, value: Any) -> Any:
+        return value
+
+    def host_fake_arg(self, key: Any, fctx: Any) -> Any:
+        return key
+
+    def host_call_arg(self, value: Any, key: Any) -> Any:
+        return None
+
+    def host_arg_form(self, value: Any) -> str:
+        return "Const"
+
+    def arg_spec_type(self, const: bool = False) -> Any:
+        return cutlass.Constexpr[int]
+
+    def param_fields(self) -> Any:
+        return [(self.name, object, None)]
+
+    def to_params(self, gemm: Any, args: Any) -> Any:
+        gemm.points_between_pauses = getattr(args, self.name)
+        return {self.name: None}
+
+    def fn_prepare(self, gemm: Any, state: Any, paired: bool) -> Any:
+        return state
+
+    @cute.jit
+    def fn_apply(self, gemm: Any, state: Any, point: Any, value: Any) -> Any:
+        if point > 0 and point % gemm.points_between_pauses == 0:
+            cute.arch.fence_acq_rel_cta()
+        return value
+
+
+class RowInTurn(RowVecLoad):
+    """A float32 vector along the columns, read from shared memory where a point needs it.
+
+    quack's own is read whole before the first point: a register for each column of a thread.
+    """
+
+    @cute.jit
+    def begin_loop(self, gemm: Any, state: Any, epi_coord: Any) -> Any:
+        parts = state[0]
+        return cute.group_modes(parts, 3, cute.rank(parts))[None, None, None, epi_coord]
+
+
+class SumInTurn(RowVecReduce):
+    """A sum over the rows: one partial for each tile of them, [tiles, N].
+
+    The epilogue calls it with each value. quack's own sink keeps a thread's values of all columns
+    until the last is computed, and reduces them over the lanes then: a register for each column.
+    Here every eight columns are reduced at once, and a thread keeps one number for them. A thread
+    has one row of the tile, and its columns in order, two of them at each point.
+    """
+
+    fn_port = "apply"
+
+    @cute.jit
+    def begin(self, gemm: Any, param: Any, smem_tensor: Any, ctx: Any) -> Any:
+        columns = ctx.partition_for_epilogue_fn(cute.make_identity_tensor((ctx.tile_M, ctx.tile_N)))
+        count = const_expr(cute.size(columns[None, None, None, 0, 0]))
+        assert count % COLUMNS == 0, f"{count} columns of a thread are not taken {COLUMNS} at once"
+        sums = cute.make_rmem_tensor(count // COLUMNS, Float32)
+        return (sums, cute.make_rmem_tensor(COLUMNS, Float32), smem_tensor, columns)
+
+    @cute.jit
+    def begin_loop(self, gemm: Any, state: Any, epi_coord: Any) -> Any:
+        return (state[0], state[1])
+
+    def fn_prepare(self, gemm: Any, state: Any, paired: bool) -> Any:
+        return state
+
+    @cute.jit
+    def fn_apply(self, gemm: Any, state: Any, point: Any, value: Any) -> Any:
+        sums, held = state
+        first = point % (COLUMNS // 2) * 2
+        held[first], held[first + 1] = value[0], value[1]
+        if point % (COLUMNS // 2) == COLUMNS // 2 - 1:
+            sums[point // (COLUMNS // 2)] = self.reduced(held)
+        return value
+
+    @cute.jit
+    def reduced(self, held: Any) -> Any:
+        """The sum over the warp of one of the columns: `column_of` tells which a lane has."""
+        lane = cute.arch.lane_idx()
+        for step in cutlass.range_constexpr(3):
+            half = const_expr(COLUMNS >> (step + 1))
+            upper = (lane & (LANES >> (step + 1))) != 0
+            for i in cutlass.range_constexpr(half):
+                mine = cutlass.select_(upper, held[half + i], held[i])
+                other = cutlass.select_(upper, held[i], held[half + i])
+                held[i] = mine + cute.arch.shuffle_sync_bfly(other, offset=LANES >> (step + 1))
+        total = held[0] + cute.arch.shuffle_sync_bfly(held[0], offset=2)
+        return total + cute.arch.shuffle_sync_bfly(total, offset=1)
+
+    @cute.jit
+    def end_loop_stage(
+        self,
+        gemm: Any,
+        param: Any,
+        state: Any,
+        epi_coord: Any,
+        epi_tile: Any,
+        tiled_copy_t2r: Any,
+        tiled_copy_r2s: Any,
+        tidx: Any,
+    ) -> Any:
+        """The warps but the first write theirs: each lane for one of four groups of columns."""
+        sums, smem, columns = state[0], state[2], state[3]
+        mine = columns[None, None, None, epi_coord[0], epi_coord[1]]
+        lane = cute.arch.lane_idx()
+        warp = cute.arch.make_warp_uniform(tidx // LANES)
+        groups = const_expr(cute.size(sums))
+        within = (lane // 16) * 4 + (lane // 8) % 2 * 2 + (lane // 4) % 2
+        found = []
+        for first in cutlass.range_constexpr(0, groups, SHARED):
+            count = const_expr(min(SHARED, groups - first))
+            value = sums[first]
+            for group in cutlass.range_constexpr(1, count):
+                value = cutlass.select_(lane % SHARED == group, sums[first + group], value)
+            column = mine[(first + lane % SHARED % count) * COLUMNS + within][1]
+            if warp > 0 and lane % SHARED < count:
+                smem[column, warp - 1, 0] = value
+            found.append((value, column, lane % SHARED < count))
+        return (True, (tuple(found), smem, warp))
+
+    @cute.jit
+    def end_loop_finish(
+        self, gemm: Any, param: Any, staged: Any, tile_coord_mnkl: Any, varlen_manager: Any
+    ) -> None:
+        """The first warp adds what the others have, and writes."""
+        found, smem, warp = staged
+        width = gemm.cta_tile_shape_mnk[1]
+        others = const_expr(self._smem_warps(gemm.epi_smem_warp_shape_mnk()))
+        vector = param[tile_coord_mnkl[3], tile_coord_mnkl[0], None]
+        inside = min(cute.size(vector) - tile_coord_mnkl[1] * width, width)
+        target = cute.local_tile(vector, (width,), (tile_coord_mnkl[1],))
+        for one in cutlass.range_constexpr(len(found)):
+            value, column, mine = found[one]
+            if warp == 0 and mine and tile_coord_mnkl[0] < param.shape[1]:
+                for other in cutlass.range_constexpr(others):
+                    value = value + smem[column, other, 0]
+                if column < inside:
+                    target[column] = value

@@ -1,0 +1,110 @@
+"""Stores and sums of epilogues that quack has no operator for, on both archs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import coda
+from coda.lowering.program import Config
+from coda.lowering.schedule import size_partials
+from coda.measure import measure, measure_gradients, random_inputs, relative
+from coda.runtime.reference import run_reference
+from coda.runtime.simulate import device, run_simulated
+from tests.kernels.test_kernels import ARCHS, hold
+
+T = coda.Tensor
+HEADS = {"M": 150, "D": 64, "H": 4, "d": 64}
+
+
+@coda.block
+def heads(x: T["M D"], w: T["(H d) D"], g: T["d"], cos: T["M d/2"], sin: T["M d/2"]):
+    """QK-norm and interleaved RoPE: in training two matrices of neighbouring pairs."""
+    q = (x @ w.T).reshape("M (H d) -> M H d")
+    return coda.rope(coda.rms_norm(q, g, eps=1e-6), cos, sin, interleaved=True)
+
+
+def test_qk_norm_and_interleaved_rope_are_one_kernel_in_training():
+    forward, _ = heads.lower_training("sm_90a", HEADS)
+    (gemm,) = forward.gemms()
+    assert forward.kernels == (gemm,)
+    assert [len(s.lanes) for s in gemm.assembled.epilogue.stores] == [2, 2]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_two_matrices_of_neighbouring_pairs(arch):
+    inputs = random_inputs(heads.graph, HEADS)
+    with device(arch, checks="raise") as gpu:
+        hold(measure_gradients(heads, heads.graph, inputs, "sim", dims=HEADS), spread=1.0)
+        assert not gpu.report().findings
+
+
+@coda.block
+def crowded(x: T["M K"], w: T["N K"], a: T["M N"], b: T["M N"], g: T["N"], r: T["M 1", coda.f32]):
+    """Much at each point: a kernel pauses, and sums over rows are taken column by column."""
+    y = (x @ w.T) * g
+    s = r.cast(x.dtype)
+    return {
+        "p": y * a * s,
+        "q": (y - b) * s,
+        "rows": coda.sum(y * a),
+        "columns": coda.sum(y * b, axis=0),
+        "more": coda.sum(y * y, axis=0),
+    }
+
+
+@pytest.mark.parametrize("sizes", [{"M": 300, "N": 328, "K": 64}, {"M": 129, "N": 64, "K": 40}])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_sums_over_rows_beside_several_stores(arch, sizes):
+    inputs = random_inputs(crowded.graph, sizes)
+    assert ("SumInTurn" in crowded.lower(arch, sizes).source()) == (arch == "sm_100a")
+    with device(arch, checks="raise") as gpu:
+        hold(measure(crowded, crowded.graph, inputs, "sim", dims=sizes), spread=1.0)
+        assert not gpu.report().findings
+
+
+@coda.block
+def slope(x: T["M K"], w: T["N K"], z: T["M N"]):
+    """As the backward of an activation with a bias."""
+    d = (x @ w.T) * coda.sigmoid(z)
+    return {"d": d, "y": z * coda.sigmoid(z), "db": coda.sum(d, axis=0)}
+
+
+@pytest.mark.parametrize("tile_n", [64, 128, 256])
+def test_sums_over_rows_in_tiles_of_any_width(tile_n):
+    """A thread has 32 or 64 columns at once: each lane is left with one sum or with two."""
+    sizes = {"M": 300, "N": 520, "K": 64}
+    program = slope.lower("sm_100a", sizes)
+    config = Config(256, tile_n, (2, 1)) if tile_n > 64 else Config(128, 64)
+    kernels = [
+        replace(k, config=config) if isinstance(k, GemmKernel) else k for k in program.kernels
+    ]
+    program.kernels = tuple(kernels)
+    assert "SumInTurn" in size_partials(program).source()
+    inputs = random_inputs(slope.graph, sizes)
+    with device("sm_100a", checks="raise"):
+        found = run_simulated(program, inputs, sizes)
+    for mine, theirs in zip(found, run_reference(program, inputs, sizes=sizes), strict=True):
+        assert relative(mine, theirs.double()) < 4e-3
+
+
+@coda.block
+def biases(x: T["M K"], w: T["N K"], b: T["N"], c: T["F N"]):
+    return coda.gelu(x @ w.T + b) @ c.T
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("rows", [1, 9, 1200])
+def test_folds_of_any_number_of_parts(rows, arch):
+    """Fewer parts than warps, as many, and a ragged last round."""
+    sizes = {"M": rows, "N": 72, "K": 40, "F": 24}
+    inputs = random_inputs(biases.graph, sizes)
+    given = torch.ones(rows, 24, dtype=inputs[0].dtype)
+    grads = []
+    for backend in ("reference", "sim"):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with device(arch, checks="raise"):
+            biases(*leaves, backend=backend, arch=arch).backward(given)
+        grads.append([x.grad for x in leaves])
+    for mine, theirs in zip(grads[1], grads[0], strict=True):
+        assert relative(mine, theirs.double()) < 6e-3
