@@ -113,6 +113,10 @@ class Llama(nn.Module):
         )
         self.last = nn.ParameterList([gain(dim), weight(WORDS, dim)])
         self.heads = dim // WIDTH
+        for layer in (self.first, *self.nexts):
+            coda.share_weights(*layer[1:])  # q, k and v are read as one matrix, and not copied
+        for mlp in self.mlps:
+            coda.share_weights(*mlp[2:4])  # so are gate and up
 
     def forward(self, tokens: Tensor) -> Tensor:
         batch, length = tokens.shape[0], tokens.shape[1] - 1
