@@ -23,7 +23,14 @@ from coda.lowering.program import NO_TERMS, Program, Terms
 from coda.lowering.roles import row_symbols
 from coda.runtime.bind import arrange, given_sizes
 from coda.runtime.modes import cast_arguments, refuse_transforms
-from coda.runtime.run import block_op, needs_dispatch, register, run_block, target_arch
+from coda.runtime.run import (
+    block_op,
+    is_plain,
+    needs_dispatch,
+    register,
+    run_block,
+    target_arch,
+)
 from coda.runtime.sharded import any_sharded, call_sharded
 from coda.runtime.train import train_block
 
@@ -198,7 +205,8 @@ class Block:
         """
         if named:
             tensors = arrange(self.graph, tensors, named)
-        for node, tensor in zip(self.graph.inputs, tensors, strict=False):
+        plain = is_plain(tensors)
+        for node, tensor in () if plain else zip(self.graph.inputs, tensors, strict=False):
             if not isinstance(tensor, Tensor):
                 if isinstance(tensor, Symbolic) and self.fn is not None:
                     return self.fn(*tensors)
@@ -209,7 +217,7 @@ class Block:
             tensors = cast_arguments(self.graph, self.undeclared, tensors)
         options = backend or "", arch or ""
         kept = self.memory if memory is None else memory
-        if any_sharded(tensors):
+        if not plain and any_sharded(tensors):
             graph = self.graph_for(tensors)
             found = call_sharded(
                 graph, tensors, dict(dims or {}), lambda t, d: self._run(t, d, *options, kept)

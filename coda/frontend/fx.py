@@ -21,13 +21,13 @@ from torch.fx import Node as FxNode
 
 from coda.errors import CodaError, UnsupportedError, Where
 from coda.frontend import aten_views  # noqa: F401  (it enters its rules)
-from coda.frontend.aten import RULES, Result
+from coda.frontend.aten import RULES, VIEWS, Result
 from coda.frontend.axes import outward
 from coda.frontend.heads import heads_apart
 from coda.frontend.rows import canonical, with_row_symbols
 from coda.frontend.tensor import Tensor
 from coda.ir.dims import Dim
-from coda.ir.graph import Graph, Input, Node, origin
+from coda.ir.graph import Graph, Input, Node, Reshape, origin
 from coda.ir.types import from_torch
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -160,6 +160,27 @@ def _argument(node: FxNode, name: str) -> Any:
     return Tensor(Input(name, found.shape, found.dtype))
 
 
+def with_fewer_axes(node: FxNode) -> FxNode:
+    """What a view looks at that only adds axes of size 1.
+
+    The layers of a model add them to one table of angles, each anew. As the table itself is the
+    argument of all their blocks, what is packed of it for the first layer serves the others.
+    """
+    while node.op == "call_function" and node.target in VIEWS:
+        source = node.args[0]
+        if not isinstance(source, FxNode) or not isinstance(value_of(source), torch.Tensor):
+            break
+        before, after = value_of(source).shape, value_of(node).shape
+        if len(after) <= len(before) or _wide(before) != _wide(after):
+            break
+        node = source
+    return node
+
+
+def _wide(shape: Iterable[Any]) -> list[Any]:
+    return [d for d in shape if not (isinstance(d, int) and d == 1)]
+
+
 def import_nodes(
     nodes: Sequence[FxNode], returned: Iterable[FxNode], is_weight: Callable[[FxNode], bool]
 ) -> Imported:
@@ -178,7 +199,11 @@ def import_nodes(
     inputs: list[FxNode] = []
 
     def value(node: FxNode) -> Any:
-        if node not in values:
+        source = with_fewer_axes(node)
+        if node not in values and source is not node:
+            shape = result_of(value_of(node)).shape
+            values[node] = Tensor(Reshape(value(source).node, shape))
+        elif node not in values:
             number = sum(is_weight(i) == is_weight(node) for i in inputs)
             found = _argument(node, f"{'w' if is_weight(node) else 'x'}{number}")
             if not isinstance(found, Tensor):

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from coda.errors import CallError, UnsupportedError
 from coda.integrations import report as told
 from coda.integrations.dynamo import backend
+from coda.integrations.outside import holding
 from coda.integrations.weights import share_alike
 
 _calls: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
@@ -121,7 +122,7 @@ def patch(
     seen = _inputs(model, example, {n: fresh[n] for n in first.values()}) if fresh else {}
     limit = 8 * max(len(layers), 1)
     options: Any = {"backend": backend, "dynamic": dynamic, "recompile_limit": limit}
-    call = torch.compile(_fresh_call(), **options)
+    call = holding(torch.compile(_fresh_call(), **options))
     _calls.add(call)
     checked = {k: _check(n, fresh[n], call, seen.get(n)) for k, n in first.items()}
     for name, module in layers.items():

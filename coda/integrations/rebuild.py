@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from coda.block import Block
+from coda.frontend.aten import VIEWS
 from coda.frontend.fx import Imported
 
 aten = torch.ops.aten
@@ -65,6 +66,7 @@ class Rebuild:
                 self.call(unit)
             else:
                 self.new[unit] = self.graph.node_copy(unit, lambda n: self.new[n])
+        self.graph.eliminate_dead_code(lambda n: n.target not in VIEWS)
         attributes = {
             n.target: getattr(self.gm, n.target) for n in self.graph.find_nodes(op="get_attr")
         }

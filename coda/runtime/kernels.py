@@ -29,6 +29,7 @@ from coda.runtime.prepare import one_below_another, packed_row, paired_rows, wei
 from coda.runtime.reference import ReferenceRun, matrix
 from coda.runtime.replay import Recording, Replays, Step
 from coda.runtime.rowwise_target import Rows, is_padded
+from coda.runtime.sources import Sources
 
 
 @dataclass
@@ -56,10 +57,12 @@ _states: weakref.WeakKeyDictionary[Program, State] = weakref.WeakKeyDictionary()
 
 def state_of(program: Program) -> State:
     """The emitted sources and loaded kernels of a program."""
-    if program not in _states:
+    found = _states.get(program)
+    if found is None:
         reads = {r.kernel: r for r in weight_reads(program)}
-        _states[program] = State({}, {}, reads, Memo(), Replays(quack_target.run_plan))
-    return _states[program]
+        found = State({}, {}, reads, Memo(), Replays(quack_target.run_plan))
+        _states[program] = found
+    return found
 
 
 def gemm_of(program: Program, kernel: GemmKernel) -> quack_target.Gemm:
@@ -110,6 +113,50 @@ class KernelRun(ReferenceRun):
         self.recording.constant(value, inputs)
         return value
 
+    def each_call(
+        self, name: Hashable, nodes: Iterable[Node], make: Callable[[ReferenceRun], Tensor]
+    ) -> Tensor:
+        """A tensor made of some nodes: once, if weights alone reach them, else in each call.
+
+        What is made of arguments alone is kept until these change: the layers of a model are given
+        one table.
+        """
+        nodes = list(nodes)
+        if all(self.program.is_weight(n) for n in walk(nodes) if isinstance(n, Input)):
+            return self.once(name, nodes, lambda: make(self))
+        sources = Sources(self, nodes)
+        memo, given = self.memo, sources.tensors(self)
+
+        def again(*tensors: Tensor) -> Tensor:
+            if sources.buffers:
+                return make(sources.run(tensors))
+            return memo.get(name, tensors, lambda: make(sources.run(tensors)))
+
+        value = again(*given)
+        self.recording.computed(value, again, given)
+        return value
+
+    def value(self, node: Node) -> Tensor:
+        if node in self.inputs or node in self.prepared or node in self.program.places:
+            return super().value(node)
+        sources = Sources(self, [node])
+        given = sources.tensors(self)
+
+        def again(*tensors: Tensor) -> Tensor:
+            return sources.run(tensors).value(node)
+
+        x = sources.run(given, self.prepared).value(node)
+        if not sources.weights and not self.recording.knows(x):
+            self.recording.computed(x, again, given)
+        return x
+
+    def ready(self, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """A tensor as a kernel can read it: changed in each call, where it has to be."""
+        y = change(x)
+        if not self.recording.knows(y):
+            self.recording.computed(y, change, [x])
+        return y
+
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, fill: str = "") -> Tensor:
         """Memory for what a kernel writes: "padded" rows for TMA, "zero", "nan", or as it comes."""
         device = next(iter(self.inputs.values())).device
@@ -150,15 +197,16 @@ class KernelRun(ReferenceRun):
         spread = assembled.spread.get(name)
         if spread is None:
             return super().operand(assembled, name)
-        make = super().operand
-        node = assembled.nodes[name]
-        return self.once(
-            ("spread", name, spread), [node], lambda: make(assembled, name).contiguous()
+        lead = tuple(d.size(self.sizes) for d in spread.lead)
+        return self.each_call(
+            ("spread", name, spread, lead),
+            [assembled.nodes[name]],
+            lambda run: ReferenceRun.operand(run, assembled, name).contiguous(),
         )
 
     def gemm(self, kernel: GemmKernel) -> None:
         gemm = gemm_of(self.program, kernel)
-        a = matrix(self.value(kernel.a))
+        a = self.ready(self.value(kernel.a), matrix)
         stores, sinks = self.results(kernel, a.shape[0])
         self.buffers |= stores
         self.keep_partials(kernel, sinks)
@@ -180,12 +228,12 @@ class KernelRun(ReferenceRun):
         indices = {}
         for sink in kernel.assembled.epilogue.sinks:
             if sink.index is not None:
-                index = self.value(kernel.assembled.nodes[sink.index]).reshape(-1).contiguous()
+                index = self.ready(self.value(kernel.assembled.nodes[sink.index]), _vector)
                 indices[f"{gemm.source.operands.get(sink.index, sink.index)}_index"] = index
         splits = {s.buffer: s.split for s in kernel.assembled.epilogue.stores}
         arguments = gemm.arguments(operands, stores, sinks, splits, indices)
         d = stores[gemm.source.d] if gemm.source.d else None
-        self.launch(gemm, aligned(a, turned=True), b, d, arguments)
+        self.launch(gemm, self.ready(a, _turned), b, d, arguments)
 
     def launch(
         self,
@@ -233,7 +281,7 @@ class KernelRun(ReferenceRun):
 
     def launch_rows(self, kernel: Rows, rows: int, tensors: Mapping[str, Tensor]) -> None:
         """Launch, or in a run that only compiles, compile."""
-        arguments = kernel.arguments(rows, tensors)
+        arguments = kernel.arguments(rows, tensors, self.ready)
         compiled = kernel.compile()
         compiled(*arguments)
         self.recording.launched(Step("rows", compiled, arguments))
@@ -280,13 +328,15 @@ class KernelRun(ReferenceRun):
         found: dict[str, Tensor] = {}
         kinds = {o.name: o.kind for o in kernel.assembled.epilogue.operands}
         for name in kernel.assembled.nodes:
+            if kinds[name] not in ("col", "scalar", "tile"):
+                continue
             x = _readable(self.operand(kernel.assembled, name))
             if kinds[name] == "scalar":
                 found[name] = self.wide(x.reshape(-1))
             elif kinds[name] == "col":
-                found[name] = x.reshape(-1).contiguous()
-            elif kinds[name] == "tile":
-                found[name] = aligned(matrix(x))
+                found[name] = self.ready(x, _vector)
+            else:
+                found[name] = self.ready(self.ready(x, matrix), aligned)
         return found
 
     def wide(self, x: Tensor) -> Tensor:
@@ -343,16 +393,17 @@ class KernelRun(ReferenceRun):
         roots = [c.rhs for c in kernel.contracts]
         by_halves = halves(self.program, kernel) > 0
 
-        def make() -> Tensor:
-            whole = weight_matrix(kernel, {n: self.value(n) for n in roots})
+        def made(*values: Tensor) -> Tensor:
+            whole = weight_matrix(kernel, dict(zip(roots, values, strict=True)))
             whole = whole if by_halves else paired_rows(kernel, whole)
             return aligned(whole, turned=not by_halves)
 
         read = state_of(self.program).reads.get(kernel.name)
         if read is None:  # of an activation
-            return make()
+            return self.ready(self.value(roots[0]), made)
         whole = None if read.why else one_below_another([self.value(n) for n in roots])
         if whole is None or aligned(whole, not by_halves) is not whole:
+            make = lambda: made(*map(self.value, roots))  # noqa: E731
             return self.once(("matrix", kernel.name), roots, make)
         self.recording.in_place([self.inputs[i] for i in read.together])
         return whole
@@ -378,12 +429,22 @@ class KernelRun(ReferenceRun):
         for table in source.tables:
             nodes = {o: kernel.assembled.nodes[o] for o in table.operands}
 
-            def make(table: Table = table, nodes: Mapping[str, Node] = nodes) -> Tensor:
-                flat = {o: self.operand(kernel.assembled, o).reshape(rows, -1) for o in nodes}
+            def make(run: ReferenceRun, table: Table = table, nodes: Any = nodes) -> Tensor:
+                values = {o: ReferenceRun.operand(run, kernel.assembled, o) for o in nodes}
+                flat = {o: x.reshape(rows, -1) for o, x in values.items()}
                 return quack_target.pack_table(table, flat)
 
-            found[table.name] = self.once((kernel.name, table.name), nodes.values(), make)
+            name = kernel.name, table.name, rows
+            found[table.name] = self.each_call(name, nodes.values(), make)
         return found
+
+
+def _vector(x: Tensor) -> Tensor:
+    return x.reshape(-1).contiguous()
+
+
+def _turned(x: Tensor) -> Tensor:
+    return aligned(x, turned=True)
 
 
 @lru_cache(maxsize=64)

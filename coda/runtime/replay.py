@@ -2,7 +2,8 @@
 
 A call is recorded as steps whose arguments are views of the arguments, of buffers made in the call,
 or of memory that does not change (prepared weights). A replay makes the buffers and views anew and
-launches, and does nothing else on the host.
+launches. What torch has to make of a call's own tensors (a table packed for a kernel, a copy whose
+rows are aligned) is a step as well.
 """
 
 from __future__ import annotations
@@ -15,116 +16,9 @@ import torch
 from torch import Tensor
 
 from coda.runtime.memo import Place, Witness
+from coda.runtime.straight import Buffer, Event, Replay, Step, View
 
 LIMIT = 1024  # replays kept for one program: layers, and shapes that alternate
-
-
-@dataclass(frozen=True)
-class Step:
-    """One launch: a "gemm" plan with (A, B, D, operands), or compiled "rows" with its arguments."""
-
-    kind: str
-    kernel: Any
-    arguments: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class View:
-    """A tensor as a view of tensor `base` of a call: an argument, or a buffer after them."""
-
-    base: int
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    whole: bool
-
-    def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The view in this call."""
-        base = tensors[self.base]
-        if self.whole:
-            return base
-        base = base if base.dtype == self.dtype else base.view(self.dtype)
-        return base.as_strided(self.size, self.stride, base.storage_offset() + self.offset)
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """Memory that a call makes: elements, type, and what it starts with, if that is read."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    start: float | None
-
-    def make(self) -> Tensor:
-        """New memory."""
-        x = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
-        return x if self.start is None else x.fill_(self.start)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A step without the tensors of its call: where views of that call's go, and which.
-
-    `operands` are those of a GEMM's epilogue, by name.
-    """
-
-    kind: str
-    kernel: Any
-    arguments: list[Any]
-    views: list[tuple[int, View]]
-    operands: dict[str, Any]
-    named: list[tuple[str, View]]
-
-    @staticmethod
-    def of(step: Step) -> Launch:
-        """A step whose tensors are views, ready to be filled in."""
-        *plain, last = step.arguments
-        operands = dict(last) if isinstance(last, dict) else {}
-        plain = plain if isinstance(last, dict) else [*plain, last]
-        views = [(i, x) for i, x in enumerate(plain) if isinstance(x, View)]
-        named = [(k, x) for k, x in operands.items() if isinstance(x, View)]
-        return Launch(step.kind, step.kernel, plain, views, operands, named)
-
-
-Event = Launch | tuple[int, Buffer | None]  # a launch; or memory that is made, or over
-
-
-class Replay:
-    """The launches of a call, and between them what memory is made and is over."""
-
-    def __init__(
-        self,
-        events: list[Event],
-        count: int,
-        outputs: list[View],
-        run_plan: Callable[..., None],
-    ) -> None:
-        self.events, self.count, self.outputs = events, count, outputs
-        self.run_plan = run_plan
-
-    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Launch, on these arguments."""
-        tensors: list[Any] = [*inputs, *([None] * self.count)]
-        for event in self.events:
-            if isinstance(event, tuple):
-                place, buffer = event
-                tensors[place] = None if buffer is None else buffer.make()
-                continue
-            arguments, operands = event.arguments.copy(), event.operands.copy()
-            for i, view in event.views:
-                arguments[i] = tensors[view.base] if view.whole else view.of(tensors)
-            for name, view in event.named:
-                operands[name] = tensors[view.base] if view.whole else view.of(tensors)
-            if event.kind == "gemm":
-                self.run_plan(event.kernel, *arguments, operands)
-            else:
-                event.kernel(*arguments)
-            arguments.clear()  # and with them memory that is over now
-            operands.clear()
-        return tuple(v.of(tensors) for v in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -198,6 +92,7 @@ class Recording:
         self.inputs = list(inputs)
         self.events: list[Event] = []
         self.bases: dict[int, list[_Base]] = {}
+        self.derived: list[Tensor] = []
         self.constants: set[int] = set()
         self.sources: set[int] = set()
         self.placed: set[int] = set()
@@ -220,6 +115,22 @@ class Recording:
         kept = {_memory(b) for b in buffers} | self.own
         for memory in self.bases.keys() - kept:
             self.events += [(base.place, None) for base in self.bases.pop(memory)]
+        self.derived.clear()
+
+    def computed(
+        self, value: Tensor, make: Callable[..., Tensor], made_of: Sequence[Tensor]
+    ) -> None:
+        """A tensor that torch makes of others in each call, by `make(*made_of)`."""
+        place = len(self.inputs) + self.count
+        self.count += 1
+        self.launched(Step("made", make, tuple(made_of), place))
+        self.derived.append(value)  # so that no other memory is taken for it
+        if _memory(value) not in self.bases:
+            self.bases[_memory(value)] = [_Base.of(place, value)]
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a replay finds the memory of a tensor."""
+        return _memory(tensor) in self.constants or _memory(tensor) in self.bases
 
     def constant(self, value: Any, made_of: Sequence[Tensor]) -> None:
         """Memory that lives until one of the arguments `made_of` changes."""
@@ -241,7 +152,7 @@ class Recording:
         """A launch, as it is recorded: without the tensors of this call."""
         try:
             arguments = tuple(map(self.view, step.arguments))
-            self.events.append(Launch.of(Step(step.kind, step.kernel, arguments)))
+            self.events.append(Step(step.kind, step.kernel, arguments, step.place))
         except _Unknown:
             self.complete = False
 
@@ -278,7 +189,7 @@ class Recording:
         made = [v.base >= len(self.inputs) for v in returned]
         if not all(m or u for m, u in zip(made, updated or [False] * len(made), strict=True)):
             return None
-        return Replay(self.events, self.count, returned, run_plan)
+        return Replay(self.events, returned, run_plan, len(self.inputs))
 
 
 def _memory(x: Tensor) -> int:

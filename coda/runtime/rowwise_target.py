@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,27 @@ class Rows:
         """Compile, or find it compiled."""
         return _compile(self.source, self.shared, self.arch, str(self.directory))
 
-    def arguments(self, rows: int, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
-        """What the compiled kernel takes; `tensors` holds operands and results by name."""
+    def arguments(
+        self,
+        rows: int,
+        tensors: Mapping[str, Tensor],
+        ready: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor],
+    ) -> tuple[Any, ...]:
+        """What the compiled kernel takes; `tensors` holds operands and results by name.
+
+        `ready(x, change)` gives `change(x)`, and sees to it that later calls do the same.
+        """
         kept = self.source.partials
         found = [
             tensors[source]
             if source in kept
-            else _laid_out(tensors[source], 1 if once else rows, columns, self.source.padded)
+            else ready(tensors[source], self.layout(1 if once else rows, columns))
             for (_, source, columns, _), once in zip(
                 self.source.parameters, self.shared, strict=True
             )
         ]
         return (*found, rows)
+
+    def layout(self, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+        """What lays out a parameter of so many rows and columns."""
+        return partial(_laid_out, rows=rows, columns=columns, padded=self.source.padded)

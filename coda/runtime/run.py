@@ -159,7 +159,7 @@ def bind(handle: str, inputs: Sequence[Tensor], dims: Sequence[int]) -> tuple[Gr
 
 
 _known: dict[tuple[Any, ...], tuple[Program, Sizes, str]] = {}
-_recent: dict[tuple[Any, ...], Program] = {}
+_recent: dict[tuple[Any, ...], Any] = {}  # replays of the Program that ran last
 
 
 def run_block(
@@ -174,9 +174,9 @@ def run_block(
     options = (handle, *dims, backend, arch, frozen, *environment)
     recent = _recent.get(options)
     if recent is not None:
-        found = recall(recent, inputs)
-        if found is not None:
-            return found
+        replay = recent.find(inputs)
+        if replay is not None:
+            return replay.run(inputs)
     shapes = tuple([(t.shape, t.dtype, t.device) for t in inputs])
     key = (*options, shapes)
     if key not in _known:
@@ -188,7 +188,9 @@ def run_block(
         _known[key] = program, sizes, chosen
     program, sizes, chosen = _known[key]
     if chosen == "cuda":
-        _recent[options] = program
+        from coda.runtime.kernels import state_of
+
+        _recent[options] = state_of(program).replays
     return execute(program, inputs, sizes, chosen)
 
 
@@ -220,14 +222,6 @@ def memory_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def recall(program: Program, inputs: list[Tensor]) -> Sequence[Tensor] | None:
-    """The outputs, if launches for such arguments were recorded."""
-    from coda.runtime.kernels import state_of
-
-    replay = state_of(program).replays.find(inputs)
-    return None if replay is None else replay.run(inputs)
-
-
 @torch.library.custom_op("coda::block", mutates_args=())
 def block_op(
     handle: str, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
@@ -256,13 +250,21 @@ def apart(tensors: Sequence[Tensor]) -> list[Tensor]:
     return out
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(tensors: Sequence[Any]) -> bool:
+    """Whether all are tensors of torch's own two classes."""
+    return all([type(t) in PLAIN for t in tensors])
+
+
 def needs_dispatch(inputs: Sequence[Tensor]) -> bool:
     """Whether torch has to see the call: it compiles or transforms, or a mode is active."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or is_transformed()
-        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in inputs)
+        or not is_plain(inputs)
     )
 
 

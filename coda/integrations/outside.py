@@ -1,0 +1,104 @@
+"""Objects in which a layer keeps what it has seen (keys and values), left outside compiled code.
+
+Traced through, such an object is read at the place of its layer, and every layer would be compiled
+for itself. So its methods run as they are, between a layer's compiled parts: they hold nothing that
+a block could take in, and equal layers are one compilation whatever they keep.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch._dynamo.config
+from torch import Tensor, nn
+
+PLAIN = (
+    Tensor,
+    nn.Module,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    tuple,
+    list,
+    dict,
+    set,
+    enum.Enum,
+    type,
+)
+
+
+def holding(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled call of a layer, with the objects among its arguments held outside of it."""
+
+    def entry(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return call(layer, *args, **kwargs)
+        every = (*args, *kwargs.values())
+        kept = {id(a): a for a in every if a is not None and keeps_state(a)}
+        if not kept:
+            return call(layer, *args, **kwargs)
+        held = {i: hold(a) for i, a in kept.items()}
+        with _broken_where_needed():
+            found = call(
+                layer,
+                *[held.get(id(a), a) for a in args],
+                **{k: held.get(id(a), a) for k, a in kwargs.items()},
+            )
+        given = {id(h): kept[i] for i, h in held.items()}
+        if type(found) in (tuple, list):
+            return type(found)(given.get(id(x), x) for x in found)
+        return given.get(id(found), found)
+
+    return entry
+
+
+def keeps_state(value: Any) -> bool:
+    """Whether an object is one that a layer writes to: of a class of its own, with lists, tensors
+    or other such objects in it.
+    """
+    if isinstance(value, PLAIN) or type(value).__module__.partition(".")[0] in (
+        "torch",
+        "builtins",
+    ):
+        return False
+    inside = getattr(value, "__dict__", {}).values()
+    return any(isinstance(x, Tensor | list | dict) or hasattr(x, "__dict__") for x in inside)
+
+
+def hold(value: Any) -> Any:
+    """The same object, as one whose methods are not traced."""
+    found = object.__new__(_untraced(type(value)))
+    found.__dict__ = value.__dict__
+    return found
+
+
+@lru_cache(maxsize=256)
+def _untraced(cls: type) -> type:
+    """A class like this one, whose methods torch's compiler leaves alone."""
+    functions = {
+        name: torch.compiler.disable(fn)
+        for base in reversed(cls.__mro__[:-1])
+        for name, fn in vars(base).items()
+        if isinstance(fn, FunctionType) and not name.startswith("__")
+    }
+    return type(cls.__name__, (cls,), {**functions, "__module__": cls.__module__})
+
+
+@contextmanager
+def _broken_where_needed() -> Iterator[None]:
+    """Let torch resume within a layer what such a method interrupts, if it compiles now."""
+    config: Any = torch._dynamo.config
+    before = config.nested_graph_breaks
+    config.nested_graph_breaks = True
+    try:
+        yield
+    finally:
+        config.nested_graph_breaks = before

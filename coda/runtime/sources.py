@@ -1,0 +1,53 @@
+"""What some nodes are made of in a call, so that a later call makes them of its own tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from coda.ir.graph import Node
+from coda.runtime.reference import ReferenceRun
+
+
+class Sources:
+    """The arguments and buffers that some nodes are made of, and a run on others like them.
+
+    `weights` tells whether they are made of prepared weights as well, which such a run has not.
+    """
+
+    def __init__(self, run: ReferenceRun, nodes: Iterable[Node]) -> None:
+        self.program, self.sizes, self.compute = run.program, run.sizes, run.compute
+        self.inputs: list[Node] = []
+        self.buffers: list[str] = []
+        self.weights = False
+        stack, seen = list(nodes), set[Node]()
+        while stack:
+            node = stack.pop()
+            place = self.program.places.get(node)
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in run.prepared:
+                self.weights = True
+            elif node in run.inputs:
+                self.inputs.append(node)
+            elif place is None:
+                stack.extend(node.operands)
+            elif place.buffer not in self.buffers:
+                self.buffers.append(place.buffer)
+
+    def tensors(self, run: ReferenceRun) -> list[Tensor]:
+        """Those of a run."""
+        return [*(run.inputs[n] for n in self.inputs), *(run.buffer(b) for b in self.buffers)]
+
+    def run(
+        self, tensors: Sequence[Tensor], prepared: Mapping[Node, Tensor] | None = None
+    ) -> ReferenceRun:
+        """A run in which these tensors are known, and nothing else."""
+        found = object.__new__(ReferenceRun)
+        found.program, found.sizes, found.compute = self.program, self.sizes, self.compute
+        found.exact, found.prepared = False, dict(prepared or {})
+        found.inputs = dict(zip(self.inputs, tensors, strict=False))
+        found.buffers = dict(zip(self.buffers, tensors[len(self.inputs) :], strict=True))
+        return found
