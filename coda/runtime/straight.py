@@ -59,7 +59,8 @@ class Buffer:
         """A function that gives new memory."""
         place = {"dtype": self.dtype, "device": self.device}
         empty = partial(torch.empty_strided, self.size, self.stride, **place)
-        return empty if self.start is None else lambda: empty().fill_(self.start)
+        start = self.start
+        return empty if start is None else lambda: empty().fill_(start)
 
 
 Event = Step | tuple[int, Buffer | None]  # a launch; or memory that is made, or over

@@ -159,7 +159,7 @@ def test_what_torch_makes_in_a_call_is_made_again_of_the_new_arguments():
     packed = x * 2
     recording.computed(packed, lambda a: seen.append(a) or a * 2, [x])
     buffer = torch.zeros(2, 4)
-    recording.made(buffer, True)
+    recording.made(buffer, 0.0)
     assert all(map(recording.knows, (x, packed[:1], buffer)))
     assert not recording.knows(x.clone())
 
