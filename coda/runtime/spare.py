@@ -44,7 +44,7 @@ class _Probe(torch.autograd.Function):
 
 
 @lru_cache(maxsize=1)
-def _alone() -> Holders:
+def alone() -> Holders:
     """The counts of a saved tensor that nobody else has, as this Python and torch count."""
     with torch.enable_grad():
         _Probe.apply(torch.zeros(1, requires_grad=True)).backward()
@@ -65,11 +65,11 @@ def given_up(ctx: Any, kept: Sequence[Tensor], places: Sequence[int]) -> frozens
     engine: Any = torch._C._autograd  # type: ignore[attr-defined]
     if not places or engine._get_current_graph_task_keep_graph():
         return frozenset()
-    alone = _alone()
+    least = alone()
     found: set[int] = set()
     for place in places:
-        holders = _holders(kept, place) if type(kept[place]) is Tensor else alone[:0]
-        if holders and all(a <= b for a, b in zip(holders, alone, strict=True)):
+        holders = _holders(kept, place) if type(kept[place]) is Tensor else ()
+        if holders and all(a <= b for a, b in zip(holders, least, strict=True)):
             found.add(place)
     ctx.spent = bool(found)
     return frozenset(found)

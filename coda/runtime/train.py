@@ -22,7 +22,7 @@ from coda.runtime.accumulate import add, in_kernels, joined, kept_gradients, lea
 from coda.runtime.modes import is_transformed, refuse_vmap
 from coda.runtime.plan import Layout, Plan, make_plan, plan_of, wanted_names
 from coda.runtime.run import Sizes, apart, bind, block_of, execute, memory_of, needs_dispatch
-from coda.runtime.spare import given_up
+from coda.runtime.spare import alone, given_up
 
 
 def train_block(
@@ -92,6 +92,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *inputs: Tensor) -> Any:
+        alone()  # counted here, not within a backward
         outputs = _compute(plan, inputs)
         _record(ctx, plan, inputs, outputs)
         returned = outputs[: len(plan.reached)]

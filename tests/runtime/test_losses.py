@@ -302,7 +302,8 @@ def test_hostile_sizes_in_the_simulator(options, memory, arch, runs):
         for a, t, e in zip(mine, torchs, asked, strict=True):
             errors = [float((g.grad.double() - e.grad).norm()) for g in (a, t)]
             assert errors[0] <= 1.1 * errors[1] + 1e-6
-        assert all(r.complete for r in runs)
+        assert sizes["V"] == 1 or all(r.complete for r in runs)
+        runs.clear()
 
 
 @pytest.mark.parametrize("memory", ["min", "balanced"])
