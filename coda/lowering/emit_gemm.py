@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from coda.errors import UnsupportedError
 from coda.ir.dims import show_shape
-from coda.ir.types import bf16, e4m3, e5m2, f16, f32
+from coda.ir.types import DType, bf16, e4m3, e5m2, f16, f32
 from coda.lowering.assemble import Assembled
 from coda.lowering.cost import label
 from coda.lowering.emit_epilogue import Lines
@@ -267,9 +267,13 @@ class _Emitter:
 
     def sinks(self, body: Lines, returned: list[tuple[str, str]]) -> dict[str, str]:
         found: dict[str, str] = {}
+        as_stored = Lines(self.stored, prefix="r")
         for sink in self.epilogue.sinks:
             exprs = [self.inside(sink, e) for e in sink.lanes]
-            values = body.assign(exprs)
+            if sink.stored is None:
+                values = body.assign(exprs)
+            else:
+                values = self.of_stored(sink.stored, exprs, body, as_stored)
             if sink.rounded is not None:
                 body.imported.add("rounded")
                 values = [f"rounded({v}, {sink.rounded.name!r})" for v in values]
@@ -286,6 +290,25 @@ class _Emitter:
     def in_turn(self, sink: SinkExpr) -> bool:
         """Whether a sum over the rows is taken as the columns are computed."""
         return sink.rows and self.pauses and not self.pair
+
+    def stored(self, expr: Expr) -> str:
+        """A leaf where accumulators are as they are stored."""
+        name = self.leaf(expr)
+        return name.replace("acc", "stored", 1) if isinstance(expr, Acc) else name
+
+    def of_stored(
+        self, dtype: DType, exprs: list[Expr], body: Lines, as_stored: Lines
+    ) -> list[str]:
+        """Assign expressions of accumulators as they are stored; the names of the values."""
+        if not as_stored.lines:
+            for acc in ("acc0", "acc1") if self.pair else ("acc",):
+                name = acc.replace("acc", "stored")
+                body.lines.append(f"{name} = rounded({acc}, {dtype.name!r})")
+        done = len(as_stored.lines)
+        values = as_stored.assign(exprs)
+        body.lines += as_stored.lines[done:]
+        body.imported |= as_stored.imported | {"rounded"}
+        return values
 
     def inside(self, sink: SinkExpr, expr: Expr) -> Expr:
         """What a sink takes: sums of columns outside the matrix must vanish."""

@@ -173,6 +173,7 @@ class SinkExpr:
     integer col operand `index` (a row without such a column is left as it was).
     In pair mode both lanes' expressions are reduced together. Values are rounded to `rounded`
     first: the type in which the same values are stored, where the result will be held against them.
+    With `stored`, accumulators are: their stored values are what the same function is taken of.
     """
 
     buffer: str
@@ -183,6 +184,7 @@ class SinkExpr:
     rounded: DType | None = None
     split: int = 0
     span: Span | None = None
+    stored: DType | None = None
 
 
 @dataclass(frozen=True)
