@@ -442,8 +442,8 @@ def _sink(build: _Assembly, sink: Sink) -> SinkExpr:
     space = build.space
     if not space.whole_rows:
         lanes = build.lanes(sink.value)
-        types = {"rounded": sink.rounded, "stored": sink.stored}
-        return SinkExpr(sink.buffer, sink.monoid, lanes, sink.index, sink.rows, **types)
+        found = SinkExpr(sink.buffer, sink.monoid, lanes, sink.index, sink.rows, sink.rounded)
+        return replace(found, stored=sink.stored)
     lanes = build.lanes(space.widened(sink.value))
     split = build.split if build.split is not None and build.split > 1 else 0
     span = _span(space, sink.value)

@@ -321,7 +321,9 @@ class _Build:
             self.program.places[node] = Place(name, 0, 1)
             self.program.buffers[name] = Buffer(name, "temp", (rows, ONE), f32)
             index = self.partition.leaf(node.index, draft)
-            return Sink(name, "pick", draft.sinks[node], index, **self.rounding(node, draft))
+            rounded, stored = self.rounding(node, draft)
+            value = draft.sinks[node]
+            return Sink(name, "pick", value, index, rounded=rounded, stored=stored)
         assert isinstance(node, Reduce)
         if node in draft.over_rows:
             shape = (ONE, product(node.shape), ONE)
@@ -329,26 +331,29 @@ class _Build:
             return Sink(name, node.fn, draft.sinks[node], rows=True)
         planes = Dim.of(len(MONOIDS[node.fn].planes))
         self.program.buffers[name] = Buffer(name, "partial", (rows, ONE, planes), f32)
-        return Sink(name, node.fn, draft.sinks[node], **self.rounding(node, draft))
+        rounded, stored = self.rounding(node, draft)
+        return Sink(name, node.fn, draft.sinks[node], rounded=rounded, stored=stored)
 
-    def rounding(self, node: Reduce | Pick, draft: Draft) -> dict[str, DType]:
-        """The type to which a sink rounds what it reduces: that in which a later kernel reads it.
+    def rounding(self, node: Reduce | Pick, draft: Draft) -> tuple[DType | None, DType | None]:
+        """The types to which a sink rounds what it reduces, and the accumulators that this is of:
+        those in which a later kernel reads them.
 
         A maximum that no stored value equals, or a logsumexp of other values than those that it
         normalises, would be wrong by more than a rounding. What is returned may be read later, as
         by a backward. Where it is a function of what is stored, the accumulators are rounded.
         """
         if isinstance(node, Reduce) and not MONOIDS[node.fn].held:
-            return {}
+            return None, None
         read = self.loaded | {self.partition.storage(r) for r in self.roots}
         under = node.arg
         while isinstance(under, Cast | Reshape):
             under = under.arg
         if under in read:
-            return {"rounded": under.dtype} if under.dtype.size < f32.size else {}
-        below = [c for c in draft.contracts if c in walk([under])]
-        types = {c.dtype for c in below if c.dtype.size < f32.size and c in read}
-        return {"stored": types.pop()} if len(types) == 1 and set(below) <= read else {}
+            return under.dtype if under.dtype.size < f32.size else None, None
+        inside = set(walk([under]))
+        below = {c for c in draft.contracts if c in inside}
+        types = {c.dtype for c in below if c.dtype.size < f32.size}
+        return None, types.pop() if len(types) == 1 and below <= read else None
 
     def partial(self, node: Node) -> str:
         """The buffer of a reduction's partials (of a pick: of its result)."""
