@@ -82,7 +82,8 @@ def plan_memory(program: Program) -> Program:
 def _overwrite(program: Program, kernel: GemmKernel | RowwiseKernel, ending: Set[str]) -> None:
     """Find for each store of a kernel a matrix that it reads at the same points, and no more."""
     parts = {p for whole, some in program.joined.items() for p in (whole, *some)}
-    updated = {program.places[n].buffer for o, n in program.outputs if o in program.terms.updated}
+    outputs = [n for o, n in program.outputs if o in program.terms.updated]
+    updated = {name for node in outputs for name in held_in(program, node)}
     times = Counter(reads(program, kernel))
     free = {n for n in ending if times[n] == 1 and n not in parts}
     for store in kernel.assembled.epilogue.stores:
