@@ -49,6 +49,9 @@ MACHINES = {
 }
 
 
+HELD = 16  # bytes moved in each call that a byte of memory, held between calls, is worth
+
+
 @dataclass(frozen=True)
 class Traffic:
     """What crosses global memory: (tensor, bytes) read and written."""
@@ -167,19 +170,25 @@ def kernel_seconds(program: Program, kernel: Kernel) -> tuple[float, str]:
     return max(memory, compute), "tensor cores" if compute > memory else "memory"
 
 
-def prepare_bytes(program: Program, matrices: bool = False) -> int:
+def prepare_bytes(program: Program) -> int:
     """Bytes moved to make what is computed of weights, once for each version of them.
 
-    Arguments one below the other are as they lie. With `matrices`, vectors are not counted.
+    Arguments one below the other are as they lie.
     """
     known = set(program.prepared.values())
     total = 0
     for node in program.prepared.values():
-        if stacked(node) or (matrices and product(node.shape[:-1]) == ONE):
+        if stacked(node):
             continue
         inputs = [n for n in walk([node]) if isinstance(n, Input) or (n in known and n is not node)]
         total += sum(memory_bytes(n, program) for n in inputs) + memory_bytes(node, program)
     return total
+
+
+def held_bytes(program: Program) -> int:
+    """Bytes of matrices that are computed of weights and kept beside them."""
+    made = [n for n in program.prepared.values() if not stacked(n)]
+    return sum(memory_bytes(n, program) for n in made if product(n.shape[:-1]) != ONE)
 
 
 def hbm_bytes(program: Program) -> int:
@@ -192,11 +201,12 @@ def price(program: Program) -> float:
     """What the laws' choices are decided by: bytes and launches, in seconds.
 
     FLOPs of the tensor cores are the same for all programs of a block. Weights that may change are
-    prepared in each call. Matrices that are made of weights count in each call even if those do not
-    change: such a copy takes as much memory as the weight, for as long as the model runs.
+    prepared in each call. A matrix that is made of weights has its price whether they change or
+    not: it takes as much memory as the weight, for as long as the model runs.
     """
     machine = MACHINES[program.arch]
-    moved = hbm_bytes(program) + prepare_bytes(program, matrices=program.frozen)
+    moved = hbm_bytes(program) + (0 if program.frozen else prepare_bytes(program))
+    moved += HELD * held_bytes(program)
     return moved / machine.bandwidth + machine.launch * len(program.kernels)
 
 

@@ -29,7 +29,7 @@ def names(program):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("M", [1, 8192])
+@pytest.mark.parametrize("M", [1, 8192, 65536])
 def test_a_llama_layer_copies_no_weight(llama, M, frozen, arch):
     program = llama.lower(arch, LLAMA | {"M": M}, frozen=frozen)
     assert copied_bytes(program) == 0
