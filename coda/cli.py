@@ -32,6 +32,7 @@ from coda.measure import Report, load_inputs, measure, measure_gradients, random
 from coda.runtime import cache as kernel_cache
 from coda.runtime.compile import Compiled, compile_program, show_progress, usage_table
 from coda.runtime.run import choose_backend, target_arch
+from coda.runtime.settings import ARCH
 
 app = typer.Typer(
     name="coda",
@@ -41,6 +42,13 @@ app = typer.Typer(
 )
 
 Target = Annotated[str, typer.Argument(help="FILE.py:NAME of a block, or FILE.coda")]
+BlockOrModel = Annotated[
+    str,
+    typer.Argument(
+        help="FILE.py:NAME of a block, FILE.coda, or a model: package.module:function, or a "
+        "directory or file of a transformers configuration"
+    ),
+]
 Dims = Annotated[str, typer.Option(help="sizes, as in M=8192,D=4096")]
 Arch = Annotated[str, typer.Option(help="sm_90a or sm_100a")]
 Type = Annotated[str, typer.Option(help="element type of arguments declared without one")]
@@ -137,7 +145,7 @@ def options(
 
 @app.command()
 def explain(
-    target: Target,
+    target: BlockOrModel,
     dims: Dims = "",
     arch: Arch = "",
     dtype: Type = "bf16",
@@ -148,7 +156,14 @@ def explain(
     as_json: Json = False,
     text: Annotated[bool, typer.Option("--text", help="print the Program's text")] = False,
 ) -> None:
-    """What a block becomes: kernels, bytes, rooflines, and where each op went."""
+    """What a block becomes: kernels, bytes, rooflines, and where each op went.
+
+    Of a model: its graph breaks, blocks, and what is left to torch and why, on meta tensors of
+    --dims B=1,S=2048.
+    """
+    if names_model(target):
+        _explain_model(target, parse_dims(dims), arch, parse_dtype(dtype), backward, as_json)
+        return
     block, element, sizes = load_block(target), parse_dtype(dtype), parse_dims(dims)
     check_training(backward, memory, wanted, frozen)
     if backward:
@@ -162,6 +177,38 @@ def explain(
         print(json.dumps(found.json(), indent=2))
     elif text:
         print("\n".join(p.text() for p in programs), end="")
+    else:
+        found.print(Console())
+
+
+def names_model(target: str) -> bool:
+    """Whether a target is a model rather than a file with blocks."""
+    file, _, name = target.partition(":")
+    path = Path(file)
+    if path.is_dir() or path.suffix == ".json":
+        return True
+    return bool(name) and path.suffix not in (".py", ".coda") and not path.exists()
+
+
+def _explain_model(
+    target: str, sizes: dict[str, int], arch: str, dtype: DType, training: bool, as_json: bool
+) -> None:
+    """What coda makes of a model."""
+    unknown = sizes.keys() - {"B", "S"}
+    if unknown:
+        raise CodaError(
+            f"a model has no dim `{unknown.pop()}`", found=target, help="--dims B=1,S=2048"
+        )
+    if arch:
+        os.environ[ARCH.name] = target_arch(arch)
+    from coda.integrations.explain_model import explain_model
+
+    with contextlib.redirect_stdout(sys.stderr):
+        found = explain_model(
+            target, sizes.get("B", 1), sizes.get("S", 2048), dtype.torch, training=training
+        )
+    if as_json:
+        print(json.dumps(found.json(), indent=2))
     else:
         found.print(Console())
 

@@ -38,17 +38,28 @@ _blocks: dict[Graph, Block] = {}
 
 def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
     """Dynamo's backend `coda`: a callable that does what the graph does."""
+    return _rest(_examined(gm, example_inputs) or gm, example_inputs)
+
+
+def look(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The same backend where only the report is wanted: torch runs the graph as it is."""
+    _examined(gm, example_inputs)
+    return gm.forward
+
+
+def _examined(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule | None:
+    """The graph with blocks in it, None where there are none; and a report."""
     arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta.get("example_value", e) for n, e in zip(arguments, example_inputs, strict=True)]
     report = GraphReport(whole=_untouchable(gm))
     keep_report(report)
     functional = None if report.whole else _functional_or_why(gm, fakes, report)
     if functional is None:
-        return _rest(gm, example_inputs)
+        return None
     places = [n for n in functional.graph.nodes if n.op == "placeholder"]
     given = {n: e for n, e in zip(places, example_inputs, strict=True) if is_parameter(n)}
     split = _split(functional, report, given)
-    return _rest(split if report.regions else gm, example_inputs)
+    return split if report.regions else None
 
 
 def _functional_or_why(

@@ -220,7 +220,7 @@ def _inputs(
     try:
         model.eval()
         with torch.no_grad():
-            _call(model, given)
+            call_quietly(model, model, given)
     finally:
         model.train(training)
         for hook in hooks:
@@ -228,12 +228,15 @@ def _inputs(
     return found
 
 
-def _call(model: nn.Module, given: Mapping[str, Any] | Sequence[Any]) -> Any:
+def call_quietly(
+    call: Callable[..., Any], model: nn.Module, given: Mapping[str, Any] | Sequence[Any]
+) -> Any:
+    """Call a model, or what stands for it, without a cache of keys and values."""
     if not isinstance(given, Mapping):
-        return model(*given)
+        return call(*given)
     takes = inspect.signature(model.forward).parameters
     quiet = {"use_cache": False} if "use_cache" in takes and "use_cache" not in given else {}
-    return model(**given, **quiet)
+    return call(**given, **quiet)
 
 
 def _check(

@@ -95,6 +95,16 @@ class RegionReport:
                 other += machine.launch * side.pointwise.launches
         return own < other
 
+    def numbers(self) -> list[str]:
+        """Launches and megabytes: coda's, torch's op by op, fused between GEMMs."""
+        sides = [e for e in (self.forward, self.backward) if e is not None]
+        launches = [sum(len(e.program.kernels) for e in sides)]
+        moved = [sum(e.program.hbm_bytes for e in sides)]
+        for name in ("eager", "pointwise"):
+            launches.append(sum(getattr(e, name).launches for e in sides))
+            moved.append(sum(getattr(e, name).hbm_bytes for e in sides))
+        return [*map(str, launches), *(f"{m / 1e6:.3f}" for m in moved)]
+
     def json(self) -> dict[str, Any]:
         """As plain data."""
         kept = ("launches", "hbm_bytes", "eager", "pointwise_fused", "unfused")
@@ -168,7 +178,7 @@ class Report:
         for number, graph in enumerate(self.graphs):
             for region in graph.regions:
                 copied = f"{region.copied / 1e6:.3f}"
-                regions.add_row(str(number), str(len(region.ops)), *_numbers(region), copied)
+                regions.add_row(str(number), str(len(region.ops)), *region.numbers(), copied)
         left = Table(title="left to torch", title_justify="left")
         for column in ("operator", "times", "why"):
             left.add_column(column, overflow="fold")
@@ -198,17 +208,6 @@ class Report:
         with console.capture() as captured:
             console.print(*self.tables())
         return captured.get()
-
-
-def _numbers(region: RegionReport) -> list[str]:
-    """Launches and megabytes of a region: coda's, torch's op by op, fused between GEMMs."""
-    sides = [e for e in (region.forward, region.backward) if e is not None]
-    launches = [sum(len(e.program.kernels) for e in sides)]
-    moved = [sum(e.program.hbm_bytes for e in sides)]
-    for name in ("eager", "pointwise"):
-        launches.append(sum(getattr(e, name).launches for e in sides))
-        moved.append(sum(getattr(e, name).hbm_bytes for e in sides))
-    return [*map(str, launches), *(f"{m / 1e6:.3f}" for m in moved)]
 
 
 LIMIT = 256  # graphs that are remembered

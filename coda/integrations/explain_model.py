@@ -1,0 +1,206 @@
+"""A whole model, without its weights -> what coda makes of it: `coda explain MODEL`.
+
+The model is built on torch's meta device, so that its size does not matter, and traced as
+`torch.compile` traces it. Equal layers are one block, lowered once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils import _pytree as pytree
+
+from coda.errors import CodaError
+from coda.integrations.dynamo import look
+from coda.integrations.patch import call_quietly
+from coda.integrations.report import RegionReport, Report, forget_report, last_report
+from coda.runtime import settings
+
+HELP = "package.module:function, or a directory or file of a transformers configuration"
+
+
+@dataclass(frozen=True)
+class ModelExplanation:
+    """What became of a model: `print` it, or take its `.json()`.
+
+    Attributes:
+        name: as it was asked for.
+        report: the graphs, their blocks, and what is left to torch.
+        breaks: why torch's compiler broke the model into several graphs, and how often.
+    """
+
+    name: str
+    report: Report
+    breaks: Mapping[str, int]
+
+    @property
+    def kinds(self) -> list[tuple[RegionReport, int]]:
+        """Each distinct block, and how often it is called."""
+        found: dict[Any, tuple[RegionReport, int]] = {}
+        for region in (r for g in self.report.graphs for r in g.regions):
+            key = region.block, tuple(region.sizes.items()), region.backward is None
+            first, times = found.get(key, (region, 0))
+            found[key] = first, times + 1
+        return list(found.values())
+
+    def json(self) -> dict[str, Any]:
+        """As plain data."""
+        left = [{"op": o, "why": w, "times": n} for (o, w), n in self.report.left.items()]
+        blocks = [{"times": times, **region.json()} for region, times in self.kinds]
+        whole = [g.whole for g in self.report.graphs if g.whole]
+        return {
+            "model": self.name,
+            "graph_breaks": sum(self.breaks.values()),
+            "breaks": dict(self.breaks),
+            "fused": self.report.fused,
+            "blocks": blocks,
+            "left": left,
+            "whole": whole,
+        }
+
+    def print(self, console: Console) -> None:
+        """The tables, for people.
+
+        Beside coda's launches and megabytes are those of torch op by op, and of GEMMs apart with
+        all between them fused.
+        """
+        table = Table(title="blocks", title_justify="left")
+        for column in ("times", "ops", *("launches", "by op", "fused"), *("MB", "by op", "fused")):
+            table.add_column(column, justify="right")
+        for region, times in self.kinds:
+            table.add_row(str(times), str(len(region.ops)), *region.numbers())
+        _, left, *_ = self.report.tables()
+        breaks = sum(self.breaks.values())
+        fused, rest = self.report.fused, sum(self.report.left.values())
+        console.print(f"{self.name}: {fused} ops in blocks, {rest} left to torch", end="")
+        console.print(f", {breaks} graph breaks")
+        for why, times in self.breaks.items():
+            console.print(f"  {times} × {why.splitlines()[0]}")
+        console.print(table, left)
+
+
+def explain_model(
+    target: str,
+    batch: int = 1,
+    length: int = 2048,
+    dtype: torch.dtype = torch.bfloat16,
+    training: bool = False,
+) -> ModelExplanation:
+    """What coda makes of a model.
+
+    Args:
+        target: a transformers configuration (a directory with `config.json`, or such a file), or
+            `package.module:function`, which gives a module, or a module and its arguments.
+        batch, length: sizes of the input, where the model says what it takes.
+        dtype: of the weights.
+        training: whether gradients are wanted.
+
+    Raises:
+        CodaError: where there is no such model, or no example of its arguments.
+    """
+    with _report_of_its_own():
+        model, given = _from_config(target) if _is_config(target) else _from_function(target)
+        model = model.to(dtype).train(training)
+        arguments = _arguments(model, batch, length) if given is None else given
+        arguments = pytree.tree_map_only(Tensor, lambda t: _on_meta(t, dtype), arguments)
+        call = torch.compile(model, backend=look)
+        with torch.set_grad_enabled(training):
+            call_quietly(call, model, arguments)
+        return ModelExplanation(target, last_report(), dict(counters["graph_break"]))
+
+
+@contextmanager
+def _report_of_its_own() -> Iterator[None]:
+    """Nothing compiled before is told of, and programs are reckoned without a GPU."""
+    backend = settings.BACKEND.name
+    before = os.environ.get(backend)
+    os.environ[backend] = "reference"
+    torch._dynamo.reset()
+    forget_report()
+    counters.clear()
+    try:
+        yield
+    finally:
+        os.environ.pop(backend)
+        if before is not None:
+            os.environ[backend] = before
+
+
+def _is_config(target: str) -> bool:
+    return Path(target).is_dir() or Path(target).suffix == ".json"
+
+
+def _from_config(target: str) -> tuple[nn.Module, None]:
+    """A model on the meta device by its configuration; nothing is downloaded."""
+    try:
+        import transformers
+    except ImportError as e:
+        raise CodaError(
+            "a configuration needs transformers", found=str(e), help="pip install transformers"
+        ) from e
+    try:
+        config = transformers.AutoConfig.from_pretrained(target, local_files_only=True)
+    except (OSError, ValueError) as e:
+        raise CodaError("a configuration cannot be read", found=str(e), help=HELP) from e
+    with torch.device("meta"):
+        for kind in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+            try:
+                return kind.from_config(config), None
+            except ValueError:
+                continue
+    raise CodaError("transformers makes no model of this configuration", found=target, help=HELP)
+
+
+def _from_function(target: str) -> tuple[nn.Module, Any]:
+    """What `package.module:function` gives: a module, and arguments or None."""
+    place, _, name = target.partition(":")
+    sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(place), name)
+    except (ImportError, AttributeError) as e:
+        raise CodaError("there is no such model", found=str(e), help=HELP) from e
+    finally:
+        sys.path.remove("")
+    with torch.device("meta"):
+        found = function if isinstance(function, nn.Module) else function()
+    model, given = found if isinstance(found, tuple) else (found, None)
+    if not isinstance(model, nn.Module):
+        raise CodaError(f"{target} gives no module", found=type(model).__name__, help=HELP)
+    return model.to("meta"), given
+
+
+def _arguments(model: nn.Module, batch: int, length: int) -> dict[str, Any]:
+    """Arguments for a model that says what it takes."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", "")
+    if config is not None and main == "input_ids":
+        most = getattr(config, "max_position_embeddings", None) or length
+        return {main: torch.zeros(batch, min(length, most), dtype=torch.int64)}
+    if config is not None and main == "pixel_values" and hasattr(config, "image_size"):
+        side = config.image_size
+        high, wide = side if isinstance(side, list | tuple) else (side, side)
+        return {main: torch.zeros(batch, getattr(config, "num_channels", 3), high, wide)}
+    example = getattr(model, "dummy_inputs", None)
+    if example is None:
+        raise CodaError(
+            "a model is explained on an example of its arguments",
+            found=type(model).__name__,
+            help="let the function return (module, arguments)",
+        )
+    return dict(example)
+
+
+def _on_meta(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype)

@@ -1,0 +1,97 @@
+"""`coda explain MODEL`, as a user types it."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from coda.lowering import pipeline
+from tests.integrations.zoo import FAMILIES
+from tests.test_cli import run
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A directory with the configuration of a Llama of twelve layers, and no weights."""
+    _, sizes = FAMILIES["Llama"]
+    transformers.LlamaConfig(**sizes, num_hidden_layers=12).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_a_configuration(capsys, llama, monkeypatch):
+    lowered, original = [], pipeline._lower
+    monkeypatch.setattr(pipeline, "_lower", lambda *a, **k: lowered.append(1) or original(*a, **k))
+    code, out, _ = run(capsys, "explain", llama, "--dims", "B=2,S=24", "--json")
+    found = json.loads(out)
+    assert (code, found["graph_breaks"], found["whole"]) == (0, 0, [])
+    assert [b["times"] for b in found["blocks"]] == [1, 11, 1]
+    for block in found["blocks"]:
+        side = block["forward"]
+        assert side["launches"] < side["pointwise_fused"]["launches"] < side["eager"]["launches"]
+        assert side["hbm_bytes"] < side["pointwise_fused"]["hbm_bytes"]
+    left = {e["op"]: e for e in found["left"]}
+    assert left["aten.scaled_dot_product_attention"]["times"] == 12
+    assert "no rule" in left["aten.scaled_dot_product_attention"]["why"]
+    assert len(lowered) < 20  # three blocks, with and without each choice
+
+
+def test_tables_for_people_and_training(capsys, llama):
+    code, out, _ = run(capsys, "explain", llama, "--dims", "S=24", "--arch", "sm_100a")
+    assert code == 0
+    assert "0 graph breaks" in out
+    assert "aten.scaled_dot_product_attention" in out
+    _, out, _ = run(capsys, "explain", llama, "--dims", "S=24", "--backward", "--json")
+    for block in json.loads(out)["blocks"]:
+        assert block["backward"]["launches"] > 0
+
+
+class Broken(nn.Module):
+    """An MLP whose output's sum decides what comes next."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        y = x + self.down(torch.relu(self.up(self.norm(x))))
+        torch._dynamo.graph_break()
+        return y + self.down(torch.relu(self.up(self.norm(y))))
+
+
+def broken():
+    return Broken(), [torch.zeros(8, 64)]
+
+
+def alone():
+    return Broken()
+
+
+def three():
+    return 3
+
+
+def test_a_function_that_gives_a_module(capsys):
+    code, out, _ = run(capsys, "explain", f"{__name__}:broken", "--json")
+    found = json.loads(out)
+    assert (code, found["graph_breaks"], len(found["breaks"])) == (0, 1, 1)
+    assert sum(b["times"] for b in found["blocks"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("target", "dims", "message"),
+    [
+        ("no.such.module:model", "", "there is no such model"),
+        (f"{__name__}:nothing", "", "there is no such model"),
+        (f"{__name__}:alone", "", "on an example of its arguments"),
+        (f"{__name__}:three", "", "gives no module"),
+        ("nowhere/config.json", "", "a configuration cannot be read"),
+        (f"{__name__}:broken", "M=3", "a model has no dim `M`"),
+    ],
+)
+def test_mistakes(capsys, target, dims, message):
+    code, out, err = run(capsys, "explain", target, "--dims", dims)
+    assert (code, out) == (1, "")
+    assert message in err
