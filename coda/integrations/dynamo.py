@@ -24,7 +24,7 @@ from coda.block import Block
 from coda.errors import CodaError, UnsupportedError
 from coda.frontend.fx import Imported, import_nodes, value_of
 from coda.integrations.rebuild import Rebuild
-from coda.integrations.regions import cut, is_parameter, without_tail
+from coda.integrations.regions import cut, is_parameter, with_all_parts, without_tail
 from coda.integrations.report import GraphReport, RegionReport, count_operators, keep_report
 from coda.ir.graph import Contract, Graph, walk
 from coda.ir.types import f32
@@ -58,7 +58,13 @@ def _examined(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule | N
         return None
     places = [n for n in functional.graph.nodes if n.op == "placeholder"]
     given = {n: e for n, e in zip(places, example_inputs, strict=True) if is_parameter(n)}
-    split = _split(functional, report, given)
+    try:
+        split = _split(functional, report, given)
+    except Exception as e:  # a fault of coda's must not be one of the model's
+        report.regions.clear()
+        report.whole = f"coda fails on it, please report it: {type(e).__name__}: {e}"
+        warnings.warn(report.whole, RuntimeWarning, stacklevel=2)
+        return None
     return split if report.regions else None
 
 
@@ -91,6 +97,8 @@ def _untouchable(gm: GraphModule) -> str:
             return "autocast begins or ends inside the graph"
         if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
             return f"the operator `{name}` holds graphs of its own"
+        if str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
+            return "a transform of torch.func begins or ends inside the graph"
     return ""
 
 
@@ -114,8 +122,24 @@ def _functional(gm: GraphModule, fakes: Sequence[Any]) -> GraphModule:
     for node in list(found.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             found.graph.erase_node(node)
+    _copies_with_gradients(found)
     found.graph.eliminate_dead_code(lambda n: n.is_impure() or n.target is aten.copy_.default)
     return found
+
+
+def _copies_with_gradients(gm: GraphModule) -> None:
+    """What was a copy into a part of a tensor, as operators that torch can differentiate."""
+    for node in list(gm.graph.nodes):
+        if node.target is not aten.copy.default:
+            continue
+        like, source = node.args[:2]
+        with gm.graph.inserting_before(node):
+            cast = gm.graph.call_function(aten.to.dtype, (source, value_of(like).dtype))
+            wide = gm.graph.call_function(aten.expand_as.default, (cast, like))
+        cast.meta = {**node.meta, "val": value_of(source).to(value_of(like).dtype)}
+        wide.meta = dict(node.meta)
+        node.replace_all_uses_with(wide)
+        gm.graph.erase_node(node)
 
 
 def _numbers_as_they_are(gm: GraphModule) -> None:
@@ -160,7 +184,8 @@ def _split(gm: GraphModule, report: GraphReport, given: Mapping[FxNode, Tensor])
         kept = set(shorter) if shorter and not _add(shorter, report, regions) else set()
         if why:
             found.left |= {n: why for n in whole if n not in kept}
-    report.left = count_operators(found.left)
+    mine = {n for nodes, _, _ in regions for n in nodes}
+    report.left = count_operators({n: why for n, why in found.left.items() if n not in mine})
     for lowered, (_, imported, _) in zip(report.regions, regions, strict=True):
         pairs = zip(imported.graph.inputs, imported.inputs, strict=True)
         lowered.settle({i.name: given.get(n) for i, n in pairs})
@@ -173,6 +198,7 @@ def _add(
     regions: list[tuple[list[FxNode], Imported, Block]],
 ) -> str:
     """Make a block of some nodes; why not, if they stay torch's."""
+    nodes = with_all_parts(nodes)
     try:
         imported = _import(nodes)
         _refuse_devices(imported)

@@ -187,3 +187,10 @@ def without_tail(nodes: Sequence[FxNode]) -> list[FxNode]:
             needed.add(node)
     kept = [n for n in nodes if n in needed]
     return [] if len(kept) == len(nodes) or _does_not_pay(kept) else kept
+
+
+def with_all_parts(nodes: Sequence[FxNode]) -> list[FxNode]:
+    """A region with every part of what it takes apart: torch cannot take a part of it outside."""
+    inside = set(nodes)
+    whole = [n for n in nodes if isinstance(value_of(n), tuple | list)]
+    return [*nodes, *(u for n in whole for u in n.users if u not in inside)]

@@ -230,3 +230,90 @@ def test_the_entry_point_is_the_backend():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     module, name = project["entry-points"]["torch_dynamo_backends"]["coda"].split(":")
     assert callable(getattr(import_module(module), name))
+
+
+def test_parts_of_one_value_inside_and_outside_of_a_block():
+    class Parted(Block):
+        def forward(self, x):
+            a, b, c = self.up(self.norm(x)).split([64, 32, 32], -1)
+            y = x + self.down(torch.cat([a.relu(), torch.cumsum(b, -1), c.sigmoid()], -1))
+            return y * b.flip(-1).sum()
+
+    agree(Parted(), X.clone().requires_grad_())
+
+
+def test_writes_into_parts_of_a_value_have_gradients():
+    class Writing(Block):
+        def forward(self, x):
+            y = super().forward(x)
+            y[..., :16] = torch.cumsum(y[..., 16:32], -1)
+            z = torch.zeros_like(y)
+            z[:, 1:] = y[:, :-1]
+            return super().forward(z) + y
+
+    agree(Writing(), X.clone().requires_grad_())
+
+
+def test_a_transform_within_the_graph():
+    class Mapped(Block):
+        def forward(self, x):
+            y = super().forward(x)
+            return torch.func.vmap(lambda row: row * row.sum())(y)
+
+    agree(Mapped(), X.clone().requires_grad_(), fused=False)
+    assert any("torch.func" in g.whole for g in coda.last_report().graphs)
+
+
+def test_hooks_of_parameters_and_of_gradients_run():
+    model, seen = Block(), []
+    model.up.weight.register_hook(lambda d: seen.append(1) or d * 2)
+    x = X.clone().requires_grad_()
+    y = torch.compile(model, backend="coda")(x)
+    y.register_hook(lambda d: d * 3)
+    y.sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    y = model(x)
+    y.register_hook(lambda d: d * 3)
+    y.sum().backward()
+    assert len(seen) == 2
+    for name, p in model.named_parameters():
+        assert distance(found[name], p.grad) < 1e-5
+    assert coda.last_report().fused
+
+
+def test_devices_that_differ_within_a_model():
+    class Two(Block):
+        def __init__(self):
+            super().__init__()
+            self.elsewhere = Block().to("meta")
+
+        def forward(self, x):
+            return super().forward(x), self.elsewhere(x.to("meta"))
+
+    class Mixed(Block):
+        def __init__(self):
+            super().__init__()
+            self.up.to("meta")
+
+    model = Two()
+    here, there = torch.compile(model, backend="coda")(X)
+    assert distance(here.detach(), Block.forward(model, X).detach()) < 1e-5
+    assert (there.device.type, there.shape) == ("meta", X.shape)
+    with pytest.raises(RuntimeError, match="meta"):
+        torch.compile(Mixed(), backend="coda")(X)
+
+
+def test_a_fault_of_codas_is_not_the_models(monkeypatch):
+    from coda.integrations.rebuild import Rebuild
+
+    def fail(_):
+        raise KeyError("nobody")
+
+    monkeypatch.setattr(Rebuild, "run", fail)
+    model = Block()
+    with pytest.warns(RuntimeWarning, match="please report it"):
+        y = torch.compile(model, backend="coda")(X)
+    assert distance(y.detach(), model(X).detach()) < 1e-5
+    assert coda.last_report().fused == 0
+    assert "KeyError" in str(coda.last_report())

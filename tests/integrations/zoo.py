@@ -26,6 +26,12 @@ GPT2 = {
 GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
 GRANITE = {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 3.0}
 
+PHI = {**COMMON, "hidden_size": 160, "num_attention_heads": 2, "num_key_value_heads": 2}
+PHI |= {"partial_rotary_factor": 0.4}  # 32 of 80 columns of a head
+OPT = {"vocab_size": 128, "hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4}
+OPT |= {"max_position_embeddings": 128, "word_embed_proj_dim": 64, "dropout": 0.0}
+FALCON = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "bias": False}
+
 FAMILIES = {
     "Llama": ("LlamaConfig", COMMON),
     "Mistral": ("MistralConfig", {**COMMON, "sliding_window": 8}),
@@ -40,6 +46,14 @@ FAMILIES = {
     "StarCoder2": ("Starcoder2Config", COMMON),
     "Cohere": ("CohereConfig", COMMON),
     "Granite": ("GraniteConfig", {**COMMON, **GRANITE, "embedding_multiplier": 2.0}),
+    "Phi-2": ("PhiConfig", PHI),
+    "StableLM": ("StableLmConfig", {**COMMON, "partial_rotary_factor": 0.25}),
+    "GLM-4": ("Glm4Config", {**COMMON, "head_dim": 16}),
+    "SmolLM3": ("SmolLM3Config", COMMON),
+    "Ernie-4.5": ("Ernie4_5Config", COMMON),
+    "Nemotron": ("NemotronConfig", {**COMMON, "head_dim": 16}),
+    "OPT": ("OPTConfig", OPT),
+    "Falcon": ("FalconConfig", FALCON),
     "BERT": ("BertConfig", {**ENCODER, "vocab_size": 128, "max_position_embeddings": 128}),
     "ViT": ("ViTConfig", {**ENCODER, "image_size": 32, "patch_size": 8}),
 }
