@@ -106,7 +106,8 @@ class Block:
             arch: "sm_90a" or "sm_100a"; by default that of the GPU, else `CODA_ARCH`.
             dims: the size of every symbol.
             dtype: of arguments that are declared without a type.
-            frozen: whether weights keep their values (inference).
+            frozen: whether weights keep their values, and what is made of them may be kept beside
+                them: what calls with `memory="speed"` run where nothing requires a gradient.
         """
         arch, graph = target_arch(arch or ""), self.graph_of(dtype)
         key = (graph, arch, frozen, "lower", tuple(sorted((dims or {}).items())))
@@ -197,7 +198,8 @@ class Block:
             arch: to lower for, where the backend leaves it open.
             dims: sizes that the tensors' shapes do not tell.
             memory: what is saved for the backward, "min", "balanced" or "speed", as in
-                `lower_training`; by default what `coda.block` was given.
+                `lower_training`; by default what `coda.block` was given. Without gradients, "speed"
+                lets norms' gains go into copies of the weights.
 
         Raises:
             CallError: where the tensors do not fit the block.
@@ -243,7 +245,7 @@ class Block:
         arguments = tensors, given, backend, arch
         if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
             return train_block(self.handle, *arguments, memory)[: len(self._names)]
-        frozen = not any([t.requires_grad for t in tensors])
+        frozen = memory == "speed" and not any([t.requires_grad for t in tensors])
         run = block_op if needs_dispatch(tensors) else run_block
         return run(self.handle, *arguments, frozen)
 

@@ -2,8 +2,8 @@
 
 A norm after a GEMM needs its whole row before the residual is added, so it costs a pass over
 rows: read the GEMM's output and x, write x1 (and h = x1·w). The statistic of the next norm is taken
-in the same pass. The best program we know (M=8192, bf16, MB; in brackets with gains in copies of
-weights): gemm 156, rows 177, gemm 499, gemm 397, rows 294 (177), gemm 256: 1779 (1661).
+in the same pass. The best program we know (M=8192, bf16, MB; frozen weights in brackets): gemm 156,
+rows 177, gemm 499, gemm 397, rows 294 (177), gemm 256: 1779 (1661).
 """
 
 import coda

@@ -1,7 +1,6 @@
 """A Llama-3-8B layer between two attention cores: attention output to the next layer's q, k, v.
 
-The best program we know, M=8192, bf16, MB = 10⁶ bytes (in brackets with gains in
-copies of the weights, which take more memory than they are worth):
+The best program we know, M=8192, bf16, MB = 10⁶ bytes; frozen weights in brackets:
 
     gemm   attention w_out x w_norm1   -> x1 = acc + x, h = x1·w_norm1, Σ x1²    302   (235: no h)
     fold   partials                    -> r1                                       1

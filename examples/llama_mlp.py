@@ -1,7 +1,6 @@
 """Llama-3-8B's MLP: x + down(swiglu(rms_norm(x))).
 
-The best program we know, M=8192, bf16, MB = 10⁶ bytes (in brackets with gains in
-copies of the weights, which take more memory than they are worth):
+The best program we know, M=8192, bf16, MB = 10⁶ bytes; frozen weights in brackets:
 
     rows   x w_norm            -> h = x·w_norm, r = rsqrt(mean x² + eps)    134   (67: no h)
     gemm   h [gate; up] r      -> y = silu(r·g)·(r·u)                       537

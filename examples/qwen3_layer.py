@@ -1,8 +1,7 @@
 """A Qwen3-8B layer between two attention cores: QK-norm and half-split RoPE on q and k.
 
 As Llama's, with statistics of each head of q and k taken from the accumulator before its epilogue
-(M=8192, bf16, MB; in brackets with gains in copies of the weights): 302 (235), 470, 504 (436), 220:
-1500 (1366).
+(M=8192, bf16, MB; frozen weights in brackets): 302 (235), 470, 504 (436), 220: 1500 (1366).
 """
 
 import coda

@@ -203,9 +203,8 @@ def _add(
         imported = _import(nodes)
         _refuse_devices(imported)
         block = block_for(imported.graph)
-        frozen = not any(n.meta["coda_gradient"] for n in imported.inputs)
         sizes, wanted = _sizes(imported), _wanted(imported)
-        lowered = RegionReport.of(block, nodes, sizes, frozen, wanted)
+        lowered = RegionReport.of(block, nodes, sizes, wanted)
         if not lowered.pays:
             raise UnsupportedError("torch does it as cheaply")
     except CodaError as e:

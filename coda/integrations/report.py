@@ -46,18 +46,16 @@ class RegionReport:
         block: Block,
         nodes: Sequence[FxNode],
         sizes: Mapping[str, int],
-        frozen: bool,
         wanted: tuple[str, ...] | None,
     ) -> RegionReport:
         """The report of a region, which is lowered as its calls will need it.
 
-        `frozen` as in `Block.lower`; `wanted` names the arguments with gradients, None without
-        autograd. Raises CodaError.
+        `wanted` names the arguments with gradients, None without autograd. Raises CodaError.
         """
         graph, arch = block.graph, target_arch("")
         ops = tuple(operator_name(n) for n in nodes if n.target not in VIEWS)
         if wanted is None:
-            program = block.program_for(graph, arch, frozen, sizes)
+            program = block.program_for(graph, arch, False, sizes)
             return RegionReport(block, ops, sizes, Explanation(program), None)
         training = block.training_for(graph, wanted, block.memory, sizes)
         sides = [(training.forward, NO_TERMS), (training.backward, training.terms())]

@@ -201,12 +201,13 @@ def price(program: Program) -> float:
     """What the laws' choices are decided by: bytes and launches, in seconds.
 
     FLOPs of the tensor cores are the same for all programs of a block. Weights that may change are
-    prepared in each call. A matrix that is made of weights has its price whether they change or
-    not: it takes as much memory as the weight, for as long as the model runs.
+    prepared in each call, and a matrix that is made of them takes as much memory as the weight, for
+    as long as the model runs. For weights that are frozen neither counts.
     """
     machine = MACHINES[program.arch]
-    moved = hbm_bytes(program) + (0 if program.frozen else prepare_bytes(program))
-    moved += HELD * held_bytes(program)
+    moved = hbm_bytes(program)
+    if not program.frozen:
+        moved += prepare_bytes(program) + HELD * held_bytes(program)
     return moved / machine.bandwidth + machine.launch * len(program.kernels)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from coda.ir.evaluate import evaluate
-from coda.lowering import cost
 from coda.lowering.accumulate import accumulating, siblings
 from coda.lowering.cost import hbm_bytes
 from coda.lowering.derive import derive
@@ -22,7 +21,7 @@ ARCHS = ("sm_90a", "sm_100a")
 VOCABULARY = {"M": 101, "D": 128, "V": 500}
 LLAMA = {"M": 101, "D": 128, "F": 192, "H": 4, "G": 2, "d": 32}
 
-# file, block, sizes of its model, sizes, launches, GEMMs, MB, MB with gains in copied weights.
+# file, block, sizes of its model, small sizes, launches, GEMMs, MB, MB with frozen weights.
 # The last two are the docstrings' programs, by hand.
 TABLE = {
     "llama_mlp": ("mlp", "DIMS", {"M": 101, "D": 128, "F": 192}, 3, 2, 1158, 1091),
@@ -55,16 +54,10 @@ def example(request):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_launches_and_bytes(example, arch, monkeypatch):
-    """The last program has gains in copies of weights: what it takes if memory has no price."""
-    block, dims, _, launches, gemms, megabytes, folded = example
-    for frozen, held, limit in (
-        (False, cost.HELD, megabytes),
-        (True, cost.HELD, megabytes),
-        (True, 0, folded),
-    ):
-        monkeypatch.setattr(cost, "HELD", held)
-        program = lower(block.graph, dims, arch, frozen)
+def test_launches_and_bytes(example, arch):
+    block, dims, _, launches, gemms, megabytes, frozen = example
+    for constant, limit in ((False, megabytes), (True, frozen)):
+        program = block.lower(arch, dims, frozen=constant)
         assert len(program.kernels) <= launches
         assert sum(isinstance(k, GemmKernel) for k in program.kernels) <= gemms
         assert not any(isinstance(k, TorchKernel) for k in program.kernels)

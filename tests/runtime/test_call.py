@@ -183,3 +183,17 @@ def test_on_the_gpu(inputs):
     moved = [x.cuda() for x in inputs]
     found = mlp(*moved, backend="cuda")
     torch.testing.assert_close(found.cpu(), mlp(*inputs), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("memory", ["balanced", "speed"])
+def test_copies_of_frozen_weights_are_made_only_for_speed(memory, monkeypatch):
+    taken = []
+    ask = coda.Block.program_for
+    monkeypatch.setattr(
+        coda.Block, "program_for", lambda *args: taken.append(args[3]) or ask(*args)
+    )
+    block = coda.block(mlp.fn, memory=memory)
+    inputs = random_inputs(block.graph, {"M": 7, "D": 16, "F": 24})
+    found = block(*inputs)
+    assert taken == [memory == "speed"]
+    assert torch.allclose(found, torch_mlp(*inputs), rtol=0.05, atol=0.05)
