@@ -168,7 +168,8 @@ class LinearCrossEntropy(nn.Module):
     """cross_entropy(x @ weightᵀ, target): a vocabulary's projection and its loss in one.
 
     `weight` is [num_classes, in_features]; share it with an embedding by assigning the parameter.
-    Other arguments are those of `nn.CrossEntropyLoss`.
+    With `memory="min"` no logits are stored, as `coda.block` has it. Other arguments are those of
+    `nn.CrossEntropyLoss`.
     """
 
     def __init__(
@@ -180,14 +181,17 @@ class LinearCrossEntropy(nn.Module):
         label_smoothing: float = 0.0,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        memory: str = "balanced",
     ) -> None:
         super().__init__()
         self.options = ignore_index, reduction, label_smoothing
+        self.memory = memory
         _block(_linear_cross_entropy, *self.options)
         self.weight = _matrix(num_classes, in_features, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """x [..., in_features] and target [...] of int64 -> the loss, as torch reduces it."""
         run = _block(_linear_cross_entropy, *self.options)
-        loss = run(x.reshape(-1, x.shape[-1]), self.weight, target.reshape(-1))
+        rows, classes = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+        loss = run(rows, self.weight, classes, memory=self.memory)
         return loss.reshape(target.shape) if self.options[1] == "none" else loss
