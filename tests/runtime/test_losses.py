@@ -302,7 +302,7 @@ def test_hostile_sizes_in_the_simulator(options, memory, arch, runs):
         theirs(*torchs, y, **options).sum().backward()
         for a, t, e in zip(mine, torchs, asked, strict=True):
             errors = [float((g.grad.double() - e.grad).norm()) for g in (a, t)]
-            # The gradient of one class is 0, but for what a tanh of the hardware is away from its own.
+            # Of one class it is 0, but for what two kernels' tanh differ by.
             assert errors[0] <= 1.1 * errors[1] + (5e-3 if sizes["V"] == 1 else 1e-6)
         assert sizes["V"] == 1 or all(r.complete for r in runs)
         runs.clear()
