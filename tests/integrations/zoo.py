@@ -28,8 +28,6 @@ GRANITE = {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scal
 
 PHI = {**COMMON, "hidden_size": 160, "num_attention_heads": 2, "num_key_value_heads": 2}
 PHI |= {"partial_rotary_factor": 0.4}  # 32 of 80 columns of a head
-OPT = {"vocab_size": 128, "hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4}
-OPT |= {"max_position_embeddings": 128, "word_embed_proj_dim": 64, "dropout": 0.0}
 FALCON = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "bias": False}
 
 FAMILIES = {
@@ -52,7 +50,6 @@ FAMILIES = {
     "SmolLM3": ("SmolLM3Config", COMMON),
     "Ernie-4.5": ("Ernie4_5Config", COMMON),
     "Nemotron": ("NemotronConfig", {**COMMON, "head_dim": 16}),
-    "OPT": ("OPTConfig", OPT),
     "Falcon": ("FalconConfig", FALCON),
     "BERT": ("BertConfig", {**ENCODER, "vocab_size": 128, "max_position_embeddings": 128}),
     "ViT": ("ViTConfig", {**ENCODER, "image_size": 32, "patch_size": 8}),
