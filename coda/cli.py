@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import runpy
 import sys
 import traceback
@@ -32,7 +31,7 @@ from coda.measure import Report, load_inputs, measure, measure_gradients, random
 from coda.runtime import cache as kernel_cache
 from coda.runtime.compile import Compiled, compile_program, show_progress, usage_table
 from coda.runtime.run import choose_backend, target_arch
-from coda.runtime.settings import ARCH
+from coda.runtime.settings import CACHE_DIR
 
 app = typer.Typer(
     name="coda",
@@ -199,13 +198,16 @@ def _explain_model(
         raise CodaError(
             f"a model has no dim `{unknown.pop()}`", found=target, help="--dims B=1,S=2048"
         )
-    if arch:
-        os.environ[ARCH.name] = target_arch(arch)
     from coda.integrations.explain_model import explain_model
 
     with contextlib.redirect_stdout(sys.stderr):
         found = explain_model(
-            target, sizes.get("B", 1), sizes.get("S", 2048), dtype.torch, training=training
+            target,
+            sizes.get("B", 1),
+            sizes.get("S", 2048),
+            dtype.torch,
+            training,
+            target_arch(arch) if arch else "",
         )
     if as_json:
         print(json.dumps(found.json(), indent=2))
@@ -309,20 +311,16 @@ def compile_(
     """Compile a block's kernels, with or without a GPU, and say what each takes."""
     if emit not in ("", "source", "ptx", "cubin"):
         raise CodaError("there is no such thing to emit", found=emit, help="source, ptx or cubin")
-    if out:
-        os.environ["CODA_CACHE_DIR"] = str(Path(out).resolve())
     block, element, sizes = load_block(target), parse_dtype(dtype), parse_dims(dims)
     check_training(backward, memory, wanted, frozen)
     if backward:
         kept = names_of(wanted), memory or None
         both = block.lower_training(arch or None, sizes, element, *kept)
-        done = [
-            c for p, n in zip(both, ("forward", "backward"), strict=True) for c in _compile(p, n)
-        ]
-        program = both[0]
+        programs = dict(zip(("forward", "backward"), both, strict=True))
     else:
-        program = block.lower(arch or None, sizes, element, frozen)
-        done = _compile(program)
+        programs = {"": block.lower(arch or None, sizes, element, frozen)}
+    with CACHE_DIR.as_given(str(Path(out).resolve()) if out else ""):
+        done = [c for which, program in programs.items() for c in _compile(program, which)]
     if as_json:
         print(json.dumps([c.json() for c in done], indent=2))
     elif emit:
@@ -333,10 +331,11 @@ def compile_(
                 else (c.source if emit == "source" else c.ptx).read_text()
             )
     else:
-        Console().print(usage_table(program.arch, done))
+        (arch, *_) = (p.arch for p in programs.values())
+        Console().print(usage_table(arch, done))
 
 
-def _compile(program: Program, which: str = "") -> list[Compiled]:
+def _compile(program: Program, which: str) -> list[Compiled]:
     """The kernels of a Program in its order; their names begin with `which` it is."""
     found = {c.kernel: c for c in show_progress(compile_program(program), len(program.kernels))}
     done = [found[k.name] for k in program.kernels if k.name in found]

@@ -1,5 +1,6 @@
 """Golden texts: what a pass prints, kept beside its test; `--update-golden` writes them anew."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,18 @@ def cache_directory(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CODA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def settings_outlive_nothing(cache_directory):
+    """What a call sets for itself in the environment ends with it."""
+
+    def ours():
+        return {k: v for k, v in os.environ.items() if k.startswith("CODA_")}
+
+    before = ours()
+    yield
+    assert ours() == before
 
 
 def pytest_collection_modifyitems(items):

@@ -7,7 +7,6 @@ The model is built on torch's meta device, so that its size does not matter, and
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -98,6 +97,7 @@ def explain_model(
     length: int = 2048,
     dtype: torch.dtype = torch.bfloat16,
     training: bool = False,
+    arch: str = "",
 ) -> ModelExplanation:
     """What coda makes of a model.
 
@@ -107,11 +107,12 @@ def explain_model(
         batch, length: sizes of the input, where the model says what it takes.
         dtype: of the weights.
         training: whether gradients are wanted.
+        arch: "sm_90a" or "sm_100a"; by default `CODA_ARCH`.
 
     Raises:
         CodaError: where there is no such model, or no example of its arguments.
     """
-    with _report_of_its_own():
+    with _report_of_its_own(arch):
         model, given = _from_config(target) if _is_config(target) else _from_function(target)
         model = model.to(dtype).train(training)
         arguments = _arguments(model, batch, length) if given is None else given
@@ -123,20 +124,13 @@ def explain_model(
 
 
 @contextmanager
-def _report_of_its_own() -> Iterator[None]:
+def _report_of_its_own(arch: str) -> Iterator[None]:
     """Nothing compiled before is told of, and programs are reckoned without a GPU."""
-    backend = settings.BACKEND.name
-    before = os.environ.get(backend)
-    os.environ[backend] = "reference"
     torch._dynamo.reset()
     forget_report()
     counters.clear()
-    try:
+    with settings.BACKEND.as_given("reference"), settings.ARCH.as_given(arch):
         yield
-    finally:
-        os.environ.pop(backend)
-        if before is not None:
-            os.environ[backend] = before
 
 
 def _is_config(target: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from coda.errors import CodaError
@@ -26,6 +28,20 @@ class Variable:
                 found=repr(value),
             )
         return value
+
+    @contextmanager
+    def as_given(self, value: str) -> Iterator[None]:
+        """The variable with another value, for a while; an empty one changes nothing."""
+        before = os.environ.get(self.name)
+        if value:
+            os.environ[self.name] = value
+        try:
+            yield
+        finally:
+            if before is not None:
+                os.environ[self.name] = before
+            elif value:
+                os.environ.pop(self.name, None)
 
 
 ARCHS = ("sm_90a", "sm_100a")
