@@ -65,7 +65,21 @@ def _examined(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule | N
         report.whole = f"coda fails on it, please report it: {type(e).__name__}: {e}"
         warnings.warn(report.whole, RuntimeWarning, stacklevel=2)
         return None
+    _compile_ahead(report)
     return split if report.regions else None
+
+
+def _compile_ahead(report: GraphReport) -> None:
+    """Compile the kernels of a graph side by side, instead of each when it is first called."""
+    programs = report.programs
+    if choose_backend("") != "cuda" or not programs:
+        return
+    from coda.runtime.compile import compile_ahead
+
+    try:
+        compile_ahead(programs)
+    except CodaError as e:  # each call compiles what it needs, or says why it cannot
+        warnings.warn(f"kernels are not compiled ahead: {e.message}", RuntimeWarning, stacklevel=2)
 
 
 def _functional_or_why(

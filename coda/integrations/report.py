@@ -17,7 +17,7 @@ from coda.frontend.aten import VIEWS
 from coda.integrations.weights import WeightUse, settle
 from coda.lowering.cost import MACHINES
 from coda.lowering.explain import Explanation
-from coda.lowering.program import NO_TERMS
+from coda.lowering.program import NO_TERMS, Program
 from coda.runtime.run import target_arch
 
 
@@ -134,6 +134,12 @@ class GraphReport:
     def fused(self) -> int:
         """How many operators are in blocks, views not counted."""
         return sum(len(r.ops) for r in self.regions)
+
+    @property
+    def programs(self) -> list[Program]:
+        """What its regions run, each once: layers that are alike share theirs."""
+        sides = [e for r in self.regions for e in (r.forward, r.backward) if e is not None]
+        return list({id(e.program): e.program for e in sides}.values())
 
     def json(self) -> dict[str, Any]:
         """As plain data."""

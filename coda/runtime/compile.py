@@ -6,11 +6,9 @@ It gets the block as text, lowers it again, and compiles one kernel on tensors t
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +28,10 @@ from coda.lowering.program import GemmKernel, Program, RowwiseKernel, Terms, Tor
 from coda.lowering.row_pieces import is_ragged
 from coda.runtime.cache import kernel_directory, prune
 from coda.runtime.sass import Usage, usage
+from coda.runtime.workers import run_all
 
 CAPACITY = {"sm_90a": "90", "sm_100a": "100"}
+WORTH_IT = 6  # kernels: a process takes as long to start as four or five do to compile
 
 
 @dataclass(frozen=True)
@@ -64,25 +64,48 @@ class Compiled:
 
 def compile_program(program: Program, jobs: int = 0) -> Iterator[Compiled]:
     """Compile all kernels of a program, as many at once as there are cores; as they are done."""
-    text, dims = show(program.graph), tuple(program.sizes.items())
-    work = [
-        Job(text, dims, program.arch, program.frozen, program.terms, k.name)
-        for k in program.kernels
-        if not isinstance(k, TorchKernel)
-    ]
-    workers = min(jobs or os.cpu_count() or 1, len(work)) or 1
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=prepare_process, initargs=(program.arch,)
-    ) as pool:
-        for done in as_completed([pool.submit(compile_job, job) for job in work]):
-            yield done.result()
+    work = [job for _, job in _jobs(program)]
+    yield from run_all(compile_job, work, _environment(program.arch), jobs)
     prune()
+
+
+def compile_ahead(programs: Sequence[Program]) -> list[Compiled]:
+    """Compile what is new in some Programs for one arch, each kernel once and side by side.
+
+    What this cache had before is known by its files. A few kernels are not worth the processes'
+    start: they are left to the calls that need them. On a terminal, there is progress to see.
+    """
+    fresh: dict[Path, Job] = {}
+    for program in programs:
+        for kernel, job in _jobs(program):
+            path = _files(program, kernel, ".cubin")
+            if not path.exists():
+                fresh.setdefault(path, job)
+    if len(fresh) < WORTH_IT:
+        return []
+    environment = _environment(programs[0].arch)
+    done = show_progress(run_all(compile_job, [*fresh.values()], environment), len(fresh))
+    prune()
+    return done
+
+
+def _jobs(program: Program) -> Iterator[tuple[GemmKernel | RowwiseKernel, Job]]:
+    """The kernels of a Program that are compiled, each with its job."""
+    text, dims = show(program.graph), tuple(program.sizes.items())
+    for kernel in program.kernels:
+        if not isinstance(kernel, TorchKernel):
+            options = program.arch, program.frozen, program.terms
+            yield kernel, Job(text, dims, *options, kernel.name)
 
 
 def prepare_process(arch: str) -> None:
     """Make this process compile for `arch`; before cutlass and quack are imported."""
-    os.environ |= {
+    os.environ |= _environment(arch)
+
+
+def _environment(arch: str) -> dict[str, str]:
+    """The variables of a process that compiles for an arch."""
+    return {
         "CUTE_DSL_ARCH": arch,
         "QUACK_ARCH": CAPACITY[arch],
         "CUTE_DSL_KEEP": "ptx,cubin",
@@ -107,21 +130,20 @@ def compile_job(job: Job) -> Compiled:
 
 def compile_kernel(program: Program, kernel: GemmKernel | RowwiseKernel) -> Compiled:
     """Compile one kernel in this process, which `prepare_process` made ready for the arch."""
+    with captured(_files(program, kernel, "")):
+        _compile(program, kernel)
+    cubin = _files(program, kernel, ".cubin")
+    source = _files(program, kernel, "").with_suffix(".py")
+    return Compiled(kernel.name, source, _files(program, kernel, ".ptx"), cubin, usage(cubin))
+
+
+def _files(program: Program, kernel: GemmKernel | RowwiseKernel, ending: str) -> Path:
+    """Where what is compiled of a kernel is written."""
     if isinstance(kernel, GemmKernel):
         name = emit_gemm(program, kernel).name
     else:
         name = emit_rowwise(program, kernel, has_padded_rows(program, kernel)).name
-    base = kernel_directory() / f"{name}.{program.arch}"
-    with captured(base):
-        _compile(program, kernel)
-    cubin = base.with_name(base.name + ".cubin")
-    return Compiled(
-        kernel.name,
-        kernel_directory() / f"{name}.py",
-        base.with_name(base.name + ".ptx"),
-        cubin,
-        usage(cubin),
-    )
+    return kernel_directory() / f"{name}.{program.arch}{ending}"
 
 
 def has_padded_rows(program: Program, kernel: RowwiseKernel) -> bool:

@@ -16,6 +16,7 @@ COMPILE = textwrap.dedent(
     """
     import sys, time
     import coda
+    from coda.lowering.program import NO_TERMS
     from coda.runtime.compile import Job, compile_job, prepare_process
 
     TEXT = '''
@@ -26,7 +27,7 @@ COMPILE = textwrap.dedent(
     }
     '''
     prepare_process("sm_90a")
-    job = Job(TEXT, (("M", 8), ("D", 256)), "sm_90a", False, "rows0")
+    job = Job(TEXT, (("M", 8), ("D", 256)), "sm_90a", False, NO_TERMS, "rows0")
     start = time.monotonic()
     done = compile_job(job)
     print(time.monotonic() - start, done.cubin.exists(), done.source.name)
