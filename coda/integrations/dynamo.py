@@ -28,6 +28,7 @@ from coda.integrations.regions import cut, is_parameter, with_all_parts, without
 from coda.integrations.report import GraphReport, RegionReport, count_operators, keep_report
 from coda.ir.graph import Contract, Graph, walk
 from coda.ir.types import f32
+from coda.lowering.program import TorchKernel
 from coda.runtime import settings
 from coda.runtime.bind import bind_sizes
 from coda.runtime.run import choose_backend, gpu_arch
@@ -193,9 +194,11 @@ def _split(gm: GraphModule, report: GraphReport, given: Mapping[FxNode, Tensor])
     found = cut(gm.graph, [n for n, m in modes.items() if m != outer])
     regions: list[tuple[list[FxNode], Imported, Block]] = []
     for whole in found.regions:
-        why = _add(whole, report, regions)
+        why = _add(whole, report, regions, whole=True)
         shorter = without_tail(whole) if why else []
         kept = set(shorter) if shorter and not _add(shorter, report, regions) else set()
+        if why and not kept:
+            why = _add(whole, report, regions)
         if why:
             found.left |= {n: why for n in whole if n not in kept}
     mine = {n for nodes, _, _ in regions for n in nodes}
@@ -210,8 +213,12 @@ def _add(
     nodes: list[FxNode],
     report: GraphReport,
     regions: list[tuple[list[FxNode], Imported, Block]],
+    whole: bool = False,
 ) -> str:
-    """Make a block of some nodes; why not, if they stay torch's."""
+    """Make a block of some nodes; why not, if they stay torch's.
+
+    With `whole`, there must be a kernel for each of them.
+    """
     nodes = with_all_parts(nodes)
     try:
         imported = _import(nodes)
@@ -221,6 +228,8 @@ def _add(
         lowered = RegionReport.of(block, nodes, sizes, wanted)
         if not lowered.pays:
             raise UnsupportedError("torch does it as cheaply")
+        if whole and any(isinstance(k, TorchKernel) for k in lowered.forward.program.kernels):
+            raise UnsupportedError("no kernel takes a part of it")
     except CodaError as e:
         return f"its region stays torch's: {e.message}"
     except Exception as e:  # a fault of coda's must not be one of the model's

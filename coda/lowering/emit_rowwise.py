@@ -40,7 +40,7 @@ class RowSource:
         parameters: (emitted name, operand or buffer, columns, whether it is written), in order.
             Sums over the rows of an earlier kernel have any number of parts: 0 columns.
         types: the element type of each parameter, as coda names it.
-        padded: whether rows of matrices begin at multiples of 16 bytes, whatever their length.
+        padded: matrices whose rows begin at multiples of 16 bytes, whatever their length.
         partials: the buffers of sums over rows, which have a row for each partial.
     """
 
@@ -49,7 +49,7 @@ class RowSource:
     parameters: tuple[tuple[str, str, int, bool], ...]
     types: tuple[str, ...]
     partials: tuple[str, ...]
-    padded: bool = False
+    padded: tuple[str, ...] = ()
 
 
 def emit_rowwise(program: Program, kernel: RowwiseKernel, padded: bool = False) -> RowSource:
@@ -73,7 +73,10 @@ class _Emitter(Sweeps):
         text = self.module(names, body)
         name = "coda_rows_" + hashlib.sha256(text.encode()).hexdigest()[:24]
         partials = tuple(s.buffer for s in self.epilogue.sinks)
-        return RowSource(text, name, parameters, self.types(parameters), partials, self.padded)
+        matrices = [o.name for o in self.epilogue.operands if o.kind == "tile"]
+        matrices += [s.buffer for s in self.epilogue.stores]
+        padded = tuple(matrices) if self.padded else ()
+        return RowSource(text, name, parameters, self.types(parameters), partials, padded)
 
     def parameters(self) -> tuple[tuple[str, str, int, bool], ...]:
         found: list[tuple[str, str, int, bool]] = []

@@ -125,6 +125,8 @@ class Partition(Drafts):
             return False
         for part in parts:
             self.materialise(part)
+        if any(p not in self.home for p in parts):  # one is a view of what is in memory by now
+            return False
         rows = [a.shape[node.axis] if stacked else product(node.shape[:-1]) for a in flat(node)]
         spaces = [self.home[p].space for p in parts]
         fits = [s.rows == r for s, r in zip(spaces, rows, strict=True)]

@@ -38,7 +38,7 @@ def _compile(source: RowSource, shared: tuple[bool, ...], arch: str, directory: 
         source.parameters, source.types, shared, strict=True
     ):
         lead = cute.sym_int() if name in source.partials else 1 if once else rows
-        tensors.append(_fake(_TYPES[kind], lead, columns, source.padded))
+        tensors.append(_fake(_TYPES[kind], lead, columns, name in source.padded))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return cute.compile(
         module.launch, *tensors, cutlass.Int32(1), stream, options="--enable-tvm-ffi"
@@ -108,13 +108,13 @@ class Rows:
         found = [
             tensors[source]
             if source in kept
-            else ready(tensors[source], self.layout(1 if once else rows, columns))
+            else ready(tensors[source], self.layout(source, 1 if once else rows, columns))
             for (_, source, columns, _), once in zip(
                 self.source.parameters, self.shared, strict=True
             )
         ]
         return (*found, rows)
 
-    def layout(self, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+    def layout(self, name: str, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
         """What lays out a parameter of so many rows and columns."""
-        return partial(_laid_out, rows=rows, columns=columns, padded=self.source.padded)
+        return partial(_laid_out, rows=rows, columns=columns, padded=name in self.source.padded)
