@@ -331,8 +331,7 @@ def compile_(
                 else (c.source if emit == "source" else c.ptx).read_text()
             )
     else:
-        (arch, *_) = (p.arch for p in programs.values())
-        Console().print(usage_table(arch, done))
+        Console().print(usage_table(target_arch(arch), done))
 
 
 def _compile(program: Program, which: str) -> list[Compiled]:

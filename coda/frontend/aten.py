@@ -22,6 +22,7 @@ from coda.ir.graph import Cast
 from coda.ir.types import DType, bool_, f32
 
 aten = torch.ops.aten
+REDUCTIONS = ("none", "mean", "sum")  # of losses, as torch counts them
 
 
 @dataclass(frozen=True)
@@ -385,7 +386,7 @@ def _cross_entropy(
 ) -> Tensor:
     if weight is not None or x.ndim != 2 or target.dtype.kind != "int":
         raise refuse("a loss with weights of classes, or of probabilities")
-    how = ("none", "mean", "sum")[reduction]
+    how = REDUCTIONS[reduction]
     loss = library.cross_entropy(wide(x), target, ignore_index, how, label_smoothing)
     return cast(loss, result.dtype)
 
@@ -401,8 +402,8 @@ def _nll_loss(
 ) -> Tensor:
     if weight is not None or x.ndim != 2:
         raise refuse("a loss with weights of classes, or of more axes than rows and classes")
-    how = ("none", "mean", "sum")[reduction]
-    return cast(library.nll_loss(wide(x), target, ignore_index, how), result.dtype)
+    loss = library.nll_loss(wide(x), target, ignore_index, REDUCTIONS[reduction])
+    return cast(loss, result.dtype)
 
 
 # Contractions.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -192,33 +193,51 @@ def _split(gm: GraphModule, report: GraphReport, given: Mapping[FxNode, Tensor])
     _mark_gradients(gm.graph, modes)
     outer = torch.is_grad_enabled()
     found = cut(gm.graph, [n for n, m in modes.items() if m != outer])
-    regions: list[tuple[list[FxNode], Imported, Block]] = []
+    regions: list[_Region] = []
     for whole in found.regions:
-        why = _add(whole, report, regions, whole=True)
-        shorter = without_tail(whole) if why else []
-        kept = set(shorter) if shorter and not _add(shorter, report, regions) else set()
-        if why and not kept:
-            why = _add(whole, report, regions)
-        if why:
-            found.left |= {n: why for n in whole if n not in kept}
-    mine = {n for nodes, _, _ in regions for n in nodes}
+        region, why = _chosen(whole)
+        regions += [] if region is None else [region]
+        found.left |= dict.fromkeys(whole, why) if why else {}
+    mine = {n for region in regions for n in region.nodes}
     report.left = count_operators({n: why for n, why in found.left.items() if n not in mine})
-    for lowered, (_, imported, _) in zip(report.regions, regions, strict=True):
-        pairs = zip(imported.graph.inputs, imported.inputs, strict=True)
-        lowered.settle({i.name: given.get(n) for i, n in pairs})
-    return Rebuild(gm, regions, modes).run()
+    report.regions = [r.report for r in regions]
+    for region in regions:
+        pairs = zip(region.imported.graph.inputs, region.imported.inputs, strict=True)
+        region.report.settle({i.name: given.get(n) for i, n in pairs})
+    return Rebuild(gm, [(r.nodes, r.imported, r.report.block) for r in regions], modes).run()
 
 
-def _add(
-    nodes: list[FxNode],
-    report: GraphReport,
-    regions: list[tuple[list[FxNode], Imported, Block]],
-    whole: bool = False,
-) -> str:
-    """Make a block of some nodes; why not, if they stay torch's.
+@dataclass(frozen=True)
+class _Region:
+    """Some nodes that become a block."""
 
-    With `whole`, there must be a kernel for each of them.
-    """
+    nodes: list[FxNode]
+    imported: Imported
+    report: RegionReport
+
+    @property
+    def in_kernels(self) -> bool:
+        """Whether there is a kernel for each part of it."""
+        kernels = self.report.forward.program.kernels
+        return not any(isinstance(k, TorchKernel) for k in kernels)
+
+
+def _chosen(whole: list[FxNode]) -> tuple[_Region | None, str]:
+    """A region, up to its last products where not all of it is for kernels; and then why."""
+    made = _made(whole)
+    if isinstance(made, _Region) and made.in_kernels:
+        return made, ""
+    shorter = without_tail(whole)
+    short = _made(shorter) if shorter else ""
+    if isinstance(made, str):
+        return (short if isinstance(short, _Region) else None), made
+    if isinstance(short, _Region):
+        return short, "its region stays torch's: no kernel takes a part of it"
+    return made, ""
+
+
+def _made(nodes: list[FxNode]) -> _Region | str:
+    """The region of some nodes, or why they stay torch's."""
     nodes = with_all_parts(nodes)
     try:
         imported = _import(nodes)
@@ -228,17 +247,13 @@ def _add(
         lowered = RegionReport.of(block, nodes, sizes, wanted)
         if not lowered.pays:
             raise UnsupportedError("torch does it as cheaply")
-        if whole and any(isinstance(k, TorchKernel) for k in lowered.forward.program.kernels):
-            raise UnsupportedError("no kernel takes a part of it")
     except CodaError as e:
         return f"its region stays torch's: {e.message}"
     except Exception as e:  # a fault of coda's must not be one of the model's
         why = f"coda fails on its region, please report it: {type(e).__name__}: {e}"
         warnings.warn(why, RuntimeWarning, stacklevel=2)
         return why
-    report.regions.append(lowered)
-    regions.append((nodes, imported, block))
-    return ""
+    return _Region(nodes, imported, lowered)
 
 
 def block_for(graph: Graph) -> Block:

@@ -8,7 +8,7 @@ the right, as in torch. Reductions keep the reduced axis with size 1.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -97,6 +97,10 @@ class Node(metaclass=_Interned):
     def rank(self) -> int:
         """The number of axes."""
         return len(self.shape)
+
+    def nbytes(self, sizes: Mapping[str, int]) -> int:
+        """Size in bytes, of its own type, for sizes of the symbols."""
+        return product(self.shape).size(sizes) * self.dtype.size
 
     def with_operands(self, new: Iterable[Node]) -> Node:
         """The same operation on other operands, given in the order of `operands`."""

@@ -237,14 +237,10 @@ def eager(graph: Graph, program: Program) -> Baseline:
 
 def _eager_bytes(node: Node, program: Program) -> int:
     reads = [o for o in dict.fromkeys(node.operands) if not isinstance(o, Const | Size)]
-    total = sum(_bytes(o, program) for o in reads) + _bytes(node, program)
+    total = sum(o.nbytes(program.sizes) for o in reads) + node.nbytes(program.sizes)
     if isinstance(node, Gather):
-        total += _bytes(node, program) - _bytes(node.table, program)
+        total += node.nbytes(program.sizes) - node.table.nbytes(program.sizes)
     return total
-
-
-def _bytes(node: Node, program: Program) -> int:
-    return elements(node, program) * node.dtype.size
 
 
 def pointwise_fused(graph: Graph, program: Program) -> Baseline:
@@ -287,7 +283,7 @@ def pointwise_fused(graph: Graph, program: Program) -> Baseline:
         written = (outside | {r for r in roots if r in mine}) - {n for n in mine if is_free(n)}
         known = [n for n in reads if not isinstance(n, Const | Size)]
         launches += 1
-        total += sum(_bytes(n, program) for n in known) + sum(_bytes(n, program) for n in written)
+        total += sum(n.nbytes(program.sizes) for n in (*known, *written))
     return Baseline(launches, total)
 
 

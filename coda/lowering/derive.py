@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from coda.errors import CallError, UnsupportedError
-from coda.ir.dims import ONE, product
+from coda.ir.dims import ONE
 from coda.ir.graph import (
     Cast,
     Const,
@@ -183,7 +183,7 @@ def _choose(
     def cost(node: Node) -> int | None:
         if node not in known:
             return None
-        held = product(node.shape).size(sizes) * node.dtype.size
+        held = node.nbytes(sizes)
         if isinstance(node, Input):
             return held
         if memory == "min":

@@ -70,7 +70,7 @@ class TrainingExplanation:
         weights = weight_nodes(list(walk(self.graph.roots)))
         for node in self.graph.inputs:
             if node.name in read and node not in weights:
-                found[node.name] = Saved(node.name, self._bytes(node), True)
+                found[node.name] = Saved(node.name, node.nbytes(self.sizes), True)
         for name, node in program.outputs:
             if name in read:
                 buffer = label(node, program)
@@ -105,10 +105,9 @@ class TrainingExplanation:
         while any(isinstance(n, Expand) for n in under):
             under = {base(n.arg) if isinstance(n, Expand) else n for n in under}
         free = Const | Size | Iota
-        return sum(self._bytes(n) for n in under if n not in weights and not isinstance(n, free))
-
-    def _bytes(self, node: Node) -> int:
-        return product(node.shape).size(self.sizes) * node.dtype.size
+        return sum(
+            n.nbytes(self.sizes) for n in under if n not in weights and not isinstance(n, free)
+        )
 
     @property
     def saved_bytes(self) -> dict[str, int]:

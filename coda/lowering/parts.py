@@ -78,10 +78,10 @@ class _Whole(Exception):
 
 def in_parts(graph: Graph, sizes: Mapping[str, int], passing: frozenset[str]) -> Parted:
     """The graph with its largest value between kernels in parts, where it is too large."""
-    bound = sum(_bytes(n, sizes) for n in (*graph.inputs, *graph.roots)) // SHARE
+    bound = sum(n.nbytes(sizes) for n in (*graph.inputs, *graph.roots)) // SHARE
     between = _between(graph, passing)
-    for node in sorted(between, key=lambda n: -_bytes(n, sizes)):
-        nbytes = _bytes(node, sizes)
+    for node in sorted(between, key=lambda n: -n.nbytes(sizes)):
+        nbytes = node.nbytes(sizes)
         columns = part_columns(node.shape[-1].size(sizes), -(-nbytes // max(bound, 1)))
         if nbytes <= bound or len(columns) < 2:
             continue
@@ -91,7 +91,7 @@ def in_parts(graph: Graph, sizes: Mapping[str, int], passing: frozenset[str]) ->
             except _Whole:
                 continue
             parted = graph.with_roots(roots)
-            most = max((_bytes(n, sizes) for n in _between(parted, passing)), default=0)
+            most = max((n.nbytes(sizes) for n in _between(parted, passing)), default=0)
             if most < nbytes:
                 return Parted(parted, (Cut(node, columns, nbytes, bound),), part_of)
     return Parted(graph)
@@ -118,10 +118,6 @@ def part_columns(columns: int, count: int) -> tuple[int, ...]:
     if rest and (rest >= STEP or not whole):
         return (each,) * whole + (rest,)
     return (each,) * (whole - 1) + (each + rest,)
-
-
-def _bytes(node: Node, sizes: Mapping[str, int]) -> int:
-    return product(node.shape).size(sizes) * node.dtype.size
 
 
 def _between(graph: Graph, passing: frozenset[str]) -> list[Node]:

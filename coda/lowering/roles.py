@@ -42,6 +42,11 @@ def is_turned(node: Node) -> bool:
     return isinstance(node, Permute) and node.order == (1, 0)
 
 
+def as_stored(node: Node) -> Node:
+    """A matrix as it lies in memory, whether it is read so or turned."""
+    return node.operands[0] if is_turned(node) else node
+
+
 def is_pointwise(node: Node) -> bool:
     """Whether a node may be computed again wherever it is needed."""
     views = Reshape | Slice | Permute | Expand

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from coda.ir.graph import Input, Node, Slice, walk
 from coda.lowering.cost import label
 from coda.lowering.program import GemmKernel, Program
-from coda.lowering.roles import base, is_turned, is_view, stacked
+from coda.lowering.roles import as_stored, base, is_turned, is_view, stacked
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _scattered(program: Program, kernel: GemmKernel) -> str:
 
 def _read(program: Program, kernel: GemmKernel) -> WeightRead:
     roots = [c.rhs for c in kernel.contracts]
-    plain = [r.operands[0] if is_turned(r) else r for r in roots]
+    plain = [as_stored(r) for r in roots]
     names = tuple(dict.fromkeys(n for r in plain for n in _names(r, program)))
     parts = [stacked(p) for p in plain]
     together = tuple(i for p in parts for i in p) if all(parts) else ()
@@ -90,13 +90,12 @@ def _why(
     program: Program, kernel: GemmKernel, roots: Sequence[Node], together: Sequence[Input]
 ) -> str:
     """Why a matrix is a copy, or ""."""
-    turned = [is_turned(r) for r in roots]
-    under = [r.operands[0] if t else r for r, t in zip(roots, turned, strict=True)]
+    under = [as_stored(r) for r in roots]
     made = [u for u in under if u in program.prepared.values() and not stacked(u)]
     if made:
         arguments = [n.name for n in walk(made) if isinstance(n, Input)]
         return f"it is computed of {', '.join(arguments)}"
-    if len(roots) > 1 and any(turned):
+    if len(roots) > 1 and any(map(is_turned, roots)):
         return "siblings that are stored turned lie beside each other"
     if not together and not all(_is_rows(u) for u in under):
         return "its rows lie in another order"

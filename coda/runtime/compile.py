@@ -78,9 +78,9 @@ def compile_ahead(programs: Sequence[Program]) -> list[Compiled]:
     fresh: dict[Path, Job] = {}
     for program in programs:
         for kernel, job in _jobs(program):
-            path = _files(program, kernel, ".cubin")
-            if not path.exists():
-                fresh.setdefault(path, job)
+            base = base_of(program, kernel)
+            if not beside(base, ".cubin").exists():
+                fresh.setdefault(base, job)
     if len(fresh) < WORTH_IT:
         return []
     environment = _environment(programs[0].arch)
@@ -130,20 +130,25 @@ def compile_job(job: Job) -> Compiled:
 
 def compile_kernel(program: Program, kernel: GemmKernel | RowwiseKernel) -> Compiled:
     """Compile one kernel in this process, which `prepare_process` made ready for the arch."""
-    with captured(_files(program, kernel, "")):
+    base = base_of(program, kernel)
+    with captured(base):
         _compile(program, kernel)
-    cubin = _files(program, kernel, ".cubin")
-    source = _files(program, kernel, "").with_suffix(".py")
-    return Compiled(kernel.name, source, _files(program, kernel, ".ptx"), cubin, usage(cubin))
+    source, ptx, cubin = base.with_suffix(".py"), beside(base, ".ptx"), beside(base, ".cubin")
+    return Compiled(kernel.name, source, ptx, cubin, usage(cubin))
 
 
-def _files(program: Program, kernel: GemmKernel | RowwiseKernel, ending: str) -> Path:
-    """Where what is compiled of a kernel is written."""
+def beside(base: Path, ending: str) -> Path:
+    """The file of a kernel with this ending."""
+    return base.with_name(base.name + ending)
+
+
+def base_of(program: Program, kernel: GemmKernel | RowwiseKernel) -> Path:
+    """Where what is compiled of a kernel is written, without an ending."""
     if isinstance(kernel, GemmKernel):
         name = emit_gemm(program, kernel).name
     else:
         name = emit_rowwise(program, kernel, has_padded_rows(program, kernel)).name
-    return kernel_directory() / f"{name}.{program.arch}{ending}"
+    return kernel_directory() / f"{name}.{program.arch}"
 
 
 def has_padded_rows(program: Program, kernel: RowwiseKernel) -> bool:
@@ -170,9 +175,9 @@ class captured:
         def after(artifacts: Any) -> None:
             original(artifacts)
             if artifacts.PTX:
-                base.with_name(base.name + ".ptx").write_text(str(artifacts.PTX))
+                beside(base, ".ptx").write_text(str(artifacts.PTX))
             if artifacts.CUBIN:
-                base.with_name(base.name + ".cubin").write_bytes(bytes(artifacts.CUBIN))
+                beside(base, ".cubin").write_bytes(bytes(artifacts.CUBIN))
 
         self.owner.__post_init__ = after
 

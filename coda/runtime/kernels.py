@@ -102,8 +102,8 @@ class KernelRun(ReferenceRun):
         self.recording = Recording(inputs)
         super().__init__(program, inputs, False, sizes)
         self.raw: dict[str, Tensor] = {}
-        self.targets = self.updated()
         named = {n.name: t for n, t in self.inputs.items() if isinstance(n, Input)}
+        self.targets = self.updated(named)
         self.given = {name: named[name] for name in given if name in named}
 
     def once(self, name: Hashable, roots: Iterable[Node], make: Callable[[], T]) -> T:
@@ -168,10 +168,9 @@ class KernelRun(ReferenceRun):
         self.recording.made(made, start)
         return made if start is None else made.fill_(start)
 
-    def updated(self) -> dict[str, Tensor]:
-        """Arguments that a buffer of the program is written over."""
+    def updated(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Arguments, by their names, that a buffer of the program is written over."""
         found: dict[str, Tensor] = {}
-        named = {n.name: t for n, t in self.inputs.items() if isinstance(n, Input)}
         for name, node in self.program.outputs:
             if name not in self.program.updates:
                 continue
@@ -332,20 +331,11 @@ class KernelRun(ReferenceRun):
                 continue
             x = _readable(self.operand(kernel.assembled, name))
             if kinds[name] == "scalar":
-                found[name] = self.wide(x.reshape(-1))
+                found[name] = self.ready(x, _number)
             elif kinds[name] == "col":
                 found[name] = self.ready(x, _vector)
             else:
                 found[name] = self.ready(self.ready(x, matrix), aligned)
-        return found
-
-    def wide(self, x: Tensor) -> Tensor:
-        """A number in float32, which is how GEMMs take it."""
-        if x.dtype == torch.float32:
-            return x
-        found = self.new((1,), torch.float32)
-        torch.Tensor.copy_(found, x)
-        self.recording.launched(Step("rows", torch.Tensor.copy_, (found, x)))
         return found
 
     def room(self, name: str, rows: int, width: int, dtype: torch.dtype, fill: str = "") -> Tensor:
@@ -441,6 +431,11 @@ class KernelRun(ReferenceRun):
 
 def _vector(x: Tensor) -> Tensor:
     return x.reshape(-1).contiguous()
+
+
+def _number(x: Tensor) -> Tensor:
+    """A number in float32, which is how GEMMs take it."""
+    return x.reshape(-1).float()
 
 
 def _turned(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from coda.ir.evaluate import evaluate
 from coda.ir.graph import Input, Node, walk
 from coda.lowering.assemble import Packed, paired_columns
 from coda.lowering.program import GemmKernel, Program, RowwiseKernel
-from coda.lowering.roles import is_turned, stacked
+from coda.lowering.roles import as_stored, stacked
 
 
 def together(program: Program, tensors: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
@@ -65,7 +65,7 @@ def folded_weights(
     """
     known, nodes = dict(tensors), list(nodes)
     factors = [[c.rhs for c in k.contracts] for k in program.gemms()]
-    weights = {w.operands[0] if is_turned(w) else w for group in factors for w in group}
+    weights = {as_stored(w) for group in factors for w in group}
     for node in sorted(nodes, key=lambda n: n not in weights):
         (value,) = evaluate([node], known, program.sizes, compute)
         if node in weights and rounding:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from coda.errors import CallError
-from coda.lowering.emit_gemm import PAIRS, Source, Table
+from coda.lowering.emit_gemm import PAIRS, WHOLE, Source, Table
 from coda.lowering.program import Config
 
 
@@ -74,9 +74,9 @@ class Gemm:
         found |= source.numbers
         for name, buffer, lane in source.outputs:
             whole = stores[buffer]
-            if lane >= 0 or lane == PAIRS:
-                width = whole.shape[1] // 2
-                whole = whole.narrow(1, lane * splits[buffer] if lane > 0 else 0, width)
+            if lane != WHOLE:
+                first = 0 if lane == PAIRS else lane * splits[buffer]
+                whole = whole.narrow(1, first, whole.shape[1] // 2)
             found[name] = whole
         found |= {name: sinks[buffer] for name, buffer in source.sinks.items()}
         return found | dict(indices)

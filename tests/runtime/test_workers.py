@@ -100,7 +100,7 @@ def test_kernels_of_several_programs_are_compiled_once(compiled, monkeypatch, tm
     assert len(compiling.compile_ahead([*programs, programs[0]])) == len(compiled) == count
     for program in programs:
         for kernel in program.kernels:
-            path = compiling._files(program, kernel, ".cubin")
+            path = compiling.beside(compiling.base_of(program, kernel), ".cubin")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
     assert compiling.compile_ahead(programs) == []
