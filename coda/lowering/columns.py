@@ -33,7 +33,7 @@ from coda.ir.graph import (
     walk,
 )
 from coda.ir.types import f32
-from coda.lowering.epilogue import Acc, Expr, Literal, Load, Stat, stat_names
+from coda.lowering.epilogue import Acc, Expr, Literal, Load, Stat, leaves, stat_names
 from coda.lowering.roles import base
 from coda.lowering.values import (
     LEAF,
@@ -188,8 +188,9 @@ class Space:
             for node in set(self.values) - nodes:
                 if not kept(node):
                     del self.values[node]
-            self.offsets, self.segments = offsets, segments
-            self.statistics = self.needed(statistics, set(self.values) - nodes)
+            stay = set(self.values) - nodes
+            self.statistics = self.needed(statistics, stay)
+            self.offsets, self.segments = offsets | self.offsets_of(stay), segments
             raise
 
     def needed(
@@ -203,6 +204,12 @@ class Space:
                 found[name] = one
                 values.append(one.value)
         return {name: found[name] for name in self.statistics if name in found}
+
+    def offsets_of(self, nodes: Iterable[Node]) -> dict[str, int]:
+        """Where the narrow matrices begin that some nodes, or the statistics, load."""
+        values = [self.values[n] for n in nodes] + [s.value for s in self.statistics.values()]
+        read = {e.operand for e in leaves(self.expressions(values)) if isinstance(e, Load)}
+        return {name: first for name, first in self.offsets.items() if name in read}
 
     def expressions(self, values: Iterable[Value]) -> list[Expr]:
         """The expressions of some values."""

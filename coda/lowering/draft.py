@@ -112,6 +112,13 @@ class Drafts:
         self.drafts.append(draft)
         return draft
 
+    def drop(self, draft: Draft) -> bool:
+        """Forget a kernel that was opened in vain, unless something on the way stays in it."""
+        if draft.homed or draft.sinks:
+            return False
+        self.drafts.remove(draft)
+        return True
+
     def row_drafts(self, index: int, rows: Dim, width: int) -> list[Draft]:
         """The passes over rows behind a GEMM that could take `width` columns."""
         return [

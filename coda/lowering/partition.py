@@ -339,7 +339,7 @@ class Partition(Drafts):
             draft = self.open("row", index, Space(width, rows, self.sizes, whole_rows=True))
             if width > 1 and self.sums_rows(node, draft) and self.sink_rows(node, draft):
                 return True
-            self.drafts.remove(draft)
+            self.drop(draft)
         return False
 
     def moments(self, node: Reduce) -> list[Reduce]:
@@ -374,8 +374,7 @@ class Partition(Drafts):
                     draft.symbols |= columns.symbols
                     return
                 draft.space.width = old
-                if fresh and not draft.homed:
-                    self.drafts.remove(draft)
+                if fresh and self.drop(draft):
                     self.loadable |= {self.storage(o) for o in node.operands if o in self.home}
         self.in_torch(node, index, why)
 
@@ -416,7 +415,7 @@ class Partition(Drafts):
             draft = self.open("row", 0, space)
             if not self.absorb(node, draft):
                 return True
-            self.drafts.remove(draft)
+            self.drop(draft)
         return False
 
     def hosted(self, node: Node) -> bool:

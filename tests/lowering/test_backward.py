@@ -117,6 +117,42 @@ def test_a_part_that_is_stored_early_is_no_view_of_a_whole_that_is_stored_late()
         check(graph, values(graph), {"M": 5, "D": 64}, memory)
 
 
+ROTATED = """
+block rotated(%x: [M, D] f64, %cos: [M, 16] f64, %sin: [M, 16] f64) {
+  %0 = slice %x axis -1 from D/2 size D/2 step 1
+  %1 = slice %x axis -1 from 0 size D/2 step 1
+  %2 = tanh %1
+  %3 = concat %0, %2 axis -1
+  %4 = reshape %3 [M, D/32, 32]
+  %5 = slice %4 axis -1 from 0 size 16 step 2
+  %6 = reshape %cos [M, 1, 16]
+  %7 = mul %5, %6
+  %8 = slice %4 axis -1 from 1 size 16 step 2
+  %9 = reshape %sin [M, 1, 16]
+  %10 = mul %8, %9
+  %11 = sub %7, %10
+  %12 = reshape %11 [M, D/32, 16, 1]
+  %13 = mul %8, %6
+  %14 = mul %5, %9
+  %15 = add %13, %14
+  %16 = reshape %15 [M, D/32, 16, 1]
+  %17 = concat %12, %16 axis -1
+  %18 = reshape %17 [M, D]
+  %19 = sigmoid %18
+  %20 = mul %18, %x
+  return out0 = OUT0, out1 = OUT1
+}
+"""
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("roots", [("%19", "%3"), ("%18", "%20")], ids=["kernel", "columns"])
+def test_what_stays_of_a_refused_attempt_keeps_its_place(roots, memory):
+    """Its kernel (a sigmoid's operand), and the columns of a matrix narrower than the kernel."""
+    graph = parse(ROTATED.replace("OUT0", roots[0]).replace("OUT1", roots[1]))
+    check(graph, values(graph), SIZES, memory)
+
+
 SMALL = {"M": 5, "D": 32, "F": 24, "H": 2, "G": 1, "d": 32, "V": 50}
 
 
