@@ -31,14 +31,21 @@ def held_in(program: Program, node: Node) -> set[str]:
     return found
 
 
-def reads(program: Program, kernel: Kernel) -> list[str]:
-    """The buffers and arguments that a kernel reads; one that is read twice is there twice."""
+def nodes_read(kernel: Kernel) -> list[Node]:
+    """The values that a kernel reads."""
     if isinstance(kernel, TorchKernel):
-        return [n for o in kernel.node.operands for n in held_in(program, o)]
+        return list(kernel.node.operands)
     nodes = [*kernel.assembled.nodes.values(), *kernel.assembled.sources.values()]
     if isinstance(kernel, GemmKernel):
         nodes += [kernel.a, *(c.rhs for c in kernel.contracts)]
-    found = [n for node in nodes for n in held_in(program, node)]
+    return nodes
+
+
+def reads(program: Program, kernel: Kernel) -> list[str]:
+    """The buffers and arguments that a kernel reads; one that is read twice is there twice."""
+    found = [n for node in nodes_read(kernel) for n in held_in(program, node)]
+    if isinstance(kernel, TorchKernel):
+        return found
     return found + [o.name for o in kernel.assembled.epilogue.operands if o.kind == "partial"]
 
 

@@ -39,6 +39,7 @@ from coda.lowering.program import NO_TERMS, Program, Terms
 from coda.lowering.rewrite import Accept, Law, Place, Step, rewrite
 from coda.lowering.roles import row_symbols
 from coda.lowering.schedule import schedule
+from coda.lowering.verify import verify_program
 
 
 def lower(
@@ -91,6 +92,7 @@ def lower(
     if any(isinstance(u.node, Reduce | Pick) for u in best.unfused):
         program = _lower(graph, sizes, arch, frozen, terms, accept, apart=True)
         best = min(program, best, key=price)
+    verify_program(best)
     return best
 
 

@@ -1,0 +1,77 @@
+"""Check a Program: what a kernel reads is in memory by then, and as wide as it reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from coda.errors import InternalError
+from coda.ir.dims import product
+from coda.ir.graph import Cast, Const, Expand, Input, Iota, Node, Size
+from coda.lowering.memory import nodes_read, writes
+from coda.lowering.program import GemmKernel, Program, RowwiseKernel, TorchKernel
+from coda.lowering.roles import is_view
+
+
+def verify_program(program: Program) -> None:
+    """Raise InternalError where a kernel reads what no earlier one has written, or part of it."""
+    _Check(program, set(program.prepared.values())).run()
+
+
+@dataclass
+class _Check:
+    program: Program
+    prepared: set[Node]
+    written: set[str] = field(default_factory=set)
+
+    def run(self) -> None:
+        for kernel in self.program.kernels:
+            for node in nodes_read(kernel):
+                self.known(node, f"the kernel `{kernel.name}`")
+            if not isinstance(kernel, TorchKernel):
+                self.operands(kernel)
+            self.written.update(writes(self.program, kernel))
+            joined = self.program.joined.items()
+            self.written.update(w for w, parts in joined if self.written.issuperset(parts))
+        for name, node in self.program.outputs:
+            self.known(node, f"the output `{name}`")
+
+    def known(self, node: Node, who: str) -> None:
+        """Whether a value is in memory, or a view of something that is."""
+        stack = [node]
+        while stack:
+            one = stack.pop()
+            place = self.program.places.get(one)
+            if place is not None:
+                if place.buffer not in self.written:
+                    raise self.fault(f"{who} reads `{place.buffer}` before it is written")
+            elif isinstance(one, Cast | Expand) or is_view(one):
+                stack += one.operands
+            elif one not in self.prepared and not isinstance(one, Input | Const | Size | Iota):
+                raise self.fault(f"{who} reads a `{type(one).__name__}` that nobody stores")
+
+    def operands(self, kernel: GemmKernel | RowwiseKernel) -> None:
+        """Whether each operand of an epilogue has the elements that the kernel loads."""
+        sizes, who = self.program.sizes, f"the kernel `{kernel.name}`"
+        if isinstance(kernel, GemmKernel):
+            rows, width, _ = kernel.problem(sizes)
+        else:
+            rows, width = kernel.rows.size(sizes), kernel.width
+        lanes = 2 if kernel.assembled.epilogue.pair else 1
+        for operand in kernel.assembled.epilogue.operands:
+            name, node = operand.name, kernel.assembled.nodes.get(operand.name)
+            if operand.kind == "partial" and name not in self.written:
+                raise self.fault(f"{who} folds `{name}` before it is written")
+            if node is None or name in kernel.assembled.spread:
+                continue
+            whole = operand.span[1] if operand.span else width * operand.lanes // lanes
+            columns = {"tile": whole, "periodic": operand.period, "col": 1}.get(operand.kind)
+            elements = product(node.shape).size(sizes)
+            if columns is not None and elements != rows * columns:
+                found = f"{elements} elements where it loads {rows} x {columns}"
+                raise self.fault(f"{who} reads `{name}`, which has {found}")
+
+    def fault(self, message: str) -> InternalError:
+        return InternalError(
+            f"after `partition` of `{self.program.graph.name}`: {message}",
+            help="this is a fault of coda, not of the block: please report it",
+        )
