@@ -12,7 +12,9 @@ import torch
 from rich.table import Table
 
 import coda
+from coda.errors import CodaError
 from coda.runtime.run import BACKENDS, gpu_arch
+from coda.runtime.settings import VARIABLES, Variable
 
 TESTED = {
     "torch": "2.13",
@@ -77,6 +79,13 @@ def _package(name: str, tested: str) -> Finding:
     return Finding(name, found)
 
 
+def _setting(variable: Variable) -> Finding:
+    try:
+        return Finding(variable.name, variable.get() or "not set")
+    except CodaError as e:
+        return Finding(variable.name, e.found, e.message)
+
+
 def examine() -> Diagnosis:
     """Look at the installation."""
     findings = [
@@ -98,4 +107,5 @@ def examine() -> Diagnosis:
     needs = {"cuda": bool(arch), "sim": bool(compiler)}
     working = [name for name in BACKENDS if needs.get(name, True)]
     findings.append(Finding("backends", ", ".join(working)))
+    findings += [_setting(v) for v in VARIABLES]
     return Diagnosis(tuple(findings))

@@ -125,6 +125,15 @@ def test_doctor(capsys):
     found = {f["what"]: f["found"] for f in json.loads(out)}
     assert found["coda"] == coda.__version__
     assert "reference" in found["backends"]
+    assert found["CODA_ARCH"] == "sm_90a"
+
+
+def test_doctor_finds_a_setting_that_is_none(capsys, monkeypatch):
+    monkeypatch.setenv("CODA_ARCH", "sm_80")
+    code, out, _ = run(capsys, "doctor", "--json")
+    (found,) = (f for f in json.loads(out) if f["what"] == "CODA_ARCH")
+    assert code == 1
+    assert found["advice"] == "CODA_ARCH is one of sm_90a, sm_100a"
 
 
 @pytest.mark.parametrize(
