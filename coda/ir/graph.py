@@ -1,4 +1,4 @@
-"""The graph: fifteen kinds of node over tensors with symbolic shapes. Read this file first.
+"""The graph: sixteen kinds of node over tensors with symbolic shapes. Read this file first.
 
 A node is immutable and interned: two nodes that mean the same are the same object, and `is` is
 equality. A size of 1 says that a value does not depend on that axis; elementwise operands align at

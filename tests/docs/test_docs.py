@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from coda.lowering.laws import EXCHANGES, LAWS
+from coda.runtime.settings import VARIABLES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,3 +58,24 @@ def test_python_snippets_run(page):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_readme_shows_what_explain_prints():
+    python, shown = re.findall(r"```(?:python|text)\n(.*?)```", PAGES[0].read_text(), re.S)[:2]
+    names = {}
+    exec(python.replace("print(", "found = str("), names)
+    lines = [line.rstrip() for line in names["found"].splitlines()]
+    missing = [line for line in shown.splitlines() if line not in lines]
+    assert not missing
+
+
+def test_the_tutorial_ends_with_the_settings(request):
+    page = ROOT / "docs/tutorial.md"
+    head, mark = page.read_text().partition("|---|---|---|\n")[:2]
+    rows = [
+        f"| `{v.name}` | {v.meaning} | {', '.join(f'`{x}`' for x in v.values if x)} |\n"
+        for v in VARIABLES
+    ]
+    if request.config.getoption("--update-golden"):
+        page.write_text(head + mark + "".join(rows))
+    assert page.read_text() == head + mark + "".join(rows)
