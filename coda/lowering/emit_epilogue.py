@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from coda.lowering.epilogue import Call, Expr, Literal, calls
 
 INFIX = {"add": "+", "sub": "-", "mul": "*"}
 RENAMED = {"abs": "absolute", "pow": "power"}
+RESERVED = {"acc", "c", "D", "epilogue", "pause", "prepass", "KERNEL"}
 
 
 @dataclass
@@ -68,3 +70,8 @@ def number(value: float) -> str:
     if math.isfinite(value):
         return repr(float(value))
     return f'float("{value}")'
+
+
+def safe(name: str) -> str:
+    """A name that an emitted function may use."""
+    return name + "_" if name in RESERVED or keyword.iskeyword(name) else name

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import keyword
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 
 from coda.errors import UnsupportedError
 from coda.ir.dims import show_shape
 from coda.ir.types import DType, bf16, e4m3, e5m2, f16, f32
 from coda.lowering.assemble import Assembled
 from coda.lowering.cost import label
-from coda.lowering.emit_epilogue import Lines
+from coda.lowering.emit_epilogue import Lines, safe
 from coda.lowering.epilogue import (
     Acc,
     Call,
@@ -27,12 +24,13 @@ from coda.lowering.epilogue import (
     held,
     leaves,
 )
+from coda.lowering.gemm_source import PAIRS, WHOLE, Source, Table
 from coda.lowering.program import GemmKernel, Program
+from coda.lowering.ragged import vanishes
 from coda.lowering.twins import first_alike
 from coda.lowering.weights import halves
 
 COMPILED = {bf16, f16, e4m3, e5m2}
-RESERVED = {"acc", "c", "D", "epilogue", "pause", "prepass", "KERNEL"}
 SINKS = {
     "sum": "ColVecReduce({0!r})",
     "mean": "ColVecReduce({0!r})",
@@ -41,69 +39,11 @@ SINKS = {
 }
 GROUPS = {"sum": "GroupSum", "mean": "GroupMean"}
 PAUSE = 4  # points, or two columns each, between pauses
-WHOLE, PAIRS = -1, -2  # how a store is passed that is not one lane of pairs
 OURS = {
     "epilogue_ops": {"GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "PairStore"}
     | {"SplitStore"},
     "in_turn": {"Pause", "RowInTurn", "SumInTurn"},
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """Periodic operands side by side: lanes of one table [M, lanes · period]."""
-
-    name: str
-    operands: tuple[str, ...]
-    lanes: int
-
-
-@dataclass(frozen=True)
-class Source:
-    """An emitted module.
-
-    Attributes:
-        text: the Python source; `KERNEL` is its `EpiMod`.
-        name: a module name that belongs to this text alone.
-        d: the buffer that the GEMM's own store writes, or None.
-        outputs: (emitted name, buffer, lane) of the other stores; WHOLE for one value at a point,
-            PAIRS for both lanes as neighbours.
-        operands: emitted names of operands that are passed as they are.
-        tables: packed periodic operands.
-        sinks: emitted names of the sinks' buffers.
-        masks: emitted names of row operands that are 1 inside the matrix and 0 outside.
-        row_masks: emitted names of column operands that are 1 inside the matrix and 0 outside.
-        numbers: emitted names of operators that take a number: the width of a group's statistic,
-            or how often a kernel pauses.
-    """
-
-    text: str
-    name: str
-    d: str | None
-    outputs: tuple[tuple[str, str, int], ...]
-    operands: dict[str, str]
-    tables: tuple[Table, ...]
-    sinks: dict[str, str]
-    masks: tuple[str, ...]
-    row_masks: tuple[str, ...]
-    numbers: dict[str, int]
-
-    def renamed(self, names: Mapping[str, str]) -> Source:
-        """The same module for a kernel whose operands and buffers have other names."""
-        return replace(
-            self,
-            d=self.d and names[self.d],
-            outputs=tuple((emitted, names[b], lane) for emitted, b, lane in self.outputs),
-            operands={names[o]: emitted for o, emitted in self.operands.items()},
-            tables=tuple(
-                replace(t, operands=tuple(names[o] for o in t.operands)) for t in self.tables
-            ),
-        )
-
-
-def safe(name: str) -> str:
-    """A name that an emitted function may use."""
-    return name + "_" if name in RESERVED or keyword.iskeyword(name) else name
 
 
 def emit_gemm(program: Program, kernel: GemmKernel) -> Source:
@@ -491,65 +431,3 @@ def _loads(epilogue: Epilogue) -> set[str]:
     exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
     exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
     return {e.operand for e in leaves(exprs) if isinstance(e, Load)}
-
-
-def vanishes(
-    expr: Expr, kinds: dict[str, Operand], zero: tuple[str, ...] = ("row", "tile", "periodic")
-) -> bool:
-    """Whether an expression is surely 0 in columns outside the matrix (or in rows outside).
-
-    There the accumulator and everything that varies along the columns is 0, but vectors along the
-    rows are not. `zero` tells the kinds of operands that are 0.
-    """
-    return _Outside(kinds, zero).vanishes(expr)
-
-
-@dataclass
-class _Outside:
-    """What is known of expressions where operands are 0; each is looked at once."""
-
-    kinds: dict[str, Operand]
-    zero: tuple[str, ...]
-    known: dict[tuple[str, Expr], bool] = field(default_factory=dict)
-
-    def vanishes(self, expr: Expr) -> bool:
-        """Whether an expression is surely 0."""
-        key = "vanishes", expr
-        if key not in self.known:
-            self.known[key] = self._vanishes(expr)
-        return self.known[key]
-
-    def _vanishes(self, expr: Expr) -> bool:
-        match expr:
-            case Acc():
-                return True
-            case Load(operand=name):
-                return self.kinds[name].kind in self.zero
-            case Literal(value=value):
-                return value == 0.0
-            case Call(fn=fn, args=args):
-                found = [self.vanishes(a) for a in args]
-                if fn == "mul":
-                    return any(found) and not any(self.diverges(a) for a in args)
-                if fn == "where":
-                    return all(found[1:])
-                odd = ("neg", "abs", "square", "sqrt", "tanh", "sin", "erf")
-                both = ("add", "sub", "maximum", "minimum")
-                return fn in (*odd, *both) and all(found)
-        return False
-
-    def diverges(self, expr: Expr) -> bool:
-        """Whether an expression may be infinite: 0 times it is not 0 then."""
-        key = "diverges", expr
-        if key not in self.known:
-            self.known[key] = self._diverges(expr)
-        return self.known[key]
-
-    def _diverges(self, expr: Expr) -> bool:
-        if not isinstance(expr, Call):
-            return False
-        reciprocal = expr.fn in ("recip", "rsqrt", "log", "pow", "div")
-        if reciprocal and self.vanishes(expr.args[-1]):
-            return True
-        first = expr.fn == "pow" and self.vanishes(expr.args[0])
-        return first or any(self.diverges(a) for a in expr.args)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coda.ir.dims import product, show_shape
-from coda.lowering.emit_gemm import safe
+from coda.lowering.emit_epilogue import safe
 from coda.lowering.epilogue import SinkExpr, Statistic, StoreExpr
 from coda.lowering.program import Program, RowwiseKernel
 from coda.lowering.row_pieces import (

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from coda.lowering.emit_epilogue import Lines
-from coda.lowering.emit_gemm import safe
+from coda.lowering.emit_epilogue import Lines, safe
 from coda.lowering.epilogue import Epilogue, Expr, Literal, Load, Operand, Span, Stat, Statistic
 from coda.lowering.program import Program, RowwiseKernel
 from coda.lowering.row_pieces import (

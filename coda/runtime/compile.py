@@ -21,8 +21,9 @@ from torch import Tensor
 
 from coda.ir.graph import Node
 from coda.ir.text import parse, show
-from coda.lowering.emit_gemm import Source, emit_gemm
+from coda.lowering.emit_gemm import emit_gemm
 from coda.lowering.emit_rowwise import emit_rowwise
+from coda.lowering.gemm_source import Source
 from coda.lowering.memory import held_in
 from coda.lowering.program import GemmKernel, Program, RowwiseKernel, Terms, TorchKernel
 from coda.lowering.row_pieces import is_ragged

@@ -15,8 +15,9 @@ from torch import Tensor
 from coda.ir.dims import product
 from coda.ir.graph import Input, Node, walk
 from coda.lowering.assemble import Assembled
-from coda.lowering.emit_gemm import Source, Table, emit_gemm
+from coda.lowering.emit_gemm import emit_gemm
 from coda.lowering.emit_rowwise import emit_rowwise
+from coda.lowering.gemm_source import Source, Table
 from coda.lowering.program import GemmKernel, Program, RowwiseKernel
 from coda.lowering.roles import base
 from coda.lowering.row_pieces import is_ragged, row_parts

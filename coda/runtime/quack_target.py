@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from coda.errors import CallError
-from coda.lowering.emit_gemm import PAIRS, WHOLE, Source, Table
+from coda.lowering.gemm_source import PAIRS, WHOLE, Source, Table
 from coda.lowering.program import Config
 
 
