@@ -1,0 +1,101 @@
+"""A kernel of a Program -> compiled, by a run on tensors that hold nothing; no GPU is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coda.ir.graph import Node
+from coda.lowering.gemm_source import Source
+from coda.lowering.program import GemmKernel, Program, RowwiseKernel
+from coda.lowering.roles import is_turned
+from coda.runtime import quack_target
+from coda.runtime.cache import object_directory
+from coda.runtime.compile import has_padded_rows
+from coda.runtime.kernels import KernelRun, aligned, padded
+from coda.runtime.rowwise_target import Rows
+
+
+def dry_run(program: Program, kernel: GemmKernel | RowwiseKernel) -> None:
+    """Compile one kernel as a call of the Program would, into quack's store."""
+    _prepare_quack()
+    free = {s: min(n, 128) for s, n in program.sizes.items() if s not in program.fixed}
+    sizes = {**program.sizes, **free}
+    inputs = [
+        torch.empty([d.size(sizes) for d in i.shape], dtype=i.dtype.torch)
+        for i in program.graph.inputs
+    ]
+    run = DryRun(program, inputs, sizes)
+    run.raw = _Partials(program, sizes)
+    if isinstance(kernel, GemmKernel):
+        run.gemm(kernel)
+    else:
+        run.rows(kernel)
+
+
+class DryRun(KernelRun):
+    """Allocates and compiles, and launches nothing."""
+
+    def fold(self) -> dict[Node, Tensor]:
+        return {}
+
+    def value(self, node: Node) -> Tensor:
+        if is_turned(node):
+            return self.value(node.operands[0]).T
+        place = self.program.places.get(node)
+        dtype = node.dtype.torch
+        if place is not None:
+            dtype = self.program.buffers[place.buffer].dtype.torch
+        return torch.empty([d.size(self.sizes) for d in node.shape], dtype=dtype)
+
+    def matrix(self, kernel: GemmKernel) -> Tensor:
+        _, n, k = kernel.problem(self.sizes)
+        if len(kernel.contracts) == 1 and not kernel.assembled.split:
+            return aligned(self.value(kernel.contracts[0].rhs), turned=True)
+        return padded(n, k, kernel.contracts[0].rhs.dtype.torch, torch.device("cpu"))
+
+    def packed(self, kernel: GemmKernel | RowwiseKernel) -> dict[str, Tensor]:
+        return {p.name: torch.empty(len(p.source)) for p in kernel.assembled.packed}
+
+    def tables(self, kernel: GemmKernel, source: Source) -> dict[str, Tensor]:
+        rows = kernel.problem(self.sizes)[0]
+        kinds = {o.name: o for o in kernel.assembled.epilogue.operands}
+        found = {}
+        for table in source.tables:
+            first = kinds[table.operands[0]]
+            shape = (rows, first.period * table.lanes)
+            found[table.name] = torch.empty(shape, dtype=first.dtype.torch)
+        return found
+
+    def launch(
+        self, gemm: quack_target.Gemm, a: Tensor, b: Tensor, d: Tensor | None, arguments: Any
+    ) -> None:
+        gemm.plan(a, b, d, arguments)
+
+    def padded_rows(self, kernel: RowwiseKernel, rows: int, tensors: Any) -> bool:
+        return has_padded_rows(self.program, kernel)
+
+    def launch_rows(self, kernel: Rows, rows: int, tensors: Any) -> None:
+        kernel.compile()
+
+
+class _Partials(dict[str, Tensor]):
+    """Partials of any GEMM, made when asked for."""
+
+    def __init__(self, program: Program, sizes: dict[str, int]) -> None:
+        super().__init__()
+        self.program, self.sizes = program, sizes
+
+    def __missing__(self, name: str) -> Tensor:
+        planes, rows, parts = (d.size(self.sizes) for d in self.program.buffers[name].shape)
+        return torch.empty((rows, parts * planes))
+
+
+def _prepare_quack() -> None:
+    """Answer for the driver where there is none, and keep what is compiled."""
+    if not torch.cuda.is_available():
+        for module in quack_target.cluster_counts():
+            module.get_max_active_clusters = lambda *_, **__: 1
+    quack_target.use_cache(object_directory(), enabled=True)
