@@ -66,6 +66,17 @@ class Layout:
         every = (*inputs, *outputs)
         return [every[p] for p in self.kept]
 
+    def tracked(self, saved: Sequence[Tensor]) -> list[Tensor]:
+        """What was saved, with computed values as torch's own would be: they require gradients.
+
+        Or the second derivative by what they were computed of would be 0 without a word.
+        """
+        computed = [p >= len(self.gradients) for p in self.kept]
+        return [
+            t.detach().requires_grad_() if c and t.is_floating_point() else t
+            for c, t in zip(computed, saved, strict=False)
+        ]
+
     def arguments(
         self, sizes: Sizes, kept: Sequence[Tensor], given: Sequence[Tensor | None]
     ) -> list[Tensor]:

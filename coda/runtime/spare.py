@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from threading import Thread
 from typing import Any
 
 import torch
@@ -45,9 +46,14 @@ class _Probe(torch.autograd.Function):
 
 @lru_cache(maxsize=1)
 def alone() -> Holders:
-    """The counts of a saved tensor that nobody else has, as this Python and torch count."""
-    with torch.enable_grad():
-        _Probe.apply(torch.zeros(1, requires_grad=True)).backward()
+    """The counts of a saved tensor that nobody else has, as this Python and torch count.
+
+    They are taken in a thread of their own: hooks and modes of the caller (a checkpoint counts what
+    is saved inside of it) are those of its thread.
+    """
+    probe = Thread(target=lambda: _Probe.apply(torch.zeros(1, requires_grad=True)).backward())
+    probe.start()
+    probe.join()
     return _Probe.found
 
 

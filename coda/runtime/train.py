@@ -115,11 +115,12 @@ class _Transformed(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         plan: Plan = inputs[0]
         _record(ctx, plan, inputs[1:], output)
-        count = len(plan.reached)
-        ctx.mark_non_differentiable(*_unreached(plan, output[:count]), *output[count:])
+        ctx.mark_non_differentiable(*_unreached(plan, output[: len(plan.reached)]))
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> Any:
+        if any(d is not None for d in given[len(ctx.plan.reached) :]):
+            _refuse_second_order()
         return _run_backward(ctx, given)
 
 
@@ -131,7 +132,8 @@ def _run_backward(ctx: Any, given: Sequence[Tensor | None]) -> Any:
         return (None,) * (1 + len(plan.layout.gradients))
     saved = ctx.saved_tensors
     if torch.is_grad_enabled():
-        arguments = plan.layout.arguments(plan.sizes, saved[: ctx.count], given)
+        kept = saved[: ctx.count] if is_transformed() else plan.layout.tracked(saved)
+        arguments = plan.layout.arguments(plan.sizes, kept, given)
         return None, *plan.layout.by_argument(_Backward.apply(plan, *arguments))
     names = [i.name for i in plan.training.forward.inputs]
     held = kept_gradients(names, ctx.leaves)

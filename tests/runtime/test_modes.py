@@ -14,6 +14,7 @@ from coda.errors import CallError, UnsupportedError
 from coda.ir.graph import Input, walk
 from coda.measure import random_inputs
 from coda.runtime.memo import Memo
+from coda.runtime.spare import alone
 from tests.runtime.test_call import SIZES, mlp, torch_mlp
 
 T = coda.Tensor
@@ -56,6 +57,7 @@ def squared(x: T["M D"], w: T["F D"]):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(inputs, d, reentrant):
+    alone.cache_clear()  # as in the first call of a process
     mine = leaves(inputs)
     checkpoint(mlp, *mine, use_reentrant=reentrant).backward(d)
     same([x.grad for x in mine], expected(inputs, d))
@@ -393,6 +395,36 @@ def test_second_order_of_what_is_compiled_is_refused(inputs):
     (g, *_) = torch.autograd.grad(compiled(*mine).sum(), mine, create_graph=True)
     with pytest.raises(UnsupportedError, match="no gradients of their own"):
         g.sum().backward()
+
+
+@coda.block
+def activated(x: coda.Tensor["M D"], w: coda.Tensor["F D"]):
+    return coda.silu(x @ w.T)
+
+
+def _penalty(f, x, w):
+    x = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(f(x, w).sum(), x, create_graph=True)
+    (f(x, w).sum() + g.square().sum()).backward()
+
+
+def _penalty_of_a_function(f, x, w):
+    def inner(x):
+        return torch.func.grad(lambda y: f(y, w).sum())(x).square().sum()
+
+    torch.func.grad(inner)(x)
+
+
+def _compiled_penalty(f, x, w):
+    _penalty(torch.compile(f, backend="eager"), x, w)
+
+
+@pytest.mark.parametrize("penalty", [_penalty, _penalty_of_a_function, _compiled_penalty])
+def test_second_order_is_refused_where_no_argument_is_saved(penalty):
+    """Only the frozen weight and the pre-activation are: neither requires a gradient by itself."""
+    x, w = torch.randn(4, 8), torch.randn(16, 8)
+    with pytest.raises(UnsupportedError, match="no gradients of their own"):
+        penalty(activated, x, w)
 
 
 def test_blocks_are_copied_and_pickled_as_functions_are():
