@@ -1,5 +1,6 @@
 """coda: a Transformer block written as mathematics -> fused Hopper and Blackwell kernels."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ from coda.frontend.ops import (
     tanh,
     where,
 )
-from coda.frontend.tensor import Tensor
+from coda.frontend.tensor import INSTEAD, Tensor
 from coda.ir.types import bf16, bool_, e4m3, e5m2, f16, f32, f64, i32, i64
 from coda.runtime.accumulate import accumulate_gradients
 from coda.runtime.share import share_weights
@@ -76,7 +77,9 @@ _LATE = {
 def __getattr__(name: str) -> Any:
     """What is imported when it is asked for."""
     if name not in _LATE:
-        raise AttributeError(f"module 'coda' has no attribute {name!r}")
+        help = f"; write {INSTEAD[name]}" if name in INSTEAD else ""
+        text = f"module 'coda' has no attribute {name!r}{help}"
+        raise AttributeError(text, name=name, obj=sys.modules[__name__])
     module = import_module(_LATE[name])
     return module if name == "nn" else getattr(module, name)
 

@@ -212,13 +212,13 @@ class Block:
             if not isinstance(tensor, Tensor):
                 if isinstance(tensor, Symbolic) and self.fn is not None:
                     return self.fn(*tensors)
-                raise CallError(f"`{node.name}` is a torch tensor", found=type(tensor).__name__)
+                raise CallError(f"`{node.name}` takes a torch tensor", found=type(tensor).__name__)
         refuse_transforms(tensors)
         device = tensors[0].device.type if tensors else "meta"
         if self._multiplies and device != "meta" and torch.is_autocast_enabled(device):
             tensors = cast_arguments(self.graph, self.undeclared, tensors)
         options = backend or "", arch or ""
-        kept = self.memory if memory is None else memory
+        kept = self.memory if memory is None else check_memory(memory)
         if not plain and any_sharded(tensors):
             graph = self.graph_for(tensors)
             found = call_sharded(

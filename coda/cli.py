@@ -25,7 +25,7 @@ import coda
 from coda.block import Block
 from coda.doctor import examine
 from coda.errors import CodaError, Where
-from coda.ir.types import DTYPES, DType
+from coda.ir.types import DType, dtype_of
 from coda.lowering.program import Program
 from coda.measure import Report, load_inputs, measure, measure_gradients, random_inputs
 from coda.runtime import cache as kernel_cache
@@ -121,10 +121,8 @@ def parse_dims(text: str) -> dict[str, int]:
 
 
 def parse_dtype(name: str) -> DType:
-    """An element type by its name. Raises CodaError."""
-    if name not in DTYPES:
-        raise CodaError("an element type that is not there", found=name, help=", ".join(DTYPES))
-    return DTYPES[name]
+    """An element type by its name. Raises DtypeError."""
+    return dtype_of(name)
 
 
 def _show_version(asked: bool) -> None:

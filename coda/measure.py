@@ -16,6 +16,7 @@ from coda.block import Block
 from coda.errors import CallError
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Contract, Graph, Node, walk
+from coda.lowering.derive import differentiated
 from coda.lowering.pipeline import check_dims
 from coda.runtime.bind import bind_sizes
 from coda.runtime.run import choose_backend
@@ -150,7 +151,7 @@ def measure_gradients(
         CallError: where `wanted` names something else than a float.
     """
     sizes = bind_sizes(graph, inputs, dims)
-    names = _floats(graph, wanted)
+    names = differentiated(graph, wanted)
 
     def leaves(dtype: torch.dtype | None) -> list[Tensor]:
         made = [x.detach().clone() for x in inputs]
@@ -186,16 +187,6 @@ def measure_gradients(
         if a is not None and e is not None and b is not None
     ]
     return Report(graph.name, sizes, choose_backend(backend), tuple(errors))
-
-
-def _floats(graph: Graph, wanted: Sequence[str] | None) -> list[str]:
-    """The names of the wanted arguments. Raises CallError for one that is no float."""
-    floats = [i.name for i in graph.inputs if i.dtype.kind == "float"]
-    others = sorted(set(wanted or ()) - set(floats))
-    if others:
-        found, help = ", ".join(others), ", ".join(floats)
-        raise CallError("a gradient is that of a float", found=found, help=help)
-    return [n for n in floats if wanted is None or n in wanted]
 
 
 def relative(x: Tensor, exact: Tensor) -> float:

@@ -139,7 +139,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise CodaError(
-                "an activation that is not there",
+                "there is no such activation",
                 found=repr(activation),
                 help=" or ".join(ACTIVATIONS),
             )

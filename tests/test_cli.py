@@ -144,8 +144,11 @@ def test_doctor_finds_a_setting_that_is_none(capsys, monkeypatch):
         (("explain", MLP, "--dims", "M=16"), "no size for dim"),
         (("explain", MLP, "--dims", "M=x"), "a size cannot be read"),
         (("explain", MLP, "--dims", "M=1,M=2"), "`M` has two sizes"),
-        (("explain", MLP, "--dims", DIMS, "--arch", "sm_80"), "an arch that coda does not know"),
-        (("run", MLP, "--dims", DIMS, "--dtype", "f8"), "an element type that is not there"),
+        (
+            ("explain", MLP, "--dims", DIMS, "--arch", "sm_80"),
+            "coda does not compile for this arch",
+        ),
+        (("run", MLP, "--dims", DIMS, "--dtype", "f8"), "there is no such element type"),
         (("compile", MLP, "--dims", DIMS, "--emit", "sass"), "no such thing to emit"),
     ],
 )

@@ -43,14 +43,16 @@ class Spec:
     dtype: DType | None
 
 
-# What the methods of a torch tensor are called here.
-_INSTEAD = {
+# What torch's methods and functions are called here.
+INSTEAD = {
     **dict.fromkeys(("float", "half", "bfloat16", "to", "type", "double"), "x.cast(coda.f32)"),
     **dict.fromkeys(("view", "flatten", "unflatten", "squeeze"), 'x.reshape("M (H d) -> M H d")'),
     **dict.fromkeys(("transpose", "permute", "t", "mT"), "`.T` is the transpose of a matrix"),
     **dict.fromkeys(("chunk", "unbind"), "coda.split(x, 2)"),
     **dict.fromkeys(("amax", "amin"), "x.max() and x.min()"),
-    **dict.fromkeys(("matmul", "mm"), "x @ w.T"),
+    **dict.fromkeys(("matmul", "mm", "bmm", "einsum"), "x @ w.T"),
+    **dict.fromkeys(("cat", "concatenate"), "coda.concat([a, b])"),
+    **dict.fromkeys(("clamp", "clip"), "coda.minimum(coda.maximum(x, low), high)"),
     "unsqueeze": "x[:, None]",
     "size": "x.shape[0]",
     "dim": "x.ndim",
@@ -87,6 +89,12 @@ class Tensor(metaclass=_Annotated):
     __array_priority__ = 1000
 
     def __init__(self, node: Node) -> None:
+        if not isinstance(node, Node):
+            raise TraceError(
+                "a tensor of a block is declared, not made",
+                found=f"coda.Tensor({node!r})",
+                help='x: coda.Tensor["M D"]',
+            )
         self.node = node
 
     @property
@@ -272,7 +280,7 @@ class Tensor(metaclass=_Annotated):
         raise TraceError(
             f"a tensor of the block has no `{name}`",
             found=repr(self),
-            help=_INSTEAD.get(name)
+            help=INSTEAD.get(name)
             or (f"x.{near[0]}" if near else "coda's functions and operators"),
         )
 
@@ -300,7 +308,7 @@ class Tensor(metaclass=_Annotated):
             raise _foreign(next(a for a in args if isinstance(a, torch.Tensor)))
         raise TraceError(
             f"torch.{name} cannot compute with a tensor of the block",
-            help=f"use coda.{name} where it exists, or coda's primitives",
+            help=INSTEAD.get(name) or f"use coda.{name} where it exists, or coda's primitives",
         )
 
 

@@ -37,10 +37,11 @@ def _rearranged(shape: Shape, text: str) -> Shape:
     if left:
         found = tuple(product(a) for a in left)
         if found != shape:
+            declared = ", or declare the argument so" if len(found) == len(shape) else ""
             raise ShapeError(
                 f'"{text}" does not begin with the shape of the tensor',
                 found=show_shape(shape),
-                help=f'"{show_shape(shape)[1:-1].replace(", ", " ")} -> …"',
+                help=f'"{show_shape(shape)[1:-1].replace(", ", " ")} -> …"{declared}',
             )
         _check_order(left, right, text)
     known = {s for d in shape for s in d.symbols}

@@ -50,9 +50,7 @@ def dtype_of(value: DType | torch.dtype | str) -> DType:
     found = DTYPES.get(value) if isinstance(value, str) else value
     found = from_torch(found) if isinstance(found, torch.dtype) else found
     if not isinstance(found, DType):
-        raise DtypeError(
-            "an element type that is not there", found=repr(value), help=", ".join(DTYPES)
-        )
+        raise DtypeError("there is no such element type", found=repr(value), help=", ".join(DTYPES))
     return found
 
 

@@ -11,7 +11,7 @@ only where memory is all that counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from coda.errors import CallError, UnsupportedError
@@ -75,7 +75,7 @@ class Training:
 def derive(
     graph: Graph,
     sizes: Mapping[str, int],
-    wanted: Iterable[str] | None = None,
+    wanted: Sequence[str] | None = None,
     given: Iterable[str] | None = None,
     memory: str = "balanced",
 ) -> Training:
@@ -90,10 +90,7 @@ def derive(
             bytes, "speed" computes nothing again.
     """
     check_memory(memory)
-    floats = [i.name for i in graph.inputs if i.dtype.kind == "float"]
-    names = set(floats if wanted is None else wanted)
-    if names - set(floats):
-        raise CallError("a gradient is that of a float", found=", ".join(names - set(floats)))
+    names = set(differentiated(graph, wanted))
     normal = graph.with_roots(descended(rewrite(graph.roots, LAWS, lambda *_: False)))
     merged, original = merge_siblings(normal)
     given = {n for n, _ in graph.outputs} if given is None else set(given)
@@ -126,6 +123,19 @@ def exchanged(gradients: list[tuple[str, Node]], forward: Graph) -> list[tuple[s
 
     roots = rewrite([n for _, n in gradients], EXCHANGES, accept)
     return [(name, root) for (name, _), root in zip(gradients, roots, strict=True)]
+
+
+def differentiated(graph: Graph, wanted: Sequence[str] | None) -> list[str]:
+    """The wanted arguments in their order, all floats for None. Raises CallError for others."""
+    floats = [i.name for i in graph.inputs if i.dtype.kind == "float"]
+    others = sorted(set(wanted or ()) - set(floats))
+    if others:
+        raise CallError(
+            f"`{others[0]}` is no argument that has a gradient",
+            found=", ".join(wanted or ()),
+            help=", ".join(floats),
+        )
+    return [n for n in floats if wanted is None or n in wanted]
 
 
 def check_memory(memory: str) -> str:

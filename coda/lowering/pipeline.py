@@ -65,7 +65,9 @@ def lower(
         DimError: for a missing, superfluous or non-positive size.
     """
     if arch not in MACHINES:
-        raise ArchError("an arch that coda does not know", found=arch, help=" or ".join(MACHINES))
+        raise ArchError(
+            "coda does not compile for this arch", found=arch, help=" or ".join(MACHINES)
+        )
     sizes = check_dims(graph, dims)
     verify(graph, "trace")
     chosen: set[tuple[int, ...]] = set()

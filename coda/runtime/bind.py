@@ -32,9 +32,7 @@ def check_tensors(graph: Graph, inputs: Sequence[Tensor], undeclared: Sequence[b
                 help="x.to_dense(); fake tensors tell shapes (torch's FakeTensorMode)",
             )
         if tensor.ndim != node.rank:
-            raise CallError(
-                f"`{node.name}` is {show_shape(node.shape)}", found=str(tuple(tensor.shape))
-            )
+            _refuse_rank(node, tensor)
         if tensor.dtype != node.dtype.torch:
             _refuse_type(node, tensor, [n for n, u in zip(declared, undeclared, strict=False) if u])
     devices = {t.device for t in inputs}
@@ -72,6 +70,16 @@ def given_sizes(graph: Graph, dims: Mapping[str, int]) -> list[int]:
         if not isinstance(size, int) or size < 0:
             raise CallError(f"dim `{name}` has a size of {size!r}", help="a size is an int ≥ 0")
     return [dims.get(s, -1) for s in graph.symbols]
+
+
+def _refuse_rank(node: Input, tensor: Tensor) -> None:
+    more = tensor.ndim - node.rank
+    joined = f"{node.name}.flatten(0, {more}), or " if more > 0 and node.rank > 1 else ""
+    raise CallError(
+        f"`{node.name}` is declared {show_shape(node.shape)}",
+        found=f"a tensor of shape {tuple(tensor.shape)}",
+        help=f"{joined}declare the axes that it has",
+    )
 
 
 def _refuse_type(node: Input, tensor: Tensor, undeclared: Sequence[Input]) -> None:
@@ -129,17 +137,19 @@ def bind_sizes(
                 found=f"axis {axis} of `{node.name}` is `{dim}` = {size}",
                 help=f"pass dims={{'{missing[0]}': …}}",
             )
-        _check(node, axis, size, dim.size(sizes), sizes)
+        if size != dim.size(sizes):
+            _refuse_size(node, axis, inputs[graph.inputs.index(node)].shape, sizes)
     return sizes
 
 
-def _check(node: Input, axis: int, found: int, expected: int, sizes: Mapping[str, int]) -> None:
-    if found != expected:
-        raise CallError(
-            f"axis {axis} of `{node.name}` is `{node.shape[axis]}` = {expected}",
-            found=f"size {found}",
-            help=_listed(sizes),
-        )
+def _refuse_size(node: Input, axis: int, found: torch.Size, sizes: Mapping[str, int]) -> None:
+    expected = node.shape[axis].size(sizes)
+    turned = len(found) == 2 and found[1 - axis] == expected
+    raise CallError(
+        f"axis {axis} of `{node.name}` is `{node.shape[axis]}` = {expected}",
+        found=f"size {found[axis]}, with {_listed(sizes)}",
+        help=f"{node.name}.T has that size there" if turned else "",
+    )
 
 
 def _listed(sizes: Mapping[str, int]) -> str:

@@ -76,7 +76,7 @@ def choose_backend(name: str) -> str:
         chosen = "sim" if simulated_arch() else "cuda" if gpu_arch() else "reference"
     if chosen not in BACKENDS:
         raise UnsupportedError(
-            "a backend that is not there", found=repr(chosen), help=" or ".join(BACKENDS)
+            "there is no such backend", found=repr(chosen), help=" or ".join(BACKENDS)
         )
     if chosen == "cuda" and gpu_arch() is None:
         raise ArchError(

@@ -171,6 +171,7 @@ CALLS = {
     "too_few": lambda: good()[:2],
     "rank": lambda: [good()[0], torch.ones(4, 1), good()[2]],
     "size": lambda: [good()[0], torch.ones(5), good()[2]],
+    "axis_too_many": lambda: [good()[0][None], *good()[1:]],
     "type": lambda: [good()[0], good()[1].bfloat16(), good()[2]],
     "no_tensor": lambda: [1.0, *good()[1:]],
     "sparse": lambda: [good()[0].to_sparse(), *good()[1:]],
@@ -190,7 +191,15 @@ def heads(x: T["M (H d)"]):
     return x.reshape("M (H d) -> M H d") * 2
 
 
+@coda.block
+def product(x: T["M D"], w: T["F D"]):
+    return x @ w.T
+
+
 OPTIONS = {
+    "weight_turned": lambda: product(torch.ones(3, 8), torch.ones(8, 4)),
+    "memory": lambda: scale(*good(), memory="low"),
+    "wanted": lambda: scale.lower_training("sm_90a", {"M": 3, "D": 4}, wanted=["q"]),
     "name_misspelt": lambda: scale(*good()[:2], z=good()[2]),
     "name_missing": lambda: scale(good()[0], y=good()[2]),
     "name_twice": lambda: scale(*good(), y=good()[2]),

@@ -32,6 +32,8 @@ LINES = {
     "method_float": lambda x: x.float(),
     "method_view": lambda x: x.view(-1),
     "method_transpose": lambda b: b.transpose(1, 2),
+    "method_clamp": lambda x: x.clamp(-1, 1),
+    "function_cat": lambda x: torch.cat([x, x]),
     "method_misspelt": lambda x: x.shpae,
     # Sizes are symbols.
     "math_of_a_dim": lambda x: x / math.sqrt(x.shape[-1]),
@@ -91,6 +93,7 @@ DECLARATIONS = {
     "a_list": lambda: coda.Tensor[["M", "D"]],
     "no_elements": lambda: coda.Tensor["M D-D"],
     "a_float": lambda: coda.Tensor["M 2.5*D"],
+    "called": lambda: coda.Tensor("M D"),
     "no_function": lambda: coda.block(3),
     "no_annotation": lambda: coda.block(lambda x: x),
 }
@@ -101,6 +104,11 @@ def test_declaration(name, golden):
     with pytest.raises(CodaError) as error:
         DECLARATIONS[name]()
     golden(f"declared_{name}.txt", shown(error.value))
+
+
+def test_torchs_names_of_functions():
+    with pytest.raises(AttributeError, match=r"no attribute 'cat'; write coda.concat\(\[a, b\]\)"):
+        _ = coda.cat
 
 
 def test_an_error_of_the_users_own_stays_what_it_is():
