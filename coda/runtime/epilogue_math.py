@@ -45,17 +45,32 @@ def recip(a: Any) -> Any:
 
 
 def rounded(a: Any, to: str) -> Any:
-    """The value that is left after a store in another type, by coda's name of it."""
-    return lanes(lambda x: x.to(_TYPES[to]).to(Float32), a)
+    """The value that is left after a store in another type, by coda's name of it.
+
+    bf16 goes by two at once: where the same two are stored, one instruction serves both, and one
+    alone would be converted by the unit for special functions, which has exponentials to take.
+    """
+    if to != "bf16":
+        return lanes(lambda x: x.to(_TYPES[to]).to(Float32), a)
+    low, high = a if isinstance(a, tuple) else (a, a)
+    bits = cute.recast_tensor(_neighbours(low, high, to), Int32)[0]
+    wide = cute.make_rmem_tensor(2, Int32)
+    wide[0], wide[1] = bits << 16, bits & Int32(-65536)
+    found = cute.recast_tensor(wide, Float32)
+    return type(a)._make((found[0], found[1])) if isinstance(a, tuple) else found[1]
 
 
 def word(a: Any, b: Any, to: str) -> Any:
     """Two numbers as the neighbours of 16 bits that a float32 has room for."""
+    return cute.recast_tensor(_neighbours(a, b, to), Float32)[0]
+
+
+def _neighbours(a: Any, b: Any, to: str) -> Any:
     pair = cute.make_rmem_tensor(2, Float32)
     pair[0], pair[1] = _f(a), _f(b)
     narrow = cute.make_rmem_tensor(2, _TYPES[to])
     narrow.store(pair.load().to(_TYPES[to]))
-    return cute.recast_tensor(narrow, Float32)[0]
+    return narrow
 
 
 def square(a: Any) -> Any:

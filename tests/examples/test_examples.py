@@ -186,21 +186,17 @@ def simulated(block, dims, arch):
         assert relative(found[1][name], mine.double()) < 5e-3, name
 
 
-STACK = {("logits_and_loss", "sm_100a"): 8}  # bytes
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_compile_without_spills(example, arch):
     block, dims, *_ = example
-    allowed = STACK.get((block.graph.name, arch), 0)
     program = block.lower(arch, dims)
     found = list(compile_program(program))
     assert len(found) == len(program.kernels)
     for one in found:
         assert one.ptx.stat().st_size > 0
         assert one.usage is not None
-        assert (one.usage.stack <= allowed, one.usage.local) == (True, 0), one.kernel
+        assert (one.usage.stack, one.usage.local) == (0, 0), one.kernel
 
 
 def test_the_structure_that_the_laws_must_find(example):
