@@ -55,6 +55,9 @@ class Draft:
     symbols: frozenset[str] = frozenset()
 
 
+Room = tuple[Draft, Segment | None]  # a kernel, and the columns of it that a node would have
+
+
 @dataclass
 class Drafts:
     """The state of one run over the nodes of a graph, and what follows from it.
@@ -130,9 +133,9 @@ class Drafts:
             and (width == d.space.width or 1 in (width, d.space.width))
         ]
 
-    def rooms(self, index: int, rows: Dim, width: int) -> list[tuple[Draft, Segment | None]]:
+    def rooms(self, index: int, rows: Dim, width: int) -> list[Room]:
         """Passes over rows behind a GEMM that could take `width` columns, and where in theirs."""
-        found: list[tuple[Draft, Segment | None]] = []
+        found: list[Room] = []
         found += [(d, None) for d in self.row_drafts(index, rows, width)]
         for draft in self.drafts:
             if draft.kind == "row" and draft.order[0] == index and draft.space.rows == rows:

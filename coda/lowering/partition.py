@@ -28,7 +28,7 @@ from coda.ir.graph import (
 )
 from coda.ir.monoids import MONOIDS
 from coda.lowering.columns import Space
-from coda.lowering.draft import LAST, Draft, Drafts
+from coda.lowering.draft import LAST, Draft, Drafts, Room
 from coda.lowering.program import Unfused
 from coda.lowering.roles import (
     flat,
@@ -42,6 +42,8 @@ from coda.lowering.roles import (
     weight_nodes,
 )
 from coda.lowering.values import LONGEST, Refused, Value
+
+NEAR = 4  # how many passes before a node's operands are tried
 
 
 @dataclass
@@ -353,14 +355,13 @@ class Partition(Drafts):
         why = "no kernel computes it"
         if isinstance(node, Reduce) and self.summed_in_pass(node, index):
             return
-        last = max((self.home[o].order for o in node.operands if o in self.home), default=(0, 0))
         for rows, columns in row_shapes(node, self.rows):
             width = columns.size(self.sizes)
             if ("alone", node) in self.banned:
                 why = "the columns of a pass over rows cannot be laid out for it"
                 break
             shared = [] if ("shared", node) in self.banned else self.rooms(index, rows, width)
-            shared = [room for room in shared if room[0].order >= last]
+            shared = self.later_or_wider(shared, node)
             alone = [(None, None)] * 2  # computing the operands again, or loading them
             for draft, segment in [*shared, *alone]:
                 fresh = draft is None
@@ -377,6 +378,19 @@ class Partition(Drafts):
                 if fresh and self.drop(draft):
                     self.loadable |= {self.storage(o) for o in node.operands if o in self.home}
         self.in_torch(node, index, why)
+
+    def later_or_wider(self, rooms: list[Room], node: Node) -> list[Room]:
+        """The passes over rows that may have a node: those that do not come before its operands.
+
+        Then a few that do, if they are wider than those of the operands, as for a concatenation of
+        what are parts of one matrix: the operands are computed again there.
+        """
+        homes = [self.home[o] for o in node.operands if o in self.home]
+        last = max((h.order for h in homes), default=(0, 0))
+        found = [r for r in rooms if r[0].order >= last]
+        widest = max((h.space.width for h in homes), default=0)
+        wider = [r for r in rooms if r[0].order < last and r[0].space.width > widest]
+        return found + sorted(wider, key=lambda r: r[0].order)[-NEAR:]
 
     def in_torch(self, node: Node, index: int, why: str) -> None:
         """One operation by torch, behind the GEMM `index` and what stores its operands."""

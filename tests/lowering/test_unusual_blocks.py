@@ -120,3 +120,19 @@ def test_two_heads_with_a_loss_each_store_no_logits():
     assert len(list(program.gemms())) == 2
     widths = {program.buffers[n].shape[-1].size(program.sizes) for n in written(program)}
     assert widths <= {1, 16}
+
+
+@coda.block
+def turned_after_a_norm_of_all_heads(
+    x: T["M D"], w: T["(H d) D"], g: T["(H d)"], cos: T["M d"], sin: T["M d"]
+):
+    q = coda.rms_norm(x @ w.T, g).reshape("M (H d) -> M H d")
+    a, b = coda.split(q, 2)
+    turned = coda.concat([-b, a])
+    return q * cos.reshape("M d -> M 1 d") + turned * sin.reshape("M d -> M 1 d")
+
+
+def test_halves_go_back_to_the_pass_that_has_both():
+    sizes = {"M": 16, "D": 32, "H": 2, "d": 16}
+    program = lowered(turned_after_a_norm_of_all_heads, sizes)
+    assert [k.name for k in program.kernels] == ["gemm0", "rows1"]
