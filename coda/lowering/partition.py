@@ -283,10 +283,8 @@ class Partition(Drafts):
         if node.fn != "sum" or narrow or draft.kind == "torch" or columns == ONE:
             return False
         mine, under = draft.space.rows, summand(node)
-        return rows == mine or any(
-            product(under.shape[:i]) == mine and product(node.shape[:i]) == ONE
-            for i in range(1, under.rank)
-        )
+        leading = [product(under.shape[:i]) for i in range(1, under.rank)]
+        return rows == mine or (mine in leading and rows in leading[leading.index(mine) :])
 
     def sink_rows(self, node: Reduce, draft: Draft) -> bool:
         """Sum over the rows in a kernel that has the values; a pass over the columns folds it."""

@@ -116,6 +116,21 @@ def test_qk_norms_backward_is_part_of_that_pass():
     assert [s.rows for s in epilogue.sinks] == [True, True]
 
 
+@coda.block
+def normed_heads(x: T["B S D"], w: T["(H d) D"], g: T["d"], cos: T["S d/2"], sin: T["S d/2"]):
+    q = coda.rms_norm((x @ w.T).reshape("B S (H d) -> B S H d"), g)
+    return coda.rope(q, cos, sin)
+
+
+def test_a_gain_of_heads_is_summed_in_that_pass_for_a_batch_of_sequences_too():
+    """The sum goes over batch, sequence and heads: all rows of the pass and some of its columns."""
+    sizes = {**SMALL, "B": 3, "S": 64}
+    _, _, backward = trained(normed_heads, sizes)
+    assert not any(isinstance(k, TorchKernel) for k in backward.kernels)
+    (one,) = passes(backward)
+    assert [s.rows for s in one.assembled.epilogue.sinks] == [True]
+
+
 def test_biases_of_siblings_have_one_gradient():
     """q, k and v of a LayerNorm block: one contraction for all weights, one sum for all biases."""
     _, _, backward = trained(example("gpt2_layer", "starcoder2_layer"))
