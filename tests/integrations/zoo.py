@@ -28,6 +28,7 @@ GRANITE = {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scal
 
 PHI = {**COMMON, "hidden_size": 160, "num_attention_heads": 2, "num_key_value_heads": 2}
 PHI |= {"partial_rotary_factor": 0.4}  # 32 of 80 columns of a head
+HEADS_OF_64 = {**COMMON, "hidden_size": 128, "num_attention_heads": 2}
 FALCON = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "bias": False}
 
 FAMILIES = {
@@ -40,16 +41,16 @@ FAMILIES = {
     "Phi-3": ("Phi3Config", {**COMMON, "sliding_window": None}),
     "OLMo-2": ("Olmo2Config", COMMON),
     "GPT-2": ("GPT2Config", GPT2),
-    "GPT-NeoX": ("GPTNeoXConfig", {**COMMON, "rotary_pct": 0.25}),
+    "GPT-NeoX": ("GPTNeoXConfig", {**HEADS_OF_64, "rotary_pct": 0.25}),
     "StarCoder2": ("Starcoder2Config", COMMON),
     "Cohere": ("CohereConfig", COMMON),
     "Granite": ("GraniteConfig", {**COMMON, **GRANITE, "embedding_multiplier": 2.0}),
     "Phi-2": ("PhiConfig", PHI),
-    "StableLM": ("StableLmConfig", {**COMMON, "partial_rotary_factor": 0.25}),
+    "StableLM": ("StableLmConfig", {**HEADS_OF_64, "partial_rotary_factor": 0.25}),
     "GLM-4": ("Glm4Config", {**COMMON, "head_dim": 16}),
     "SmolLM3": ("SmolLM3Config", COMMON),
     "Ernie-4.5": ("Ernie4_5Config", COMMON),
-    "Nemotron": ("NemotronConfig", {**COMMON, "head_dim": 16}),
+    "Nemotron": ("NemotronConfig", {**COMMON, "head_dim": 32}),
     "Falcon": ("FalconConfig", FALCON),
     "BERT": ("BertConfig", {**ENCODER, "vocab_size": 128, "max_position_embeddings": 128}),
     "ViT": ("ViTConfig", {**ENCODER, "image_size": 32, "patch_size": 8}),
