@@ -152,3 +152,29 @@ def test_greedy_tokens_with_a_cache_are_the_same(name):
     expected = model.generate(ids, **options)
     coda.patch(model)
     assert torch.equal(model.generate(ids, **options), expected)
+
+
+class Narrow(nn.Module):
+    """A layer with an operator that has no float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        hidden = torch.relu(self.up(x))
+        offsets = torch.full((1,), len(x), dtype=torch.int32)
+        return x + torch._grouped_mm(hidden, self.down.weight.T[None].contiguous(), offs=offsets)
+
+
+def test_a_layer_that_float64_does_not_run_is_held_against_float32():
+    model = nn.Sequential()
+    model.layers = nn.ModuleList([Narrow(), Narrow()])
+    model.forward = lambda x: model.layers[1](model.layers[0](x))
+    model = model.bfloat16()
+    x = torch.randn(8, 32, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        copy.deepcopy(model).double().forward(x.double())
+    report = coda.patch(model, [x])
+    assert report.replaced == 2
+    assert 0 < report.layers[0].error <= 2 * report.layers[0].torch_error
