@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
+from functools import lru_cache, reduce
 from math import lcm
 from operator import mul
 from typing import NoReturn
@@ -193,6 +193,11 @@ ONE = Dim.of(1)
 
 def product(dims: Iterable[Dim]) -> Dim:
     """The number of elements of a shape."""
+    return _product(tuple(dims))
+
+
+@lru_cache(maxsize=100_000)
+def _product(dims: Shape) -> Dim:
     return reduce(mul, dims, ONE)
 
 

@@ -45,14 +45,15 @@ from coda.lowering.values import Refused, Value
 
 
 class Banned(Exception):
-    """A kernel's columns cannot be laid out for one of its nodes, which has to go elsewhere.
+    """Kernels whose columns cannot be laid out for one of their nodes, which has to go elsewhere.
 
-    `place` is the GEMM's first contraction, or where in a pass over rows: "shared" or "alone".
+    `places` are (place, node): the place is the GEMM's first contraction, or where in a pass over
+    rows: "shared" or "alone".
     """
 
-    def __init__(self, place: Node | str, node: Node, why: str) -> None:
+    def __init__(self, places: Iterable[tuple[Node | str, Node]], why: str) -> None:
         super().__init__(why)
-        self.place, self.node = place, node
+        self.places = frozenset(places)
 
 
 def build(partition: Partition, source: Graph, arch: str) -> Program:
@@ -86,10 +87,17 @@ class _Build:
         for _, root in program.outputs:
             self.need(root)
         kernels: list[Kernel] = []
+        refusals: list[Banned] = []
         for draft in sorted(partition.drafts, key=lambda d: d.order, reverse=True):
-            kernel = self.kernel(draft)
+            try:
+                kernel = self.kernel(draft)
+            except Banned as refusal:
+                refusals.append(refusal)
+                continue
             if kernel is not None:
                 kernels.append(kernel)
+        if refusals:  # all at once: each is a partition to make anew
+            raise Banned((p for r in refusals for p in r.places), str(refusals[0]))
         program.kernels = tuple(self.typed(k) for k in numbered(kernels[::-1]))
         returned = {partition.storage(root) for _, root in program.outputs}
         for node in returned & program.places.keys():
@@ -296,7 +304,7 @@ class _Build:
             shared = ("shared", node) not in self.partition.banned
             rows = "shared" if shared else "alone"
             place = draft.contracts[0] if draft.contracts else rows
-            raise Banned(place, node, str(refusal)) from refusal
+            raise Banned([(place, node)], str(refusal)) from refusal
 
     def store(self, draft: Draft, group: list[tuple[Node, Value]]) -> Store:
         """One store; columns of the accumulator that nobody asked for are written as they are."""

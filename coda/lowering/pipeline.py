@@ -121,9 +121,9 @@ def _lower(
             program = build(placed.run(), graph, arch)
             break
         except Banned as refusal:
-            if (refusal.place, refusal.node) in banned:
+            if refusal.places <= banned:
                 raise InternalError(f"the partition does not come to an end: {refusal}") from None
-            banned |= {(refusal.place, refusal.node)}
+            banned |= refusal.places
     program.steps, program.normal, program.cuts = steps, parted.graph, parted.cuts
     program.frozen, program.terms = frozen, terms
     if program.cuts:
