@@ -30,6 +30,7 @@ class Monoid:
         sums: whether zero is harmless as padding (a plain sum).
         held: whether the result is held against the very values that it was taken of (a maximum
             equals one of them, a logsumexp normalises them), and so must see them as stored.
+        chosen: whether the result is one of the values: its derivative asks which.
         tiled: whether a GEMM's epilogue takes it (quack's fold of maxima loses NaN).
     """
 
@@ -40,6 +41,7 @@ class Monoid:
     finish: Callable[[Parts, int], Tensor]
     sums: bool = False
     held: bool = False
+    chosen: bool = False
     tiled: bool = True
 
     def reduce(self, x: Tensor, dim: int) -> Tensor:
@@ -107,6 +109,7 @@ _ROWS = (
         lambda p, c, d: _amax(p[0], d),
         lambda p, n: p[0],
         held=True,
+        chosen=True,
         tiled=False,
     ),
     Monoid(
@@ -116,6 +119,7 @@ _ROWS = (
         lambda p, c, d: _amin(p[0], d),
         lambda p, n: p[0],
         held=True,
+        chosen=True,
         tiled=False,
     ),
     Monoid(

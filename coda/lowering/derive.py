@@ -30,6 +30,7 @@ from coda.ir.graph import (
     origin,
     walk,
 )
+from coda.ir.monoids import MONOIDS
 from coda.ir.types import f32
 from coda.ir.vjp import vjp
 from coda.lowering.cut import minimum_cut
@@ -186,12 +187,15 @@ def _choose(
         """Whether a statistic is that of whole rows: those of a row's parts are cheap."""
         return all(d == ONE or d.symbols & tokens for d in node.shape)
 
-    kept: set[Node] = {n for n in forward if isinstance(n, Reduce) and of_rows(n)}
+    statistics = [n for n in forward if isinstance(n, Reduce)]
+    # A maximum is taken of the same values that are asked which of them it is.
+    chosen = {n for n in statistics if MONOIDS[n.fn].chosen}
+    kept: set[Node] = {n for n in statistics if n not in chosen and of_rows(n)}
     if memory != "min":
         kept |= {n for n in forward if isinstance(n, Contract)}
 
     def cost(node: Node) -> int | None:
-        if node not in known:
+        if node not in known or node in chosen:
             return None
         held = node.nbytes(sizes)
         if isinstance(node, Input):

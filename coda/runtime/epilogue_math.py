@@ -12,7 +12,7 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
-from quack.epilogue.math import pack, unpack
+from quack.epilogue.math import F2, pack, unpack
 
 __all__ = ["pack", "unpack"]
 _TYPES = {
@@ -31,7 +31,10 @@ def lanes(fn: Callable[..., Any], *args: Any) -> Any:
     if not wide:
         return fn(*args)
     low, high = (fn(*(a[i] if isinstance(a, tuple) else a for a in args)) for i in (0, 1))
-    return type(wide[0])._make((low, high))
+    kind = (
+        F2 if isinstance(wide[0], F2) else type(wide[0])
+    )  # what was loaded with 16 bits is F2, too
+    return kind._make((low, high))
 
 
 def div(a: Any, b: Any) -> Any:
@@ -81,6 +84,16 @@ def square(a: Any) -> Any:
 def absolute(a: Any) -> Any:
     """The absolute value."""
     return lanes(lambda x: cute.math.abs(x), a)
+
+
+def to_bf16(a: Any) -> Any:
+    """What a store in bfloat16 leaves of a value."""
+    return lanes(lambda x: Float32(x).to(cutlass.BFloat16).to(Float32), a)
+
+
+def to_f16(a: Any) -> Any:
+    """What a store in float16 leaves of a value."""
+    return lanes(lambda x: Float32(x).to(cutlass.Float16).to(Float32), a)
 
 
 def exp(a: Any) -> Any:

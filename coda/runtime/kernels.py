@@ -230,6 +230,7 @@ class KernelRun(ReferenceRun):
             if sink.index is not None:
                 index = self.ready(self.value(kernel.assembled.nodes[sink.index]), _vector)
                 indices[f"{gemm.source.operands.get(sink.index, sink.index)}_index"] = index
+        stores = {name: _in_bytes(x) for name, x in stores.items()}
         splits = {s.buffer: s.split for s in kernel.assembled.epilogue.stores}
         arguments = gemm.arguments(operands, stores, sinks, splits, indices)
         d = stores[gemm.source.d] if gemm.source.d else None
@@ -256,13 +257,13 @@ class KernelRun(ReferenceRun):
                 tensors[operand.name] = self.raw[operand.name]
             elif operand.name in assembled.nodes:
                 x = self.operand(assembled, operand.name)
-                tensors[operand.name] = _readable(x)
+                tensors[operand.name] = _in_bytes(x)
         padded = self.padded_rows(kernel, rows, tensors)
         for store in assembled.epilogue.stores:
             width = product(self.program.buffers[store.buffer].shape[1:]).size(self.sizes)
             fill = "padded" if padded and width > 1 else ""
             found = self.room(store.buffer, rows, width, store.dtype.torch, fill)
-            self.buffers[store.buffer] = tensors[store.buffer] = found
+            self.buffers[store.buffer], tensors[store.buffer] = found, _in_bytes(found)
         for sink in assembled.epilogue.sinks:
             parts = row_parts(assembled, kernel.width, rows)
             width = sink.span[1] if sink.span else kernel.width
@@ -330,7 +331,7 @@ class KernelRun(ReferenceRun):
         for name in kernel.assembled.nodes:
             if kinds[name] not in ("col", "scalar", "tile"):
                 continue
-            x = _readable(self.operand(kernel.assembled, name))
+            x = _in_bytes(self.operand(kernel.assembled, name))
             if kinds[name] == "scalar":
                 found[name] = self.ready(x, _number)
             elif kinds[name] == "col":
@@ -492,6 +493,6 @@ def run_kernels(
     return outputs
 
 
-def _readable(x: Tensor) -> Tensor:
-    """A tensor as kernels read it: the DSL has no matrices of conditions, but of bytes."""
+def _in_bytes(x: Tensor) -> Tensor:
+    """A tensor as kernels take it: the DSL has no matrices of conditions, but of bytes."""
     return x.view(torch.uint8) if x.dtype == torch.bool else x

@@ -120,6 +120,55 @@ def functions(x: T["M D"], w: T["F D"], b: T["F"], y: T["M F"]):
     }
 
 
+@coda.block
+def positive_part_added(x: T["M D"], w: T["F D"], y: T["M F"]):
+    return x @ w.T + coda.relu(y)
+
+
+def test_a_function_of_a_loaded_matrix_is_added():
+    """On sm_100a quack hands out 16-bit operands as a type of their own."""
+    sizes = {"M": 64, "D": 64, "F": 64}
+    inputs = random_inputs(positive_part_added.graph, sizes)
+    with device("sm_100a", checks="raise"):
+        hold_against_float64(positive_part_added, inputs, sizes)
+
+
+@coda.block
+def conditions(x: T["M D"], w: T["F D"], y: T["M F"]):
+    z = x @ w.T
+    return z > 0, coda.silu(z), y > 0.5
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow)])
+def test_conditions_are_stored(arch):
+    """By a GEMM and by a pass over rows, in the first call and in a replay of it."""
+    sizes = {"M": 40, "D": 64, "F": 48}
+    with device(arch, checks="raise"):
+        for seed in (1, 2):
+            inputs = random_inputs(conditions.graph, sizes, seed)
+            hold_against_float64(conditions, inputs, sizes)
+
+
+@coda.block
+def by_largest(x: T["M D"], w: T["F D"]):
+    z = x @ w.T
+    return z / coda.max(abs(z), keepdims=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("memory", ["min", "speed"])
+def test_the_backward_of_a_maximum(arch, memory):
+    sizes = {"M": 130, "D": 64, "F": 96}
+    inputs = random_inputs(by_largest.graph, sizes)
+    inputs[1][7] *= 30  # no two values are the largest of a row
+    with device(arch, checks="raise"):
+        report = measure_gradients(
+            by_largest, by_largest.graph, inputs, "sim", dims=sizes, memory=memory
+        )
+        hold(report, spread=1.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import coda
 from coda.ir.graph import Input
 from coda.measure import random_inputs, relative
 from coda.runtime.simulate import device
@@ -153,3 +154,47 @@ def test_kernels_of_halves_of_any_width(f):
         mlp(*mine, backend="sim").sum().backward()
     for a, b in zip(mine, exact, strict=True):
         assert relative(a.grad, b.grad) < 2e-2
+
+
+@coda.block
+def largest(x: coda.Tensor["M D"], w: coda.Tensor["F D"], e: coda.Tensor["M F"]):
+    return coda.max(0.3 * (x @ w.T) + e)
+
+
+@coda.block
+def largest_returned(x: coda.Tensor["M D"], y: coda.Tensor["M D"], e: coda.Tensor["M D"]):
+    z = 0.3 * x * y + e
+    return coda.max(z), z
+
+
+@coda.block
+def by_largest(x: coda.Tensor["M D"], w: coda.Tensor["F D"], e: coda.Tensor["M F"]):
+    z = coda.silu(x @ w.T) + e
+    return z / coda.max(abs(z), keepdims=True), z
+
+
+def differentiated(block, memory):
+    """Outputs, a cotangent of the first one, and the gradient of `e`."""
+    sizes = {s: n for s, n in {"M": 32, "D": 64, "F": 48}.items() if s in block.graph.symbols}
+    x, w, e = random_inputs(block.graph, sizes)
+    e = (e.abs() + 1).requires_grad_()
+    found = block(x, w, e, memory=memory)
+    found = found if isinstance(found, tuple) else (found,)
+    d = torch.rand(found[0].shape).bfloat16()
+    (de,) = torch.autograd.grad(found[0], e, d)
+    return [t.detach().float() for t in (*found, d, de)]
+
+
+@pytest.mark.parametrize("block", [largest, largest_returned])
+@pytest.mark.parametrize("memory", ["min", "balanced", "speed"])
+def test_a_maximum_gives_all_of_its_cotangent(block, memory):
+    """A value is not the same to the last bit in two kernels, nor before and after a store."""
+    *_, d, de = differentiated(block, memory)
+    torch.testing.assert_close(de.sum(-1), d, rtol=0.02, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", ["min", "balanced", "speed"])
+def test_what_is_scaled_by_its_maximum_is_no_larger_for_a_factor(memory):
+    """Euler: Σ z ∂f/∂z = 0 where f(a z) = f(z)."""
+    _, z, _, dz = differentiated(by_largest, memory)
+    assert ((z * dz).sum(-1).abs() <= 0.03 * (z * dz).abs().sum(-1)).all()
