@@ -135,9 +135,5 @@ class CallError(CodaError):
     """A compiled block was called with tensors that do not fit it."""
 
 
-class CacheError(CodaError):
-    """The cache directory cannot be used."""
-
-
 class InternalError(CodaError):
     """A broken invariant of coda itself: please report it."""

@@ -51,7 +51,10 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Config:
-    """How a GEMM is tiled. `cluster` is (m, n) in CTAs; `split_k` parts of the contraction."""
+    """How a GEMM is tiled: CTA tiles of `tile_m` × `tile_n`, `cluster` = (m, n) CTAs.
+
+    With `pingpong`, two warpgroups of a CTA take tiles in turn (sm_90a).
+    """
 
     tile_m: int
     tile_n: int

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from coda.ir.evaluate import evaluate
-from coda.ir.graph import Input, Node, walk
+from coda.ir.graph import Node
 from coda.lowering.assemble import Packed, paired_columns
-from coda.lowering.program import GemmKernel, Program, RowwiseKernel
+from coda.lowering.program import GemmKernel, Program
 from coda.lowering.roles import as_stored, stacked
 
 
@@ -107,11 +107,3 @@ def packed_row(
         if bool(here.any()):
             row[here] = values[node].reshape(-1).to(like.dtype)[index[here]]
     return row
-
-
-def weights_of(program: Program, kernel: GemmKernel | RowwiseKernel) -> tuple[Input, ...]:
-    """The inputs on which a kernel's prepared tensors depend."""
-    roots = list(kernel.assembled.sources.values())
-    if isinstance(kernel, GemmKernel):
-        roots += [c.rhs for c in kernel.contracts]
-    return tuple(n for n in walk(roots) if isinstance(n, Input))

@@ -12,7 +12,6 @@ from coda.sim.types import Unsupported
 DIMENSIONS = "1d|2d|3d|4d|5d"
 HINT = "hint?L2::cache_hint"
 TX = "=mbarrier::complete_tx::bytes"
-INSIDE = "shared|shared::cta|shared::cluster"
 _TENSOR = re.compile(r"^\[([^,]+),\s*\{(.*)\}\s*\]$", re.S)
 
 
