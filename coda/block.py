@@ -155,8 +155,9 @@ class Block:
         Args:
             arch, dims, dtype: as in `lower`.
             wanted: names of the arguments to differentiate; by default all floats.
-            memory: "min" saves arguments and statistics of rows alone, "balanced" moves the
-                fewest bytes, "speed" computes nothing again; by default the block's.
+            memory: "min" saves arguments and statistics of rows alone, "balanced" what takes fewer
+                bytes than computing it again, "speed" also what the forward stores anyway and the
+                backward would have to store again; by default the block's.
         """
         arch, graph = target_arch(arch or ""), self.graph_of(dtype)
         sizes = check_dims(graph, dims or {})
@@ -310,8 +311,9 @@ def block(
     Args:
         fn: the function; or use `@coda.block(memory=...)`.
         memory: what a call that trains saves for its backward. "min" saves arguments and
-            statistics of rows, and computes the rest again, "balanced" moves the fewest bytes,
-            "speed" computes nothing again.
+            statistics of rows, and computes the rest again, "balanced" saves what takes fewer
+            bytes than computing it again, "speed" also what the forward stores anyway and the
+            backward would have to store again.
 
     Raises:
         UnsupportedError: for another `memory`.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coda.ir.types import DType, bf16, e4m3, e5m2, f16
+
 Derivative = Callable[..., tuple[Any, ...]]
 
 
@@ -236,4 +238,19 @@ _ROWS = (
     ),
 )
 
-SCALARS: dict[str, Scalar] = {row.name: row for row in _ROWS}
+
+def _rounding(dtype: DType) -> Scalar:
+    """The value that is left after a store: what compilers see of a value that is read again.
+
+    float64 is left alone: there a Program is held against its block.
+    """
+
+    def evaluate(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.to(dtype.torch).to(x.dtype)
+
+    name = f"rounded_{dtype.name}"
+    return Scalar(name, 1, evaluate, zero=True, derivative=lambda d, y, a: (d,))
+
+
+_ROUNDINGS = tuple(_rounding(d) for d in (bf16, f16, e4m3, e5m2))
+SCALARS: dict[str, Scalar] = {row.name: row for row in (*_ROWS, *_ROUNDINGS)}

@@ -57,8 +57,6 @@ class Sink:
     value: Value
     index: str | None = None
     rows: bool = False
-    rounded: DType | None = None
-    stored: DType | None = None
 
 
 @dataclass(eq=False)
@@ -442,8 +440,7 @@ def _sink(build: _Assembly, sink: Sink) -> SinkExpr:
     space = build.space
     if not space.whole_rows:
         lanes = build.lanes(sink.value)
-        found = SinkExpr(sink.buffer, sink.monoid, lanes, sink.index, sink.rows, sink.rounded)
-        return replace(found, stored=sink.stored)
+        return SinkExpr(sink.buffer, sink.monoid, lanes, sink.index, sink.rows)
     lanes = build.lanes(space.widened(sink.value))
     split = build.split if build.split is not None and build.split > 1 else 0
     span = _span(space, sink.value)

@@ -10,16 +10,15 @@ import numpy as np
 from coda.errors import InternalError
 from coda.ir.dims import ONE, Dim, Shape, product
 from coda.ir.graph import (
-    Cast,
     Concat,
     Const,
     Contract,
     Graph,
     Input,
+    Map,
     Node,
     Pick,
     Reduce,
-    Reshape,
     Size,
     walk,
 )
@@ -40,6 +39,7 @@ from coda.lowering.program import (
     RowwiseKernel,
     TorchKernel,
 )
+from coda.lowering.rewrite import substituted
 from coda.lowering.roles import row_symbols
 from coda.lowering.values import Refused, Value
 
@@ -329,9 +329,7 @@ class _Build:
             self.program.places[node] = Place(name, 0, 1)
             self.program.buffers[name] = Buffer(name, "temp", (rows, ONE), f32)
             index = self.partition.leaf(node.index, draft)
-            rounded, stored = self.rounding(node, draft)
-            value = draft.sinks[node]
-            return Sink(name, "pick", value, index, rounded=rounded, stored=stored)
+            return Sink(name, "pick", self.as_stored(node, draft), index)
         assert isinstance(node, Reduce)
         if node in draft.over_rows:
             shape = (ONE, product(node.shape), ONE)
@@ -339,29 +337,26 @@ class _Build:
             return Sink(name, node.fn, draft.sinks[node], rows=True)
         planes = Dim.of(len(MONOIDS[node.fn].planes))
         self.program.buffers[name] = Buffer(name, "partial", (rows, ONE, planes), f32)
-        rounded, stored = self.rounding(node, draft)
-        return Sink(name, node.fn, draft.sinks[node], rounded=rounded, stored=stored)
+        return Sink(name, node.fn, self.as_stored(node, draft))
 
-    def rounding(self, node: Reduce | Pick, draft: Draft) -> tuple[DType | None, DType | None]:
-        """The types to which a sink rounds what it reduces, and the accumulators that this is of:
-        those in which a later kernel reads them.
+    def as_stored(self, node: Reduce | Pick, draft: Draft) -> Value:
+        """What a sink reduces: a function of values as they are stored, where somebody reads them.
 
         A maximum that no stored value equals, or a logsumexp of other values than those that it
-        normalises, would be wrong by more than a rounding. What is returned may be read later, as
-        by a backward. Where it is a function of what is stored, the accumulators are rounded.
+        normalises, would be wrong by more than a rounding; what else is reduced of the same values
+        will meet it. What is returned may be read later, as by a backward.
         """
-        if isinstance(node, Reduce) and not MONOIDS[node.fn].held:
-            return None, None
+        together = [n for n in draft.sinks if isinstance(n, Reduce | Pick) and n.arg == node.arg]
+        if not any(isinstance(n, Pick) or MONOIDS[n.fn].held for n in together):
+            return draft.sinks[node]
         read = self.loaded | {self.partition.storage(r) for r in self.roots}
-        under = node.arg
-        while isinstance(under, Cast | Reshape):
-            under = under.arg
-        if under in read:
-            return under.dtype if under.dtype.size < f32.size else None, None
-        inside = set(walk([under]))
-        below = {c for c in draft.contracts if c in inside}
-        types = {c.dtype for c in below if c.dtype.size < f32.size}
-        return None, types.pop() if len(types) == 1 and below <= read else None
+        computed = read & draft.space.values.keys() & set(walk([node.arg]))
+        narrow = [n for n in computed if n.dtype.kind == "float" and n.dtype.size < f32.size]
+        rounded = {
+            n: Map(f"rounded_{n.dtype.name}", (n,)) for n in narrow if n in self.partition.home
+        }
+        (arg,) = substituted([node.arg], rounded)
+        return draft.space.compute(arg)
 
     def partial(self, node: Node) -> str:
         """The buffer of a reduction's partials (of a pick: of its result)."""

@@ -7,7 +7,8 @@ A minimum cut between the sources of a computation and what is needed of it, by 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
+from types import MappingProxyType
 
 from coda.ir.graph import Input, Node, walk
 
@@ -20,6 +21,7 @@ def minimum_cut(
     free: Set[Node],
     sources: Set[Node],
     cost: Callable[[Node], int | None],
+    again: Mapping[Node, int] = MappingProxyType({}),
 ) -> list[Node]:
     """Nodes from which all of `needed` can be computed, of the least total cost.
 
@@ -28,6 +30,7 @@ def minimum_cut(
         free: nodes that cost nothing to compute again.
         sources: nodes that may not be computed again; inputs are sources as well.
         cost: of keeping a node; None where it cannot be kept.
+        again: what it costs, beside what it is made of, to compute some nodes again.
     """
     needed = list(needed)
     edges: dict[Point, dict[Point, int]] = {}
@@ -42,7 +45,9 @@ def minimum_cut(
         edge((node, 0), (node, 1), _ENDLESS if price is None else price + 1)
         if isinstance(node, Input) or node in sources:
             edge("start", (node, 0), _ENDLESS)
-        else:
+        elif node in again:
+            edge("start", (node, 0), again[node])
+        if not (isinstance(node, Input) or node in sources):
             for operand in node.operands:
                 if operand not in free:
                     edge((operand, 1), (node, 0), _ENDLESS)

@@ -6,12 +6,13 @@ are scaled before they are stored, so that weight gradients read activations as 
 
 What is saved is a minimum cut between the block's arguments and what the derivative reads, by
 bytes written and read. Statistics of rows, a number each, are not computed again, and contractions
-only where memory is all that counts.
+only where memory is all that counts. Of two values that take the same bytes the later one is saved,
+but none behind a special function: a tanh near 1 has no bits left for 1 − tanh².
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from coda.errors import CallError, UnsupportedError
@@ -27,18 +28,18 @@ from coda.ir.graph import (
     Node,
     Reduce,
     Size,
-    origin,
     walk,
 )
 from coda.ir.monoids import MONOIDS
+from coda.ir.scalars import SCALARS
 from coda.ir.types import f32
 from coda.ir.vjp import vjp
 from coda.lowering.cut import minimum_cut
 from coda.lowering.descend import descended
 from coda.lowering.laws import EXCHANGES, LAWS
 from coda.lowering.program import Terms, Updates
-from coda.lowering.rewrite import Law, rewrite
-from coda.lowering.roles import row_symbols, weight_nodes
+from coda.lowering.rewrite import Law, rewrite, substituted
+from coda.lowering.roles import is_pointwise, is_view, row_symbols, weight_nodes
 from coda.lowering.siblings import merge_siblings
 
 MEMORY = ("min", "balanced", "speed")
@@ -87,8 +88,9 @@ def derive(
         sizes: of every symbol: what bytes are reckoned with.
         wanted: names of the arguments to differentiate; by default all floats.
         given: names of the outputs that have a cotangent; by default all floats.
-        memory: "min" saves arguments and statistics of rows alone, "balanced" moves the fewest
-            bytes, "speed" computes nothing again.
+        memory: "min" saves arguments and statistics of rows alone, "balanced" what takes fewer
+            bytes than computing it again, "speed" also what the forward stores anyway and the
+            backward would have to store again.
     """
     check_memory(memory)
     names = set(differentiated(graph, wanted))
@@ -178,9 +180,6 @@ def _choose(
             needed |= dict.fromkeys(o for o in node.operands if o in inside and o not in free)
         elif node in gradients:
             needed[node] = None
-    if memory == "speed":
-        return list(needed)
-    returned = set(merged.roots)
     tokens = row_symbols(forward)
 
     def of_rows(node: Reduce) -> bool:
@@ -193,18 +192,47 @@ def _choose(
     kept: set[Node] = {n for n in statistics if n not in chosen and of_rows(n)}
     if memory != "min":
         kept |= {n for n in forward if isinstance(n, Contract)}
+    lies = set(merged.roots)
+    if memory == "speed":
+        lies |= {_loaded(n.lhs, free) for n in forward if isinstance(n, Contract)}
+    matrices = [n for n in walk(gradients) if isinstance(n, Contract) and n not in inside]
+    again = {_loaded(o, free) for n in matrices for o in n.operands} if memory == "speed" else set()
+    bent = _bent(forward)
 
     def cost(node: Node) -> int | None:
-        if node not in known or node in chosen:
+        narrow = isinstance(node, Input) or node in kept
+        if node not in known or node in chosen or (memory == "min" and not narrow):
             return None
-        held = node.nbytes(sizes)
-        if isinstance(node, Input):
-            return held
-        if memory == "min":
-            return held if node in kept else None
-        return held + 1 if node in returned else 2 * held + 1
+        if isinstance(node, Input) or memory == "min":
+            return node.nbytes(sizes)
+        written = 0 if node in lies else node.nbytes(sizes)
+        return node.nbytes(sizes) + written + 1 + (node in bent)
 
-    return minimum_cut(list(needed), free, kept, cost)
+    prices = {n: 2 * n.nbytes(sizes) for n in again & inside}
+    return minimum_cut(list(needed), free, kept, cost, prices)
+
+
+def _bent(nodes: Iterable[Node]) -> set[Node]:
+    """What special functions are taken of on the way from a contraction, element by element."""
+    found: set[Node] = set()
+    for node in nodes:
+        if is_pointwise(node) and node.shape[-1:] != (ONE,):
+            special = isinstance(node, Map) and SCALARS[node.fn].special
+            if special or any(o in found and o.shape == node.shape for o in node.operands):
+                found.add(node)
+    return found
+
+
+def _loaded(node: Node, weights: Collection[Node]) -> Node:
+    """What a contraction's operand is in memory: under views, and gains that leave the sum."""
+    while True:
+        gains = [o for o in node.operands if o in weights]
+        if isinstance(node, Map) and node.fn == "mul" and len(gains) == 1:
+            (node,) = (o for o in node.operands if o not in weights)
+        elif is_view(node) or isinstance(node, Cast):
+            node = node.operands[0]
+        else:
+            return node
 
 
 def _split(
@@ -230,7 +258,7 @@ def _split(
         outputs.append((name, value if wide == node.dtype else Cast(value, wide)))
         inputs.append(Input(name, node.shape, wide))
         stands[node] = inputs[-1] if wide == node.dtype else Cast(inputs[-1], node.dtype)
-    roots = _substitute([n for _, n in gradients], stands)
+    roots = substituted([n for _, n in gradients], stands)
     every = [*graph.inputs, *inputs, *(r for r in roles if r is not None)]
     reached = {n for n in walk(roots) if isinstance(n, Input)}
     backward = Graph(
@@ -252,22 +280,3 @@ def _split(
         tuple(name[1:] for name, _ in gradients),
         memory,
     )
-
-
-def _substitute(roots: list[Node], stands: Mapping[Node, Node]) -> tuple[Node, ...]:
-    """Roots with nodes replaced, from the top: what lies below a replaced node is gone."""
-    new: dict[Node, Node] = dict(stands)
-    stack = [(r, False) for r in roots]
-    while stack:
-        node, ready = stack.pop()
-        if node in new:
-            continue
-        if ready:
-            operands = tuple(new[o] for o in node.operands)
-            same = all(a is b for a, b in zip(operands, node.operands, strict=True))
-            with origin(node.where):
-                new[node] = node if same else node.with_operands(operands)
-        else:
-            stack.append((node, True))
-            stack.extend((o, False) for o in node.operands)
-    return tuple(new[r] for r in roots)

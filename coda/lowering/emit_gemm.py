@@ -6,7 +6,7 @@ import hashlib
 
 from coda.errors import UnsupportedError
 from coda.ir.dims import show_shape
-from coda.ir.types import DType, bf16, e4m3, e5m2, f16, f32
+from coda.ir.types import bf16, e4m3, e5m2, f16, f32
 from coda.lowering.assemble import Assembled
 from coda.lowering.cost import label
 from coda.lowering.emit_epilogue import Lines, safe
@@ -207,16 +207,9 @@ class _Emitter:
 
     def sinks(self, body: Lines, returned: list[tuple[str, str]]) -> dict[str, str]:
         found: dict[str, str] = {}
-        as_stored = Lines(self.stored, prefix="r")
         for sink in self.epilogue.sinks:
             exprs = [self.inside(sink, e) for e in sink.lanes]
-            if sink.stored is None:
-                values = body.assign(exprs)
-            else:
-                values = self.of_stored(sink.stored, exprs, body, as_stored)
-            if sink.rounded is not None:
-                body.imported.add("rounded")
-                values = [f"rounded({v}, {sink.rounded.name!r})" for v in values]
+            values = body.assign(exprs)
             if self.pair and len(values) == 1:
                 values.append("0.0" if sink.monoid in ("sum", "mean") else values[0])
             value = f"pack({', '.join(values)})" if self.pair else values[0]
@@ -230,25 +223,6 @@ class _Emitter:
     def in_turn(self, sink: SinkExpr) -> bool:
         """Whether a sum over the rows is taken as the columns are computed."""
         return sink.rows and self.pauses and not self.pair
-
-    def stored(self, expr: Expr) -> str:
-        """A leaf where accumulators are as they are stored."""
-        name = self.leaf(expr)
-        return name.replace("acc", "stored", 1) if isinstance(expr, Acc) else name
-
-    def of_stored(
-        self, dtype: DType, exprs: list[Expr], body: Lines, as_stored: Lines
-    ) -> list[str]:
-        """Assign expressions of accumulators as they are stored; the names of the values."""
-        if not as_stored.lines:
-            for acc in ("acc0", "acc1") if self.pair else ("acc",):
-                name = acc.replace("acc", "stored")
-                body.lines.append(f"{name} = rounded({acc}, {dtype.name!r})")
-        done = len(as_stored.lines)
-        values = as_stored.assign(exprs)
-        body.lines += as_stored.lines[done:]
-        body.imported |= as_stored.imported | {"rounded"}
-        return values
 
     def inside(self, sink: SinkExpr, expr: Expr) -> Expr:
         """What a sink takes: sums of columns outside the matrix must vanish."""

@@ -171,9 +171,7 @@ class SinkExpr:
 
     `monoid` names a row of `coda.ir.monoids`, or is "pick": the element whose column equals the
     integer col operand `index` (a row without such a column is left as it was).
-    In pair mode both lanes' expressions are reduced together. Values are rounded to `rounded`
-    first: the type in which the same values are stored, where the result will be held against them.
-    With `stored`, accumulators are: their stored values are what the same function is taken of.
+    In pair mode both lanes' expressions are reduced together.
     """
 
     buffer: str
@@ -181,10 +179,8 @@ class SinkExpr:
     lanes: tuple[Expr, ...]
     index: str | None = None
     rows: bool = False
-    rounded: DType | None = None
     split: int = 0
     span: Span | None = None
-    stored: DType | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ variables: `...` stands for any leading axes, a name for an axis, 1 for "does no
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -346,3 +346,22 @@ class _Rewrite:
                 self.places[node] = (*place, number)
                 number += 1
                 stack.extend(reversed(node.operands))
+
+
+def substituted(roots: Iterable[Node], stands: Mapping[Node, Node]) -> tuple[Node, ...]:
+    """Roots with nodes replaced, from the top: what lies below a replaced node is gone."""
+    roots, new = tuple(roots), dict(stands)
+    stack = [(r, False) for r in roots]
+    while stack:
+        node, ready = stack.pop()
+        if node in new:
+            continue
+        if ready:
+            operands = tuple(new[o] for o in node.operands)
+            same = all(a is b for a, b in zip(operands, node.operands, strict=True))
+            with origin(node.where):
+                new[node] = node if same else node.with_operands(operands)
+        else:
+            stack.append((node, True))
+            stack.extend((o, False) for o in node.operands)
+    return tuple(new[r] for r in roots)

@@ -47,20 +47,33 @@ def recip(a: Any) -> Any:
     return lanes(lambda x: Float32(1.0) / x, a)
 
 
-def rounded(a: Any, to: str) -> Any:
-    """The value that is left after a store in another type, by coda's name of it.
+def rounded_bf16(a: Any) -> Any:
+    """The value that is left after a store in bf16.
 
-    bf16 goes by two at once: where the same two are stored, one instruction serves both, and one
+    Numbers go by two at once: where the same two are stored, one instruction serves both, and one
     alone would be converted by the unit for special functions, which has exponentials to take.
     """
-    if to != "bf16":
-        return lanes(lambda x: x.to(_TYPES[to]).to(Float32), a)
     low, high = a if isinstance(a, tuple) else (a, a)
-    bits = cute.recast_tensor(_neighbours(low, high, to), Int32)[0]
+    bits = cute.recast_tensor(_neighbours(low, high, "bf16"), Int32)[0]
     wide = cute.make_rmem_tensor(2, Int32)
     wide[0], wide[1] = bits << 16, bits & Int32(-65536)
     found = cute.recast_tensor(wide, Float32)
     return type(a)._make((found[0], found[1])) if isinstance(a, tuple) else found[1]
+
+
+def rounded_f16(a: Any) -> Any:
+    """The value that is left after a store in f16."""
+    return lanes(lambda x: x.to(_TYPES["f16"]).to(Float32), a)
+
+
+def rounded_e4m3(a: Any) -> Any:
+    """The value that is left after a store in e4m3."""
+    return lanes(lambda x: x.to(_TYPES["e4m3"]).to(Float32), a)
+
+
+def rounded_e5m2(a: Any) -> Any:
+    """The value that is left after a store in e5m2."""
+    return lanes(lambda x: x.to(_TYPES["e5m2"]).to(Float32), a)
 
 
 def word(a: Any, b: Any, to: str) -> Any:

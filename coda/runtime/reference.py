@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from coda.ir.evaluate import evaluate, pick
 from coda.ir.graph import Node
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
-from coda.ir.types import DType
 from coda.lowering.assemble import Assembled
 from coda.lowering.epilogue import (
     Acc,
@@ -187,10 +186,7 @@ class ReferenceRun:
             x = point.store(store)
             self.buffers[store.buffer] = x if self.exact else x.to(store.dtype.torch)
         for sink in assembled.epilogue.sinks:
-            of = point if sink.stored is None or self.exact else point.stored(sink.stored)
-            x = of.ordered(sink.lanes, sink.split, sink.span)
-            if sink.rounded is not None and not self.exact:
-                x = x.to(sink.rounded.torch).to(self.compute)
+            x = point.ordered(sink.lanes, sink.split, sink.span)
             if sink.rows:
                 columns = self.program.buffers[sink.buffer].shape[1].size(self.sizes)
                 self.parts[sink.buffer] = _sum_of_rows(x, columns)
@@ -242,13 +238,6 @@ class _Points:
     @property
     def points(self) -> int:
         return self.width // self.lanes
-
-    def stored(self, dtype: DType) -> _Points:
-        """The same points with accumulators as they are stored."""
-        assert self.acc is not None
-        found = replace(self, acc=self.acc.to(dtype.torch).to(self.compute))
-        found.stats = self.stats
-        return found
 
     def evaluate(self, expr: Expr) -> Tensor:
         """An expression at all points, broadcastable to [rows, points]."""

@@ -9,8 +9,9 @@ import torch
 
 from coda.ir.evaluate import evaluate
 from coda.lowering.accumulate import accumulating, siblings
-from coda.lowering.cost import hbm_bytes
+from coda.lowering.cost import hbm_bytes, kernel_seconds
 from coda.lowering.derive import derive
+from coda.lowering.explain_training import TrainingExplanation
 from coda.lowering.pipeline import lower
 from coda.lowering.program import GemmKernel, TorchKernel
 from coda.measure import measure, random_inputs, relative
@@ -139,6 +140,33 @@ def test_launches_and_bytes_of_the_backward(name, arch):
     assert len(list(program.gemms())) <= gemms
     assert hbm_bytes(program) <= megabytes * 1e6
     assert not any(isinstance(k, TorchKernel) for k in (*forward.kernels, *program.kernels))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_memory_is_traded_for_traffic_in_one_direction(example, arch):
+    """From "min" to "speed" more is saved and less time is taken; "min" has more GEMMs."""
+    block, dims, *_ = example
+    saved, moved, seconds = [], [], []
+    for memory in ("min", "balanced", "speed"):
+        programs = block.lower_training(arch, dims, wanted=wanted_of(block), memory=memory)
+        saved.append(TrainingExplanation(block.graph, *programs).saved_bytes["coda"])
+        moved.append(sum(map(hbm_bytes, programs)))
+        seconds.append(sum(kernel_seconds(p, k)[0] for p in programs for k in p.kernels))
+    assert saved == sorted(saved)
+    assert moved[1] >= moved[2]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_a_product_that_the_forward_stores_is_kept_for_speed():
+    """The backward of Llama's layer then writes no product of gate and up: 235 MB less."""
+    module = runpy.run_path(str(ROOT / "llama_layer.py"))
+    block, dims, found = module["layer"], module["DIMS"], []
+    for memory in ("balanced", "speed"):
+        programs = block.lower_training("sm_90a", dims, wanted=wanted_of(block), memory=memory)
+        found.append([hbm_bytes(p) for p in programs])
+    product = 2 * dims["M"] * dims["F"]
+    assert found[0][0] == found[1][0]
+    assert found[0][1] - product == found[1][1] <= 4445e6
 
 
 def test_adding_to_gradients_takes_no_more_launches():

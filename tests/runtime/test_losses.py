@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 import coda
 from coda.errors import CodaError
+from coda.lowering.derive import MEMORY
+from coda.lowering.epilogue import calls
 from coda.lowering.memory import temporary_bytes
 from coda.lowering.program import GemmKernel, TorchKernel
 from coda.runtime import kernels
@@ -74,6 +76,14 @@ def test_every_loss_is_a_gemm_and_folds(options, sizes, arch):
     assert temporary_bytes(backward) == 0  # the logits' gradient lies where the logits lay
     (new,) = backward.overwrites
     assert backward.buffers[backward.overwrites[new]].nbytes(sizes) == logits
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_speed_is_no_more_than_the_logits(options):
+    """They are stored once, whatever is made of them: nothing else is as large."""
+    programs = [head(**options).lower_training("sm_90a", LLAMA, memory=m) for m in MEMORY[1:]]
+    balanced, speed = ([p.text() for p in both] for both in programs)
+    assert balanced == speed
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
@@ -326,6 +336,40 @@ def test_confident_rows_have_gradients_no_worse_than_torch_s(memory, options):
         grads.append([t.grad.double() for t in given])
     for exact, torchs, mine in zip(*grads, strict=True):
         assert (mine - exact).norm() <= 1.05 * (torchs - exact).norm()
+
+
+@coda.block
+def capped_behind_a_norm(x: T["M D"], w: T["D D"], g: T["D"], u: T["V D"], y: T["M", coda.i64]):
+    return coda.cross_entropy(coda.softcap(coda.rms_norm(x @ w.T, g) @ u.T, 5.0), y)
+
+
+@pytest.mark.parametrize("memory", ["balanced", "speed"])
+def test_a_loss_of_saturated_logits_is_one_of_what_is_stored(memory):
+    """What is kept is what tanh is taken of, and the logsumexp is of just that, rounded."""
+    sizes = {"M": 64, "D": 64, "V": 256}
+    forward = capped_behind_a_norm.lower_training("sm_90a", sizes, memory=memory)[0]
+    gemm = list(forward.gemms())[-1]
+    (kept,) = gemm.assembled.epilogue.stores
+    assert not any(c.fn == "tanh" for c in calls(kept.lanes))
+    for sink in gemm.assembled.epilogue.sinks:
+        (rounding,) = [c for c in calls(sink.lanes) if c.fn == "rounded_bf16"]
+        assert rounding.args == kept.lanes
+    g = torch.Generator().manual_seed(0)
+    x, w, u = (torch.randn(n, 64, generator=g).bfloat16() for n in (64, 64, 256))
+    y = torch.randint(0, 256, (64,), generator=g)
+    grads = []
+    for kind in (torch.float64, torch.bfloat16, None):
+        given = [t.to(kind or torch.bfloat16, copy=True).requires_grad_() for t in (x, w, u)]
+        gain = torch.ones(64, dtype=given[0].dtype)
+        if kind is None:
+            loss = capped_behind_a_norm(*given[:2], gain, given[2], y, memory=memory)
+        else:
+            logits = F.rms_norm(given[0] @ given[1].T, (64,), gain, 1e-6) @ given[2].T
+            loss = F.cross_entropy(5.0 * torch.tanh(logits / 5.0), y)
+        loss.backward()
+        grads.append([t.grad.double() for t in given])
+    for exact, torchs, mine in zip(*grads, strict=True):
+        assert (mine - exact).norm() < (torchs - exact).norm()
 
 
 @coda.block
