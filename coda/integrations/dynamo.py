@@ -24,6 +24,7 @@ from torch.fx import Node as FxNode
 from coda.block import Block
 from coda.errors import CodaError, UnsupportedError
 from coda.frontend.fx import Imported, import_nodes, value_of
+from coda.integrations.pieces import left_alone, pieces, rebuilt
 from coda.integrations.rebuild import Rebuild
 from coda.integrations.regions import cut, is_parameter, with_all_parts, without_tail
 from coda.integrations.report import GraphReport, RegionReport, count_operators, keep_report
@@ -40,22 +41,46 @@ _blocks: dict[Graph, Block] = {}
 
 def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
     """Dynamo's backend `coda`: a callable that does what the graph does."""
-    return _rest(_examined(gm, example_inputs) or gm, example_inputs)
+    alone = left_alone(gm)
+    if alone:
+        return _in_pieces(gm, example_inputs, alone, _rest)
+    return _rest(_examined(gm, example_inputs) or gm, _fakes(gm, example_inputs))
 
 
 def look(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """The same backend where only the report is wanted: torch runs the graph as it is."""
-    _examined(gm, example_inputs)
+    alone = left_alone(gm)
+    if alone:
+        _in_pieces(gm, example_inputs, alone, lambda piece, _: piece.forward)
+    else:
+        _examined(gm, example_inputs)
     return gm.forward
+
+
+Rest = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+def _in_pieces(
+    gm: GraphModule, example_inputs: Sequence[Any], alone: Mapping[FxNode, str], rest: Rest
+) -> Callable[..., Any]:
+    """A graph in which some nodes are left alone; `rest` makes what runs around the blocks."""
+    keep_report(GraphReport(left=count_operators(alone)))
+    fused: list[GraphModule] = []
+
+    def made(piece: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        found = _examined(piece, examples)
+        fused.extend([found] if found else [])
+        return rest(found or piece, _fakes(piece, examples))
+
+    split = rebuilt(gm, pieces(gm, alone), example_inputs, made)
+    return split.forward if fused else rest(gm, _fakes(gm, example_inputs))
 
 
 def _examined(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule | None:
     """The graph with blocks in it, None where there are none; and a report."""
-    arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    fakes = [n.meta.get("example_value", e) for n, e in zip(arguments, example_inputs, strict=True)]
-    report = GraphReport(whole=_untouchable(gm))
+    report = GraphReport()
     keep_report(report)
-    functional = None if report.whole else _functional_or_why(gm, fakes, report)
+    functional = _functional_or_why(gm, _fakes(gm, example_inputs), report)
     if functional is None:
         return None
     places = [n for n in functional.graph.nodes if n.op == "placeholder"]
@@ -69,6 +94,12 @@ def _examined(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule | N
         return None
     _compile_ahead(report)
     return split if report.regions else None
+
+
+def _fakes(gm: GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
+    """The arguments of a graph as Dynamo saw them: parameters may lie elsewhere by now."""
+    places = gm.graph.find_nodes(op="placeholder")
+    return [n.meta.get("example_value", e) for n, e in zip(places, example_inputs, strict=True)]
 
 
 def _compile_ahead(report: GraphReport) -> None:
@@ -103,19 +134,6 @@ def _rest(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, list(example_inputs))  # type: ignore[return-value]
-
-
-def _untouchable(gm: GraphModule) -> str:
-    """Why a graph is left alone: what it does beside computing, which has to keep its place."""
-    for node in gm.graph.nodes:
-        name = getattr(node.target, "__name__", str(node.target))
-        if "autocast" in name:
-            return "autocast begins or ends inside the graph"
-        if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
-            return f"the operator `{name}` holds graphs of its own"
-        if str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
-            return "a transform of torch.func begins or ends inside the graph"
-    return ""
 
 
 def _functional(gm: GraphModule, fakes: Sequence[Any]) -> GraphModule:

@@ -184,7 +184,7 @@ def test_autocast_around_and_inside():
             with torch.autocast("cpu", torch.bfloat16):
                 return super().forward(x)
 
-    agree(Inside(), X, fused=False)
+    agree(Inside(), X, rel=1e-2)
 
 
 def test_strided_and_empty_arguments():
@@ -200,6 +200,22 @@ def test_strided_and_empty_arguments():
 def test_the_rest_by_inductor(monkeypatch):
     monkeypatch.setenv("CODA_FALLBACK", "inductor")
     agree(Block(), X.clone().requires_grad_())
+
+
+def test_inductor_after_weights_were_moved_into_one_memory(monkeypatch):
+    class Gated(Block):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(64, 128)
+
+        def forward(self, x):
+            h = self.norm(x)
+            return torch.cumsum(x, -1) + self.down(F.silu(self.gate(h)) * self.up(h))
+
+    monkeypatch.setenv("CODA_FALLBACK", "inductor")
+    model = Gated()
+    agree(model, X.clone().requires_grad_())
+    assert model.gate.weight.untyped_storage()._cdata == model.up.weight.untyped_storage()._cdata
 
 
 def test_inductor_tells_graphs_apart_that_differ_within_a_block(monkeypatch, tmp_path):
@@ -260,8 +276,8 @@ def test_a_transform_within_the_graph():
             y = super().forward(x)
             return torch.func.vmap(lambda row: row * row.sum())(y)
 
-    agree(Mapped(), X.clone().requires_grad_(), fused=False)
-    assert any("torch.func" in g.whole for g in coda.last_report().graphs)
+    agree(Mapped(), X.clone().requires_grad_())
+    assert any("torch.func" in why for _, why in coda.last_report().left)
 
 
 def test_hooks_of_parameters_and_of_gradients_run():

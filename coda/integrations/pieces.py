@@ -1,0 +1,174 @@
+"""A graph with something in it that coda leaves alone -> pieces between that, each a graph.
+
+Such are the switches of autocast and autograd, operators that hold graphs of their own, and what
+stands inside a transform of torch.func. They keep their places and torch runs them as they are; a
+piece is examined in the modes in which torch will run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx import Graph as FxGraph
+from torch.fx import GraphModule
+from torch.fx import Node as FxNode
+
+from coda.integrations.report import operator_name
+
+
+@dataclass
+class Piece:
+    """Some nodes of a graph, one after the other.
+
+    Attributes:
+        nodes: in their order.
+        why: why they are left alone; "" where coda looks at them.
+        inputs: what they read of nodes outside.
+        outputs: which of them are read outside.
+    """
+
+    nodes: list[FxNode]
+    why: str
+    inputs: list[FxNode]
+    outputs: list[FxNode]
+
+    def module(self, root: GraphModule) -> GraphModule:
+        """The piece as a graph that takes its inputs and returns a tuple."""
+        graph, copies = FxGraph(), dict[FxNode, FxNode]()
+        for node in self.inputs:
+            copies[node] = graph.placeholder(node.name)
+            copies[node].meta = dict(node.meta)
+        for node in self.nodes:
+            for held in node.all_input_nodes:
+                if held.op == "get_attr" and held not in copies:
+                    copies[held] = graph.node_copy(held)
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+        graph.output(tuple(copies[n] for n in self.outputs))
+        return GraphModule(root, graph)
+
+
+def left_alone(gm: GraphModule) -> dict[FxNode, str]:
+    """The nodes of a graph that coda leaves alone, and why; empty for most graphs."""
+    found: dict[FxNode, str] = {}
+    depth = 0
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        name = getattr(node.target, "__name__", str(node.target))
+        begins = name.endswith("increment_nesting")
+        depth += begins
+        if depth or str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
+            found[node] = "it stands inside a transform of torch.func"
+        elif node.target is getitem and node.args[0] in found:
+            found[node] = found[node.args[0]]
+        elif node.target in (_enter_autocast, _exit_autocast):
+            found[node] = "autocast begins or ends here"
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            found[node] = f"the operator `{operator_name(node)}` holds graphs of its own"
+        depth -= name.endswith("decrement_nesting")
+    switches = gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    return found | dict.fromkeys(switches, "autograd is switched here") if found else {}
+
+
+def pieces(gm: GraphModule, alone: Mapping[FxNode, str]) -> list[Piece]:
+    """A graph cut before and behind what is left alone."""
+    found: list[Piece] = []
+    where: dict[FxNode, int] = {}
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        why = alone.get(node, "")
+        if not found or found[-1].why != why:
+            found.append(Piece([], why, [], []))
+        found[-1].nodes.append(node)
+        where[node] = len(found) - 1
+    for piece in found:
+        mine = set(piece.nodes)
+        above = dict.fromkeys(o for n in piece.nodes for o in n.all_input_nodes if o not in mine)
+        piece.inputs = [o for o in above if o.op != "get_attr"]
+        piece.outputs = [n for n in piece.nodes if any(u not in mine for u in n.users)]
+    return found
+
+
+def rebuilt(
+    gm: GraphModule,
+    found: Sequence[Piece],
+    example_inputs: Sequence[Any],
+    made: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]],
+) -> GraphModule:
+    """The graph with each piece that coda looks at as what is `made` of it and its arguments."""
+    places = gm.graph.find_nodes(op="placeholder")
+    given = dict(zip(places, example_inputs, strict=True))
+    graph, root = FxGraph(), nn.Module()
+    copies = {n: graph.node_copy(n) for n in places}
+    with _Modes() as modes:
+        for number, piece in enumerate(found):
+            if piece.why:
+                modes.follow(piece.nodes)
+                module: nn.Module = piece.module(gm)
+            else:
+                examples = [given[n] if n in given else _leaf(n) for n in piece.inputs]
+                module = _Made(made(piece.module(gm), examples))
+            root.add_module(f"piece{number}", module)
+            call = graph.call_module(f"piece{number}", tuple(copies[n] for n in piece.inputs))
+            for i, node in enumerate(piece.outputs):
+                copies[node] = graph.call_function(getitem, (call, i))
+    (output,) = gm.graph.find_nodes(op="output")
+    for held in output.all_input_nodes:
+        if held.op == "get_attr":
+            copies[held] = graph.node_copy(held)
+            setattr(root, str(held.target), getattr(gm, str(held.target)))
+    graph.node_copy(output, lambda n: copies[n])
+    return GraphModule(root, graph)
+
+
+class _Made(nn.Module):
+    """A callable where fx wants a module."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *args: Any) -> Any:
+        return self.call(*args)
+
+
+class _Modes:
+    """The modes of torch as a graph's switches set them, left as they were found."""
+
+    def __enter__(self) -> _Modes:
+        self.recorded = torch.is_grad_enabled()
+        self.entered: dict[FxNode, Any] = {}
+        return self
+
+    def follow(self, nodes: Sequence[FxNode]) -> None:
+        """Do what some nodes will do."""
+        for node in nodes:
+            if node.target is _enter_autocast:
+                self.entered[node] = _enter_autocast(*node.args)
+            elif node.target is _exit_autocast:
+                before = self.entered.pop(node.args[0], None)  # type: ignore[arg-type]
+                if before is not None:
+                    _exit_autocast(before)
+            elif node.target is torch._C._set_grad_enabled:
+                torch._C._set_grad_enabled(bool(node.args[0]))
+
+    def __exit__(self, *_: object) -> None:
+        for context in reversed(self.entered.values()):
+            _exit_autocast(context)
+        torch._C._set_grad_enabled(self.recorded)
+
+
+def _leaf(node: FxNode) -> Any:
+    """What a piece gets of another one, as an argument of its own."""
+    value = node.meta.get("example_value")
+    if isinstance(value, Tensor):
+        value = value.detach().requires_grad_(value.requires_grad)
+        node.meta["example_value"] = value
+    return value
