@@ -61,11 +61,6 @@ def _half_at_ties(d: Any, larger: Any, a: Any, b: Any) -> Any:
     return larger.to("where", d, a.to("eq", b).to("where", d * 0.5, 0.0))
 
 
-def _stored_as(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """What a store in another type leaves of a value; nothing is lost where float64 is the aim."""
-    return lambda x: x if x.dtype == torch.float64 else x.to(dtype).to(x.dtype)
-
-
 _ROWS = (
     Scalar("add", 2, torch.add, zero=True, commutes=True, derivative=lambda d, y, a, b: (d, d)),
     Scalar("sub", 2, torch.sub, zero=True, derivative=lambda d, y, a, b: (d, -d)),
@@ -208,20 +203,6 @@ _ROWS = (
             _half_at_ties(d, a.to("lt", b), a, b),
             _half_at_ties(d, b.to("lt", a), b, a),
         ),
-    ),
-    Scalar(
-        "to_bf16",
-        1,
-        _stored_as(torch.bfloat16),
-        zero=True,
-        derivative=lambda d, y, a: (d,),
-    ),
-    Scalar(
-        "to_f16",
-        1,
-        _stored_as(torch.float16),
-        zero=True,
-        derivative=lambda d, y, a: (d,),
     ),
     Scalar("eq", 2, torch.eq, result="bool", commutes=True),
     Scalar("ne", 2, torch.ne, result="bool", commutes=True),

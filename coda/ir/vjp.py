@@ -420,7 +420,7 @@ def _reduce_rule(node: Reduce, d: Node) -> Node:
 def _as_stored(x: Node) -> Node:
     """A value of a narrow type as it is in memory: two kernels may hold it at other precisions."""
     narrow = x.dtype in (bf16, f16)
-    return Map(f"to_{x.dtype.name}", (x,)) if narrow else x
+    return Map(f"rounded_{x.dtype.name}", (x,)) if narrow else x
 
 
 def _one_hot(d: Node, arg: Node, index: Node) -> Node:

@@ -31,10 +31,12 @@ def lanes(fn: Callable[..., Any], *args: Any) -> Any:
     if not wide:
         return fn(*args)
     low, high = (fn(*(a[i] if isinstance(a, tuple) else a for a in args)) for i in (0, 1))
-    kind = (
-        F2 if isinstance(wide[0], F2) else type(wide[0])
-    )  # what was loaded with 16 bits is F2, too
-    return kind._make((low, high))
+    return _like(wide[0], low, high)
+
+
+def _like(a: Any, low: Any, high: Any) -> Any:
+    """Two numbers as a value like another: what was loaded with 16 bits becomes an F2, too."""
+    return (F2 if isinstance(a, F2) else type(a))._make((low, high))
 
 
 def div(a: Any, b: Any) -> Any:
@@ -58,7 +60,7 @@ def rounded_bf16(a: Any) -> Any:
     wide = cute.make_rmem_tensor(2, Int32)
     wide[0], wide[1] = bits << 16, bits & Int32(-65536)
     found = cute.recast_tensor(wide, Float32)
-    return type(a)._make((found[0], found[1])) if isinstance(a, tuple) else found[1]
+    return _like(a, found[0], found[1]) if isinstance(a, tuple) else found[1]
 
 
 def rounded_f16(a: Any) -> Any:
@@ -97,16 +99,6 @@ def square(a: Any) -> Any:
 def absolute(a: Any) -> Any:
     """The absolute value."""
     return lanes(lambda x: cute.math.abs(x), a)
-
-
-def to_bf16(a: Any) -> Any:
-    """What a store in bfloat16 leaves of a value."""
-    return lanes(lambda x: Float32(x).to(cutlass.BFloat16).to(Float32), a)
-
-
-def to_f16(a: Any) -> Any:
-    """What a store in float16 leaves of a value."""
-    return lanes(lambda x: Float32(x).to(cutlass.Float16).to(Float32), a)
 
 
 def exp(a: Any) -> Any:
