@@ -186,6 +186,8 @@ def cross_entropy(
     `reduction` is "mean" (over the rows that count), "sum" or "none" ([...]). `z_loss` adds
     z_loss · logsumexp².
     """
+    if not 0 <= label_smoothing <= 1:
+        raise CodaError("label_smoothing is a share, from 0 to 1", found=str(label_smoothing))
     logits, target, lead = _rows_and_classes("cross_entropy", logits, target)
     lse = logsumexp(logits, keepdims=True)
     loss = lse - pick(logits, target)

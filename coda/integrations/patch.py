@@ -105,9 +105,11 @@ def patch(
         dynamic: as in `torch.compile`.
 
     Raises:
-        CallError: without an example.
+        CallError: without an example, or for something that is no module.
         UnsupportedError: where no layer was replaced; the message is the table.
     """
+    if not isinstance(model, nn.Module):
+        raise CallError("coda.patch takes a torch.nn.Module", found=type(model).__name__)
     layers = dict(_chosen(model, tuple(only), tuple(skip)))
     if not layers:
         raise UnsupportedError(

@@ -49,12 +49,6 @@ def siblings(program: Program) -> tuple[tuple[Input, ...], ...]:
     return tuple(dict.fromkeys(every))
 
 
-def copied_bytes(program: Program, apart: bool = False) -> int:
-    """Bytes of copies of weights that a program keeps; with `apart`, if no weights lie together."""
-    reads = weight_reads(program)
-    return sum(r.nbytes for r in reads if r.why or (apart and len(r.together) > 1))
-
-
 def halves(program: Program, kernel: GemmKernel) -> int:
     """How far apart partners lie in B that the mainloop reads as it lies; 0 for plain rows."""
     split = kernel.assembled.split

@@ -58,6 +58,7 @@ LINES = {
     "reshape_by_a_float": lambda x: x.reshape(2.5),
     "tables_as_wide_as_heads": lambda h, t: coda.rope(h.reshape("M (H d) -> M H d"), t, t),
     "classes_as_floats": lambda x, z: coda.cross_entropy(x, z),
+    "smoothing_by_percent": lambda x, i: coda.cross_entropy(x, i, label_smoothing=10),
     # Lists, axes and indices.
     "split_into_none": lambda x: coda.split(x, 0)[0],
     "split_along_a_name": lambda x: coda.split(x, 2, "D")[0],

@@ -8,7 +8,7 @@ import torch
 
 import coda
 from coda.ir.graph import Concat
-from coda.lowering.weights import copied_bytes, halves, siblings, weight_reads
+from coda.lowering.weights import halves, siblings, weight_reads
 from coda.runtime.prepare import one_below_another
 
 T = coda.Tensor
@@ -21,6 +21,12 @@ GATED, TURNED = ("w_gate", "w_up"), ("w_q", "w_k", "w_v")
 @pytest.fixture(scope="module")
 def llama():
     return runpy.run_path(str(ROOT / "llama_layer.py"))["layer"]
+
+
+def copied_bytes(program, apart=False):
+    """Bytes of copies of weights that a program keeps; with `apart`, if no weights lie together."""
+    reads = weight_reads(program)
+    return sum(r.nbytes for r in reads if r.why or (apart and len(r.together) > 1))
 
 
 def names(program):
