@@ -231,7 +231,7 @@ class Space:
         first = self.place_of(value)
         rest = self.width - first - value.count
         zeros = [self.at((n,), Literal(0.0), None) for n in (first, rest)]
-        return beside([v for v in (zeros[0], value, zeros[1]) if v.count])
+        return beside([v for v in (zeros[0], value, zeros[1]) if v.count] or [value])
 
     @property
     def group_size(self) -> int:

@@ -82,8 +82,10 @@ def in_parts(graph: Graph, sizes: Mapping[str, int], passing: frozenset[str]) ->
     between = _between(graph, passing)
     for node in sorted(between, key=lambda n: -n.nbytes(sizes)):
         nbytes = node.nbytes(sizes)
+        if nbytes <= bound:
+            continue
         columns = part_columns(node.shape[-1].size(sizes), -(-nbytes // max(bound, 1)))
-        if nbytes <= bound or len(columns) < 2:
+        if len(columns) < 2:
             continue
         for seeds in (_sources(node), [node]):
             try:

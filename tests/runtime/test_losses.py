@@ -1,5 +1,7 @@
 """Losses over a vocabulary in training: what is stored, written over, and made in parts."""
 
+import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -430,6 +432,114 @@ def test_targets_that_are_no_class():
     assert total == 0
     assert not x.grad.any()
     assert head()(x, w, y, backend="reference").isnan()
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("arch", [None, "sm_90a", "sm_100a"])
+def test_no_tokens_at_all(arch, memory):
+    """The mean of nothing is NaN, its sum is 0, and gradients are 0; other sizes are as ever."""
+    for reduction in ("mean", "sum", "none"):
+        block, sizes = head(reduction=reduction), {"M": 5, "D": 64, "V": 72}
+        x, w, y = data(sizes, torch.bfloat16)
+        with device(arch) if arch else nullcontext():
+            for rows in (0, 5):
+                mine, asked = ([t.clone().requires_grad_() for t in (x[:rows], w)] for _ in "ab")
+                found = block(*mine, y[:rows], memory=memory)
+                expected = F.cross_entropy(asked[0] @ asked[1].T, y[:rows], reduction=reduction)
+                torch.testing.assert_close(found, expected, equal_nan=True, rtol=2e-2, atol=2e-2)
+                found.sum().backward()
+                expected.sum().backward()
+                for a, e in zip(mine, asked, strict=True):
+                    torch.testing.assert_close(a.grad, e.grad, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_rows_that_all_count_nothing_have_no_gradient(memory):
+    x, w, y = data({"M": 5, "D": 16, "V": 7})
+    y[:] = -100
+    mine, asked = ([t.clone().requires_grad_() for t in (x, w)] for _ in range(2))
+    head()(*mine, y, memory=memory).backward()
+    F.cross_entropy(asked[0] @ asked[1].T, y).backward()
+    for a, e in zip(mine, asked, strict=True):
+        assert torch.equal(a.grad, e.grad)
+        assert not a.grad.any()
+
+
+def sweep(seed):
+    """Options and arguments that were drawn by chance."""
+    r = random.Random(seed)
+    options = {
+        "reduction": r.choice(["mean", "sum", "none"]),
+        "smoothing": r.choice([0.0, 0.1, 1.0]),
+        "z_loss": r.choice([0.0, 1e-4, 0.1]),
+        "cap": r.choice([0.0, 1.0, 30.0]),
+        "wide": r.random() < 0.5,
+    }
+    sizes = {"M": r.choice([1, 2, 33, 129]), "D": r.choice([8, 24, 64])}
+    sizes["V"] = r.choice([2, 7, 31, 257, 509, 1021])
+    dtype = r.choice([torch.bfloat16, torch.float16])
+    x, w, y = data(sizes, seed=seed)
+    x, w = (x * r.choice([1e-4, 1.0, 10.0, 1e3, 1e4])).to(dtype), w.to(dtype)
+    if r.random() < 0.3:
+        y = (x.double() @ w.double().T).argmax(-1)
+    elif r.random() < 0.2:
+        y[:] = 0
+    return options, x, w, y
+
+
+def check_sweep(seed, memory, arch=None):
+    options, x, w, y = sweep(seed)
+    results = []
+    for kind in ("exact", "torch", "coda"):
+        given = [t.double() if kind == "exact" else t.clone() for t in (x, w)]
+        given = [t.requires_grad_() for t in given]
+        run = head(**options) if kind == "coda" else theirs
+        more = {"memory": memory} if kind == "coda" else options
+        with device(arch, checks="raise") if arch and kind == "coda" else nullcontext() as gpu:
+            loss = run(*given, y, **more)
+            loss.sum().backward()
+            assert gpu is None or not gpu.report().findings
+        results.append([loss.detach(), *(t.grad for t in given)])
+    for exact, torchs, mine in zip(*results, strict=True):
+        ok = exact.isfinite() & torchs.isfinite()  # torch's own float16 overflows first
+        assert mine[ok].isfinite().all()
+        errors = [float((g.double() - exact)[ok].norm()) for g in (mine, torchs)]
+        scale = float(exact[ok].norm()) * torch.finfo(x.dtype).eps
+        assert errors[0] <= 1.15 * errors[1] + scale, (seed, errors, scale)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_losses_drawn_by_chance(memory):
+    for seed in range(12):
+        check_sweep(seed, memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", MEMORY)
+def test_many_losses_drawn_by_chance(memory):
+    for seed in range(12, 200):
+        check_sweep(seed, memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("seed", range(6))
+def test_losses_drawn_by_chance_in_the_simulator(seed, arch):
+    check_sweep(seed, MEMORY[seed % 3], arch)
+
+
+def test_products_of_float32_are_refused_by_kernels_and_cast_by_autocast():
+    x, w, y = data(SMALL, torch.float32)
+    w.requires_grad_()
+    with device("sm_90a"):
+        with pytest.raises(CodaError, match="operands of one type of 8 or 16 bits"):
+            head()(x, w, y)
+        with torch.autocast("cpu", torch.bfloat16):
+            head()(x, w, y).backward()
+    asked = w.detach().clone().requires_grad_()
+    theirs(x, asked, y).backward()
+    assert w.grad.dtype == torch.float32
+    close([w.grad], [asked.grad.double()])
 
 
 @pytest.mark.parametrize("memory", ["min", "balanced"])
