@@ -213,7 +213,7 @@ def _inputs(
     found: dict[str, tuple[Any, Any]] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: found.setdefault(name, (args, kwargs)) and None
+        return lambda module, *given: found.setdefault(name, _copied(given)) and None
 
     hooks = [m.register_forward_pre_hook(keep(n), with_kwargs=True) for n, m in layers.items()]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -247,15 +247,16 @@ def _check(
     """Run one layer by torch and by coda, and hold both against float64."""
     if inputs is None:
         return Patched(name, False, "the example does not reach it")
-    args, kwargs = inputs
     modes = {m: m.training for m in layer.modules()}
     before = len(told.last_report().graphs)
     try:
         layer.eval()
         with torch.no_grad():
+            args, kwargs = _copied(inputs)
             plain = _tensors(layer._call_impl(*args, **kwargs))
+            args, kwargs = _copied(inputs)
             ours = _tensors(call(layer, *args, **kwargs))
-            exact = _exactly(layer, args, kwargs)
+            exact = _exactly(layer, inputs)
     except Exception as e:
         return Patched(name, False, f"{type(e).__name__}: {str(e).splitlines()[0]}")
     finally:
@@ -273,12 +274,20 @@ def _check(
     return Patched(name, not why, why, fused, left, error, others, copied)
 
 
-def _exactly(layer: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
+def _copied(inputs: Any) -> Any:
+    """Arguments that a call may write to (a cache) without the next call's seeing it."""
+    try:
+        return copy.deepcopy(inputs)
+    except (TypeError, RuntimeError):  # something that cannot be copied
+        return inputs
+
+
+def _exactly(layer: nn.Module, inputs: Any) -> list[Tensor]:
     """The layer's outputs in float64, or in float32 where one of its operators has no float64."""
     try:
-        return _in_type(torch.float64, layer, args, kwargs)
+        return _in_type(torch.float64, layer, *_copied(inputs))
     except RuntimeError:
-        return _in_type(torch.float32, layer, args, kwargs)
+        return _in_type(torch.float32, layer, *_copied(inputs))
 
 
 def _in_type(dtype: torch.dtype, layer: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:

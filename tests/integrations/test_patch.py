@@ -180,3 +180,25 @@ def test_a_layer_that_float64_does_not_run_is_held_against_float32():
     report = coda.patch(model, [x])
     assert report.replaced == 2
     assert 0 < report.layers[0].error <= 2 * report.layers[0].torch_error
+
+
+class Remembering(nn.Module):
+    """A layer that adds to a cache, and reads all of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x, cache):
+        y = x + self.down(torch.relu(self.up(x)))
+        cache.append(y)
+        return y + sum(cache)
+
+
+def test_a_cache_that_a_layer_writes_to_is_as_it_was_for_each_check():
+    model = nn.Sequential()
+    model.layers = nn.ModuleList([Remembering()])
+    model.forward = lambda x: model.layers[0](x, cache=[])
+    report = coda.patch(model, [torch.randn(8, 32)])
+    assert report.replaced == 1
+    assert report.layers[0].error < 1e-6
