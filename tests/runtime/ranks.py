@@ -35,6 +35,14 @@ def rotated(x: T["M D"], g: T["D"], w: T["(H d) D"], cos: T["M d/2"], sin: T["M 
     return coda.rope(q, cos, sin)
 
 
+@coda.block
+def part_of_loss(x: T["M D"], w: T["V D"], target: T["M", coda.i64]):
+    logits = x @ w.T
+    inside = (target >= 0) & (target < logits.shape[-1])
+    picked = coda.where(inside, coda.pick(logits, target)[:, 0], 0.0)
+    return coda.logsumexp(logits), picked
+
+
 def place(tensors, mesh, placements):
     return [
         distribute_tensor(t.detach(), mesh, p if isinstance(p, list) else [p]).requires_grad_()
@@ -76,6 +84,29 @@ def heads_are_shared_out(mesh):
     placements = [Replicate(), Replicate(), Shard(0), Replicate(), Replicate()]
     dims = {"H": 4, "d": 8}
     hold_against_one(rotated, sizes, mesh, placements, Shard(1), dims)
+
+
+def a_vocabulary_is_shared_out(mesh):
+    """Each rank's logsumexp and picked logits, put together by torch, with their gradients."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 16, generator=generator, dtype=torch.float64) for n in (10, 600))
+    target = torch.randint(0, 600, (10,), generator=generator)
+    target[3] = -100
+    whole = [t.clone().requires_grad_() for t in (x, w)]
+    expected = torch.nn.functional.cross_entropy(whole[0] @ whole[1].T, target)
+    expected.backward()
+    for memory in ("min", "balanced"):
+        rows, words = place([x, w], mesh, [Replicate(), Shard(0)])
+        local = words.to_local()
+        mine = target - mesh.get_local_rank() * len(local)
+        here = rows.to_local(grad_placements=[Partial()])
+        parts = torch.stack(part_of_loss(here, local, mine, memory=memory))
+        every = DTensor.from_local(parts[None], mesh, [Shard(0)]).full_tensor()
+        loss = (every[:, 0].logsumexp(0) - every[:, 1].sum(0))[target != -100].mean()
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        for found, one in zip((rows, words), whole, strict=True):
+            torch.testing.assert_close(found.grad.full_tensor(), one.grad)
 
 
 def rows_and_weights_on_a_mesh_of_two_axes(_):
@@ -249,6 +280,7 @@ CHECKS = (
     rows_are_shared_out,
     columns_and_rows_of_weights_are_shared_out,
     heads_are_shared_out,
+    a_vocabulary_is_shared_out,
     rows_and_weights_on_a_mesh_of_two_axes,
     local_tensors_are_plain,
     what_ranks_cannot_do_apart_is_refused,
