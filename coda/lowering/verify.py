@@ -44,9 +44,11 @@ class _Check:
             if place is not None:
                 if place.buffer not in self.written:
                     raise self.fault(f"{who} reads `{place.buffer}` before it is written")
+            elif one in self.prepared or isinstance(one, Input | Const | Size | Iota):
+                continue
             elif isinstance(one, Cast | Expand) or is_view(one):
                 stack += one.operands
-            elif one not in self.prepared and not isinstance(one, Input | Const | Size | Iota):
+            else:
                 raise self.fault(f"{who} reads a `{type(one).__name__}` that nobody stores")
 
     def operands(self, kernel: GemmKernel | RowwiseKernel) -> None:
