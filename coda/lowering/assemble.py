@@ -237,23 +237,34 @@ class _Assembly:
         return last.name, lane
 
     def table(self, source: Ints, index: Ints, tables: set[int]) -> Load:
-        """The load of a table that repeats along the columns."""
+        """The load of a table that repeats along the columns, or has an element for each group."""
         used = source >= 0
         if len(tables) > 1 or np.any(source[used] != next(iter(tables))):
             raise Refused("its columns read different tables")
         node = self.space.sources[next(iter(tables))]
         period = self.space.tables[node]
         point = np.arange(len(source))
+        group, rest = divmod(len(source), period)
+        if group > 1 and not rest and np.array_equal(index[used], point[used] // group):
+            if not self.space.whole_rows:
+                raise Refused("a matrix with one element for each group of columns")
+            return self.repeated(node, "grouped", group)
         if np.any(index[used] != point[used] % period):
             node, period = self.part(node, period, point[used], index[used])
         columns = period * (1 if self.split is None else 2)
         fits = any(t % columns == 0 or columns % t == 0 for t in (64, 128, 256))
         if not (fits or self.space.whole_rows):
             raise Refused(f"a table of {columns} columns is not a part of a tile")
+        return self.repeated(node, "periodic", period)
+
+    def repeated(self, node: Node, kind: str, period: int) -> Load:
+        """The load of a matrix with fewer columns than the kernel has points."""
         name = self.space.leaf(node)
         if name is None:
             raise Refused("a table that is not in memory")
-        self.operands[name] = Operand(name, "periodic", node.dtype, 1, period)
+        found = Operand(name, kind, node.dtype, 1, period)
+        if self.operands.setdefault(name, found) != found:
+            raise Refused("a table is read in two ways")
         self.nodes[name] = node
         return Load(name, 0)
 

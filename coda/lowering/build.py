@@ -48,7 +48,7 @@ class Banned(Exception):
     """Kernels whose columns cannot be laid out for one of their nodes, which has to go elsewhere.
 
     `places` are (place, node): the place is the GEMM's first contraction, or where in a pass over
-    rows: "shared" or "alone".
+    rows: "shared" or "alone", or as a statistic of "groups" of its columns.
     """
 
     def __init__(self, places: Iterable[tuple[Node | str, Node]], why: str) -> None:
@@ -301,10 +301,17 @@ class _Build:
             return assemble(draft.space, stores, sinks, self.operand_of, self.partial)
         except Refused as refusal:
             node = self.culprit(draft, groups, sunk)
-            shared = ("shared", node) not in self.partition.banned
-            rows = "shared" if shared else "alone"
-            place = draft.contracts[0] if draft.contracts else rows
-            raise Banned([(place, node)], str(refusal)) from refusal
+            raise Banned([(self.refused_at(draft, node), node)], str(refusal)) from refusal
+
+    def refused_at(self, draft: Draft, node: Node) -> Node | str:
+        """The place where a node cannot be: its GEMM, or the first that is left in a pass."""
+        if draft.contracts:
+            return draft.contracts[0]
+        along = isinstance(node, Reduce) and node.axis == -1
+        part = along and node.operands[0].shape[-1].size(self.sizes) < draft.space.width
+        if part and ("groups", node) not in self.partition.banned:
+            return "groups"
+        return "alone" if ("shared", node) in self.partition.banned else "shared"
 
     def store(self, draft: Draft, group: list[tuple[Node, Value]]) -> Store:
         """One store; columns of the accumulator that nobody asked for are written as they are."""

@@ -177,6 +177,10 @@ class Space:
         wide = [self.width] if self.segment is None else [self.width, self.segment[1]]
         return any(elements == w * rows for w in wide)
 
+    def has_rows(self, node: Node) -> bool:
+        """Whether the rows are some leading axes of a node."""
+        return any(product(node.shape[:i]) == self.rows for i in range(node.rank + 1))
+
     @contextmanager
     def attempt(self, kept: Callable[[Node], bool]) -> Iterator[None]:
         """Forget what was computed inside if it is refused, but for the nodes to be kept."""

@@ -66,7 +66,8 @@ class Drafts:
         graph: in the normal form of the laws.
         sizes: the size of every symbol.
         banned: (place, node): nodes that a kernel's layout of columns cannot take. The place is a
-            GEMM's first contraction, or a pass over rows that is "shared" or taken "alone".
+            GEMM's first contraction, or a pass over rows that is "shared" or taken "alone", or
+            one that has it as a statistic of "groups".
         apart: whether contractions whose rows are reduced have a GEMM of their own.
         passing: names of arguments that are new in every call.
         part_of: contractions of a value that is made in parts.
@@ -192,7 +193,8 @@ class Drafts:
         under = self.storage(node)
         if under is node or not (isinstance(under, Input) or self.in_memory(under, draft)):
             return None
-        fills = draft.space.matches(product(under.shape).size(self.sizes))
+        space = draft.space
+        fills = space.matches(product(under.shape).size(self.sizes)) and space.has_rows(under)
         return None if fills else self.name(node)
 
     def in_memory(self, node: Node, draft: Draft) -> bool:

@@ -81,20 +81,15 @@ class _Emitter(Sweeps):
     def parameters(self) -> tuple[tuple[str, str, int, bool], ...]:
         found: list[tuple[str, str, int, bool]] = []
         for o in self.epilogue.operands:
-            columns = {
-                "row": self.kernel.width,
-                "col": 1,
-                "scalar": 1,
-                "tile": self.kernel.width if o.lanes == self.lanes else self.points,
-                "periodic": o.period,
-            }.get(o.kind)
-            if o.span:
-                columns = o.span[1]
-            if columns is None and o.name in self.tall:
+            if o.kind == "partial" and o.name in self.tall:
                 columns = 0
-            elif columns is None:
+            elif o.kind == "partial":
                 parts = self.program.buffers[o.name].shape[-1].size(self.program.sizes)
                 columns = parts * o.lanes
+            elif o.kind == "row":
+                columns = self.kernel.width
+            else:
+                columns = 1 if o.kind == "scalar" else o.columns(self.points, self.lanes)
             found.append((safe(o.name), o.name, columns, False))
         for store in self.epilogue.stores:
             shape = self.program.buffers[store.buffer].shape

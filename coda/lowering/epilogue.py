@@ -105,6 +105,8 @@ class Operand:
                   `lanes == 1` in pair mode: one value for each pair, [M, N/2].
         "periodic" a matrix [M, period] that repeats along the columns (RoPE tables: [M, d/2] in
                   pair mode repeats every d columns).
+        "grouped" a matrix [M, points / period] with one element for each group of `period` points
+                  side by side (a statistic of heads). A pass over rows alone reads it.
         "scalar"  one number.
         "partial" planes of a split reduction, [M, parts] each, folded by a `Statistic`.
 
@@ -120,6 +122,19 @@ class Operand:
     period: int = 0
     split: int = 0
     span: Span | None = None
+
+    def columns(self, points: int, lanes: int) -> int:
+        """How many columns it has in a kernel of so many points with so many lanes each.
+
+        Of kinds that have some at each row: not of "row", "scalar" and "partial".
+        """
+        if self.kind == "periodic":
+            return self.period
+        if self.kind == "grouped":
+            return points // self.period
+        if self.kind == "col":
+            return 1
+        return self.span[1] if self.span else points * self.lanes
 
 
 @dataclass(frozen=True)

@@ -353,7 +353,7 @@ class Partition(Drafts):
         why = "no kernel computes it"
         if isinstance(node, Reduce) and self.summed_in_pass(node, index):
             return
-        for rows, columns in row_shapes(node, self.rows):
+        for rows, columns in row_shapes(node, self.rows, ("groups", node) not in self.banned):
             width = columns.size(self.sizes)
             if ("alone", node) in self.banned:
                 why = "the columns of a pass over rows cannot be laid out for it"

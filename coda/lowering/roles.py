@@ -135,14 +135,18 @@ def in_order(roots: Iterable[Node]) -> list[Node]:
     return [*early, *before, *(n for n in nodes if n in wide), *after]
 
 
-def row_shapes(node: Node, mine: Dim) -> list[tuple[Dim, Dim]]:
-    """Ways to see a node as rows and columns, the rows of the program (`mine`) first."""
+def row_shapes(node: Node, mine: Dim, groups: bool = False) -> list[tuple[Dim, Dim]]:
+    """Ways to see a node as rows and columns, the rows of the program (`mine`) first.
+
+    A reduction has the columns that it reduces, or with `groups` also several groups of them.
+    """
     shape = node.operands[0].shape if isinstance(node, Reduce) else node.shape
     found: list[tuple[Dim, Dim]] = []
     for i in range(len(shape) + 1):
         rows, columns = product(shape[:i]), product(shape[i:])
         whole = not isinstance(node, Reduce) or i == len(shape) + node.axis
-        if whole and rows == mine:
+        grouped = groups and isinstance(node, Reduce) and node.axis == -1 and 0 < i < len(shape)
+        if (whole or grouped) and rows == mine:
             found.insert(0, (rows, columns))
         elif whole and (i == len(shape) - 1 or not shape):
             found.append((rows, columns))

@@ -58,10 +58,9 @@ def is_ragged(assembled: Assembled, width: int) -> bool:
     """
     epilogue = assembled.epilogue
     plain = not (epilogue.pair or epilogue.sinks or any(s.group for s in epilogue.statistics))
-    matrices = [x for x in epilogue.operands if x.kind in ("tile", "periodic")]
-    spans = any(x.span for x in (*matrices, *epilogue.stores))
-    periodic = any(x.kind == "periodic" for x in matrices)
-    return plain and not spans and not periodic and width > _MOST and width % _MOST != 0
+    spans = any(x.span for x in (*epilogue.operands, *epilogue.stores))
+    periods = any(x.period for x in epilogue.operands)
+    return plain and not spans and not periods and width > _MOST and width % _MOST != 0
 
 
 def pieces_of(assembled: Assembled, width: int, padded: bool = False) -> tuple[Piece, ...]:

@@ -76,6 +76,8 @@ class Sweeps:
         name = safe(operand.name)
         if operand.kind in ("col", "scalar"):
             return f"{name}_0"
+        if operand.kind == "grouped":
+            return f"{name}_v[0]"
         if operand.split:
             return f"{name}_{lane}[j]"
         if operand.lanes == 2:
@@ -157,6 +159,9 @@ class Sweeps:
                 continue
             if o.kind == "periodic":
                 at = f"{at} % {o.period // self.vec}"
+            if o.kind == "grouped":
+                lines.append(f"{x}_v = load({x}, {row}, {at} // {o.period // self.vec}, 1)")
+                continue
             lines.append(f"{x}_v = load({x}, {row}, {at}, {o.lanes * self.vec})")
         return lines
 

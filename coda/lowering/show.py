@@ -80,7 +80,8 @@ def _operand(operand: Operand, assembled: Assembled, program: Program) -> str:
         used = sorted({int(i) for i in packed[0].source if i >= 0})
         sources = [label(assembled.sources[i], program) for i in used]
         text += " of " + (", ".join(sources) if sources else "segment numbers")
-    return text + (f" repeating every {operand.period}" if operand.period else "")
+    how = "repeating every" if operand.kind == "periodic" else "for groups of"
+    return text + (f" {how} {operand.period}" if operand.period else "")
 
 
 def _assignments(exprs: Iterable[Expr], names: dict[Expr, str]) -> list[str]:

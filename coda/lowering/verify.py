@@ -65,10 +65,11 @@ class _Check:
                 raise self.fault(f"{who} folds `{name}` before it is written")
             if node is None or name in kernel.assembled.spread:
                 continue
-            whole = operand.span[1] if operand.span else width * operand.lanes // lanes
-            columns = {"tile": whole, "periodic": operand.period, "col": 1}.get(operand.kind)
+            if operand.kind not in ("tile", "periodic", "grouped", "col"):
+                continue
+            columns = operand.columns(width // lanes, lanes)
             elements = product(node.shape).size(sizes)
-            if columns is not None and elements != rows * columns:
+            if elements != rows * columns:
                 found = f"{elements} elements where it loads {rows} x {columns}"
                 raise self.fault(f"{who} reads `{name}`, which has {found}")
 

@@ -269,14 +269,14 @@ class _Points:
             return x.reshape(1, -1)[:, lane :: operand.lanes]
         if operand.kind == "col":
             return x.reshape(self.rows, 1)
-        columns = operand.period or self.width * operand.lanes // self.lanes
+        x = x.reshape(self.rows, operand.columns(self.points, self.lanes))
         if operand.span:
             first, columns = operand.span
-            x = x.reshape(self.rows, columns)
             x = torch.nn.functional.pad(x, (first, self.width - first - columns))
-        x = x.reshape(self.rows, self.width if operand.span else columns)
         if operand.kind == "periodic":
             return x[:, torch.arange(self.points, device=x.device) % operand.period]
+        if operand.kind == "grouped":
+            return x[:, torch.arange(self.points, device=x.device) // operand.period]
         if operand.split:
             blocks = self.width // (2 * operand.split)
             x = x.reshape(self.rows, blocks, 2, operand.split)[:, :, lane]

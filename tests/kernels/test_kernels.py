@@ -187,7 +187,37 @@ def test_ragged_and_prime_sizes_and_every_function(block, sizes, arch):
         hold_against_float64(block, random_inputs(block.graph, sizes), sizes)
 
 
+@coda.block
+def gated_heads(
+    a: T["M (H d)"], g: T["M (H d)"], w_n: T["d"], w: T["D (H d)"], z: T["M H"], x: T["M D"]
+):
+    """Heads that are normed, gated element by element, and gated once for each head."""
+    h = coda.rms_norm(a.reshape("M (H d) -> M H d"), w_n, eps=1e-5)
+    h = (h * coda.sigmoid(z)[:, :, None]).reshape("M H d -> M (H d)")
+    return x + (h * coda.silu(g)) @ w.T
+
+
+@coda.block
+def turned_heads(a: T["M (H d)"], w_n: T["d"], w: T["D (H d)"], cos: T["M d/2"], sin: T["M d/2"]):
+    """Heads that are normed and rotated before a product: pairs read a head's statistic."""
+    h = coda.rms_norm(a.reshape("M (H d) -> M H d"), w_n, eps=1e-5)
+    return coda.rope(h, cos, sin).reshape("M H d -> M (H d)") @ w.T
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("d", [16, 64, 80])
+@pytest.mark.parametrize("block", [gated_heads, turned_heads], ids=["gated", "turned"])
+def test_statistics_of_heads_before_a_product(block, d, arch):
+    """Also of widths that no warp takes side by side."""
+    sizes = {s: {"M": 37, "H": 3, "D": 64}.get(s, d) for s in block.graph.symbols}
+    with device(arch, checks="raise"):
+        inputs = random_inputs(block.graph, sizes)
+        hold_against_float64(block, inputs, sizes)
+        report = measure_gradients(block, block.graph, inputs, "sim", dims=sizes)
+        hold(report, spread=1.0)
+
+
 @coda.block
 def masked(x: T["M D"], w: T["F D"], keep: T["M F", coda.bool_], rows: T["M", coda.bool_]):
     y = (x @ w.T) / coda.sqrt(x.shape[-1])

@@ -14,6 +14,7 @@ from coda.ir.text import parse
 from coda.ir.types import f64
 from coda.lowering.derive import MEMORY, derive
 from coda.lowering.pipeline import lower
+from coda.lowering.program import TorchKernel
 from coda.measure import random_inputs
 from coda.runtime.reference import run_reference
 from tests.lowering.test_random_blocks import SETTINGS, SIZES, blocks, values
@@ -151,6 +152,52 @@ def test_what_stays_of_a_refused_attempt_keeps_its_place(roots, memory):
     """Its kernel (a sigmoid's operand), and the columns of a matrix narrower than the kernel."""
     graph = parse(ROTATED.replace("OUT0", roots[0]).replace("OUT1", roots[1]))
     check(graph, values(graph), SIZES, memory)
+
+
+TWO_WAYS = """
+block ways(%a: [M, 256] f64, %z: [M, 16] f64, %w: [8, 256] f64) {
+  %0 = reshape %a [M, 16, 16]
+  %1 = reshape %z [M, 16, 1]
+  %2 = mul %0, %1
+  %3 = reshape %z [M, 1, 16]
+  %4 = add %2, %3
+  %5 = reshape %4 [M, 256]
+  %6 = contract %5, %w f64
+  return out = %6
+}
+"""
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_one_matrix_that_is_read_by_heads_and_within_them(memory):
+    graph = parse(TWO_WAYS)
+    check(graph, random_inputs(graph, {"M": 5}), {"M": 5}, memory)
+
+
+HEAD_NORM = """
+block heads(%a: [M, 4*d] f64, %g: [M, 4*d] f64, %n: [d] f64, %w: [32, 4*d] f64) {
+  %0 = reshape %a [M, 4, d]
+  %1 = square %0
+  %2 = mean %1 axis -1
+  %3 = rsqrt %2
+  %4 = mul %0, %3
+  %5 = mul %4, %n
+  %6 = reshape %5 [M, 4*d]
+  %7 = mul %6, %g
+  %8 = contract %7, %w f64
+  return out = %8
+}
+"""
+
+
+@pytest.mark.parametrize("d", [16, 64, 80])
+def test_a_norm_of_heads_before_a_product_takes_few_passes(d):
+    """Statistics of heads are read by groups of columns; torch does nothing."""
+    graph = parse(HEAD_NORM)
+    sizes = {"M": 5, "d": d}
+    backward = check(graph, random_inputs(graph, sizes), sizes)
+    assert not any(isinstance(k, TorchKernel) for k in backward.kernels)
+    assert len(backward.kernels) == (5 if d == 64 else 6)
 
 
 SMALL = {"M": 5, "D": 32, "F": 24, "H": 2, "G": 1, "d": 32, "V": 50}
