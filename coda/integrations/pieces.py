@@ -18,8 +18,11 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
+from torch.utils.checkpoint import checkpoint
 
 from coda.integrations.report import operator_name
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
 @dataclass
@@ -69,6 +72,8 @@ def left_alone(gm: GraphModule) -> dict[FxNode, str]:
             found[node] = found[node.args[0]]
         elif node.target in (_enter_autocast, _exit_autocast):
             found[node] = "autocast begins or ends here"
+        elif node.target is CHECKPOINT and not _chooses(getattr(gm, str(node.args[0].target))):
+            found[node] = "a checkpoint, of which the report tells by itself"
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             found[node] = f"the operator `{operator_name(node)}` holds graphs of its own"
         depth -= name.endswith("decrement_nesting")
@@ -107,14 +112,22 @@ def rebuilt(
     given = dict(zip(places, example_inputs, strict=True))
     graph, root = FxGraph(), nn.Module()
     copies = {n: graph.node_copy(n) for n in places}
+
+    def example(value: Any) -> Any:
+        if not isinstance(value, FxNode):
+            return value
+        return given[value] if value in given else _leaf(value)
+
     with _Modes() as modes:
         for number, piece in enumerate(found):
             if piece.why:
                 modes.follow(piece.nodes)
-                module: nn.Module = piece.module(gm)
+                part = piece.module(gm)
+                calls = [n for n in piece.nodes if n.target is CHECKPOINT]
+                _with_blocks(part, made, [[example(a) for a in n.args[1:]] for n in calls])
+                module: nn.Module = part
             else:
-                examples = [given[n] if n in given else _leaf(n) for n in piece.inputs]
-                module = _Made(made(piece.module(gm), examples))
+                module = _Made(made(piece.module(gm), [example(n) for n in piece.inputs]))
             root.add_module(f"piece{number}", module)
             call = graph.call_module(f"piece{number}", tuple(copies[n] for n in piece.inputs))
             for i, node in enumerate(piece.outputs):
@@ -126,6 +139,38 @@ def rebuilt(
             setattr(root, str(held.target), getattr(gm, str(held.target)))
     graph.node_copy(output, lambda n: copies[n])
     return GraphModule(root, graph)
+
+
+def _with_blocks(
+    module: GraphModule,
+    made: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]],
+    examples: Sequence[Sequence[Any]],
+) -> None:
+    """Put blocks into what checkpoints compute, which is computed again in the backward.
+
+    torch's operator only marks its graph for a partition of forward and backward that is not made
+    here. A choice of what is saved (`context_fn`) is left as it is.
+    """
+    calls = module.graph.find_nodes(op="call_function", target=CHECKPOINT)
+    for call, arguments in zip(calls, examples, strict=True):
+        held = str(call.args[0].target)
+        body = getattr(module, held)
+        if isinstance(body, GraphModule):
+            if _chooses(body):
+                continue
+            setattr(module, held, _Made(made(body, arguments)))
+        call.target = _checkpointed
+    module.recompile()
+
+
+def _chooses(body: GraphModule) -> bool:
+    """Whether a checkpoint chooses what is saved (`context_fn`)."""
+    return body.meta.get("_checkpoint_context_fn") is not None
+
+
+def _checkpointed(body: nn.Module, *args: Any, **options: Any) -> Any:
+    keep = options.get("preserve_rng_state", True)
+    return checkpoint(body, *args, use_reentrant=False, preserve_rng_state=keep)
 
 
 class _Made(nn.Module):

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import coda
+from coda.integrations import pieces
 from tests.integrations.zoo import distance
 
 X = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(2))
@@ -154,3 +156,33 @@ def test_by_inductor_between(monkeypatch):
     (b,), others = run(model, model, X)
     assert distance(a, b) < 1e-5
     assert all(distance(mine[n], others[n]) < 1e-5 for n in others)
+
+
+class Checkpointed(Model):
+    """Parts that are computed again in the backward, one of them with chance in it."""
+
+    def forward(self, x):
+        y = checkpoint(self.first, x, use_reentrant=False)
+        return y, checkpoint(lambda t: F.dropout(self.second(t), 0.5), y, use_reentrant=True)
+
+
+def test_what_is_checkpointed_has_blocks_and_is_computed_again(monkeypatch):
+    torch._dynamo.reset()
+    model, runs = Checkpointed(), []
+
+    def counted(body, *args, **options):
+        return checkpoint(lambda *a: runs.append(body) or body(*a), *args, **options)
+
+    monkeypatch.setattr(pieces, "checkpoint", counted)
+    call = torch.compile(model, backend="coda")
+    torch.manual_seed(0)
+    expected, wanted = run(model, model, X)
+    torch.manual_seed(0)
+    found, gradients = run(model, call, X)
+    assert len(runs) == 4
+    blocks = [r for g in coda.last_report().graphs for r in g.regions]
+    assert len(blocks) == 2
+    for a, b in zip(found, expected, strict=True):
+        assert distance(a, b) < 1e-5
+    for name, gradient in wanted.items():
+        assert distance(gradients[name], gradient) < 1e-5, name
