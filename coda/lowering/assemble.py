@@ -314,10 +314,8 @@ class _Assembly:
         span = None
         if kind == "tile" and name in self.space.offsets:
             spread = self.space.spread.get(name)
-            elements = count.size(self.space.sizes)
-            columns = elements // self.space.rows.size(self.space.sizes)
-            if spread is not None:
-                columns = product(node.shape[node.rank - spread.columns :]).size(self.space.sizes)
+            first = self.space.split(node) if spread is None else node.rank - spread.columns
+            columns = product(node.shape[first:]).size(self.space.sizes)
             span = self.space.offsets[name], columns
         self.operands[name] = Operand(name, kind, dtype, lanes, split=split or 0, span=span)
         self.nodes[name] = node

@@ -68,6 +68,7 @@ class _Build:
     needed: set[Node] = field(default_factory=set)
     loaded: set[Node] = field(default_factory=set)
     folded: set[Node] = field(default_factory=set)
+    symbols: set[str] = field(default_factory=set)
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -96,6 +97,7 @@ class _Build:
                 continue
             if kernel is not None:
                 kernels.append(kernel)
+                self.symbols |= draft.symbols
         if refusals:  # all at once: each is a partition to make anew
             raise Banned((p for r in refusals for p in r.places), str(refusals[0]))
         program.kernels = tuple(self.typed(k) for k in numbered(kernels[::-1]))
@@ -142,7 +144,7 @@ class _Build:
         nodes = list(walk(self.partition.graph.roots))
         every = {s for i in self.program.graph.inputs for d in i.shape for s in d.symbols}
         free = row_symbols(nodes) or set(self.partition.rows.symbols)
-        within = {s for d in self.partition.drafts if d.homed for s in d.symbols}
+        within = set(self.symbols)
         sized = [n for n in walk(self.program.graph.roots) if isinstance(n, Size)]
         within |= {s for n in sized for s in n.dim.symbols}
         return frozenset(every - free | within)
