@@ -144,10 +144,9 @@ class _Build:
         nodes = list(walk(self.partition.graph.roots))
         every = {s for i in self.program.graph.inputs for d in i.shape for s in d.symbols}
         free = row_symbols(nodes) or set(self.partition.rows.symbols)
-        within = set(self.symbols)
         sized = [n for n in walk(self.program.graph.roots) if isinstance(n, Size)]
-        within |= {s for n in sized for s in n.dim.symbols}
-        return frozenset(every - free | within)
+        within = {s for n in sized for s in n.dim.symbols}
+        return frozenset(every - free | within | self.symbols)
 
     def need(self, node: Node) -> None:
         """Record that a node is loaded."""

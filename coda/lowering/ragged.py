@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from coda.lowering.epilogue import Acc, Call, Expr, Literal, Load, Operand
@@ -26,12 +27,16 @@ class _Outside:
     zero: tuple[str, ...]
     known: dict[tuple[str, Expr], bool] = field(default_factory=dict)
 
+    def once(self, question: Callable[[Expr], bool], expr: Expr) -> bool:
+        """The answer, found when it is asked for the first time."""
+        key = question.__name__, expr
+        if key not in self.known:
+            self.known[key] = question(expr)
+        return self.known[key]
+
     def vanishes(self, expr: Expr) -> bool:
         """Whether an expression is surely 0."""
-        key = "vanishes", expr
-        if key not in self.known:
-            self.known[key] = self._vanishes(expr)
-        return self.known[key]
+        return self.once(self._vanishes, expr)
 
     def _vanishes(self, expr: Expr) -> bool:
         match expr:
@@ -54,10 +59,7 @@ class _Outside:
 
     def diverges(self, expr: Expr) -> bool:
         """Whether an expression may be infinite: 0 times it is not 0 then."""
-        key = "diverges", expr
-        if key not in self.known:
-            self.known[key] = self._diverges(expr)
-        return self.known[key]
+        return self.once(self._diverges, expr)
 
     def _diverges(self, expr: Expr) -> bool:
         if not isinstance(expr, Call):

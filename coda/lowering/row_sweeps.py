@@ -157,12 +157,12 @@ class Sweeps:
                     where = self.apart(at, o.split, lane)
                     lines.append(f"{x}_{lane} = load({x}, {row}, {where}, {self.vec})")
                 continue
+            count = o.lanes * self.vec
             if o.kind == "periodic":
                 at = f"{at} % {o.period // self.vec}"
-            if o.kind == "grouped":
-                lines.append(f"{x}_v = load({x}, {row}, {at} // {o.period // self.vec}, 1)")
-                continue
-            lines.append(f"{x}_v = load({x}, {row}, {at}, {o.lanes * self.vec})")
+            elif o.kind == "grouped":
+                at, count = f"{at} // {o.period // self.vec}", 1
+            lines.append(f"{x}_v = load({x}, {row}, {at}, {count})")
         return lines
 
     def needed_groups(self, exprs: Sequence[Expr], piece: Piece) -> list[tuple[Statistic, Expr]]:
