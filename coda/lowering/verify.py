@@ -30,8 +30,6 @@ class _Check:
             if not isinstance(kernel, TorchKernel):
                 self.operands(kernel)
             self.written.update(writes(self.program, kernel))
-            joined = self.program.joined.items()
-            self.written.update(w for w, parts in joined if self.written.issuperset(parts))
         for name, node in self.program.outputs:
             self.known(node, f"the output `{name}`")
 
@@ -42,7 +40,8 @@ class _Check:
             one = stack.pop()
             place = self.program.places.get(one)
             if place is not None:
-                if place.buffer not in self.written:
+                parts = self.program.joined.get(place.buffer, (place.buffer,))
+                if not self.written.issuperset(parts):
                     raise self.fault(f"{who} reads `{place.buffer}` before it is written")
             elif one in self.prepared or isinstance(one, Input | Const | Size | Iota):
                 continue
