@@ -41,29 +41,23 @@ _blocks: dict[Graph, Block] = {}
 
 def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
     """Dynamo's backend `coda`: a callable that does what the graph does."""
-    alone = left_alone(gm)
-    if alone:
-        return _in_pieces(gm, example_inputs, alone, _rest)
-    return _rest(_examined(gm, example_inputs) or gm, _fakes(gm, example_inputs))
+    return _taken(gm, example_inputs, _rest)
 
 
 def look(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """The same backend where only the report is wanted: torch runs the graph as it is."""
-    alone = left_alone(gm)
-    if alone:
-        _in_pieces(gm, example_inputs, alone, lambda piece, _: piece.forward)
-    else:
-        _examined(gm, example_inputs)
+    _taken(gm, example_inputs, lambda piece, _: piece.forward)
     return gm.forward
 
 
 Rest = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
-def _in_pieces(
-    gm: GraphModule, example_inputs: Sequence[Any], alone: Mapping[FxNode, str], rest: Rest
-) -> Callable[..., Any]:
-    """A graph in which some nodes are left alone; `rest` makes what runs around the blocks."""
+def _taken(gm: GraphModule, example_inputs: Sequence[Any], rest: Rest) -> Callable[..., Any]:
+    """A graph with blocks in it, whole or in pieces; `rest` makes what runs around the blocks."""
+    alone = left_alone(gm)
+    if not alone:
+        return rest(_examined(gm, example_inputs) or gm, _fakes(gm, example_inputs))
     keep_report(GraphReport(left=count_operators(alone)))
     fused: list[GraphModule] = []
 

@@ -64,8 +64,7 @@ def left_alone(gm: GraphModule) -> dict[FxNode, str]:
         if node.op in ("placeholder", "get_attr", "output"):
             continue
         name = getattr(node.target, "__name__", str(node.target))
-        begins = name.endswith("increment_nesting")
-        depth += begins
+        depth += name.endswith("increment_nesting")
         if depth or str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
             found[node] = "it stands inside a transform of torch.func"
         elif node.target is getitem and node.args[0] in found:
@@ -84,7 +83,6 @@ def left_alone(gm: GraphModule) -> dict[FxNode, str]:
 def pieces(gm: GraphModule, alone: Mapping[FxNode, str]) -> list[Piece]:
     """A graph cut before and behind what is left alone."""
     found: list[Piece] = []
-    where: dict[FxNode, int] = {}
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):
             continue
@@ -92,7 +90,6 @@ def pieces(gm: GraphModule, alone: Mapping[FxNode, str]) -> list[Piece]:
         if not found or found[-1].why != why:
             found.append(Piece([], why, [], []))
         found[-1].nodes.append(node)
-        where[node] = len(found) - 1
     for piece in found:
         mine = set(piece.nodes)
         above = dict.fromkeys(o for n in piece.nodes for o in n.all_input_nodes if o not in mine)
