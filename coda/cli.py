@@ -120,11 +120,6 @@ def parse_dims(text: str) -> dict[str, int]:
     return sizes
 
 
-def parse_dtype(name: str) -> DType:
-    """An element type by its name. Raises DtypeError."""
-    return dtype_of(name)
-
-
 def _show_version(asked: bool) -> None:
     if asked:
         print(coda.__version__)
@@ -159,9 +154,9 @@ def explain(
     --dims B=1,S=2048.
     """
     if names_model(target):
-        _explain_model(target, parse_dims(dims), arch, parse_dtype(dtype), backward, as_json)
+        _explain_model(target, parse_dims(dims), arch, dtype_of(dtype), backward, as_json)
         return
-    block, element, sizes = load_block(target), parse_dtype(dtype), parse_dims(dims)
+    block, element, sizes = load_block(target), dtype_of(dtype), parse_dims(dims)
     check_training(backward, memory, wanted, frozen)
     if backward:
         kept = names_of(wanted), memory or None
@@ -248,7 +243,7 @@ def run(
     """
     block = load_block(target)
     check_training(backward, memory, wanted)
-    graph = block.graph_of(parse_dtype(dtype))
+    graph = block.graph_of(dtype_of(dtype))
     sizes = parse_dims(dims)
     given = load_inputs(graph, Path(inputs)) if inputs else random_inputs(graph, sizes, seed)
     chosen = choose_backend(backend)
@@ -309,7 +304,7 @@ def compile_(
     """Compile a block's kernels, with or without a GPU, and say what each takes."""
     if emit not in ("", "source", "ptx", "cubin"):
         raise CodaError("there is no such thing to emit", found=emit, help="source, ptx or cubin")
-    block, element, sizes = load_block(target), parse_dtype(dtype), parse_dims(dims)
+    block, element, sizes = load_block(target), dtype_of(dtype), parse_dims(dims)
     check_training(backward, memory, wanted, frozen)
     if backward:
         kept = names_of(wanted), memory or None

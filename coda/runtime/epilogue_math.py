@@ -65,17 +65,21 @@ def rounded_bf16(a: Any) -> Any:
 
 def rounded_f16(a: Any) -> Any:
     """The value that is left after a store in f16."""
-    return lanes(lambda x: x.to(_TYPES["f16"]).to(Float32), a)
+    return _rounded(a, "f16")
 
 
 def rounded_e4m3(a: Any) -> Any:
     """The value that is left after a store in e4m3."""
-    return lanes(lambda x: x.to(_TYPES["e4m3"]).to(Float32), a)
+    return _rounded(a, "e4m3")
 
 
 def rounded_e5m2(a: Any) -> Any:
     """The value that is left after a store in e5m2."""
-    return lanes(lambda x: x.to(_TYPES["e5m2"]).to(Float32), a)
+    return _rounded(a, "e5m2")
+
+
+def _rounded(a: Any, to: str) -> Any:
+    return lanes(lambda x: x.to(_TYPES[to]).to(Float32), a)
 
 
 def word(a: Any, b: Any, to: str) -> Any:
