@@ -9,10 +9,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 T = TypeVar("T")
 
@@ -20,12 +20,16 @@ T = TypeVar("T")
 _steps = 0  # of all optimizers
 
 
-def _count_step(*_: object) -> None:
-    global _steps
-    _steps += 1
+@cache
+def _count_steps() -> None:
+    """Have every step of every optimizer counted from now on."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
 
+    def count(*_: object) -> None:
+        global _steps
+        _steps += 1
 
-register_optimizer_step_post_hook(_count_step)
+    register_optimizer_step_post_hook(count)
 
 
 class Witness:
@@ -41,7 +45,10 @@ class Witness:
     def __init__(self, tensor: Tensor, gone: Callable[[Any], object] | None = None) -> None:
         self.reference = weakref.ref(tensor, gone)
         self.address, self.version = tensor.data_ptr(), version_of(tensor)
-        self.step = _steps if tensor.requires_grad else None
+        self.step = None
+        if tensor.requires_grad:
+            _count_steps()
+            self.step = _steps
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether this is the tensor, unchanged."""

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch._C._functorch as functorch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
 from coda.errors import UnsupportedError
 from coda.ir.graph import Graph
+
+
+def opaque(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, at which torch's compiler breaks its graph.
+
+    `torch.compiler.disable` imports the compiler, which takes longer than the rest of coda; this
+    imports it when the function is first called.
+    """
+    return _disable_dynamo(fn)
 
 
 def cast_arguments(

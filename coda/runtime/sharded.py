@@ -29,6 +29,7 @@ from coda.ir.sharding import (
 )
 from coda.lowering.cost import describe
 from coda.runtime.bind import bind_sizes
+from coda.runtime.modes import opaque
 
 
 def any_sharded(tensors: Sequence[Tensor]) -> bool:
@@ -79,7 +80,7 @@ def _call_sharded(
 
 
 # What torch compiles breaks its graph here: the analysis is not for tracing.
-call_sharded: Callable[..., list[Tensor]] = torch.compiler.disable(_call_sharded)  # type: ignore[assignment]
+call_sharded: Callable[..., list[Tensor]] = opaque(_call_sharded)
 
 
 def _mesh_of(graph: Graph, tensors: Sequence[Any]) -> Any:

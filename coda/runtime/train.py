@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guarding_hint_or_throw
 
 from coda.errors import UnsupportedError
 from coda.ir.graph import Graph
@@ -19,7 +18,7 @@ from coda.ir.types import DTYPES, DType
 from coda.lowering.derive import Training
 from coda.lowering.program import Program
 from coda.runtime.accumulate import add, in_kernels, joined, kept_gradients, leaves_of
-from coda.runtime.modes import is_transformed, refuse_vmap
+from coda.runtime.modes import is_transformed, opaque, refuse_vmap
 from coda.runtime.plan import Layout, Plan, make_plan, plan_of, wanted_names
 from coda.runtime.run import Sizes, apart, bind, block_of, execute, memory_of, needs_dispatch
 from coda.runtime.spare import alone, given_up
@@ -178,7 +177,7 @@ def _computed(
     return found
 
 
-_opaque_backward: Any = torch.compiler.disable(_run_backward)  # to whoever compiles a backward
+_opaque_backward = opaque(_run_backward)  # to whoever compiles a backward
 
 
 class _Backward(torch.autograd.Function):
@@ -225,7 +224,11 @@ def _training(
 
 def _hint(size: Any) -> int:
     """A size as it is in the call that torch compiles."""
-    return guarding_hint_or_throw(size) if isinstance(size, torch.SymInt) else size
+    if not isinstance(size, torch.SymInt):
+        return size
+    from torch.fx.experimental.symbolic_shapes import guarding_hint_or_throw  # imports sympy
+
+    return guarding_hint_or_throw(size)
 
 
 @train_op.register_fake
