@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,17 +24,17 @@ T = TypeVar("T")
 
 
 _interned: weakref.WeakValueDictionary[tuple[object, ...], Any] = weakref.WeakValueDictionary()
-_origin: list[Where | None] = []
+_origin: ContextVar[tuple[Where | None, ...]] = ContextVar("origin", default=())
 
 
 @contextmanager
 def origin(where: Where | None) -> Iterator[None]:
     """Nodes made inside stand for the user's line `where`, not for a line of coda's caller."""
-    _origin.append(where)
+    token = _origin.set((where,))
     try:
         yield
     finally:
-        _origin.pop()
+        _origin.reset(token)
 
 
 class _Interned(type):
@@ -71,7 +72,8 @@ class Node(metaclass=_Interned):
         cls.identity: tuple[str, ...] = tuple(cls.__annotations__)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "where", _origin[-1] if _origin else Where.caller())
+        given = _origin.get()
+        object.__setattr__(self, "where", given[0] if given else Where.caller())
         object.__setattr__(self, "operands", tuple(self._operands()))
         shape, dtype = self.infer()
         object.__setattr__(self, "shape", shape)
