@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor
 
@@ -16,10 +15,10 @@ from coda.lowering.derive import Training
 from coda.lowering.program import Program
 from coda.runtime import settings
 from coda.runtime.run import (
-    Runnable,
     Sizes,
     bind,
     block_of,
+    calls_of,
     choose_backend,
     simulated_arch,
     target_arch,
@@ -117,7 +116,7 @@ class Plan:
         sizes: of every symbol of the block.
         backend: by its name.
         reached: for each output of the block, whether a wanted argument reaches it.
-        block: whose plan it is.
+        handle: of the block.
         layout: where values go from one graph to the other.
     """
 
@@ -127,7 +126,7 @@ class Plan:
     sizes: Sizes
     backend: str
     reached: tuple[bool, ...]
-    block: Runnable
+    handle: str
     layout: Layout
 
     def accumulating(
@@ -141,15 +140,13 @@ class Plan:
         found = accumulating(self.training, targets, beside)
         terms = self.training.terms(found.updates)
         arch = self.forward.arch
-        return self.block.program_for(found.graph, arch, False, self.sizes, terms), found.held
+        block = block_of(self.handle)
+        return block.program_for(found.graph, arch, False, self.sizes, terms), found.held
 
     @cached_property
     def siblings(self) -> tuple[Names, ...]:
         """Arguments whose gradients are all rows of one matrix, in their order."""
         return siblings(self.training)
-
-
-_plans: dict[tuple[Any, ...], Plan] = {}
 
 
 def plan_of(
@@ -164,13 +161,12 @@ def plan_of(
     """The plan for these arguments, made once for each set of shapes and types."""
     environment = settings.BACKEND.get(), settings.ARCH.get(), simulated_arch()
     shapes = tuple([(t.shape, t.dtype, t.device) for t in inputs])
-    key = (handle, *dims, backend, arch, memory, *wanted, *environment, shapes)
-    if key not in _plans:
+    key = (*dims, backend, arch, memory, *wanted, *environment, shapes)
+    plans = calls_of(handle).plans
+    if key not in plans:
         graph, sizes = bind(handle, inputs, dims)
-        if len(_plans) >= 4096:
-            _plans.clear()
-        _plans[key] = make_plan(handle, graph, sizes, backend, arch, memory, wanted)
-    return _plans[key]
+        plans[key] = make_plan(handle, graph, sizes, backend, arch, memory, wanted)
+    return plans[key]
 
 
 def make_plan(
@@ -192,7 +188,7 @@ def make_plan(
     asked = {i for i in graph.inputs if i.name in training.wanted}
     reached = tuple(bool(asked & set(walk([r]))) for _, r in graph.outputs)
     backend, layout = choose_backend(backend), Layout.of(training)
-    return Plan(training, forward, backward, sizes, backend, reached, block, layout)
+    return Plan(training, forward, backward, sizes, backend, reached, handle, layout)
 
 
 def wanted_names(graph: Graph, wanted: Sequence[bool]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import hashlib
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -123,7 +124,36 @@ class Runnable(Protocol):
         ...
 
 
-_blocks: dict[str, weakref.WeakSet[Runnable]] = {}
+LIMIT = 4096  # what is kept of one block's calls
+
+
+class Recent(dict[Any, Any]):
+    """A dict of at most `LIMIT` values; the oldest goes first."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        if len(self) > LIMIT:
+            del self[next(iter(self))]
+
+
+@dataclass(eq=False)
+class Calls:
+    """What is known of the calls of a handle; dropped with the last block that has the handle.
+
+    Attributes:
+        blocks: equal blocks, any of which serves.
+        programs: (Program, sizes, backend) by a call's options and its arguments' shapes and types.
+        plans: how a call trains, by the same and the arguments to differentiate.
+        replays: of the Program that ran last, by a call's options.
+    """
+
+    blocks: weakref.WeakSet[Runnable] = field(default_factory=weakref.WeakSet)
+    programs: Recent = field(default_factory=Recent)
+    plans: Recent = field(default_factory=Recent)
+    replays: Recent = field(default_factory=Recent)
+
+
+_calls: dict[str, Calls] = {}
 
 
 def register(block: Runnable, origin: str) -> str:
@@ -134,19 +164,33 @@ def register(block: Runnable, origin: str) -> str:
     """
     content = __version__, origin, show(block.graph_of(bf16)), tuple(block.undeclared)
     handle = hashlib.sha256(repr(content).encode()).hexdigest()[:24]
-    _blocks.setdefault(handle, weakref.WeakSet()).add(block)
+    _calls.setdefault(handle, Calls()).blocks.add(block)
+    weakref.finalize(block, _forget, handle).atexit = False
     return handle
+
+
+def _forget(handle: str) -> None:
+    """Drop what is known of a handle's calls where no block has it any more."""
+    calls = _calls.get(handle)
+    if calls is not None and next(iter(calls.blocks), None) is None:
+        del _calls[handle]
+
+
+def calls_of(handle: str) -> Calls:
+    """What is known of the calls of a handle. Raises CallError where no block has it any more."""
+    calls = _calls.get(handle)
+    if calls is None:
+        raise CallError(
+            "compiled code calls a block that this process has not made",
+            found=handle,
+            help="make the block before what calls it",
+        )
+    return calls
 
 
 def block_of(handle: str) -> Runnable:
     """A block that a handle stands for. Raises CallError where there is none any more."""
-    for block in _blocks.get(handle, ()):
-        return block
-    raise CallError(
-        "compiled code calls a block that this process has not made",
-        found=handle,
-        help="make the block before what calls it",
-    )
+    return next(iter(calls_of(handle).blocks))
 
 
 def bind(handle: str, inputs: Sequence[Tensor], dims: Sequence[int]) -> tuple[Graph, Sizes]:
@@ -158,10 +202,6 @@ def bind(handle: str, inputs: Sequence[Tensor], dims: Sequence[int]) -> tuple[Gr
     return graph, bind_sizes(graph, inputs, given)
 
 
-_known: dict[tuple[Any, ...], tuple[Program, Sizes, str]] = {}
-_recent: dict[tuple[Any, ...], Any] = {}  # replays of the Program that ran last
-
-
 def run_block(
     handle: str, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
 ) -> Sequence[Tensor]:
@@ -171,26 +211,26 @@ def run_block(
     may be views of one buffer.
     """
     environment = settings.BACKEND.get(), settings.ARCH.get(), simulated_arch()
-    options = (handle, *dims, backend, arch, frozen, *environment)
-    recent = _recent.get(options)
+    options = (*dims, backend, arch, frozen, *environment)
+    calls = calls_of(handle)
+    recent = calls.replays.get(options)
     if recent is not None:
         replay = recent.find(inputs)
         if replay is not None:
             return replay.run(inputs)
     shapes = tuple([(t.shape, t.dtype, t.device) for t in inputs])
     key = (*options, shapes)
-    if key not in _known:
+    known = calls.programs.get(key)
+    if known is None:
         graph, sizes = bind(handle, inputs, dims)
         chosen = choose_backend(backend)
         program = block_of(handle).program_for(graph, target_arch(arch), frozen, sizes)
-        if len(_known) >= 4096:
-            _known.clear()
-        _known[key] = program, sizes, chosen
-    program, sizes, chosen = _known[key]
+        known = calls.programs[key] = program, sizes, chosen
+    program, sizes, chosen = known
     if chosen == "cuda":
         from coda.runtime.kernels import state_of
 
-        _recent[options] = state_of(program).replays
+        calls.replays[options] = state_of(program).replays
     return execute(program, inputs, sizes, chosen)
 
 

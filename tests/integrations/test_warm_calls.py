@@ -35,8 +35,7 @@ def void(monkeypatch):
     from coda.runtime.replay import Replays, Step
 
     counts = Counter()
-    for module, name in ((run, "_known"), (run, "_recent"), (run, "_blocks"), (plan, "_plans")):
-        monkeypatch.setattr(module, name, {})  # nothing that other tests have compiled
+    monkeypatch.setattr(run, "_calls", {})  # nothing that other tests have compiled
     monkeypatch.setattr(dynamo, "_blocks", {})
     for module in (run, plan):
         monkeypatch.setattr(module, "choose_backend", lambda _: "cuda")

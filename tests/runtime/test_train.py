@@ -1,11 +1,15 @@
 """Blocks under autograd: gradients, what is saved, what is refused, under torch.compile."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 import coda
 from coda.ir.graph import Input
 from coda.measure import random_inputs, relative
+from coda.runtime.run import calls_of
 from coda.runtime.simulate import device
 from tests.runtime.test_call import SIZES, mlp, torch_mlp
 
@@ -54,6 +58,24 @@ def test_frozen_arguments_have_no_gradient_and_no_kernel(inputs, wanted):
     every = mlp.lower_training("sm_90a", sizes)[1]
     some = mlp.lower_training("sm_90a", sizes, wanted=names)[1]
     assert len(list(some.gemms())) < len(list(every.gemms()))
+
+
+def test_a_block_that_trained_is_freed():
+    """Neither its Programs nor its plans outlive it."""
+
+    def run():
+        block = coda.parse(str(mlp.graph))
+        mine = leaves(random_inputs(block.graph, SIZES))
+        block(*mine).sum().backward()
+        with torch.no_grad():
+            block(*mine)
+        return block.handle, [weakref.ref(o) for o in (block, *block._programs.values())]
+
+    handle, refs = run()
+    gc.collect()
+    assert [r() for r in refs] == [None] * len(refs)
+    with pytest.raises(coda.errors.CallError, match="has not made"):
+        calls_of(handle)
 
 
 def test_nothing_is_saved_without_gradients(inputs):
