@@ -49,7 +49,7 @@ class Place:
     count: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Config:
     """How a GEMM is tiled: CTA tiles of `tile_m` × `tile_n`, `cluster` = (m, n) CTAs.
 

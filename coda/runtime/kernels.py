@@ -37,8 +37,8 @@ from coda.runtime.sources import Sources
 class State:
     """What a program keeps between calls: loaded kernels, and what they load of the weights."""
 
-    gemms: dict[str, quack_target.Gemm]
-    rows: dict[tuple[str, bool], Rows]
+    gemms: dict[GemmKernel, quack_target.Gemm]
+    rows: dict[tuple[RowwiseKernel, bool], Rows]
     reads: dict[str, WeightRead]
     memo: Memo
     replays: Replays
@@ -69,18 +69,16 @@ def state_of(program: Program) -> State:
 def gemm_of(program: Program, kernel: GemmKernel) -> quack_target.Gemm:
     """The loaded module of a GEMM kernel."""
     state = state_of(program)
-    if kernel.name not in state.gemms:
+    if kernel not in state.gemms:
         source = emit_gemm(program, kernel)
-        state.gemms[kernel.name] = quack_target.import_kernel(
-            source, kernel.config, kernel_directory()
-        )
-    return state.gemms[kernel.name]
+        state.gemms[kernel] = quack_target.import_kernel(source, kernel.config, kernel_directory())
+    return state.gemms[kernel]
 
 
 def rows_of(program: Program, kernel: RowwiseKernel, padded: bool = False) -> Rows:
     """The loaded module of a pass over rows, `padded` ones or as they come."""
     state = state_of(program)
-    key = kernel.name, padded
+    key = kernel, padded
     if key not in state.rows:
         source = emit_rowwise(program, kernel, padded)
         once = {o.name for o in kernel.assembled.epilogue.operands if o.kind in ("row", "scalar")}

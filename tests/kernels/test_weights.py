@@ -1,11 +1,14 @@
 """Weights that kernels read where they lie, held bit by bit against ordered copies."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import coda
 from coda.lowering import emit_gemm, schedule
+from coda.lowering.program import Config
 from coda.lowering.weights import halves, weight_reads
 from coda.measure import random_inputs
 from coda.runtime import kernels
@@ -139,3 +142,14 @@ def test_partners_that_tiles_do_not_divide_are_copied(arch, monkeypatch):
     expected = block(*inputs, backend="reference", dims=sizes)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
+def test_loaded_kernels_are_those_of_their_config():
+    """A kernel with other tiles is another kernel, whatever its name; equal tiles are equal."""
+    assert Config(128, 128) == Config(128, 128) != Config(128, 64)
+    program = gated().lower("sm_90a", {"M": 64, "D": 64, "F": 64})
+    gemm = next(program.gemms())
+    other = replace(gemm, config=Config(128, 64))
+    assert gemm_of(program, gemm).config == gemm.config
+    assert gemm_of(program, other).config == Config(128, 64)
+    assert gemm_of(program, gemm) is gemm_of(program, gemm)
