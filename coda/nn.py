@@ -1,7 +1,8 @@
 """Modules to drop in: each a few lines over a block, with the conventions of `torch.nn`.
 
-Weights are [out_features, in_features] as in `nn.Linear`, inputs [..., in_features]; parameters are
-initialised as torch's own modules do. They train by the blocks' derived backwards.
+Weights are [out_features, in_features] as in `nn.Linear`, inputs [..., in_features]. Parameters
+begin as those of torch's own modules do, and again at each `reset_parameters()`, which recipes for
+models on the meta device call after `to_empty`. They train by the blocks' derived backwards.
 """
 
 from __future__ import annotations
@@ -78,11 +79,17 @@ def _block(make: Callable[..., Block], *options: Any) -> Block:
     return found
 
 
-def _matrix(rows: int, columns: int, **where: Any) -> nn.Parameter:
-    """A weight as `nn.Linear` begins with."""
-    weight = torch.empty(rows, columns, **where)
+def _empty(*shape: int, **where: Any) -> nn.Parameter:
+    """A parameter to which `reset_parameters` gives its first values."""
+    return nn.Parameter(torch.empty(*shape, **where))
+
+
+def _reset_linear(weight: Tensor, bias: Tensor | None = None) -> None:
+    """Give a weight [out_features, in_features] and a bias the first values of `nn.Linear`."""
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-    return nn.Parameter(weight)
+    if bias is not None:
+        bound = 1 / math.sqrt(weight.shape[1]) if weight.shape[1] else 0.0
+        nn.init.uniform_(bias, -bound, bound)
 
 
 class RMSNormLinear(nn.Module):
@@ -104,12 +111,17 @@ class RMSNormLinear(nn.Module):
         where = {"device": device, "dtype": dtype}
         self.eps = eps
         _block(_norm_linear, eps, bias)
-        self.norm_weight = nn.Parameter(torch.ones(in_features, **where))
-        self.weight = _matrix(out_features, in_features, **where)
+        self.norm_weight = _empty(in_features, **where)
+        self.weight = _empty(out_features, in_features, **where)
         self.bias: nn.Parameter | None = None
         if bias:
-            bound = 1 / math.sqrt(in_features)
-            self.bias = nn.Parameter(torch.empty(out_features, **where).uniform_(-bound, bound))
+            self.bias = _empty(out_features, **where)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give the parameters the first values of `nn.RMSNorm` and `nn.Linear`, in place."""
+        nn.init.ones_(self.norm_weight)
+        _reset_linear(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
@@ -146,10 +158,16 @@ class GatedMLP(nn.Module):
         where = {"device": device, "dtype": dtype}
         self.activation = activation
         _block(_gated_mlp, activation)
-        self.gate_weight = _matrix(hidden_features, in_features, **where)
-        self.up_weight = _matrix(hidden_features, in_features, **where)
-        self.down_weight = _matrix(out_features or in_features, hidden_features, **where)
+        self.gate_weight = _empty(hidden_features, in_features, **where)
+        self.up_weight = _empty(hidden_features, in_features, **where)
+        self.down_weight = _empty(out_features or in_features, hidden_features, **where)
+        self.reset_parameters()
         share((self.gate_weight, self.up_weight))
+
+    def reset_parameters(self) -> None:
+        """Give the parameters the first values of `nn.Linear`, in place."""
+        for weight in (self.gate_weight, self.up_weight, self.down_weight):
+            _reset_linear(weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedMLP:
         super()._apply(fn, recurse)
@@ -187,7 +205,12 @@ class LinearCrossEntropy(nn.Module):
         self.options = ignore_index, reduction, label_smoothing
         self.memory = memory
         _block(_linear_cross_entropy, *self.options)
-        self.weight = _matrix(num_classes, in_features, device=device, dtype=dtype)
+        self.weight = _empty(num_classes, in_features, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give the weight the first values of `nn.Linear`, in place."""
+        _reset_linear(self.weight)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """x [..., in_features] and target [...] of int64 -> the loss, as torch reduces it."""

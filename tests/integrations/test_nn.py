@@ -1,10 +1,12 @@
 """coda.nn: each module against torch's own, with gradients, saved and loaded."""
 
+import inspect
 import io
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import coda
 from coda.errors import CodaError
@@ -66,3 +68,54 @@ def test_modules_are_saved_and_loaded():
     twin = torch.load(file, weights_only=False)
     assert torch.equal(twin(X), m(X))
     assert set(m.state_dict()) == {"gate_weight", "up_weight", "down_weight"}
+
+
+SIZES = {"in_features": 32, "out_features": 16, "hidden_features": 24, "num_classes": 20}
+
+
+def modules():
+    """All classes of coda.nn that are modules, each with sizes for its parameters."""
+    for name, cls in vars(coda.nn).items():
+        if isinstance(cls, type) and issubclass(cls, nn.Module):
+            takes = inspect.signature(cls).parameters
+            yield name, cls, {k: v for k, v in SIZES.items() if k in takes}
+
+
+@pytest.mark.parametrize(("name", "cls", "sizes"), list(modules()))
+def test_a_module_that_begins_on_the_meta_device_gets_its_first_values(name, cls, sizes):
+    torch.manual_seed(7)
+    expected = cls(**sizes)
+    with torch.device("meta"):
+        late = nn.Sequential(cls(**sizes))
+    late.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in late.parameters():
+            p.fill_(torch.nan)
+    kept = list(late.parameters())
+    versions = [p._version for p in kept]
+    torch.manual_seed(7)
+    late[0].reset_parameters()
+    assert all(a is b for a, b in zip(kept, late.parameters(), strict=True))
+    assert all(p._version > v for p, v in zip(kept, versions, strict=True))
+    for a, b in zip(kept, expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.requires_grad
+
+
+def test_first_values_are_those_of_torch():
+    for bias in (True, False):
+        torch.manual_seed(1)
+        ours = coda.nn.RMSNormLinear(32, 16, bias=bias)
+        torch.manual_seed(1)
+        theirs = nn.Linear(32, 16, bias=bias)
+        assert torch.equal(ours.weight, theirs.weight)
+        assert ours.norm_weight.equal(nn.RMSNorm(32).weight)
+        assert (ours.bias is None) if not bias else torch.equal(ours.bias, theirs.bias)
+    torch.manual_seed(1)
+    mlp = coda.nn.GatedMLP(32, 48, 8, dtype=torch.bfloat16)
+    torch.manual_seed(1)
+    for weight in (mlp.gate_weight, mlp.up_weight, mlp.down_weight):
+        assert torch.equal(weight, nn.Linear(*weight.shape[::-1], False, dtype=weight.dtype).weight)
+    assert (
+        mlp.gate_weight.untyped_storage().data_ptr() == mlp.up_weight.untyped_storage().data_ptr()
+    )
