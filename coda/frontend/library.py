@@ -10,14 +10,17 @@ import math
 
 from coda.errors import CodaError, ShapeError
 from coda.frontend.ops import (
+    abs,
     concat,
     erf,
     exp,
     log,
+    log1p,
     logsumexp,
     max,
     maximum,
     mean,
+    minimum,
     pick,
     rsqrt,
     sigmoid,
@@ -37,10 +40,15 @@ def rms_norm(x: Tensor, w: Tensor | None = None, eps: float = 1e-6, shift: float
 
     `w` is [D]; `shift=1` for models that store w − 1 (Gemma).
     """
-    y = x * rsqrt(mean(x * x, keepdims=True) + eps)
+    y = x * inverse_rms(x, eps)
     if w is None:
         return y
     return y * (w + shift if shift else w)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean x² + eps) of each row, [..., 1]."""
+    return rsqrt(mean(x * x, keepdims=True) + eps)
 
 
 def layer_norm(
@@ -71,8 +79,18 @@ def log_softmax(x: Tensor) -> Tensor:
 
 
 def relu(x: Tensor) -> Tensor:
-    """max(x, 0)."""
-    return maximum(x, 0.0)
+    """max(x, 0), whose derivative at 0 is 0."""
+    return where(x <= 0.0, 0.0, x)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp x), by log1p of what is at most 1: exact to the last digits on both sides."""
+    return maximum(x, 0.0) + log1p(exp(-abs(x)))
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log sigmoid(x), as exact as `softplus`."""
+    return minimum(x, 0.0) - log1p(exp(-abs(x)))
 
 
 def silu(x: Tensor) -> Tensor:

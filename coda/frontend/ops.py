@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,11 @@ def exp(x: Tensor) -> Tensor:
     return apply("exp", x)
 
 
+def expm1(x: Tensor) -> Tensor:
+    """e to the x, minus 1: exact near 0, too."""
+    return apply("expm1", x)
+
+
 def exp2(x: Tensor) -> Tensor:
     """2 to the x."""
     return apply("exp2", x)
@@ -30,6 +36,11 @@ def exp2(x: Tensor) -> Tensor:
 def log(x: Tensor) -> Tensor:
     """The natural logarithm."""
     return apply("log", x)
+
+
+def log1p(x: Tensor) -> Tensor:
+    """The natural logarithm of 1 + x: exact near 0, too."""
+    return apply("log1p", x)
 
 
 def sqrt(x: Tensor) -> Tensor:
@@ -78,13 +89,18 @@ def square(x: Tensor) -> Tensor:
 
 
 def maximum(a: Any, b: Any) -> Tensor:
-    """The larger of two values; NaN if either is."""
+    """The larger of two values; NaN if either is. Equal ones get half of the derivative each."""
     return apply("maximum", a, b)
 
 
 def minimum(a: Any, b: Any) -> Tensor:
-    """The smaller of two values; NaN if either is."""
+    """The smaller of two values; NaN if either is. Equal ones get half of the derivative each."""
     return apply("minimum", a, b)
+
+
+def clamp(x: Tensor, low: Any = -math.inf, high: Any = math.inf) -> Tensor:
+    """min(max(x, low), high); NaN if any is. Its derivative is 1 at the bounds."""
+    return apply("clamp", x, low, high)
 
 
 def sum(x: Tensor, axis: int = -1, keepdims: bool = False) -> Tensor:

@@ -32,6 +32,8 @@ class Scalar:
         result: "float" keeps the promoted type of the arguments, "bool" is a predicate.
         zero: whether f(0, ..., 0) = 0, which makes padding lanes harmless in a sum.
         commutes: whether the two arguments may be exchanged.
+        selects: whether the value is always one of the arguments: nothing is rounded, and a number
+            among them is a value of their type.
         derivative: (d, y, *arguments) -> what each argument gets of the cotangent d of the value
             y; None for an argument without a derivative. The values compute with + - * / and
             negation, and `x.to("exp", ...)` is another function of this table.
@@ -45,6 +47,7 @@ class Scalar:
     result: str = "float"
     zero: bool = False
     commutes: bool = False
+    selects: bool = False
     derivative: Derivative | None = None
 
 
@@ -56,9 +59,24 @@ def _pow(a: Tensor, b: Tensor) -> Tensor:
     return torch.pow(a, b)
 
 
-def _half_at_ties(d: Any, larger: Any, a: Any, b: Any) -> Any:
-    """What `a` gets where the larger (or smaller) of two values was taken: torch's rule."""
-    return larger.to("where", d, a.to("eq", b).to("where", d * 0.5, 0.0))
+def _half_at_ties(d: Any, other: Any, a: Any, b: Any) -> Any:
+    """What `a` gets where surely the `other` one was taken or either: torch's rule.
+
+    Both get all of it where either is NaN.
+    """
+    return other.to("where", 0.0, a.to("eq", b).to("where", d * 0.5, d))
+
+
+def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(x, low), high)
+
+
+def _clamp_derivative(d: Any, y: Any, x: Any, low: Any, high: Any) -> tuple[Any, ...]:
+    """Torch's rule: x gets all at a bound and nothing as NaN; bounds that cross are the upper."""
+    inside = x.to("ge", low).to("where", x.to("le", high).to("where", d, 0.0), 0.0)
+    crossed = high.to("lt", low)
+    below = low.to("lt", high).to("where", x.to("lt", low).to("where", d, 0.0), 0.0)
+    return inside, below, crossed.to("where", d, x.to("gt", high).to("where", d, 0.0))
 
 
 _ROWS = (
@@ -119,7 +137,25 @@ _ROWS = (
         special=1,
         derivative=lambda d, y, a: (d * y * math.log(2.0),),
     ),
+    Scalar(
+        "expm1",
+        1,
+        torch.expm1,
+        flops=12,
+        special=1,
+        zero=True,
+        derivative=lambda d, y, a: (d * a.to("exp"),),
+    ),
     Scalar("log", 1, torch.log, flops=2, special=1, derivative=lambda d, y, a: (d / a,)),
+    Scalar(
+        "log1p",
+        1,
+        torch.log1p,
+        flops=16,
+        special=2,
+        zero=True,
+        derivative=lambda d, y, a: (d / (a + 1.0),),
+    ),
     Scalar(
         "sqrt",
         1,
@@ -188,9 +224,10 @@ _ROWS = (
         torch.maximum,
         zero=True,
         commutes=True,
+        selects=True,
         derivative=lambda d, y, a, b: (
-            _half_at_ties(d, a.to("gt", b), a, b),
-            _half_at_ties(d, b.to("gt", a), b, a),
+            _half_at_ties(d, a.to("lt", b), a, b),
+            _half_at_ties(d, b.to("lt", a), b, a),
         ),
     ),
     Scalar(
@@ -199,11 +236,13 @@ _ROWS = (
         torch.minimum,
         zero=True,
         commutes=True,
+        selects=True,
         derivative=lambda d, y, a, b: (
-            _half_at_ties(d, a.to("lt", b), a, b),
-            _half_at_ties(d, b.to("lt", a), b, a),
+            _half_at_ties(d, a.to("gt", b), a, b),
+            _half_at_ties(d, b.to("gt", a), b, a),
         ),
     ),
+    Scalar("clamp", 3, _clamp, flops=2, zero=True, selects=True, derivative=_clamp_derivative),
     Scalar("eq", 2, torch.eq, result="bool", commutes=True),
     Scalar("ne", 2, torch.ne, result="bool", commutes=True),
     Scalar("lt", 2, torch.lt, result="bool"),
@@ -215,6 +254,7 @@ _ROWS = (
         3,
         _where,
         zero=True,
+        selects=True,
         derivative=lambda d, y, c, a, b: (None, c.to("where", d, 0.0), c.to("where", 0.0, d)),
     ),
 )

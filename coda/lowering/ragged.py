@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from coda.ir.scalars import SCALARS
 from coda.lowering.epilogue import Acc, Call, Expr, Literal, Load, Operand
 
 
@@ -52,9 +53,7 @@ class _Outside:
                     return any(found) and not any(self.diverges(a) for a in args)
                 if fn == "where":
                     return all(found[1:])
-                odd = ("neg", "abs", "square", "sqrt", "tanh", "sin", "erf")
-                both = ("add", "sub", "maximum", "minimum")
-                return fn in (*odd, *both) and all(found)
+                return SCALARS[fn].zero and all(found)
         return False
 
     def diverges(self, expr: Expr) -> bool:

@@ -6,6 +6,7 @@ A value is a float32, or two of them: `F2` (packed on Blackwell) and `Pair` (two
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,60 @@ def log(a: Any) -> Any:
     return lanes(lambda x: cute.math.log(x, fastmath=True), a)
 
 
+def _horner(z: Any, *coefficients: float) -> Any:
+    """A polynomial; the coefficient of the highest power comes first."""
+    value = Float32(coefficients[0])
+    for one in coefficients[1:]:
+        value = cute.math.fma(z, value, Float32(one))
+    return value
+
+
+def _power_of_two(n: Any) -> Any:
+    """2^n of a whole number from -126 to 127, by its bits."""
+    bits = cute.make_rmem_tensor(1, Int32)
+    bits[0] = (n.to(Int32) + Int32(127)) << Int32(23)
+    return cute.recast_tensor(bits, Float32)[0]
+
+
+def _expm1(x: Any) -> Any:
+    """2^n (e^r - 1) + (2^n - 1) with |r| <= ln 2 / 2, to 1.6 ulp; above 88 it is e^x.
+
+    r is taken in two parts (Cody and Waite, 1980), e^r - 1 is r + r² P(r), P fitted for float32.
+    """
+    n = cute.math.roundeven(x * Float32(_LOG2_E))
+    r = cute.math.fma(-n, Float32(0.693145751953125), x)
+    r = cute.math.fma(-n, Float32(1.428606765330187e-06), r)
+    p = _horner(r, 1.39337336e-3, 8.36323574e-3, 4.1666463e-2, 1.66665763e-1, 0.5)
+    scale = _power_of_two(n)
+    y = cute.math.fma(scale, cute.math.fma(r * r, p, r), scale - Float32(1.0))
+    y = cutlass.select_(x > Float32(88.0), cute.math.exp(x, fastmath=True), y)
+    return cutlass.select_(x < Float32(-30.0), Float32(-1.0), y)
+
+
+def expm1(a: Any) -> Any:
+    """e^a - 1."""
+    return lanes(_expm1, a)
+
+
+def _log1p(x: Any) -> Any:
+    """2 artanh s with s = x / (2 + x) for -1/2 < x < 1, to 1.3 ulp; elsewhere log(1 + x).
+
+    The sum is taken as in fdlibm (Sun Microsystems, 1993): x - (x²/2 - s (x²/2 + R(s²))).
+    """
+    s = x / (x + Float32(2.0))
+    z, half = s * s, x * x * Float32(0.5)
+    r = z * _horner(z, 0.268782109, 0.282324731, 0.400077194, 0.666666389)
+    near = x - (half - s * (half + r))
+    far = cute.math.log(x + Float32(1.0), fastmath=True)
+    inside = cutlass.select_(x < Float32(1.0), near, far)
+    return cutlass.select_(x > Float32(-0.5), inside, far)
+
+
+def log1p(a: Any) -> Any:
+    """log(1 + a)."""
+    return lanes(_log1p, a)
+
+
 def sqrt(a: Any) -> Any:
     """The square root."""
     return lanes(lambda x: cute.math.sqrt(x, fastmath=True), a)
@@ -197,6 +252,17 @@ def maximum(a: Any, b: Any) -> Any:
 def minimum(a: Any, b: Any) -> Any:
     """The smaller; NaN if either is."""
     return lanes(lambda x, y: _nan_first(x, y, cute.arch.fmin(x, y)), _f(a), _f(b))
+
+
+def clamp(a: Any, low: Any, high: Any) -> Any:
+    """min(max(a, low), high); NaN if any is."""
+    a = a if _is_infinite(low) else maximum(a, low)
+    return a if _is_infinite(high) else minimum(a, high)
+
+
+def _is_infinite(bound: Any) -> bool:
+    """Whether a bound is a number that bounds nothing; one that crosses is none that is written."""
+    return isinstance(bound, float) and math.isinf(bound)
 
 
 def _f(a: Any) -> Any:
