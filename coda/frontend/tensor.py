@@ -30,6 +30,7 @@ from coda.ir.graph import (
     Size,
     walk,
 )
+from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, f32, promote
 
 Operand = "Tensor | float | Dim"
@@ -52,7 +53,7 @@ INSTEAD = {
     **dict.fromkeys(("amax", "amin"), "x.max() and x.min()"),
     **dict.fromkeys(("matmul", "mm", "bmm", "einsum"), "x @ w.T"),
     **dict.fromkeys(("cat", "concatenate"), "coda.concat([a, b])"),
-    **dict.fromkeys(("clamp", "clip"), "coda.minimum(coda.maximum(x, low), high)"),
+    **dict.fromkeys(("clamp", "clip"), "coda.clamp(x, low, high)"),
     "unsqueeze": "x[:, None]",
     "size": "x.shape[0]",
     "dim": "x.ndim",
@@ -322,6 +323,12 @@ def lift(value: Any, like: DType) -> Node:
     if isinstance(value, Dim):
         return Size(value, like)
     if isinstance(value, bool | int | float | np.floating | np.integer):
+        if like.kind == "int" and not float(value).is_integer():
+            raise DtypeError(
+                "a number with a fraction meets whole numbers",
+                found=f"{value} and {like}",
+                help="x.cast(coda.f32)",
+            )
         return Const(float(value), like)
     raise _foreign(value)
 
@@ -354,7 +361,7 @@ def _retyped(node: Node, like: DType) -> Node:
 
 
 # Functions of whole numbers that are whole numbers.
-_OF_INTS = {"add", "sub", "mul", "neg", "abs", "square", "maximum", "minimum", "where"}
+_OF_INTS = {"add", "sub", "mul", "neg", "abs", "square", "maximum", "minimum", "clamp", "where"}
 _OF_INTS |= {"eq", "ne", "lt", "le", "gt", "ge"}
 
 
@@ -379,7 +386,18 @@ def apply(fn: str, *args: Any) -> Tensor:
         raise DtypeError(f"`{fn}` takes numbers", found="bool", help="coda.where(condition, a, b)")
     if like.kind == "int" and fn not in _OF_INTS:
         raise DtypeError(f"`{fn}` takes floats", found=str(like), help="x.cast(coda.f32)")
-    return Tensor(Map(fn, tuple(lift(a, like) for a in args)))
+    nodes = [lift(a, like) for a in args]
+    if SCALARS[fn].selects or SCALARS[fn].result == "bool":
+        nodes = [_rounded(n) if _is_number(Tensor(n)) else n for n in nodes]
+    return Tensor(Map(fn, tuple(nodes)))
+
+
+def _rounded(node: Node) -> Node:
+    """A number as a value of its type: torch compares tensors of that type with no other."""
+    if isinstance(node, Const):
+        return Const(node.dtype.nearest(node.value), node.dtype)
+    name = f"rounded_{node.dtype.name}"
+    return Map(name, (node,)) if name in SCALARS else node
 
 
 def _is_condition(value: Any) -> bool:

@@ -24,6 +24,12 @@ class DType:
     def __repr__(self) -> str:
         return f"coda.{self.name}"
 
+    def nearest(self, value: float) -> float:
+        """A number rounded to this type, as torch rounds a number of Python; infinite beyond it."""
+        if self.kind != "float":
+            return value
+        return torch.tensor(value, dtype=torch.float64).to(self.torch).item()
+
 
 bf16 = DType("bf16", torch.bfloat16, "float", 2)
 f16 = DType("f16", torch.float16, "float", 2)

@@ -195,3 +195,62 @@ def test_the_function_stays_reachable():
     assert block.fn is double
     assert block.__wrapped__ is double
     assert block.__doc__ == "Twice x."
+
+
+NARROW = {torch.bfloat16: coda.bf16, torch.float16: coda.f16, torch.float32: coda.f32}
+MEETS_A_NUMBER = {
+    "gt": lambda m, x, n: x > n,
+    "ge": lambda m, x, n: x >= n,
+    "lt": lambda m, x, n: n < x,
+    "eq": lambda m, x, n: x == n,
+    "ne": lambda m, x, n: x != n,
+    "a chosen number": lambda m, x, n: m.where(x < 0, x, n) == x,
+    "a bound": lambda m, x, n: m.clamp(x, n, 2.0) == x,
+}
+
+
+def around(number, dtype):
+    """A number in a type, its two neighbours, and its negative."""
+    near = torch.tensor(number, dtype=torch.float64).to(dtype)
+    ends = (torch.tensor(e, dtype=torch.float64).to(dtype) for e in (9e9, -9e9))
+    return torch.stack([near, *(torch.nextafter(near, e) for e in ends), -near])
+
+
+def hold_in_type(fn, theirs, x, computed):
+    def ours(x: coda.Tensor["M"]):
+        return fn(x)
+
+    graph = coda.block(ours).graph_of(NARROW[x.dtype])
+    for compute in computed:
+        (found,) = evaluate(graph.roots, {graph.inputs[0]: x}, {"M": len(x)}, compute)
+        assert torch.equal(found, theirs), compute
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("number", [0.1, 0.3, 1.0, 1e6])
+@pytest.mark.parametrize("name", MEETS_A_NUMBER)
+def test_a_number_that_is_compared_or_chosen_is_a_value_of_the_type(name, number, dtype):
+    """The oracle in float64 agrees, too."""
+    if name == "a bound" and number > 6e4:
+        pytest.skip("torch refuses it in float16")
+    fn, x = MEETS_A_NUMBER[name], around(number, dtype)
+    computed = (torch.float64, torch.float32, None)
+    hold_in_type(lambda t: fn(coda, t, number), fn(torch, x, number), x, computed)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_number_made_of_sizes_is_one_of_the_type(dtype):
+    number = 4**0.5 / 3  # what is 0.6667, rounded
+    x = around(number, dtype)
+    hold_in_type(lambda t: t == coda.sqrt(t.shape[0]) / 3, x == number, x, (torch.float32, None))
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda i: i * 0.5, lambda i: i > 0.5, lambda i: coda.where(i > 0, i, 0.5)]
+)
+def test_whole_numbers_meet_no_fraction(fn):
+    def whole(i: coda.Tensor["M", coda.i64]):
+        return fn(i)
+
+    with pytest.raises(coda.errors.DtypeError, match="a number with a fraction"):
+        coda.block(whole)
