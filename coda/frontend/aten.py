@@ -142,7 +142,9 @@ for _operator, _one in (
     (aten.abs.default, ops.abs),
     (aten.exp.default, ops.exp),
     (aten.exp2.default, ops.exp2),
+    (aten.expm1.default, ops.expm1),
     (aten.log.default, ops.log),
+    (aten.log1p.default, ops.log1p),
     (aten.sqrt.default, ops.sqrt),
     (aten.rsqrt.default, ops.rsqrt),
     (aten.reciprocal.default, lambda x: 1.0 / x),
@@ -157,58 +159,7 @@ for _operator, _one in (
     rule(_operator)(_unary(_one))
 
 
-# Activations: torch computes them in float32.
-
-
-def _activation(fn: Callable[..., Tensor]) -> Rule:
-    def apply(result: Result, x: Tensor, *more: Any, **options: Any) -> Tensor:
-        if x.dtype.kind != "float":
-            raise refuse("an activation of integers")
-        return cast(fn(wide(x), *more, **options), result.dtype)
-
-    return apply
-
-
-def _hardtanh(x: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
-    return ops.minimum(ops.maximum(x, low), high)
-
-
-def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    soft = ops.log(1.0 + ops.exp(ops.minimum(x * beta, threshold))) * (1.0 / beta)
-    return ops.where(x * beta > threshold, x, soft)
-
-
-def _hardsigmoid(x: Tensor) -> Tensor:
-    return _hardtanh(x + 3.0, 0.0, 6.0) * (1.0 / 6.0)
-
-
-for _operator, _one in (
-    (aten.silu.default, library.silu),
-    (aten.gelu.default, library.gelu),
-    (aten.hardtanh.default, _hardtanh),
-    (aten.relu6.default, lambda x: _hardtanh(x, 0.0, 6.0)),
-    (aten.softplus.default, _softplus),
-    (aten.mish.default, lambda x: x * ops.tanh(_softplus(x))),
-    (aten.hardsigmoid.default, _hardsigmoid),
-    (aten.hardswish.default, lambda x: x * _hardsigmoid(x)),
-    (aten.leaky_relu.default, lambda x, s=0.01: ops.where(x > 0.0, x, x * s)),
-    (aten.log_sigmoid.default, lambda x: -_softplus(-x)),
-):
-    rule(_operator)(_activation(_one))
-
-
 # Choices.
-
-
-@rule(aten.clamp.default)
-def _clamp(result: Result, x: Any, low: Any = None, high: Any = None) -> Tensor:
-    (x, low, high) = numbers(result, x, low, high)
-    x = x if low is None else ops.maximum(x, low)
-    return x if high is None else ops.minimum(x, high)
-
-
-rule(aten.clamp_min.default)(lambda result, x, low: _clamp(result, x, low))
-rule(aten.clamp_max.default)(lambda result, x, high: _clamp(result, x, None, high))
 
 
 @rule(aten.maximum.default)
@@ -225,6 +176,7 @@ def _comparison(fn: str) -> Rule:
     def apply(result: Result, a: Tensor, b: Any) -> Tensor:
         if (isinstance(b, Tensor) and b.dtype != a.dtype) or a.dtype == bool_:
             raise refuse("a comparison of different types")
+        a = cast(a, f32) if a.dtype.kind == "int" and isinstance(b, float) else a
         return getattr(a, f"__{fn}__")(b)
 
     return apply
@@ -369,9 +321,23 @@ def _rms_norm(
     w: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
+    return _fused_rms_norm(result, x, shape, w, eps)[0]
+
+
+@rule(aten._fused_rms_norm.default)
+def _fused_rms_norm(
+    result: Result,
+    x: Tensor,
+    shape: Sequence[Any],
+    w: Tensor | None = None,
+    eps: float | None = None,
+) -> list[Tensor]:
+    """The norm, and 1 / rms; without an eps, that of the type in which torch computes."""
     _one_axis(shape)
+    x = wide(x)
     least = torch.finfo(x.dtype.torch).eps if eps is None else eps
-    return cast(library.rms_norm(wide(x), _wide(w), least), result.dtype)
+    y = library.rms_norm(x, _wide(w), least)
+    return [cast(y, result.dtype), library.inverse_rms(x, least)]
 
 
 @rule(aten.cross_entropy_loss.default)

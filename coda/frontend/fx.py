@@ -20,7 +20,7 @@ import torch
 from torch.fx import Node as FxNode
 
 from coda.errors import CodaError, UnsupportedError, Where
-from coda.frontend import aten_views  # noqa: F401  (it enters its rules)
+from coda.frontend import aten_activations, aten_views  # noqa: F401  (they enter their rules)
 from coda.frontend.aten import RULES, VIEWS, Result
 from coda.frontend.axes import outward
 from coda.frontend.heads import heads_apart
