@@ -13,7 +13,9 @@ the partition works on, for 64 rows in two CTAs). A column has 4 bytes: the fact
 K from byte SFA_ID or SFB_ID on.
 
 Operands are scaled in f32, where that is exact, or in f64; see `tensorcore.product` for sums. The
-accumulator is added last, once for a chain of instructions on the same D.
+accumulator is added last. The operands of a chain of instructions on the same D are fetched
+together; each instruction is a product of its own, added in the order of the instructions, so that
+the bits of D do not depend on how a chain is cut.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from coda.sim.tensorcore import (
     TYPES,
     Lines,
     Major,
+    by_step,
     chain_offsets,
     fetch,
     lines_of,
@@ -332,22 +335,21 @@ def _factors(form: Mma, shape: Shape, tmem: Array, places: tuple[Array, Array], 
 def _scaled(
     form: Mma, tmem: Array, piece: Piece, steps: Sequence[Step], a: Array, b: Array
 ) -> Array:
-    """The product of one partition of 32 lanes, [32, columns]."""
+    """The product of each step in one partition of 32 lanes, [steps, 32, columns]."""
     assert isinstance(piece.lanes, slice)
     partition, count = piece.lanes.start // 32, piece.columns.stop - piece.columns.start
-    left, right = [], []
-    for step in steps:
+    found = []
+    for step, left, right in zip(steps, a, b, strict=True):
         shape = decode_shape(form, step.idesc)
         at = scale_places(step.scale_a, piece.rows.start, partition, 32)
-        left.append(_factors(form, shape, tmem, at, shape.a_id))
+        fa = _factors(form, shape, tmem, at, shape.a_id)
         at = scale_places(step.scale_b, 0, partition, count)
-        right.append(_factors(form, shape, tmem, at, shape.b_id))
-    fa, fb = np.concatenate(left, axis=1), np.concatenate(right, axis=1)
-    with np.errstate(all="ignore"):
-        exact = all(_moderate(f) for f in (fa, fb))
-        wide = np.float32 if exact else np.float64
-        new = product(a.astype(wide) * fa.astype(wide), (b.astype(wide) * fb.astype(wide)).T)
-        return new.astype(np.float32)
+        fb = _factors(form, shape, tmem, at, shape.b_id)
+        with np.errstate(all="ignore"):
+            wide = np.float32 if _moderate(fa) and _moderate(fb) else np.float64
+            new = product(left.astype(wide) * fa.astype(wide), (right.astype(wide) * fb).T)
+            found.append(new.astype(np.float32))
+    return np.stack(found)
 
 
 def _moderate(factors: Array) -> bool:
@@ -363,28 +365,26 @@ def _enabled(disabled: Sequence[int], cta: int) -> Array | None:
     return bits.reshape(128) == 0
 
 
-def _write(form: Mma, shape: Shape, view: Array, lanes: Lanes, new: Array, enable: bool) -> None:
-    """Add `new` to, or put it in, view[lanes] (uint32 words) as the type of D."""
+def _sum(form: Mma, shape: Shape, old: Array, new: Array, enable: bool) -> Array:
+    """The words of D after the products `new`, [steps, rows, columns], added in turn to `old`."""
     if shape.d == "s32":
-        total = new.astype(np.int64)
-        if enable:
-            total = total + view[lanes].view(np.int32)
-        if shape.saturate:
-            total = np.clip(total, -(2**31), 2**31 - 1)
-        view[lanes] = total.astype(np.int32).view(np.uint32)
-        return
-    if shape.d == "f16":
-        if enable:
-            old = view[lanes].astype(np.uint16).view(np.float16).astype(np.float32)
-            new = new + old * np.float32(2.0**-form.scale_d)
-        view[lanes] = new.astype(np.float16).view(np.uint16)
-    elif enable:
-        old = view[lanes].view(np.float32)
-        view[lanes] = (new + (old * np.float32(2.0**-form.scale_d) if form.scale_d else old)).view(
-            np.uint32
-        )
-    else:
-        view.view(np.float32)[lanes] = new
+        total = old.view(np.int32).astype(np.int64) if enable else np.int64(0)
+        for one in new.astype(np.int64):
+            total = total + one
+            if shape.saturate:
+                total = np.clip(total, -(2**31), 2**31 - 1)
+        return np.asarray(total).astype(np.int32).view(np.uint32)
+    half = shape.d == "f16"
+    total = old.astype(np.uint16).view(np.float16).astype(np.float32) if half else old.view("f4")
+    if form.scale_d:
+        total = total * np.float32(2.0**-form.scale_d)
+    for k, one in enumerate(new):
+        total = one if k == 0 and not enable else total + one
+        if half:
+            total = total.astype(np.float16).astype(np.float32)
+    if half:
+        return total.astype(np.float16).view(np.uint16).astype(np.uint32)
+    return total.view(np.uint32)
 
 
 def _products(
@@ -396,23 +396,25 @@ def _products(
     steps: Sequence[Step],
     b: Array,
 ) -> list[Array]:
-    """The new values of each piece of the D of one CTA."""
-    integer = shape.d == "s32"
+    """The new values of each piece of the D of one CTA, [steps, rows, columns].
+
+    `b` is [steps, n, k].
+    """
     if form.a_in_tmem:
         left = [
-            np.concatenate([_a_lanes(form, shape, tmem, s, piece.lanes) for s in steps], axis=1)
+            np.stack([_a_lanes(form, shape, tmem, s, piece.lanes) for s in steps])
             for piece in pieces
         ]
     else:
-        rows = _a_rows(form, shape, smem, steps)
+        rows = by_step(_a_rows(form, shape, smem, steps), shape.k)
         if not form.scales:
-            whole = product(rows, b.T, integer)
-            return [whole[piece.rows, piece.columns] for piece in pieces]
-        left = [rows[piece.rows] for piece in pieces]
+            whole = product(rows, b.swapaxes(1, 2))
+            return [whole[:, piece.rows, piece.columns] for piece in pieces]
+        left = [rows[:, piece.rows] for piece in pieces]
     both = zip(pieces, left, strict=True)
     if form.scales:
-        return [_scaled(form, tmem, p, steps, a, b[p.columns]) for p, a in both]
-    return [product(a, b[p.columns].T, integer) for p, a in both]
+        return [_scaled(form, tmem, p, steps, a, b[:, p.columns]) for p, a in both]
+    return [product(a, b[:, p.columns].swapaxes(1, 2)) for p, a in both]
 
 
 def accumulate(
@@ -432,17 +434,17 @@ def accumulate(
     shape = decode_shape(form, steps[0].idesc)
     if len(smems) != form.ctas or len(tmems) != form.ctas or (len(steps) > 1 and form.scale_d):
         raise Fault(f"tcgen05: {len(smems)} CTAs, {len(steps)} steps for {form}")
-    b = _b_rows(form, shape, smems, steps)
+    b = by_step(_b_rows(form, shape, smems, steps), shape.k)
     pieces, column = d_pieces(form, shape, d), split(d)[1]
     for cta, (smem, tmem) in enumerate(zip(smems, tmems, strict=True)):
         writes = _enabled(disabled, cta)
         # All of them before the first write: D may lie where A or the scales lie.
         results = _products(form, shape, smem, tmem, pieces, steps, b)
         for piece, new in zip(pieces, results, strict=True):
-            view = tmem[:, column : column + new.shape[1]]
+            view = tmem[:, column : column + new.shape[2]]
             lanes, kept = piece.lanes, -new if shape.negate else new
             if writes is not None:
                 every = np.arange(128)[lanes]
-                lanes, kept = every[writes[every]], kept[writes[every]]
+                lanes, kept = every[writes[every]], kept[:, writes[every]]
             with np.errstate(all="ignore"):
-                _write(form, shape, view, lanes, kept, enable)
+                view[lanes] = _sum(form, shape, np.ascontiguousarray(view[lanes]), kept, enable)

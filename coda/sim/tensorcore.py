@@ -262,14 +262,19 @@ def values(raw: Array, name: str) -> Array:
     return TYPES[name][1](raw)
 
 
-def product(a: Array, b: Array, integer: bool = False) -> Array:
-    """[..., m, k] times [..., k, n] in f32, or in f64 and exactly for 8-bit integers.
+def by_step(rows: Array, k: int) -> Array:
+    """An operand of a chain, [rows, k of the chain], as [steps, rows, k of an instruction]."""
+    return rows.reshape(len(rows), -1, k).swapaxes(0, 1)
+
+
+def product(a: Array, b: Array) -> Array:
+    """[..., m, k] times [..., k, n], as many products of matrices as there are in front.
 
     Products of operands of at most 11 significant bits are exact in f32; their sum is rounded to
-    f32 at each addition, in the order that BLAS takes. The hardware adds with fewer guard bits and
-    in an order of its own: results agree to a few units in the last place of the largest term.
+    f32 at each addition, in the order that BLAS takes, which the shape of one matrix decides: so
+    the caller gives it one instruction's, whatever is computed at once. The hardware adds with
+    fewer guard bits and in an order of its own: results agree to a few units in the last place of
+    the largest term. Sums of the 8-bit integers of one instruction (k = 32) are exact.
     """
-    if integer and a.shape[-1] > 256:
-        return np.matmul(a.astype(np.float64), b.astype(np.float64))
     with np.errstate(all="ignore"):
         return np.matmul(a, b)

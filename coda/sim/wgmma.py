@@ -2,7 +2,9 @@
 
 Registers are uint32[register, warp, lane]; four warps in a row make one warpgroup. All warpgroups
 that execute the same instruction are done at once, and so may be a chain of instructions on the
-same accumulators: D += A0 B0, then A1 B1, ... is one product over the joined K.
+same accumulators: D += A0 B0, then A1 B1, ... are fetched together. The bits of D do not depend on
+what is done together: each instruction of each warpgroup is one product of the same shape, and one
+addition in the order of the instructions.
 
     D, f32 or s32   register i of lane t, warp w: row 16 w + t/4 + 8 (i/2 % 2), column
                     8 (i/4) + 2 (t % 4) + i % 2; f16 has two columns in one register
@@ -10,7 +12,7 @@ same accumulators: D += A0 B0, then A1 B1, ... is one product over the joined K.
                     where E elements fill a register
 
 Sums: see `tensorcore.product`; the accumulator is added last, in f32. With f16 accumulators the sum
-is rounded to f16 once per chain; tf32 operands lose their 13 low bits.
+is rounded to f16 after each instruction; tf32 operands lose their 13 low bits.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from coda.sim.tensorcore import (
     TYPES,
     Lines,
     Major,
+    by_step,
     chain_offsets,
     check_lines,
     chunk_offsets,
@@ -230,7 +233,7 @@ Step = tuple[Array | Sequence[int], Sequence[int]]
 
 
 def _products(form: Wgmma, smem: Array, ctas: Sequence[int], steps: Sequence[Step]) -> Array:
-    """The product of a chain of steps for each warpgroup, [groups, 64, n] as `pack` wants it."""
+    """The product of each step for each warpgroup, [steps, groups, 64, n] as `pack` wants it."""
     if form.a_in_registers:
         parts = [a_from_registers(form, np.asarray(a)) for a, _ in steps]
         a = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
@@ -242,23 +245,27 @@ def _products(form: Wgmma, smem: Array, ctas: Sequence[int], steps: Sequence[Ste
     for g, cta in enumerate(ctas):
         users.setdefault((cta, *(int(b[g]) for _, b in steps)), []).append(g)
     shared = _from_shared(form, smem, list(users), "b")
-    out = np.empty((len(ctas), 64, form.n), np.float32)
+    out = np.empty((len(steps), len(ctas), 64, form.n), np.float32)
     for b, groups in zip(shared, users.values(), strict=True):
-        left = a if len(groups) == len(ctas) else a[groups]
-        new = product(left.reshape(-1, left.shape[2]), b.T, integer=form.d == "s32")
-        out[groups] = new.reshape(-1, 64, form.n)
+        right = by_step(b, form.k).swapaxes(1, 2)
+        for g in groups:
+            out[:, g] = product(by_step(a[g], form.k), right)
     return out
 
 
-def _converted(form: Wgmma, new: Array) -> Array:
-    if form.d == "s32":
-        return new.astype(np.int32)
-    with np.errstate(over="ignore"):
-        return new.astype(np.float16) if form.d == "f16" else new
+def _sum_halves(form: Wgmma, d: Array, new: Array, keep: Array) -> Array:
+    """Registers of f16 accumulators after the products `new`: rounded after each."""
+    total = np.where(keep[:, None, None], unpack(form, d), np.float32(0)) if keep.any() else None
+    with np.errstate(all="ignore"):
+        for one in new:
+            wide = one if total is None else total + one
+            total = wide.astype(np.float16).astype(np.float32)
+        assert total is not None
+        return pack(form, total.astype(np.float16))
 
 
 def _add(form: Wgmma, old: Array, new: Array) -> Array:
-    """Registers of the old accumulators and of the product (f16: its matrix) -> registers."""
+    """Registers of the old accumulators and of a product -> registers."""
     if form.d == "f32":
         return (old.view(np.float32) + new.view(np.float32)).view(np.uint32)
     if not form.saturate:
@@ -289,12 +296,17 @@ def accumulate(
         np.negative(new, out=new)
     keep = np.asarray(scale_d, bool)
     if form.d == "f16":
-        if keep.any():
-            new += np.where(keep[:, None, None], unpack(form, d), np.float32(0))
-        return pack(form, _converted(form, new))
-    registers = pack(form, _converted(form, new))
-    if not keep.any():
-        return registers
+        return _sum_halves(form, d, new, keep)
+    if form.d == "s32":
+        new = new.astype(np.int32)
+    registers = pack(form, new.reshape(-1, 64, form.n))
+    registers = registers.reshape(form.d_registers, len(steps), *d.shape[1:])
     with np.errstate(all="ignore"):
-        total = _add(form, d, registers)
-    return total if keep.all() else np.where(np.repeat(keep, 4)[:, None], total, registers)
+        total = registers[:, 0]
+        if keep.any():
+            total = _add(form, d, total)
+        if not keep.all():
+            total = np.where(np.repeat(keep, 4)[:, None], total, registers[:, 0])
+        for k in range(1, len(steps)):
+            total = _add(form, total, registers[:, k])
+    return total
