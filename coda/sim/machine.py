@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from coda.sim.agents import Agents
 from coda.sim.atomics import Atomics
 from coda.sim.barriers import Mbarriers, Waiter
+from coda.sim.blas import one_blas_thread
 from coda.sim.copies import Copies
 from coda.sim.decoded import Decoded, decode
 from coda.sim.grid import Grid
@@ -430,12 +431,13 @@ def run(launch: Launch, allocations: Allocations, options: Options) -> LaunchRes
 
     Raises Unsupported for what is not modelled, Fault for an access or operation that no hardware
     performs, Deadlock, Livelock, and CheckFailed for findings of the level "raise".
+    BLAS has one thread meanwhile.
     """
     began = time.perf_counter()
     decoded = decode(launch.ptx, launch.kernel)
     grid = Grid(decoded, launch, allocations, options)
     result = LaunchResult(launch.kernel)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), one_blas_thread():
         while grid.waiting:
             machine = Machine(grid, grid.next_ctas(), result)
             try:
