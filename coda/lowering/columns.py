@@ -117,6 +117,7 @@ class Space:
             rows takes a concatenation part by part.
         segments: all such columns so far.
         offsets: the first column of each matrix that is narrower than the kernel.
+        sunk: values that are summed over the rows.
         nested: how many computations have asked for the one that goes on now.
     """
 
@@ -142,6 +143,7 @@ class Space:
     segment: Segment | None = None
     segments: dict[Segment, None] = field(default_factory=dict)
     offsets: dict[str, int] = field(default_factory=dict)
+    sunk: list[Value] = field(default_factory=list)
     nested: int = 0
 
     @contextmanager
@@ -200,8 +202,8 @@ class Space:
     def needed(
         self, before: Mapping[str, RowStatistic], nodes: Iterable[Node]
     ) -> dict[str, RowStatistic]:
-        """The statistics of before, and those that some nodes read, or that these need."""
-        values = [self.values[n] for n in nodes]
+        """The statistics of before, and those that some nodes or sinks read, or that these need."""
+        values = [self.values[n] for n in nodes] + self.sunk
         found = dict(before)
         for name, one in reversed(self.statistics.items()):
             if name in before or name in stat_names(self.expressions(values)):
@@ -210,8 +212,9 @@ class Space:
         return {name: found[name] for name in self.statistics if name in found}
 
     def offsets_of(self, nodes: Iterable[Node]) -> dict[str, int]:
-        """Where the narrow matrices begin that some nodes, or the statistics, load."""
-        values = [self.values[n] for n in nodes] + [s.value for s in self.statistics.values()]
+        """Where the narrow matrices begin that some nodes, the sinks or the statistics load."""
+        values = [self.values[n] for n in nodes] + self.sunk
+        values += [s.value for s in self.statistics.values()]
         read = {e.operand for e in leaves(self.expressions(values)) if isinstance(e, Load)}
         return {name: first for name, first in self.offsets.items() if name in read}
 

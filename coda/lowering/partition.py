@@ -319,6 +319,7 @@ class Partition(Drafts):
         after.homed.append(node)
         self.loadable.add(node)
         draft.sinks[node] = value
+        draft.space.sunk.append(value)
         draft.over_rows.add(node)
         after.space.fold(node)
 
