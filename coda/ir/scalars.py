@@ -34,6 +34,8 @@ class Scalar:
         commutes: whether the two arguments may be exchanged.
         selects: whether the value is always one of the arguments: nothing is rounded, and a number
             among them is a value of their type.
+        exact: whether the value follows without a rounding, too, as an argument's negative or as a
+            predicate.
         derivative: (d, y, *arguments) -> what each argument gets of the cotangent d of the value
             y; None for an argument without a derivative. The values compute with + - * / and
             negation, and `x.to("exp", ...)` is another function of this table.
@@ -48,7 +50,13 @@ class Scalar:
     zero: bool = False
     commutes: bool = False
     selects: bool = False
+    exact: bool = False
     derivative: Derivative | None = None
+
+    @property
+    def unrounded(self) -> bool:
+        """Whether every kernel finds the same bits for the same arguments: nothing is rounded."""
+        return self.exact or self.selects
 
 
 def _where(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -109,12 +117,13 @@ _ROWS = (
             (a.to("eq", 0.0)).to("where", 0.0, d * y * a.to("log")),
         ),
     ),
-    Scalar("neg", 1, torch.neg, zero=True, derivative=lambda d, y, a: (-d,)),
+    Scalar("neg", 1, torch.neg, zero=True, exact=True, derivative=lambda d, y, a: (-d,)),
     Scalar(
         "abs",
         1,
         torch.abs,
         zero=True,
+        exact=True,
         derivative=lambda d, y, a: (
             a.to("gt", 0.0).to("where", d, a.to("lt", 0.0).to("where", -d, 0.0)),
         ),
@@ -243,12 +252,12 @@ _ROWS = (
         ),
     ),
     Scalar("clamp", 3, _clamp, flops=2, zero=True, selects=True, derivative=_clamp_derivative),
-    Scalar("eq", 2, torch.eq, result="bool", commutes=True),
-    Scalar("ne", 2, torch.ne, result="bool", commutes=True),
-    Scalar("lt", 2, torch.lt, result="bool"),
-    Scalar("le", 2, torch.le, result="bool"),
-    Scalar("gt", 2, torch.gt, result="bool"),
-    Scalar("ge", 2, torch.ge, result="bool"),
+    Scalar("eq", 2, torch.eq, result="bool", exact=True, commutes=True),
+    Scalar("ne", 2, torch.ne, result="bool", exact=True, commutes=True),
+    Scalar("lt", 2, torch.lt, result="bool", exact=True),
+    Scalar("le", 2, torch.le, result="bool", exact=True),
+    Scalar("gt", 2, torch.gt, result="bool", exact=True),
+    Scalar("ge", 2, torch.ge, result="bool", exact=True),
     Scalar(
         "where",
         3,
@@ -270,7 +279,7 @@ def _rounding(dtype: DType) -> Scalar:
         return x if x.dtype == torch.float64 else x.to(dtype.torch).to(x.dtype)
 
     name = f"rounded_{dtype.name}"
-    return Scalar(name, 1, evaluate, zero=True, derivative=lambda d, y, a: (d,))
+    return Scalar(name, 1, evaluate, zero=True, exact=True, derivative=lambda d, y, a: (d,))
 
 
 _ROUNDINGS = tuple(_rounding(d) for d in (bf16, f16, e4m3, e5m2))

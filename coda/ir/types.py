@@ -11,12 +11,24 @@ from coda.errors import DtypeError
 
 @dataclass(frozen=True)
 class DType:
-    """An element type. `kind` is "float", "int" or "bool"; `size` is in bytes."""
+    """An element type.
+
+    Attributes:
+        name: coda's name for it.
+        torch: torch's type.
+        kind: "float", "int" or "bool".
+        size: in bytes.
+        digits: bits of a value without its sign (of a float: of the significand, with the hidden
+            one).
+        exponent: bits of a float's exponent.
+    """
 
     name: str
     torch: torch.dtype
     kind: str
     size: int
+    digits: int
+    exponent: int = 0
 
     def __str__(self) -> str:
         return self.name
@@ -30,16 +42,21 @@ class DType:
             return value
         return torch.tensor(value, dtype=torch.float64).to(self.torch).item()
 
+    def holds(self, other: DType) -> bool:
+        """Whether every value of another type is a value of this one."""
+        reaches = self.kind == "float" or other.kind != "float"
+        return reaches and self.digits >= other.digits and self.exponent >= other.exponent
 
-bf16 = DType("bf16", torch.bfloat16, "float", 2)
-f16 = DType("f16", torch.float16, "float", 2)
-f32 = DType("f32", torch.float32, "float", 4)
-f64 = DType("f64", torch.float64, "float", 8)
-e4m3 = DType("e4m3", torch.float8_e4m3fn, "float", 1)
-e5m2 = DType("e5m2", torch.float8_e5m2, "float", 1)
-i32 = DType("i32", torch.int32, "int", 4)
-i64 = DType("i64", torch.int64, "int", 8)
-bool_ = DType("bool", torch.bool, "bool", 1)
+
+bf16 = DType("bf16", torch.bfloat16, "float", 2, 8, 8)
+f16 = DType("f16", torch.float16, "float", 2, 11, 5)
+f32 = DType("f32", torch.float32, "float", 4, 24, 8)
+f64 = DType("f64", torch.float64, "float", 8, 53, 11)
+e4m3 = DType("e4m3", torch.float8_e4m3fn, "float", 1, 4, 4)
+e5m2 = DType("e5m2", torch.float8_e5m2, "float", 1, 3, 5)
+i32 = DType("i32", torch.int32, "int", 4, 31)
+i64 = DType("i64", torch.int64, "int", 8, 63)
+bool_ = DType("bool", torch.bool, "bool", 1, 1)
 
 DTYPES: dict[str, DType] = {d.name: d for d in (bf16, f16, f32, f64, e4m3, e5m2, i32, i64, bool_)}
 _FROM_TORCH = {d.torch: d for d in DTYPES.values()}

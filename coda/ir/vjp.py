@@ -39,7 +39,7 @@ from coda.ir.graph import (
 )
 from coda.ir.linear import factor_cotangent, linear_outputs, row_factor
 from coda.ir.scalars import SCALARS
-from coda.ir.types import DType, bf16, f16, i32
+from coda.ir.types import DType, i32
 
 
 def vjp(
@@ -411,16 +411,10 @@ def _reduce_rule(node: Reduce, d: Node) -> Node:
             return Map("mul", (away, share))
         case "max" | "min":
             one, zero = Const(1.0, d.dtype), Const(0.0, d.dtype)
-            same = Map("eq", (_as_stored(x), _as_stored(node)))
-            ties = Reduce("sum", Map("where", (same, one, full(zero, x.shape))), node.axis)
-            return Map("where", (same, Map("div", (d, ties)), zero))
+            same = Map("where", (Map("eq", (x, node)), one, full(zero, x.shape)))
+            ties = Reduce("sum", same, node.axis)  # none where a row has a NaN: its gradient is NaN
+            return Map("mul", (same, Map("div", (d, ties))))
     raise UnsupportedError(f"`{node.fn}` has no derivative", where=node.where)
-
-
-def _as_stored(x: Node) -> Node:
-    """A value of a narrow type as it is in memory: two kernels may hold it at other precisions."""
-    narrow = x.dtype in (bf16, f16)
-    return Map(f"rounded_{x.dtype.name}", (x,)) if narrow else x
 
 
 def _one_hot(d: Node, arg: Node, index: Node) -> Node:

@@ -12,7 +12,7 @@ but none behind a special function: a tanh near 1 has no bits left for 1 − tan
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from coda.errors import CallError, UnsupportedError
@@ -30,10 +30,10 @@ from coda.ir.graph import (
     Size,
     walk,
 )
-from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
-from coda.ir.types import f32
+from coda.ir.types import DType, f32
 from coda.ir.vjp import vjp
+from coda.lowering.compared import compared, sources
 from coda.lowering.cut import minimum_cut
 from coda.lowering.descend import descended
 from coda.lowering.laws import EXCHANGES, LAWS
@@ -88,9 +88,9 @@ def derive(
         sizes: of every symbol: what bytes are reckoned with.
         wanted: names of the arguments to differentiate; by default all floats.
         given: names of the outputs that have a cotangent; by default all floats.
-        memory: "min" saves arguments and statistics of rows alone, "balanced" what takes fewer
-            bytes than computing it again, "speed" also what the forward stores anyway and the
-            backward would have to store again.
+        memory: "min" saves arguments, statistics of rows and what maxima are taken of alone,
+            "balanced" what takes fewer bytes than computing it again, "speed" also what the forward
+            stores anyway and the backward would have to store again.
     """
     check_memory(memory)
     names = set(differentiated(graph, wanted))
@@ -110,8 +110,17 @@ def derive(
     gradients = [(f"d{i.name}", found[i]) for i in asked if i in found]
     if memory != "min":
         gradients = exchanged(gradients, merged)
-    saved = _choose(merged, [n for _, n in gradients], sizes, memory, original)
-    return _split(graph, normal, gradients, saved, original, roles, taken, memory)
+    roots = [n for _, n in gradients]
+    exact = sources(compared(roots)) & set(walk(merged.roots))
+    saved = _choose(merged, roots, sizes, memory, original, exact)
+    kept = {n: _saved_type(n, exact) for n in saved if not isinstance(n, Input)}
+    return _split(graph, normal, gradients, kept, original, roles, taken, memory)
+
+
+def _saved_type(node: Node, exact: Set[Node]) -> DType:
+    """The type in which a value is saved: row statistics in float32."""
+    narrow = node.shape[-1:] in ((), (ONE,)) and node.dtype.kind == "float" and node not in exact
+    return f32 if narrow and node.dtype.size < f32.size else node.dtype
 
 
 def exchanged(gradients: list[tuple[str, Node]], forward: Graph) -> list[tuple[str, Node]]:
@@ -169,11 +178,14 @@ def _choose(
     sizes: Mapping[str, int],
     memory: str,
     known: Mapping[Node, Node],
+    exact: set[Node],
 ) -> list[Node]:
-    """The nodes of the forward that the backward reads."""
+    """The nodes of the forward that the backward reads; what is `exact` is not computed again."""
     forward = list(walk(merged.roots))
     inside = set(forward)
+    chosen = compared(gradients)
     free = weight_nodes(forward) | {n for n in forward if isinstance(n, Const | Size | Iota)}
+    free -= exact
     needed: dict[Node, None] = {}
     for node in walk(gradients):
         if node not in inside:
@@ -187,9 +199,8 @@ def _choose(
         return all(d == ONE or d.symbols & tokens for d in node.shape)
 
     statistics = [n for n in forward if isinstance(n, Reduce)]
-    # A maximum is taken of the same values that are asked which of them it is.
-    chosen = {n for n in statistics if MONOIDS[n.fn].chosen}
     kept: set[Node] = {n for n in statistics if n not in chosen and of_rows(n)}
+    kept |= exact
     if memory != "min":
         kept |= {n for n in forward if isinstance(n, Contract)}
     lies = set(merged.roots)
@@ -239,21 +250,18 @@ def _split(
     graph: Graph,
     normal: Graph,
     gradients: list[tuple[str, Node]],
-    saved: list[Node],
+    kept: Mapping[Node, DType],
     original: Mapping[Node, Node],
     roles: list[Input | None],
     taken: set[str],
     memory: str,
 ) -> Training:
     """The two graphs, with saved values as outputs of one and inputs of the other."""
-    kept = [n for n in saved if not isinstance(n, Input)]
     outputs: list[tuple[str, Node]] = []
     stands: dict[Node, Node] = {}
     inputs: list[Input] = []
-    for node in kept:
+    for node, wide in kept.items():
         name = _free(f"saved{len(outputs)}", taken)
-        narrow = node.shape[-1:] in ((), (ONE,)) and node.dtype.size < 4
-        wide = f32 if narrow and node.dtype.kind == "float" else node.dtype
         value = original[node]
         outputs.append((name, value if wide == node.dtype else Cast(value, wide)))
         inputs.append(Input(name, node.shape, wide))
