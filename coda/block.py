@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from coda.errors import CallError
+from coda.frontend.autocast import autocast_graph, only_multiplied
 from coda.frontend.tensor import Spec
 from coda.frontend.tensor import Tensor as Symbolic
 from coda.frontend.trace import declared, trace
-from coda.ir.graph import Contract, Graph, walk
-from coda.ir.types import DType, bf16, dtype_of, from_torch
+from coda.ir.graph import Graph, walk
+from coda.ir.types import DTYPES, DType, bf16, dtype_of, from_torch
 from coda.lowering.derive import Training, check_memory, derive
 from coda.lowering.explain import Explanation
 from coda.lowering.explain_training import TrainingExplanation
@@ -24,6 +25,7 @@ from coda.lowering.roles import row_symbols
 from coda.runtime.bind import arrange, given_sizes
 from coda.runtime.modes import cast_arguments, refuse_transforms
 from coda.runtime.run import (
+    block_of,
     block_op,
     is_plain,
     needs_dispatch,
@@ -62,7 +64,8 @@ class Block:
             functools.update_wrapper(self, fn)  # type: ignore[arg-type]
             self.undeclared = [isinstance(s, Spec) and s.dtype is None for s in specs]
         self.__name__ = self.graph.name
-        self._multiplies = any(isinstance(n, Contract) for n in walk(self.graph.roots))
+        self._multiplied = only_multiplied(self.graph)
+        self._casts: dict[str, Block] = {}
         self.handle = register(self, "" if fn is None else f"{fn.__module__}.{fn.__qualname__}")
         self._names = [name for name, _ in self.graph.outputs]
 
@@ -80,6 +83,22 @@ class Block:
             assert self.fn is not None
             self._graphs[dtype] = trace(self.fn, dtype)
         return self._graphs[dtype]
+
+    def under_autocast(self, types: str) -> Block:
+        """The block as autocast has it.
+
+        Args:
+            types: names of types: autocast's, then for each argument its own, "-" where it is
+                declared with one.
+        """
+        if types not in self._casts:
+            narrow, *given = (DTYPES.get(name) for name in types.split())
+            assert narrow is not None
+            fn = self.fn
+            assert fn is not None
+            graph = autocast_graph(lambda dtype: trace(fn, dtype), given, narrow)
+            self._casts[types] = Block(None, graph, self.memory)
+        return self._casts[types]
 
     def __copy__(self) -> Block:
         return self  # like a function, so that a copied module calls the same block
@@ -189,9 +208,9 @@ class Block:
     ) -> Any:
         """The outputs: a tensor, a tuple of tensors or a dict, as the function returns them.
 
-        Under `torch.autocast` a block that multiplies matrices is cast as torch casts a matmul:
-        its arguments to the types that they are declared with, the others to autocast's; float64
-        is left alone.
+        Under `torch.autocast` contractions have autocast's type, and losses and statistics are
+        float32, as in torch (`coda/frontend/autocast.py`); types that the block declares stay, and
+        float64 is left alone.
 
         Args:
             tensors, named: the arguments; inside another block, tensors of that block.
@@ -216,17 +235,23 @@ class Block:
                 raise CallError(f"`{node.name}` takes a torch tensor", found=type(tensor).__name__)
         refuse_transforms(tensors)
         device = tensors[0].device.type if tensors else "meta"
-        if self._multiplies and device != "meta" and torch.is_autocast_enabled(device):
-            tensors = cast_arguments(self.graph, self.undeclared, tensors)
+        handle = self.handle
+        if device != "meta" and torch.is_autocast_enabled(device):
+            given = self.graph, self.undeclared, self._multiplied, tensors
+            tensors, types = cast_arguments(*given)
+            handle = f"{handle}/{types}" if types else handle
         options = backend or "", arch or ""
         kept = self.memory if memory is None else check_memory(memory)
         if not plain and any_sharded(tensors):
-            graph = self.graph_for(tensors)
+            graph = block_of(handle).graph_for(tensors)
             found = call_sharded(
-                graph, tensors, dict(dims or {}), lambda t, d: self._run(t, d, *options, kept)
+                graph,
+                tensors,
+                dict(dims or {}),
+                lambda t, d: self._run(handle, t, d, *options, kept),
             )
         else:
-            found = self._run(list(tensors), dims, *options, kept)
+            found = self._run(handle, list(tensors), dims, *options, kept)
         if self._names == ["out"]:
             return found[0]
         if self._names[0] == "out0":
@@ -235,6 +260,7 @@ class Block:
 
     def _run(
         self,
+        handle: str,
         tensors: list[Tensor],
         dims: Mapping[str, int] | None,
         backend: str,
@@ -245,10 +271,10 @@ class Block:
         given = given_sizes(self.graph, dims) if dims else []
         arguments = tensors, given, backend, arch
         if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-            return train_block(self.handle, *arguments, memory)[: len(self._names)]
+            return train_block(handle, *arguments, memory)[: len(self._names)]
         frozen = memory == "speed" and not any([t.requires_grad for t in tensors])
         run = block_op if needs_dispatch(tensors) else run_block
-        return run(self.handle, *arguments, frozen)
+        return run(handle, *arguments, frozen)
 
     def graph_for(self, inputs: Sequence[Tensor]) -> Graph:
         """The graph for arguments of these types."""

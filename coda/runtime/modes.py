@@ -25,28 +25,44 @@ def opaque(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cast_arguments(
-    graph: Graph, undeclared: Sequence[bool], tensors: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """A call's arguments under autocast.
+    graph: Graph,
+    undeclared: Sequence[bool],
+    multiplied: Sequence[bool],
+    tensors: Sequence[Tensor],
+) -> tuple[tuple[Tensor, ...], str]:
+    """A call's arguments under autocast, and the types in which the block is to be computed.
 
-    Arguments declared without an element type get autocast's, the others their own. What torch does
-    not cast (float64, whatever is not a float) is left alone.
+    Arguments that are declared with a type get it. Of the others, those that only contractions read
+    get autocast's type here, and for the rest the block is computed as `autocast_graph` has it.
+    What torch does not cast (float64, whatever is not a float) is left alone.
 
     Args:
         graph: the block, with any type for arguments declared without one.
         undeclared: for each argument, whether it is such.
+        multiplied: for each argument, whether only contractions read it.
         tensors: the arguments.
+
+    Returns:
+        The arguments, and names of types as `Block.under_autocast` takes them: autocast's, then one
+        for each argument, "-" where it is declared; "" where autocast changes nothing.
     """
     if len(tensors) != len(graph.inputs):
-        return tuple(tensors)
+        return tuple(tensors), ""
     narrow = torch.get_autocast_dtype(tensors[0].device.type)
     cast: list[Tensor] = []
-    for node, free, tensor in zip(graph.inputs, undeclared, tensors, strict=True):
-        wanted = narrow if free else node.dtype.torch
-        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
-        floats = free or node.dtype.kind == "float"
-        cast.append(tensor.to(wanted) if eligible and floats else tensor)
-    return tuple(cast)
+    types: list[str] = []
+    rows = zip(graph.inputs, undeclared, multiplied, tensors, strict=True)
+    for node, free, factor, tensor in rows:
+        wanted = narrow if factor else tensor.dtype
+        wanted = wanted if free else node.dtype.torch
+        floats = tensor.dtype in NAMES and (free or node.dtype.kind == "float")
+        cast.append(tensor.to(wanted) if floats else tensor)
+        types.append(NAMES.get(cast[-1].dtype, "") if free else "-")
+    chosen = "" not in types and any(t != "-" for t in types)
+    return tuple(cast), " ".join([NAMES[narrow], *types]) if chosen else ""
+
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}  # what torch casts
 
 
 def is_transformed() -> bool:

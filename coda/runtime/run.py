@@ -107,6 +107,10 @@ class Runnable(Protocol):
         """The graph, with `dtype` for arguments that are declared without a type."""
         ...
 
+    def under_autocast(self, types: str) -> Runnable:
+        """The block as autocast has it, for arguments of some types."""
+        ...
+
     def graph_for(self, inputs: Sequence[Tensor]) -> Graph:
         """The graph for arguments of these types."""
         ...
@@ -164,9 +168,16 @@ def register(block: Runnable, origin: str) -> str:
     """
     content = __version__, origin, show(block.graph_of(bf16)), tuple(block.undeclared)
     handle = hashlib.sha256(repr(content).encode()).hexdigest()[:24]
-    _calls.setdefault(handle, Calls()).blocks.add(block)
-    weakref.finalize(block, _forget, handle).atexit = False
+    _enter(handle, block)
     return handle
+
+
+def _enter(handle: str, block: Runnable) -> Calls:
+    """Let a block serve the calls of a handle for as long as it lives."""
+    calls = _calls.setdefault(handle, Calls())
+    calls.blocks.add(block)
+    weakref.finalize(block, _forget, handle).atexit = False
+    return calls
 
 
 def _forget(handle: str) -> None:
@@ -177,8 +188,14 @@ def _forget(handle: str) -> None:
 
 
 def calls_of(handle: str) -> Calls:
-    """What is known of the calls of a handle. Raises CallError where no block has it any more."""
+    """What is known of the calls of a handle, which may end in types as autocast has them.
+
+    Raises CallError where no block has it any more.
+    """
     calls = _calls.get(handle)
+    block, _, types = handle.partition("/")
+    if calls is None and types:
+        return _enter(handle, block_of(block).under_autocast(types))
     if calls is None:
         raise CallError(
             "compiled code calls a block that this process has not made",

@@ -182,21 +182,6 @@ def test_frozen_weights_have_no_kernel():
 NARROW = torch.bfloat16
 
 
-def test_autocast_casts_a_block_as_it_casts_a_matmul(inputs):
-    wide = [x.float() for x in inputs]
-    plain = [x.to(NARROW) for x in wide]
-    for first in (wide[0], plain[0]):
-        mine = leaves([first, *wide[1:]])
-        with torch.autocast("cpu", NARROW):
-            y = mlp(*mine)
-        assert y.dtype == NARROW
-        torch.testing.assert_close(y, mlp(*leaves(plain)), rtol=0, atol=0)
-        y.sum().backward()
-        assert [x.grad.dtype for x in mine] == [x.dtype for x in mine]
-    with torch.autocast("cpu", NARROW):
-        assert mlp(*inputs).dtype == torch.float64
-
-
 def test_autocast_keeps_declared_types_and_what_does_not_multiply():
     @coda.block
     def scaled(x: T["M D"], w: T["F D"], s: T["M", coda.f32]):

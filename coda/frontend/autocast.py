@@ -1,0 +1,169 @@
+"""The graph of a block under `torch.autocast`: the values in the types that torch gives them.
+
+Types that a block states itself (a declared argument, a cast) stay. The open ones, which follow
+from the arguments, are chosen as torch chooses them op by op:
+
+- the operands and the result of a contraction have autocast's type;
+- sums, means and what else is computed of all values of an axis are float32, as torch's losses,
+  norms and softmaxes are inside; a maximum is one of the values, and has their type;
+- an elementwise operation computes in the widest type of its operands.
+
+What the block returns has the type of torch's own modules: that of the operands with all axes of
+the result. So a loss is float32, a residual stream stays float32, and a norm or a softmax gives the
+type that it takes; statistics, biases and gains widen nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from coda.ir.graph import (
+    Cast,
+    Concat,
+    Const,
+    Contract,
+    Expand,
+    Graph,
+    Input,
+    Iota,
+    Map,
+    Node,
+    Permute,
+    Pick,
+    Reduce,
+    Reshape,
+    Size,
+    Slice,
+    origin,
+    users,
+    walk,
+)
+from coda.ir.monoids import MONOIDS
+from coda.ir.types import DType, f32, promote
+
+
+def autocast_graph(
+    traced: Callable[[DType], Graph], types: Sequence[DType | None], narrow: DType
+) -> Graph:
+    """A block's graph under autocast.
+
+    Args:
+        traced: the block, with an element type for arguments that are declared without one.
+        types: for each argument its float type, of 16 or 32 bits, where it is declared without one;
+            None elsewhere.
+        narrow: autocast's type.
+    """
+    wide = promote(*(t for t in types if t is not None))
+    free = replace(wide, name=f"any {wide.name}")  # no type that a block can state
+    graph = traced(free)
+    inputs = tuple(
+        i if t is None else Input(i.name, i.declared, t)
+        for i, t in zip(graph.inputs, types, strict=True)
+    )
+    retyped = _Retyped(free, wide, narrow, dict(zip(graph.inputs, inputs, strict=True)))
+    retyped.nominal = {i: t or i.dtype for i, t in zip(graph.inputs, types, strict=True)}
+    for node in walk([*graph.inputs, *graph.roots]):
+        with origin(node.where):
+            retyped.visit(node)
+    outputs = tuple(
+        (name, _cast(retyped.new[node], retyped.nominal[node])) for name, node in graph.outputs
+    )
+    return Graph(graph.name, inputs, outputs)
+
+
+def only_multiplied(graph: Graph) -> list[bool]:
+    """For each argument, whether nothing but contractions read it, or views of it."""
+    readers = users([*graph.inputs, *graph.roots])
+    found: dict[Node, bool] = {}
+    for node in reversed(list(walk([*graph.inputs, *graph.roots]))):
+        found[node] = node not in graph.roots and all(
+            isinstance(r, Contract) or (isinstance(r, VIEWS) and found[r]) for r in readers[node]
+        )
+    return [found[i] for i in graph.inputs]
+
+
+VIEWS = (Reshape, Permute, Slice, Concat, Expand)
+
+
+def _cast(node: Node, dtype: DType) -> Node:
+    return node if node.dtype == dtype else Cast(node, dtype)
+
+
+@dataclass
+class _Retyped:
+    """Nodes of a graph in other types.
+
+    Attributes:
+        free: the type that marks what follows from the arguments' types.
+        wide: the widest type of those arguments.
+        narrow: autocast's type.
+        new: for each node the one that computes its values; wide enough, maybe wider than
+            `nominal`.
+        nominal: the type in which torch would have the values of each node.
+    """
+
+    free: DType
+    wide: DType
+    narrow: DType
+    new: dict[Node, Node]
+    nominal: dict[Node, DType] = field(default_factory=dict)
+
+    def visit(self, node: Node) -> None:
+        """Enter a node whose operands are known."""
+        if node in self.nominal:
+            return
+        operands = [self.new[o] for o in node.operands]
+        nominal = [self.nominal[o] for o in node.operands]
+        match node:
+            case Const(element=element) | Size(element=element) | Iota(element=element):
+                found = replace(node, element=self.open(element, self.wide))
+            case Cast(to=to):
+                found = _cast(operands[0], self.open(to, self.wide))
+            case Contract(result=result):
+                lhs, rhs = (
+                    _cast(new, self.open(o.dtype, self.narrow))
+                    for new, o in zip(operands, node.operands, strict=True)
+                )
+                found = Contract(lhs, rhs, self.open(result, self.narrow))
+            case Reduce() if node.dtype == self.free and not MONOIDS[node.fn].chosen:
+                found = node.with_operands([_cast(operands[0], promote(f32, operands[0].dtype))])
+            case Pick() if node.dtype == self.free:
+                found = node.with_operands(operands)
+                found = _cast(found, promote(f32, found.dtype))
+            case Map() | Concat() if node.operands:
+                self.joined(node, operands, nominal)
+                return
+            case _:
+                self.new[node] = node.with_operands(operands)
+                self.nominal[node] = nominal[0] if nominal else node.dtype
+                return
+        self.new[node], self.nominal[node] = found, found.dtype
+
+    def open(self, stated: DType, otherwise: DType) -> DType:
+        """A type that the block states itself, or else another one."""
+        return otherwise if stated == self.free else stated
+
+    def joined(self, node: Map | Concat, operands: list[Node], nominal: list[DType]) -> None:
+        """Enter a node that computes in one type, the widest of its operands'."""
+        typed = [
+            i
+            for i, o in enumerate(node.operands)
+            if o.dtype.kind != "bool" and not isinstance(o, Const | Size)
+        ]
+        if typed and any(node.operands[i].dtype == self.free for i in typed):
+            computed = promote(*(operands[i].dtype for i in typed))
+            whole = [i for i in typed if node.operands[i].shape == node.shape]
+            stated = promote(*(nominal[i] for i in whole or typed))
+        else:
+            computed = stated = self.wide
+        changed = [
+            replace(new, element=computed)
+            if isinstance(new, Const | Size)
+            else _cast(new, computed)
+            if o.dtype == self.free
+            else new
+            for new, o in zip(operands, node.operands, strict=True)
+        ]
+        self.new[node] = found = node.with_operands(changed)
+        self.nominal[node] = stated if node.dtype == self.free else found.dtype
