@@ -18,8 +18,8 @@ import coda
 from coda.lowering.pipeline import lower
 from coda.lowering.program import Config, GemmKernel
 from coda.lowering.schedule import size_partials
-from coda.runtime import quack_target
 from coda.runtime.compile import captured, compile_kernel, prepare_process
+from coda.runtime.dry_run import without_driver
 from coda.runtime.sass import usage
 
 ARCHS = {"sm_90a": "90", "sm_100a": "100"}
@@ -181,10 +181,8 @@ def ours(name, arch):
 def child(arch):
     """Both kernels of every block for one arch, as JSON."""
     prepare_process(arch)
-    for module in quack_target.cluster_counts():
-        module.get_max_active_clusters = lambda *_, **__: 1
     found = {}
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, without_driver(arch):
         os.environ["CODA_CACHE_DIR"] = directory  # a new one: what is found compiled has no cubin
         for name in quack_arguments(256):
             pair = theirs(name, arch, directory), ours(name, arch)

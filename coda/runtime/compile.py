@@ -62,7 +62,7 @@ class Compiled:
 def compile_program(program: Program, jobs: int = 0) -> Iterator[Compiled]:
     """Compile all kernels of a program, as many at once as there are cores; as they are done."""
     work = [job for _, job in _jobs(program)]
-    yield from run_all(compile_job, work, _environment(program.arch), jobs)
+    yield from run_all(compile_job, work, _workers_environment(program.arch), jobs)
     prune()
 
 
@@ -80,7 +80,7 @@ def compile_ahead(programs: Sequence[Program]) -> list[Compiled]:
                 fresh.setdefault(base, job)
     if len(fresh) < WORTH_IT:
         return []
-    environment = _environment(programs[0].arch)
+    environment = _workers_environment(programs[0].arch)
     done = show_progress(run_all(compile_job, [*fresh.values()], environment), len(fresh))
     prune()
     return done
@@ -108,6 +108,11 @@ def _environment(arch: str) -> dict[str, str]:
         "CUTE_DSL_KEEP": "ptx,cubin",
         "CUTE_DSL_DUMP_DIR": str(_made(kernel_directory() / "dump")),
     }
+
+
+def _workers_environment(arch: str) -> dict[str, str]:
+    """The variables of a worker: it sees no GPU, so that no library begins to use one."""
+    return {**_environment(arch), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _made(path: Path) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,16 +13,23 @@ from coda.ir.graph import Node
 from coda.lowering.gemm_source import Source
 from coda.lowering.program import GemmKernel, Program, RowwiseKernel
 from coda.lowering.roles import is_turned
+from coda.lowering.schedule import SMS
 from coda.runtime import quack_target
 from coda.runtime.cache import object_directory
 from coda.runtime.compile import has_padded_rows
 from coda.runtime.kernels import KernelRun, aligned, padded
 from coda.runtime.rowwise_target import Rows
+from coda.sim.hardware import driver_answers, forget_answers
+from coda.sim.patches import Patches
 
 
 def dry_run(program: Program, kernel: GemmKernel | RowwiseKernel) -> None:
-    """Compile one kernel as a call of the Program would, into quack's store."""
-    _prepare_quack()
+    """Compile one kernel as a call of the Program would, into quack's store.
+
+    The table of archs answers what a driver would be asked: the number of clusters, which no kernel
+    is built with (it is an argument of each launch).
+    """
+    quack_target.use_cache(object_directory(), enabled=True)
     free = {s: min(n, 128) for s, n in program.sizes.items() if s not in program.fixed}
     sizes = {**program.sizes, **free}
     inputs = [
@@ -29,10 +38,24 @@ def dry_run(program: Program, kernel: GemmKernel | RowwiseKernel) -> None:
     ]
     run = DryRun(program, inputs, sizes)
     run.raw = _Partials(program, sizes)
-    if isinstance(kernel, GemmKernel):
-        run.gemm(kernel)
-    else:
-        run.rows(kernel)
+    with without_driver(program.arch):
+        if isinstance(kernel, GemmKernel):
+            run.gemm(kernel)
+        else:
+            run.rows(kernel)
+
+
+@contextmanager
+def without_driver(arch: str) -> Iterator[None]:
+    """Answer for the driver inside, whether there is one or not, and forget the answers after."""
+    patches = Patches()
+    for owner, name, answer in driver_answers(SMS[arch]):
+        patches.set(owner, name, answer)
+    try:
+        yield
+    finally:
+        patches.undo()
+        forget_answers()
 
 
 class DryRun(KernelRun):
@@ -91,11 +114,3 @@ class _Partials(dict[str, Tensor]):
     def __missing__(self, name: str) -> Tensor:
         planes, rows, parts = (d.size(self.sizes) for d in self.program.buffers[name].shape)
         return torch.empty((rows, parts * planes))
-
-
-def _prepare_quack() -> None:
-    """Answer for the driver where there is none, and keep what is compiled."""
-    if not torch.cuda.is_available():
-        for module in quack_target.cluster_counts():
-            module.get_max_active_clusters = lambda *_, **__: 1
-    quack_target.use_cache(object_directory(), enabled=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -172,18 +172,3 @@ def cover_our_sources() -> None:
 def import_kernel(source: Source, config: Config, directory: Path) -> Gemm:
     """The kernel of an emitted source."""
     return Gemm(source, config, load_module(source.text, source.name, directory))
-
-
-def cluster_counts() -> Sequence[Any]:
-    """Modules in which quack asks the driver how many clusters fit: replaced without a GPU."""
-    import quack.cute_dsl_utils
-    import quack.gemm
-    import quack.gemm_runtime.host
-    import quack.gemm_symmetric
-
-    return (
-        quack.cute_dsl_utils,
-        quack.gemm_runtime.host,
-        quack.gemm,
-        quack.gemm_symmetric,
-    )

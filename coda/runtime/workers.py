@@ -6,6 +6,7 @@ A worker begins with nothing but coda: it does not import the user's program, as
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from coda.errors import InternalError
+from coda.errors import CodaError, InternalError
 
 
 def run_all(
@@ -49,44 +50,53 @@ def run_all(
     def run(job: Any) -> Any:
         return _ask(own.process, (function, job))
 
+    def result(done: bool, found: Any) -> Any:
+        if not done:
+            raise InternalError(found)  # here, where the caller's line is known
+        return found
+
     workers = min(count or os.cpu_count() or 1, len(jobs)) or 1
     pool = ThreadPoolExecutor(workers, "coda-compile", start)
     try:
         for done in as_completed([pool.submit(run, job) for job in jobs]):
-            yield done.result()
+            yield result(*done.result())
+    except BaseException:
+        for process in started:
+            process.kill()  # nobody waits for the others any more
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         for process in started:
             _end(process)
 
 
-def _ask(process: subprocess.Popen[bytes], question: Any) -> Any:
-    """The answer of a worker."""
+def _ask(process: subprocess.Popen[bytes], question: Any) -> tuple[bool, Any]:
+    """Whether a worker did its job, and its answer: a result, or what went wrong."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
         pickle.dump(question, process.stdin)
         process.stdin.flush()
-        done, found = pickle.load(process.stdout)
-    except (EOFError, OSError) as e:
-        raise InternalError(f"a compiling process ended: code {process.wait()}") from e
-    if not done:
-        raise InternalError(f"a kernel does not compile\n{found}")
-    return found
+        return pickle.load(process.stdout)
+    except (EOFError, OSError, pickle.UnpicklingError):
+        return False, f"a compiling process ended: code {process.wait()}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.close()
+    with contextlib.suppress(OSError):  # a process that was killed reads nothing
+        process.stdin.close()
     process.wait()
     process.stdout.close()
 
 
 def main() -> None:
     """Answer until nobody asks."""
+    import signal
     import traceback
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-c ends it; the caller tells
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
     while True:
@@ -96,8 +106,10 @@ def main() -> None:
             return
         try:
             answer = True, function(job)
+        except CodaError as e:
+            answer = False, str(e)
         except Exception:
-            answer = False, traceback.format_exc()
+            answer = False, f"a kernel does not compile\n{traceback.format_exc()}"
         pickle.dump(answer, answers)
         answers.flush()
 

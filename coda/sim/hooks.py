@@ -17,12 +17,11 @@ from pathlib import Path
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any, Protocol
 
+from coda.sim.hardware import L2, SMEM_PER_SM, driver_answers, forget_answers
 from coda.sim.launch import Shim, capability
 from coda.sim.patches import OnImport, Patches
 from coda.sim.tensors import CudaIsCpu
 from coda.sim.types import SimError
-
-_SMEM_PER_SM, _L2 = 233472, 50 << 20
 
 
 class Host(Protocol):
@@ -242,32 +241,10 @@ def current_host(fallback: Host) -> Host:
 
 def _driver(patches: Patches, host: Host) -> None:
     """Answer the questions that kernels' host code asks of the CUDA driver."""
-    from cutlass.base_dsl.runtime import cuda
-    from cutlass.utils.hardware_info import HardwareInfo
-
     _hosts.append(host)
     patches.on_undo(_hosts.pop)
-    answers: dict[str, Callable[..., Any]] = {
-        "__init__": lambda self, device_id=0: None,
-        "get_max_active_clusters": lambda self, cluster_size, stream=None: max(
-            1, host.sms // cluster_size
-        ),
-        "get_device_multiprocessor_count": lambda self: host.sms,
-        "get_l2_cache_size_in_bytes": lambda self: _L2,
-    }
-    for name, answer in answers.items():
-        _around(patches, host, HardwareInfo, name, answer)
-
-    def attribute(which: Any, device_id: int = 0) -> int:
-        name = which.name
-        if name.endswith("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR"):
-            return _SMEM_PER_SM
-        if name.endswith("MULTIPROCESSOR_COUNT"):
-            return host.sms
-        raise SimError(f"the simulated device does not know its attribute {name}")
-
-    _around(patches, host, cuda, "get_device_attribute", attribute)
-    _around(patches, host, cuda, "initialize_cuda_context", lambda *a, **k: None)
+    for owner, name, answer in driver_answers(host.sms):
+        _around(patches, host, owner, name, answer)
 
 
 def _torch(patches: Patches, host: Host) -> None:
@@ -281,9 +258,9 @@ def _torch(patches: Patches, host: Host) -> None:
         minor=minor,
         multi_processor_count=host.sms,
         total_memory=80 << 30,
-        L2_cache_size=_L2,
+        L2_cache_size=L2,
         shared_memory_per_block_optin=232448,
-        shared_memory_per_multiprocessor=_SMEM_PER_SM,
+        shared_memory_per_multiprocessor=SMEM_PER_SM,
         warp_size=32,
     )
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None, wait_stream=lambda s: None)
@@ -312,16 +289,6 @@ def _torch(patches: Patches, host: Host) -> None:
 
 # Caches of kernels that libraries keep in memory: each device kind has contents of its own.
 _kept: dict[tuple[Any, ...], Any] = {}
-_DEVICE_DEPENDENT = (
-    ("quack.cute_dsl_utils", "get_device_multiprocessor_count"),
-    ("quack.cute_dsl_utils", "get_max_active_clusters"),
-    ("quack.cute_dsl_utils", "_get_device_capacity_cached"),
-    ("quack.cute_dsl_utils", "get_compile_target_capacity"),
-    ("flash_attn.cute.cute_dsl_utils", "get_max_active_clusters"),
-    ("flash_attn.cute.cute_dsl_utils", "get_device_capacity"),
-    ("flash_attn.cute.cute_dsl_utils", "_get_device_arch_and_num_sms"),
-    ("flash_attn.cute.interface", "_get_device_arch"),
-)
 
 
 def _libraries(patches: Patches, host: Host) -> None:
@@ -356,8 +323,8 @@ def _libraries(patches: Patches, host: Host) -> None:
         kept = _kept.setdefault((*kind, "gemm plans"), {})
         patches.set(sys.modules["quack.gemm"], "_gemm_plan_cache", kept)
 
-    _forget()
-    patches.on_undo(_forget)
+    forget_answers()
+    patches.on_undo(forget_answers)
     if "quack.cache.jit" in sys.modules:
         jit_caches()
     watch = OnImport(
@@ -371,14 +338,6 @@ def _libraries(patches: Patches, host: Host) -> None:
     patches.on_undo(watch.remove)
     known = set(_jit_cached())
     patches.on_undo(lambda: [w.cache_clear() for w in _jit_cached() if w not in known])  # type: ignore[attr-defined]
-
-
-def _forget() -> None:
-    """Clear what libraries remember of the device."""
-    for module, name in _DEVICE_DEPENDENT:
-        function = getattr(sys.modules.get(module), name, None)
-        if function is not None and hasattr(function, "cache_clear"):
-            function.cache_clear()
 
 
 _wrappers: dict[int, list[FunctionType]] = {}
