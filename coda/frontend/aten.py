@@ -206,7 +206,7 @@ def _masked_fill(result: Result, x: Tensor, mask: Tensor, value: Any) -> Tensor:
 def _to(result: Result, x: Tensor, *where: Any, **options: Any) -> Tensor:
     if x.dtype.kind != result.dtype.kind and x.dtype.kind != "bool":
         raise refuse(f"a cast from {x.dtype} to {result.dtype}")
-    return cast(x, result.dtype)
+    return x.cast(result.dtype)
 
 
 # Reductions.

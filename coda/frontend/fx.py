@@ -23,6 +23,7 @@ from coda.errors import CodaError, UnsupportedError, Where
 from coda.frontend import aten_activations, aten_views  # noqa: F401  (they enter their rules)
 from coda.frontend.aten import RULES, VIEWS, Result
 from coda.frontend.axes import outward
+from coda.frontend.casts import seen
 from coda.frontend.heads import heads_apart
 from coda.frontend.rows import canonical, with_row_symbols
 from coda.frontend.tensor import Tensor
@@ -220,6 +221,7 @@ def import_nodes(
             values[node] = apply_rule(node, value)
     arguments = tuple(values[n].node for n in inputs)
     wanted = {n: values[n].node for n in returned}
+    wanted = dict(zip(wanted, seen(list(wanted.values())), strict=True))
     return _finish(arguments, tuple(inputs), wanted)
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from coda.errors import DimError, DtypeError, ShapeError, TraceError
+from coda.frontend.casts import written
 from coda.frontend.shapes import parse_shape
 from coda.frontend.views import Index, reshaped, sliced
 from coda.ir.dims import Dim, Shape, show_shape
 from coda.ir.graph import (
-    Cast,
     Const,
     Contract,
     Map,
@@ -216,12 +216,12 @@ class Tensor(metaclass=_Annotated):
         return Tensor(reshaped(self.node, shape))
 
     def cast(self, dtype: DType) -> Tensor:
-        """The same values in another element type."""
+        """The same values in another element type, rounded to it."""
         if not isinstance(dtype, DType):
             raise DtypeError(
                 "a cast takes an element type of coda", found=repr(dtype), help="coda.f32"
             )
-        return self if dtype == self.dtype else Tensor(Cast(self.node, dtype))
+        return self if dtype == self.dtype else Tensor(written(self.node, dtype))
 
     def __getitem__(self, index: Index | tuple[Index, ...]) -> Tensor:
         return Tensor(sliced(self.node, index if isinstance(index, tuple) else (index,)))

@@ -11,6 +11,7 @@ from typing import Any
 
 from coda.errors import DimError, TraceError, Where
 from coda.frontend import library
+from coda.frontend.casts import seen
 from coda.frontend.tensor import Spec, Tensor
 from coda.ir.graph import Graph, Input, Node, origin, walk
 from coda.ir.types import DType
@@ -122,7 +123,8 @@ def _outputs(values: Any, where: Where | None) -> tuple[tuple[str, Node], ...]:
             where=where,
         )
     assert isinstance(named, dict)
-    outputs = tuple((str(name), v.node) for name, v in named.items())
+    nodes = seen([v.node for v in named.values()])
+    outputs = tuple(zip(map(str, named), nodes, strict=True))
     bad = [name for name, _ in outputs if not name.isidentifier()]
     if bad:
         raise TraceError("an output's name is an identifier", found=repr(bad[0]), where=where)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coda.ir.types import DType, bf16, e4m3, e5m2, f16
+from coda.ir.types import DType, bf16, e4m3, e5m2, f16, f32
 
 Derivative = Callable[..., tuple[Any, ...]]
 
@@ -36,6 +36,7 @@ class Scalar:
             among them is a value of their type.
         exact: whether the value follows without a rounding, too, as an argument's negative or as a
             predicate.
+        written: whether it is a rounding that the user wrote, by a cast.
         derivative: (d, y, *arguments) -> what each argument gets of the cotangent d of the value
             y; None for an argument without a derivative. The values compute with + - * / and
             negation, and `x.to("exp", ...)` is another function of this table.
@@ -51,6 +52,7 @@ class Scalar:
     commutes: bool = False
     selects: bool = False
     exact: bool = False
+    written: bool = False
     derivative: Derivative | None = None
 
     @property
@@ -282,5 +284,28 @@ def _rounding(dtype: DType) -> Scalar:
     return Scalar(name, 1, evaluate, zero=True, exact=True, derivative=lambda d, y, a: (d,))
 
 
+def cast_to(dtype: DType) -> str:
+    """The name of the function that is left of a cast to a float type."""
+    return f"cast_{dtype.name}"
+
+
+def _cast(dtype: DType) -> Scalar:
+    """The value that a type has room for, where the user cast to it and a wider type sees it.
+
+    Its cotangent is cast in the same way, as torch's is.
+    """
+    name = cast_to(dtype)
+    return Scalar(
+        name,
+        1,
+        lambda x: x.to(dtype.torch).to(x.dtype),
+        zero=True,
+        exact=True,
+        written=True,
+        derivative=lambda d, y, a: (d.to(name),),
+    )
+
+
 _ROUNDINGS = tuple(_rounding(d) for d in (bf16, f16, e4m3, e5m2))
-SCALARS: dict[str, Scalar] = {row.name: row for row in (*_ROWS, *_ROUNDINGS)}
+_CASTS = tuple(_cast(d) for d in (bf16, f16, f32, e4m3, e5m2))
+SCALARS: dict[str, Scalar] = {row.name: row for row in (*_ROWS, *_ROUNDINGS, *_CASTS)}

@@ -83,6 +83,26 @@ def _rounded(a: Any, to: str) -> Any:
     return lanes(lambda x: x.to(_TYPES[to]).to(Float32), a)
 
 
+# Casts that the user wrote: to torch's values.
+cast_bf16, cast_f16, cast_e4m3 = rounded_bf16, rounded_f16, rounded_e4m3
+
+
+def cast_f32(a: Any) -> Any:
+    """The same value: all are float32."""
+    return a
+
+
+def cast_e5m2(a: Any) -> Any:
+    """The value that e5m2 has room for; infinite beyond, where the conversion would saturate."""
+
+    def one(x: Any) -> Any:
+        near, far = _rounded(x, "e5m2"), Float32(float("inf"))
+        near = cutlass.select_(x >= Float32(61440.0), far, near)
+        return cutlass.select_(x <= Float32(-61440.0), -far, near)
+
+    return lanes(one, a)
+
+
 def word(a: Any, b: Any, to: str) -> Any:
     """Two numbers as the neighbours of 16 bits that a float32 has room for."""
     return cute.recast_tensor(_neighbours(a, b, to), Float32)[0]

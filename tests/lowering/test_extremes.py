@@ -211,13 +211,32 @@ def test_many_random_extremes_give_all_of_their_cotangents(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-@pytest.mark.parametrize("block", [polynomial, max_norm, quantised_product, of_a_product])
+@pytest.mark.parametrize("block", [polynomial, max_norm], ids=lambda b: b.__name__)
 def test_kernels_lose_no_row(block, arch):
     sizes = {s: WIDTHS[s] for s in block.graph.symbols}
     d = torch.randn((), generator=torch.Generator().manual_seed(1))
     inputs = [x.float() for x in random_inputs(block.graph_of(f32), sizes)]
     exact = gradients(meaning(block, f64), inputs, torch.float64, d)
     with device(arch, checks="raise"):
-        found = gradients(lambda *a: block(*a, dims=sizes, backend="sim"), inputs, torch.float32, d)
+        found = gradients(lambda *a: block(*a, backend="sim"), inputs, torch.float32, d)
     for a, b in zip(found, exact, strict=True):
-        assert relative(a, b) < 2e-3  # its float32 GEMMs multiply in TF32
+        assert relative(a, b) < 3e-6
+
+
+@coda.block
+def largest_sum(x: T["M D"], g: T["D"], w: T["E D"], e: T["M E"]):
+    z = 0.3 * (coda.rms_norm(x, g) @ w.T)
+    return coda.max(z * z + z + e)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
+def test_kernels_of_products_lose_no_row(dtype, arch):
+    sizes = {s: WIDTHS[s] for s in largest_sum.graph.symbols}
+    inputs = [x.to(dtype.torch) for x in random_inputs(largest_sum.graph, sizes)]
+    inputs[3].requires_grad_()
+    with device(arch, checks="raise"):
+        (found,) = torch.autograd.grad(largest_sum(*inputs, backend="sim").sum(), inputs[3])
+    total = found.double().sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0.02, atol=0)
