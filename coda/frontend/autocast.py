@@ -158,12 +158,15 @@ class _Retyped:
         else:
             computed = stated = self.wide
         changed = [
-            replace(new, element=computed)
-            if isinstance(new, Const | Size)
-            else _cast(new, computed)
-            if o.dtype == self.free
-            else new
+            self.typed(new, computed) if o.dtype == self.free else new
             for new, o in zip(operands, node.operands, strict=True)
         ]
         self.new[node] = found = node.with_operands(changed)
         self.nominal[node] = stated if node.dtype == self.free else found.dtype
+
+    @staticmethod
+    def typed(node: Node, dtype: DType) -> Node:
+        """A value in another type; a number is written in it."""
+        if isinstance(node, Const | Size):
+            return replace(node, element=dtype)
+        return _cast(node, dtype)

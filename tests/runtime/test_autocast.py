@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import coda
+from coda.ir.graph import walk
 from tests.runtime.test_call import mlp, torch_mlp
 
 T = coda.Tensor
@@ -161,6 +162,13 @@ def test_mixed_arguments_nesting_and_what_is_switched_off():
     exact = torch_mlp(*(t.double() for t in mixed))
     assert found.dtype == expected.dtype
     assert off(found, exact) <= 3 * off(expected, exact)
+
+
+def test_what_a_block_types_itself_is_as_it_was():
+    types = "bf16 bf16 bf16 -"
+    block = CASES["loss mean"][0]
+    (ne,) = [n for n in walk(block.under_autocast(types).graph.roots) if n.dtype.kind == "bool"]
+    assert [a.dtype for a in ne.operands] == [coda.i64, coda.i64]
 
 
 def test_the_types_of_a_call_are_those_in_which_it_was_made():
