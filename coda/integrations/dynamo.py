@@ -28,6 +28,7 @@ from coda.integrations.pieces import left_alone, pieces, rebuilt
 from coda.integrations.rebuild import Rebuild
 from coda.integrations.regions import cut, is_parameter, with_all_parts, without_tail
 from coda.integrations.report import GraphReport, RegionReport, count_operators, keep_report
+from coda.integrations.writes import hidden_writes
 from coda.ir.graph import Contract, Graph, walk
 from coda.ir.types import f32
 from coda.lowering.program import TorchKernel
@@ -55,9 +56,15 @@ Rest = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 def _taken(gm: GraphModule, example_inputs: Sequence[Any], rest: Rest) -> Callable[..., Any]:
     """A graph with blocks in it, whole or in pieces; `rest` makes what runs around the blocks."""
-    alone = left_alone(gm)
+    fakes = _fakes(gm, example_inputs)
+    try:
+        alone = left_alone(gm, hidden_writes(gm, fakes))
+    except Exception as e:
+        why = f"torch does not run it on fake tensors: {type(e).__name__}: {e}"
+        keep_report(GraphReport(whole=why))
+        return rest(gm, fakes)
     if not alone:
-        return rest(_examined(gm, example_inputs) or gm, _fakes(gm, example_inputs))
+        return rest(_examined(gm, example_inputs) or gm, fakes)
     keep_report(GraphReport(left=count_operators(alone)))
     fused: list[GraphModule] = []
 
@@ -67,7 +74,7 @@ def _taken(gm: GraphModule, example_inputs: Sequence[Any], rest: Rest) -> Callab
         return rest(found or piece, _fakes(piece, examples))
 
     split = rebuilt(gm, pieces(gm, alone), example_inputs, made)
-    return split.forward if fused else rest(gm, _fakes(gm, example_inputs))
+    return split.forward if fused else rest(gm, fakes)
 
 
 def _examined(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule | None:

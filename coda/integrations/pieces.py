@@ -1,8 +1,8 @@
 """A graph with something in it that coda leaves alone -> pieces between that, each a graph.
 
-Such are the switches of autocast and autograd, operators that hold graphs of their own, and what
-stands inside a transform of torch.func. They keep their places and torch runs them as they are; a
-piece is examined in the modes in which torch will run it.
+Such are the switches of autocast and autograd, operators that hold graphs of their own, what
+stands inside a transform of torch.func, and writes that autograd does not see. They keep their
+places and torch runs them as they are; a piece is examined in the modes in which torch will run it.
 """
 
 from __future__ import annotations
@@ -56,9 +56,12 @@ class Piece:
         return GraphModule(root, graph)
 
 
-def left_alone(gm: GraphModule) -> dict[FxNode, str]:
-    """The nodes of a graph that coda leaves alone, and why; empty for most graphs."""
-    found: dict[FxNode, str] = {}
+def left_alone(gm: GraphModule, writes: Mapping[FxNode, str]) -> dict[FxNode, str]:
+    """The nodes of a graph that coda leaves alone, and why; empty for most graphs.
+
+    `writes` are those of them that `hidden_writes` finds.
+    """
+    found = dict(writes)
     depth = 0
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):

@@ -32,6 +32,17 @@ def _count_steps() -> None:
     register_optimizer_step_post_hook(count)
 
 
+_written: dict[int, int] = {}  # how often tensors, by their ids, changed without torch's counting
+
+
+def note_write(tensor: Tensor) -> None:
+    """Count a change of a tensor that torch does not count, such as one through `.data`."""
+    key = id(tensor)
+    if key not in _written:
+        weakref.finalize(tensor, _written.pop, key, None).atexit = False
+    _written[key] = _written.get(key, 0) + 1
+
+
 class Witness:
     """A tensor as it was: the object, where its memory is, and its version.
 
@@ -40,11 +51,12 @@ class Witness:
     holds for a parameter over the step of an optimizer.
     """
 
-    __slots__ = ("address", "reference", "step", "version")
+    __slots__ = ("address", "reference", "step", "version", "written")
 
     def __init__(self, tensor: Tensor, gone: Callable[[Any], object] | None = None) -> None:
         self.reference = weakref.ref(tensor, gone)
         self.address, self.version = tensor.data_ptr(), version_of(tensor)
+        self.written = _written.get(id(tensor))
         self.step = None
         if tensor.requires_grad:
             _count_steps()
@@ -56,6 +68,7 @@ class Witness:
             self.reference() is tensor
             and self.version is not None
             and tensor._version == self.version
+            and _written.get(id(tensor)) == self.written
             and tensor.data_ptr() == self.address
             and self.step in (None, _steps)
         )
