@@ -37,6 +37,7 @@ class Scalar:
         exact: whether the value follows without a rounding, too, as an argument's negative or as a
             predicate.
         written: whether it is a rounding that the user wrote, by a cast.
+        chooses: whether the value is one of the arguments after the first, which tells which.
         derivative: (d, y, *arguments) -> what each argument gets of the cotangent d of the value
             y; None for an argument without a derivative. The values compute with + - * / and
             negation, and `x.to("exp", ...)` is another function of this table.
@@ -53,6 +54,7 @@ class Scalar:
     selects: bool = False
     exact: bool = False
     written: bool = False
+    chooses: bool = False
     derivative: Derivative | None = None
 
     @property
@@ -266,6 +268,7 @@ _ROWS = (
         _where,
         zero=True,
         selects=True,
+        chooses=True,
         derivative=lambda d, y, c, a, b: (None, c.to("where", d, 0.0), c.to("where", 0.0, d)),
     ),
 )

@@ -26,7 +26,7 @@ from coda.lowering.epilogue import (
 )
 from coda.lowering.gemm_source import PAIRS, WHOLE, Source, Table
 from coda.lowering.program import GemmKernel, Program
-from coda.lowering.ragged import vanishes
+from coda.lowering.ragged import ROWS, vanishes
 from coda.lowering.twins import first_alike
 from coda.lowering.weights import halves
 
@@ -232,12 +232,12 @@ class _Emitter:
         if not (sums and self.ragged) or vanishes(expr, self.kinds):
             return expr
         self.masked = True
-        self.kinds["inside"] = Operand("inside", "row", next(iter(self.kinds.values())).dtype)
+        self.kinds["inside"] = Operand("inside", "row", f32)
         return Call("where", (Load("inside"), expr, Literal(0.0)))
 
     def inside_rows(self, expr: Expr) -> Expr:
         """What a sum over the rows takes: it must vanish in the rows outside the matrix."""
-        if vanishes(expr, self.kinds, ("col", "tile", "periodic")):
+        if vanishes(expr, self.kinds, ROWS):
             return expr
         self.rows_masked = True
         self.kinds["inside_rows"] = Operand("inside_rows", "col", f32)

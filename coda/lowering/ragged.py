@@ -2,69 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from coda.ir.scalars import SCALARS
-from coda.lowering.epilogue import Acc, Call, Expr, Literal, Load, Operand
+from coda.lowering.epilogue import Acc, Call, Expr, Literal, Load, Operand, calls
+
+COLUMNS = ("row", "tile", "periodic")
+ROWS = ("col", "tile", "periodic")
 
 
-def vanishes(
-    expr: Expr, kinds: dict[str, Operand], zero: tuple[str, ...] = ("row", "tile", "periodic")
-) -> bool:
-    """Whether an expression is surely 0 in columns outside the matrix (or in rows outside).
+def vanishes(expr: Expr, kinds: dict[str, Operand], zero: tuple[str, ...] = COLUMNS) -> bool:
+    """Whether an expression is surely 0 in columns outside the matrix (or in `ROWS` outside).
 
     There the accumulator and everything that varies along the columns is 0, but vectors along the
     rows are not. `zero` tells the kinds of operands that are 0.
     """
-    return _Outside(kinds, zero).vanishes(expr)
+    known = _Outside(kinds, zero)
+    for call in calls([expr]):
+        known.value(call)
+    return known.value(expr) == 0.0
 
 
 @dataclass
 class _Outside:
-    """What is known of expressions where operands are 0; each is looked at once."""
+    """The numbers that expressions are where operands of some kinds are 0.
+
+    An expression that also reads other operands has no such number: 0 times one of them is NaN
+    where it is infinite. Each expression is looked at once, after its arguments.
+    """
 
     kinds: dict[str, Operand]
     zero: tuple[str, ...]
-    known: dict[tuple[str, Expr], bool] = field(default_factory=dict)
+    known: dict[Call, float | None] = field(default_factory=dict)
 
-    def once(self, question: Callable[[Expr], bool], expr: Expr) -> bool:
-        """The answer, found when it is asked for the first time."""
-        key = question.__name__, expr
-        if key not in self.known:
-            self.known[key] = question(expr)
-        return self.known[key]
-
-    def vanishes(self, expr: Expr) -> bool:
-        """Whether an expression is surely 0."""
-        return self.once(self._vanishes, expr)
-
-    def _vanishes(self, expr: Expr) -> bool:
+    def value(self, expr: Expr) -> float | None:
+        """The number that an expression is there, in float32; None where it is not known."""
         match expr:
             case Acc():
-                return True
+                return 0.0
             case Load(operand=name):
-                return self.kinds[name].kind in self.zero
+                return 0.0 if self.kinds[name].kind in self.zero else None
             case Literal(value=value):
-                return value == 0.0
-            case Call(fn=fn, args=args):
-                found = [self.vanishes(a) for a in args]
-                if fn == "mul":
-                    return any(found) and not any(self.diverges(a) for a in args)
-                if fn == "where":
-                    return all(found[1:])
-                return SCALARS[fn].zero and all(found)
-        return False
+                return value
+            case Call():
+                if expr not in self.known:
+                    self.known[expr] = self.computed(expr)
+                return self.known[expr]
+        return None
 
-    def diverges(self, expr: Expr) -> bool:
-        """Whether an expression may be infinite: 0 times it is not 0 then."""
-        return self.once(self._diverges, expr)
-
-    def _diverges(self, expr: Expr) -> bool:
-        if not isinstance(expr, Call):
-            return False
-        reciprocal = expr.fn in ("recip", "rsqrt", "log", "pow", "div")
-        if reciprocal and self.vanishes(expr.args[-1]):
-            return True
-        first = expr.fn == "pow" and self.vanishes(expr.args[0])
-        return first or any(self.diverges(a) for a in expr.args)
+    def computed(self, call: Call) -> float | None:
+        """The number that a function is of its arguments."""
+        row, args = SCALARS[call.fn], [self.value(a) for a in call.args]
+        numbers = [torch.tensor(a) for a in args if a is not None]
+        if len(numbers) == len(args):
+            return float(row.evaluate(*numbers))
+        return args[1] if row.chooses and args[1] == args[2] else None
