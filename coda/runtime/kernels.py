@@ -464,10 +464,11 @@ def padded(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
 def aligned(x: Tensor, turned: bool = False) -> Tensor:
     """A matrix that TMA can read: unit stride along the columns, rows 16 bytes apart.
 
-    With `turned`, the unit stride may be along the rows: what a GEMM multiplies.
+    With `turned`, the unit stride may be along the rows: what a GEMM multiplies. A matrix that
+    is expanded (one row for all, stride 0) is copied, as any other is that TMA cannot read.
     """
     size = x.element_size()
-    apart = [s * size % 16 == 0 for s in x.stride()]
+    apart = [s > 0 and s * size % 16 == 0 for s in x.stride()]
     along = (x.stride(-1) == 1 and apart[0]) or (turned and x.stride(0) == 1 and apart[-1])
     if along and x.data_ptr() % 16 == 0:
         return x

@@ -44,19 +44,19 @@ def note_write(tensor: Tensor) -> None:
 
 
 class Witness:
-    """A tensor as it was: the object, where its memory is, and its version.
+    """A tensor as it was: the object, where its memory is, its strides, and its version.
 
     Torch does not count the changes of a tensor made in inference mode, so no witness holds for it.
     Nor does it count those of whoever writes parameters past it, as sharded training does, so none
     holds for a parameter over the step of an optimizer.
     """
 
-    __slots__ = ("address", "reference", "step", "version", "written")
+    __slots__ = ("address", "reference", "step", "stride", "version", "written")
 
     def __init__(self, tensor: Tensor, gone: Callable[[Any], object] | None = None) -> None:
         self.reference = weakref.ref(tensor, gone)
         self.address, self.version = tensor.data_ptr(), version_of(tensor)
-        self.written = _written.get(id(tensor))
+        self.written, self.stride = _written.get(id(tensor)), tensor.stride()
         self.step = None
         if tensor.requires_grad:
             _count_steps()
@@ -70,6 +70,7 @@ class Witness:
             and tensor._version == self.version
             and _written.get(id(tensor)) == self.written
             and tensor.data_ptr() == self.address
+            and tensor.stride() == self.stride
             and self.step in (None, _steps)
         )
 
@@ -88,7 +89,11 @@ class Place(Witness):
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether this is the tensor, in the same memory."""
-        return self.reference() is tensor and tensor.data_ptr() == self.address
+        return (
+            self.reference() is tensor
+            and tensor.data_ptr() == self.address
+            and tensor.stride() == self.stride
+        )
 
 
 def version_of(tensor: Tensor) -> int | None:

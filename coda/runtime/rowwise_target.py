@@ -62,9 +62,9 @@ def _fake(dtype: Any, rows: Any, columns: int, padded: bool) -> Any:
 
 
 def is_padded(x: Tensor) -> bool:
-    """Whether the rows of a matrix begin at multiples of 16 bytes."""
-    apart = x.stride(0) * x.element_size() % 16 == 0 or x.shape[0] == 1
-    return x.stride(1) == 1 and apart and x.data_ptr() % 16 == 0
+    """Whether the rows of a matrix begin at multiples of 16 bytes, each in memory of its own."""
+    own = x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % 16 == 0
+    return x.stride(1) == 1 and (own or x.shape[0] == 1) and x.data_ptr() % 16 == 0
 
 
 def _laid_out(x: Tensor, rows: int, columns: int, padded: bool = False) -> Tensor:
