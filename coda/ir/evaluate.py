@@ -8,6 +8,7 @@ from typing import assert_never, cast
 import torch
 from torch import Tensor
 
+from coda.errors import CallError
 from coda.ir.dims import Dim
 from coda.ir.graph import (
     Cast,
@@ -117,7 +118,7 @@ class _Evaluator:
                 kind = self.float_type(t)
                 return torch.arange(n.size(self.sizes), dtype=kind, device=self.device)
             case Gather():
-                return args[0][args[1].long()]
+                return _take(node, args[0], args[1])
             case Pick():
                 return pick(args[0], args[1])
             case Put(rows=rows):
@@ -163,6 +164,20 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
     found = x.gather(-1, index.clamp(0, width - 1).long().unsqueeze(-1))
     nothing = torch.nan if x.is_floating_point() else 0
     return torch.where(inside.unsqueeze(-1), found, x.new_full((), nothing))
+
+
+def _take(node: Node, table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table. Raises CallError for an index of none (on a GPU, torch's assertion)."""
+    try:
+        rows = table.index_select(0, index.reshape(-1))
+    except IndexError:
+        raise CallError(
+            f"rows are taken of a table of {len(table)}",
+            found=f"indices from {int(index.min())} to {int(index.max())}",
+            help="an index counts from 0: coda.where, or clamp, puts others into the range",
+            where=node.where,
+        ) from None
+    return rows.reshape(*index.shape, *table.shape[1:])
 
 
 def _put(x: Tensor, index: Tensor, rows: int) -> Tensor:

@@ -41,7 +41,7 @@ GROUPS = {"sum": "GroupSum", "mean": "GroupMean"}
 PAUSE = 4  # points, or two columns each, between pauses
 OURS = {
     "epilogue_ops": {"GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "PairStore"}
-    | {"SplitStore"},
+    | {"Select", "SplitStore"},
     "in_turn": {"Pause", "RowInTurn", "SumInTurn"},
 }
 
@@ -340,7 +340,7 @@ class _Emitter:
             name = safe(sink.buffer)
             if sink.monoid == "pick" and sink.index:
                 chosen = f'ColVecLoad("{safe(sink.index)}_index")'
-                reduced.append(f"{name!r}: {self.make(f'ColVecSelect({name!r}, {chosen})')}")
+                reduced.append(f"{name!r}: {self.make(f'Select({name!r}, {chosen})')}")
                 extra.append(self.make(chosen))
             elif sink.rows and not self.in_turn(sink):
                 reduced.append(f"{name!r}: {self.make(f'RowVecReduce({name!r})')}")

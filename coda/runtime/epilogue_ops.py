@@ -1,23 +1,30 @@
 """Epilogue operators that quack does not have: group totals, moments, stores of pairs.
 
-And a log Σ exp that survives +inf.
+And two of quack's that are right at the edges: a log Σ exp that survives +inf, and a choice of a
+column that takes no index for another one.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int64, const_expr
+from cutlass import Boolean, Float32, Int64, Uint32, const_expr
 from quack import layout_utils
 from quack.compile_utils import div_for_dtype, fake_batched
 from quack.epilogue.ops import (
     ColVecReduce,
+    ColVecSelect,
     GroupedColStatsBase,
     OnlineLSEReduce,
     TileStore,
+    _dup_s16sat_from_s32,
+    _selp_pair_f16x2,
 )
+
+_F16_NAN = 0x7FFF  # what no index equals
 
 
 class GroupSum(GroupedColStatsBase):
@@ -43,6 +50,43 @@ class LogSumExp(OnlineLSEReduce):
     def _guard_neg_inf(self, m_new: Any) -> Any:
         largest = cute.arch.fmin(m_new, Float32(3.4028234663852886e38))
         return Float32(cutlass.select_(m_new == Float32(self._NEG_INF), Float32(0.0), largest))
+
+
+class Select(ColVecSelect):
+    """The value of each row at the column that its index names: nothing for an index of no column.
+
+    quack compares the low 32 bits of an index, also with the columns between the matrix and the
+    end of its last tile, and takes −inf for "not found". Here the whole index, of 32 or 64 bits,
+    has to be one of the matrix's columns, and "not found" is NaN, which the result begins with.
+    """
+
+    def begin(self, gemm: Any, param: Any, smem_tensor: Any, ctx: Any) -> Any:
+        state = ColVecSelect.begin(self, gemm, param, smem_tensor, ctx)
+        return (*state, ctx.varlen_manager.len_n())
+
+    def begin_loop(self, gemm: Any, state: Any, epi_coord: Any) -> Any:
+        return (*ColVecSelect.begin_loop(self, gemm, state[:-1], epi_coord), state[-1])
+
+    def fn_sink_flush(self, gemm: Any, state: Any, frag: Any) -> Any:
+        self.index, self.columns = state[0], state[-1]
+        return ColVecSelect.fn_sink_flush(self, gemm, state[:-1], frag)
+
+    @cute.jit
+    def _select_packed16(
+        self, frag: Any, result: Any, slot: Any, row: Any, near: Any, offs: Any, count: Any
+    ) -> None:
+        """Store the value whose column, one of `offs` + 1, is `near`, if the index is a column."""
+        packed = _dup_s16sat_from_s32(near)
+        value = Float32(math.nan)
+        for j in cutlass.range_constexpr(0, count, 2):
+            second = offs[j + 1] + 1 if j + 1 < count else _F16_NAN
+            other = frag[slot, j + 1] if j + 1 < count else Float32(0.0)
+            both = Uint32((offs[j] + 1) | (second << 16))
+            value = _selp_pair_f16x2(packed, both, frag[slot, j], other, value)
+        index = self.index[row]
+        inside = (index >= 0) & (index < self.columns)
+        if Boolean(inside) & (value == value):
+            result[row] = value
 
 
 class Moments(ColVecReduce):
