@@ -85,16 +85,25 @@ def _lse_partial(x: Tensor, dim: int) -> Parts:
 
 
 def _moments(x: Tensor, dim: int) -> Parts:
-    mean = x.mean(dim, keepdim=True)
+    near = _pivot(x, dim, x.shape[dim])
+    mean = near + (x - near).mean(dim, keepdim=True)
     return mean, (x - mean).square().sum(dim, keepdim=True)
+
+
+def _pivot(x: Tensor, dim: int, count: int) -> Tensor | float:
+    """A first value, near which sums lose nothing; 0 where `count` of it are too large."""
+    if not x.shape[dim]:
+        return 0.0
+    first = x.narrow(dim, 0, 1).detach()
+    return torch.where(first.abs() < torch.finfo(x.dtype).max / count, first, 0.0)
 
 
 def _merge_moments(p: Parts, counts: Tensor, dim: int) -> Parts:
     """Chan, Golub, LeVeque (1983): M2 = Σ M2_i + Σ n_i (mean_i − mean)²."""
     means, m2 = p
     total = counts.sum(dim, keepdim=True)
-    first = means.narrow(dim, 0, 1)
-    mean = first + ((means - first) * counts).sum(dim, keepdim=True) / total
+    near = _pivot(means, dim, 1)
+    mean = near + ((means - near) * (counts / total)).sum(dim, keepdim=True)
     spread = (counts * (means - mean).square()).sum(dim, keepdim=True)
     return mean, m2.sum(dim, keepdim=True) + spread
 

@@ -299,7 +299,9 @@ class Sweeps:
         self.enter(self.pieces[0])
         expr = self.pieces[0].special(stat.expr)
         lines, (value,) = self.assigned([expr], f"{stat.name}_p")
-        out = [*self.loads([expr], "0", self.pieces[0]), *lines, f"{stat.name}_k = {value}"]
+        self.rows.add("pivot")
+        chosen = f"{stat.name}_k = pivot({value}, {stat.width})"
+        out = [*self.loads([expr], "0", self.pieces[0]), *lines, chosen]
         for name in loads_of([expr]):
             for suffix in ("_v", "_0[", "_1["):
                 new = suffix.replace("_", f"_{stat.name}", 1)

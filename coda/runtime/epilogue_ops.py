@@ -24,6 +24,8 @@ from quack.epilogue.ops import (
     _selp_pair_f16x2,
 )
 
+from coda.runtime.row_math import moments_merge, pivot
+
 _F16_NAN = 0x7FFF  # what no index equals
 
 
@@ -114,10 +116,7 @@ class Moments(ColVecReduce):
     def _merge(self, vals: Any, others: Any) -> Any:
         count, mean, m2 = vals
         other_count, other_mean, other_m2 = others
-        total = count + other_count
-        share = other_count / cute.arch.fmax(total, Float32(1.0))
-        delta = other_mean - mean
-        return (total, mean + delta * share, m2 + other_m2 + delta * delta * (count * share))
+        return moments_merge((count, mean, m2), (other_count, other_mean, other_m2))
 
     @cute.jit
     def _finalize(self, vals: Any) -> Any:
@@ -157,11 +156,12 @@ class Moments(ColVecReduce):
         for row in cutlass.range(cute.size(counts), unroll_full=True):
             count = Float32(0.0)
             total = Float32(0.0)
+            near = pivot(values[row, 0], width)
             for j in cutlass.range_constexpr(width):
                 inside = columns[row, j][1] < limit
                 count = count + cutlass.select_(inside, Float32(1.0), Float32(0.0))
-                total = total + cutlass.select_(inside, values[row, j], Float32(0.0))
-            mean = total / cute.arch.fmax(count, Float32(1.0))
+                total = total + cutlass.select_(inside, values[row, j] - near, Float32(0.0))
+            mean = near + total / cute.arch.fmax(count, Float32(1.0))
             m2 = Float32(0.0)
             for j in cutlass.range_constexpr(width):
                 inside = columns[row, j][1] < limit

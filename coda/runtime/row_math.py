@@ -103,11 +103,22 @@ def warp_lse(state: tuple[Any, Any]) -> Any:
 
 
 def moments_merge(a: tuple[Any, Any, Any], b: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-    """(count, mean, Σ(x − mean)²) of two parts, after Chan, Golub and LeVeque (1983)."""
+    """(count, mean, Σ(x − mean)²) of two parts, after Chan, Golub and LeVeque (1983).
+
+    Means whose difference is no number are weighed instead: that of a part may be infinite.
+    """
     total = a[0] + b[0]
     share = b[0] / cute.arch.fmax(total, Float32(1.0))
     delta = b[1] - a[1]
-    return total, a[1] + delta * share, a[2] + b[2] + delta * delta * (a[0] * share)
+    weighed = a[1] * (Float32(1.0) - share) + b[1] * share
+    mean = cutlass.select_(cute.math.abs(delta) < Float32(math.inf), a[1] + delta * share, weighed)
+    return total, mean, a[2] + b[2] + delta * (a[0] * share) * delta
+
+
+def pivot(first: Any, count: int) -> Any:
+    """A row's first value, near which sums lose nothing; 0 where `count` of it are too large."""
+    near = cute.math.abs(first) < Float32(2.0**127 / count)
+    return cutlass.select_(near, first, Float32(0.0))
 
 
 def warp_moments(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
