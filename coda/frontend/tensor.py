@@ -143,7 +143,8 @@ class Tensor(metaclass=_Annotated):
         return apply("div", other, self)
 
     def __pow__(self, other: Any) -> Tensor:
-        return apply("pow", self, other)
+        root = _ROOTS.get(other) if isinstance(other, float) else None
+        return apply(root, self) if root else apply("pow", self, other)
 
     def __rpow__(self, other: Any) -> Tensor:
         return apply("pow", other, self)
@@ -363,6 +364,7 @@ def _retyped(node: Node, like: DType) -> Node:
 # Functions of whole numbers that are whole numbers.
 _OF_INTS = {"add", "sub", "mul", "neg", "abs", "square", "maximum", "minimum", "clamp", "where"}
 _OF_INTS |= {"eq", "ne", "lt", "le", "gt", "ge"}
+_ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}  # powers that are functions, as torch takes them
 
 
 def apply(fn: str, *args: Any) -> Tensor:

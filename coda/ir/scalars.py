@@ -117,8 +117,10 @@ _ROWS = (
         flops=4,
         special=2,
         derivative=lambda d, y, a, b: (
-            d * (b * a.to("pow", b - 1.0)),
-            (a.to("eq", 0.0)).to("where", 0.0, d * y * a.to("log")),
+            b.to("eq", 0.0).to("where", 0.0, d * (b * a.to("pow", b - 1.0))),
+            (a.to("eq", 0.0).to("where", b, -1.0).to("ge", 0.0)).to(
+                "where", 0.0, d * y * a.to("log")
+            ),
         ),
     ),
     Scalar("neg", 1, torch.neg, zero=True, exact=True, derivative=lambda d, y, a: (-d,)),

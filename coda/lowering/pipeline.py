@@ -26,6 +26,7 @@ from coda.ir.graph import (
     transform,
     walk,
 )
+from coda.ir.scalars import SCALARS
 from coda.ir.verify import verify
 from coda.lowering.alike import kinds
 from coda.lowering.build import Banned, build, numbered
@@ -132,10 +133,17 @@ def _lower(
 
 
 def _numbers(roots: tuple[Node, ...], sizes: Mapping[str, int]) -> tuple[Node, ...]:
-    """The same values with functions of numbers and sizes as the numbers that they are."""
+    """The same values with functions of numbers and sizes, and choices by them, as they are."""
 
     def known(node: Node) -> Node:
-        if not isinstance(node, Map) or not all(isinstance(o, Const | Size) for o in node.args):
+        if not isinstance(node, Map):
+            return node
+        test = node.args[0]
+        if SCALARS[node.fn].chooses and isinstance(test, Const):
+            chosen = node.args[1 if test.value else 2]
+            same = (chosen.shape, chosen.dtype) == (node.shape, node.dtype)
+            return chosen if same else node
+        if not all(isinstance(o, Const | Size) for o in node.args):
             return node
         (value,) = evaluate([node], {}, sizes)
         return Const(float(value), node.dtype)

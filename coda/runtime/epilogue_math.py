@@ -12,7 +12,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64, Uint32, Uint64
 from quack.epilogue.math import F2, pack, unpack
 
 __all__ = ["pack", "unpack"]
@@ -24,6 +24,9 @@ _TYPES = {
 }
 _LOG2_E = 1.4426950408889634
 _LN_2 = 0.6931471805599453
+# 2/π in binary, behind two zeros.
+_TWO_OVER_PI = (0x28BE60DB, 0x9391054A, 0x7F09D5F4, 0x7D4D3770, 0x36D8A566, 0x4F10E410)
+_FACTORS = 8  # so many are cheaper than a power, and as exact
 
 
 def lanes(fn: Callable[..., Any], *args: Any) -> Any:
@@ -76,7 +79,13 @@ def rounded_e4m3(a: Any) -> Any:
 
 def rounded_e5m2(a: Any) -> Any:
     """The value that is left after a store in e5m2."""
-    return _rounded(a, "e5m2")
+    return lanes(_to_infinity, a, _rounded(a, "e5m2"))
+
+
+def _to_infinity(x: Any, rounded: Any) -> Any:
+    """A number rounded to e5m2, infinite from 61440 on: GPUs take the largest finite number."""
+    beyond = cute.math.abs(x) >= Float32(61440.0)
+    return cutlass.select_(beyond, x * Float32(math.inf), rounded)
 
 
 def _rounded(a: Any, to: str) -> Any:
@@ -138,7 +147,7 @@ def exp2(a: Any) -> Any:
 
 def log(a: Any) -> Any:
     """The natural logarithm."""
-    return lanes(lambda x: cute.math.log(x, fastmath=True), a)
+    return lanes(lambda x: cute.math.log2(x, approx=True) * _LN_2, a)
 
 
 def _horner(z: Any, *coefficients: float) -> Any:
@@ -197,12 +206,12 @@ def log1p(a: Any) -> Any:
 
 def sqrt(a: Any) -> Any:
     """The square root."""
-    return lanes(lambda x: cute.math.sqrt(x, fastmath=True), a)
+    return lanes(lambda x: cute.math.sqrt(x, approx=True), a)
 
 
 def rsqrt(a: Any) -> Any:
     """1 / sqrt(a)."""
-    return lanes(lambda x: cute.math.rsqrt(x, fastmath=True), a)
+    return lanes(lambda x: cute.math.rsqrt(x, approx=True), a)
 
 
 def tanh(a: Any) -> Any:
@@ -221,16 +230,56 @@ def erf(a: Any) -> Any:
     return lanes(lambda x: cute.math.erf(x), a)
 
 
-def _turned(x: Any, quarter: int) -> Any:
-    """sin(x + quarter · π/2), to an error of 2⁻²³ for |x| up to 10⁷.
+def _quarters(x: Any) -> tuple[Any, Any]:
+    """The nearest whole number of quarter turns to x radians, modulo 4, and what is left.
 
-    π/2 is taken away in three parts (Cody and Waite, 1980), then polynomials for |r| ≤ π/4 (those
-    of Moshier's Cephes). The library's own keeps a table for larger arguments in local memory.
+    π/2 is taken away in three parts (Cody and Waite, 1980), which is exact enough to 2²³.
     """
-    turns = cute.math.roundeven(x * Float32(0.6366197723675814))
-    r = cute.math.fma(-turns, Float32(1.5707963705062866), x)
-    r = cute.math.fma(-turns, Float32(-4.371138828673793e-08), r)
-    r = cute.math.fma(-turns, Float32(-1.7151245100058819e-15), r)
+    number = cute.math.roundeven(x * Float32(0.6366197723675814))
+    r = cute.math.fma(-number, Float32(1.5707963705062866), x)
+    r = cute.math.fma(-number, Float32(-4.371138828673793e-08), r)
+    r = cute.math.fma(-number, Float32(-1.7151245100058819e-15), r)
+    return number.to(Int32), r
+
+
+def _quarters_of_large(x: Any) -> tuple[Any, Any]:
+    """The same for whole numbers m · 2^shift with m < 2²⁴, after Payne and Hanek (1983).
+
+    Of 2/π only the bits from 2¹ to 2⁻⁶² are multiplied that are left of it after the shift:
+    those above give whole turns.
+    """
+    single = cute.make_rmem_tensor(1, Float32)
+    single[0] = x
+    bits = cute.recast_tensor(single, Uint32)[0]
+    shift = ((bits >> 23) & Uint32(255)) - Uint32(150)
+    words = [Uint32(w) for w in _TWO_OVER_PI]
+    for step in (64, 32):  # words that begin so many bits further on
+        skip, rest = step // 32, len(words) - step // 32
+        far = (shift & Uint32(step)) != Uint32(0)
+        words = [cutlass.select_(far, words[i + skip], words[i]) for i in range(rest)]
+    first, second, third = (Uint64(w) for w in words[:3])
+    by = Uint64(shift & Uint32(31))
+    window = (((first << 32) | second) << by) | ((third << by) >> 32)
+    turns = window * Uint64((bits & Uint32(0x7FFFFF)) | Uint32(0x800000))
+    number = Uint32((turns + Uint64(1 << 61)) >> 62)
+    left = Int64(turns - (Uint64(number) << 62)).to(Float32) * Float32(math.pi / 2**63)
+    below = x < Float32(0.0)
+    number = number.to(Int32)
+    return cutlass.select_(below, -number, number), cutlass.select_(below, -left, left)
+
+
+def _turned(x: Any, quarter: int) -> Any:
+    """sin(x + quarter · π/2), to an error of 2⁻²³, by polynomials for |r| ≤ π/4.
+
+    The polynomials are those of Moshier's Cephes. The library's own function keeps a table for
+    larger arguments in local memory.
+    """
+    near, r = _quarters(x)
+    size = cute.math.abs(x)
+    large = (size >= Float32(2.0**23)) & (size < Float32(math.inf))
+    far, left = _quarters_of_large(x)
+    number = cutlass.select_(large, far, near) + Int32(quarter)
+    r = cutlass.select_(large, left, r)
     z = r * r
     s = cute.math.fma(z, Float32(-1.9515295891e-4), Float32(8.3321608736e-3))
     s = cute.math.fma(z, s, Float32(-1.6666654611e-1))
@@ -238,7 +287,6 @@ def _turned(x: Any, quarter: int) -> Any:
     c = cute.math.fma(z, Float32(2.443315711809948e-5), Float32(-1.388731625493765e-3))
     c = cute.math.fma(z, c, Float32(4.166664568298827e-2))
     c = cute.math.fma(z * z, c, cute.math.fma(z, Float32(-0.5), Float32(1.0)))
-    number = turns.to(Int32) + Int32(quarter)
     y = cutlass.select_((number & Int32(1)) == Int32(1), c, s)
     return cutlass.select_((number & Int32(2)) == Int32(2), -y, y)
 
@@ -254,10 +302,23 @@ def cos(a: Any) -> Any:
 
 
 def power(a: Any, b: Any) -> Any:
-    """a^b for a > 0, and for a = 0 with b > 0: 2^(b log2 a)."""
-    return lanes(
-        lambda x, y: cute.math.exp2(y * cute.math.log2(x, fastmath=True), fastmath=True), a, b
-    )
+    """a^b as C defines it: a negative `a` has powers of whole `b` alone, and anything^0 is 1.
+
+    Small whole numbers are known when the kernel is written: a few multiplications.
+    """
+    if isinstance(b, int | float) and abs(b) <= _FACTORS and b == int(b):
+        return _product(recip(a) if b < 0 else a, abs(int(b)))
+    return lanes(lambda x, y: cute.math.pow(x, y), _f(a), _f(b))
+
+
+def _product(a: Any, count: int) -> Any:
+    """The product of `count` factors `a`."""
+    if count == 0:
+        return lanes(lambda _: Float32(1.0), a)
+    if count == 1:
+        return a
+    half = _product(a, count // 2)
+    return half * half * a if count % 2 else half * half
 
 
 def _nan_first(x: Any, y: Any, larger: Any) -> Any:
