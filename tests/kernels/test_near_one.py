@@ -1,4 +1,4 @@
-"""log1p, expm1 and clamp as kernels compute them: to a few units in the last place, and at edges."""
+"""log1p, expm1 and clamp in kernels: to a few units in the last place, and at edges."""
 
 import math
 
