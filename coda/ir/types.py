@@ -36,6 +36,11 @@ class DType:
     def __repr__(self) -> str:
         return f"coda.{self.name}"
 
+    @property
+    def reaches_far(self) -> bool:
+        """Whether its range is that of float32, so that no factor takes a value out of it."""
+        return self.exponent >= 8
+
     def nearest(self, value: float) -> float:
         """A number rounded to this type, as torch rounds a number of Python; infinite beyond it."""
         if self.kind != "float":

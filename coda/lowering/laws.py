@@ -166,7 +166,7 @@ def divide_by_row(x: Node, r: Node) -> Sides:
     return _div(x, r), _mul(x, Map("recip", (r,)))
 
 
-@law(x="... K", r="... 1", g="... K", when=factor_comes_late)
+@law(x="... K", r="... 1", g="... K", unscaled=True, when=factor_comes_late)
 def row_factor_outward(x: Node, r: Node, g: Node) -> Sides:
     """(x ⊙ r) ⊙ g = (x ⊙ g) ⊙ r: factors of a row last, where a contraction can give them up."""
     return _mul(_mul(x, r), g), _mul(_mul(x, g), r)
@@ -190,13 +190,13 @@ def shifts_together(x: Node, a: Node, b: Node) -> Sides:
 # Law 1, pull out: what does not depend on the summed axis leaves the sum.
 
 
-@law(x="... K", r="... 1", w="N K", when=factor_comes_late)
+@law(x="... K", r="... 1", w="N K", unscaled=True, when=factor_comes_late)
 def row_factor_past_contraction(x: Node, r: Node, w: Node) -> Sides:
     """Σ_k (x r) w = r Σ_k x w: a factor of the row is applied to the accumulator instead."""
     return _contract(_mul(x, r), w), _mul(_contract(x, w), r)
 
 
-@law(x="... K", r="... 1", b="K", w="N K", when=factor_comes_late)
+@law(x="... K", r="... 1", b="K", w="N K", unscaled=True, when=factor_comes_late)
 def affine_past_contraction(x: Node, r: Node, b: Node, w: Node) -> Sides:
     """Σ_k (x r + b) w = r Σ_k x w + Σ_k b w: the shift becomes a vector that only weights know."""
     return (
@@ -210,13 +210,13 @@ def _row_sums(w: Node) -> Node:
     return Permute(_over("sum", w), (1, 0))
 
 
-@law(x="... K", m="... 1", w="N K", when=cancels_in_float32)
+@law(x="... K", m="... 1", w="N K", unscaled=True, when=cancels_in_float32)
 def row_shift_past_contraction(x: Node, m: Node, w: Node) -> Sides:
     """Σ_k (x − m) w = Σ_k x w − m Σ_k w: a rank-one correction in the epilogue."""
     return _contract(_sub(x, m), w), _sub(_contract(x, w), _mul(m, _row_sums(w)))
 
 
-@law(x="... K", m="... 1", g="K", w="N K", when=cancels_in_float32)
+@law(x="... K", m="... 1", g="K", w="N K", unscaled=True, when=cancels_in_float32)
 def shifted_gain_past_contraction(x: Node, m: Node, g: Node, w: Node) -> Sides:
     """Σ_k (x − m) g w = Σ_k x (g w) − m Σ_k g w.
 
@@ -229,7 +229,7 @@ def shifted_gain_past_contraction(x: Node, m: Node, g: Node, w: Node) -> Sides:
     )
 
 
-@law(x="... K", g="K", w="N K", choice=True)
+@law(x="... K", g="K", w="N K", choice=True, unscaled=True)
 def gain_into_weight(x: Node, g: Node, w: Node) -> Sides:
     """Σ_k (x g) w = Σ_k x (g w): a gain along the summed axis goes with the weight."""
     return _contract(_mul(x, g), w), _contract(x, _mul(w, g))

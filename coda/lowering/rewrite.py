@@ -17,11 +17,10 @@ from coda.errors import InternalError
 from coda.ir.dims import ONE, Dim, Shape, product
 from coda.ir.graph import Cast, Const, Contract, Input, Map, Node, Reduce, Reshape, Size, origin
 from coda.ir.scalars import SCALARS
-from coda.ir.types import DType, bf16, f32, f64
+from coda.ir.types import DType, f32
 
 ANY = DType("T", torch.float32, "float", 4, 24, 8)  # stands for any element type in a pattern
 WIDE = DType("W", torch.float32, "float", 4, 24, 8)  # for those that reach as far as float32
-_REACH = (bf16, f32, f64)
 _FUEL = 10_000
 
 
@@ -64,6 +63,9 @@ class Law:
         variables: what each variable may stand for.
         choice: whether the cost model decides each application.
         loosens: how many times larger the rounding error may become; 1 for most.
+        unscaled: whether the right side has values between the variables and the result without a
+            factor or a shift that they have on the left. They may be far larger or smaller, so it
+            applies where all types reach as far as float32.
         when: a side condition on what the variables stand for.
     """
 
@@ -74,12 +76,15 @@ class Law:
     variables: Mapping[str, Variable] = field(hash=False)
     choice: bool = False
     loosens: float = 1.0
+    unscaled: bool = False
     when: Callable[[Mapping[str, Node]], bool] | None = None
 
     def apply(self, node: Node) -> Node | None:
         """The right side in place of `node`, or None where the left side does not match."""
         for found in _unify(self, self.left, node, {}):
             nodes = {k: v for k, v in found.items() if isinstance(v, Node)}
+            if self.unscaled and not all(n.dtype.reaches_far for n in (node, *nodes.values())):
+                continue
             if self.when is not None and not self.when(nodes):
                 continue
             with origin(node.where):
@@ -93,6 +98,7 @@ Sides = tuple[Node, Node]
 def law(
     choice: bool = False,
     loosens: float = 1.0,
+    unscaled: bool = False,
     when: Callable[[Mapping[str, Node]], bool] | None = None,
     **variables: str,
 ) -> Callable[[Callable[..., Sides]], Law]:
@@ -108,7 +114,7 @@ def law(
                 f"the sides of {fn.__name__} have shapes {left.shape}, {right.shape}"
             )
         doc = inspect.cleandoc(fn.__doc__)
-        return Law(fn.__name__, doc, left, right, parsed, choice, loosens, when)
+        return Law(fn.__name__, doc, left, right, parsed, choice, loosens, unscaled, when)
 
     return make
 
@@ -151,7 +157,7 @@ def _same_attributes(pattern: Node, node: Node) -> bool:
         p, n = getattr(pattern, name), getattr(node, name)
         if isinstance(p, Node) or (isinstance(p, tuple) and p and isinstance(p[0], Node)):
             continue
-        if p is not ANY and p != n and not (p is WIDE and n in _REACH):
+        if p is not ANY and p != n and not (p is WIDE and n.reaches_far):
             return False
     return True
 

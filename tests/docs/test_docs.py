@@ -19,7 +19,9 @@ does not depend on it. Laws are applied from left to right, operands first, unti
 those marked *choice* only where the Program becomes cheaper, by bytes and launches. A law in which
 a row's factor leaves a sum applies only where that factor is known too late for the kernel that
 makes the other operand; those that subtract a mean after the sum, and those that subtract a
-logsumexp, do not apply to values that are float32 from the start, which would lose bits.
+logsumexp, do not apply to values that are float32 from the start, which would lose bits. Laws that
+leave a factor or a shift for later, marked *far*, store values without it, far larger or smaller than
+those of the block: they apply to types that reach as far as float32, and so not to f16.
 
 The exchange of sums is tried on derivatives: where the forward has the other contraction, or (in
 `coda/ir/linear.py`) where the outputs of the block are linear in what a row's factor multiplies.
@@ -36,7 +38,9 @@ def laws_page():
             f"{n}[{' '.join(('...',) * v.leading + v.axes)}]" for n, v in law.variables.items()
         )
         identity = law.identity.split("\n")[0].replace("|", "\\|")
-        rows.append(f"| `{law.name}`{' (*choice*)' if law.choice else ''} | {identity} | {over} |")
+        marks = [m for m, has in (("choice", law.choice), ("far", law.unscaled)) if has]
+        marked = f" (*{', '.join(marks)}*)" if marks else ""
+        rows.append(f"| `{law.name}`{marked} | {identity} | {over} |")
     return HEAD + "\n".join(rows) + "\n"
 
 
