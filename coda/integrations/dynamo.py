@@ -20,6 +20,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from coda.block import Block
 from coda.errors import CodaError, UnsupportedError
@@ -32,8 +33,9 @@ from coda.integrations.writes import hidden_writes
 from coda.ir.graph import Contract, Graph, walk
 from coda.ir.types import f32
 from coda.lowering.program import TorchKernel
+from coda.lowering.roles import row_symbols
 from coda.runtime import settings
-from coda.runtime.bind import bind_sizes
+from coda.runtime.bind import bind_sizes, size_hint
 from coda.runtime.run import choose_backend, gpu_arch
 
 aten = torch.ops.aten
@@ -261,6 +263,7 @@ def _made(nodes: list[FxNode]) -> _Region | str:
     try:
         imported = _import(nodes)
         _refuse_devices(imported)
+        _refuse_unknown_columns(imported)
         block = block_for(imported.graph)
         sizes, wanted = _sizes(imported), _wanted(imported)
         lowered = RegionReport.of(block, nodes, sizes, wanted)
@@ -302,6 +305,15 @@ def _refuse_devices(imported: Imported) -> None:
         raise UnsupportedError("products of float32 are not compiled for a GPU")
 
 
+def _refuse_unknown_columns(imported: Imported) -> None:
+    """Raise UnsupportedError where a call alone tells a size that is built into kernels."""
+    rows = row_symbols(walk(imported.graph.roots))
+    for node, source in zip(imported.graph.inputs, imported.inputs, strict=True):
+        for dim, size in zip(node.shape, value_of(source).shape, strict=True):
+            if dim.symbols - rows and free_unbacked_symbols(size):
+                raise UnsupportedError("a number of columns that only the call tells")
+
+
 def _wanted(imported: Imported) -> tuple[str, ...] | None:
     """Names of the arguments that get gradients; None where autograd does not record."""
     if not torch.is_grad_enabled():
@@ -311,13 +323,12 @@ def _wanted(imported: Imported) -> tuple[str, ...] | None:
 
 
 def _sizes(imported: Imported) -> dict[str, int]:
-    """Sizes of the symbols of a region, as they were when it was traced. Raises CallError."""
-    shapes = [[_hint(s) for s in value_of(n).shape] for n in imported.inputs]
+    """Sizes of the symbols of a region, as they were when it was traced or may be in a call.
+
+    Raises CallError.
+    """
+    shapes = [[size_hint(s) for s in value_of(n).shape] for n in imported.inputs]
     return bind_sizes(imported.graph, [torch.empty(s, device="meta") for s in shapes])
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _modes(graph: FxGraph) -> dict[FxNode, bool]:

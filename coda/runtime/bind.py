@@ -142,6 +142,22 @@ def bind_sizes(
     return sizes
 
 
+UNKNOWN = 4096  # what a size that torch knows only in the call is taken for
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """A size as it is in the call that torch compiles, where it holds the size open.
+
+    Of a size that torch knows only in the call, such as the number of rows that a mask picks, one
+    that it may have: choices between Programs go by it, and no Program depends on it.
+    """
+    if not isinstance(size, torch.SymInt):
+        return size
+    from torch.fx.experimental.symbolic_shapes import optimization_hint  # imports sympy
+
+    return optimization_hint(size, fallback=UNKNOWN)
+
+
 def _refuse_size(node: Input, axis: int, found: torch.Size, sizes: Mapping[str, int]) -> None:
     expected = node.shape[axis].size(sizes)
     turned = len(found) == 2 and found[1 - axis] == expected

@@ -18,6 +18,7 @@ from coda.ir.types import DTYPES, DType
 from coda.lowering.derive import Training
 from coda.lowering.program import Program
 from coda.runtime.accumulate import add, in_kernels, joined, kept_gradients, leaves_of
+from coda.runtime.bind import size_hint
 from coda.runtime.modes import is_transformed, opaque, refuse_vmap
 from coda.runtime.plan import Layout, Plan, make_plan, plan_of, wanted_names
 from coda.runtime.run import Sizes, apart, bind, block_of, execute, memory_of, needs_dispatch
@@ -218,17 +219,8 @@ def _training(
     handle: str, graph: Graph, sizes: Sizes, memory: str, wanted: Sequence[bool]
 ) -> Training:
     """The training of a call whose sizes torch may hold open."""
-    known = {s: _hint(d) for s, d in sizes.items()}
+    known = {s: size_hint(d) for s, d in sizes.items()}
     return block_of(handle).training_for(graph, wanted_names(graph, wanted), memory, known)
-
-
-def _hint(size: Any) -> int:
-    """A size as it is in the call that torch compiles."""
-    if not isinstance(size, torch.SymInt):
-        return size
-    from torch.fx.experimental.symbolic_shapes import guarding_hint_or_throw  # imports sympy
-
-    return guarding_hint_or_throw(size)
 
 
 @train_op.register_fake
