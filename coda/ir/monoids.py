@@ -32,6 +32,7 @@ class Monoid:
             equals one of them, a logsumexp normalises them), and so must see them as stored.
         chosen: whether the result is one of the values: its derivative asks which.
         tiled: whether a GEMM's epilogue takes it (quack's fold of maxima loses NaN).
+        nests: whether the reduction of all is that of the reductions of parts of one length.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Monoid:
     held: bool = False
     chosen: bool = False
     tiled: bool = True
+    nests: bool = True
 
     def reduce(self, x: Tensor, dim: int) -> Tensor:
         """The whole reduction of `x` along `dim`, that dim kept with size 1."""
@@ -139,7 +141,14 @@ _ROWS = (
         lambda p, n: p[0],
         held=True,
     ),
-    Monoid("variance", ("mean", "m2"), _moments, _merge_moments, lambda p, n: p[1] / n),
+    Monoid(
+        "variance",
+        ("mean", "m2"),
+        _moments,
+        _merge_moments,
+        lambda p, n: p[1] / n,
+        nests=False,
+    ),
 )
 
 MONOIDS: dict[str, Monoid] = {row.name: row for row in _ROWS}

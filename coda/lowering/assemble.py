@@ -271,7 +271,7 @@ class _Assembly:
     def part(self, node: Node, period: int, point: Ints, index: Ints) -> tuple[Node, int]:
         """Every second column of a table, or one half of it, that repeats along the pairs."""
         half = period // 2
-        whole = node.rank and node.shape[-1].size(self.space.sizes) == period
+        whole = node.rank and self.space.size(node.shape[-1]) == period
         for start, step in ((0, 1), (half, 1), (0, 2), (1, 2)):
             if half and whole and np.array_equal(index, point % half * step + start):
                 found = Slice(node, -1, Dim.of(start), Dim.of(half), step)
@@ -306,7 +306,7 @@ class _Assembly:
             kind, lanes = "tile", 1 if self.split is None else 2
         else:
             over_rows = count.symbols & self.space.rows.symbols
-            one = count == ONE or (not over_rows and count.size(self.space.sizes) == 1)
+            one = count == ONE or (not over_rows and self.space.size(count) == 1)
             kind, lanes = "scalar" if one else "col", 1
         split = self.split if kind == "tile" and self.split not in (None, 1) else 0
         if split and not self.space.whole_rows:
@@ -315,7 +315,7 @@ class _Assembly:
         if kind == "tile" and name in self.space.offsets:
             spread = self.space.spread.get(name)
             first = self.space.split(node) if spread is None else node.rank - spread.columns
-            columns = product(node.shape[first:]).size(self.space.sizes)
+            columns = self.space.size(product(node.shape[first:]))
             span = self.space.offsets[name], columns
         self.operands[name] = Operand(name, kind, dtype, lanes, split=split or 0, span=span)
         self.nodes[name] = node
@@ -424,16 +424,31 @@ def _statistics(
     for name, node in space.folds.items():
         if name in needed and isinstance(node, Reduce):
             buffer = partial_of(node)
-            width = node.arg.shape[node.axis].size(space.sizes)
+            axis = node.arg.shape[node.axis]
+            width = 0 if axis.symbols - space.sizes.keys() else axis.size(space.sizes)
             build.operands[buffer] = Operand(buffer, "partial", f32, len(MONOIDS[node.fn].planes))
             folds.append(Statistic(name, node.fn, None, width, operand=buffer))
             folded.append(node)
+    for name, node in space.lines.items():
+        if name in needed:
+            folds.append(_line(build, name, node))
     groups = [
         Statistic(g.name, g.fn, build.bind(g.expr, {}), g.size, group=g.size)
         for g in space.groups
         if g.name in needed
     ]
     return (*folds, *groups, *rows), tuple(folded)
+
+
+def _line(build: _Assembly, name: str, node: Reduce) -> Statistic:
+    """A reduction of what earlier kernels stored for each row."""
+    source = build.space.leaf(node.arg)
+    if source is None:
+        raise Refused("the rows that are reduced are not in memory")
+    kept, dtype = build.operand_of(source)
+    build.operands[source] = Operand(source, "line", dtype)
+    build.nodes[source] = kept
+    return Statistic(name, node.fn, None, 0, operand=source)
 
 
 def _row_statistic(build: _Assembly, name: str, one: RowStatistic) -> Statistic:

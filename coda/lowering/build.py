@@ -40,7 +40,6 @@ from coda.lowering.program import (
     TorchKernel,
 )
 from coda.lowering.rewrite import substituted
-from coda.lowering.roles import row_symbols
 from coda.lowering.values import Refused, Value
 
 
@@ -68,7 +67,6 @@ class _Build:
     needed: set[Node] = field(default_factory=set)
     loaded: set[Node] = field(default_factory=set)
     folded: set[Node] = field(default_factory=set)
-    symbols: set[str] = field(default_factory=set)
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -97,7 +95,6 @@ class _Build:
                 continue
             if kernel is not None:
                 kernels.append(kernel)
-                self.symbols |= draft.symbols
         if refusals:  # all at once: each is a partition to make anew
             raise Banned((p for r in refusals for p in r.places), str(refusals[0]))
         program.kernels = tuple(self.typed(k) for k in numbered(kernels[::-1]))
@@ -141,16 +138,13 @@ class _Build:
 
     def fixed(self) -> frozenset[str]:
         """The symbols whose sizes are built into the kernels: all but those of rows."""
-        nodes = list(walk(self.partition.graph.roots))
-        every = {s for i in self.program.graph.inputs for d in i.shape for s in d.symbols}
-        free = row_symbols(nodes) or set(self.partition.rows.symbols)
-        sized = [n for n in walk(self.program.graph.roots) if isinstance(n, Size)]
-        within = {s for n in sized for s in n.dim.symbols}
-        return frozenset(every - free | within | self.symbols)
+        return frozenset(self.program.graph.symbols) - self.partition.tokens
 
     def need(self, node: Node) -> None:
         """Record that a node is loaded."""
         under = self.partition.storage(node)
+        if isinstance(under, Size):  # the call tells it
+            return
         name = self.partition.name(under)
         buffers = self.program.buffers
         if isinstance(under, Concat) and under in self.partition.joined:
@@ -376,7 +370,7 @@ class _Build:
         node = self.partition.named.get(name)
         if node is None:
             raise InternalError(f"there is no operand {name}")
-        return node, node.dtype
+        return node, f32 if isinstance(node, Size) else node.dtype
 
     def culprit(
         self, draft: Draft, groups: list[list[tuple[Node, Value]]], sunk: list[Node]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count
 
 import numpy as np
@@ -51,6 +52,12 @@ from coda.lowering.values import (
 
 SUMS = ("sum", "mean")
 Segment = tuple[int, int]  # the first of some columns, and how many
+
+
+@lru_cache(maxsize=100_000)
+def at_sizes(dim: Dim, sizes: tuple[tuple[str, int], ...]) -> Dim:
+    """A dim with the sizes of some of its symbols."""
+    return dim.substitute({symbol: Dim.of(size) for symbol, size in sizes})
 
 
 def is_number(node: Node) -> bool:
@@ -101,7 +108,7 @@ class Space:
     Attributes:
         width: number of columns.
         rows: number of rows, as a dim.
-        sizes: the size of every symbol.
+        sizes: the size of every symbol that columns may depend on.
         leaf: what a node is called that the kernel loads, or None where it does not.
         weights: nodes that are known before the call.
         accumulators: contractions of this kernel, with the first column of each.
@@ -110,6 +117,7 @@ class Space:
         refused: nodes that are not computed here, and why.
         statistics: reductions of whole rows, or of groups of their columns, by name.
         folds: reductions by name whose partials this kernel folds.
+        lines: reductions by name that this kernel takes of what earlier ones stored for each row.
         leads: the row axes under which values were seen, as [B, S] for rows of B·S.
         spread: operands that depend on some of the row axes only, by name.
         tables: sources that depend on the rows, with their number of columns.
@@ -137,6 +145,7 @@ class Space:
     groups: list[GroupStatistic] = field(default_factory=list)
     statistics: dict[str, RowStatistic] = field(default_factory=dict)
     folds: dict[str, Node] = field(default_factory=dict)
+    lines: dict[str, Reduce] = field(default_factory=dict)
     leads: dict[Shape, None] = field(default_factory=dict)
     spread: dict[str, Spread] = field(default_factory=dict)
     tables: dict[Node, int] = field(default_factory=dict)
@@ -145,6 +154,12 @@ class Space:
     offsets: dict[str, int] = field(default_factory=dict)
     sunk: list[Value] = field(default_factory=list)
     nested: int = 0
+
+    def size(self, dim: Dim) -> int:
+        """The size of some columns. Raises Refused where they are rows."""
+        if dim.symbols - self.sizes.keys():
+            raise Refused("its columns are rows, of which a call has any number")
+        return dim.size(self.sizes)
 
     @contextmanager
     def inside(self, segment: Segment | None) -> Iterator[None]:
@@ -163,21 +178,26 @@ class Space:
             return plain
         axes = node.rank - self.split(node)
         first, count = self.segment or (0, self.width)
-        if axes != -node.axis or product(node.shape[-axes:]).size(self.sizes) != count:
+        if axes != -node.axis or self.size(product(node.shape[-axes:])) != count:
             return plain
         found: list[tuple[Node, Segment | None]] = []
         for arg in node.args:
-            size = product(arg.shape[-axes:]).size(self.sizes)
+            size = self.size(product(arg.shape[-axes:]))
             found.append((arg, (first, size)))
             self.segments.setdefault((first, size))
             first += size
         return found
 
-    def matches(self, elements: int) -> bool:
+    def matches(self, elements: Dim) -> bool:
         """Whether a matrix of so many elements fills the kernel, or the segment."""
-        rows = self.rows.size(self.sizes)
-        wide = [self.width] if self.segment is None else [self.width, self.segment[1]]
-        return any(elements == w * rows for w in wide)
+        part = self.segment is not None and self.is_filled_by(elements, self.segment[1])
+        return part or self.is_filled_by(elements)
+
+    def is_filled_by(self, elements: Dim, width: int | None = None) -> bool:
+        """Whether so many elements are those of so many columns, of all by default."""
+        known = tuple(self.sizes.items())
+        whole = at_sizes(self.rows, known) * (self.width if width is None else width)
+        return at_sizes(elements, known) == whole
 
     def has_rows(self, node: Node) -> bool:
         """Whether the rows are some leading axes of a node."""
@@ -317,12 +337,12 @@ class Space:
 
     def columns(self, node: Node) -> tuple[int, ...]:
         """The sizes of the node's column axes."""
-        return tuple(d.size(self.sizes) for d in node.shape[self.split(node) :])
+        return tuple(self.size(d) for d in node.shape[self.split(node) :])
 
     def _compute(self, node: Node) -> Value:
         if node in self.accumulators:
             first = self.accumulators[node]
-            count = node.shape[-1].size(self.sizes)
+            count = self.size(node.shape[-1])
             return self.at(self.columns(node), Acc(0), np.arange(first, first + count))
         if node in self.refused:
             raise Refused(self.refused[node])
@@ -356,17 +376,17 @@ class Space:
 
     def operand(self, node: Node, columns: int) -> Value:
         """A node as an operand of an elementwise operation on values with `columns` column axes."""
-        if isinstance(node, Const | Size):
-            value = node.value if isinstance(node, Const) else node.dim.size(self.sizes)
-            return self.at((1,) * columns, Literal(float(value)), None)
         name = self.leaf(node)
+        if isinstance(node, Const | Size) and name is None:
+            value = node.value if isinstance(node, Const) else self.size(node.dim)
+            return self.at((1,) * columns, Literal(float(value)), None)
         if name is None:
             value = self.compute(node)
             alone = is_number(node) and len(value.shape) != columns
             return value.move(lambda a: a.reshape((1,) * columns)) if alone else value
         cut = max(0, node.rank - columns)
         over_rows = self.over_rows(name, node, columns)
-        shape = tuple(d.size(self.sizes) for d in node.shape[cut:])
+        shape = tuple(self.size(d) for d in node.shape[cut:])
         shape = (1,) * (columns - len(shape)) + shape
         count = int(np.prod(shape))
         if count == 1:
@@ -452,7 +472,7 @@ class Space:
 
     def _slice(self, node: Slice) -> Value:
         axis = self._axis(node.arg, node.axis)
-        first, count = node.start.size(self.sizes), node.size.size(self.sizes)
+        first, count = self.size(node.start), self.size(node.size)
         where = slice(first, first + (count - 1) * node.step + 1, node.step)
         return self.compute(node.arg).move(lambda a: a[(..., where, *(slice(None),) * (-axis - 1))])
 
@@ -477,7 +497,17 @@ class Space:
         order = tuple(i - rows for i in node.order[rows:])
         return self.compute(node.arg).move(lambda a: a.transpose(order))
 
+    def _line(self, node: Reduce) -> Value:
+        """A reduction over rows of values in memory, of which each has one."""
+        if not self.whole_rows or self.leaf(node.arg) is None or product(node.shape) != self.rows:
+            raise Refused(f"`{node.fn}` over rows of what is not in memory")
+        name = f"r{len(self.lines)}"
+        self.lines[name] = node
+        return self.at(self.columns(node), Stat(name), None)
+
     def _reduce(self, node: Reduce) -> Value:
+        if node.arg.shape[node.axis].symbols - self.sizes.keys():
+            return self._line(node)
         axis = self._axis(node.arg, node.axis)
         value = self.compute(node.arg)
         if value.count == value.shape[axis]:

@@ -33,6 +33,7 @@ from coda.ir.graph import (
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, f32
 from coda.ir.vjp import vjp
+from coda.lowering.columns_first import columns_first
 from coda.lowering.compared import compared, sources
 from coda.lowering.cut import minimum_cut
 from coda.lowering.descend import descended
@@ -94,7 +95,8 @@ def derive(
     """
     check_memory(memory)
     names = set(differentiated(graph, wanted))
-    normal = graph.with_roots(descended(rewrite(graph.roots, LAWS, lambda *_: False)))
+    roots = descended(rewrite(graph.roots, LAWS, lambda *_: False))
+    normal = graph.with_roots(columns_first(roots, graph.inputs))
     merged, original = merge_siblings(normal)
     given = {n for n, _ in graph.outputs} if given is None else set(given)
     taken = {i.name for i in graph.inputs} | {s for s in graph.symbols}

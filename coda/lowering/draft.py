@@ -21,7 +21,16 @@ from coda.ir.graph import (
 )
 from coda.lowering.columns import Segment, Space
 from coda.lowering.program import Unfused
-from coda.lowering.roles import base, is_turned, is_view, leaves_of, pointwise_leaves
+from coda.lowering.roles import (
+    base,
+    is_pointwise,
+    is_turned,
+    is_view,
+    leaves_of,
+    pointwise_leaves,
+    row_shapes,
+    symbols_of,
+)
 from coda.lowering.values import Value
 
 Order = tuple[int, int]  # the GEMM that came last, running number
@@ -41,7 +50,6 @@ class Draft:
         sinks: reductions and picks that are taken in a GEMM's epilogue, with their values.
         over_rows: those of them that sum over the rows.
         why: why a torch kernel's node is there.
-        symbols: those that the number of columns of a pass over rows depends on.
     """
 
     kind: str
@@ -52,7 +60,6 @@ class Draft:
     sinks: dict[Node, Value] = field(default_factory=dict)
     over_rows: set[Node] = field(default_factory=set)
     why: str = ""
-    symbols: frozenset[str] = frozenset()
 
 
 Room = tuple[Draft, Segment | None]  # a kernel, and the columns of it that a node would have
@@ -79,6 +86,8 @@ class Drafts:
         piece_of: those parts, with the concatenation.
         stacked: concatenations whose parts are rows.
         waiting: how many operations deep a node of arguments alone is that is not placed yet.
+        rows: the number of rows of the block.
+        tokens: symbols of rows. A call tells their sizes: no kernel is laid out by them.
     """
 
     graph: Graph
@@ -101,9 +110,19 @@ class Drafts:
     users: dict[Node, list[Node]] = field(default_factory=dict)
     waiting: dict[Node, int] = field(default_factory=dict)
     rows: Dim = ONE
+    tokens: frozenset[str] = frozenset()
     opened: int = 0
 
+    @property
+    def known(self) -> dict[str, int]:
+        """The sizes that kernels are laid out by."""
+        return {s: n for s, n in self.sizes.items() if s not in self.tokens}
+
     # Kernels.
+
+    def space(self, width: int, rows: Dim) -> Space:
+        """The columns of a pass over rows."""
+        return Space(width, rows, self.known, whole_rows=True)
 
     def open(
         self, kind: str, index: int, space: Space, contracts: tuple[Contract, ...] = ()
@@ -150,7 +169,7 @@ class Drafts:
         for draft in self.row_drafts(index, rows, width):
             if draft.order > behind and (draft.space.width == width or not narrow):
                 return draft
-        return self.open("row", index, Space(width, rows, self.sizes, whole_rows=True))
+        return self.open("row", index, self.space(width, rows))
 
     def hosts(self, node: Node) -> list[Draft]:
         """Kernels with a point for each element of a node, which load the arguments it needs.
@@ -161,12 +180,10 @@ class Drafts:
         while isinstance(under, Cast | Reshape):
             under = under.arg
         node = under.arg if isinstance(under, Reduce) else node
-        elements = product(node.shape).size(self.sizes)
         found: list[Draft] = []
         for draft in reversed(self.drafts):
-            space = draft.space
-            fits = elements == space.width * space.rows.size(self.sizes)
-            if draft.kind != "torch" and fits and self.loads_all_of(node, draft):
+            fits = draft.kind != "torch" and draft.space.is_filled_by(product(node.shape))
+            if fits and self.loads_all_of(node, draft):
                 found.append(draft)
         return found
 
@@ -178,13 +195,60 @@ class Drafts:
         loaded = {o for n in draft.space.values for o in leaves_of(n, self.weights)}
         return bool(needed) and needed <= loaded
 
+    # Rows.
+
+    def counts_rows(self, dim: Dim) -> bool:
+        """Whether a size depends on the number of rows, which is known at the call."""
+        return bool(dim.symbols & self.tokens)
+
+    def folds_rows(self, node: Reduce) -> bool:
+        """Whether a reduction is one over rows of what each of them has once."""
+        axis = node.rank + node.axis
+        return self.counts_rows(node.arg.shape[axis]) and product(node.shape[axis:]) == ONE
+
+    def shapes(self, node: Node, groups: bool = False) -> list[tuple[Dim, Dim]]:
+        """Ways to see a node as rows and columns, of which none depends on the number of rows."""
+        if isinstance(node, Reduce) and self.folds_rows(node):
+            return [(product(node.shape), ONE)]
+        found = row_shapes(node, self.rows, groups)
+        found = [(rows, columns) for rows, columns in found if not self.counts_rows(columns)]
+        if not found and not symbols_of(node.shape) - self.tokens and not isinstance(node, Reduce):
+            last = max((i for i, d in enumerate(node.shape) if d.symbols), default=-1)
+            found.append((product(node.shape[: last + 1]), product(node.shape[last + 1 :])))
+        return found
+
+    def waiting_folds(self, node: Node) -> list[Reduce]:
+        """The folds of rows that a node needs and that are not placed yet, operands first."""
+        found: list[Reduce] = []
+        stack, seen = list(node.operands), set[Node]()
+        while stack:
+            one = stack.pop()
+            if one in seen or one in self.home or one in self.weights:
+                continue
+            seen.add(one)
+            if isinstance(one, Reduce) and self.folds_rows(one):
+                found.append(one)
+            else:
+                stack.extend(one.operands)
+        return found
+
+    def comes_last(self, node: Node) -> bool:
+        """Whether nothing but numbers that are returned is made of a number."""
+        stack = list(self.users[node])
+        while stack:
+            one = stack.pop()
+            if product(one.shape) != product(node.shape) or not is_pointwise(one):
+                return False
+            stack.extend(self.users[one])
+        return True
+
     # Memory.
 
     def leaf(self, node: Node, draft: Draft) -> str | None:
         """The name under which a kernel loads a node, or None."""
-        if isinstance(node, Const | Size):
+        if isinstance(node, Const) or (isinstance(node, Size) and not self.counts_rows(node.dim)):
             return None
-        if isinstance(node, Input):
+        if isinstance(node, Input | Size):
             return self.name(node)
         if node in self.weights:
             return self.name(node)
@@ -194,7 +258,7 @@ class Drafts:
         if under is node or not (isinstance(under, Input) or self.in_memory(under, draft)):
             return None
         space = draft.space
-        fills = space.matches(product(under.shape).size(self.sizes)) and space.has_rows(under)
+        fills = space.matches(product(under.shape)) and space.has_rows(under)
         return None if fills else self.name(node)
 
     def in_memory(self, node: Node, draft: Draft) -> bool:

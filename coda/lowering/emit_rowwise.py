@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from coda.ir.dims import product, show_shape
 from coda.lowering.emit_epilogue import safe
-from coda.lowering.epilogue import SinkExpr, Statistic, StoreExpr
+from coda.lowering.epilogue import SinkExpr, StoreExpr
 from coda.lowering.program import Program, RowwiseKernel
+from coda.lowering.row_folds import TOTAL_WARPS, Folds
 from coda.lowering.row_pieces import (
     LANES,
     TALL_ROWS,
@@ -27,7 +28,7 @@ from coda.lowering.row_pieces import (
     fold_warps,
     teams,
 )
-from coda.lowering.row_sweeps import INDENT, Step, Sweeps, indented
+from coda.lowering.row_sweeps import INDENT, Step, indented
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class RowSource:
         text: the Python source; `launch` is its host function.
         name: a module name that belongs to this text alone.
         parameters: (emitted name, operand or buffer, columns, whether it is written), in order.
-            Sums over the rows of an earlier kernel have any number of parts: 0 columns.
+            Sums over the rows of an earlier kernel have any number of parts: 0 columns. Lines of
+            values of rows have any number of them, side by side: -1 columns.
         types: the element type of each parameter, as coda names it.
         padded: matrices whose rows begin at multiples of 16 bytes, whatever their length.
         partials: the buffers of sums over rows, which have a row for each partial.
@@ -60,10 +62,12 @@ def emit_rowwise(program: Program, kernel: RowwiseKernel, padded: bool = False) 
     return _Emitter(program, kernel, padded).emit()
 
 
-class _Emitter(Sweeps):
+class _Emitter(Folds):
     def emit(self) -> RowSource:
         if self.epilogue.sinks:
             body = self.block()
+        elif self.is_total():
+            body = self.total()
         elif self.only_folds():
             body = self.folds()
         else:
@@ -83,6 +87,8 @@ class _Emitter(Sweeps):
         for o in self.epilogue.operands:
             if o.kind == "partial" and o.name in self.tall:
                 columns = 0
+            elif o.kind == "line":
+                columns = -1
             elif o.kind == "partial":
                 parts = self.program.buffers[o.name].shape[-1].size(self.program.sizes)
                 columns = parts * o.lanes
@@ -119,50 +125,6 @@ class _Emitter(Sweeps):
         for level in self.levels():
             body += self.sweep(level)
         return body
-
-    def fold(self, stat: Statistic) -> list[str]:
-        """A statistic from partials of tiles: lanes take parts in turn, then the warp merges."""
-        assert stat.operand is not None
-        name, source = stat.name, safe(stat.operand)
-        if not stat.count:
-            start, inner, end = self.accumulate(stat, f"{source}[row, part]")
-            head = [
-                f"for step in cutlass.range(cute.ceil_div({source}.shape[1], 32)):",
-                f"{INDENT}part = step * LANES + lane",
-                f"{INDENT}if part < {source}.shape[1]:",
-            ]
-            return [*start, *head, *(INDENT * 2 + i for i in inner), *end]
-        parts = self.program.buffers[stat.operand].shape[-1].size(self.program.sizes)
-        last = stat.width - stat.count * (parts - 1)
-        loop = [
-            f"for step in cutlass.range({-(-parts // 32)}):",
-            f"{INDENT}part = step * LANES + lane",
-            f"{INDENT}if part < {parts}:",
-        ]
-        value = f"{source}[row, part]"
-        if stat.monoid == "variance":
-            count = (
-                f"cutlass.select_(part < {parts - 1}, Float32({stat.count}.0), Float32({last}.0))"
-            )
-            two = f"{source}[row, 2 * part], {source}[row, 2 * part + 1]"
-            self.rows |= {"moments_merge", "warp_moments", "zero"}
-            inner = [f"{name}_s = moments_merge({name}_s, ({count}, {two}))"]
-            start = [f"{name}_s = (zero(), zero(), zero())"]
-            end = [
-                f"{name}_n, {name}_mean, {name}_m2 = warp_moments({name}_s)",
-                f"{name} = {name}_m2 * {1.0 / stat.width!r}",
-            ]
-        else:
-            start, inner, end = self.accumulate(stat, value)
-        return [*start, *loop, *(INDENT * 2 + i for i in inner), *end]
-
-    def wide_stores(self) -> list[StoreExpr]:
-        """The stores of whole rows."""
-        return [s for s in self.epilogue.stores if not self.once(s)]
-
-    def once(self, store: StoreExpr) -> bool:
-        """Whether a store has one column."""
-        return store.narrow or self.kernel.width == 1
 
     def wide(self) -> list[str]:
         """The sweep that stores."""
@@ -214,58 +176,6 @@ class _Emitter(Sweeps):
         """Write the values that a row has once."""
         computed, written = self.narrow_lines()
         return [*computed, "if lane == 0:", *indented(written)] if written else []
-
-    def narrow_lines(self) -> tuple[list[str], list[str]]:
-        """How values that a row has once are computed, and written."""
-        stores = [s for s in self.epilogue.stores if self.once(s)]
-        exprs = [s.lanes[0] for s in stores]
-        lines, values = self.assigned(exprs, "w")
-        loads = self.loads(exprs, "0", self.pieces[0]) if stores and self.kernel.width == 1 else []
-        written: list[str] = []
-        for store, value in zip(stores, values, strict=True):
-            target = f"{safe(store.buffer)}_out"
-            shown = value.replace("[j]", "[0]")
-            written.append(f"{target}[row, 0] = Float32({shown}).to({target}.element_type)")
-        return [*loads, *(line.replace("[j]", "[0]") for line in lines)], written
-
-    # What a block of warps does that only folds sums over the rows of earlier kernels.
-
-    def only_folds(self) -> bool:
-        """Whether all that a row needs are such folds and values that it has once."""
-        kinds = {o.kind for o in self.epilogue.operands}
-        folded = all(s.operand in self.tall for s in self.epilogue.statistics)
-        plain = folded and not self.wide_stores() and kinds <= {"partial", "col", "scalar"}
-        return bool(self.tall) and plain
-
-    def folds(self) -> list[str]:
-        """Warps take parts in turn, a lane those of its row; the first warp adds what they have."""
-        self.rows |= {"room", "zero"}
-        warps = fold_warps(self.kernel.rows.size(self.program.sizes))
-        folded = [(s.name, safe(s.operand or "")) for s in self.epilogue.statistics]
-        out = [f"{name}_of = room({warps} * LANES)" for name, _ in folded]
-        for name, source in folded:
-            inner = [
-                f"for step in cutlass.range({name}_each, unroll=8):",
-                f"    {name}_s = {name}_s + {source}[row, step * {warps} + warp]",
-                f"if {name}_last < {source}.shape[1]:",
-                f"    {name}_s = {name}_s + {source}[row, {name}_last]",
-            ]
-            out += [
-                f"{name}_each = {source}.shape[1] // {warps}",
-                f"{name}_last = {name}_each * {warps} + warp",
-                f"{name}_s = zero()",
-                "if row < rows:",
-                *indented(inner),
-            ]
-            out.append(f"{name}_of[warp * LANES + lane] = {name}_s")
-        names = [name for name, _ in folded]
-        totals = [f"{name} = {name}_of[lane]" for name in names]
-        totals.append(f"for other in cutlass.range_constexpr(1, {warps}):")
-        totals += [f"    {name} = {name} + {name}_of[other * LANES + lane]" for name in names]
-        computed, written = self.narrow_lines()
-        own = self.once_loaded([e for s in self.epilogue.stores for e in s.lanes])
-        rest = indented([*totals, *own, *computed, *written])
-        return [*out, "cute.arch.sync_threads()", "if warp == 0 and row < rows:", *rest]
 
     # What a block of warps does to a block of rows, where sums over them are taken.
 
@@ -399,6 +309,8 @@ class _Emitter(Sweeps):
         """Warps of a block and its rows, and lines that tell a warp which are its own."""
         if self.epilogue.sinks:
             return TALL_WARPS, TALL_ROWS, ["warp = thread // LANES"]
+        if self.is_total():
+            return TOTAL_WARPS, 1, ["warp = thread // LANES", "row = block"]
         if self.only_folds():
             warps = fold_warps(self.kernel.rows.size(self.program.sizes))
             return warps, LANES, ["warp = thread // LANES", "row = block * LANES + lane"]

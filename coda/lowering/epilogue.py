@@ -108,6 +108,7 @@ class Operand:
         "grouped" a matrix [M, points / period] with one element for each group of `period` points
                   side by side (a statistic of heads). A pass over rows alone reads it.
         "scalar"  one number.
+        "line"    values of rows, [M, any number], each line of them reduced by a `Statistic`.
         "partial" planes of a split reduction, [M, parts] each, folded by a `Statistic`.
 
     `split` tells where the two lanes of a tile operand lie, as it does in `StoreExpr` (a pass over
@@ -126,7 +127,7 @@ class Operand:
     def columns(self, points: int, lanes: int) -> int:
         """How many columns it has in a kernel of so many points with so many lanes each.
 
-        Of kinds that have some at each row: not of "row", "scalar" and "partial".
+        Of kinds that have some at each row: not of "row", "scalar", "line" and "partial".
         """
         if self.kind == "periodic":
             return self.period
@@ -143,8 +144,9 @@ class Statistic:
 
     In a row kernel: over `width` columns of the row, `expr` being 0 in all others, or over each
     aligned group of `group` of them; of `expr`, or by folding `operand`
-    (partials of a split reduction, `count` values in each part, the last part ragged; 0 for a sum
-    over the rows of a GEMM, which has as many parts as the GEMM has tiles of rows).
+    (partials of a split reduction, `count` values in each part, the last part ragged). Partials of
+    sums over rows, and lines of values of rows, have any number of parts: `count` and, over rows
+    whose number a call tells, `width` are 0.
     In a GEMM's epilogue: over aligned groups of `group` columns of the tile (a head), taken from
     the accumulator before the main pass.
     """

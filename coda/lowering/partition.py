@@ -35,8 +35,8 @@ from coda.lowering.roles import (
     group_siblings,
     in_order,
     is_pointwise,
-    over_rows,
-    row_shapes,
+    row_axes,
+    row_symbols,
     stacks,
     summand,
     weight_nodes,
@@ -57,11 +57,7 @@ class Partition(Drafts):
         self.named = {i.name: i for i in self.graph.inputs}
         self.weights = weight_nodes(nodes, self.passing)
         contracts = [n for n in nodes if isinstance(n, Contract) and n not in self.weights]
-        matrices = [c.lhs for c in contracts if not over_rows(c)]
-        matrices += [c.lhs.operands[0] for c in contracts if over_rows(c)]
-        matrices += [i for i in self.graph.inputs if i.rank > 1]
-        if matrices:
-            self.rows = product(matrices[0].shape[:-1])
+        self.tokens, self.rows = row_symbols(nodes), row_axes(contracts, self.graph.inputs)
         self.siblings = group_siblings(contracts, nodes, self.weights, self.apart, self.part_of)
         forced = [*self.graph.roots, *(o for c in contracts for o in c.operands)]
         self.loadable = {self.storage(n) for n in forced}
@@ -88,6 +84,9 @@ class Partition(Drafts):
                 self.materialise(node)
             return
         last = max(homes, key=lambda d: d.order)
+        if isinstance(node, Reduce) and self.folds_rows(node):
+            self.in_rows(node, last.order[0])
+            return
         if isinstance(node, Reduce) and last.kind != "gemm" and self.sunk(node, last):
             return
         if isinstance(node, Concat) and self.too_wide(node, last) and self.join(node):
@@ -160,7 +159,7 @@ class Partition(Drafts):
         starts = np.cumsum([0] + [c.shape[-1].size(self.sizes) for c in group])
         first: dict[Node, int] = {c: int(s) for c, s in zip(group, starts, strict=False)}
         rows = product(node.lhs.shape[:-1])
-        space = Space(int(starts[-1]), rows, self.sizes, accumulators=first)
+        space = Space(int(starts[-1]), rows, self.known, accumulators=first)
         draft = self.open("gemm", index, space, group)
         for one in group:
             self.home[one] = draft
@@ -335,9 +334,9 @@ class Partition(Drafts):
             known = all(h is draft or h.order < draft.order for h in homes)
             if known and self.sums_rows(node, draft) and self.sink_rows(node, draft):
                 return True
-        for rows, columns in [] if ("alone", node) in self.banned else row_shapes(under, self.rows):
+        for rows, columns in [] if ("alone", node) in self.banned else self.shapes(under):
             width = columns.size(self.sizes)
-            draft = self.open("row", index, Space(width, rows, self.sizes, whole_rows=True))
+            draft = self.open("row", index, self.space(width, rows))
             if width > 1 and self.sums_rows(node, draft) and self.sink_rows(node, draft):
                 return True
             self.drop(draft)
@@ -349,12 +348,24 @@ class Partition(Drafts):
         found = [u for fn in ("mean", "variance") for u in same if u.fn == fn]
         return found if node in found and len(found) == 2 else []
 
+    def after_rows(self, node: Reduce, index: int) -> int:
+        """Store what a reduction over rows reads; the GEMM after which the reduction comes."""
+        self.materialise(node.arg, host=True)
+        if self.comes_last(node):
+            return LAST
+        home = self.home.get(self.storage(node.arg))
+        return max(index, home.order[0] if home else 0)
+
     def in_rows(self, node: Node, index: int) -> None:
         """Place a node in a pass over rows after the GEMM `index`, or give it to torch."""
         why = "no kernel computes it"
-        if isinstance(node, Reduce) and self.summed_in_pass(node, index):
+        for one in self.waiting_folds(node):
+            self.in_rows(one, index)
+        if isinstance(node, Reduce) and self.folds_rows(node):
+            index = self.after_rows(node, index)
+        elif isinstance(node, Reduce) and self.summed_in_pass(node, index):
             return
-        for rows, columns in row_shapes(node, self.rows, ("groups", node) not in self.banned):
+        for rows, columns in self.shapes(node, ("groups", node) not in self.banned):
             width = columns.size(self.sizes)
             if ("alone", node) in self.banned:
                 why = "the columns of a pass over rows cannot be laid out for it"
@@ -365,15 +376,15 @@ class Partition(Drafts):
             for draft, segment in [*shared, *alone]:
                 fresh = draft is None
                 if draft is None:
-                    space = Space(width, rows, self.sizes, whole_rows=True)
-                    draft = self.open("row", index, space)
+                    draft = self.open("row", index, self.space(width, rows))
+                homed = len(draft.homed)
                 old, draft.space.width = draft.space.width, max(width, draft.space.width)
                 with draft.space.inside(segment):
                     why = self.absorb(node, draft)
                 if not why:
-                    draft.symbols |= columns.symbols
                     return
-                draft.space.width = old
+                if len(draft.homed) == homed:  # nothing that it needs has come here meanwhile
+                    draft.space.width = old
                 if fresh and self.drop(draft):
                     self.loadable |= {self.storage(o) for o in node.operands if o in self.home}
         self.in_torch(node, index, why)
@@ -397,7 +408,7 @@ class Partition(Drafts):
             self.materialise(operand)
         homes = [self.home.get(self.storage(o)) for o in node.operands]
         index = max([index, *(h.order[0] for h in homes if h is not None)])
-        draft = self.open("torch", index, Space(0, ONE, self.sizes))
+        draft = self.open("torch", index, Space(0, ONE, self.known))
         draft.why = why
         draft.homed.append(node)
         self.home[node] = draft
@@ -422,10 +433,9 @@ class Partition(Drafts):
         """Compute a node of arguments alone in one pass over rows."""
         if any(n in self.home for n in walk([node]) if n not in self.weights):
             return False
-        shapes = [] if ("alone", node) in self.banned else row_shapes(node, self.rows)[:1]
+        shapes = [] if ("alone", node) in self.banned else self.shapes(node)[:1]
         for rows, columns in shapes:
-            space = Space(columns.size(self.sizes), rows, self.sizes, whole_rows=True)
-            draft = self.open("row", 0, space)
+            draft = self.open("row", 0, self.space(columns.size(self.sizes), rows))
             if not self.absorb(node, draft):
                 return True
             self.drop(draft)

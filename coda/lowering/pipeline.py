@@ -30,6 +30,7 @@ from coda.ir.scalars import SCALARS
 from coda.ir.verify import verify
 from coda.lowering.alike import kinds
 from coda.lowering.build import Banned, build, numbered
+from coda.lowering.columns_first import columns_first
 from coda.lowering.cost import MACHINES, price
 from coda.lowering.descend import descended
 from coda.lowering.laws import LAWS
@@ -111,7 +112,7 @@ def _lower(
     """The Program of one choice of laws; with `apart`, what is reduced has a GEMM of its own."""
     steps: list[Step] = []
     roots = descended(rewrite(graph.roots, LAWS, accept, steps))
-    normal = graph.with_roots(_numbers(roots, sizes))
+    normal = graph.with_roots(_numbers(columns_first(roots, graph.inputs), sizes))
     verify(normal, "laws")
     parted = in_parts(normal, sizes, terms.passing) if terms.thrifty else Parted(normal)
     verify(parted.graph, "parts")
@@ -133,7 +134,14 @@ def _lower(
 
 
 def _numbers(roots: tuple[Node, ...], sizes: Mapping[str, int]) -> tuple[Node, ...]:
-    """The same values with functions of numbers and sizes, and choices by them, as they are."""
+    """The same values with functions of numbers and sizes, and choices by them, as they are.
+
+    The number of rows is none of them: it may change from call to call.
+    """
+    tokens = row_symbols(walk(roots))
+
+    def is_number(node: Node) -> bool:
+        return isinstance(node, Const) or (isinstance(node, Size) and not node.dim.symbols & tokens)
 
     def known(node: Node) -> Node:
         if not isinstance(node, Map):
@@ -143,7 +151,7 @@ def _numbers(roots: tuple[Node, ...], sizes: Mapping[str, int]) -> tuple[Node, .
             chosen = node.args[1 if test.value else 2]
             same = (chosen.shape, chosen.dtype) == (node.shape, node.dtype)
             return chosen if same else node
-        if not all(isinstance(o, Const | Size) for o in node.args):
+        if not all(map(is_number, node.args)):
             return node
         (value,) = evaluate([node], {}, sizes)
         return Const(float(value), node.dtype)

@@ -11,12 +11,14 @@ from coda.ir.graph import (
     Const,
     Contract,
     Expand,
+    Gather,
     Input,
     Iota,
     Map,
     Node,
     Permute,
     Pick,
+    Put,
     Reduce,
     Reshape,
     Size,
@@ -154,17 +156,52 @@ def row_shapes(node: Node, mine: Dim, groups: bool = False) -> list[tuple[Dim, D
 
 
 def row_symbols(nodes: Iterable[Node]) -> frozenset[str]:
-    """Symbols that are rows of a contraction and never its columns: tokens."""
+    """Symbols that are rows of a contraction and never its columns: tokens.
+
+    In a block without contractions: those of leading axes of its matrices, and of indices, that are
+    never columns.
+    """
+    nodes = list(nodes)
+    contracts = [n for n in nodes if isinstance(n, Contract)]
+    if not contracts:
+        return _leading_symbols(nodes)
     rows: set[str] = set()
     columns: set[str] = set()
-    contracts = [n for n in nodes if isinstance(n, Contract)]
-    if all(over_rows(n) for n in contracts):
-        return frozenset(s for n in contracts for s in n.lhs.shape[-1].symbols)
     for node in contracts:
-        if not over_rows(node):
-            rows |= {s for d in node.lhs.shape[:-1] for s in d.symbols}
-            columns |= {s for d in node.rhs.shape for s in d.symbols}
+        if over_rows(node):
+            columns |= node.shape[-1].symbols
+        else:
+            rows |= symbols_of(node.lhs.shape[:-1])
+            columns |= symbols_of(node.rhs.shape)
+    if all(map(over_rows, contracts)):
+        rows = symbols_of(n.lhs.shape[-1] for n in contracts)
     return frozenset(rows - columns)
+
+
+def _leading_symbols(nodes: list[Node]) -> frozenset[str]:
+    """The row symbols of a block without contractions."""
+    tables = {base(n.table) for n in nodes if isinstance(n, Gather)}
+    matrices = [n for n in nodes if isinstance(n, Input) and n.rank > 1 and n not in tables]
+    indices = [n.index for n in nodes if isinstance(n, Gather | Pick | Put)]
+    lead = [m.shape[:-1] for m in matrices] + [i.shape for i in indices]
+    rows = symbols_of(d for shape in lead for d in shape)
+    narrow = {ONE, *map(product, lead)}  # so many elements are one for each row
+    wide = [n for n in nodes if n.rank > 1 and product(n.shape) not in narrow]
+    return frozenset(rows - symbols_of(n.shape[-1] for n in wide))
+
+
+def symbols_of(dims: Iterable[Dim]) -> set[str]:
+    """The symbols that some sizes depend on."""
+    return {s for d in dims for s in d.symbols}
+
+
+def row_axes(contracts: Iterable[Contract], inputs: Iterable[Input]) -> Dim:
+    """The number of rows of a block: of the first matrix that is multiplied, or else given."""
+    contracts = list(contracts)
+    matrices = [c.lhs for c in contracts if not over_rows(c)]
+    matrices += [c.lhs.operands[0] for c in contracts if over_rows(c)]
+    matrices += [i for i in inputs if i.rank > 1]
+    return product(matrices[0].shape[:-1]) if matrices else ONE
 
 
 def weight_nodes(nodes: list[Node], passing: Collection[str] = ()) -> set[Node]:
@@ -174,11 +211,7 @@ def weight_nodes(nodes: list[Node], passing: Collection[str] = ()) -> set[Node]:
     """
     tokens = row_symbols(nodes)
     if tokens:
-        free = {
-            n
-            for n in nodes
-            if isinstance(n, Input) and not tokens & {s for d in n.shape for s in d.symbols}
-        }
+        free = {n for n in nodes if isinstance(n, Input) and not tokens & symbols_of(n.shape)}
     else:
         right = [n.rhs for n in nodes if isinstance(n, Contract)]
         left = {i for n in nodes if isinstance(n, Contract) for i in walk([n.lhs])}
@@ -188,8 +221,9 @@ def weight_nodes(nodes: list[Node], passing: Collection[str] = ()) -> set[Node]:
     for node in nodes:
         if isinstance(node, Iota) and not tokens & node.count.symbols:
             found.add(node)
+        counts = any(isinstance(o, Size) and tokens & o.dim.symbols for o in node.operands)
         known = [o in found for o in node.operands if not isinstance(o, Const | Size)]
-        grown = isinstance(node, Expand) and tokens & {s for d in node.shape for s in d.symbols}
+        grown = counts or (isinstance(node, Expand) and tokens & symbols_of(node.shape))
         if known and all(known) and not grown:
             found.add(node)
     return found

@@ -59,6 +59,7 @@ class Sweeps:
         self.groups = {s.name: s for s in self.epilogue.statistics if s.group}
         folds = [s for s in self.epilogue.statistics if s.operand]
         self.tall: set[str | None] = {s.operand for s in folds if not s.count}
+        self.lines = [o.name for o in self.epilogue.operands if o.kind == "line"]
         self.math: set[str] = set()
         self.rows: set[str] = {"LANES"}
 
@@ -226,14 +227,20 @@ class Sweeps:
             left = [s for s in left if s not in now]
         return found
 
+    def length(self, stat: Statistic) -> str:
+        """How many values of rows a statistic is taken of."""
+        return f"Float32({safe(stat.operand or '')}.shape[1])"
+
     def accumulate(self, stat: Statistic, value: str) -> tuple[list[str], list[str], list[str]]:
         """Start, step and end of a fold over the lanes' values."""
         name = stat.name
         if stat.monoid in SUMS:
             self.rows |= {"zero", "warp_sum"}
             end = f"warp_sum({name}_s)"
-            if stat.monoid == "mean":
+            if stat.monoid == "mean" and stat.width:
                 end = f"{end} * {1.0 / stat.width!r}"
+            elif stat.monoid == "mean":
+                end = f"{end} / {self.length(stat)}"
             return [f"{name}_s = zero()"], [f"{name}_s = {name}_s + {value}"], [f"{name} = {end}"]
         if stat.monoid in ("max", "min"):
             start = "lowest" if stat.monoid == "max" else "highest"

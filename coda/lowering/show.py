@@ -54,7 +54,11 @@ def _body(program: Program, kernel: GemmKernel | RowwiseKernel) -> list[str]:
         if stat.expr is not None:
             lines += _assignments([stat.expr], names)
         what = stat.operand or _name(stat.expr, names)
-        over = f"groups of {stat.group}" if stat.group else f"{stat.width} columns"
+        over = (
+            f"groups of {stat.group}"
+            if stat.group
+            else (f"{stat.width} columns" if stat.width else "all rows")
+        )
         lines.append(f"    {stat.name} = {stat.monoid} {what} over {over}")
     results = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
     lines += _assignments(results, names)

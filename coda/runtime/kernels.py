@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from coda.ir.dims import product
-from coda.ir.graph import Input, Node, walk
+from coda.ir.dims import Dim, product
+from coda.ir.graph import Input, Node, Size, walk
 from coda.lowering.assemble import Assembled
 from coda.lowering.emit_gemm import emit_gemm
 from coda.lowering.emit_rowwise import emit_rowwise
@@ -35,20 +35,27 @@ from coda.runtime.sources import Sources
 
 @dataclass
 class State:
-    """What a program keeps between calls: loaded kernels, and what they load of the weights."""
+    """What a program keeps between calls: loaded kernels, and what they load of the weights.
+
+    `untold` are the symbols that no argument has as an axis of its own.
+    """
 
     gemms: dict[GemmKernel, quack_target.Gemm]
     rows: dict[tuple[RowwiseKernel, bool], Rows]
     reads: dict[str, WeightRead]
     memo: Memo
-    replays: Replays
-    giving: dict[frozenset[str], Replays] = field(default_factory=dict)
+    untold: tuple[str, ...]
+    found: dict[tuple[frozenset[str], tuple[int, ...]], Replays] = field(default_factory=dict)
 
-    def of(self, given: frozenset[str]) -> Replays:
-        """The replays of calls that give up these arguments."""
-        if not given:
-            return self.replays
-        return self.giving.setdefault(given, Replays(quack_target.run_plan))
+    def of(self, given: frozenset[str], sizes: Mapping[str, int]) -> Replays:
+        """The replays of calls that give up these arguments, and have these sizes.
+
+        Arguments' shapes tell most sizes, but not how a product of two is made up.
+        """
+        key = given, tuple(sizes.get(s, -1) for s in self.untold)
+        if key not in self.found:
+            self.found[key] = Replays(quack_target.run_plan)
+        return self.found[key]
 
 
 T = TypeVar("T")
@@ -61,7 +68,10 @@ def state_of(program: Program) -> State:
     found = _states.get(program)
     if found is None:
         reads = {r.kernel: r for r in weight_reads(program)}
-        found = State({}, {}, reads, Memo(), Replays(quack_target.run_plan))
+        graph = program.graph
+        told = {d for i in graph.inputs for d in i.shape}
+        untold = [s for s in graph.symbols if Dim.of(s) not in told]
+        found = State({}, {}, reads, Memo(), tuple(untold))
         _states[program] = found
     return found
 
@@ -135,8 +145,14 @@ class KernelRun(ReferenceRun):
         self.recording.computed(value, again, given)
         return value
 
+    def count(self, node: Size) -> Tensor:
+        found = _number_of(node.dim.size(self.sizes), next(iter(self.inputs.values())).device)
+        self.recording.constant(found, [])
+        return found
+
     def value(self, node: Node) -> Tensor:
-        if node in self.inputs or node in self.prepared or node in self.program.places:
+        given = node in self.inputs or node in self.prepared or isinstance(node, Size)
+        if given or node in self.program.places:
             return super().value(node)
         sources = Sources(self, [node])
         given = sources.tensors(self)
@@ -166,6 +182,13 @@ class KernelRun(ReferenceRun):
         start = {"zero": 0.0, "nan": torch.nan}.get(fill)
         self.recording.made(made, start)
         return made if start is None else made.fill_(start)
+
+    def zeros(self, x: Tensor) -> Tensor:
+        """Some columns of zeros in place of none, in the layout that `x` would have with some."""
+        turned = x.stride(0) == 1 and x.shape[0] * x.element_size() % 16 == 0
+        shape = (16, x.shape[0]) if turned else (x.shape[0], 16)
+        made = self.new(shape, x.dtype, "zero")
+        return made.T if turned else made
 
     def updated(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Arguments, by their names, that a buffer of the program is written over."""
@@ -212,7 +235,7 @@ class KernelRun(ReferenceRun):
             return
         b = self.matrix(kernel)
         if a.shape[1] == 0:  # a sum over no rows is one over zeros
-            a, b = (self.new((x.shape[0], 16), x.dtype, "zero") for x in (a, b))
+            a, b = (self.zeros(x) for x in (a, b))
         operands = {**self.packed(kernel), **self.loaded(kernel)}
         operands |= self.tables(kernel, gemm.source)
         for masks, count in (
@@ -450,6 +473,12 @@ def _turned(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+def _number_of(count: int, device: torch.device) -> Tensor:
+    """A size as kernels take it; replays of calls with it keep it."""
+    return torch.full((), count, dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=64)
 def _ones(count: int, device: torch.device) -> Tensor:
     return torch.ones(count, device=device)
 
@@ -487,7 +516,7 @@ def run_kernels(
     The first call with arguments of some shapes prepares and launches; later ones replay it.
     Kernels may write over the arguments that are `given` up.
     """
-    replays = state_of(program).of(given)
+    replays = state_of(program).of(given, sizes)
     found = replays.find(inputs)
     if found is not None:
         return found.run(inputs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from coda.ir.evaluate import evaluate, pick
-from coda.ir.graph import Node
+from coda.ir.graph import Node, Size
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
 from coda.lowering.assemble import Assembled
@@ -109,12 +109,19 @@ class ReferenceRun:
             self.buffers.pop(name, None)
             self.parts.pop(name, None)
 
+    def count(self, node: Size) -> Tensor:
+        """A size as a number where the tensors of the call lie."""
+        device = next(iter(self.inputs.values())).device
+        return torch.full((), node.dim.size(self.sizes), dtype=self.compute, device=device)
+
     def value(self, node: Node) -> Tensor:
         """A node in memory, or a view of one, in its own shape."""
         if node in self.inputs:
             return self.inputs[node]
         if node in self.prepared:
             return self.prepared[node]
+        if isinstance(node, Size):
+            return self.count(node)
         place = self.program.places.get(node)
         if place is not None:
             x = self.buffer(place.buffer)
@@ -308,7 +315,11 @@ class _Points:
     ) -> None:
         """The value of a statistic at all points."""
         monoid = MONOIDS[stat.monoid]
-        if stat.operand is not None:
+        if stat.operand in self.kinds and self.kinds[stat.operand].kind == "line":
+            x = self.operands[stat.operand]
+            x = x.reshape(self.rows, x.numel() // max(self.rows, 1)).to(self.compute)
+            self.stats[stat.name] = monoid.reduce(x, 1)
+        elif stat.operand is not None:
             planes, counts = parts[stat.operand]
             merged = monoid.merge(planes, counts, 1)
             self.stats[stat.name] = monoid.finish(merged, stat.width)

@@ -51,6 +51,9 @@ def _fake(dtype: Any, rows: Any, columns: int, padded: bool) -> Any:
     if columns == 0:
         shape, stride = (rows, cute.sym_int()), (1, cute.sym_int64())
         return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=size)
+    if columns == -1:
+        shape, stride = (rows, cute.sym_int()), (cute.sym_int64(), 1)
+        return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=size)
     apart = (
         cute.sym_int64(divisibility=16 // size)
         if columns * size % 16 == 0 or (padded and columns > 1)
@@ -71,6 +74,9 @@ def _laid_out(x: Tensor, rows: int, columns: int, padded: bool = False) -> Tenso
     """A tensor as the kernel takes it, copied where it lies otherwise."""
     if columns == 0:
         return x
+    if columns == -1:
+        x = x.reshape(rows, -1)
+        return x if x.stride(1) == 1 or x.shape[1] < 2 else x.contiguous()
     x = x.reshape(rows, columns)
     whole = columns * x.element_size() % 16 == 0 or (padded and columns > 1)
     apart = x.stride(0) * x.element_size() % 16 == 0 if whole else x.stride(0) == columns

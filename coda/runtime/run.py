@@ -247,7 +247,7 @@ def run_block(
     if chosen == "cuda":
         from coda.runtime.kernels import state_of
 
-        calls.replays[options] = state_of(program).replays
+        calls.replays[options] = state_of(program).of(frozenset(), sizes)
     return execute(program, inputs, sizes, chosen)
 
 

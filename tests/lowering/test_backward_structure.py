@@ -50,6 +50,7 @@ EXAMPLES = ["llama_layer", "qwen3_layer", "gpt2_layer"]
 def test_program_of_the_backward(name, golden):
     _, _, backward = trained(example(name))
     golden(f"{name}_backward.program", backward.text())
+    assert "M" not in backward.fixed
 
 
 @coda.block

@@ -34,6 +34,7 @@ def test_normal_form(program, golden):
 
 def test_program(program, golden):
     golden(f"{program[0]}.program", program[1].text())
+    assert "M" not in program[1].fixed
 
 
 def test_source(program, golden):
