@@ -20,8 +20,8 @@ those marked *choice* only where the Program becomes cheaper, by bytes and launc
 a row's factor leaves a sum applies only where that factor is known too late for the kernel that
 makes the other operand; those that subtract a mean after the sum, and those that subtract a
 logsumexp, do not apply to values that are float32 from the start, which would lose bits. Laws that
-leave a factor or a shift for later, marked *far*, store values without it, far larger or smaller than
-those of the block: they apply to types that reach as far as float32, and so not to f16.
+leave a factor or a shift for later, marked *far*, store values without it, which may be far larger
+or smaller: they apply to types that reach as far as float32, and so not to f16.
 
 The exchange of sums is tried on derivatives: where the forward has the other contraction, or (in
 `coda/ir/linear.py`) where the outputs of the block are linear in what a row's factor multiplies.
