@@ -12,27 +12,30 @@ from pathlib import Path
 import platformdirs
 
 from coda.runtime import settings
+from coda.sim.kept import discard, refusal
 
+PARTS = ("kernels", "objects", "sim")
 LIMIT = 2 << 30  # bytes; the oldest objects go first
 
 
 def cache_directory() -> Path:
-    """`CODA_CACHE_DIR`, else the user's cache directory; private to the user (0700)."""
+    """`CODA_CACHE_DIR`, else the user's cache directory; private to the user (0700).
+
+    One that others may write to, that belongs to another user or that cannot be written is not
+    used: what is loaded from it is run. A temporary directory takes its place, with a warning.
+    """
     chosen = settings.CACHE_DIR.get()
     return _usable(Path(chosen) if chosen else Path(platformdirs.user_cache_dir("coda")))
 
 
 @cache
 def _usable(path: Path) -> Path:
-    """The directory, or a temporary one with one warning where it cannot be written."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as e:
+    """The directory, or a temporary one with one warning where it cannot keep files safely."""
+    why = next(filter(None, (refusal(p) for p in (path, *(path / n for n in PARTS)))), "")
+    if why:
         warnings.warn(
-            f"coda's cache {path} cannot be written ({e.strerror}): kernels are compiled again in "
-            "each process; set CODA_CACHE_DIR to a directory of your own",
+            f"coda's cache {path} {why}. Kernels are compiled again in each process; set "
+            "CODA_CACHE_DIR to a directory of your own",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -68,7 +71,7 @@ def prune(limit: int = LIMIT) -> int:
     for one in found:
         if total <= limit:
             break
-        one.path.unlink(missing_ok=True)
+        discard(one.path)
         total, deleted = total - one.size, deleted + 1
     return deleted
 
@@ -96,5 +99,6 @@ def objects() -> list[Object]:
 
 def clear() -> None:
     """Delete all that coda keeps between processes."""
-    for name in ("kernels", "objects", "sim"):
+    for name in PARTS:
         shutil.rmtree(cache_directory() / name, ignore_errors=True)
+        (cache_directory() / name).mkdir(mode=0o700, exist_ok=True)

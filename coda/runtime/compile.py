@@ -23,9 +23,11 @@ from coda.lowering.emit_rowwise import emit_rowwise
 from coda.lowering.memory import held_in
 from coda.lowering.program import GemmKernel, Program, RowwiseKernel, Terms, TorchKernel
 from coda.lowering.row_pieces import is_ragged
+from coda.runtime import quack_target
 from coda.runtime.cache import kernel_directory, prune
 from coda.runtime.sass import Usage, usage
 from coda.runtime.workers import run_all
+from coda.sim import kept
 
 CAPACITY = {"sm_90a": "90", "sm_100a": "100"}
 WORTH_IT = 6  # kernels: a process takes as long to start as four or five do to compile
@@ -76,7 +78,7 @@ def compile_ahead(programs: Sequence[Program]) -> list[Compiled]:
     for program in programs:
         for kernel, job in _jobs(program):
             base = base_of(program, kernel)
-            if not beside(base, ".cubin").exists():
+            if not kept.intact(beside(base, ".cubin")):
                 fresh.setdefault(base, job)
     if len(fresh) < WORTH_IT:
         return []
@@ -164,7 +166,10 @@ def has_padded_rows(program: Program, kernel: RowwiseKernel) -> bool:
 
 
 class captured:
-    """Write the PTX and the cubin of what is compiled inside to `base`.ptx and `base`.cubin."""
+    """Write the PTX and the cubin of what is compiled inside to `base`.ptx and `base`.cubin.
+
+    An object that was kept is compiled again where these are not there.
+    """
 
     def __init__(self, base: Path) -> None:
         self.base = base
@@ -179,14 +184,16 @@ class captured:
         def after(artifacts: Any) -> None:
             original(artifacts)
             if artifacts.PTX:
-                beside(base, ".ptx").write_text(str(artifacts.PTX))
+                kept.write(beside(base, ".ptx"), str(artifacts.PTX).encode())
             if artifacts.CUBIN:
-                beside(base, ".cubin").write_bytes(bytes(artifacts.CUBIN))
+                kept.write(beside(base, ".cubin"), bytes(artifacts.CUBIN))
 
         self.owner.__post_init__ = after
+        quack_target.needed[:] = beside(base, ".ptx"), beside(base, ".cubin")
 
     def __exit__(self, *exception: object) -> None:
         self.owner.__post_init__ = self.original
+        quack_target.needed.clear()
 
 
 def show_progress(found: Iterable[Compiled], total: int) -> list[Compiled]:

@@ -9,8 +9,9 @@ import importlib.util
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from coda.errors import CallError
 from coda.lowering.gemm_source import PAIRS, WHOLE, Source, Table
 from coda.lowering.program import Config
+from coda.sim import kept
+from coda.sim.kept import checked, recorded
 
 
 def load_module(text: str, name: str, directory: Path) -> ModuleType:
@@ -31,11 +34,13 @@ def load_module(text: str, name: str, directory: Path) -> ModuleType:
         return sys.modules[name]
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.py"
-    if not path.exists() or path.read_text() != text:
+    if not path.is_file() or path.read_bytes() != text.encode():
+        if path.is_dir():
+            kept.discard(path)
         scratch = path.with_suffix(f".{id(text)}.tmp")
         scratch.write_text(text)
         scratch.replace(path)
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Text(text, name, path))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -46,6 +51,17 @@ def load_module(text: str, name: str, directory: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+class _Text(SourceFileLoader):
+    """Runs the text that was emitted, whatever bytecode a file of an earlier process holds."""
+
+    def __init__(self, text: str, name: str, path: Path) -> None:
+        super().__init__(name, str(path))
+        self.text = text
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.text.encode(), self.path)
 
 
 @dataclass(frozen=True)
@@ -151,13 +167,40 @@ def use_cache(directory: Path, enabled: bool) -> None:
 
     quack's own store does it for GEMMs and row kernels alike: one object file for each key (the
     emitted text, tensor metadata, config, versions and sources of the generators), compiled under
-    a file lock, renamed into place, and compiled again where it cannot be loaded.
+    a file lock, renamed into place, and compiled again where it is not what was written.
     """
     import quack.cache
 
     quack.cache.CACHE_DIR = str(directory)
     quack.cache.CACHE_ENABLED = enabled
     cover_our_sources()
+    _verify_objects(directory)
+
+
+_kept_in: set[Path] = set()
+needed: list[Path] = []  # files without which an object is compiled again
+
+
+def _verify_objects(directory: Path) -> None:
+    """Let libraries load no object of `directory` that is not what was written."""
+    from cutlass.cute import runtime
+    from cutlass.cutlass_dsl.tvm_ffi_provider import TVMFFIJitCompiledFunctionBase as Compiled
+
+    vars(sys.modules["quack.cache.jit"])["print"] = kept.print_on_stderr
+    _kept_in.add(directory)
+    found: Any = runtime.load_module
+    while found is not None:  # a simulated device may have put its own around it
+        if getattr(found, "ours", None) is _is_kept:
+            return
+        found = getattr(found, "__wrapped__", None)
+    load = checked(runtime.load_module, _is_kept, lambda _: all(map(kept.intact, needed)))
+    vars(load)["ours"] = _is_kept
+    runtime.load_module = load
+    Compiled.export_to_c = recorded(Compiled.export_to_c, _is_kept)
+
+
+def _is_kept(path: Path) -> bool:
+    return any(path.is_relative_to(d) for d in _kept_in)
 
 
 def cover_our_sources() -> None:

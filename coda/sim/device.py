@@ -14,8 +14,9 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from coda.sim import kept
 from coda.sim.hooks import install
-from coda.sim.launch import PtxStore, check_target, default_cache, load_shim
+from coda.sim.launch import PtxStore, cannot_keep, check_target, default_cache, load_shim
 from coda.sim.machine import run
 from coda.sim.patches import Patches
 from coda.sim.report import Launched, Report, occupancy
@@ -55,7 +56,7 @@ class Device:
         if sms < 1:
             raise ValueError(f"a device has at least one multiprocessor, not {sms}")
         self.arch, self.sms, self.options, self.lineinfo = arch, sms, options, lineinfo
-        self.cache = cache
+        self.cache = cache = _usable(cache, f"{arch}{'-lines' * lineinfo}", "ptx")
         self.kernels = None if cache is None else str(cache / f"{arch}{'-lines' * lineinfo}")
         self.memory = Memory()
         self.launched: list[Launched] = []
@@ -185,6 +186,16 @@ class Device:
             record.result.seconds = record.result.seconds or time.perf_counter() - start
 
 
+def _usable(cache: Path | None, *parts: str) -> Path | None:
+    """A directory for compiled kernels, None with a warning where it cannot keep them safely."""
+    for path in () if cache is None else (cache, *(cache / part for part in parts)):
+        why = kept.refusal(path)
+        if why:
+            cannot_keep(path, why)
+            return None
+    return cache
+
+
 def active() -> Device | None:
     """The device that is active in this thread, if there is one."""
     gpu = _active
@@ -217,7 +228,9 @@ def device(
         instructions: warp instructions that one launch may execute.
         lineinfo: compile with line information, so that findings name the source line.
         cache: where the shim, quack's compiled kernels and their PTX are kept; None: only the
-            shim is kept, in the user's cache directory.
+            shim is kept, in the user's cache directory. Files that are not what was written are
+            made again, and a directory that others may write to, or this user not, is not used:
+            both with a RuntimeWarning.
     """
     levels: dict[str, Level] = {}
     if isinstance(checks, str):

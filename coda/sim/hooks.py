@@ -18,7 +18,8 @@ from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any, Protocol
 
 from coda.sim.hardware import L2, SMEM_PER_SM, driver_answers, forget_answers
-from coda.sim.launch import Shim, capability
+from coda.sim.kept import checked, print_on_stderr, recorded
+from coda.sim.launch import PtxStore, Shim, capability
 from coda.sim.patches import OnImport, Patches
 from coda.sim.tensors import CudaIsCpu
 from coda.sim.types import SimError
@@ -33,6 +34,7 @@ class Host(Protocol):
     shim: Shim
     dump: str
     kernels: str | None
+    store: PtxStore
     mode: CudaIsCpu
 
     def here(self) -> bool:
@@ -128,6 +130,22 @@ def _compiler(patches: Patches, host: Host) -> None:
             host.compiled(self.CUBIN, self.PTX)
 
     original = _around(patches, host, JitFunctionArtifacts, "__post_init__", after)
+    if host.kernels is not None:
+        _kept_objects(patches, host, Path(host.kernels))
+
+
+def _kept_objects(patches: Patches, host: Host, root: Path) -> None:
+    """Verify the objects that are loaded from the cache, and that the PTX of each is there."""
+    from cutlass.cute import runtime
+    from cutlass.cutlass_dsl import tvm_ffi_provider as provider
+
+    def ours(path: Path) -> bool:
+        return path.is_relative_to(root)
+
+    load = checked(runtime.load_module, ours, host.store.has)
+    _around(patches, host, runtime, "load_module", load)
+    base = provider.TVMFFIJitCompiledFunctionBase
+    _around(patches, host, base, "export_to_c", recorded(base.export_to_c, ours))
 
 
 def _engines(patches: Patches, host: Host) -> None:
@@ -313,6 +331,7 @@ def _libraries(patches: Patches, host: Host) -> None:
         patches.set(cache, "CACHE_ENABLED", host.kernels is not None)
         if host.kernels is not None:
             patches.set(cache, "CACHE_DIR", host.kernels)
+            patches.set(sys.modules["quack.cache.jit"], "print", print_on_stderr)
 
     def plans() -> None:
         frontend = sys.modules["quack.epilogue.frontend"]

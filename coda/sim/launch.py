@@ -13,6 +13,7 @@ import os
 import struct
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Container
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from coda.sim import kept
 from coda.sim.types import Fault, Launch, SimError, Unsupported
 
 SOURCE = Path(__file__).with_name("launch.c")
@@ -56,53 +58,54 @@ _Callback = ctypes.CFUNCTYPE(
 
 
 def default_cache() -> Path:
-    """`$XDG_CACHE_HOME/coda-sim`, or a temporary directory where that cannot be written."""
+    """`$XDG_CACHE_HOME/coda-sim`, or a temporary directory where that cannot keep files."""
     home = os.environ.get("XDG_CACHE_HOME")
     path = (Path(home) if home else Path.home() / ".cache") / "coda-sim"
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError:
-        return Path(_scratch().name)
+    return path if not kept.refusal(path) else scratch_cache()
+
+
+def scratch_cache() -> Path:
+    """A directory that ends with the process."""
+    return Path(_scratch().name)
 
 
 @cache
 def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """A directory that ends with the process."""
     return tempfile.TemporaryDirectory(prefix="coda-sim-")
 
 
 def build_shim(directory: Path) -> Path:
-    """The compiled shim in `directory`; compiled there if it is not there yet.
+    """The compiled shim in `directory`; compiled there if it is not there, or not what was written.
 
     Raises SimError where there is no C compiler, or it fails.
     """
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     library = directory / f"launch-{os.uname().machine}-{digest}.so"
-    if library.exists():
+    if kept.intact(library):
         return library
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(str(library) + ".lock"):
-        if not library.exists():
-            _compile(library)
+        if not kept.intact(library):
+            kept.write(library, _compile())
     return library
 
 
-def _compile(library: Path) -> None:
+def _compile() -> bytes:
+    """The shim as a shared library."""
     compiler = os.environ.get("CC") or "cc"
-    scratch = library.with_suffix(f".{os.getpid()}.tmp")
-    command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(scratch), str(SOURCE)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise SimError(
-            f"the simulated device needs a C compiler, and {compiler!r} is not there; "
-            "install one, or name yours in the environment variable CC"
-        ) from None
-    if done.returncode:
-        raise SimError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
-    scratch.replace(library)
+    with tempfile.TemporaryDirectory(prefix="coda-sim-") as scratch:
+        library = Path(scratch) / "launch.so"
+        command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(library), str(SOURCE)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError:
+            raise SimError(
+                f"the simulated device needs a C compiler, and {compiler!r} is not there; "
+                "install one, or name yours in the environment variable CC"
+            ) from None
+        if done.returncode:
+            raise SimError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
+        return library.read_bytes()
 
 
 class Shim:
@@ -158,8 +161,22 @@ def load_shim(directory: Path) -> Shim:
     A second copy of the library would have the symbols of the first, which the loader prefers.
     """
     if not _shims:
-        _shims.append(Shim(build_shim(directory)))
+        try:
+            library = build_shim(directory)
+        except OSError as e:
+            cannot_keep(directory, str(e))
+            library = build_shim(scratch_cache())
+        _shims.append(Shim(library))
     return _shims[0]
+
+
+def cannot_keep(directory: Path, why: str) -> None:
+    """Say that something is not kept between processes."""
+    warnings.warn(
+        f"the simulator's cache {directory} {why}: what is compiled is not kept there",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def capability(arch: str) -> int:
@@ -284,24 +301,43 @@ class PtxStore:
     def add(self, cubin: bytes, ptx: str) -> None:
         """Remember a pair."""
         digest = hashlib.sha256(cubin).hexdigest()
-        if digest in _known:
-            return
         _known[digest] = ptx
-        if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            path = self.directory / f"{digest}.ptx.gz"
-            scratch = path.with_suffix(f".{os.getpid()}.tmp")
-            scratch.write_bytes(gzip.compress(ptx.encode(), 1))
-            scratch.replace(path)
+        self._keep(digest)
+
+    def _path(self, digest: str) -> Path | None:
+        return None if self.directory is None else self.directory / f"{digest}.ptx.gz"
+
+    def _keep(self, digest: str) -> None:
+        """Write a known PTX into the directory, where it is not there yet."""
+        path = self._path(digest)
+        if path is None or kept.intact(path):
+            return
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            kept.write(path, gzip.compress(_known[digest].encode(), 1))
+        except OSError as e:
+            cannot_keep(path.parent, f"cannot be written ({e.strerror})")
+
+    def has(self, digest: str) -> bool:
+        """Whether the PTX of a cubin with this digest is known; the directory has it then."""
+        path = self._path(digest)
+        if digest in _known:
+            self._keep(digest)
+            return True
+        if path is None:
+            return False
+        try:
+            data = kept.read(path)
+        except kept.Damaged:
+            return False
+        if data is not None:
+            _known[digest] = gzip.decompress(data).decode()
+        return data is not None
 
     def find(self, cubin: bytes, kernel: str) -> str:
         """The PTX of a cubin. Raises SimError where it is not known."""
         digest = hashlib.sha256(cubin).hexdigest()
-        if digest not in _known and self.directory is not None:
-            path = self.directory / f"{digest}.ptx.gz"
-            if path.exists():
-                _known[digest] = gzip.decompress(path.read_bytes()).decode()
-        if digest not in _known:
+        if digest not in _known and not self.has(digest):
             raise SimError(
                 f"kernel {kernel[:60]}: only its cubin is there, and the simulator runs PTX; "
                 "compile it inside the device, or with CUTE_DSL_KEEP=ptx,cubin"

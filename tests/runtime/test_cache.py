@@ -103,7 +103,6 @@ def test_a_directory_that_cannot_be_made_gives_one_warning(tmp_path, monkeypatch
 
 def test_the_command_line_shows_and_clears_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CODA_CACHE_DIR", str(tmp_path))
-    cache.object_directory().mkdir()
     (cache.object_directory() / "a.o").write_bytes(b"x" * 1500)
 
     def coda(*arguments):
@@ -123,7 +122,6 @@ def test_the_command_line_shows_and_clears_it(tmp_path, monkeypatch, capsys):
 def test_the_oldest_objects_go_first(tmp_path, monkeypatch):
     monkeypatch.setenv("CODA_CACHE_DIR", str(tmp_path))
     directory = cache.object_directory()
-    directory.mkdir()
     for i in range(4):
         path = directory / f"{i}.o"
         path.write_bytes(b"x" * 100)

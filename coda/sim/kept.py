@@ -1,0 +1,187 @@
+"""Files that are kept between processes -> the same files, verified before they are used.
+
+Beside each file F that is loaded or run (an object, PTX, the shim) lies F.sha256 with its digest,
+written first. A file without one, or with another digest, is deleted with a warning and made again.
+A directory that others may write to is not used at all: who can write a file can write its digest.
+
+An object's digest file also names the cubin inside, so that an object whose PTX is lost is known
+before it is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NAME = re.compile(r"[0-9a-f]{64}")  # what quack and flash-attention call an object
+
+
+class Damaged(Exception):
+    """A kept file is not what was written."""
+
+
+def refusal(path: Path) -> str:
+    """Why a directory cannot keep files, "" where it can; made private (0700) if it is not there.
+
+    It must be writable, belong to this user, and be writable by nobody else.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.stat()
+        if found.st_uid != os.geteuid():
+            return f"belongs to another user (uid {found.st_uid}), who may change what is run"
+        if stat.S_IMODE(found.st_mode) & 0o022:
+            return f"may be written by others: chmod go-w {path}"
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as e:
+        return f"cannot be written ({e.strerror})"
+    return ""
+
+
+def digest_file(path: Path) -> Path:
+    """Where the digest of a file is."""
+    return path.with_name(path.name + ".sha256")
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file and its digest; each is whole or not there. Raises OSError."""
+    _replace(digest_file(path), f"{hashlib.sha256(data).hexdigest()}\n".encode())
+    _replace(path, data)
+
+
+def record(path: Path, data: bytes, cubin: bytes | None = None) -> None:
+    """Write the digest of a file that somebody else is about to put in place. Raises OSError."""
+    words = [hashlib.sha256(x).hexdigest() for x in (data, cubin) if x]
+    _replace(digest_file(path), (" ".join(words) + "\n").encode())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.is_dir():
+        discard(path)
+    try:
+        scratch.write_bytes(data)
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def words_of(path: Path) -> list[str]:
+    """What the digest file of a file says, nothing where it is not there."""
+    try:
+        return digest_file(path).read_text("ascii").split()
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def read(path: Path) -> bytes | None:
+    """The bytes of a file, None where there is none.
+
+    Raises Damaged, after the file is deleted with a warning, where it is not what was written.
+    """
+    try:
+        if path.is_dir():
+            raise Damaged("a directory is in its place")
+        if not path.exists():
+            return None
+        data, words = path.read_bytes(), words_of(path)
+        if not words:
+            raise Damaged("its digest is not there")
+        if hashlib.sha256(data).hexdigest() != words[0]:
+            raise Damaged("its digest is another")
+    except (OSError, Damaged) as e:
+        spoil(path, str(e))
+        raise Damaged(f"{path}: {e}") from e
+    return data
+
+
+def intact(path: Path) -> bool:
+    """Whether a file is there and is what was written; else it is deleted with a warning."""
+    try:
+        return read(path) is not None
+    except Damaged:
+        return False
+
+
+def spoil(path: Path, why: str) -> None:
+    """Delete a file that must not be used, and say so."""
+    warnings.warn(
+        f"the kept file {path} is not used: {why}; it is made again", RuntimeWarning, stacklevel=2
+    )
+    discard(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a file, or what is in its place, and its digest."""
+    for one in (path, digest_file(path)):
+        try:
+            if one.is_dir() and not one.is_symlink():
+                shutil.rmtree(one, ignore_errors=True)
+            else:
+                one.unlink(missing_ok=True)
+        except OSError:
+            continue  # what cannot be deleted is not used either
+
+
+Ours = Callable[[Path], bool]
+
+
+def checked(
+    load: Callable[..., Any], ours: Ours, whole: Callable[[str], bool]
+) -> Callable[..., Any]:
+    """`cute.runtime.load_module` that raises Damaged for kept objects that are not intact.
+
+    Args:
+        load: what it does otherwise.
+        ours: whether a path is in a directory of kept objects; others are the user's own.
+        whole: of the digest of an object's cubin: whether what belongs to it is there too.
+    """
+
+    @functools.wraps(load)
+    def load_module(file_path: str, *args: Any, **kwargs: Any) -> Any:
+        path = Path(file_path)
+        if ours(path):
+            read(path)
+            if not whole(words_of(path)[-1]):
+                spoil(path, "what belongs to it is lost")
+                raise Damaged(f"{path}: what belongs to it is lost")
+        return load(file_path, *args, **kwargs)
+
+    return load_module
+
+
+def recorded(export: Callable[..., Any], ours: Ours) -> Callable[..., Any]:
+    """`export_to_c` of a compiled function, that also writes the digest of a kept object.
+
+    Libraries export to a file with a name of its own and rename it: the digest is there before.
+    """
+
+    @functools.wraps(export)
+    def export_to_c(self: Any, object_file_path: str, *args: Any, **kwargs: Any) -> Any:
+        found = export(self, object_file_path, *args, **kwargs)
+        path = Path(object_file_path)
+        name = NAME.search(path.name)
+        if name and ours(path):
+            cubin = getattr(getattr(self, "artifacts", None), "CUBIN", None)
+            data = cubin if isinstance(cubin, bytes) else None
+            record(path.with_name(f"{name[0]}.o"), path.read_bytes(), data)
+        return found
+
+    return export_to_c
+
+
+def print_on_stderr(*words: Any) -> None:
+    """What quack prints of an object that does not load: stdout is for results."""
+    print(*words, file=sys.stderr)
