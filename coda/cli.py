@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import runpy
+import os
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -23,9 +22,22 @@ from rich.console import Console
 
 import coda
 from coda.block import Block
+from coda.border import (
+    check_cache,
+    check_kept,
+    check_memory,
+    check_seed,
+    load_block,
+    names_model,
+    parse_dims,
+    plain,
+    told,
+    traced,
+)
 from coda.doctor import examine
-from coda.errors import CodaError, Where
+from coda.errors import CodaError, InternalError
 from coda.ir.types import DType, dtype_of
+from coda.lowering.pipeline import check_dims
 from coda.lowering.program import Program
 from coda.measure import Report, load_inputs, measure, measure_gradients, random_inputs
 from coda.runtime import cache as kernel_cache
@@ -58,66 +70,8 @@ Wanted = Annotated[str, typer.Option(help="arguments to differentiate, as in x,w
 Frozen = Annotated[bool, typer.Option(help="weights keep their values (inference)")]
 
 
-def load_block(target: str) -> Block:
-    """The block that FILE.py:NAME or FILE.coda names. Raises CodaError."""
-    file, _, name = target.partition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise CodaError("there is no such file", found=file, help="FILE.py:NAME or FILE.coda")
-    if path.suffix == ".coda":
-        block = coda.parse(path.read_text(), str(path))
-        found = {block.graph.name: block}
-    else:
-        found = {k: v for k, v in _run_file(path).items() if isinstance(v, Block)}
-    if not name and len(found) == 1:
-        return next(iter(found.values()))
-    if name not in found:
-        several = f"{file} has several blocks" if found else f"{file} has no block"
-        raise CodaError(
-            f"{file} has no block `{name}`" if name else several,
-            help=" or ".join(f"{file}:{n}" for n in found) or "a function under @coda.block",
-        )
-    return found[name]
-
-
-def _run_file(path: Path) -> dict[str, Any]:
-    """What a Python file defines. What it prints goes to stderr. Raises CodaError."""
-    sys.path.insert(0, str(path.parent))
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return runpy.run_path(str(path))
-    except CodaError:
-        raise
-    except Exception as e:
-        raise CodaError(
-            f"{path} does not run",
-            found=f"{type(e).__name__}: {e}",
-            help=f"python {path} shows the same",
-            where=_place(e, path),
-        ) from e
-
-
-def _place(error: Exception, path: Path) -> Where | None:
-    """The innermost line of a file that an error was raised in."""
-    if isinstance(error, SyntaxError) and error.lineno and error.filename == str(path):
-        return Where(str(path), error.lineno, max((error.offset or 1) - 1, 0))
-    steps = [s for s, _ in traceback.walk_tb(error.__traceback__)]
-    lines = [n for _, n in traceback.walk_tb(error.__traceback__)]
-    mine = [i for i, s in enumerate(steps) if s.f_code.co_filename == str(path)]
-    return Where(str(path), lines[mine[-1]]) if mine else None
-
-
-def parse_dims(text: str) -> dict[str, int]:
-    """The sizes of "M=8192,D=4096". Raises CodaError."""
-    sizes: dict[str, int] = {}
-    for part in filter(None, text.split(",")):
-        name, _, number = part.partition("=")
-        name, number = name.strip(), number.strip()
-        if not number.isdigit() or not name.isidentifier() or name in sizes:
-            word = f"`{name}` has two sizes" if name in sizes else "a size cannot be read"
-            raise CodaError(word, found=part, help="--dims M=8192,D=4096")
-        sizes[name] = int(number)
-    return sizes
+def _print_json(found: Any) -> None:
+    print(json.dumps(plain(found), indent=2, allow_nan=False))
 
 
 def _show_version(asked: bool) -> None:
@@ -135,7 +89,13 @@ def options(
     """Transformer blocks written as mathematics, compiled to fused kernels."""
 
 
+def _block(target: str, dtype: str) -> Block:
+    """The block that a target names, traced for an element type. Raises CodaError."""
+    return traced(load_block(target), dtype_of(dtype))
+
+
 @app.command()
+@told
 def explain(
     target: BlockOrModel,
     dims: Dims = "",
@@ -156,7 +116,7 @@ def explain(
     if names_model(target):
         _explain_model(target, parse_dims(dims), arch, dtype_of(dtype), backward, as_json)
         return
-    block, element, sizes = load_block(target), dtype_of(dtype), parse_dims(dims)
+    block, element, sizes = _block(target, dtype), dtype_of(dtype), parse_dims(dims)
     check_training(backward, memory, wanted, frozen)
     if backward:
         kept = names_of(wanted), memory or None
@@ -166,20 +126,11 @@ def explain(
         found = block.explain(arch or None, element, frozen, **sizes)
         programs = [found.program]
     if as_json:
-        print(json.dumps(found.json(), indent=2))
+        _print_json(found.json())
     elif text:
         print("\n".join(p.text() for p in programs), end="")
     else:
         found.print(Console())
-
-
-def names_model(target: str) -> bool:
-    """Whether a target is a model rather than a file with blocks."""
-    file, _, name = target.partition(":")
-    path = Path(file)
-    if path.is_dir() or path.suffix == ".json":
-        return True
-    return bool(name) and path.suffix not in (".py", ".coda") and not path.exists()
 
 
 def _explain_model(
@@ -203,7 +154,7 @@ def _explain_model(
             target_arch(arch) if arch else "",
         )
     if as_json:
-        print(json.dumps(found.json(), indent=2))
+        _print_json(found.json())
     else:
         found.print(Console())
 
@@ -222,6 +173,7 @@ def names_of(wanted: str) -> list[str] | None:
 
 
 @app.command()
+@told
 def run(
     target: Target,
     dims: Dims = "",
@@ -241,11 +193,15 @@ def run(
 
     With --backward: the errors of its gradients.
     """
-    block = load_block(target)
+    element, sizes = dtype_of(dtype), parse_dims(dims)
+    block, seed = _block(target, dtype), check_seed(seed)
     check_training(backward, memory, wanted)
-    graph = block.graph_of(dtype_of(dtype))
-    sizes = parse_dims(dims)
-    given = load_inputs(graph, Path(inputs)) if inputs else random_inputs(graph, sizes, seed)
+    graph = block.graph_of(element)
+    if inputs:
+        given = load_inputs(graph, Path(inputs))
+    else:
+        check_memory(block, element, check_dims(graph, sizes))
+        given = random_inputs(graph, sizes, seed)
     chosen = choose_backend(backend)
     if chosen != "sim" and (show or schedule != "eager"):
         raise CodaError(
@@ -263,7 +219,7 @@ def run(
         report = run(block, graph, given, backend, arch, sizes)
     if as_json:
         found = report.json() | ({"simulator": seen.json()} if seen is not None and show else {})
-        print(json.dumps(found, indent=2))
+        _print_json(found)
         return
     Console().print(report.table())
     if seen is not None and show:
@@ -288,6 +244,7 @@ def _simulate(
 
 
 @app.command(name="compile")
+@told
 def compile_(
     target: Target,
     dims: Dims = "",
@@ -304,7 +261,8 @@ def compile_(
     """Compile a block's kernels, with or without a GPU, and say what each takes."""
     if emit not in ("", "source", "ptx", "cubin"):
         raise CodaError("there is no such thing to emit", found=emit, help="source, ptx or cubin")
-    block, element, sizes = load_block(target), dtype_of(dtype), parse_dims(dims)
+    out = check_kept(out)
+    block, element, sizes = _block(target, dtype), dtype_of(dtype), parse_dims(dims)
     check_training(backward, memory, wanted, frozen)
     if backward:
         kept = names_of(wanted), memory or None
@@ -312,10 +270,10 @@ def compile_(
         programs = dict(zip(("forward", "backward"), both, strict=True))
     else:
         programs = {"": block.lower(arch or None, sizes, element, frozen)}
-    with CACHE_DIR.as_given(str(Path(out).resolve()) if out else ""):
+    with CACHE_DIR.as_given(out):
         done = [c for which, program in programs.items() for c in _compile(program, which)]
     if as_json:
-        print(json.dumps([c.json() for c in done], indent=2))
+        _print_json([c.json() for c in done])
     elif emit:
         for c in done:
             print(
@@ -345,10 +303,12 @@ class CacheAction(StrEnum):
 
 
 @app.command()
+@told
 def cache(
     action: Annotated[CacheAction, typer.Argument(help="ls, size, prune, clear or path")],
 ) -> None:
     """Look at the compiled kernels that are kept between processes, or delete them."""
+    check_cache()
     if action is CacheAction.PATH:
         print(kernel_cache.cache_directory())
     elif action is CacheAction.CLEAR:
@@ -365,25 +325,40 @@ def cache(
 
 
 @app.command()
+@told
 def doctor(as_json: Json = False) -> None:
     """What is installed, which GPU there is, which backends work, and what is missing."""
     report = examine()
     if as_json:
-        print(json.dumps(report.json(), indent=2))
+        _print_json(report.json())
     else:
         Console().print(report.table())
     raise typer.Exit(0 if report.good else 1)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """The console script. Exit codes: 0, 1 for an error, 2 for wrong usage."""
+    """The console script.
+
+    Exit codes: 0; 1 where coda itself or the installation is at fault; 2 for a wrong call; 130
+    after ctrl-c and 141 where nobody reads what is printed, as shells count.
+    """
     try:
         code: Any = app(arguments, standalone_mode=False, prog_name="coda")
+        sys.stdout.flush()
     except CodaError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(1 if isinstance(e, InternalError) else 2)
+    except (typer.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print goes nowhere
+        if isinstance(e, BrokenPipeError):
+            sys.exit(141)
+        print(f"CodaError: the output cannot be written ({e.strerror})", file=sys.stderr)
+        sys.exit(2)
     except Exception as e:
-        usage = getattr(e, "exit_code", None)
+        usage = getattr(e, "exit_code", None)  # of typer, whose classes have moved
         if usage is None:
             raise
         show = getattr(e, "show", None)

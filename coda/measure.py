@@ -15,7 +15,7 @@ from torch import Tensor
 from coda.block import Block
 from coda.errors import CallError
 from coda.ir.evaluate import evaluate
-from coda.ir.graph import Contract, Graph, Node, walk
+from coda.ir.graph import Contract, Graph, Input, Node, walk
 from coda.lowering.derive import differentiated
 from coda.lowering.pipeline import check_dims
 from coda.runtime.bind import bind_sizes
@@ -45,23 +45,55 @@ def random_inputs(graph: Graph, dims: Mapping[str, int], seed: int = 0) -> list[
 
 
 def load_inputs(graph: Graph, path: Path) -> list[Tensor]:
-    """Arguments by name from a .safetensors or .npz file. Raises CallError."""
-    if not path.is_file():
-        raise CallError("there is no such file", found=str(path))
-    tensors: dict[str, Tensor]
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    """Arguments by name from a .safetensors or .npz file.
 
-        tensors = load_file(path)
-    elif path.suffix == ".npz":
-        with np.load(path) as arrays:
-            tensors = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
-    else:
-        raise CallError("arguments come from .safetensors or .npz", found=path.name)
+    Raises:
+        CallError: where the file is not there or not of its kind, or an argument is not in it, or
+            is of a kind of numbers (complex, or floats for whole numbers) that would lose.
+    """
+    try:
+        if not path.is_file():
+            raise CallError("there is no such file", found=str(path))
+        if path.suffix not in (".safetensors", ".npz"):
+            raise CallError("arguments come from .safetensors or .npz", found=path.name)
+        tensors = _read_arrays(path)
+    except CallError:
+        raise
+    except Exception as e:  # of numpy, zipfile, pickle and safetensors, each with its own
+        raise CallError(
+            f"{path.name} cannot be read",
+            found=f"{type(e).__name__}: {e}",
+            help="arrays of numbers, saved by numpy.savez or safetensors.torch.save_file",
+        ) from e
     missing = [i.name for i in graph.inputs if i.name not in tensors]
     if missing:
         raise CallError(f"`{missing[0]}` is not in {path.name}", found=", ".join(tensors))
-    return [tensors[i.name].to(i.dtype.torch) for i in graph.inputs]
+    return [_as_declared(i, tensors[i.name]) for i in graph.inputs]
+
+
+def _read_arrays(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by their names."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    found = np.load(path, allow_pickle=False)
+    if not isinstance(found, np.lib.npyio.NpzFile):
+        raise TypeError("one array without a name")
+    with found as arrays:
+        return {k: torch.from_numpy(np.ascontiguousarray(arrays[k])) for k in arrays.files}
+
+
+def _as_declared(node: Input, tensor: Tensor) -> Tensor:
+    """A tensor in the type of an argument. Raises CallError for another kind of numbers."""
+    whole = not tensor.is_floating_point() and not tensor.is_complex()
+    if tensor.is_complex() or (node.dtype.kind != "float" and not whole):
+        raise CallError(
+            f"`{node.name}` is declared {node.dtype}",
+            found=str(tensor.dtype).removeprefix("torch."),
+            help="save real numbers, and whole ones for an index",
+        )
+    return tensor.to(node.dtype.torch)
 
 
 @dataclass(frozen=True)

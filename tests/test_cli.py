@@ -76,10 +76,10 @@ def test_explain_backward(capsys):
 def test_options_of_training_belong_together(capsys):
     for options in (("--memory", "min"), ("--wanted", "x"), ("--backward", "--frozen")):
         code, _, err = run(capsys, "explain", MLP, "--dims", DIMS, *options)
-        assert code == 1
+        assert code == 2
         assert "--" in err
     code, _, err = run(capsys, "run", MLP, "--dims", DIMS, "--backward", "--wanted", "y")
-    assert code == 1
+    assert code == 2
     assert "found: y" in err
 
 
@@ -152,9 +152,9 @@ def test_doctor_finds_a_setting_that_is_none(capsys, monkeypatch):
         (("compile", MLP, "--dims", DIMS, "--emit", "sass"), "no such thing to emit"),
     ],
 )
-def test_mistakes_give_one_message_and_code_1(capsys, arguments, message):
+def test_mistakes_give_one_message_and_code_2(capsys, arguments, message):
     code, out, err = run(capsys, *arguments)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
 
@@ -174,7 +174,7 @@ def test_a_file_that_defines_no_block_is_shown_at_its_own_line(capsys, tmp_path,
     if name == "a module that is not there":
         path.write_text(FILES[name] + "\n")
     code, out, err = run(capsys, "explain", f"{path}:f", "--dims", DIMS)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "Traceback" not in err
     assert "typer" not in err
     assert FILES[name] in err or "has no block" in err

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
+from coda.border import described, foreign
 from coda.errors import CodaError
 from coda.integrations.dynamo import look
 from coda.integrations.patch import call_quietly
@@ -114,11 +115,12 @@ def explain_model(
     """
     with _report_of_its_own(arch):
         model, given = _from_config(target) if _is_config(target) else _from_function(target)
-        model = model.to(dtype).train(training)
-        arguments = _arguments(model, batch, length) if given is None else given
-        arguments = pytree.tree_map_only(Tensor, lambda t: _on_meta(t, dtype), arguments)
+        with foreign(f"{target} takes no such arguments", HELP):
+            model = model.to(dtype).train(training)
+            arguments = _arguments(model, batch, length) if given is None else given
+            arguments = pytree.tree_map_only(Tensor, lambda t: _on_meta(t, dtype), arguments)
         call = torch.compile(model, backend=look)
-        with torch.set_grad_enabled(training):
+        with torch.set_grad_enabled(training), foreign(f"{target} does not run", HELP):
             call_quietly(call, model, arguments)
         return ModelExplanation(target, last_report(), dict(counters["graph_break"]))
 
@@ -145,17 +147,22 @@ def _from_config(target: str) -> tuple[nn.Module, None]:
         raise CodaError(
             "a configuration needs transformers", found=str(e), help="pip install transformers"
         ) from e
-    try:
-        config = transformers.AutoConfig.from_pretrained(target, local_files_only=True)
-    except (OSError, ValueError) as e:
-        raise CodaError("a configuration cannot be read", found=str(e), help=HELP) from e
+    with foreign(f"the configuration {target} cannot be read", HELP):
+        config = transformers.AutoConfig.from_pretrained(
+            target, local_files_only=True, trust_remote_code=False
+        )
+    why: Exception | None = None
     with torch.device("meta"):
         for kind in (transformers.AutoModelForCausalLM, transformers.AutoModel):
             try:
                 return kind.from_config(config), None
-            except ValueError:
-                continue
-    raise CodaError("transformers makes no model of this configuration", found=target, help=HELP)
+            except Exception as e:  # a wrong field fails wherever it is used first
+                why = why or e
+    raise CodaError(
+        "transformers makes no model of this configuration",
+        found=f"{target}: {described(why)}" if why else target,
+        help=HELP,
+    ) from why
 
 
 def _from_function(target: str) -> tuple[nn.Module, Any]:
@@ -163,14 +170,15 @@ def _from_function(target: str) -> tuple[nn.Module, Any]:
     place, _, name = target.partition(":")
     sys.path.insert(0, "")
     try:
-        function = getattr(importlib.import_module(place), name)
-    except (ImportError, AttributeError) as e:
-        raise CodaError("there is no such model", found=str(e), help=HELP) from e
+        with foreign(f"there is no such model: {target}", HELP):
+            function = getattr(importlib.import_module(place), name)
     finally:
         sys.path.remove("")
-    with torch.device("meta"):
+    if not isinstance(function, nn.Module) and not callable(function):
+        raise CodaError(f"{target} gives no module", found=type(function).__name__, help=HELP)
+    with torch.device("meta"), foreign(f"{target} gives no module", HELP):
         found = function if isinstance(function, nn.Module) else function()
-    model, given = found if isinstance(found, tuple) else (found, None)
+    model, given = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     if not isinstance(model, nn.Module):
         raise CodaError(f"{target} gives no module", found=type(model).__name__, help=HELP)
     return model.to("meta"), given

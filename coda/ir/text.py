@@ -330,9 +330,19 @@ class _Reader:
             )
         return int(self.number(tree))
 
+    def size(self, token: Token) -> int:
+        if len(token) > 20:
+            raise TextError(
+                "a size is too large",
+                found=f"{len(token)} digits",
+                help="fewer than 2^63 elements",
+                where=self.place(token),
+            )
+        return int(token)
+
     def dim(self, tree: Any) -> Dim:
         if tree.data == "number_dim":
-            return Dim.of(int(tree.children[0]))
+            return Dim.of(self.size(tree.children[0]))
         if tree.data == "symbol":
             return Dim.of(str(tree.children[0]))
         parts = [self.dim(c) for c in tree.children if isinstance(c, Tree)]

@@ -9,6 +9,7 @@ and the cheaper one is kept. Places of a graph that look alike are decided toget
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 from coda.errors import ArchError, DimError, InternalError
 from coda.ir.evaluate import evaluate
@@ -179,11 +180,24 @@ def check_dims(graph: Graph, dims: Mapping[str, int]) -> dict[str, int]:
             dim.size(dims)
     tokens = row_symbols(walk(graph.roots))
     for node in walk(graph.roots):
+        _check_elements(node, dims)
         if isinstance(node, Slice):
             _check_slice(node, dims)
         elif isinstance(node, Input | Contract) and node.rank > 1:
             _check_columns(node, dims, tokens)
     return dict(dims)
+
+
+def _check_elements(node: Node, dims: Mapping[str, int]) -> None:
+    """Raise DimError for a tensor whose elements 63 bits cannot count."""
+    if prod(d.size(dims) for d in node.shape) >= 2**63:
+        what = f"`{node.name}`" if isinstance(node, Input) else "a value"
+        raise DimError(
+            f"{what} has more elements than can be counted",
+            found=" × ".join(str(d.size(dims)) for d in node.shape),
+            where=node.where,
+            help="fewer than 2^63 elements",
+        )
 
 
 def _check_columns(node: Input | Contract, dims: Mapping[str, int], tokens: frozenset[str]) -> None:

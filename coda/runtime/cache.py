@@ -24,17 +24,28 @@ def cache_directory() -> Path:
     One that others may write to, that belongs to another user or that cannot be written is not
     used: what is loaded from it is run. A temporary directory takes its place, with a warning.
     """
+    return _usable(_chosen())
+
+
+def _chosen() -> Path:
     chosen = settings.CACHE_DIR.get()
-    return _usable(Path(chosen) if chosen else Path(platformdirs.user_cache_dir("coda")))
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("coda"))
+
+
+def why_refused() -> str:
+    """Why the chosen directory cannot keep kernels, with its name; "" where it can."""
+    path = _chosen()
+    why = next(filter(None, (refusal(p) for p in (path, *(path / n for n in PARTS)))), "")
+    return why and f"{path} {why}"
 
 
 @cache
 def _usable(path: Path) -> Path:
     """The directory, or a temporary one with one warning where it cannot keep files safely."""
-    why = next(filter(None, (refusal(p) for p in (path, *(path / n for n in PARTS)))), "")
+    why = why_refused()
     if why:
         warnings.warn(
-            f"coda's cache {path} {why}. Kernels are compiled again in each process; set "
+            f"coda's cache {why}. Kernels are compiled again in each process; set "
             "CODA_CACHE_DIR to a directory of your own",
             RuntimeWarning,
             stacklevel=3,

@@ -15,7 +15,15 @@ from coda.runtime.kernels import KernelRun
 
 
 def device(arch: str, **options: object) -> sim.Device:
-    """A simulated GPU that keeps its compiled kernels in coda's cache."""
+    """A simulated GPU that keeps its compiled kernels in coda's cache.
+
+    Raises:
+        ArchError: for an arch that is not simulated.
+    """
+    if arch not in settings.ARCHS:
+        raise ArchError(
+            "there is no simulated GPU of this arch", found=arch, help=" or ".join(settings.ARCHS)
+        )
     cache = simulator_directory() if settings.CACHE.get() == "1" else None
     return sim.device(arch, cache=cache, **options)  # type: ignore[arg-type]
 

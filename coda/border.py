@@ -1,0 +1,265 @@
+"""What is typed on the command line -> values that can be served, or one CodaError.
+
+Files, numbers and Python code come from outside: whatever is wrong with them is told here, with
+what was found and what would work, so that the commands behind may trust what they get.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+
+from coda.block import Block, parse
+from coda.errors import CallError, CodaError, InternalError, TextError, Where
+from coda.ir.graph import walk
+from coda.ir.types import DType
+from coda.runtime import cache
+from coda.sim.kept import refusal
+
+P = ParamSpec("P")
+R = TypeVar("R")
+LARGEST = 2**63 - 1  # of sizes and seeds
+
+
+def described(error: BaseException) -> str:
+    """Type and first line of an exception of somebody else's code."""
+    try:
+        text = str(error).strip()
+    except Exception:
+        text = "(its message cannot be read)"
+    name = type(error).__name__
+    return f"{name}: {text.splitlines()[0]}" if text else name
+
+
+def told(command: Callable[P, R]) -> Callable[P, R]:
+    """A command that ends in nothing but its result, a CodaError, or what the shell asks for.
+
+    Raises:
+        CodaError: where memory is not enough.
+        InternalError: for any other exception, which is a fault of coda.
+    """
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (CodaError, typer.Exit, typer.Abort):
+            raise
+        except MemoryError as e:
+            raise _no_memory(e) from e
+        except OSError:
+            raise  # of stdout: `main` knows what a closed pipe means
+        except Exception as e:
+            if hasattr(e, "exit_code"):
+                raise  # wrong usage, as typer tells it
+            if "allocate memory" in str(e) or "out of memory" in str(e):
+                raise _no_memory(e) from e
+            raise InternalError(
+                "coda ended where it should not",
+                found=described(e),
+                help="please report the command and:\n" + traceback.format_exc(),
+            ) from e
+
+    return run
+
+
+def _no_memory(error: BaseException) -> CodaError:
+    return CodaError(
+        "there is not enough memory", found=described(error), help="give smaller --dims"
+    )
+
+
+# blocks
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; names that no file can have are those of none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises TextError where it is no text or cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise TextError(f"{path} is no text", found=described(e), help="a .coda file") from e
+    except OSError as e:
+        raise TextError(f"{path} cannot be read", found=described(e)) from e
+
+
+def names_model(target: str) -> bool:
+    """Whether a target is a model rather than a file with blocks. Raises CodaError."""
+    file, _, name = target.partition(":")
+    path = Path(file)
+    if not file:
+        raise CodaError(
+            "a target names a file or a module", found=repr(target), help="FILE.py:NAME"
+        )
+    try:
+        if path.is_dir() or path.suffix == ".json":
+            return True
+        return bool(name) and path.suffix not in (".py", ".coda") and not path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def load_block(target: str) -> Block:
+    """The block that FILE.py:NAME or FILE.coda names. Raises CodaError."""
+    file, _, name = target.partition(":")
+    path = Path(file)
+    if not is_file(path):
+        raise CodaError("there is no such file", found=file, help="FILE.py:NAME or FILE.coda")
+    if path.suffix == ".coda":
+        try:
+            block = parse(read_text(path), str(path))
+        except RecursionError as e:
+            raise TextError(f"{path} is nested too deeply", found=described(e)) from e
+        found = {block.graph.name: block}
+    else:
+        found = {k: v for k, v in run_file(path).items() if isinstance(v, Block)}
+    if not name and len(found) == 1:
+        return next(iter(found.values()))
+    if name not in found:
+        several = f"{file} has several blocks" if found else f"{file} has no block"
+        raise CodaError(
+            f"{file} has no block `{name}`" if name else several,
+            help=" or ".join(f"{file}:{n}" for n in found) or "a function under @coda.block",
+        )
+    return found[name]
+
+
+def traced(block: Block, dtype: DType) -> Block:
+    """The block, traced for an element type: its function runs, which may fail by itself."""
+    with foreign(f"`{block.__name__}` cannot be traced for {dtype}", "the function's own error"):
+        block.graph_of(dtype)
+    return block
+
+
+def run_file(path: Path) -> dict[str, Any]:
+    """What a Python file defines. What it prints goes to stderr. Raises CodaError."""
+    sys.path.insert(0, str(path.parent))
+    with foreign(f"{path} does not run", f"python {path} shows the same", path):
+        return runpy.run_path(str(path))
+
+
+@contextlib.contextmanager
+def foreign(message: str, help: str, path: Path | None = None) -> Iterator[None]:
+    """Run somebody else's code: whatever it raises but ctrl-c is a CodaError, also `sys.exit`.
+
+    What it prints goes to stderr.
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (CodaError, KeyboardInterrupt):
+        raise
+    except SystemExit as e:
+        raise CodaError(
+            message,
+            found=f"it ends the process: sys.exit({e.code!r})",
+            help='calls of sys.exit belong below `if __name__ == "__main__":`',
+            where=_place(e, path),
+        ) from e
+    except BaseException as e:
+        raise CodaError(message, found=described(e), help=help, where=_place(e, path)) from e
+
+
+def _place(error: BaseException, path: Path | None) -> Where | None:
+    """The innermost line of a file that an error was raised in."""
+    if isinstance(error, SyntaxError) and error.lineno and error.filename == str(path):
+        return Where(str(path), error.lineno, max((error.offset or 1) - 1, 0))
+    steps = [s for s, _ in traceback.walk_tb(error.__traceback__)]
+    lines = [n for _, n in traceback.walk_tb(error.__traceback__)]
+    mine = [i for i, s in enumerate(steps) if s.f_code.co_filename == str(path)]
+    return Where(str(path), lines[mine[-1]]) if mine else None
+
+
+# numbers
+
+
+def parse_dims(text: str) -> dict[str, int]:
+    """The sizes of "M=8192,D=4096". Raises CodaError."""
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, number = part.partition("=")
+        name, number = name.strip(), number.strip()
+        digits = number.isascii() and number.isdigit()
+        if not digits or not name.isidentifier() or name in sizes:
+            word = f"`{name}` has two sizes" if name in sizes else "a size cannot be read"
+            raise CodaError(word, found=part, help="--dims M=8192,D=4096")
+        if len(number) > 20 or int(number) > LARGEST:
+            raise CodaError(f"`{name}` is too large", found=number, help=f"at most {LARGEST}")
+        sizes[name] = int(number)
+    return sizes
+
+
+def check_seed(seed: int) -> int:
+    """A seed of torch and numpy. Raises CodaError."""
+    if not 0 <= seed <= LARGEST:
+        raise CodaError("there is no such seed", found=str(seed), help=f"--seed 0 to {LARGEST}")
+    return seed
+
+
+def check_memory(block: Block, dtype: DType, sizes: Mapping[str, int]) -> None:
+    """Raise CallError where arguments and the largest value do not fit into memory, in float64."""
+    graph = block.graph_of(dtype)
+    shapes = [[d.size(sizes) for d in n.shape] for n in graph.inputs]
+    largest = max((math.prod(d.size(sizes) for d in n.shape) for n in walk(graph.roots)), default=0)
+    needed = 8 * (sum(map(math.prod, shapes)) + largest)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise CallError(
+            f"`{graph.name}` of these sizes does not fit into memory",
+            found=f"{needed / 1e9:.0f} GB in float64; there are {there / 1e9:.0f}",
+            help="give smaller --dims",
+        )
+
+
+# directories
+
+
+def check_kept(out: str) -> str:
+    """The directory of --out, absolute, or ""; raises CodaError where kernels would be lost."""
+    if not out:
+        check_cache()
+        return ""
+    try:
+        path = Path(out).resolve()
+        why = refusal(path)
+    except (OSError, ValueError, RuntimeError) as e:
+        path, why = Path(out), f"is no directory ({described(e)})"
+    if why:
+        raise CodaError(f"--out {path} {why}", found=out, help="name a directory of your own")
+    return str(path)
+
+
+def check_cache() -> None:
+    """Raise CodaError where the cache of kernels is refused: they would end with the process."""
+    why = cache.why_refused()
+    if why:
+        raise CodaError(f"the cache {why}", help="set CODA_CACHE_DIR to a directory of your own")
+
+
+# results
+
+
+def plain(value: Any) -> Any:
+    """Data for JSON, which has no numbers that are infinite or none: null."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
