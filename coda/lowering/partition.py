@@ -35,6 +35,7 @@ from coda.lowering.roles import (
     group_siblings,
     in_order,
     is_pointwise,
+    keeps_order,
     row_axes,
     row_symbols,
     stacks,
@@ -118,7 +119,8 @@ class Partition(Drafts):
         """
         parts = [self.storage(a) for a in flat(node)]
         whole = [
-            product(p.shape) == product(a.shape) for p, a in zip(parts, flat(node), strict=True)
+            product(p.shape) == product(a.shape) and keeps_order(a, p)
+            for p, a in zip(parts, flat(node), strict=True)
         ]
         taken = any(p in self.piece_of or p in self.joined for p in parts)
         known = any(isinstance(p, Input | Const) or p in self.weights for p in parts)

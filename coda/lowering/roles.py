@@ -39,6 +39,15 @@ def base(node: Node) -> Node:
     return node
 
 
+def keeps_order(node: Node, under: Node) -> bool:
+    """Whether a view reads what it looks at, `under`, without a permutation of its axes."""
+    while node is not under:
+        if isinstance(node, Permute):
+            return False
+        node = node.operands[0]
+    return True
+
+
 def is_turned(node: Node) -> bool:
     """Whether a node is the transpose of a matrix, which a GEMM reads as it lies."""
     return isinstance(node, Permute) and node.order == (1, 0)

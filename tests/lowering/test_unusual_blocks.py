@@ -136,3 +136,22 @@ def test_halves_go_back_to_the_pass_that_has_both():
     sizes = {"M": 16, "D": 32, "H": 2, "d": 16}
     program = lowered(turned_after_a_norm_of_all_heads, sizes)
     assert [k.name for k in program.kernels] == ["gemm0", "rows1"]
+
+
+def test_rows_that_are_a_transposed_product_are_not_joined_as_they_were_made():
+    """A product of rows with some of themselves: part of the gradient is (dyᵀ x)ᵀ above zeros."""
+    graph = coda.parse("""
+block rows(%x: [16, 8] f32, %d: [16, 8] f32) {
+  %0 = permute %d (1, 0)
+  %1 = permute %x (1, 0)
+  %2 = contract %0, %1 f32
+  %3 = permute %2 (1, 0)
+  %4 = contract %1, %0 f32
+  %5 = const 0.0 f32
+  %6 = expand %5 [8, 8]
+  %7 = concat %3, %6 axis -2
+  %8 = concat %3, %4 axis -1
+  return a = %7, b = %8
+}
+""")
+    lowered(graph, {})
