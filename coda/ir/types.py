@@ -53,6 +53,12 @@ class DType:
         return reaches and self.digits >= other.digits and self.exponent >= other.exponent
 
 
+def has_reciprocal(value: float) -> bool:
+    """Whether a number and its reciprocal are normal in float32: a product then divides by it."""
+    info = torch.finfo(torch.float32)
+    return info.tiny <= abs(value) <= info.max and abs(1.0 / value) >= info.tiny
+
+
 bf16 = DType("bf16", torch.bfloat16, "float", 2, 8, 8)
 f16 = DType("f16", torch.float16, "float", 2, 11, 5)
 f32 = DType("f32", torch.float32, "float", 4, 24, 8)

@@ -25,7 +25,7 @@ from coda.ir.graph import (
     Slice,
     walk,
 )
-from coda.ir.types import f32
+from coda.ir.types import f32, has_reciprocal
 from coda.lowering.rewrite import ANY, WIDE, Law, Sides, law
 
 
@@ -160,7 +160,13 @@ def square_of_power(x: Node) -> Sides:
     return Map("pow", (x, Const(2.0, ANY))), Map("square", (x,))
 
 
-@law(x="... K", r="... 1")
+def reciprocal_is_normal(nodes: Mapping[str, Node]) -> bool:
+    """Whether `r`, if it is a number, has a reciprocal that float32 holds."""
+    r = nodes["r"]
+    return not isinstance(r, Const) or has_reciprocal(r.value)
+
+
+@law(x="... K", r="... 1", when=reciprocal_is_normal)
 def divide_by_row(x: Node, r: Node) -> Sides:
     """x / r = x · (1 / r): one reciprocal for each row."""
     return _div(x, r), _mul(x, Map("recip", (r,)))

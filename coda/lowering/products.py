@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from coda.ir.scalars import SCALARS
+from coda.ir.types import has_reciprocal
 from coda.lowering.epilogue import Call, Expr, Literal, calls, leaves
 
 MOST = 32  # factors of a product that is flattened
@@ -124,7 +125,7 @@ class _Products:
                     return a.times(b)
             case "neg":
                 return Product(-args[0].number, args[0].factors)
-            case "div" if isinstance(expr.args[1], Literal) and expr.args[1].value:
+            case "div" if isinstance(expr.args[1], Literal) and has_reciprocal(expr.args[1].value):
                 return Product(args[0].number / expr.args[1].value, args[0].factors)
             case "add" | "sub":
                 return self.sum(expr.fn, args[0], args[1])
