@@ -19,7 +19,7 @@ from coda.frontend import library, ops
 from coda.frontend.tensor import Tensor, matmul
 from coda.ir.dims import Shape
 from coda.ir.graph import Cast
-from coda.ir.types import DType, bool_, f32
+from coda.ir.types import DType, bool_, f32, has_reciprocal
 
 aten = torch.ops.aten
 REDUCTIONS = ("none", "mean", "sum")  # of losses, as torch counts them
@@ -86,8 +86,8 @@ def _binary(fn: str) -> Rule:
             b = b * alpha
         if not isinstance(a, Tensor):
             a, b = _number_first(fn, a, b)
-        if fn == "truediv" and not isinstance(b, Tensor):
-            return a * (1.0 / b) if b else a / b
+        if fn == "truediv" and not isinstance(b, Tensor) and has_reciprocal(b):
+            return a * (1.0 / b)
         return getattr(a, f"__{fn}__")(b)
 
     return apply
@@ -214,7 +214,7 @@ def _to(result: Result, x: Tensor, *where: Any, **options: Any) -> Tensor:
 
 def _over(fn: str, x: Tensor, axes: Sequence[int], keep: bool) -> Tensor:
     """A reduction over the last axis (or axes of size 1)."""
-    at = sorted(a % x.ndim for a in axes)
+    at = sorted(a % x.ndim for a in axes) if x.ndim else []
     if at != [x.ndim - 1]:
         raise refuse(f"a {fn} over other axes than the last")
     return getattr(ops, fn)(x, keepdims=keep)
@@ -270,7 +270,7 @@ def _logsumexp(result: Result, x: Tensor, dim: Sequence[int], keepdim: bool = Fa
 
 
 def _last(x: Tensor, dim: int) -> None:
-    if dim % x.ndim != x.ndim - 1:
+    if not x.ndim or dim % x.ndim != x.ndim - 1:
         raise refuse("a softmax over another axis than the last")
 
 

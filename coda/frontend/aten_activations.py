@@ -42,8 +42,8 @@ def _hardsigmoid(x: Tensor) -> Tensor:
 
 def _hardswish(x: Tensor) -> Tensor:
     """x (x + 3) / 6 between -3 and 3, 0 below (of -inf NaN) and x above."""
-    inside = ops.where(x < 3.0, x * ((x + 3.0) * (1.0 / 6.0)), x)
-    return ops.where(x <= -3.0, x * 0.0, inside)
+    inside = ops.where(x > -3.0, (x + 3.0) * (1.0 / 6.0), 0.0)
+    return x * ops.where(x < 3.0, inside, 1.0)
 
 
 def _elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:

@@ -146,14 +146,17 @@ def _unbind(result: Result, x: Tensor, dim: int = 0) -> list[Tensor]:
 
 
 def _columns(x: Tensor, dim: int) -> None:
-    if dim % x.ndim != x.ndim - 1:
+    if not x.ndim or dim % x.ndim != x.ndim - 1:
         raise refuse("tensors joined along another axis than the last")
 
 
 @rule(aten.cat.default)
 def _cat(result: Result, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    _columns(tensors[0], dim)
-    return ops.concat([cast(t, result.dtype) for t in tensors], -1)
+    filled = [t for t in tensors if t.ndim and t.shape[dim] != 0]
+    if not filled:
+        raise refuse("tensors without elements")
+    _columns(filled[0], dim)
+    return ops.concat([cast(t, result.dtype) for t in filled], -1)
 
 
 @rule(aten.stack.default)

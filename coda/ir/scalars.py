@@ -131,7 +131,7 @@ _ROWS = (
         zero=True,
         exact=True,
         derivative=lambda d, y, a: (
-            a.to("gt", 0.0).to("where", d, a.to("lt", 0.0).to("where", -d, 0.0)),
+            a.to("gt", 0.0).to("where", d, a.to("lt", 0.0).to("where", -d, d * 0.0)),
         ),
     ),
     Scalar("square", 1, torch.square, zero=True, derivative=lambda d, y, a: (d * a * 2.0,)),

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, assert_never, cast
 
+import torch
+
 from coda.errors import UnsupportedError
 from coda.ir.dims import ONE, Dim, Shape, product
 from coda.ir.graph import (
@@ -69,7 +71,7 @@ class _Term:
 
     def to(self, fn: str, *others: Any) -> _Term:
         like = next((o.node for o in others if isinstance(o, _Term)), self.node).dtype
-        return _Term(Map(fn, (self.node, *(_node(o, like) for o in others))))
+        return _Term(_applied(fn, (self.node, *(_node(o, like) for o in others))))
 
     def __add__(self, other: Any) -> _Term:
         return _call("add", self, other)
@@ -98,11 +100,18 @@ class _Term:
 
 def _call(fn: str, *args: Any) -> _Term:
     like = next(a.node.dtype for a in args if isinstance(a, _Term))
-    nodes = tuple(_node(a, like) for a in args)
-    if fn == "sub" and all(isinstance(n, Const) for n in nodes):
-        a, b = (n.value for n in nodes if isinstance(n, Const))
-        return _Term(Const(a - b, like))
-    return _Term(Map(fn, nodes))
+    return _Term(_applied(fn, tuple(_node(a, like) for a in args)))
+
+
+def _applied(fn: str, nodes: tuple[Node, ...]) -> Node:
+    """A scalar function of nodes; of numbers it is a number, and so is a choice by one."""
+    found = Map(fn, nodes)
+    numbers = [torch.tensor(n.value, dtype=torch.float64) for n in nodes if isinstance(n, Const)]
+    if len(numbers) == len(nodes):
+        return Const(float(SCALARS[fn].evaluate(*numbers)), found.dtype)
+    if fn == "where" and isinstance(nodes[0], Const):
+        return nodes[1] if nodes[0].value else nodes[2]
+    return found
 
 
 def _node(value: Any, like: DType) -> Node:
