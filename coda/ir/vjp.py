@@ -114,6 +114,11 @@ def _applied(fn: str, nodes: tuple[Node, ...]) -> Node:
     return found
 
 
+def _is_nothing(d: Node) -> bool:
+    """Whether a cotangent is the number 0."""
+    return isinstance(d, Const) and d.value == 0.0
+
+
 def _node(value: Any, like: DType) -> Node:
     return value.node if isinstance(value, _Term) else Const(float(value), like)
 
@@ -230,7 +235,7 @@ class _Backward:
             terms = tuple(None if a is factor else t for a, t in zip(node.args, terms, strict=True))
             self.give(factor, factor_cotangent(factor, outputs, self.given))
         for arg, term in zip(node.args, terms, strict=True):
-            if term is not None and arg in self.active:
+            if term is not None and arg in self.active and not _is_nothing(term.node):
                 share = _summed(term.node, arg.shape, node.shape)
                 gifts[arg] = Map("add", (gifts[arg], share)) if arg in gifts else share
         for arg, share in gifts.items():
