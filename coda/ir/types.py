@@ -21,6 +21,8 @@ class DType:
         digits: bits of a value without its sign (of a float: of the significand, with the hidden
             one).
         exponent: bits of a float's exponent.
+        by_bytes: whether kernels store it as bytes. They have no matrices of conditions, and GPUs
+            convert to e5m2 without its infinities, which torch has.
     """
 
     name: str
@@ -29,6 +31,7 @@ class DType:
     size: int
     digits: int
     exponent: int = 0
+    by_bytes: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -64,10 +67,10 @@ f16 = DType("f16", torch.float16, "float", 2, 11, 5)
 f32 = DType("f32", torch.float32, "float", 4, 24, 8)
 f64 = DType("f64", torch.float64, "float", 8, 53, 11)
 e4m3 = DType("e4m3", torch.float8_e4m3fn, "float", 1, 4, 4)
-e5m2 = DType("e5m2", torch.float8_e5m2, "float", 1, 3, 5)
+e5m2 = DType("e5m2", torch.float8_e5m2, "float", 1, 3, 5, by_bytes=True)
 i32 = DType("i32", torch.int32, "int", 4, 31)
 i64 = DType("i64", torch.int64, "int", 8, 63)
-bool_ = DType("bool", torch.bool, "bool", 1, 1)
+bool_ = DType("bool", torch.bool, "bool", 1, 1, by_bytes=True)
 
 DTYPES: dict[str, DType] = {d.name: d for d in (bf16, f16, f32, f64, e4m3, e5m2, i32, i64, bool_)}
 _FROM_TORCH = {d.torch: d for d in DTYPES.values()}

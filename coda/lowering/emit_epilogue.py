@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from coda.ir.types import DType
 from coda.lowering.epilogue import Call, Expr, Literal, calls
 
 INFIX = {"add": "+", "sub": "-", "mul": "*"}
@@ -63,6 +64,14 @@ class Lines:
         if fn == "sub":
             return f"{args[0]} - {args[1]}"
         return f"{args[1]} {INFIX[fn]} {args[0]}"
+
+
+def stored(value: str, dtype: DType, imported: set[str]) -> str:
+    """A value as a kernel stores it: as the number of its byte, where it stores the type so."""
+    if not dtype.by_bytes or dtype.kind != "float":
+        return value
+    imported.add(f"byte_{dtype.name}")
+    return f"byte_{dtype.name}({value})"
 
 
 def number(value: float) -> str:

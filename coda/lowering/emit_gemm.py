@@ -9,7 +9,7 @@ from coda.ir.dims import show_shape
 from coda.ir.types import bf16, e4m3, e5m2, f16, f32
 from coda.lowering.assemble import Assembled
 from coda.lowering.cost import label
-from coda.lowering.emit_epilogue import Lines, safe
+from coda.lowering.emit_epilogue import Lines, safe, stored
 from coda.lowering.epilogue import (
     Acc,
     Call,
@@ -176,7 +176,7 @@ class _Emitter:
         first, d = self.by_gemm(), None
         outputs: list[tuple[str, str, int]] = []
         for store in self.epilogue.stores:
-            values = body.assign(store.lanes)
+            values = [stored(v, store.dtype, body.imported) for v in body.assign(store.lanes)]
             name = safe(store.buffer)
             if store.split:
                 for lane, value in enumerate(values):

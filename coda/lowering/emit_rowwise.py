@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coda.ir.dims import product, show_shape
-from coda.lowering.emit_epilogue import safe
+from coda.lowering.emit_epilogue import safe, stored
 from coda.lowering.epilogue import SinkExpr, StoreExpr
 from coda.lowering.program import Program, RowwiseKernel
 from coda.lowering.row_folds import TOTAL_WARPS, Folds
@@ -107,7 +107,8 @@ class _Emitter(Folds):
         return tuple(found)
 
     def types(self, parameters: tuple[tuple[str, str, int, bool], ...]) -> tuple[str, ...]:
-        stores = {s.buffer: s.dtype.name for s in self.epilogue.stores}
+        stores = {s.buffer: s.dtype for s in self.epilogue.stores}
+        stores = {name: "byte" if t.by_bytes else t.name for name, t in stores.items()}
         stores |= {s.buffer: "f32" for s in self.epilogue.sinks}
         return tuple(
             stores[source] if written else self.kinds[source].dtype.name
@@ -158,6 +159,7 @@ class _Emitter(Folds):
     def keep(self, store: StoreExpr, values: list[str], piece: Piece, step: Step) -> None:
         """Room, assignments and the write of one wide store."""
         name = f"{safe(store.buffer)}_out"
+        values = [stored(v, store.dtype, self.math) for v in values]
         self.rows |= {"vector", "store"}
         at = self.shifted("index", piece, self.begin(store.span))
         if store.split:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coda.ir.dims import ONE
-from coda.lowering.emit_epilogue import safe
+from coda.lowering.emit_epilogue import safe, stored
 from coda.lowering.epilogue import Statistic, StoreExpr
 from coda.lowering.row_pieces import LANES, fold_warps
 from coda.lowering.row_sweeps import INDENT, Sweeps, indented
@@ -90,7 +90,7 @@ class Folds(Sweeps):
         written: list[str] = []
         for store, value in zip(stores, values, strict=True):
             target = f"{safe(store.buffer)}_out"
-            shown = value.replace("[j]", "[0]")
+            shown = stored(value.replace("[j]", "[0]"), store.dtype, self.math)
             written.append(f"{target}[row, 0] = Float32({shown}).to({target}.element_type)")
         return [*loads, *(line.replace("[j]", "[0]") for line in lines)], written
 

@@ -78,14 +78,27 @@ def rounded_e4m3(a: Any) -> Any:
 
 
 def rounded_e5m2(a: Any) -> Any:
-    """The value that is left after a store in e5m2."""
+    """The value that is left after a store in e5m2.
+
+    It is infinite from 61440 on, where a GPU's conversion gives the largest finite number.
+    """
     return lanes(_to_infinity, a, _rounded(a, "e5m2"))
 
 
 def _to_infinity(x: Any, rounded: Any) -> Any:
-    """A number rounded to e5m2, infinite from 61440 on: GPUs take the largest finite number."""
     beyond = cute.math.abs(x) >= Float32(61440.0)
     return cutlass.select_(beyond, x * Float32(math.inf), rounded)
+
+
+def byte_e5m2(a: Any) -> Any:
+    """The number of the byte that a value is in e5m2: the upper half of its 16 bits in f16."""
+    return lanes(_upper_half, rounded_e5m2(a))
+
+
+def _upper_half(x: Any) -> Any:
+    pair = cute.make_rmem_tensor(2, cutlass.Float16)
+    pair[0] = pair[1] = Float32(x).to(cutlass.Float16)
+    return Uint32(cute.recast_tensor(pair, Uint32)[0] >> 24).to(Float32)
 
 
 def _rounded(a: Any, to: str) -> Any:
@@ -93,23 +106,12 @@ def _rounded(a: Any, to: str) -> Any:
 
 
 # Casts that the user wrote: to torch's values.
-cast_bf16, cast_f16, cast_e4m3 = rounded_bf16, rounded_f16, rounded_e4m3
+cast_bf16, cast_f16, cast_e4m3, cast_e5m2 = rounded_bf16, rounded_f16, rounded_e4m3, rounded_e5m2
 
 
 def cast_f32(a: Any) -> Any:
     """The same value: all are float32."""
     return a
-
-
-def cast_e5m2(a: Any) -> Any:
-    """The value that e5m2 has room for; infinite beyond, where the conversion would saturate."""
-
-    def one(x: Any) -> Any:
-        near, far = _rounded(x, "e5m2"), Float32(float("inf"))
-        near = cutlass.select_(x >= Float32(61440.0), far, near)
-        return cutlass.select_(x <= Float32(-61440.0), -far, near)
-
-    return lanes(one, a)
 
 
 def word(a: Any, b: Any, to: str) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coda.ir.dims import Dim, product
 from coda.ir.graph import Input, Node, Size, walk
+from coda.ir.types import from_torch
 from coda.lowering.assemble import Assembled
 from coda.lowering.emit_gemm import emit_gemm
 from coda.lowering.emit_rowwise import emit_rowwise
@@ -251,7 +252,7 @@ class KernelRun(ReferenceRun):
             if sink.index is not None:
                 index = self.ready(self.value(kernel.assembled.nodes[sink.index]), _vector)
                 indices[f"{gemm.source.operands.get(sink.index, sink.index)}_index"] = index
-        stores = {name: _in_bytes(x) for name, x in stores.items()}
+        stores = {name: _written(x) for name, x in stores.items()}
         splits = {s.buffer: s.split for s in kernel.assembled.epilogue.stores}
         arguments = gemm.arguments(operands, stores, sinks, splits, indices)
         d = stores[gemm.source.d] if gemm.source.d else None
@@ -287,7 +288,7 @@ class KernelRun(ReferenceRun):
             width = product(self.program.buffers[store.buffer].shape[1:]).size(self.sizes)
             fill = "padded" if padded and width > 1 else ""
             found = self.room(store.buffer, rows, width, store.dtype.torch, fill)
-            self.buffers[store.buffer], tensors[store.buffer] = found, _in_bytes(found)
+            self.buffers[store.buffer], tensors[store.buffer] = found, _written(found)
         for sink in assembled.epilogue.sinks:
             parts = row_parts(assembled, kernel.width, rows)
             width = sink.span[1] if sink.span else kernel.width
@@ -529,5 +530,11 @@ def run_kernels(
 
 
 def _in_bytes(x: Tensor) -> Tensor:
-    """A tensor as kernels take it: the DSL has no matrices of conditions, but of bytes."""
+    """A tensor as kernels read it: the DSL has no matrices of conditions, but of bytes."""
     return x.view(torch.uint8) if x.dtype == torch.bool else x
+
+
+def _written(x: Tensor) -> Tensor:
+    """A tensor as kernels write it."""
+    kind = from_torch(x.dtype)
+    return x.view(torch.uint8) if kind is not None and kind.by_bytes else x

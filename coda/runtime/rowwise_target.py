@@ -25,6 +25,7 @@ _TYPES = {
     "i32": cutlass.Int32,
     "i64": cutlass.Int64,
     "bool": cutlass.Uint8,
+    "byte": cutlass.Uint8,
 }
 
 
