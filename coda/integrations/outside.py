@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch._dynamo.config
 from torch import Tensor, nn
+
+from coda.integrations.hooks import guarded_by_hooks, has_other_hooks, knows_hooks
 
 PLAIN = (
     Tensor,
@@ -36,11 +38,20 @@ PLAIN = (
 
 
 def holding(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled call of a layer, with the objects among its arguments held outside of it."""
+    """The compiled call of a layer, with the objects among its arguments held outside of it.
+
+    A layer with hooks that its compiled call does not know runs as torch runs it.
+    """
 
     def entry(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return call(layer, *args, **kwargs)
+        if has_other_hooks(layer):
+            return layer._call_impl(*args, **kwargs)
+        with guarded_by_hooks() if knows_hooks(layer) else nullcontext():
+            return around(layer, *args, **kwargs)
+
+    def around(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         every = (*args, *kwargs.values())
         kept = {id(a): a for a in every if a is not None and keeps_state(a)}
         if not kept:

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from coda.errors import CallError, UnsupportedError
 from coda.integrations import report as told
 from coda.integrations.dynamo import backend
+from coda.integrations.hooks import know_hooks, knows_hooks
 from coda.integrations.outside import holding
 from coda.integrations.weights import share_alike
 
@@ -119,14 +120,17 @@ def patch(
         )
     report = PatchReport()
     fresh = {n: m for n, m in layers.items() if not _foreign(m)}
+    for module in fresh.values():
+        know_hooks(module)
     kinds = {n: _kind(m) for n, m in fresh.items()}
     first = {kind: n for n, kind in reversed(kinds.items())}
     seen = _inputs(model, example, {n: fresh[n] for n in first.values()}) if fresh else {}
     limit = 8 * max(len(layers), 1)
     options: Any = {"backend": backend, "dynamic": dynamic, "recompile_limit": limit}
-    call = holding(torch.compile(_fresh_call(), **options))
-    _calls.add(call)
-    checked = {k: _check(n, fresh[n], call, seen.get(n)) for k, n in first.items()}
+    calls = [holding(torch.compile(_fresh_call(), **options)) for _ in range(2)]
+    _calls.update(calls)
+    call = {n: calls[knows_hooks(m)] for n, m in fresh.items()}
+    checked = {k: _check(n, fresh[n], call[n], seen.get(n)) for k, n in first.items()}
     for name, module in layers.items():
         if name not in fresh:
             report.layers.append(Patched(name, False, "its call was replaced by somebody else"))
@@ -135,7 +139,7 @@ def patch(
         same = first[kinds[name]] == name
         report.layers.append(result if same else Patched(name, result.replaced, result.why))
         if result.replaced:
-            module._compiled_call_impl = functools.partial(call, module)
+            module._compiled_call_impl = functools.partial(call[name], module)
             report.modules.append(module)
     for kind, name in first.items():
         if checked[kind].replaced:
@@ -193,7 +197,7 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
     """What layers have in common for which one check stands."""
     tensors = [(n, tuple(p.shape), p.dtype) for n, p in module.named_parameters()]
     classes = [(n, type(m).__name__) for n, m in module.named_modules()]
-    return type(module), tuple(tensors), tuple(classes)
+    return type(module), tuple(tensors), tuple(classes), knows_hooks(module)
 
 
 def _inputs(
