@@ -13,7 +13,7 @@ from coda.errors import CallError
 from coda.frontend.autocast import autocast_graph, only_multiplied
 from coda.frontend.tensor import Spec
 from coda.frontend.tensor import Tensor as Symbolic
-from coda.frontend.trace import declared, trace
+from coda.frontend.trace import call_in_order, declared, trace
 from coda.ir.graph import Graph, walk
 from coda.ir.types import DTYPES, DType, bf16, dtype_of, from_torch
 from coda.lowering.derive import Training, check_memory, derive
@@ -231,7 +231,7 @@ class Block:
         for node, tensor in () if plain else zip(self.graph.inputs, tensors, strict=False):
             if not isinstance(tensor, Tensor):
                 if isinstance(tensor, Symbolic) and self.fn is not None:
-                    return self.fn(*tensors)
+                    return call_in_order(self.fn, tensors)
                 raise CallError(f"`{node.name}` takes a torch tensor", found=type(tensor).__name__)
         refuse_transforms(tensors)
         device = tensors[0].device.type if tensors else "meta"

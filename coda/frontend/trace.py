@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
 from typing import Any
 
-from coda.errors import DimError, TraceError, Where
+from coda.errors import CodaError, DimError, TraceError, Where
 from coda.frontend import library
 from coda.frontend.casts import seen
 from coda.frontend.tensor import Spec, Tensor
@@ -28,11 +28,19 @@ def trace(fn: Callable[..., Any], default: DType) -> Graph:
     where = _place(fn)
     inputs = _inputs(fn, default, where)
     try:
-        values = fn(*(Tensor(i) for i in inputs))
+        values = call_in_order(fn, [Tensor(i) for i in inputs])
     except TypeError as e:
         raise _misused(e) from None
     outputs = _outputs(values, where)
-    return Graph(fn.__name__, tuple(inputs), outputs)
+    name = fn.__name__ if fn.__name__.isidentifier() else "unnamed"  # as a lambda is
+    return Graph(name, tuple(inputs), outputs)
+
+
+def call_in_order(fn: Callable[..., Any], given: Sequence[Any]) -> Any:
+    """Call a function with all of its arguments in order, keyword-only ones by their names."""
+    parameters = inspect.signature(fn).parameters.values()
+    named = {p.name: g for p, g in zip(parameters, given, strict=True) if p.kind is p.KEYWORD_ONLY}
+    return fn(*given[: len(given) - len(named)], **named)
 
 
 def _place(fn: Callable[..., Any]) -> Where | None:
@@ -48,9 +56,13 @@ def declared(fn: Callable[..., Any]) -> dict[str, Any]:
             found=repr(fn),
             help="write @coda.block above a def",
         )
+    _check_signature(fn)
     try:
         hints = typing.get_type_hints(fn)
-    except (NameError, AttributeError, TypeError) as e:
+    except CodaError as e:
+        where = _place(fn)  # typing has evaluated it elsewhere
+        raise type(e)(e.message, found=e.found, help=e.help, where=where) from None
+    except Exception as e:  # an annotation may hold any expression
         raise TraceError(
             f"an annotation of `{fn.__name__}` cannot be read",
             found=str(e),
@@ -58,6 +70,48 @@ def declared(fn: Callable[..., Any]) -> dict[str, Any]:
             where=_place(fn),
         ) from None
     return {name: hints.get(name) for name in inspect.signature(fn).parameters}
+
+
+def _check_signature(fn: Callable[..., Any]) -> None:
+    """Raise TraceError where a function is not called once, with one tensor for each argument."""
+    where = _place(fn)
+    if (
+        inspect.iscoroutinefunction(fn)
+        or inspect.isgeneratorfunction(fn)
+        or inspect.isasyncgenfunction(fn)
+    ):
+        raise TraceError(
+            "a block is a plain function",
+            found=f"`{fn.__name__}` is async or yields",
+            help="def and return",
+            where=where,
+        )
+    for name, parameter in inspect.signature(fn).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise TraceError(
+                "a block takes a fixed list of tensors",
+                found="*" * (1 + (parameter.kind is parameter.VAR_KEYWORD)) + name,
+                help="one argument for each tensor",
+                where=where,
+            )
+        if parameter.default is not parameter.empty:
+            raise TraceError(
+                f"the argument `{name}` of `{fn.__name__}` has a default",
+                found=f"{name} = {parameter.default!r}",
+                help="all arguments of a block are tensors that each call gives: make a block with "
+                "it and one without; constants are bound by a closure",
+                where=where,
+            )
+        if name in OPTIONS and parameter.kind is parameter.KEYWORD_ONLY:
+            raise TraceError(
+                f"`{name}` is an option of every call, and names no argument that calls name",
+                found=f"a keyword-only argument of `{fn.__name__}`",
+                help="another name",
+                where=where,
+            )
+
+
+OPTIONS = ("backend", "arch", "dims", "memory")  # of `Block.__call__`
 
 
 def _misused(error: TypeError) -> Exception:
@@ -93,8 +147,6 @@ def _inputs(fn: Callable[..., Any], default: DType, where: Where | None) -> list
                 help=f'write {name}: coda.Tensor["M D"]; constants are bound by a closure',
                 where=where,
             )
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TraceError("a block takes a fixed list of tensors", found=name, where=where)
         with origin(where):
             found.append(Input(name, spec.shape, spec.dtype or default))
     symbols = {s for i in found for d in i.shape for s in d.symbols}
