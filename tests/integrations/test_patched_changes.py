@@ -110,7 +110,7 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("where", ["", "up", "norm"])
+@pytest.mark.parametrize("where", ["", "up"])
 @pytest.mark.parametrize("name", HOOKS)
 def test_hooks_run_and_are_removed_again(pair, name, where):
     method, hook, options = HOOKS[name]
@@ -247,22 +247,27 @@ def without_bias(module):
     module.up.bias = None
 
 
+SELDOM = [
+    other_forward_of_the_layer,
+    other_module,
+    other_parameter,
+    wider,
+    weight_norm,
+    pruned,
+    other_rate,
+    without_bias,
+]
+
+
 @pytest.mark.parametrize(
     "change",
     [
         other_forward,
-        other_forward_of_the_layer,
-        other_module,
         module_of_the_same_class,
-        other_parameter,
-        wider,
         parametrized,
-        weight_norm,
-        pruned,
         training,
-        other_rate,
         frozen,
-        without_bias,
+        *(pytest.param(change, marks=pytest.mark.slow) for change in SELDOM),
     ],
 )
 def test_what_is_changed_after_the_patch(change):

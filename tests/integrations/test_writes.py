@@ -109,18 +109,8 @@ class Visible(Base):
         return self.rest(h)
 
 
-KINDS = [
-    Data,
-    Detached,
-    Unrecorded,
-    Packed,
-    Used,
-    Value,
-    ValueUnrecorded,
-    Average,
-    AverageUnrecorded,
-    Visible,
-]
+KINDS = [Data, Packed, Value, Average, Visible]
+SELDOM = [Detached, Unrecorded, Used, ValueUnrecorded, AverageUnrecorded]
 
 
 def steps(model, call, training=True):
@@ -143,7 +133,9 @@ def steps(model, call, training=True):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SELDOM)]
+)
 def test_values_gradients_and_what_is_written_are_those_of_torch(kind):
     torch._dynamo.reset()
     forget_report()
@@ -155,7 +147,7 @@ def test_values_gradients_and_what_is_written_are_those_of_torch(kind):
     assert coda.last_report().fused >= 5
 
 
-@pytest.mark.parametrize("kind", [Data, Unrecorded], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Data, pytest.param(Unrecorded, marks=pytest.mark.slow)])
 def test_without_gradients_and_by_module_compile(kind):
     torch._dynamo.reset()
     twin, model = kind(), kind()

@@ -171,7 +171,10 @@ TAKEN = {
 SIZES = {"M": 5, "D": 16, "F": 24}
 
 
-@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize(
+    "name",
+    ["named", *(pytest.param(name, marks=pytest.mark.slow) for name in TAKEN if name != "named")],
+)
 def test_taken_in_all_ways_of_use(name):
     torch._dynamo.reset()
     block = TAKEN[name]

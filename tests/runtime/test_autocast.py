@@ -181,7 +181,7 @@ def test_the_types_of_a_call_are_those_in_which_it_was_made():
         torch.testing.assert_close(mlp(*given), plain, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["residual", "loss mean"])
+@pytest.mark.parametrize("name", ["loss mean", pytest.param("residual", marks=pytest.mark.slow)])
 def test_compiled_calls_are_cast_as_others(name):
     block, _, shapes, more = CASES[name]
     given = draw(shapes)
