@@ -28,6 +28,7 @@ from coda.ir.graph import (
 )
 from coda.ir.monoids import MONOIDS
 from coda.lowering.columns import Space
+from coda.lowering.compared import compared, sources
 from coda.lowering.draft import LAST, Draft, Drafts, Room
 from coda.lowering.program import Unfused
 from coda.lowering.roles import (
@@ -62,8 +63,11 @@ class Partition(Drafts):
         self.siblings = group_siblings(contracts, nodes, self.weights, self.apart, self.part_of)
         forced = [*self.graph.roots, *(o for c in contracts for o in c.operands)]
         self.loadable = {self.storage(n) for n in forced}
+        asked = compared(self.graph.roots)
         for node in nodes:
             if not isinstance(node, Input | Const | Size) and node not in self.weights:
+                if node in asked:
+                    self.store_first(node)
                 self.place(node)
         for root in self.graph.roots:
             self.materialise(root, host=True)
@@ -106,6 +110,14 @@ class Partition(Drafts):
         if last.kind == "row" and self.only_returned(node) and self.storage(node) is not node:
             return
         self.in_rows(node, last.order[0])
+
+    def store_first(self, node: Node) -> None:
+        """Let a maximum that is compared with its values be taken of what is in memory."""
+        for source in sources([node]) - self.weights:
+            self.materialise(source)
+            home = self.home.get(self.storage(source))
+            if home is not None:
+                home.space.refused[node] = "its values are compared with it as they are in memory"
 
     def too_wide(self, node: Concat, draft: Draft) -> bool:
         """Whether a concatenation along the columns has more of them than a kernel."""

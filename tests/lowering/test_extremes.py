@@ -162,6 +162,24 @@ def test_a_maximum_that_is_not_differentiated_is_saved_like_other_statistics():
     assert not any(isinstance(n, Reduce) for n in walk(training.backward.roots))
 
 
+@coda.block
+def largest_alone(x: T["M D"], w: T["D D"], g: T["D"]):
+    y = coda.rms_norm(x * x + x, g)
+    z = 0.3 * (x @ w.T) + y * y
+    alone = coda.where(y == coda.max(y, keepdims=True), y, 0.0 * y)
+    rest = coda.where(z <= coda.min(z)[:, None], 0.0 * z, z)
+    return alone, rest
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_block_finds_the_extreme_among_its_values(dtype):
+    sizes = {"M": 37, "D": 64}
+    inputs = [x.to(dtype.torch).requires_grad_() for x in random_inputs(largest_alone.graph, sizes)]
+    alone, rest = largest_alone(*inputs, backend="reference")
+    assert ((alone != 0).sum(-1) >= 1).all()
+    assert ((rest == 0).sum(-1) >= 1).all()
+
+
 # Random blocks.
 
 
