@@ -26,8 +26,12 @@ def sizes_of(graph, sizes):
     return {s: sizes[s] for s in graph.symbols}
 
 
-def check(graph, inputs, sizes, memory="balanced", arch="sm_90a", tolerance=1e-8):
-    """Gradients of the forward and backward Programs against autograd's, in float64."""
+def check(graph, inputs, sizes, memory="balanced", arch="sm_90a", tolerance=1e-8, lowered=None):
+    """Gradients of the forward and backward Programs against autograd's, in float64.
+
+    `lowered` are the sizes that they are lowered for, where these are not those of the arguments.
+    """
+    lowered = lowered or sizes
     floats = [i for i in graph.inputs if i.dtype.kind == "float"]
     leaves = [x.double().requires_grad_() if x.is_floating_point() else x for x in inputs]
     outputs = evaluate(graph.roots, dict(zip(graph.inputs, leaves, strict=True)), sizes)
@@ -39,10 +43,10 @@ def check(graph, inputs, sizes, memory="balanced", arch="sm_90a", tolerance=1e-8
     expected = torch.autograd.grad(
         [o for o, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True
     )
-    training = derive(graph, sizes, memory=memory)
-    forward = lower(training.forward, sizes_of(training.forward, sizes), arch)
+    training = derive(graph, lowered, memory=memory)
+    forward = lower(training.forward, sizes_of(training.forward, lowered), arch)
     plain = [x.detach() for x in leaves]
-    found = run_reference(forward, plain, exact=True)
+    found = run_reference(forward, plain, exact=True, sizes=sizes)
     for a, b in zip(outputs, found, strict=False):
         torch.testing.assert_close(b, a.detach(), rtol=1e-9, atol=1e-9)
     known = dict(zip([i.name for i in graph.inputs], plain, strict=True))
@@ -51,10 +55,9 @@ def check(graph, inputs, sizes, memory="balanced", arch="sm_90a", tolerance=1e-8
     if not training.wanted:
         assert all(e is None or not e.any() for e in expected)
         return None
-    backward = lower(training.backward, sizes_of(training.backward, sizes), arch)
-    gradients = run_reference(
-        backward, [known[i.name] for i in training.backward.inputs], exact=True
-    )
+    backward = lower(training.backward, sizes_of(training.backward, lowered), arch)
+    given = [known[i.name] for i in training.backward.inputs]
+    gradients = run_reference(backward, given, exact=True, sizes=sizes)
     mine = dict(zip(training.wanted, gradients, strict=True))
     for node, theirs in zip(floats, expected, strict=True):
         if node.name not in mine:
@@ -65,17 +68,25 @@ def check(graph, inputs, sizes, memory="balanced", arch="sm_90a", tolerance=1e-8
     return backward
 
 
+def check_rows(graph, memory, rows):
+    """Programs that were lowered for another number of rows."""
+    now = {**SIZES, "M": rows}
+    backward = check(graph, values(graph, now), now, memory, lowered=SIZES)
+    assert backward is None or "M" not in backward.fixed
+
+
 @settings(SETTINGS, max_examples=80)
 @given(blocks(), st.sampled_from(MEMORY))
 def test_random_blocks(graph, memory):
-    check(graph, values(graph), SIZES, memory)
+    check_rows(graph, memory, 9)
 
 
 @pytest.mark.slow
 @settings(SETTINGS, max_examples=400)
 @given(blocks(), st.sampled_from(MEMORY))
 def test_many_random_blocks(graph, memory):
-    check(graph, values(graph), SIZES, memory)
+    for rows in (1, SIZES["M"], 9):
+        check_rows(graph, memory, rows)
 
 
 def test_torch_runs_behind_the_kernels_that_store_its_operands():

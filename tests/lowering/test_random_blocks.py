@@ -26,6 +26,11 @@ ROW = (
     lambda x: coda.logsumexp(x, keepdims=True),
     lambda x: coda.max(x, keepdims=True),
 )
+WHOLE = (
+    *ROW,
+    lambda x: coda.mean(coda.square(x - coda.mean(x, keepdims=True)), keepdims=True),
+    lambda x: coda.min(coda.tanh(x), keepdims=True) / x.shape[0],
+)
 LAYERS = (
     lambda x: coda.rms_norm(x, eps=0.5),
     lambda x: coda.layer_norm(x, eps=0.5),
@@ -97,7 +102,20 @@ class Author:
         a, b = coda.split(x, 2)
         return coda.concat([b, coda.tanh(a)])
 
-    KINDS = (unary, binary, row, layer, gain, bias, contract, gated, rope, head_norm, halves)
+    def scalar(self, x):
+        return x * self.input("s", (Dim.of(1),))
+
+    def everything(self, x):
+        whole = self.draw(st.sampled_from(WHOLE))(x.reshape(M * x.shape[-1]))
+        return x * coda.sigmoid(whole)
+
+    def rows(self, x):
+        return x * coda.sigmoid(self.draw(st.sampled_from(WHOLE))(coda.sum(x, axis=-1)))
+
+    KINDS = (
+        *(unary, binary, row, layer, gain, bias, contract, gated, rope, head_norm, halves),
+        *(scalar, everything, rows),
+    )
 
 
 @st.composite
@@ -112,11 +130,11 @@ def blocks(draw, steps=12, dtype=f64):
     return Graph("random", tuple(author.inputs), tuple(outputs))
 
 
-def values(graph):
+def values(graph, sizes=SIZES):
     generator = torch.Generator().manual_seed(0)
     found = []
     for node in graph.inputs:
-        shape = [d.size(SIZES) for d in node.shape]
+        shape = [d.size(sizes) for d in node.shape]
         found.append(torch.randn(shape, generator=generator, dtype=torch.float64) * 0.2)
     return found
 
@@ -125,11 +143,14 @@ def check(graph, frozen):
     used = {s for i in graph.inputs for d in i.shape for s in d.symbols}
     sizes = {s: n for s, n in SIZES.items() if s in used}
     program = lower(graph, sizes, "sm_90a", frozen)
-    inputs = values(graph)
-    expected = evaluate(graph.roots, dict(zip(graph.inputs, inputs, strict=True)), SIZES)
-    found = run_reference(program, inputs, exact=True)
-    for a, b in zip(expected, found, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
+    assert "M" not in program.fixed
+    for rows in (SIZES["M"], 1, 9):
+        now = {**sizes, "M": rows}
+        inputs = values(graph, now)
+        expected = evaluate(graph.roots, dict(zip(graph.inputs, inputs, strict=True)), now)
+        found = run_reference(program, inputs, exact=True, sizes=now)
+        for a, b in zip(expected, found, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
 
 
 SETTINGS = settings(
