@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from coda.ir.dims import show_shape
+from coda.ir.graph import Size
 from coda.lowering.assemble import Assembled
 from coda.lowering.cost import describe, label
 from coda.lowering.epilogue import Acc, Call, Expr, Literal, Load, Operand, Stat, calls
@@ -84,6 +85,9 @@ def _operand(operand: Operand, assembled: Assembled, program: Program) -> str:
         used = sorted({int(i) for i in packed[0].source if i >= 0})
         sources = [label(assembled.sources[i], program) for i in used]
         text += " of " + (", ".join(sources) if sources else "segment numbers")
+    node = assembled.nodes.get(operand.name)
+    if isinstance(node, Size):
+        text += f" = {node.dim}"
     how = "repeating every" if operand.kind == "periodic" else "for groups of"
     return text + (f" {how} {operand.period}" if operand.period else "")
 

@@ -273,6 +273,12 @@ def test_kernels_have_no_number_of_rows():
             assert a.text().count("rows M") == b.text().count("rows M")
 
 
+def test_a_size_that_counts_rows_is_an_operand():
+    (forward, _) = programs(sizes_as_numbers)
+    assert len(forward.kernels) == 1
+    assert "scalar f32 = 2*M" in forward.text()
+
+
 def test_a_matrix_of_pairs_has_its_rows_built_in():
     """N is the number of columns of the product too."""
     for program in programs(pairs_of_rows):
