@@ -29,6 +29,7 @@ from coda.sim.kept import refusal
 P = ParamSpec("P")
 R = TypeVar("R")
 LARGEST = 2**63 - 1  # of sizes and seeds
+UNREAD = 141  # what shells say of a process that writes to a pipe that nobody reads
 
 
 def described(error: BaseException) -> str:
@@ -57,8 +58,13 @@ def told(command: Callable[P, R]) -> Callable[P, R]:
             raise
         except MemoryError as e:
             raise _no_memory(e) from e
-        except OSError:
-            raise  # of stdout: `main` knows what a closed pipe means
+        except BrokenPipeError:
+            discard_output()
+            raise typer.Exit(UNREAD) from None
+        except OSError as e:
+            if e.filename is None:
+                raise  # of stdout: `main` tells it
+            raise CodaError(f"{e.filename}: {e.strerror}", found=described(e)) from e
         except Exception as e:
             if hasattr(e, "exit_code"):
                 raise  # wrong usage, as typer tells it
@@ -77,6 +83,11 @@ def _no_memory(error: BaseException) -> CodaError:
     return CodaError(
         "there is not enough memory", found=described(error), help="give smaller --dims"
     )
+
+
+def discard_output() -> None:
+    """Let what is still to be printed on stdout go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 # blocks

@@ -23,10 +23,12 @@ from rich.console import Console
 import coda
 from coda.block import Block
 from coda.border import (
+    UNREAD,
     check_cache,
     check_kept,
     check_memory,
     check_seed,
+    discard_output,
     load_block,
     names_model,
     parse_dims,
@@ -68,6 +70,13 @@ Backward = Annotated[bool, typer.Option("--backward", help="of training: forward
 Memory = Annotated[str, typer.Option(help="what training saves: min, balanced or speed")]
 Wanted = Annotated[str, typer.Option(help="arguments to differentiate, as in x,w; else all floats")]
 Frozen = Annotated[bool, typer.Option(help="weights keep their values (inference)")]
+
+
+class _Output(Console):
+    """Tables on stdout; a closed pipe is left to `main`."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def _print_json(found: Any) -> None:
@@ -130,7 +139,7 @@ def explain(
     elif text:
         print("\n".join(p.text() for p in programs), end="")
     else:
-        found.print(Console())
+        found.print(_Output())
 
 
 def _explain_model(
@@ -156,7 +165,7 @@ def _explain_model(
     if as_json:
         _print_json(found.json())
     else:
-        found.print(Console())
+        found.print(_Output())
 
 
 def check_training(backward: bool, memory: str, wanted: str, frozen: bool = False) -> None:
@@ -221,7 +230,7 @@ def run(
         found = report.json() | ({"simulator": seen.json()} if seen is not None and show else {})
         _print_json(found)
         return
-    Console().print(report.table())
+    _Output().print(report.table())
     if seen is not None and show:
         print(seen)
 
@@ -282,7 +291,7 @@ def compile_(
                 else (c.source if emit == "source" else c.ptx).read_text()
             )
     else:
-        Console().print(usage_table(target_arch(arch), done))
+        _Output().print(usage_table(target_arch(arch), done))
 
 
 def _compile(program: Program, which: str) -> list[Compiled]:
@@ -332,7 +341,7 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         _print_json(report.json())
     else:
-        Console().print(report.table())
+        _Output().print(report.table())
     raise typer.Exit(0 if report.good else 1)
 
 
@@ -342,6 +351,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     Exit codes: 0; 1 where coda itself or the installation is at fault; 2 for a wrong call; 130
     after ctrl-c and 141 where nobody reads what is printed, as shells count.
     """
+    for name in ("stdout", "stderr"):  # None where the shell has closed it
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     try:
         code: Any = app(arguments, standalone_mode=False, prog_name="coda")
         sys.stdout.flush()
@@ -352,9 +364,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as e:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print goes nowhere
+        discard_output()
         if isinstance(e, BrokenPipeError):
-            sys.exit(141)
+            sys.exit(UNREAD)
         print(f"CodaError: the output cannot be written ({e.strerror})", file=sys.stderr)
         sys.exit(2)
     except Exception as e:

@@ -353,6 +353,13 @@ def test_sizes_beyond_memory_while_running(capsys, monkeypatch, w):
     assert "not enough memory" in err
 
 
+def test_a_file_that_is_lost_while_it_runs(capsys, monkeypatch, w):
+    monkeypatch.setattr(cli, "random_inputs", lambda *_: Path("/nowhere/at/all").read_text())
+    code, out, err = called(capsys, ["run", T[0].replace("{W}", str(w)), *SMALL])
+    assert (code, out) == (2, "")
+    assert "/nowhere/at/all: No such file" in err
+
+
 def test_a_fault_of_coda_asks_for_a_report(capsys, monkeypatch, w):
     monkeypatch.setattr(cli, "random_inputs", lambda *_: 1 // 0)
     code, out, err = called(capsys, ["run", T[0].replace("{W}", str(w)), *SMALL])
@@ -411,7 +418,7 @@ def test_output_that_nobody_reads(w):
     os.close(reading)
     for options in ((), ("--json",), ("--text",)):
         done = process(w, "explain", *T, *options, stdout=writing)
-        assert done.returncode in (1, 141)
+        assert done.returncode == 141
         assert done.stderr == ""
     os.close(writing)
 
@@ -424,3 +431,15 @@ def test_output_that_cannot_be_written(w):
     assert done.returncode == 2
     assert "No space left" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [1, 2])
+def test_closed_streams(w, closed):
+    """`>&-`: what goes there is lost, and nothing else."""
+    call = f"{sys.executable} -m coda explain {w}/tiny.py:tiny --dims M=2,D=4"
+    command = f"exec {closed}>&-; exec {call}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert ("rows0" in done.stdout) == (closed == 2)

@@ -81,9 +81,7 @@ def build_shim(directory: Path) -> Path:
     """
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     library = directory / f"launch-{os.uname().machine}-{digest}.so"
-    if kept.intact(library):
-        return library
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with FileLock(str(library) + ".lock"):
         if not kept.intact(library):
             kept.write(library, _compile())
@@ -314,7 +312,7 @@ class PtxStore:
             return
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            kept.write(path, gzip.compress(_known[digest].encode(), 1))
+            kept.write(path, gzip.compress(_known[digest].encode(), 1, mtime=0))
         except OSError as e:
             cannot_keep(path.parent, f"cannot be written ({e.strerror})")
 

@@ -91,6 +91,18 @@ def test_damaged_ptx_is_not_known(tmp_path, hurt, monkeypatch):
     assert gzip.decompress(kept.read(path)) == b"the text"
 
 
+def test_two_processes_write_the_same_bytes(tmp_path, monkeypatch):
+    """So that the digest of one fits the file of the other."""
+    found = []
+    for now in (1000.0, 2000.0):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        monkeypatch.setattr(shims, "_known", {})
+        shims.PtxStore(tmp_path / str(now)).add(b"cubin", "text")
+        (path,) = (tmp_path / str(now)).glob("*.ptx.gz")
+        found.append(path.read_bytes())
+    assert found[0] == found[1]
+
+
 def test_each_directory_gets_the_ptx_that_this_process_knows(tmp_path, monkeypatch):
     monkeypatch.setattr(shims, "_known", {})
     shims.PtxStore(None).add(b"cubin", "text")
@@ -269,14 +281,41 @@ def simulate(*caches):
 @pytest.mark.slow
 def test_a_simulated_process_mends_its_cache(tmp_path):
     assert simulate("", tmp_path).returncode == 0
-    for pattern in ("*.ptx.gz", "*.o", "*.so"):
-        for hurt in (DAMAGES["cut short"], DAMAGES["a directory"], lambda p: p.unlink()):
-            (path,) = tmp_path.rglob(pattern)
-            hurt(path)
-            again = simulate(tmp_path)
-            assert again.returncode == 0, again.stderr
-            (path,) = tmp_path.rglob(pattern)
-            assert kept.intact(path)
+    cut, directory = DAMAGES["cut short"], DAMAGES["a directory"]
+    for pattern, hurt in (
+        ("*.ptx.gz", cut),
+        ("*.ptx.gz", lambda p: p.unlink()),
+        ("*.o", cut),
+        ("*.o", directory),
+        ("*.so", cut),
+    ):
+        (path,) = tmp_path.rglob(pattern)
+        hurt(path)
+        again = simulate(tmp_path)
+        assert again.returncode == 0, again.stderr
+        (path,) = tmp_path.rglob(pattern)
+        assert kept.intact(path)
     quiet = simulate(tmp_path)
     assert quiet.returncode == 0
     assert "made again" not in quiet.stderr
+
+
+@pytest.mark.slow
+def test_the_command_line_mends_what_it_prints(tmp_path):
+    """A damaged PTX or cubin is not printed, and is made again with the object."""
+    block = tmp_path / "tiny.coda"
+    block.write_text("block f(%x: [M, 64] bf16) {\n  %0 = square %x\n  return out = %0\n}\n")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "coda", "compile", block, "--dims", "M=8", "--out", out]
+    for ending in ("", ".ptx", ".cubin"):
+        if ending:
+            (path,) = (out / "kernels").glob(f"*{ending}")
+            DAMAGES["cut short"](path)
+        done = subprocess.run(
+            [*command, "--emit", "ptx"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(".entry") == 1
+        assert done.stdout.rstrip().endswith("}")
+        assert ("made again" in done.stderr) == bool(ending)
+    assert kept.intact(path)
