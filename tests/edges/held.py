@@ -44,7 +44,10 @@ class Taken:
 def take(fn, tensors):
     """A function of tensors as a graph. Raises NotTaken."""
     traced = make_fx(lambda *ts: fn(*ts), tracing_mode="fake", pre_dispatch=True)
-    gm = traced(*(t.detach() for t in tensors))
+    try:
+        gm = traced(*(t.detach() for t in tensors))
+    except Exception as e:  # sizes that depend on values, sparse tensors: torch's own tracer
+        raise NotTaken(f"torch does not trace it: {e}") from e
     gm.graph.eliminate_dead_code()
     calls = [n for n in gm.graph.nodes if n.op == "call_function"]
     for node in calls:
@@ -140,7 +143,8 @@ def of_block(taken, tensors):
     given = [leaves[i] for i in taken.arguments]
     symbols = {s: taken.sizes[s] for s in taken.graph.symbols}
     found = block(*given, backend="reference", dims=symbols)
-    found = list(found.values()) if isinstance(found, dict) else [found]
+    found = list(found.values()) if isinstance(found, dict) else found
+    found = [found] if isinstance(found, torch.Tensor) else found
     values = [found[i].permute(o) for i, o in taken.outputs]
     roots = [v for v in values if v.requires_grad]
     wanted = [t for t in leaves if t.requires_grad]
@@ -151,7 +155,7 @@ def of_block(taken, tensors):
     return Found([v.detach() for v in values], list(gradients))
 
 
-def wrong(ours, theirs, exact, factor):
+def wrong(ours, theirs, exact, factor, alike):
     """Where a result is neither torch's nor as close to the exact one; None where it is nowhere.
 
     An element is right if it is torch's to a few epsilons: four of float32, one of 16 bits (both
@@ -164,6 +168,8 @@ def wrong(ours, theirs, exact, factor):
         ours, theirs: of one type; None is a gradient of zeros.
         exact: torch's own in float64; torch's again where only equality will do.
         factor: how many times torch's error.
+        alike: whether all numbers are of one size, so that the worst error may be taken as it is,
+            not as a share: what is left of a sum that cancels is known as well as its terms are.
     """
     if theirs is None and ours is None:
         return None
@@ -172,7 +178,7 @@ def wrong(ours, theirs, exact, factor):
     if a.dtype != b.dtype or a.shape != b.shape:
         return f"{a.dtype} {list(a.shape)} for {b.dtype} {list(b.shape)}"
     good = a == b
-    if b.is_floating_point():
+    if b.is_floating_point() and b.numel():
         info = torch.finfo(b.dtype)
         rounded = e.to(b.dtype).double()
         a, b, e = a.double(), b.double(), e.double()
@@ -181,10 +187,11 @@ def wrong(ours, theirs, exact, factor):
         share = off / e.abs().clamp(min=info.smallest_normal)
         known = share[finite & share.isfinite()]
         worst = known.max() if len(known) else torch.zeros(())
-        least = torch.where(finite, e.abs(), 0.0).nan_to_num(posinf=0.0).max() * 2.0**-47
+        noise = torch.where(finite, e.abs(), 0.0).nan_to_num(posinf=0.0).max() * 2.0**-47
         few = {2: 1, 4: 4, 8: 32}[like.dtype.itemsize]
-        near = (a - b).abs() <= few * (info.eps * b.abs() + info.smallest_normal) + least
-        as_close = (a - e).abs() <= factor * torch.maximum(off, e.abs() * worst)
+        near = (a - b).abs() <= few * (info.eps * b.abs() + info.smallest_normal) + noise
+        least = off[finite].max() if alike and finite.any() else off.new_zeros(())
+        as_close = (a - e).abs() <= factor * torch.maximum(off, e.abs() * worst).maximum(least)
         nowhere = a.isnan() & (b.isnan() | e.isnan())
         good |= nowhere | (a == rounded) | ((near | as_close) & finite)
     if good.all():
@@ -194,12 +201,12 @@ def wrong(ours, theirs, exact, factor):
     return f"{int((~good).sum())} of {good.numel()}, first at {first}: ours, torch's, exact {shown}"
 
 
-def differences(ours, theirs, exact, factor=8):
+def differences(ours, theirs, exact, factor=8, alike=False):
     """All that is wrong, named: values and gradients by their number."""
     found = []
     for kind in ("values", "gradients"):
         triples = zip(getattr(ours, kind), getattr(theirs, kind), getattr(exact, kind), strict=True)
         for i, triple in enumerate(triples):
-            why = wrong(*triple, factor)
+            why = wrong(*triple, factor, alike)
             found += [f"{kind}[{i}]: {why}"] if why else []
     return found
