@@ -35,6 +35,10 @@ from coda.lowering.epilogue import (
 from coda.lowering.products import factored
 from coda.lowering.values import LEAF, NO_LANE, Ints, Refused, Value, beside, distinct_rows
 
+STAGED = (
+    24  # bytes for each element of a tile, of matrices loaded and stored: what the smallest has
+)
+
 
 @dataclass(frozen=True)
 class Store:
@@ -371,6 +375,8 @@ def assemble(
     store_exprs, sink_exprs = _factored(build, store_exprs, sink_exprs)
     roots = [e for s in (*store_exprs, *sink_exprs) for e in s.lanes]
     statistics, folded = _statistics(build, roots, partial_of)
+    if not space.whole_rows:
+        _check_staged(build, store_exprs)
     used = {int(i) for p in build.packed for i in np.unique(p.source) if i >= 0}
     return Assembled(
         Epilogue(
@@ -387,6 +393,15 @@ def assemble(
         folded,
         {n: space.spread[n] for n in build.nodes if n in space.spread},
     )
+
+
+def _check_staged(build: _Assembly, stores: Sequence[StoreExpr]) -> None:
+    """Raise Refused for more matrices than an epilogue has shared memory for."""
+    loads = [o for o in build.operands.values() if o.kind == "tile"]
+    staged = sum(o.dtype.size * o.lanes for o in loads)
+    staged += sum(s.dtype.size * len(s.lanes) for s in stores)
+    if staged > STAGED * (1 if build.split is None else 2):
+        raise Refused(f"shared memory does not hold {len(loads) + len(stores)} matrices")
 
 
 def _factored(

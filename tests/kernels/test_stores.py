@@ -106,3 +106,29 @@ def test_folds_of_any_number_of_parts(rows, arch):
         grads.append([x.grad for x in leaves])
     for mine, theirs in zip(grads[1], grads[0], strict=True):
         assert relative(mine, theirs.double()) < 6e-3
+
+
+@coda.block
+def many(x: T["M K"], w: T["N K"], a: T["M N", coda.f32]):
+    """More matrices than an epilogue has shared memory for, of any tile."""
+    h = (x @ w.T).cast(coda.f32)
+    return {f"y{i}": h * (i + 1.0) + a for i in range(8)}
+
+
+MANY = {"M": 40, "K": 64, "N": 72}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_an_epilogue_stores_what_shared_memory_holds(arch):
+    program = many.lower(arch, MANY)
+    (gemm,) = program.gemms()
+    assert 4 <= len(gemm.assembled.epilogue.stores) <= 5
+    assert len(program.kernels) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_many_matrices_of_one_product(arch):
+    inputs = random_inputs(many.graph, MANY)
+    with device(arch, checks="raise"):
+        hold(measure(many, many.graph, inputs, "sim", dims=MANY))
