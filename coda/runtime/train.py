@@ -74,6 +74,7 @@ def _compute(plan: Plan, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _record(ctx: Any, plan: Plan, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     """Save what the backward reads."""
     ctx.plan, ctx.leaves = plan, leaves_of(inputs)
+    ctx.block = block_of(plan.handle)  # lives until the backward
     returned = outputs[: len(plan.reached)]
     kept = plan.layout.saved(inputs, outputs)
     ctx.count = len(kept)
