@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from coda.errors import DtypeError
 
@@ -48,7 +49,8 @@ class DType:
         """A number rounded to this type, as torch rounds a number of Python; infinite beyond it."""
         if self.kind != "float":
             return value
-        return torch.tensor(value, dtype=torch.float64).to(self.torch).item()
+        with _disable_current_modes():  # a default device, fake tensors
+            return torch.tensor(value, dtype=torch.float64, device="cpu").to(self.torch).item()
 
     def holds(self, other: DType) -> bool:
         """Whether every value of another type is a value of this one."""
