@@ -374,7 +374,8 @@ class Partition(Drafts):
         """Place a node in a pass over rows after the GEMM `index`, or give it to torch."""
         why = "no kernel computes it"
         for one in self.waiting_folds(node):
-            self.in_rows(one, index)
+            if one not in self.home:  # placed with another
+                self.in_rows(one, index)
         if isinstance(node, Reduce) and self.folds_rows(node):
             index = self.after_rows(node, index)
         elif isinstance(node, Reduce) and self.summed_in_pass(node, index):
