@@ -60,6 +60,7 @@ def take(fn, tensors):
         raise NotTaken("a result that nothing computes")
     try:
         found = import_nodes(calls, results, is_parameter)
+        sizes = _sizes(found)
     except CodaError as e:
         raise NotTaken(e.message) from e
     places = list(gm.graph.find_nodes(op="placeholder"))
@@ -69,7 +70,7 @@ def take(fn, tensors):
         found.graph,
         [places.index(n) for n in found.inputs],
         [found.outputs[n] for n in results],
-        _sizes(found),
+        sizes,
         {n.target for n in calls},
     )
 
