@@ -131,7 +131,7 @@ def test_refused_with_the_line(fn, golden):
 @pytest.mark.parametrize(
     "value",
     [Held().method, Held(), Held, functools.partial(defaults_none), staticmethod(lists), 3],
-    ids=str,
+    ids=("method", "instance", "class", "partial", "staticmethod", "number"),
 )
 def test_what_is_no_function_is_refused(value):
     with pytest.raises(CodaError):
