@@ -35,9 +35,7 @@ from coda.lowering.epilogue import (
 from coda.lowering.products import factored
 from coda.lowering.values import LEAF, NO_LANE, Ints, Refused, Value, beside, distinct_rows
 
-STAGED = (
-    24  # bytes for each element of a tile, of matrices loaded and stored: what the smallest has
-)
+STAGED = 24  # bytes an element that the smallest tile has for matrices loaded and stored
 
 
 @dataclass(frozen=True)
@@ -396,10 +394,13 @@ def assemble(
 
 
 def _check_staged(build: _Assembly, stores: Sequence[StoreExpr]) -> None:
-    """Raise Refused for more matrices than an epilogue has shared memory for."""
+    """Raise Refused for more matrices than an epilogue has shared memory for.
+
+    No kernel has float64: such a Program is laid out as in float32, and is run by the reference.
+    """
     loads = [o for o in build.operands.values() if o.kind == "tile"]
-    staged = sum(o.dtype.size * o.lanes for o in loads)
-    staged += sum(s.dtype.size * len(s.lanes) for s in stores)
+    staged = sum(min(o.dtype.size, f32.size) * o.lanes for o in loads)
+    staged += sum(min(s.dtype.size, f32.size) * len(s.lanes) for s in stores)
     if staged > STAGED * (1 if build.split is None else 2):
         raise Refused(f"shared memory does not hold {len(loads) + len(stores)} matrices")
 
