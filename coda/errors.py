@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 
 _PACKAGE = str(Path(__file__).parent)
 _COMMAND_LINE = str(Path(__file__).parent / "cli.py")
-_SKIPPED = (_PACKAGE, str(Path(torch.__file__).parent), "<string>")
+_SKIPPED = (_PACKAGE, str(Path(torch.__file__).parent), contextlib.__file__, "<string>")
 
 
 @dataclass(frozen=True)

@@ -87,11 +87,11 @@ def test_a_function_that_gives_a_module(capsys):
         (f"{__name__}:nothing", "", "there is no such model"),
         (f"{__name__}:alone", "", "on an example of its arguments"),
         (f"{__name__}:three", "", "gives no module"),
-        ("nowhere/config.json", "", "a configuration cannot be read"),
+        ("nowhere/config.json", "", "the configuration nowhere/config.json cannot be read\n"),
         (f"{__name__}:broken", "M=3", "a model has no dim `M`"),
     ],
 )
 def test_mistakes(capsys, target, dims, message):
     code, out, err = run(capsys, "explain", target, "--dims", dims)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert message in err
