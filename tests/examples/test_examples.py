@@ -142,7 +142,7 @@ def test_launches_and_bytes_of_the_backward(name, arch):
     assert not any(isinstance(k, TorchKernel) for k in (*forward.kernels, *program.kernels))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow)])
 def test_memory_is_traded_for_traffic_in_one_direction(example, arch):
     """From "min" to "speed" more is saved and less time is taken; "min" has more GEMMs."""
     block, dims, *_ = example
@@ -195,6 +195,7 @@ def test_backward_kernels_compile(name, arch):
         assert (one.usage.stack, one.usage.local) == (0, 0), one.kernel
 
 
+@pytest.mark.slow
 def test_the_backward_of_an_mlp_in_the_simulator():
     block = runpy.run_path(str(ROOT / "llama_mlp.py"))["mlp"]
     simulated(block, {"M": 37, "D": 64, "F": 96}, "sm_90a")

@@ -31,7 +31,7 @@ def test_qk_norm_and_interleaved_rope_are_one_kernel_in_training():
     assert [len(s.lanes) for s in gemm.assembled.epilogue.stores] == [2, 2]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow)])
 def test_two_matrices_of_neighbouring_pairs(arch):
     inputs = random_inputs(heads.graph, HEADS)
     with device(arch, checks="raise") as gpu:
@@ -54,7 +54,7 @@ def crowded(x: T["M K"], w: T["N K"], a: T["M N"], b: T["M N"], g: T["N"], r: T[
 
 
 @pytest.mark.parametrize("sizes", [{"M": 300, "N": 328, "K": 64}, {"M": 129, "N": 64, "K": 40}])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [pytest.param("sm_90a", marks=pytest.mark.slow), "sm_100a"])
 def test_sums_over_rows_beside_several_stores(arch, sizes):
     inputs = random_inputs(crowded.graph, sizes)
     assert ("SumInTurn" in crowded.lower(arch, sizes).source()) == (arch == "sm_100a")
@@ -91,7 +91,7 @@ def biases(x: T["M K"], w: T["N K"], b: T["N"], c: T["F N"]):
     return coda.gelu(x @ w.T + b) @ c.T
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rows", [1, 9, 1200])
 def test_folds_of_any_number_of_parts(rows, arch):
     """Fewer parts than warps, as many, and a ragged last round."""

@@ -75,7 +75,7 @@ def check_rows(graph, memory, rows):
     assert backward is None or "M" not in backward.fixed
 
 
-@settings(SETTINGS, max_examples=80)
+@settings(SETTINGS, max_examples=50)
 @given(blocks(), st.sampled_from(MEMORY))
 def test_random_blocks(graph, memory):
     check_rows(graph, memory, 9)
@@ -157,7 +157,9 @@ block rotated(%x: [M, D] f64, %cos: [M, 16] f64, %sin: [M, 16] f64) {
 """
 
 
-@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize(
+    "memory", ["balanced", *(pytest.param(m, marks=pytest.mark.slow) for m in ("min", "speed"))]
+)
 @pytest.mark.parametrize("roots", [("%19", "%3"), ("%18", "%20")], ids=["kernel", "columns"])
 def test_what_stays_of_a_refused_attempt_keeps_its_place(roots, memory):
     """Its kernel (a sigmoid's operand), and the columns of a matrix narrower than the kernel."""

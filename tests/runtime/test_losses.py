@@ -268,7 +268,7 @@ def test_outputs_that_are_saved_are_not_written_over(runs):
         assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("arch", [pytest.param("sm_90a"), pytest.param("sm_100a")])
+@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow)])
 def test_parts_are_freed_one_after_the_other(runs, arch):
     sizes = {"M": 40, "D": 16, "V": 600}
     block = head()
@@ -434,8 +434,21 @@ def test_targets_that_are_no_class():
     assert head()(x, w, y, backend="reference").isnan()
 
 
-@pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("arch", [None, "sm_90a", "sm_100a"])
+@pytest.mark.parametrize(
+    ("arch", "memory"),
+    [
+        (None, "min"),
+        (None, "balanced"),
+        (None, "speed"),
+        ("sm_90a", "balanced"),
+        *(
+            pytest.param(arch, memory, marks=pytest.mark.slow)
+            for arch in ("sm_90a", "sm_100a")
+            for memory in MEMORY
+            if (arch, memory) != ("sm_90a", "balanced")
+        ),
+    ],
+)
 def test_no_tokens_at_all(arch, memory):
     """The mean of nothing is NaN, its sum is 0, and gradients are 0; other sizes are as ever."""
     for reduction in ("mean", "sum", "none"):
