@@ -195,6 +195,8 @@ def test_ragged_sums_with_infinite_factors(arch):
     found, reference, _ = run(ragged_sums, (x, w, r, c), arch)
     for name, y in found.items():
         wrong = differ(y, reference[name], reference[name].abs().double() * 1e-3 + 1e-3)
+        if name == "by_column":  # the sum of a column whose gain is infinite may be NaN
+            wrong &= ~(c.isinf() & y.isnan())
         assert not wrong.any(), (name, y[wrong], reference[name][wrong])
 
 
