@@ -21,6 +21,7 @@ from coda.lowering.epilogue import (
     SinkExpr,
     Stat,
     StoreExpr,
+    conditions,
     held,
     leaves,
 )
@@ -85,9 +86,10 @@ class _Emitter:
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
         self.tables = self.pack_tables()
         self.classes: set[str] = set()
-        # Where much is at hand at a point, several columns of it are more than the registers hold.
+        # Where an element takes many values, several columns of them exceed the registers.
         several = len(self.epilogue.stores) > 1 and any(s.rows for s in self.epilogue.sinks)
-        self.pauses = program.arch == "sm_100a" and (held(self.epilogue) > 5 or several)
+        crowded = held(self.epilogue) + conditions(self.epilogue) > 5
+        self.pauses = program.arch == "sm_100a" and (crowded or several)
         self.masked = self.rows_masked = False
 
     def pack_tables(self) -> tuple[Table, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from coda.ir.scalars import SCALARS
 from coda.ir.types import DType
 
 
@@ -215,6 +216,12 @@ def held(epilogue: Epilogue) -> int:
     """How many values an epilogue has at a point at once: matrices loaded or stored, and sums."""
     tiles = sum(o.kind == "tile" for o in epilogue.operands) + len(epilogue.stores)
     return tiles + sum(s.monoid != "pick" for s in epilogue.sinks)
+
+
+def conditions(epilogue: Epilogue) -> int:
+    """How many conditions an epilogue computes for an element."""
+    lanes = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
+    return sum(SCALARS[c.fn].result == "bool" for c in calls(lanes) if c.fn in SCALARS)
 
 
 def leaves(exprs: Iterable[Expr]) -> set[Expr]:

@@ -226,9 +226,10 @@ class _Products:
         row = [self.atom(f) for f in product.factors if self.is_once(f)]
         element = [self.atom(f) for f in product.factors if not self.is_once(f)]
         number = product.number
+        values = [f.value for f in row if isinstance(f, Literal)]
+        if not element and len(values) == len(row):
+            return Literal(math.prod(values, start=number))
         factors = [_multiplied(row)] if row else []
-        if not (row or element):
-            return Literal(number)
         if abs(number) != 1.0:
             factors = [_multiplied([*row, Literal(number)])]
         whole = _multiplied([*element, *factors])
