@@ -1,6 +1,7 @@
 """Golden texts: what a pass prints, kept beside its test; `--update-golden` writes them anew."""
 
 import os
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,20 @@ def settings_outlive_nothing(cache_directory):
     before = ours()
     yield
     assert ours() == before
+
+
+# Long sweeps take a share that rotates by the day; processes of one run have one seed.
+os.environ.setdefault("CODA_SWEEP_SEED", str(date.today().toordinal()))
+
+
+def pytest_report_header():
+    return f"CODA_SWEEP_SEED={os.environ['CODA_SWEEP_SEED']}"
+
+
+@pytest.fixture(scope="session")
+def sweep_seed():
+    """The number by which a long sweep takes its share; the report's header records it."""
+    return int(os.environ["CODA_SWEEP_SEED"])
 
 
 def pytest_collection_modifyitems(items):
