@@ -89,11 +89,8 @@ def cotangent(value):
     return numbers.reshape(value.shape).to(value.dtype)
 
 
-def of_torch(fn, tensors):
-    """What torch computes."""
-    leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
-    values = fn(*leaves)
-    values = list(values) if isinstance(values, tuple | list) else [values]
+def differentiated(values, leaves):
+    """Values, and the gradients of the leaves that require one."""
     roots = [v for v in values if v.requires_grad]
     wanted = [t for t in leaves if t.requires_grad]
     gradients = [None] * len(wanted)
@@ -101,6 +98,14 @@ def of_torch(fn, tensors):
         given = [cotangent(v) for v in roots]
         gradients = torch.autograd.grad(roots, wanted, given, allow_unused=True)
     return Found([v.detach() for v in values], list(gradients))
+
+
+def of_torch(fn, tensors):
+    """What torch computes."""
+    leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+    values = fn(*leaves)
+    values = list(values) if isinstance(values, tuple | list) else [values]
+    return differentiated(values, leaves)
 
 
 def wide(tensors):
@@ -147,13 +152,7 @@ def of_block(taken, tensors):
     found = list(found.values()) if isinstance(found, dict) else found
     found = [found] if isinstance(found, torch.Tensor) else found
     values = [found[i].permute(o) for i, o in taken.outputs]
-    roots = [v for v in values if v.requires_grad]
-    wanted = [t for t in leaves if t.requires_grad]
-    gradients = [None] * len(wanted)
-    if roots and wanted:
-        ds = [cotangent(v) for v in roots]
-        gradients = torch.autograd.grad(roots, wanted, ds, allow_unused=True)
-    return Found([v.detach() for v in values], list(gradients))
+    return differentiated(values, leaves)
 
 
 def wrong(ours, theirs, exact, factor, alike):
