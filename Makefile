@@ -12,6 +12,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(PYTEST)
 
+# A quarter of the slow tests, another one each day; CODA_SWEEP_SHARES=1 makes it all of them.
 sweep: $(VENV)/ready
 	$(PYTEST) -m slow
 

@@ -1,6 +1,7 @@
 """Golden texts: what a pass prints, kept beside its test; `--update-golden` writes them anew."""
 
 import os
+import zlib
 from datetime import date
 from pathlib import Path
 
@@ -46,22 +47,40 @@ def settings_outlive_nothing(cache_directory):
     assert ours() == before
 
 
-# Long sweeps take a share that rotates by the day; processes of one run have one seed.
+# Sweeps take a share that rotates by the day; all processes of one run have one seed.
 os.environ.setdefault("CODA_SWEEP_SEED", str(date.today().toordinal()))
+os.environ.setdefault("CODA_SWEEP_SHARES", "4")
 
 
 def pytest_report_header():
-    return f"CODA_SWEEP_SEED={os.environ['CODA_SWEEP_SEED']}"
+    return " ".join(f"{k}={os.environ[k]}" for k in ("CODA_SWEEP_SEED", "CODA_SWEEP_SHARES"))
 
 
-@pytest.fixture(scope="session")
-def sweep_seed():
-    """The number by which a long sweep takes its share; the report's header records it."""
-    return int(os.environ["CODA_SWEEP_SEED"])
+def in_share(nodeid):
+    """Whether a slow test is one of this run's share, by its name and the seed."""
+    seed, shares = (int(os.environ[f"CODA_SWEEP_{k}"]) for k in ("SEED", "SHARES"))
+    return zlib.crc32(nodeid.encode()) % shares == seed % shares
 
 
-def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` are skipped where there is no GPU that coda compiles for."""
+def is_named(config, item):
+    """Whether the command line names a test or its file, and not a folder of tests."""
+    return any(
+        item.nodeid.startswith(str(a)) and ".py" in str(a) for a in config.invocation_params.args
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests run by shares; those marked `gpu` are skipped where no GPU can run them.
+
+    A test that the command line names, or whose file it names, always runs.
+    """
+    left_out = [
+        i
+        for i in items
+        if i.get_closest_marker("slow") and not in_share(i.nodeid) and not is_named(config, i)
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [i for i in items if i not in set(left_out)]
     from coda.runtime.run import gpu_arch
 
     missing = [i for i in items if i.get_closest_marker("gpu")]
