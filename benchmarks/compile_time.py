@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from coda.lowering.emit_gemm import emit_gemm
-from coda.lowering.pipeline import lower
-from coda.lowering.program import Config
-from coda.runtime import quack_target
+from coda.kernels.gemm import quack_target
+from coda.kernels.gemm.emit import emit_gemm
+from coda.lowering.compiler import lower
+from coda.lowering.program.program import Config
 from coda.runtime.cache import kernel_directory
 from coda.runtime.dry_run import without_driver
 

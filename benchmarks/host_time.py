@@ -17,9 +17,12 @@ from pathlib import Path
 import quack.gemm_runtime.host
 import torch
 
-from coda.lowering.program import GemmKernel
+from coda.kernels.gemm import quack_target
+from coda.kernels.rowwise import launch as rowwise_target
+from coda.lowering.program.program import GemmKernel
 from coda.measure import random_inputs
-from coda.runtime import kernels, quack_target, rowwise_target, run
+from coda.runtime import call as run
+from coda.runtime import launcher as kernels
 from coda.runtime.dry_run import without_driver
 
 DIMS = {"M": 128, "D": 128, "F": 256, "H": 4, "G": 2, "d": 64}

@@ -10,7 +10,7 @@ from rich.table import Table
 from coda.block import Block
 from coda.frontend.trace import trace
 from coda.ir.types import bf16
-from coda.lowering.pipeline import lower
+from coda.lowering.compiler import lower
 
 ROOT = Path(__file__).parents[1] / "examples"
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 import coda
-from coda.lowering.pipeline import lower
-from coda.lowering.program import Config, GemmKernel
-from coda.lowering.schedule import size_partials
+from coda.lowering.compiler import lower
+from coda.lowering.configure import size_partials
+from coda.lowering.program.program import Config, GemmKernel
 from coda.runtime.compile import captured, compile_kernel, prepare_process
 from coda.runtime.dry_run import without_driver
 from coda.runtime.sass import usage

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from coda.errors import CallError
-from coda.frontend.autocast import autocast_graph, only_multiplied
 from coda.frontend.tensor import Spec
 from coda.frontend.tensor import Tensor as Symbolic
+from coda.frontend.torch_import.autocast import autocast_graph, only_multiplied
 from coda.frontend.trace import call_in_order, declared, trace
 from coda.ir.graph import Graph, walk
 from coda.ir.types import DTYPES, DType, bf16, dtype_of, from_torch
-from coda.lowering.derive import Training, check_memory, derive
+from coda.lowering.algebra.policy import NO_TERMS, Terms
+from coda.lowering.algebra.roles import row_symbols
+from coda.lowering.algebra.training import Training, check_memory, derive
+from coda.lowering.compiler import check_dims, lower
 from coda.lowering.explain import Explanation
 from coda.lowering.explain_training import TrainingExplanation
-from coda.lowering.pipeline import check_dims, lower
-from coda.lowering.program import NO_TERMS, Program, Terms
-from coda.lowering.roles import row_symbols
+from coda.lowering.program.program import Program
 from coda.runtime.bind import arrange, given_sizes
-from coda.runtime.modes import cast_arguments, refuse_transforms
-from coda.runtime.run import (
+from coda.runtime.call import (
     block_of,
     block_op,
     is_plain,
@@ -33,6 +33,7 @@ from coda.runtime.run import (
     run_block,
     target_arch,
 )
+from coda.runtime.modes import cast_arguments, refuse_transforms
 from coda.runtime.sharded import any_sharded, call_sharded
 from coda.runtime.train import train_block
 
@@ -209,8 +210,8 @@ class Block:
         """The outputs: a tensor, a tuple of tensors or a dict, as the function returns them.
 
         Under `torch.autocast` contractions have autocast's type, and losses and statistics are
-        float32, as in torch (`coda/frontend/autocast.py`); types that the block declares stay, and
-        float64 is left alone.
+        float32, as in torch (`coda/frontend/torch_import/autocast.py`); types that the block
+        declares stay, and float64 is left alone.
 
         Args:
             tensors, named: the arguments; inside another block, tensors of that block.

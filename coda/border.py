@@ -24,7 +24,7 @@ from coda.errors import CallError, CodaError, InternalError, TextError, Where
 from coda.ir.graph import walk
 from coda.ir.types import DType
 from coda.runtime import cache
-from coda.sim.kept import refusal
+from coda.sim.host.kept import refusal
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -39,12 +39,12 @@ from coda.border import (
 from coda.doctor import examine
 from coda.errors import CodaError, InternalError
 from coda.ir.types import DType, dtype_of
-from coda.lowering.pipeline import check_dims
-from coda.lowering.program import Program
+from coda.lowering.compiler import check_dims
+from coda.lowering.program.program import Program
 from coda.measure import Report, load_inputs, measure, measure_gradients, random_inputs
 from coda.runtime import cache as kernel_cache
+from coda.runtime.call import choose_backend, target_arch
 from coda.runtime.compile import Compiled, compile_program, show_progress, usage_table
-from coda.runtime.run import choose_backend, target_arch
 from coda.runtime.settings import CACHE_DIR
 
 app = typer.Typer(
@@ -151,7 +151,7 @@ def _explain_model(
         raise CodaError(
             f"a model has no dim `{unknown.pop()}`", found=target, help="--dims B=1,S=2048"
         )
-    from coda.integrations.explain_model import explain_model
+    from coda.integrations.model_report import explain_model
 
     with contextlib.redirect_stdout(sys.stderr):
         found = explain_model(

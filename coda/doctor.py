@@ -13,7 +13,7 @@ from rich.table import Table
 
 import coda
 from coda.errors import CodaError
-from coda.runtime.run import BACKENDS, gpu_arch
+from coda.runtime.call import BACKENDS, gpu_arch
 from coda.runtime.settings import VARIABLES, Variable
 
 TESTED = {

@@ -16,10 +16,10 @@ from coda.block import Block
 from coda.errors import CallError
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Contract, Graph, Input, Node, walk
-from coda.lowering.derive import differentiated
-from coda.lowering.pipeline import check_dims
+from coda.lowering.algebra.training import differentiated
+from coda.lowering.compiler import check_dims
 from coda.runtime.bind import bind_sizes
-from coda.runtime.run import choose_backend
+from coda.runtime.call import choose_backend
 
 
 def random_inputs(graph: Graph, dims: Mapping[str, int], seed: int = 0) -> list[Tensor]:

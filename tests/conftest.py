@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(config, items):
     ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [i for i in items if i not in set(left_out)]
-    from coda.runtime.run import gpu_arch
+    from coda.runtime.call import gpu_arch
 
     missing = [i for i in items if i.get_closest_marker("gpu")]
     if missing and gpu_arch() is None:

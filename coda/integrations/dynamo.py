@@ -24,19 +24,19 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from coda.block import Block
 from coda.errors import CodaError, UnsupportedError
-from coda.frontend.fx import Imported, import_nodes, value_of
-from coda.integrations.pieces import left_alone, pieces, rebuilt
+from coda.frontend.torch_import.importer import Imported, import_nodes, value_of
 from coda.integrations.rebuild import Rebuild
 from coda.integrations.regions import cut, is_parameter, with_all_parts, without_tail
 from coda.integrations.report import GraphReport, RegionReport, count_operators, keep_report
+from coda.integrations.segments import left_alone, pieces, rebuilt
 from coda.integrations.writes import hidden_writes
 from coda.ir.graph import Contract, Graph, walk
 from coda.ir.types import f32
-from coda.lowering.program import TorchKernel
-from coda.lowering.roles import row_symbols
+from coda.lowering.algebra.roles import row_symbols
+from coda.lowering.program.program import TorchKernel
 from coda.runtime import settings
 from coda.runtime.bind import bind_sizes, size_hint
-from coda.runtime.run import choose_backend, gpu_arch
+from coda.runtime.call import choose_backend, gpu_arch
 
 aten = torch.ops.aten
 _blocks: dict[Graph, Block] = {}

@@ -28,7 +28,7 @@ from coda.errors import CallError, UnsupportedError
 from coda.integrations import report as told
 from coda.integrations.dynamo import backend
 from coda.integrations.hooks import know_hooks, knows_hooks
-from coda.integrations.outside import holding
+from coda.integrations.opaque_state import holding
 from coda.integrations.weights import share_alike
 
 _calls: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()

@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from coda.block import Block
-from coda.frontend.aten import VIEWS
-from coda.frontend.fx import Imported
+from coda.frontend.torch_import.aten import VIEWS
+from coda.frontend.torch_import.importer import Imported
 
 aten = torch.ops.aten
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from torch.fx import Graph as FxGraph
 from torch.fx import Node as FxNode
 
-from coda.frontend.aten import VIEWS
-from coda.frontend.fx import value_of, why_not
+from coda.frontend.torch_import.aten import VIEWS
+from coda.frontend.torch_import.importer import value_of, why_not
 from coda.ir.types import from_torch
 
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.fx import Node as FxNode
 
 from coda.block import Block
-from coda.frontend.aten import VIEWS
+from coda.frontend.torch_import.aten import VIEWS
 from coda.integrations.weights import WeightUse, settle
-from coda.lowering.cost import MACHINES
+from coda.lowering.algebra.policy import NO_TERMS
 from coda.lowering.explain import Explanation
-from coda.lowering.program import NO_TERMS, Program
-from coda.runtime.run import target_arch
+from coda.lowering.program.cost import MACHINES
+from coda.lowering.program.program import Program
+from coda.runtime.call import target_arch
 
 
 @dataclass(frozen=True)

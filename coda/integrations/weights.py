@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from coda.ir.graph import Input
-from coda.lowering.program import Program
-from coda.lowering.weights import weight_reads
+from coda.kernels.gemm.weights import weight_reads
+from coda.lowering.program.program import Program
 from coda.runtime.share import share, shared_groups
 
 

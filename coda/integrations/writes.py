@@ -21,7 +21,7 @@ from torch.fx import Node as FxNode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coda.runtime.memo import note_write, version_of
+from coda.runtime.weight_cache import note_write, version_of
 
 WHY = "it writes past autograd"
 

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from coda.errors import Where
 from coda.ir.graph import Node, walk
-from coda.lowering.cost import (
+from coda.kernels.gemm.weights import WeightRead, weight_reads
+from coda.lowering.program.cost import (
     MACHINES,
     Baseline,
     describe,
@@ -29,10 +30,9 @@ from coda.lowering.cost import (
     scalar_flops,
     traffic,
 )
-from coda.lowering.memory import temporary_bytes
-from coda.lowering.program import GemmKernel, Kernel, Program, RowwiseKernel, TorchKernel
-from coda.lowering.show import show_config
-from coda.lowering.weights import WeightRead, weight_reads
+from coda.lowering.program.memory import temporary_bytes
+from coda.lowering.program.program import GemmKernel, Kernel, Program, RowwiseKernel, TorchKernel
+from coda.lowering.program.text import show_config
 
 KINDS: dict[type, str] = {GemmKernel: "gemm", RowwiseKernel: "rows", TorchKernel: "torch"}
 

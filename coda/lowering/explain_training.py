@@ -17,12 +17,12 @@ from rich.table import Table
 
 from coda.ir.dims import product
 from coda.ir.graph import Const, Expand, Graph, Input, Iota, Node, Size, walk
-from coda.ir.vjp import vjp
-from coda.lowering.cost import MACHINES, hbm_bytes, label
+from coda.lowering.algebra.roles import base, row_symbols, weight_nodes
+from coda.lowering.algebra.vjp import vjp
 from coda.lowering.explain import Explanation
-from coda.lowering.memory import temporary_bytes
-from coda.lowering.program import Program
-from coda.lowering.roles import base, row_symbols, weight_nodes
+from coda.lowering.program.cost import MACHINES, hbm_bytes, label
+from coda.lowering.program.memory import temporary_bytes
+from coda.lowering.program.program import Program
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import platformdirs
 
 from coda.runtime import settings
-from coda.sim.kept import discard, refusal
+from coda.sim.host.kept import discard, refusal
 
 PARTS = ("kernels", "objects", "sim")
 LIMIT = 2 << 30  # bytes; the oldest objects go first

@@ -18,16 +18,17 @@ from rich.progress import Progress
 from rich.table import Table
 
 from coda.ir.text import parse, show
-from coda.lowering.emit_gemm import emit_gemm
-from coda.lowering.emit_rowwise import emit_rowwise
-from coda.lowering.memory import held_in
-from coda.lowering.program import GemmKernel, Program, RowwiseKernel, Terms, TorchKernel
-from coda.lowering.row_pieces import is_ragged
-from coda.runtime import quack_target
+from coda.kernels.gemm import quack_target
+from coda.kernels.gemm.emit import emit_gemm
+from coda.kernels.rowwise.emit import emit_rowwise
+from coda.kernels.rowwise.pieces import is_ragged
+from coda.lowering.algebra.policy import Terms
+from coda.lowering.program.memory import held_in
+from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel, TorchKernel
 from coda.runtime.cache import kernel_directory, prune
 from coda.runtime.sass import Usage, usage
 from coda.runtime.workers import run_all
-from coda.sim import kept
+from coda.sim.host import kept
 
 CAPACITY = {"sm_90a": "90", "sm_100a": "100"}
 WORTH_IT = 6  # kernels: a process takes as long to start as four or five do to compile
@@ -124,7 +125,7 @@ def _made(path: Path) -> Path:
 
 def compile_job(job: Job) -> Compiled:
     """Compile one kernel in this process."""
-    from coda.lowering.pipeline import lower
+    from coda.lowering.compiler import lower
 
     program = lower(parse(job.text), dict(job.dims), job.arch, job.frozen, job.terms)
     kernel = next(k for k in program.kernels if k.name == job.kernel)

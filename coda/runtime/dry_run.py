@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from coda.ir.graph import Node
-from coda.lowering.gemm_source import Source
-from coda.lowering.program import GemmKernel, Program, RowwiseKernel
-from coda.lowering.roles import is_turned
-from coda.lowering.schedule import SMS
-from coda.runtime import quack_target
+from coda.kernels.gemm import quack_target
+from coda.kernels.gemm.configs import SMS
+from coda.kernels.gemm.source import Source
+from coda.kernels.rowwise.launch import Rows
+from coda.lowering.algebra.roles import is_turned
+from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel
 from coda.runtime.cache import object_directory
 from coda.runtime.compile import has_padded_rows
-from coda.runtime.kernels import KernelRun, aligned, padded
-from coda.runtime.rowwise_target import Rows
-from coda.sim.hardware import driver_answers, forget_answers
-from coda.sim.patches import Patches
+from coda.runtime.launcher import KernelRun, aligned, padded
+from coda.sim.host.hardware import driver_answers, forget_answers
+from coda.sim.host.patches import Patches
 
 
 def dry_run(program: Program, kernel: GemmKernel | RowwiseKernel) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from coda.ir.graph import Graph, Input, walk
 from coda.ir.types import DType
-from coda.lowering.accumulate import Names, accumulating, siblings
-from coda.lowering.derive import Training
-from coda.lowering.program import Program
+from coda.lowering.algebra.accumulate import Names, accumulating, siblings
+from coda.lowering.algebra.training import Training
+from coda.lowering.program.program import Program
 from coda.runtime import settings
-from coda.runtime.run import (
+from coda.runtime.call import (
     Sizes,
     bind,
     block_of,

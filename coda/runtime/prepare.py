@@ -14,9 +14,9 @@ from torch import Tensor
 
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Node
-from coda.lowering.assemble import Packed, paired_columns
-from coda.lowering.program import GemmKernel, Program
-from coda.lowering.roles import as_stored, stacked
+from coda.lowering.algebra.roles import as_stored, stacked
+from coda.lowering.program.body import Packed, paired_columns
+from coda.lowering.program.program import GemmKernel, Program
 
 
 def together(program: Program, tensors: Mapping[Node, Tensor]) -> dict[Node, Tensor]:

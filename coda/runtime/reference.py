@@ -18,8 +18,9 @@ from coda.ir.evaluate import evaluate, pick
 from coda.ir.graph import Node, Size
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
-from coda.lowering.assemble import Assembled
-from coda.lowering.epilogue import (
+from coda.lowering.algebra.roles import is_view
+from coda.lowering.program.body import Assembled
+from coda.lowering.program.epilogue import (
     Acc,
     Call,
     Epilogue,
@@ -33,8 +34,7 @@ from coda.lowering.epilogue import (
     Statistic,
     StoreExpr,
 )
-from coda.lowering.program import GemmKernel, Program, RowwiseKernel, TorchKernel
-from coda.lowering.roles import is_view
+from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel, TorchKernel
 from coda.runtime.prepare import (
     folded_weights,
     packed_row,

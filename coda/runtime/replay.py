@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coda.runtime.memo import Place, Witness
-from coda.runtime.straight import Buffer, Event, Replay, Step, View
+from coda.runtime.replay_code import Buffer, Event, Replay, Step, View
+from coda.runtime.weight_cache import Place, Witness
 
 LIMIT = 1024  # replays kept for one program: layers, and shapes that alternate
 

@@ -27,7 +27,7 @@ from coda.ir.sharding import (
     candidates,
     share,
 )
-from coda.lowering.cost import describe
+from coda.lowering.program.cost import describe
 from coda.runtime.bind import bind_sizes
 from coda.runtime.modes import opaque
 

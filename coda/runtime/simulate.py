@@ -8,10 +8,11 @@ from torch import Tensor
 
 from coda import sim
 from coda.errors import ArchError
-from coda.lowering.program import Program
-from coda.runtime import quack_target, settings
+from coda.kernels.gemm import quack_target
+from coda.lowering.program.program import Program
+from coda.runtime import settings
 from coda.runtime.cache import simulator_directory
-from coda.runtime.kernels import KernelRun
+from coda.runtime.launcher import KernelRun
 
 
 def device(arch: str, **options: object) -> sim.Device:

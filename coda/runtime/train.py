@@ -15,14 +15,14 @@ from torch import Tensor
 from coda.errors import UnsupportedError
 from coda.ir.graph import Graph
 from coda.ir.types import DTYPES, DType
-from coda.lowering.derive import Training
-from coda.lowering.program import Program
+from coda.lowering.algebra.training import Training
+from coda.lowering.program.program import Program
 from coda.runtime.accumulate import add, in_kernels, joined, kept_gradients, leaves_of
 from coda.runtime.bind import size_hint
+from coda.runtime.call import Sizes, apart, bind, block_of, execute, memory_of, needs_dispatch
+from coda.runtime.donation import alone, given_up
 from coda.runtime.modes import is_transformed, opaque, refuse_vmap
 from coda.runtime.plan import Layout, Plan, make_plan, plan_of, wanted_names
-from coda.runtime.run import Sizes, apart, bind, block_of, execute, memory_of, needs_dispatch
-from coda.runtime.spare import alone, given_up
 
 
 def train_block(

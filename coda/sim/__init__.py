@@ -1,7 +1,7 @@
 """A simulated Hopper or Blackwell GPU: runs the PTX of a CuTe DSL launch, finds its bugs."""
 
-from coda.sim.device import Device, active, device
-from coda.sim.report import Launched, Report
+from coda.sim.host.device import Device, active, device
+from coda.sim.host.report import Launched, Report
 from coda.sim.types import (
     CHECK_KINDS,
     CheckFailed,

@@ -15,26 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coda.sim.agents import Agents
-from coda.sim.atomics import Atomics
-from coda.sim.barriers import Mbarriers, Waiter
-from coda.sim.blas import one_blas_thread
-from coda.sim.copies import Copies
-from coda.sim.decoded import Decoded, decode
-from coda.sim.grid import Grid
-from coda.sim.joins import Joins
-from coda.sim.lanes import all_lanes, count_true, lowest, spread
-from coda.sim.launch_control import LaunchControl
-from coda.sim.matrices import Matrices
-from coda.sim.memory import Generic, Global, Shared
-from coda.sim.named import ClusterBarriers, NamedBarriers
-from coda.sim.observe import Observer, attach
-from coda.sim.ptx import Instruction
-from coda.sim.registers import Files, special_registers
-from coda.sim.stuck import deadlock, livelock
-from coda.sim.tensor import Tensor
-from coda.sim.tensor_memory import TensorMemory
-from coda.sim.transfers import Transfers
+from coda.sim.checks.observe import Observer, attach
+from coda.sim.ptx.decoded import Decoded, decode
+from coda.sim.ptx.parse import Instruction
+from coda.sim.tensorcore.tensor import Tensor
+from coda.sim.tensorcore.tensor_memory import TensorMemory
 from coda.sim.types import (
     Allocations,
     CheckFailed,
@@ -45,6 +30,21 @@ from coda.sim.types import (
     Options,
     SimError,
 )
+from coda.sim.units.agents import Agents
+from coda.sim.units.atomics import Atomics
+from coda.sim.units.barriers import Mbarriers, Waiter
+from coda.sim.units.blas import one_blas_thread
+from coda.sim.units.copies import Copies
+from coda.sim.units.grid import Grid
+from coda.sim.units.joins import Joins
+from coda.sim.units.lanes import all_lanes, count_true, lowest, spread
+from coda.sim.units.launch_control import LaunchControl
+from coda.sim.units.matrices import Matrices
+from coda.sim.units.memory import Generic, Global, Shared
+from coda.sim.units.named import ClusterBarriers, NamedBarriers
+from coda.sim.units.registers import Files, special_registers
+from coda.sim.units.stuck import deadlock, livelock
+from coda.sim.units.transfers import Transfers
 
 Array = NDArray[Any]
 SPIN = 1 << 20  # added to the block of a warp that has looked at memory others may change

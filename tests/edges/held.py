@@ -7,12 +7,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from coda.block import Block
 from coda.errors import CodaError
-from coda.frontend.fx import import_nodes, value_of, why_not
+from coda.frontend.torch_import.importer import import_nodes, value_of, why_not
 from coda.integrations.dynamo import _sizes
 from coda.integrations.regions import is_parameter
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Graph, Input
-from coda.ir.vjp import vjp
+from coda.lowering.algebra.vjp import vjp
 
 _blocks: dict[Graph, Block] = {}
 _joint: dict[Graph, tuple[dict, dict]] = {}

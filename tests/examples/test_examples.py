@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from coda.ir.evaluate import evaluate
-from coda.lowering.accumulate import accumulating, siblings
-from coda.lowering.cost import hbm_bytes, kernel_seconds
-from coda.lowering.derive import derive
+from coda.lowering.algebra.accumulate import accumulating, siblings
+from coda.lowering.algebra.training import derive
+from coda.lowering.compiler import lower
 from coda.lowering.explain_training import TrainingExplanation
-from coda.lowering.pipeline import lower
-from coda.lowering.program import GemmKernel, TorchKernel
+from coda.lowering.program.cost import hbm_bytes, kernel_seconds
+from coda.lowering.program.program import GemmKernel, TorchKernel
 from coda.measure import measure, random_inputs, relative
 from coda.runtime.compile import compile_program
 

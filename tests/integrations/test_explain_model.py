@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from coda.lowering import pipeline
+from coda.lowering import compiler as pipeline
 from tests.integrations.zoo import FAMILIES
 from tests.test_cli import run
 

@@ -8,7 +8,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from coda.frontend.fx import import_nodes, value_of, why_not
+from coda.frontend.torch_import.importer import import_nodes, value_of, why_not
 from coda.integrations.dynamo import _sizes
 from coda.integrations.regions import is_parameter
 from coda.ir.dims import Dim

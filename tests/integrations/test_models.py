@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 
 import coda
 from coda.ir.graph import Concat
-from coda.lowering.program import TorchKernel
+from coda.lowering.program.program import TorchKernel
 from tests.integrations.zoo import FAMILIES, arguments, build, distance, overall, step
 
 QUICK = ("Llama",)

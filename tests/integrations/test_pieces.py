@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import coda
-from coda.integrations import pieces
+from coda.integrations import segments as pieces
 from tests.integrations.zoo import distance
 
 X = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(2))

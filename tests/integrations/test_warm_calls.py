@@ -8,8 +8,9 @@ from torch._dynamo.utils import counters
 
 import coda
 from coda.integrations import dynamo
-from coda.integrations.outside import hold, keeps_state
-from coda.runtime import plan, run
+from coda.integrations.opaque_state import hold, keeps_state
+from coda.runtime import call as run
+from coda.runtime import plan
 from tests.integrations.zoo import arguments, build, distance
 
 PROMPT = torch.randint(1, 128, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -30,9 +31,11 @@ def compiled():
 @pytest.fixture
 def void(monkeypatch):
     """Kernels are neither compiled nor launched; what is done around them is counted."""
-    from coda.runtime import kernels, quack_target, rowwise_target
-    from coda.runtime.memo import Memo
+    from coda.kernels.gemm import quack_target
+    from coda.kernels.rowwise import launch as rowwise_target
+    from coda.runtime import launcher as kernels
     from coda.runtime.replay import Replays, Step
+    from coda.runtime.weight_cache import Memo
 
     counts = Counter()
     monkeypatch.setattr(run, "_calls", {})  # nothing that other tests have compiled

@@ -7,7 +7,7 @@ from torch import nn
 
 import coda
 from coda.integrations.report import forget_report
-from coda.runtime.memo import Memo, note_write
+from coda.runtime.weight_cache import Memo, note_write
 
 
 class Base(nn.Module):

@@ -6,7 +6,7 @@ import coda
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Input, walk
 from coda.ir.types import f64
-from coda.ir.vjp import vjp
+from coda.lowering.algebra.vjp import vjp
 
 T = coda.Tensor
 SIZES = {"M": 5, "d": 4}

@@ -32,7 +32,7 @@ from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
 from coda.ir.text import parse, show
 from coda.ir.types import bool_, f64, i64
-from coda.ir.vjp import vjp
+from coda.lowering.algebra.vjp import vjp
 from coda.measure import random_inputs
 from tests.lowering.test_random_blocks import SETTINGS, SIZES, blocks, values
 

@@ -13,7 +13,7 @@ from coda.ir.graph import Reduce
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DTYPES
-from coda.ir.vjp import _Term
+from coda.lowering.algebra.vjp import _Term
 from tests.kernels.edges import differ, pairs, rows_of_edges, run
 from tests.kernels.test_kernels import ARCHS
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import coda
-from coda.runtime.kernels import aligned, run_kernels
-from coda.runtime.memo import Memo
-from coda.runtime.rowwise_target import is_padded
+from coda.kernels.rowwise.launch import is_padded
+from coda.runtime.launcher import aligned, run_kernels
 from coda.runtime.simulate import device
+from coda.runtime.weight_cache import Memo
 from tests.kernels.edges import differ, sizes_of
 
 T = coda.Tensor

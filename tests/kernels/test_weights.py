@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import coda
-from coda.lowering import emit_gemm, schedule
-from coda.lowering.program import Config
-from coda.lowering.weights import halves, weight_reads
+from coda.kernels.gemm import configs
+from coda.kernels.gemm import emit as emit_gemm
+from coda.kernels.gemm.weights import halves, weight_reads
+from coda.lowering.program.program import Config
 from coda.measure import random_inputs
-from coda.runtime import kernels
-from coda.runtime.kernels import KernelRun, gemm_of
+from coda.runtime import launcher as kernels
+from coda.runtime.launcher import KernelRun, gemm_of
 from coda.runtime.prepare import one_below_another
 from coda.runtime.simulate import device, run_simulated
 
@@ -86,7 +87,7 @@ def run(program, inputs):
 @pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("make", "sizes", "tile"), CASES)
 def test_rows_in_pairs_by_layout_are_those_of_a_copy(make, sizes, tile, arch, monkeypatch):
-    monkeypatch.setitem(schedule.CONFIGS, arch, schedule.CONFIGS[arch][tile : tile + 1])
+    monkeypatch.setitem(configs.CONFIGS, arch, configs.CONFIGS[arch][tile : tile + 1])
     program, copying = (make().lower(arch, sizes) for _ in range(2))
     inputs = random_inputs(program.graph, sizes)
     (gemm,) = program.gemms()
@@ -131,7 +132,7 @@ def test_weights_in_one_buffer_are_not_copied_and_changes_are_seen(arch, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_partners_that_tiles_do_not_divide_are_copied(arch, monkeypatch):
-    monkeypatch.setitem(schedule.CONFIGS, arch, schedule.CONFIGS[arch][1:2])
+    monkeypatch.setitem(configs.CONFIGS, arch, configs.CONFIGS[arch][1:2])
     sizes = {"M": 200, "D": 128, "H": 3, "d": 192}
     block = gated_in_heads()
     program = block.lower(arch, sizes)

@@ -12,9 +12,9 @@ from coda.block import Block
 from coda.ir.evaluate import evaluate
 from coda.ir.text import parse
 from coda.ir.types import f64
-from coda.lowering.derive import MEMORY, derive
-from coda.lowering.pipeline import lower
-from coda.lowering.program import TorchKernel
+from coda.lowering.algebra.training import MEMORY, derive
+from coda.lowering.compiler import lower
+from coda.lowering.program.program import TorchKernel
 from coda.measure import random_inputs
 from coda.runtime.reference import run_reference
 from tests.lowering.test_random_blocks import SETTINGS, SIZES, blocks, values

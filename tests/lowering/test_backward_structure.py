@@ -8,9 +8,9 @@ import torch
 
 import coda
 from coda.ir.graph import Input
-from coda.lowering.derive import derive
-from coda.lowering.pipeline import lower
-from coda.lowering.program import GemmKernel, RowwiseKernel, TorchKernel
+from coda.lowering.algebra.training import derive
+from coda.lowering.compiler import lower
+from coda.lowering.program.program import GemmKernel, RowwiseKernel, TorchKernel
 from coda.runtime.reference import run_reference
 
 ROOT = Path(__file__).parents[2] / "examples"

@@ -7,14 +7,14 @@ from hypothesis import given
 
 from coda.errors import UnsupportedError
 from coda.ir.types import bf16, f32
-from coda.lowering.emit_epilogue import safe
-from coda.lowering.emit_gemm import emit_gemm
-from coda.lowering.emit_rowwise import emit_rowwise
-from coda.lowering.epilogue import Acc, Call, Literal, Load, Operand
-from coda.lowering.pipeline import lower
-from coda.lowering.program import Config, GemmKernel, RowwiseKernel
-from coda.lowering.ragged import vanishes
-from coda.lowering.schedule import CONFIGS, legal
+from coda.kernels.gemm.configs import CONFIGS, legal
+from coda.kernels.gemm.emit import emit_gemm
+from coda.kernels.gemm.ragged import vanishes
+from coda.kernels.lines import safe
+from coda.kernels.rowwise.emit import emit_rowwise
+from coda.lowering.compiler import lower
+from coda.lowering.program.epilogue import Acc, Call, Literal, Load, Operand
+from coda.lowering.program.program import Config, GemmKernel, RowwiseKernel
 from tests.lowering.test_random_blocks import SETTINGS, SIZES, blocks
 
 ROW, COL = Load("row"), Load("col")

@@ -4,8 +4,8 @@ import runpy
 from pathlib import Path
 
 import coda
-from coda.lowering.cost import hbm_bytes
 from coda.lowering.explain_training import TrainingExplanation
+from coda.lowering.program.cost import hbm_bytes
 
 ROOT = Path(__file__).parents[2] / "examples"
 T = coda.Tensor

@@ -9,8 +9,8 @@ import coda
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Graph, Input, Reduce, walk
 from coda.ir.types import bf16, f16, f32, f64
-from coda.lowering.compared import compared, is_exact
-from coda.lowering.derive import MEMORY, derive
+from coda.lowering.algebra.compared import compared, is_exact
+from coda.lowering.algebra.training import MEMORY, derive
 from coda.measure import random_inputs, relative
 from coda.runtime.simulate import device
 from tests.lowering.test_random_blocks import SETTINGS, SIZES, Author, D, E, M

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from coda.ir.text import show
-from coda.lowering.pipeline import lower
+from coda.lowering.compiler import lower
 
 ROOT = Path(__file__).parents[2] / "examples"
 SMALL = {"M": 256, "D": 128, "F": 512, "H": 4, "G": 2, "d": 32, "V": 1000}

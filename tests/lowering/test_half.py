@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import coda
 from coda.ir.types import bf16, f16, f32, f64
-from coda.lowering.derive import MEMORY
+from coda.lowering.algebra.training import MEMORY
 from coda.measure import relative
 from coda.runtime.simulate import device
 

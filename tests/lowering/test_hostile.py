@@ -5,7 +5,7 @@ import torch
 
 import coda
 from coda.ir.evaluate import evaluate
-from coda.lowering.pipeline import lower
+from coda.lowering.compiler import lower
 from coda.measure import random_inputs, relative
 from coda.runtime.reference import run_reference
 

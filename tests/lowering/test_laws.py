@@ -9,8 +9,8 @@ from coda.ir.dims import Dim
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Input, Map, Node, walk
 from coda.ir.types import bf16, f32
-from coda.lowering.laws import EXCHANGES, LAWS
-from coda.lowering.rewrite import Law, rewrite
+from coda.lowering.algebra.laws import EXCHANGES, LAWS
+from coda.lowering.algebra.rewrite import Law, rewrite
 
 SIZES = (1, 2, 3, 7, 16, 31)
 

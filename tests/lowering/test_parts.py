@@ -11,10 +11,10 @@ from coda.ir.dims import Dim
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Contract, Graph, Input, Iota, Map, Reduce, Slice, walk
 from coda.ir.types import f64
-from coda.lowering import parts
-from coda.lowering.derive import derive
-from coda.lowering.parts import in_parts, part_columns
-from coda.lowering.pipeline import lower
+from coda.lowering.algebra import chunk as parts
+from coda.lowering.algebra.chunk import in_parts, part_columns
+from coda.lowering.algebra.training import derive
+from coda.lowering.compiler import lower
 from coda.runtime.reference import run_reference
 from tests.lowering.test_random_blocks import SETTINGS, SIZES, blocks, values
 

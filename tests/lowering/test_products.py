@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coda.ir.scalars import SCALARS
-from coda.lowering.epilogue import Acc, Call, Literal, Load, calls
-from coda.lowering.products import factored, work
+from coda.lowering.program.epilogue import Acc, Call, Literal, Load, calls
+from coda.lowering.program.factor import factored, work
 
 X, Y, G = Load("x"), Load("y"), Acc()  # of each element
 R, S = Load("r"), Load("s")  # one a row

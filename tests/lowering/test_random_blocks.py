@@ -11,7 +11,7 @@ from coda.ir.dims import Dim
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Graph, Input
 from coda.ir.types import f64
-from coda.lowering.pipeline import lower
+from coda.lowering.compiler import lower
 from coda.runtime.reference import run_reference
 
 SIZES = {"M": 5, "D": 64, "E": 96}

@@ -8,10 +8,11 @@ import torch
 
 import coda
 from coda.ir.evaluate import evaluate
-from coda.lowering.derive import MEMORY, derive
-from coda.lowering.memory import writes
-from coda.lowering.pipeline import lower
-from coda.lowering.program import NO_TERMS, RowwiseKernel, TorchKernel
+from coda.lowering.algebra.policy import NO_TERMS
+from coda.lowering.algebra.training import MEMORY, derive
+from coda.lowering.compiler import lower
+from coda.lowering.program.memory import writes
+from coda.lowering.program.program import RowwiseKernel, TorchKernel
 from coda.runtime.reference import run_reference
 from coda.runtime.simulate import run_simulated
 

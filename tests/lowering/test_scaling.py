@@ -11,9 +11,9 @@ from coda.ir.dims import Dim
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Const, Contract, Graph, Input, Map
 from coda.ir.types import bf16, f32
-from coda.lowering import pipeline
-from coda.lowering.derive import derive
-from coda.lowering.pipeline import lower
+from coda.lowering import compiler as pipeline
+from coda.lowering.algebra.training import derive
+from coda.lowering.compiler import lower
 from coda.runtime.reference import run_reference
 
 DIMS = {"M": 256, "D": 128, "F": 192}

@@ -5,9 +5,9 @@ import torch
 
 import coda
 from coda.ir.evaluate import evaluate
-from coda.lowering.cost import operand_bytes
-from coda.lowering.pipeline import lower
-from coda.lowering.program import GemmKernel, TorchKernel
+from coda.lowering.compiler import lower
+from coda.lowering.program.cost import operand_bytes
+from coda.lowering.program.program import GemmKernel, TorchKernel
 from coda.measure import random_inputs
 from coda.runtime.reference import run_reference
 

@@ -5,8 +5,8 @@ import torch
 
 import coda
 from coda.ir.evaluate import evaluate
-from coda.lowering.pipeline import lower
-from coda.lowering.program import TorchKernel
+from coda.lowering.compiler import lower
+from coda.lowering.program.program import TorchKernel
 from coda.measure import random_inputs, relative
 from coda.runtime.reference import run_reference
 

@@ -6,9 +6,9 @@ import pytest
 
 from coda.errors import InternalError
 from coda.ir.text import parse
-from coda.lowering.pipeline import lower
-from coda.lowering.program import RowwiseKernel
-from coda.lowering.verify import verify_program
+from coda.lowering.compiler import lower
+from coda.lowering.program.program import RowwiseKernel
+from coda.lowering.program.verify import verify_program
 
 GATED = """
 block gated(%x: [M, 64] bf16, %w: [64, 64] bf16, %v: [64, 64] bf16, %g: [64] bf16) {

@@ -8,7 +8,7 @@ import torch
 
 import coda
 from coda.ir.graph import Concat
-from coda.lowering.weights import halves, siblings, weight_reads
+from coda.kernels.gemm.weights import halves, siblings, weight_reads
 from coda.runtime.prepare import one_below_another
 
 T = coda.Tensor

@@ -5,13 +5,13 @@ import torch
 
 import coda
 from coda.ir.types import bf16, f32
-from coda.lowering.accumulate import accumulating, siblings
-from coda.lowering.cost import hbm_bytes
-from coda.lowering.derive import derive
-from coda.lowering.pipeline import lower
+from coda.lowering.algebra.accumulate import accumulating, siblings
+from coda.lowering.algebra.training import derive
+from coda.lowering.compiler import lower
+from coda.lowering.program.cost import hbm_bytes
 from coda.measure import random_inputs, relative
 from coda.runtime import accumulate as module
-from coda.runtime import run
+from coda.runtime import call as run
 from coda.runtime import train as train_module
 from coda.runtime.accumulate import joined
 from coda.runtime.simulate import device

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coda.errors import CallError
-from coda.runtime.quack_target import check_alignment
+from coda.kernels.gemm.quack_target import check_alignment
 
 
 def test_rows_that_are_not_a_multiple_of_16_bytes_apart():

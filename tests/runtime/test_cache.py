@@ -16,7 +16,7 @@ COMPILE = textwrap.dedent(
     """
     import sys, time
     import coda
-    from coda.lowering.program import NO_TERMS
+    from coda.lowering.algebra.policy import NO_TERMS
     from coda.runtime.compile import Job, compile_job, prepare_process
 
     TEXT = '''

@@ -11,9 +11,10 @@ import warnings
 import pytest
 
 from coda import sim
-from coda.runtime import cache, quack_target
-from coda.sim import kept
-from coda.sim import launch as shims
+from coda.kernels.gemm import quack_target
+from coda.runtime import cache
+from coda.sim.host import kept
+from coda.sim.host import launch as shims
 
 
 def bend(path):

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 import coda
 from coda.errors import CodaError
-from coda.lowering.derive import MEMORY
-from coda.lowering.epilogue import calls
-from coda.lowering.memory import temporary_bytes
-from coda.lowering.program import GemmKernel, TorchKernel
-from coda.runtime import kernels
+from coda.lowering.algebra.training import MEMORY
+from coda.lowering.program.epilogue import calls
+from coda.lowering.program.memory import temporary_bytes
+from coda.lowering.program.program import GemmKernel, TorchKernel
+from coda.runtime import launcher as kernels
 from coda.runtime.simulate import device
 
 T = coda.Tensor

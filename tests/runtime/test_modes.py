@@ -13,8 +13,8 @@ import coda
 from coda.errors import CallError, UnsupportedError
 from coda.ir.graph import Input, walk
 from coda.measure import random_inputs
-from coda.runtime.memo import Memo
-from coda.runtime.spare import alone
+from coda.runtime.donation import alone
+from coda.runtime.weight_cache import Memo
 from tests.runtime.test_call import SIZES, mlp, torch_mlp
 
 T = coda.Tensor

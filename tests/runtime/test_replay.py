@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
-from coda.runtime.memo import Memo
 from coda.runtime.replay import Recording, Replays, Step
+from coda.runtime.weight_cache import Memo
 
 
 @pytest.fixture
@@ -179,10 +179,10 @@ def test_what_torch_makes_in_a_call_is_made_again_of_the_new_arguments():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rotated", "modulated"])
 def test_a_replay_with_other_tables_in_the_simulator(name):
-    from coda.lowering.pipeline import lower
+    from coda.kernels.gemm import quack_target
+    from coda.lowering.compiler import lower
     from coda.measure import random_inputs
-    from coda.runtime import quack_target
-    from coda.runtime.kernels import KernelRun
+    from coda.runtime.launcher import KernelRun
     from coda.runtime.reference import run_reference
     from coda.runtime.simulate import device
     from tests.lowering import test_spread

@@ -9,7 +9,7 @@ import torch
 import coda
 from coda.ir.graph import Input
 from coda.measure import random_inputs, relative
-from coda.runtime.run import calls_of
+from coda.runtime.call import calls_of
 from coda.runtime.simulate import device
 from tests.runtime.test_call import SIZES, mlp, torch_mlp
 

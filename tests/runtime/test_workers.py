@@ -12,7 +12,7 @@ from coda.errors import InternalError
 from coda.integrations import dynamo
 from coda.runtime import compile as compiling
 from coda.runtime.workers import run_all
-from coda.sim import kept
+from coda.sim.host import kept
 
 
 def times_two(job):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import coda.sim as sim
-from coda.sim.observe import MAKERS, Observer
+from coda.sim.checks.observe import MAKERS, Observer
 from tests.sim.third_party.cases import Case, compare
 
 Edit = Callable[[str], str]

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coda.sim.alu import TABLE, lookup
-from coda.sim.opcodes import define
+from coda.sim.alu.opcodes import define
+from coda.sim.alu.table import TABLE, lookup
 from tests.sim.scalar import reference
 from tests.sim.scalar.numbers import NAN, decode
 from tests.sim.scalar.samples import array, bits_of, samples, width_of

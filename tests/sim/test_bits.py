@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from coda import sim
-from coda.sim import tcgen05, wgmma
+from coda.sim.tensorcore import tcgen05, wgmma
 from tests.sim import test_tcgen05 as tensor
 from tests.sim import test_wgmma as group
 from tests.sim.kernels import SCHEDULES, kernel, launch

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from threadpoolctl import ThreadpoolController
 
-from coda.sim import Deadlock, blas, machine
+from coda.sim import Deadlock, machine
+from coda.sim.units import blas
 from tests.sim.kernels import kernel, launch
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from coda.sim.counters import conflicts
+from coda.sim.checks.counters import conflicts
 from coda.sim.types import CHECK_KINDS, CheckFailed, Fault, Traffic
 from tests.sim.kernels import kernel, launch
 from tests.sim.test_tma import encode
@@ -374,7 +374,7 @@ def test_bank_conflicts():
 
 
 def test_nothing_is_looked_at_when_nobody_asks(monkeypatch):
-    from coda.sim import checks, counters
+    from coda.sim.checks import checks, counters
 
     def refuse(machine: SimpleNamespace) -> None:
         raise AssertionError("an observer was made")

@@ -16,10 +16,10 @@ from cutlass import cute
 from cutlass.cute.runtime import from_dlpack, make_fake_compact_tensor
 
 import coda.sim as sim
-from coda.sim import launch as shims
+from coda.sim.host import launch as shims
 from coda.sim.types import Finding, Launch, LaunchResult, Traffic
 
-MODULE = sys.modules["coda.sim.device"]
+MODULE = sys.modules["coda.sim.host.device"]
 
 
 @cute.kernel
@@ -220,7 +220,7 @@ def test_everything_is_put_back_after_an_exception(machine):
 
 def test_everything_is_put_back_when_a_device_does_not_start(monkeypatch):
     before = snapshot()
-    hooks = sys.modules["coda.sim.hooks"]
+    hooks = sys.modules["coda.sim.host.hooks"]
     with monkeypatch.context() as patch:
         patch.setattr(hooks, "_libraries", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coda.sim import floats
-from coda.sim.opcodes import f32, f64, u8, u16, u32
+from coda.sim.alu import floats
+from coda.sim.alu.opcodes import f32, f64, u8, u16, u32
 from tests.sim.scalar.numbers import decode, encode, number
 
 OTHERS = {

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coda.sim import mma
+from coda.sim.tensorcore import mma
 from coda.sim.types import Unsupported
 from tests.sim.operands import random_matrix
 

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coda.sim.ptx import Instruction
-from coda.sim.shadow import Events, Shadow
+from coda.sim.checks.shadow import Events, Shadow
+from coda.sim.ptx.parse import Instruction
 
 WARPS, WORDS = 5, 16
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coda.sim import tcgen05
-from coda.sim.tcgen05 import Step, parse_mma
+from coda.sim.tensorcore import tcgen05
+from coda.sim.tensorcore.tcgen05 import Step, parse_mma
 from coda.sim.types import Fault, Unsupported
 from tests.sim.operands import address, offsets, put, random_matrix, size_of
 

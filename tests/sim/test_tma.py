@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coda.sim import tensormap, tma
-from coda.sim.tma import TensorMap
-from coda.sim.tma_reduce import combine, reduce_box
 from coda.sim.types import Fault, Unsupported
+from coda.sim.units import tensormap, tma
+from coda.sim.units.tma import TensorMap
+from coda.sim.units.tma_reduce import combine, reduce_box
 
 CODES = {"u8": 0, "u16": 1, "u32": 2, "s32": 3, "u64": 4, "s64": 5, "f16": 6, "f32": 7}
 CODES |= {"f32.ftz": 8, "f64": 9, "bf16": 10, "b4x16": 11, "b4x16_p64": 12, "b6x16_p32": 13}

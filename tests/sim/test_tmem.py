@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coda.sim import tmem
+from coda.sim.tensorcore import tmem
 from coda.sim.types import Fault, Unsupported
 from tests.sim.operands import put
 

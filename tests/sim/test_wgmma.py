@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coda.sim import wgmma
+from coda.sim.tensorcore import wgmma
+from coda.sim.tensorcore.wgmma import parse_wgmma
 from coda.sim.types import Fault, Unsupported
-from coda.sim.wgmma import parse_wgmma
 from tests.sim.operands import MASKS, address, offsets, put, random_matrix, size_of
 
 SPANS = {0: 0, 128: 1, 64: 2, 32: 3}

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from coda.sim.alu import DTYPE
+from coda.sim.alu.table import DTYPE
 from tests.sim.scalar.numbers import FORMATS
 
 

@@ -1,0 +1,1 @@
+"""Graphs of torch operators (torch.fx, ATen) -> Graphs of primitives."""

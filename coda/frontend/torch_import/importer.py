@@ -1,0 +1,242 @@
+"""Nodes of a torch.fx graph of ATen operators -> a Graph of primitives.
+
+The graph is functional (no operator writes to its arguments) and is taken before autograd and
+before composite operators are taken apart: `linear`, `layer_norm` and
+`scaled_dot_product_attention` are still whole, and gradients are not yet there, so that coda may
+derive its own. That is what `torch._functorch` gives for `pre_dispatch=True` and what
+`torch.export` calls its training form. No module and no name of a layer is looked at.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node as FxNode
+
+from coda.errors import CodaError, UnsupportedError, Where
+from coda.frontend.casts import seen
+from coda.frontend.tensor import Tensor
+from coda.frontend.torch_import import (
+    aten_activations,  # noqa: F401  (they enter their rules)
+    aten_views,  # noqa: F401  (they enter their rules)
+)
+from coda.frontend.torch_import.aten import RULES, VIEWS, Result
+from coda.frontend.torch_import.heads import heads_apart
+from coda.frontend.torch_import.permutations import outward
+from coda.frontend.torch_import.row_axes import canonical, with_row_symbols
+from coda.ir.dims import Dim
+from coda.ir.graph import Graph, Input, Node, Reshape, origin
+from coda.ir.types import from_torch
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A set of fx nodes as a graph.
+
+    Attributes:
+        graph: named `region`, so that equal layers give one graph.
+        inputs: the fx nodes that its arguments stand for, in order.
+        outputs: for each fx node that is returned, the number of the graph's output and the order
+            of axes in which the fx node has them.
+    """
+
+    graph: Graph
+    inputs: tuple[FxNode, ...]
+    outputs: dict[FxNode, tuple[int, tuple[int, ...]]]
+
+
+def value_of(node: FxNode) -> Any:
+    """The fake tensor (or what else) that torch found for a node."""
+    return node.meta.get("val")
+
+
+def dim_of(size: Any) -> Dim:
+    """A size as a dim. Raises UnsupportedError for one that is no polynomial."""
+    if isinstance(size, torch.SymInt):
+        return _polynomial(size.node.expr)
+    return Dim.of(int(size))
+
+
+def _polynomial(expr: Any) -> Dim:
+    if isinstance(expr, sympy.Integer):
+        return Dim.of(int(expr))
+    if isinstance(expr, sympy.Symbol):
+        return Dim.of(str(expr))
+    if isinstance(expr, sympy.Add):
+        return sum((_polynomial(a) for a in expr.args), Dim.of(0))
+    if isinstance(expr, sympy.Mul):
+        total = Dim.of(1)
+        for a in expr.args:
+            total = total * _polynomial(a)
+        return total
+    if isinstance(expr, sympy.Pow) and isinstance(expr.exp, sympy.Integer) and expr.exp > 0:
+        total = Dim.of(1)
+        for _ in range(int(expr.exp)):
+            total = total * _polynomial(expr.base)
+        return total
+    raise UnsupportedError("a size that is no polynomial", found=str(expr))
+
+
+def result_of(value: Any) -> Result:
+    """Shape and element type of a fake tensor. Raises UnsupportedError for what coda has not."""
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    if not isinstance(value, torch.Tensor):
+        raise UnsupportedError("a value that is no tensor", found=type(value).__name__)
+    dtype = from_torch(value.dtype)
+    if (
+        dtype is None
+        or value.layout != torch.strided
+        or (dtype.size == 1 and dtype.kind == "float")
+    ):
+        raise UnsupportedError(f"tensors of {value.dtype}, {value.layout}")
+    if dtype.torch == torch.float64:
+        raise UnsupportedError("float64 is torch's")
+    return Result(tuple(dim_of(s) for s in value.shape), dtype)
+
+
+def place_of(node: FxNode) -> Where | None:
+    """The user's line that an fx node was traced from."""
+    found = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return Where(found[-1][0], int(found[-1][1])) if found else None
+
+
+def apply_rule(node: FxNode, values: Callable[[FxNode], Any]) -> Any:
+    """A node in primitives, of operands in primitives.
+
+    Args:
+        node: a call of an ATen operator, or of `getitem` on a list of results.
+        values: the `Tensor` (or list of them) that stands for an operand.
+
+    Raises:
+        CodaError: where no rule takes it.
+    """
+    args: Any = torch.fx.map_arg(node.args, values)
+    options: Any = torch.fx.map_arg(node.kwargs, values)
+    if node.target is operator.getitem:
+        return args[0][args[1]]
+    if node.target not in RULES:
+        raise UnsupportedError(f"coda has no rule for {node.target}")
+    result = result_of(value_of(node))
+    found = RULES[node.target](result, *args, **options)
+    for tensor in found if isinstance(found, list) else [found]:
+        tensors = tensor if isinstance(found, list) else None
+        if tensors is None and (tensor.shape, tensor.dtype) != (result.shape, result.dtype):
+            raise UnsupportedError(
+                f"{node.target} gives another shape or type",
+                found=f"{tensor} for {result.shape}, {result.dtype}",
+            )
+    return found
+
+
+def why_not(node: FxNode) -> str:
+    """Why coda leaves a node to torch; "" where it has a rule that takes it."""
+    if node.op != "call_function":
+        return f"a {node.op}"
+    if node.target is operator.getitem:
+        source = node.args[0]
+        assert isinstance(source, FxNode)
+        listed = isinstance(value_of(source), tuple | list)
+        return "" if listed and not why_not(source) else "a part of a value that is torch's"
+    try:
+        with origin(place_of(node)):
+            apply_rule(node, lambda n: _argument(n, n.name))
+    except CodaError as e:
+        return e.message
+    except (TypeError, AttributeError, IndexError):
+        return f"coda has no rule for these arguments of {node.target}"
+    return ""
+
+
+def _argument(node: FxNode, name: str) -> Any:
+    value = value_of(node)
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | None):
+        return value
+    found = result_of(value)
+    return Tensor(Input(name, found.shape, found.dtype))
+
+
+def with_fewer_axes(node: FxNode) -> FxNode:
+    """What a view looks at that only adds axes of size 1.
+
+    The layers of a model add them to one table of angles, each anew. As the table itself is the
+    argument of all their blocks, what is packed of it for the first layer serves the others.
+    """
+    while node.op == "call_function" and node.target in VIEWS:
+        source = node.args[0]
+        if not isinstance(source, FxNode) or not isinstance(value_of(source), torch.Tensor):
+            break
+        before, after = value_of(source).shape, value_of(node).shape
+        if len(after) <= len(before) or _wide(before) != _wide(after):
+            break
+        node = source
+    return node
+
+
+def _wide(shape: Iterable[Any]) -> list[Any]:
+    return [d for d in shape if not (isinstance(d, int) and d == 1)]
+
+
+def import_nodes(
+    nodes: Sequence[FxNode], returned: Iterable[FxNode], is_weight: Callable[[FxNode], bool]
+) -> Imported:
+    """Some nodes of a graph in their order, as a graph of primitives.
+
+    Args:
+        nodes: calls for which `why_not` has nothing to say.
+        returned: those whose values are wanted outside.
+        is_weight: whether an operand from outside is a parameter; only names depend on it.
+
+    Raises:
+        CodaError: where they do not fit together.
+    """
+    inside = set(nodes)
+    values: dict[FxNode, Any] = {}
+    inputs: list[FxNode] = []
+
+    def value(node: FxNode) -> Any:
+        source = with_fewer_axes(node)
+        if node not in values and source is not node:
+            shape = result_of(value_of(node)).shape
+            values[node] = Tensor(Reshape(value(source).node, shape))
+        elif node not in values:
+            number = sum(is_weight(i) == is_weight(node) for i in inputs)
+            found = _argument(node, f"{'w' if is_weight(node) else 'x'}{number}")
+            if not isinstance(found, Tensor):
+                return found
+            values[node] = found
+            inputs.append(node)
+        return values[node]
+
+    for node in nodes:
+        for operand in node.all_input_nodes:
+            if operand not in inside:
+                value(operand)
+        with origin(place_of(node)):
+            values[node] = apply_rule(node, value)
+    arguments = tuple(values[n].node for n in inputs)
+    wanted = {n: values[n].node for n in returned}
+    wanted = dict(zip(wanted, seen(list(wanted.values())), strict=True))
+    return _finish(arguments, tuple(inputs), wanted)
+
+
+def _finish(
+    arguments: tuple[Input, ...], inputs: tuple[FxNode, ...], wanted: Mapping[FxNode, Node]
+) -> Imported:
+    """Permutations to the outside, rows named, outputs that are one node returned once."""
+    found = outward(wanted.values())
+    apart = heads_apart([n for n, _ in found])
+    ordered = dict(zip(wanted, zip(apart, [o for _, o in found], strict=True), strict=True))
+    distinct = list(dict.fromkeys(n for n, _ in ordered.values()))
+    names = ["out"] if len(distinct) == 1 else [f"out{i}" for i in range(len(distinct))]
+    graph = Graph("region", arguments, tuple(zip(names, distinct, strict=True)))
+    places = {n: (distinct.index(node), order) for n, (node, order) in ordered.items()}
+    return Imported(canonical(with_row_symbols(graph)), inputs, places)

@@ -1,0 +1,1 @@
+"""The kinds of kernel: how each is emitted as CuTe DSL and launched."""

@@ -1,0 +1,411 @@
+"""Scalar functions for emitted epilogues, over every value that quack hands to one.
+
+A value is a float32, or two of them: `F2` (packed on Blackwell) and `Pair` (two columns). Only
+`+ - *` and negation work on all three by themselves; everything else is taken lane by lane here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint32, Uint64
+from quack.epilogue.math import F2, pack, unpack
+
+__all__ = ["pack", "unpack"]
+_TYPES = {
+    "bf16": cutlass.BFloat16,
+    "f16": cutlass.Float16,
+    "e4m3": cutlass.Float8E4M3FN,
+    "e5m2": cutlass.Float8E5M2,
+}
+_LOG2_E = 1.4426950408889634
+_LN_2 = 0.6931471805599453
+# 2/π in binary, behind two zeros.
+_TWO_OVER_PI = (0x28BE60DB, 0x9391054A, 0x7F09D5F4, 0x7D4D3770, 0x36D8A566, 0x4F10E410)
+_FACTORS = 8  # so many are cheaper than a power, and as exact
+
+
+def lanes(fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn` of scalars, or of each lane of tuples; scalars among tuples are shared."""
+    wide = [a for a in args if isinstance(a, tuple)]
+    if not wide:
+        return fn(*args)
+    low, high = (fn(*(a[i] if isinstance(a, tuple) else a for a in args)) for i in (0, 1))
+    return _like(wide[0], low, high)
+
+
+def _like(a: Any, low: Any, high: Any) -> Any:
+    """Two numbers as a value like another: what was loaded with 16 bits becomes an F2, too."""
+    return (F2 if isinstance(a, F2) else type(a))._make((low, high))
+
+
+def div(a: Any, b: Any) -> Any:
+    """a / b."""
+    return lanes(lambda x, y: x / y, a, b)
+
+
+def recip(a: Any) -> Any:
+    """1 / a, rounded."""
+    return lanes(lambda x: Float32(1.0) / x, a)
+
+
+def rounded_bf16(a: Any) -> Any:
+    """The value that is left after a store in bf16.
+
+    Numbers go by two at once: where the same two are stored, one instruction serves both, and one
+    alone would be converted by the unit for special functions, which has exponentials to take.
+    """
+    low, high = a if isinstance(a, tuple) else (a, a)
+    bits = cute.recast_tensor(_neighbours(low, high, "bf16"), Int32)[0]
+    wide = cute.make_rmem_tensor(2, Int32)
+    wide[0], wide[1] = bits << 16, bits & Int32(-65536)
+    found = cute.recast_tensor(wide, Float32)
+    return _like(a, found[0], found[1]) if isinstance(a, tuple) else found[1]
+
+
+def rounded_f16(a: Any) -> Any:
+    """The value that is left after a store in f16."""
+    return _rounded(a, "f16")
+
+
+def rounded_e4m3(a: Any) -> Any:
+    """The value that is left after a store in e4m3."""
+    return _rounded(a, "e4m3")
+
+
+def rounded_e5m2(a: Any) -> Any:
+    """The value that is left after a store in e5m2.
+
+    It is infinite from 61440 on, where a GPU's conversion gives the largest finite number.
+    """
+    return lanes(_to_infinity, a, _rounded(a, "e5m2"))
+
+
+def _to_infinity(x: Any, rounded: Any) -> Any:
+    beyond = cute.math.abs(x) >= Float32(61440.0)
+    return cutlass.select_(beyond, x * Float32(math.inf), rounded)
+
+
+def byte_e5m2(a: Any) -> Any:
+    """The number of the byte that a value is in e5m2: the upper half of its 16 bits in f16."""
+    return lanes(_upper_half, rounded_e5m2(a))
+
+
+def _upper_half(x: Any) -> Any:
+    pair = cute.make_rmem_tensor(2, cutlass.Float16)
+    pair[0] = pair[1] = Float32(x).to(cutlass.Float16)
+    return Uint32(cute.recast_tensor(pair, Uint32)[0] >> 24).to(Float32)
+
+
+def _rounded(a: Any, to: str) -> Any:
+    return lanes(lambda x: x.to(_TYPES[to]).to(Float32), a)
+
+
+# Casts that the user wrote: to torch's values.
+cast_bf16, cast_f16, cast_e4m3, cast_e5m2 = rounded_bf16, rounded_f16, rounded_e4m3, rounded_e5m2
+
+
+def cast_f32(a: Any) -> Any:
+    """The same value: all are float32."""
+    return a
+
+
+def word(a: Any, b: Any, to: str) -> Any:
+    """Two numbers as the neighbours of 16 bits that a float32 has room for."""
+    return cute.recast_tensor(_neighbours(a, b, to), Float32)[0]
+
+
+def _neighbours(a: Any, b: Any, to: str) -> Any:
+    pair = cute.make_rmem_tensor(2, Float32)
+    pair[0], pair[1] = _f(a), _f(b)
+    narrow = cute.make_rmem_tensor(2, _TYPES[to])
+    narrow.store(pair.load().to(_TYPES[to]))
+    return narrow
+
+
+def square(a: Any) -> Any:
+    """a · a."""
+    return a * a
+
+
+def absolute(a: Any) -> Any:
+    """The absolute value."""
+    return lanes(lambda x: cute.math.abs(x), a)
+
+
+def exp(a: Any) -> Any:
+    """e^a."""
+    return lanes(lambda x: cute.math.exp(x, fastmath=True), a)
+
+
+def exp2(a: Any) -> Any:
+    """2^a."""
+    return lanes(lambda x: cute.math.exp2(x, fastmath=True), a)
+
+
+def log(a: Any) -> Any:
+    """The natural logarithm."""
+    return lanes(lambda x: cute.math.log2(x, approx=True) * _LN_2, a)
+
+
+def _horner(z: Any, *coefficients: float) -> Any:
+    """A polynomial; the coefficient of the highest power comes first."""
+    value = Float32(coefficients[0])
+    for one in coefficients[1:]:
+        value = cute.math.fma(z, value, Float32(one))
+    return value
+
+
+def _power_of_two(n: Any) -> Any:
+    """2^n of a whole number from -126 to 127, by its bits."""
+    bits = cute.make_rmem_tensor(1, Int32)
+    bits[0] = (n.to(Int32) + Int32(127)) << Int32(23)
+    return cute.recast_tensor(bits, Float32)[0]
+
+
+def _expm1(x: Any) -> Any:
+    """2^n (e^r - 1) + (2^n - 1) with |r| <= ln 2 / 2, to 1.6 ulp; above 88 it is e^x.
+
+    r is taken in two parts (Cody and Waite, 1980), e^r - 1 is r + r² P(r), P fitted for float32.
+    """
+    n = cute.math.roundeven(x * Float32(_LOG2_E))
+    r = cute.math.fma(-n, Float32(0.693145751953125), x)
+    r = cute.math.fma(-n, Float32(1.428606765330187e-06), r)
+    p = _horner(r, 1.39337336e-3, 8.36323574e-3, 4.1666463e-2, 1.66665763e-1, 0.5)
+    scale = _power_of_two(n)
+    y = cute.math.fma(scale, cute.math.fma(r * r, p, r), scale - Float32(1.0))
+    y = cutlass.select_(x > Float32(88.0), cute.math.exp(x, fastmath=True), y)
+    return cutlass.select_(x < Float32(-30.0), Float32(-1.0), y)
+
+
+def expm1(a: Any) -> Any:
+    """e^a - 1."""
+    return lanes(_expm1, a)
+
+
+def _log1p(x: Any) -> Any:
+    """2 artanh s with s = x / (2 + x) for -1/2 < x < 1, to 1.3 ulp; elsewhere log(1 + x).
+
+    The sum is taken as in fdlibm (Sun Microsystems, 1993): x - (x²/2 - s (x²/2 + R(s²))).
+    """
+    s = x / (x + Float32(2.0))
+    z, half = s * s, x * x * Float32(0.5)
+    r = z * _horner(z, 0.268782109, 0.282324731, 0.400077194, 0.666666389)
+    near = x - (half - s * (half + r))
+    far = cute.math.log(x + Float32(1.0), fastmath=True)
+    inside = cutlass.select_(x < Float32(1.0), near, far)
+    return cutlass.select_(x > Float32(-0.5), inside, far)
+
+
+def log1p(a: Any) -> Any:
+    """log(1 + a)."""
+    return lanes(_log1p, a)
+
+
+def sqrt(a: Any) -> Any:
+    """The square root."""
+    return lanes(lambda x: cute.math.sqrt(x, approx=True), a)
+
+
+def rsqrt(a: Any) -> Any:
+    """1 / sqrt(a)."""
+    return lanes(lambda x: cute.math.rsqrt(x, approx=True), a)
+
+
+def tanh(a: Any) -> Any:
+    """The hyperbolic tangent."""
+    return lanes(lambda x: cute.math.tanh(x, fastmath=True), a)
+
+
+def sigmoid(a: Any) -> Any:
+    """1 / (1 + e^-a) = (1 + tanh(a / 2)) / 2: one special function."""
+    half = lanes(lambda x: cute.math.tanh(x, fastmath=True), a * 0.5)
+    return half * 0.5 + 0.5
+
+
+def erf(a: Any) -> Any:
+    """The error function."""
+    return lanes(lambda x: cute.math.erf(x), a)
+
+
+def _quarters(x: Any) -> tuple[Any, Any]:
+    """The nearest whole number of quarter turns to x radians, modulo 4, and what is left.
+
+    π/2 is taken away in three parts (Cody and Waite, 1980), which is exact enough to 2²³.
+    """
+    number = cute.math.roundeven(x * Float32(0.6366197723675814))
+    r = cute.math.fma(-number, Float32(1.5707963705062866), x)
+    r = cute.math.fma(-number, Float32(-4.371138828673793e-08), r)
+    r = cute.math.fma(-number, Float32(-1.7151245100058819e-15), r)
+    return number.to(Int32), r
+
+
+def _quarters_of_large(x: Any) -> tuple[Any, Any]:
+    """The same for whole numbers m · 2^shift with m < 2²⁴, after Payne and Hanek (1983).
+
+    Of 2/π only the bits from 2¹ to 2⁻⁶² are multiplied that are left of it after the shift:
+    those above give whole turns.
+    """
+    single = cute.make_rmem_tensor(1, Float32)
+    single[0] = x
+    bits = cute.recast_tensor(single, Uint32)[0]
+    shift = ((bits >> 23) & Uint32(255)) - Uint32(150)
+    words = [Uint32(w) for w in _TWO_OVER_PI]
+    for step in (64, 32):  # words that begin so many bits further on
+        skip, rest = step // 32, len(words) - step // 32
+        far = (shift & Uint32(step)) != Uint32(0)
+        words = [cutlass.select_(far, words[i + skip], words[i]) for i in range(rest)]
+    first, second, third = (Uint64(w) for w in words[:3])
+    by = Uint64(shift & Uint32(31))
+    window = (((first << 32) | second) << by) | ((third << by) >> 32)
+    turns = window * Uint64((bits & Uint32(0x7FFFFF)) | Uint32(0x800000))
+    number = Uint32((turns + Uint64(1 << 61)) >> 62)
+    left = Int64(turns - (Uint64(number) << 62)).to(Float32) * Float32(math.pi / 2**63)
+    below = x < Float32(0.0)
+    number = number.to(Int32)
+    return cutlass.select_(below, -number, number), cutlass.select_(below, -left, left)
+
+
+def _turned(x: Any, quarter: int) -> Any:
+    """sin(x + quarter · π/2), to an error of 2⁻²³, by polynomials for |r| ≤ π/4.
+
+    The polynomials are those of Moshier's Cephes. The library's own function keeps a table for
+    larger arguments in local memory.
+    """
+    near, r = _quarters(x)
+    size = cute.math.abs(x)
+    large = (size >= Float32(2.0**23)) & (size < Float32(math.inf))
+    far, left = _quarters_of_large(x)
+    number = cutlass.select_(large, far, near) + Int32(quarter)
+    r = cutlass.select_(large, left, r)
+    z = r * r
+    s = cute.math.fma(z, Float32(-1.9515295891e-4), Float32(8.3321608736e-3))
+    s = cute.math.fma(z, s, Float32(-1.6666654611e-1))
+    s = cute.math.fma(z * r, s, r)
+    c = cute.math.fma(z, Float32(2.443315711809948e-5), Float32(-1.388731625493765e-3))
+    c = cute.math.fma(z, c, Float32(4.166664568298827e-2))
+    c = cute.math.fma(z * z, c, cute.math.fma(z, Float32(-0.5), Float32(1.0)))
+    y = cutlass.select_((number & Int32(1)) == Int32(1), c, s)
+    return cutlass.select_((number & Int32(2)) == Int32(2), -y, y)
+
+
+def sin(a: Any) -> Any:
+    """The sine of radians."""
+    return lanes(lambda x: _turned(x, 0), a)
+
+
+def cos(a: Any) -> Any:
+    """The cosine of radians."""
+    return lanes(lambda x: _turned(x, 1), a)
+
+
+def power(a: Any, b: Any) -> Any:
+    """a^b as C defines it: a negative `a` has powers of whole `b` alone, and anything^0 is 1.
+
+    Small whole numbers are known when the kernel is written: a few multiplications.
+    """
+    if isinstance(b, int | float) and abs(b) <= _FACTORS and b == int(b):
+        return _product(recip(a) if b < 0 else a, abs(int(b)))
+    return lanes(lambda x, y: cute.math.pow(x, y), _f(a), _f(b))
+
+
+def _product(a: Any, count: int) -> Any:
+    """The product of `count` factors `a`."""
+    if count == 0:
+        return lanes(lambda _: Float32(1.0), a)
+    if count == 1:
+        return a
+    half = _product(a, count // 2)
+    return half * half * a if count % 2 else half * half
+
+
+def _nan_first(x: Any, y: Any, larger: Any) -> Any:
+    return cutlass.select_(x != x, x, cutlass.select_(y != y, y, larger))
+
+
+def maximum(a: Any, b: Any) -> Any:
+    """The larger; NaN if either is."""
+    return lanes(lambda x, y: _nan_first(x, y, cute.arch.fmax(x, y)), _f(a), _f(b))
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """The smaller; NaN if either is."""
+    return lanes(lambda x, y: _nan_first(x, y, cute.arch.fmin(x, y)), _f(a), _f(b))
+
+
+def clamp(a: Any, low: Any, high: Any) -> Any:
+    """min(max(a, low), high); NaN if any is."""
+    a = a if _is_infinite(low) else maximum(a, low)
+    return a if _is_infinite(high) else minimum(a, high)
+
+
+def _is_infinite(bound: Any) -> bool:
+    """Whether a bound is a number that bounds nothing; one that crosses is none that is written."""
+    return isinstance(bound, float) and math.isinf(bound)
+
+
+def _f(a: Any) -> Any:
+    return Float32(a) if isinstance(a, int | float) else a
+
+
+def choose(fn: Callable[[Any, Any], Any], a: Any, b: Any, yes: Any, no: Any) -> Any:
+    """`yes` where fn(a, b) holds, else `no`."""
+    return lanes(lambda x, y, p, q: cutlass.select_(fn(x, y), p, q), _f(a), _f(b), _f(yes), _f(no))
+
+
+def eq(a: Any, b: Any) -> Any:
+    """1.0 where a == b, else 0.0."""
+    return choose(lambda x, y: x == y, a, b, 1.0, 0.0)
+
+
+def ne(a: Any, b: Any) -> Any:
+    """1.0 where a != b, else 0.0."""
+    return choose(lambda x, y: x != y, a, b, 1.0, 0.0)
+
+
+def lt(a: Any, b: Any) -> Any:
+    """1.0 where a < b, else 0.0."""
+    return choose(lambda x, y: x < y, a, b, 1.0, 0.0)
+
+
+def le(a: Any, b: Any) -> Any:
+    """1.0 where a <= b, else 0.0."""
+    return choose(lambda x, y: x <= y, a, b, 1.0, 0.0)
+
+
+def gt(a: Any, b: Any) -> Any:
+    """1.0 where a > b, else 0.0."""
+    return choose(lambda x, y: x > y, a, b, 1.0, 0.0)
+
+
+def ge(a: Any, b: Any) -> Any:
+    """1.0 where a >= b, else 0.0."""
+    return choose(lambda x, y: x >= y, a, b, 1.0, 0.0)
+
+
+def where(condition: Any, yes: Any, no: Any) -> Any:
+    """`yes` where the condition is not 0, else `no`."""
+    return choose(lambda x, y: x != y, condition, 0.0, yes, no)
+
+
+def moments_merge(a: tuple[Any, Any, Any], b: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+    """(count, mean, Σ(x − mean)²) of two parts, after Chan, Golub and LeVeque (1983).
+
+    Means whose difference is no number are weighed instead: that of a part may be infinite.
+    """
+    total = a[0] + b[0]
+    share = b[0] / cute.arch.fmax(total, Float32(1.0))
+    delta = b[1] - a[1]
+    weighed = a[1] * (Float32(1.0) - share) + b[1] * share
+    mean = cutlass.select_(cute.math.abs(delta) < Float32(math.inf), a[1] + delta * share, weighed)
+    return total, mean, a[2] + b[2] + delta * (a[0] * share) * delta
+
+
+def pivot(first: Any, count: int) -> Any:
+    """A row's first value, near which sums lose nothing; 0 where `count` of it are too large."""
+    near = cute.math.abs(first) < Float32(2.0**127 / count)
+    return cutlass.select_(near, first, Float32(0.0))

@@ -1,0 +1,1 @@
+"""GEMMs with an epilogue, whose mainloops are quack's."""

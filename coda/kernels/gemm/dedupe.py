@@ -1,0 +1,64 @@
+"""GEMMs that differ in nothing but names and sizes -> one emitted module for all of them.
+
+The parts of one value are made by the same kernel, on other rows of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from coda.kernels.gemm.weights import halves
+from coda.lowering.program.epilogue import Call, Epilogue, Expr, Load
+from coda.lowering.program.program import GemmKernel, Program
+
+
+def names_of(epilogue: Epilogue) -> list[str]:
+    """The names of operands and buffers, each once, in their order."""
+    written = [x.buffer for x in (*epilogue.stores, *epilogue.sinks)]
+    return list(dict.fromkeys([*(o.name for o in epilogue.operands), *written]))
+
+
+def renamed(epilogue: Epilogue, names: Mapping[str, str]) -> Epilogue:
+    """An epilogue with other names for operands and buffers."""
+    memo: dict[Expr, Expr] = {}
+
+    def expr(one: Expr) -> Expr:
+        if one not in memo:
+            if isinstance(one, Load):
+                memo[one] = replace(one, operand=names[one.operand])
+            elif isinstance(one, Call):
+                memo[one] = Call(one.fn, tuple(map(expr, one.args)))
+            else:
+                memo[one] = one
+        return memo[one]
+
+    def lanes(many: tuple[Expr, ...]) -> tuple[Expr, ...]:
+        return tuple(map(expr, many))
+
+    return Epilogue(
+        epilogue.pair,
+        tuple(replace(o, name=names[o.name]) for o in epilogue.operands),
+        tuple(replace(s, expr=s.expr and expr(s.expr)) for s in epilogue.statistics),
+        tuple(replace(s, buffer=names[s.buffer], lanes=lanes(s.lanes)) for s in epilogue.stores),
+        tuple(replace(s, buffer=names[s.buffer], lanes=lanes(s.lanes)) for s in epilogue.sinks),
+    )
+
+
+def first_alike(program: Program, kernel: GemmKernel) -> tuple[GemmKernel, dict[str, str]]:
+    """The first GEMM of a program that is this one but for names, and its names in this one."""
+    mine = kernel.assembled.epilogue
+    for other in program.gemms():
+        theirs = other.assembled.epilogue
+        names = dict(zip(names_of(theirs), names_of(mine), strict=False))
+        same = len(names_of(theirs)) == len(names_of(mine))
+        same = same and _layout(program, other) == _layout(program, kernel)
+        if same and not mine.sinks and not theirs.sinks and renamed(theirs, names) == mine:
+            return other, names
+    return kernel, {n: n for n in names_of(mine)}
+
+
+def _layout(program: Program, kernel: GemmKernel) -> tuple[int, int]:
+    """How the rows of the weight are read; of pairs, their number is part of it."""
+    split = halves(program, kernel)
+    return split, kernel.problem(program.sizes)[1] if split else 0

@@ -1,0 +1,409 @@
+"""A GEMM kernel -> a Python module: a readable epilogue on quack's `gemm_epilogue`."""
+
+from __future__ import annotations
+
+import hashlib
+
+from coda.errors import UnsupportedError
+from coda.ir.dims import show_shape
+from coda.ir.types import bf16, e4m3, e5m2, f16, f32
+from coda.kernels.gemm.dedupe import first_alike
+from coda.kernels.gemm.ragged import ROWS, vanishes
+from coda.kernels.gemm.source import PAIRS, WHOLE, Source, Table
+from coda.kernels.gemm.weights import halves
+from coda.kernels.lines import Lines, safe, stored
+from coda.lowering.program.body import Assembled
+from coda.lowering.program.cost import label
+from coda.lowering.program.epilogue import (
+    Acc,
+    Call,
+    Epilogue,
+    Expr,
+    Literal,
+    Load,
+    Operand,
+    SinkExpr,
+    Stat,
+    StoreExpr,
+    conditions,
+    held,
+    leaves,
+)
+from coda.lowering.program.program import GemmKernel, Program
+
+COMPILED = {bf16, f16, e4m3, e5m2}
+SINKS = {
+    "sum": "ColVecReduce({0!r})",
+    "mean": "ColVecReduce({0!r})",
+    "logsumexp": "LogSumExp({0!r})",
+    "variance": "Moments({0!r})",
+}
+GROUPS = {"sum": "GroupSum", "mean": "GroupMean"}
+PAUSE = 4  # points, or two columns each, between pauses
+OURS = {
+    "ops": {"GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "PairStore"}
+    | {"Select", "SplitStore"},
+    "ops_sm100": {"Pause", "RowInTurn", "SumInTurn"},
+}
+
+
+def emit_gemm(program: Program, kernel: GemmKernel) -> Source:
+    """The module of a GEMM kernel of a program: that of the first one that is alike."""
+    kinds = {kernel.a.dtype, *(c.rhs.dtype for c in kernel.contracts)}
+    if len(kinds) > 1 or not kinds <= COMPILED:
+        raise UnsupportedError(
+            "a contraction is compiled for operands of one type of 8 or 16 bits",
+            found=", ".join(sorted(str(k) for k in kinds)),
+            help='cast to bf16, or run it on backend="reference"',
+            where=kernel.contracts[0].where,
+        )
+    first, names = first_alike(program, kernel)
+    return _emit(program, first).renamed(names)
+
+
+def _emit(program: Program, kernel: GemmKernel) -> Source:
+    m, n, k = kernel.problem(program.sizes)
+    weights = " | ".join(label(c.rhs, program) for c in kernel.contracts)
+    ragged = n % kernel.config.tile_n != 0
+    head = f"{kernel.name} of {program.graph.name}: {label(kernel.a, program)} @ [{weights}].T"
+    split = halves(program, kernel)
+    rows = (split, n // (2 * split)) if split else None
+    return _Emitter(program, kernel.assembled, ragged, rows).emit(f"{head}, {m}×{n}×{k}.")
+
+
+class _Emitter:
+    def __init__(
+        self,
+        program: Program,
+        assembled: Assembled,
+        ragged: bool,
+        halves: tuple[int, int] | None,
+    ) -> None:
+        self.program, self.assembled, self.ragged = program, assembled, ragged
+        self.halves = halves
+        self.epilogue: Epilogue = assembled.epilogue
+        self.pair = self.epilogue.pair
+        self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
+        self.tables = self.pack_tables()
+        self.classes: set[str] = set()
+        # Where an element takes many values, several columns of them exceed the registers.
+        several = len(self.epilogue.stores) > 1 and any(s.rows for s in self.epilogue.sinks)
+        crowded = held(self.epilogue) + conditions(self.epilogue) > 5
+        self.pauses = program.arch == "sm_100a" and (crowded or several)
+        self.masked = self.rows_masked = False
+
+    def pack_tables(self) -> tuple[Table, ...]:
+        """Periodic operands, two to a table where the points are pairs."""
+        found: list[Table] = []
+        lanes = 2 if self.pair else 1
+        names = [o.name for o in self.epilogue.operands if o.kind == "periodic"]
+        by_period: dict[int, list[str]] = {}
+        for name in names:
+            by_period.setdefault(self.kinds[name].period, []).append(name)
+        for same in by_period.values():
+            for i in range(0, len(same), lanes):
+                found.append(Table(f"table{len(found)}", tuple(same[i : i + lanes]), lanes))
+        return tuple(found)
+
+    # Leaves.
+
+    def leaf(self, expr: Expr) -> str:
+        match expr:
+            case Acc(lane=lane):
+                return f"acc{lane}" if self.pair else "acc"
+            case Load(operand=name, lane=lane):
+                return self.load(self.kinds[name], lane)
+            case Stat(name=name):
+                return f"{name}_0" if self.pair else name
+        raise AssertionError(expr)
+
+    def load(self, operand: Operand, lane: int) -> str:
+        if operand.kind == "periodic":
+            table = next(t for t in self.tables if operand.name in t.operands)
+            return f"{table.name}_{table.operands.index(operand.name)}" if self.pair else table.name
+        if self.pair and operand.kind in ("row", "tile"):
+            return f"{safe(operand.name)}_{lane}"
+        return safe(operand.name)
+
+    def single(self, expr: Expr) -> str:
+        """A leaf of the prepass, where a value is whole: a column, or both of a pair."""
+        match expr:
+            case Acc():
+                return "acc"
+            case Load(operand=name):
+                return safe(name)
+        raise AssertionError(expr)
+
+    # The module.
+
+    def emit(self, head: str) -> Source:
+        body = Lines(self.leaf)
+        returned: list[tuple[str, str]] = []
+        d, outputs = self.stores(body, returned)
+        sinks = self.sinks(body, returned)
+        before = self.prepass()
+        parameters = self.parameters()
+        text = self.module(head, parameters, body, returned, outputs, sinks, before)
+        name = "coda_gemm_" + hashlib.sha256(text.encode()).hexdigest()[:24]
+        passed = {o.name: safe(o.name) for o in self.passed()}
+        numbers = {s.name: s.group for s in self.epilogue.statistics if s.group}
+        numbers |= {"pause": PAUSE} if self.pauses else {}
+        masks = ("inside",) if self.masked else ()
+        rows = ("inside_rows",) if self.rows_masked else ()
+        stored = tuple(outputs)
+        return Source(text, name, d, stored, passed, self.tables, sinks, masks, rows, numbers)
+
+    def passed(self) -> list[Operand]:
+        """Operands that the kernel loads under their own names."""
+        chosen = [s.index for s in self.epilogue.sinks if s.index]
+        used = _loads(self.epilogue)
+        skipped = ("periodic", "partial")
+        return [
+            o
+            for o in self.epilogue.operands
+            if o.kind not in skipped and (o.name in used or o.name not in chosen)
+        ]
+
+    def parameters(self) -> list[str]:
+        names = [safe(o.name) for o in self.passed()]
+        names += [t.name for t in self.tables]
+        names += [s.name for s in self.epilogue.statistics if s.group]
+        names += [safe(s.buffer) for s in self.epilogue.sinks if self.in_turn(s)]
+        names += ["pause"] * self.pauses
+        return names + ["inside"] * self.masked + ["inside_rows"] * self.rows_masked
+
+    def stores(
+        self, body: Lines, returned: list[tuple[str, str]]
+    ) -> tuple[str | None, list[tuple[str, str, int]]]:
+        first, d = self.by_gemm(), None
+        outputs: list[tuple[str, str, int]] = []
+        for store in self.epilogue.stores:
+            values = [stored(v, store.dtype, body.imported) for v in body.assign(store.lanes)]
+            name = safe(store.buffer)
+            if store.split:
+                for lane, value in enumerate(values):
+                    outputs.append((f"{name}_{lane}", store.buffer, lane))
+                    returned.append((f"{name}_{lane}", value))
+                continue
+            if store is first:
+                d = store.buffer
+                returned.insert(0, ("D", self.packed(values)))
+            elif len(values) == 2:
+                body.imported.add("word")
+                outputs.append((name, store.buffer, PAIRS))
+                returned.append((name, f"word({', '.join(values)}, {store.dtype.name!r})"))
+            else:
+                outputs.append((name, store.buffer, WHOLE))
+                returned.append((name, values[0]))
+        return d, outputs
+
+    def by_gemm(self) -> StoreExpr | None:
+        """The store that is the GEMM's own: of whole rows, and if it can be of 32 bits or of 8."""
+        whole = [s for s in self.epilogue.stores if len(s.lanes) == 1 + self.pair and not s.split]
+        odd = [s for s in whole if self.pair and s.dtype.size != 2]
+        return next(iter(odd or whole), None)
+
+    def packed(self, values: list[str]) -> str:
+        """One value, or both of a pair."""
+        return f"pack({', '.join(values)})" if len(values) == 2 else values[0]
+
+    def sinks(self, body: Lines, returned: list[tuple[str, str]]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for sink in self.epilogue.sinks:
+            exprs = [self.inside(sink, e) for e in sink.lanes]
+            values = body.assign(exprs)
+            if self.pair and len(values) == 1:
+                values.append("0.0" if sink.monoid in ("sum", "mean") else values[0])
+            value = f"pack({', '.join(values)})" if self.pair else values[0]
+            found[safe(sink.buffer)] = sink.buffer
+            if self.in_turn(sink):
+                body.lines.append(f"{safe(sink.buffer)}({value})")
+                continue
+            returned.append((safe(sink.buffer), value))
+        return found
+
+    def in_turn(self, sink: SinkExpr) -> bool:
+        """Whether a sum over the rows is taken as the columns are computed."""
+        return sink.rows and self.pauses and not self.pair
+
+    def inside(self, sink: SinkExpr, expr: Expr) -> Expr:
+        """What a sink takes: sums of columns outside the matrix must vanish."""
+        if sink.rows:
+            return self.inside_rows(expr)
+        sums = sink.monoid in ("sum", "mean")
+        if not (sums and self.ragged) or vanishes(expr, self.kinds):
+            return expr
+        self.masked = True
+        self.kinds["inside"] = Operand("inside", "row", f32)
+        return Call("where", (Load("inside"), expr, Literal(0.0)))
+
+    def inside_rows(self, expr: Expr) -> Expr:
+        """What a sum over the rows takes: it must vanish in the rows outside the matrix."""
+        if vanishes(expr, self.kinds, ROWS):
+            return expr
+        self.rows_masked = True
+        self.kinds["inside_rows"] = Operand("inside_rows", "col", f32)
+        return Call("where", (Load("inside_rows"), expr, Literal(0.0)))
+
+    def prepass(self) -> tuple[Lines, list[tuple[str, str]]]:
+        lines = Lines(self.single)
+        groups = [s for s in self.epilogue.statistics if s.group and s.expr is not None]
+        values = lines.assign([s.expr for s in groups if s.expr is not None])
+        return lines, [(s.name, v) for s, v in zip(groups, values, strict=True)]
+
+    def module(
+        self,
+        head: str,
+        parameters: list[str],
+        body: Lines,
+        returned: list[tuple[str, str]],
+        outputs: list[tuple[str, str, int]],
+        sinks: dict[str, str],
+        before: tuple[Lines, list[tuple[str, str]]],
+    ) -> str:
+        definition = self.definition(outputs, sinks, before)
+        first = ["acc = pause(acc)"] * self.pauses + self.unpacked(parameters)
+        lines = self.function("epilogue", parameters, first, body, returned)
+        if before[1]:
+            needed = [p for p in parameters if _mentions(before[0], p)]
+            lines = [*self.function("prepass", needed, [], *before), "", "", *lines]
+        imported = sorted(body.imported | before[0].imported | ({"pack", "unpack"} & self.used))
+        source = "coda.kernels.gemm.paired_rows" if self.halves else "quack.epilogue.frontend"
+        imports = [f"from {source} import gemm_epilogue"]
+        theirs = sorted(self.classes.difference(*OURS.values()))
+        if "rotary_cos_sin_load" in theirs:
+            theirs.remove("rotary_cos_sin_load")
+            imports.append("from quack.epilogue.rotary import rotary_cos_sin_load")
+        if theirs:
+            imports.append(f"from quack.epilogue.ops import {', '.join(theirs)}")
+        if imported:
+            imports.append(f"from coda.kernels.device_math import {', '.join(imported)}")
+        for module, ours in OURS.items():
+            if self.classes & ours:
+                names = ", ".join(sorted(self.classes & ours))
+                imports.append(f"from coda.kernels.gemm.{module} import {names}")
+        title = ['"""' + head, "", *self.notes(), '"""', ""]
+        return "\n".join([*title, *imports, "", "", *lines, "", "", *definition]) + "\n"
+
+    def notes(self) -> list[str]:
+        """What the kernel loads and writes, for the reader."""
+        notes = [f"    {o.name}: {o.kind} {o.dtype}" for o in self.epilogue.operands]
+        for store in self.epilogue.stores:
+            buffer = self.program.buffers[store.buffer]
+            notes.append(f"    -> {store.buffer}: {show_shape(buffer.shape)} {store.dtype}")
+        for sink in self.epilogue.sinks:
+            notes.append(f"    -> {sink.buffer}: {sink.monoid} of each tile")
+        return notes
+
+    def unpacked(self, parameters: list[str]) -> list[str]:
+        """Both lanes of every paired value."""
+        self.used = {"pack"} if self.pair else set()
+        if not self.pair:
+            return []
+        self.used.add("unpack")
+        paired = {safe(o.name) for o in self.epilogue.operands if o.kind in ("row", "tile")}
+        paired |= {t.name for t in self.tables} | {"inside"}
+        paired |= {s.name for s in self.epilogue.statistics if s.group}
+        lines = ["acc0, acc1 = unpack(acc)"]
+        return lines + [f"{p}_0, {p}_1 = unpack({p})" for p in parameters if p in paired]
+
+    def function(
+        self,
+        name: str,
+        parameters: list[str],
+        first: list[str],
+        body: Lines,
+        returned: list[tuple[str, str]],
+    ) -> list[str]:
+        results = ", ".join(f"{key!r}: {value}" for key, value in returned)
+        inner = [*first, *body.lines, f"return {{{results}}}"]
+        return [f"def {name}({', '.join(['acc', *parameters])}):", *(f"    {i}" for i in inner)]
+
+    def definition(
+        self,
+        outputs: list[tuple[str, str, int]],
+        sinks: dict[str, str],
+        before: tuple[Lines, list[tuple[str, str]]],
+    ) -> list[str]:
+        lines = ["KERNEL = gemm_epilogue("]
+        if self.halves:
+            # Rows of the weight in pairs: groups of two halves, so many rows apart.
+            lines.append("    split={}, groups={},".format(*self.halves))
+        stores = {s.buffer: s for s in self.epilogue.stores}
+        shown = [self.output(name, stores[buffer], lane) for name, buffer, lane in outputs]
+        if shown:
+            lines.append(f"    outputs=({', '.join(shown)},),")
+        ops = [f"{n!r}: {self.make(c)}" for n, c in self.operators()]
+        if ops:
+            lines += ["    ops={", *(f"        {o}," for o in ops), "    },"]
+        reduced = []
+        extra = []
+        for sink in self.epilogue.sinks:
+            name = safe(sink.buffer)
+            if sink.monoid == "pick" and sink.index:
+                chosen = f'ColVecLoad("{safe(sink.index)}_index")'
+                reduced.append(f"{name!r}: {self.make(f'Select({name!r}, {chosen})')}")
+                extra.append(self.make(chosen))
+            elif sink.rows and not self.in_turn(sink):
+                reduced.append(f"{name!r}: {self.make(f'RowVecReduce({name!r})')}")
+            elif not sink.rows:
+                reduced.append(f"{name!r}: {self.make(SINKS[sink.monoid].format(name))}")
+        if reduced:
+            lines += ["    outs={", *(f"        {r}," for r in reduced), "    },"]
+        if extra:
+            lines.append(f"    extra_ops=({', '.join(extra)},),")
+        if self.pair:
+            # The DSL's loop vectoriser crashes on sm_100a where both lanes share a value.
+            lines.append('    mode="acc_pair", vectorize=False,')
+        if before[1]:
+            names = ", ".join(repr(n) for n, _ in before[1])
+            lines.append(f"    prepass=prepass, prepass_outs=({names},),")
+        return [*lines, ")(epilogue)"]
+
+    def output(self, name: str, store: StoreExpr, lane: int) -> str:
+        if lane >= 0:
+            return self.make(f"SplitStore({name!r}, {store.split})")
+        if lane == PAIRS:
+            return self.make(f"PairStore({name!r})")
+        half = self.pair and len(store.lanes) == 1
+        return self.make(f"HalfStore({name!r})") if half else repr(name)
+
+    def operators(self) -> list[tuple[str, str]]:
+        """The operator of every operand."""
+        kinds = {"row": "RowVecLoad", "col": "ColVecLoad", "tile": "TileLoad", "scalar": "Scalar"}
+        kinds |= {"row": "RowInTurn"} if self.pauses and not self.pair else {}
+        found = [(safe(o.name), f"{kinds[o.kind]}({safe(o.name)!r})") for o in self.passed()]
+        found += [(t.name, self.table(t)) for t in self.tables]
+        for stat in self.epilogue.statistics:
+            if stat.group:
+                found.append((stat.name, f"{GROUPS[stat.monoid]}({stat.name!r})"))
+        for sink in self.epilogue.sinks:
+            if self.in_turn(sink):
+                name = safe(sink.buffer)
+                found.append((name, f"SumInTurn({name!r})"))
+        found += [("pause", 'Pause("pause")')] * self.pauses
+        found += [("inside", 'RowVecLoad("inside")')] * self.masked
+        return found + [("inside_rows", 'ColVecLoad("inside_rows")')] * self.rows_masked
+
+    def table(self, table: Table) -> str:
+        """Tables of whole subtiles go through TMA, narrower ones are read as they are."""
+        columns = table.lanes * self.kinds[table.operands[0]].period
+        tma = "" if columns % 64 == 0 else ", tma=False"
+        return f"rotary_cos_sin_load({table.name!r}{tma})"
+
+    def make(self, text: str) -> str:
+        """Remember the class that a constructor's text names."""
+        self.classes.add(text.split("(", 1)[0])
+        return text
+
+
+def _mentions(lines: Lines, name: str) -> bool:
+    words = " ".join(lines.lines).replace("(", " ").replace(")", " ").replace(",", " ").split()
+    return name in words
+
+
+def _loads(epilogue: Epilogue) -> set[str]:
+    """Names of the operands that expressions load."""
+    exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
+    exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
+    return {e.operand for e in leaves(exprs) if isinstance(e, Load)}

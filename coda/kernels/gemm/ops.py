@@ -1,0 +1,250 @@
+"""Epilogue operators that quack does not have: group totals, moments, stores of pairs.
+
+And two of quack's that are right at the edges: a log Σ exp that survives +inf, and a choice of a
+column that takes no index for another one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int64, Uint32, const_expr
+from quack import layout_utils
+from quack.compile_utils import div_for_dtype, fake_batched
+from quack.epilogue.ops import (
+    ColVecReduce,
+    ColVecSelect,
+    GroupedColStatsBase,
+    OnlineLSEReduce,
+    TileStore,
+    _dup_s16sat_from_s32,
+    _selp_pair_f16x2,
+)
+
+from coda.kernels.device_math import moments_merge, pivot
+
+_F16_NAN = 0x7FFF  # what no index equals
+
+
+class GroupSum(GroupedColStatsBase):
+    """The sum over aligned groups of columns (a head), taken before the main pass."""
+
+    @cute.jit
+    def stat_value(self, total: Any, group_cols: Any) -> Any:
+        return total
+
+
+class GroupMean(GroupedColStatsBase):
+    """The mean over aligned groups of columns (a head), taken before the main pass."""
+
+    @cute.jit
+    def stat_value(self, total: Any, group_cols: Any) -> Any:
+        return total * Float32(const_expr(1.0 / group_cols))
+
+
+class LogSumExp(OnlineLSEReduce):
+    """log Σ exp over the columns of a tile; +inf where a value is, as torch has it, and not NaN."""
+
+    @cute.jit
+    def _guard_neg_inf(self, m_new: Any) -> Any:
+        largest = cute.arch.fmin(m_new, Float32(3.4028234663852886e38))
+        return Float32(cutlass.select_(m_new == Float32(self._NEG_INF), Float32(0.0), largest))
+
+
+class Select(ColVecSelect):
+    """The value of each row at the column that its index names: nothing for an index of no column.
+
+    quack compares the low 32 bits of an index, also with the columns between the matrix and the
+    end of its last tile, and takes −inf for "not found". Here the whole index, of 32 or 64 bits,
+    has to be one of the matrix's columns, and "not found" is NaN, which the result begins with.
+    """
+
+    def begin(self, gemm: Any, param: Any, smem_tensor: Any, ctx: Any) -> Any:
+        state = ColVecSelect.begin(self, gemm, param, smem_tensor, ctx)
+        return (*state, ctx.varlen_manager.len_n())
+
+    def begin_loop(self, gemm: Any, state: Any, epi_coord: Any) -> Any:
+        return (*ColVecSelect.begin_loop(self, gemm, state[:-1], epi_coord), state[-1])
+
+    def fn_sink_flush(self, gemm: Any, state: Any, frag: Any) -> Any:
+        self.index, self.columns = state[0], state[-1]
+        return ColVecSelect.fn_sink_flush(self, gemm, state[:-1], frag)
+
+    @cute.jit
+    def _select_packed16(
+        self, frag: Any, result: Any, slot: Any, row: Any, near: Any, offs: Any, count: Any
+    ) -> None:
+        """Store the value whose column, one of `offs` + 1, is `near`, if the index is a column."""
+        packed = _dup_s16sat_from_s32(near)
+        value = Float32(math.nan)
+        for j in cutlass.range_constexpr(0, count, 2):
+            second = offs[j + 1] + 1 if j + 1 < count else _F16_NAN
+            other = frag[slot, j + 1] if j + 1 < count else Float32(0.0)
+            both = Uint32((offs[j] + 1) | (second << 16))
+            value = _selp_pair_f16x2(packed, both, frag[slot, j], other, value)
+        index = self.index[row]
+        inside = (index >= 0) & (index < self.columns)
+        if Boolean(inside) & (value == value):
+            result[row] = value
+
+
+class Moments(ColVecReduce):
+    """Mean and Σ(x − mean)² over the columns of a tile, as one 64-bit word: (mean, M2) in float32.
+
+    Each thread takes its fragment in two passes (mean, then squares of deviations) and merges it
+    with what it has after Chan, Golub and LeVeque (1983); so do lanes and warps. No difference of
+    large sums occurs, whatever the mean.
+    """
+
+    reduce_planes = 3
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+
+    @cute.jit
+    def _end_loop_values(self, state: Any, epi_coord: Any) -> Any:
+        return tuple(s[None, None, None, epi_coord[0], epi_coord[1]] for s in state[:3])
+
+    @cute.jit
+    def _end_loop_smem(self, state: Any) -> Any:
+        return state[3]
+
+    @cute.jit
+    def _merge(self, vals: Any, others: Any) -> Any:
+        count, mean, m2 = vals
+        other_count, other_mean, other_m2 = others
+        return moments_merge((count, mean, m2), (other_count, other_mean, other_m2))
+
+    @cute.jit
+    def _finalize(self, vals: Any) -> Any:
+        pair = cute.make_rmem_tensor(2, Float32)
+        pair[0] = vals[1]
+        pair[1] = vals[2]
+        return cute.recast_tensor(pair, Int64)[0]
+
+    @cute.jit
+    def begin(self, gemm: Any, param: Any, smem_tensor: Any, ctx: Any) -> Any:
+        vector = cute.make_layout((ctx.tile_M, ctx.tile_N), stride=self._broadcast_stride())
+        layout = ctx.partition_for_epilogue_fn(cute.make_rmem_tensor(vector, Float32)).layout
+        planes = tuple(cute.make_rmem_tensor(layout, Float32) for _ in range(3))
+        columns = ctx.partition_for_epilogue_fn(cute.make_identity_tensor((ctx.tile_M, ctx.tile_N)))
+        limit = ctx.varlen_manager.len_n() - ctx.tile_coord_mnkl[1] * ctx.tile_N
+        return (*planes, smem_tensor, columns, limit)
+
+    @cute.jit
+    def begin_loop(self, gemm: Any, state: Any, epi_coord: Any) -> Any:
+        planes = tuple(s[None, None, None, epi_coord[0], epi_coord[1]] for s in state[:3])
+        if const_expr(epi_coord[1] == 0):
+            for plane in planes:
+                cute.filter_zeros(plane).fill(0.0)
+        columns = state[4][None, None, None, epi_coord[0], epi_coord[1]]
+        return (*planes, columns, state[5])
+
+    @cute.jit
+    def fn_sink_flush(self, gemm: Any, state: Any, frag: Any) -> Any:
+        ref = state[0].layout
+        counts, means, m2s = (
+            layout_utils.convert_layout_zero_stride(s, ref)[None, 0] for s in state[:3]
+        )
+        values = layout_utils.convert_layout_zero_stride(frag, ref)
+        columns = layout_utils.convert_layout_zero_stride(state[3], ref)
+        limit = state[4]
+        width = const_expr(cute.size(values, mode=[1]))
+        for row in cutlass.range(cute.size(counts), unroll_full=True):
+            count = Float32(0.0)
+            total = Float32(0.0)
+            near = pivot(values[row, 0], width)
+            for j in cutlass.range_constexpr(width):
+                inside = columns[row, j][1] < limit
+                count = count + cutlass.select_(inside, Float32(1.0), Float32(0.0))
+                total = total + cutlass.select_(inside, values[row, j] - near, Float32(0.0))
+            mean = near + total / cute.arch.fmax(count, Float32(1.0))
+            m2 = Float32(0.0)
+            for j in cutlass.range_constexpr(width):
+                inside = columns[row, j][1] < limit
+                away = values[row, j] - mean
+                m2 = m2 + cutlass.select_(inside, away * away, Float32(0.0))
+            merged = self._merge((counts[row], means[row], m2s[row]), (count, mean, m2))
+            counts[row] = merged[0]
+            means[row] = merged[1]
+            m2s[row] = merged[2]
+
+
+class HalfStore(TileStore):
+    """One value for each pair of columns, of any number of pairs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, gated=True)
+
+    def host_fake_arg(self, key: Any, fctx: Any) -> Any:
+        dtype, _ = key
+        batch = fctx.l if fctx.batched else None
+        columns = cute.sym_int()
+        return fake_batched(dtype, fctx.m, columns, batch, 1, div_for_dtype(dtype))
+
+
+class PairStore(TileStore):
+    """Both lanes of every pair, as neighbours: a second matrix beside the GEMM's own.
+
+    The epilogue gives both as the two halves of one word. The host passes the first half of the
+    columns, since quack takes a store in pair mode for one value for each pair; on the device this
+    is a store of all columns.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.whole = TileStore(name)
+        self.gated = True  # what quack asks of a store in pair mode
+
+    def host_fake_arg(self, key: Any, fctx: Any) -> Any:
+        return HalfStore(self.name).host_fake_arg(key, fctx)
+
+    def to_params(self, gemm: Any, args: Any) -> Any:
+        half = getattr(args, self.name)
+        shape = (half.shape[0], 2 * half.shape[1], *half.shape[2:])
+        view = cute.make_tensor(half.iterator, cute.make_layout(shape, stride=half.stride))
+        return self.whole.to_params(gemm, _Replaced(args, self.name, view))
+
+    def store_setup(self, *args: Any) -> Any:
+        return self.whole.store_setup(*args)
+
+    @cute.jit
+    def store_convert(self, gemm: Any, frag: Any, *_: Any) -> Any:
+        return cute.recast_tensor(frag, getattr(gemm, self._dtype_gemm_attr()))
+
+
+class SplitStore(HalfStore):
+    """One lane of every pair, stored `split` columns apart from the other.
+
+    Pair p of the kernel is column (p // split) · 2 · split + p % split of the buffer for lane 0,
+    and `split` further for lane 1. The host passes the buffer from that lane's first column on.
+    """
+
+    def __init__(self, name: str, split: int) -> None:
+        super().__init__(name)
+        self.split = split
+
+    def config_key(self) -> Any:
+        return (*super().config_key(), self.split)
+
+    def to_params(self, gemm: Any, args: Any) -> Any:
+        whole = getattr(args, self.name)
+        columns = whole.shape[1]
+        blocks = columns // self.split
+        shape = (whole.shape[0], (self.split, blocks), *whole.shape[2:])
+        stride = (whole.stride[0], (1, 2 * self.split), *whole.stride[2:])
+        view = cute.make_tensor(whole.iterator, cute.make_layout(shape, stride=stride))
+        return super().to_params(gemm, _Replaced(args, self.name, view))
+
+
+class _Replaced:
+    """Arguments with one of them replaced."""
+
+    def __init__(self, args: Any, name: str, value: Any) -> None:
+        self._args, self._name, self._value = args, name, value
+
+    def __getattr__(self, name: str) -> Any:
+        return self._value if name == self._name else getattr(self._args, name)

@@ -1,0 +1,113 @@
+"""How GEMMs read their weights: as they lie in memory, or from a copy, and then why.
+
+B of a GEMM is a matrix [N, K] whose rows may be those of several weights, one below the other, and
+whose rows may be wanted in another order: partners of a pair beside each other, that lie `split`
+rows apart in the weight. Such an order is a layout, rows as (2, split, N / 2 split) at distances
+(split, 1, 2 split): the mainloop's TMA boxes take tiles of it from the weight as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coda.ir.graph import Input, Node, Slice, walk
+from coda.lowering.algebra.roles import as_stored, base, is_turned, is_view, stacked
+from coda.lowering.program.cost import label
+from coda.lowering.program.program import GemmKernel, Program
+
+
+@dataclass(frozen=True)
+class WeightRead:
+    """How a GEMM reads its weights.
+
+    Attributes:
+        kernel: its name.
+        weights: what they are called.
+        together: arguments that the kernel reads as one matrix, from the first one down: without a
+            copy where they lie so in memory.
+        nbytes: of the matrix.
+        why: why it is a copy wherever the arguments lie; "" where it is none.
+    """
+
+    kernel: str
+    weights: tuple[str, ...]
+    together: tuple[Input, ...]
+    nbytes: int
+    why: str
+
+
+def weight_reads(program: Program) -> tuple[WeightRead, ...]:
+    """How each GEMM of a program that multiplies with weights reads them."""
+    kernels = [k for k in program.gemms() if program.is_weight(k.contracts[0].rhs)]
+    return tuple(_read(program, k) for k in kernels)
+
+
+def siblings(program: Program) -> tuple[tuple[Input, ...], ...]:
+    """The arguments that are read without a copy if they lie one below the other in one buffer."""
+    every = [r.together for r in weight_reads(program) if len(r.together) > 1 and not r.why]
+    return tuple(dict.fromkeys(every))
+
+
+def halves(program: Program, kernel: GemmKernel) -> int:
+    """How far apart partners lie in B that the mainloop reads as it lies; 0 for plain rows."""
+    split = kernel.assembled.split
+    return 0 if _scattered(program, kernel) else split
+
+
+def _scattered(program: Program, kernel: GemmKernel) -> str:
+    """Why rows of B have to be copied into the kernel's order, or ""."""
+    split, pairs = kernel.assembled.split, kernel.config.tile_n // 2
+    if not split:
+        return ""
+    if any(is_turned(c.rhs) for c in kernel.contracts):
+        return "its rows are taken in pairs, and it is stored turned"
+    n = kernel.problem(program.sizes)[1]
+    if n > 2 * split and split % pairs and pairs % split:
+        return f"partners lie {split} rows apart, which tiles of {pairs} pairs do not divide"
+    return ""
+
+
+def _read(program: Program, kernel: GemmKernel) -> WeightRead:
+    roots = [c.rhs for c in kernel.contracts]
+    plain = [as_stored(r) for r in roots]
+    names = tuple(dict.fromkeys(n for r in plain for n in _names(r, program)))
+    parts = [stacked(p) for p in plain]
+    together = tuple(i for p in parts for i in p) if all(parts) else ()
+    _, n, k = kernel.problem(program.sizes)
+    nbytes = n * k * roots[0].dtype.size
+    why = _why(program, kernel, roots, together)
+    return WeightRead(kernel.name, names, together, nbytes, why)
+
+
+def _why(
+    program: Program, kernel: GemmKernel, roots: Sequence[Node], together: Sequence[Input]
+) -> str:
+    """Why a matrix is a copy, or ""."""
+    under = [as_stored(r) for r in roots]
+    made = [u for u in under if u in program.prepared.values() and not stacked(u)]
+    if made:
+        arguments = [n.name for n in walk(made) if isinstance(n, Input)]
+        return f"it is computed of {', '.join(arguments)}"
+    if len(roots) > 1 and any(map(is_turned, roots)):
+        return "siblings that are stored turned lie beside each other"
+    if not together and not all(_is_rows(u) for u in under):
+        return "its rows lie in another order"
+    columns = under[0].shape[-1].size(program.sizes)
+    if columns * under[0].dtype.size % 16:
+        return "its rows are padded to multiples of 16 bytes"
+    return _scattered(program, kernel)
+
+
+def _is_rows(node: Node) -> bool:
+    """Whether a node is some neighbouring rows of an argument."""
+    rows = isinstance(node, Slice) and node.rank == 2 and node.axis == -2 and node.step == 1
+    return isinstance(node.operands[0], Input) if rows else isinstance(node, Input)
+
+
+def _names(node: Node, program: Program) -> list[str]:
+    found = stacked(node)
+    if found:
+        return [i.name for i in found]
+    under = base(node) if is_view(node) else node
+    return [under.name] if isinstance(under, Input) else [label(under, program)]

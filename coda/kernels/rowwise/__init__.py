@@ -1,0 +1,1 @@
+"""Row-wise kernels: one warp takes a row."""

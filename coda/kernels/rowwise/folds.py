@@ -1,0 +1,167 @@
+"""Folds in a pass over rows: of partials that earlier kernels left, and of values of rows.
+
+A row's partials of columns are taken by the lanes of its warp in turn. A kernel that only folds
+partials of sums over rows has a row in each lane: those of neighbouring rows are neighbours in
+memory. One that only folds into one number has all its warps at each of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from coda.ir.dims import ONE
+from coda.kernels.lines import safe, stored
+from coda.kernels.rowwise.pieces import LANES, fold_warps
+from coda.kernels.rowwise.sweeps import INDENT, Sweeps, indented
+from coda.lowering.program.epilogue import Statistic, StoreExpr
+
+TOTAL_WARPS = LANES  # warps of a CTA that folds into one number: each lane has one's result
+Fold = tuple[list[str], list[str], list[str]]  # start, step and end
+
+
+class Folds(Sweeps):
+    """The text of statistics that are folded from an operand."""
+
+    def fold(self, stat: Statistic) -> list[str]:
+        """A statistic of an operand: lanes take its parts in turn, then the warp merges."""
+        source = safe(stat.operand or "")
+        if not stat.count:
+            count, steps = f"{source}.shape[1]", f"cute.ceil_div({source}.shape[1], 32)"
+            start, inner, end = self.of_parts(stat)
+        else:
+            parts = self.parts(stat)
+            count, steps = str(parts), str(-(-parts // 32))
+            start, inner, end = self.of_tiles(stat)
+        loop = [
+            f"for step in cutlass.range({steps}):",
+            f"{INDENT}part = step * LANES + lane",
+            f"{INDENT}if part < {count}:",
+        ]
+        return [*start, *loop, *indented(inner, 2), *end]
+
+    def parts(self, stat: Statistic) -> int:
+        """How many tiles of columns a statistic has partials of."""
+        return self.program.buffers[stat.operand or ""].shape[-1].size(self.program.sizes)
+
+    def of_tiles(self, stat: Statistic) -> Fold:
+        """A fold of partials of tiles of columns, the last of which may be narrower."""
+        source = safe(stat.operand or "")
+        if stat.monoid != "variance":
+            return self.accumulate(stat, f"{source}[row, part]")
+        parts = self.parts(stat)
+        last = stat.width - stat.count * (parts - 1)
+        count = f"cutlass.select_(part < {parts - 1}, Float32({stat.count}.0), Float32({last}.0))"
+        two = f"{source}[row, 2 * part], {source}[row, 2 * part + 1]"
+        return self.moments(stat, f"({count}, {two})", f"* {1.0 / stat.width!r}")
+
+    def of_parts(self, stat: Statistic) -> Fold:
+        """A fold of any number of parts, or of values of rows."""
+        value = f"{safe(stat.operand or '')}[row, part]"
+        value += ".to(Float32)" if stat.operand in self.lines else ""
+        if stat.monoid != "variance":
+            return self.accumulate(stat, value)
+        return self.moments(stat, f"(Float32(1.0), {value}, zero())", f"/ {stat.name}_n")
+
+    def moments(self, stat: Statistic, state: str, share: str) -> Fold:
+        """A fold of (count, mean, Σ(x − mean)²), the last of which becomes the variance."""
+        name = stat.name
+        self.rows |= {"moments_merge", "warp_moments", "zero"}
+        start = [f"{name}_s = (zero(), zero(), zero())"]
+        end = [
+            f"{name}_n, {name}_mean, {name}_m2 = warp_moments({name}_s)",
+            f"{name} = {name}_m2 {share}",
+        ]
+        return start, [f"{name}_s = moments_merge({name}_s, {state})"], end
+
+    def wide_stores(self) -> list[StoreExpr]:
+        """The stores of whole rows."""
+        return [s for s in self.epilogue.stores if not self.once(s)]
+
+    def once(self, store: StoreExpr) -> bool:
+        """Whether a store has one column."""
+        return store.narrow or self.kernel.width == 1
+
+    def narrow_lines(self) -> tuple[list[str], list[str]]:
+        """How values that a row has once are computed, and written."""
+        stores = [s for s in self.epilogue.stores if self.once(s)]
+        exprs = [s.lanes[0] for s in stores]
+        lines, values = self.assigned(exprs, "w")
+        loads = self.loads(exprs, "0", self.pieces[0]) if stores and self.kernel.width == 1 else []
+        written: list[str] = []
+        for store, value in zip(stores, values, strict=True):
+            target = f"{safe(store.buffer)}_out"
+            shown = stored(value.replace("[j]", "[0]"), store.dtype, self.math)
+            written.append(f"{target}[row, 0] = Float32({shown}).to({target}.element_type)")
+        return [*loads, *(line.replace("[j]", "[0]") for line in lines)], written
+
+    # What a block of warps does that only folds what earlier kernels left of rows.
+
+    def only_folds(self) -> bool:
+        """Whether all that a row needs are such folds and values that it has once."""
+        kinds = {o.kind for o in self.epilogue.operands}
+        folded = all(s.operand in self.tall for s in self.epilogue.statistics)
+        plain = folded and not self.wide_stores() and kinds <= {"partial", "line", "col", "scalar"}
+        return bool(self.tall) and plain and (not self.lines or self.kernel.rows == ONE)
+
+    def folds(self) -> list[str]:
+        """Warps take parts in turn, a lane those of its row; the first warp adds what they have."""
+        self.rows |= {"room", "zero"}
+        warps = fold_warps(self.kernel.rows.size(self.program.sizes))
+        folded = [(s.name, safe(s.operand or "")) for s in self.epilogue.statistics]
+        out = [f"{name}_of = room({warps} * LANES)" for name, _ in folded]
+        for name, source in folded:
+            inner = [
+                f"for step in cutlass.range({name}_each, unroll=8):",
+                f"    {name}_s = {name}_s + {source}[row, step * {warps} + warp]",
+                f"if {name}_last < {source}.shape[1]:",
+                f"    {name}_s = {name}_s + {source}[row, {name}_last]",
+            ]
+            out += [
+                f"{name}_each = {source}.shape[1] // {warps}",
+                f"{name}_last = {name}_each * {warps} + warp",
+                f"{name}_s = zero()",
+                "if row < rows:",
+                *indented(inner),
+            ]
+            out.append(f"{name}_of[warp * LANES + lane] = {name}_s")
+        names = [name for name, _ in folded]
+        totals = [f"{name} = {name}_of[lane]" for name in names]
+        totals.append(f"for other in cutlass.range_constexpr(1, {warps}):")
+        totals += [f"    {name} = {name} + {name}_of[other * LANES + lane]" for name in names]
+        computed, written = self.narrow_lines()
+        own = self.once_loaded([e for s in self.epilogue.stores for e in s.lanes])
+        rest = indented([*totals, *own, *computed, *written])
+        return [*out, "cute.arch.sync_threads()", "if warp == 0 and row < rows:", *rest]
+
+    def is_total(self) -> bool:
+        """Whether a kernel only folds values of rows, into one number each."""
+        return bool(self.lines) and self.only_folds()
+
+    def total(self) -> list[str]:
+        """Threads take values in turn; the first warp folds what the warps have."""
+        self.rows.add("room")
+        out, merged = list[str](), list[str]()
+        for stat in self.epilogue.statistics:
+            name, source = stat.name, safe(stat.operand or "")
+            part = replace(stat, monoid="sum") if stat.monoid == "mean" else stat
+            start, inner, end = self.of_parts(part)
+            threads = f"{TOTAL_WARPS} * LANES"
+            loop = [
+                f"for step in cutlass.range(cute.ceil_div({source}.shape[1], {threads})):",
+                f"{INDENT}part = step * {threads} + thread",
+                f"{INDENT}if part < {source}.shape[1]:",
+            ]
+            planes = [name]
+            start2, inner2, end2 = self.accumulate(stat, f"{name}_of[lane]")
+            if stat.monoid == "variance":
+                planes = [f"{name}_{plane}" for plane in ("n", "mean", "m2")]
+                state = ", ".join(f"{p}_of[lane]" for p in planes)
+                start2, inner2, end2 = self.moments(stat, f"({state})", f"/ {name}_n")
+            out += [f"{p}_of = room({TOTAL_WARPS})" for p in planes]
+            out += [*start, *loop, *indented(inner, 2), *end, "if lane == 0:"]
+            out += [f"{INDENT}{p}_of[warp] = {p}" for p in planes]
+            merged += [*start2, *inner2, *end2]
+        computed, written = self.narrow_lines()
+        own = self.once_loaded([e for s in self.epilogue.stores for e in s.lanes])
+        last = [*merged, *own, *computed, "if lane == 0:", *indented(written)]
+        return [*out, "cute.arch.sync_threads()", "if warp == 0:", *indented(last)]

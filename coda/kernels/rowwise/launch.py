@@ -1,0 +1,127 @@
+"""Emitted row kernels -> compiled kernels and launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from quack.cache import jit_cache
+from torch import Tensor
+
+from coda.kernels.modules import load_module
+from coda.kernels.rowwise.emit import RowSource
+
+_TYPES = {
+    "bf16": cutlass.BFloat16,
+    "f16": cutlass.Float16,
+    "f32": cutlass.Float32,
+    "e4m3": cutlass.Float8E4M3FN,
+    "e5m2": cutlass.Float8E5M2,
+    "i32": cutlass.Int32,
+    "i64": cutlass.Int64,
+    "bool": cutlass.Uint8,
+    "byte": cutlass.Uint8,
+}
+
+
+@jit_cache
+def _compile(source: RowSource, shared: tuple[bool, ...], arch: str, directory: str) -> Any:
+    """The compiled `launch` of a source: one for any number of rows."""
+    module = load_module(source.text, source.name, Path(directory))
+    rows = cute.sym_int()
+    tensors = []
+    for (_, name, columns, _), kind, once in zip(
+        source.parameters, source.types, shared, strict=True
+    ):
+        lead = cute.sym_int() if name in source.partials else 1 if once else rows
+        tensors.append(_fake(_TYPES[kind], lead, columns, name in source.padded))
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(
+        module.launch, *tensors, cutlass.Int32(1), stream, options="--enable-tvm-ffi"
+    )
+
+
+def _fake(dtype: Any, rows: Any, columns: int, padded: bool) -> Any:
+    """A tensor as the kernel takes it: whole vectors of 16 bytes, rows any such distance apart."""
+    size = dtype.width // 8
+    if columns == 0:
+        shape, stride = (rows, cute.sym_int()), (1, cute.sym_int64())
+        return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=size)
+    if columns == -1:
+        shape, stride = (rows, cute.sym_int()), (cute.sym_int64(), 1)
+        return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=size)
+    apart = (
+        cute.sym_int64(divisibility=16 // size)
+        if columns * size % 16 == 0 or (padded and columns > 1)
+        else columns
+    )
+    align = max(size, 16 if columns > 1 else 1)
+    shape = (rows, columns)
+    return cute.runtime.make_fake_tensor(dtype, shape, stride=(apart, 1), assumed_align=align)
+
+
+def is_padded(x: Tensor) -> bool:
+    """Whether the rows of a matrix begin at multiples of 16 bytes, each in memory of its own."""
+    own = x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % 16 == 0
+    return x.stride(1) == 1 and (own or x.shape[0] == 1) and x.data_ptr() % 16 == 0
+
+
+def _laid_out(x: Tensor, rows: int, columns: int, padded: bool = False) -> Tensor:
+    """A tensor as the kernel takes it, copied where it lies otherwise."""
+    if columns == 0:
+        return x
+    if columns == -1:
+        x = x.reshape(rows, -1)
+        return x if x.stride(1) == 1 or x.shape[1] < 2 else x.contiguous()
+    x = x.reshape(rows, columns)
+    whole = columns * x.element_size() % 16 == 0 or (padded and columns > 1)
+    apart = x.stride(0) * x.element_size() % 16 == 0 if whole else x.stride(0) == columns
+    if (x.stride(1) != 1 and columns > 1) or not (apart or rows == 1):
+        x = x.contiguous()
+    if whole and rows == 1:
+        x = x.as_strided((1, columns), (columns, 1))
+    return x.clone() if x.data_ptr() % 16 and columns > 1 else x
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One row kernel: its emitted module, and which parameters have one row for all."""
+
+    source: RowSource
+    shared: tuple[bool, ...]
+    arch: str
+    directory: Path
+
+    def compile(self) -> Any:
+        """Compile, or find it compiled."""
+        return _compile(self.source, self.shared, self.arch, str(self.directory))
+
+    def arguments(
+        self,
+        rows: int,
+        tensors: Mapping[str, Tensor],
+        ready: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor],
+    ) -> tuple[Any, ...]:
+        """What the compiled kernel takes; `tensors` holds operands and results by name.
+
+        `ready(x, change)` gives `change(x)`, and sees to it that later calls do the same.
+        """
+        kept = self.source.partials
+        found = [
+            tensors[source]
+            if source in kept
+            else ready(tensors[source], self.layout(source, 1 if once else rows, columns))
+            for (_, source, columns, _), once in zip(
+                self.source.parameters, self.shared, strict=True
+            )
+        ]
+        return (*found, rows)
+
+    def layout(self, name: str, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+        """What lays out a parameter of so many rows and columns."""
+        return partial(_laid_out, rows=rows, columns=columns, padded=name in self.source.padded)

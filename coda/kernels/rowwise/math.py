@@ -1,0 +1,122 @@
+"""What emitted row kernels are made of: vector loads and stores, and reductions over a warp."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32
+
+from coda.kernels.device_math import maximum, minimum, moments_merge
+
+LANES = 32
+NEG_INF = -math.inf
+
+
+def load(x: Any, row: Any, index: Any, count: int) -> Any:
+    """`count` neighbours of row `row` from vector `index` on, as float32."""
+    part = cute.local_tile(x[row, None], (count,), (index,))
+    held = cute.make_rmem_tensor(part.layout, part.element_type)
+    cute.autovec_copy(part, held)
+    wide = cute.make_rmem_tensor(part.layout, Float32)
+    wide.store(held.load().to(Float32))
+    return wide
+
+
+def store(x: Any, row: Any, index: Any, values: Any) -> None:
+    """Write a vector of float32 as vector `index` of row `row`, rounded to the type of `x`."""
+    part = cute.local_tile(x[row, None], (cute.size(values),), (index,))
+    held = cute.make_rmem_tensor(part.layout, part.element_type)
+    held.store(values.load().to(part.element_type))
+    cute.autovec_copy(held, part)
+
+
+def vector(count: int) -> Any:
+    """Room for `count` values of float32."""
+    return cute.make_rmem_tensor(cute.make_layout(count), Float32)
+
+
+def zeros(count: int) -> Any:
+    """`count` zeros of float32."""
+    made = vector(count)
+    made.fill(0.0)
+    return made
+
+
+def room(count: int) -> Any:
+    """`count` values of float32 in the shared memory of the block."""
+    allocator = cutlass.utils.SmemAllocator()
+    return allocator.allocate_tensor(Float32, cute.make_layout(count), 16)
+
+
+def _over_lanes(planes: tuple[Any, ...], merge: Any, lanes: int = LANES) -> tuple[Any, ...]:
+    offset = lanes // 2
+    while offset:
+        others = tuple(cute.arch.shuffle_sync_bfly(p, offset=offset) for p in planes)
+        planes = merge(planes, others)
+        offset //= 2
+    return planes
+
+
+def warp_sum(x: Any) -> Any:
+    """The sum over the lanes of a warp."""
+    return _over_lanes((x,), lambda a, b: (a[0] + b[0],))[0]
+
+
+def lanes_sum(x: Any, lanes: int) -> Any:
+    """The sum over each aligned group of `lanes` lanes of a warp."""
+    return _over_lanes((x,), lambda a, b: (a[0] + b[0],), lanes)[0]
+
+
+def warp_max(x: Any) -> Any:
+    """The maximum over the lanes of a warp; NaN if any is."""
+    return _over_lanes((x,), lambda a, b: (maximum(a[0], b[0]),))[0]
+
+
+def warp_min(x: Any) -> Any:
+    """The minimum over the lanes of a warp; NaN if any is."""
+    return _over_lanes((x,), lambda a, b: (minimum(a[0], b[0]),))[0]
+
+
+def lse_merge(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+    """(max, Σ exp(x − max)) of two parts."""
+    top = maximum(a[0], b[0])
+    base = cutlass.select_(top == Float32(NEG_INF), Float32(0.0), top)
+    return top, a[1] * _exp(a[0] - base) + b[1] * _exp(b[0] - base)
+
+
+def _exp(x: Any) -> Any:
+    return cute.math.exp(x, fastmath=True)
+
+
+def lse_step(state: tuple[Any, Any], x: Any) -> tuple[Any, Any]:
+    """(max, Σ exp(x − max)) with one more value."""
+    return lse_merge(state, (x, Float32(1.0)))
+
+
+def warp_lse(state: tuple[Any, Any]) -> Any:
+    """log Σ exp over the lanes of a warp."""
+    top, total = _over_lanes(state, lse_merge)
+    return cutlass.select_(top == Float32(math.inf), top, top + cute.math.log(total, fastmath=True))
+
+
+def warp_moments(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+    """(count, mean, Σ(x − mean)²) over the lanes of a warp."""
+    return _over_lanes(state, moments_merge)
+
+
+def zero() -> Any:
+    """0 as a float32."""
+    return Float32(0.0)
+
+
+def lowest() -> Any:
+    """−inf as a float32."""
+    return Float32(NEG_INF)
+
+
+def highest() -> Any:
+    """+inf as a float32."""
+    return Float32(math.inf)

@@ -1,0 +1,149 @@
+"""The columns of a pass over rows -> pieces with one formula each, and how threads take them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import gcd
+
+import numpy as np
+
+from coda.lowering.program.body import Assembled
+from coda.lowering.program.epilogue import Call, Epilogue, Expr, Literal, Load, Stat
+
+LANES = 32
+WARPS = 4  # rows of a CTA, a warp each
+TALL_WARPS = 8  # warps of a CTA that sums over rows: more would have too few registers each
+TALL_ROWS = 64  # rows of such a CTA
+FOLD_WARPS = 8  # warps of a CTA that folds sums over rows, which share the parts of 32 of them
+_MOST = 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some neighbouring points; `numbers` are the loads that are one number there."""
+
+    first: int
+    count: int
+    numbers: Mapping[Load, float]
+
+    def special(self, expr: Expr, memo: dict[Expr, Expr] | None = None) -> Expr:
+        """An expression as it is in this piece: choices by segment number are made."""
+        memo = {} if memo is None else memo
+        if expr not in memo:
+            memo[expr] = self._special(expr, memo)
+        return memo[expr]
+
+    def _special(self, expr: Expr, memo: dict[Expr, Expr]) -> Expr:
+        if isinstance(expr, Load) and expr in self.numbers:
+            return Literal(self.numbers[expr])
+        if not isinstance(expr, Call):
+            return expr
+        if expr.fn == "where":
+            test = self.special(expr.args[0], memo)
+            if isinstance(test, Literal):
+                return self.special(expr.args[1 if test.value else 2], memo)
+        args = tuple(self.special(a, memo) for a in expr.args)
+        if expr.fn == "le" and all(isinstance(a, Literal) for a in args):
+            a, b = (x.value for x in args if isinstance(x, Literal))
+            return Literal(float(a <= b))
+        return Call(expr.fn, args)
+
+
+def is_ragged(assembled: Assembled, width: int) -> bool:
+    """Whether vectors would cover all columns of a pass over rows but the last few.
+
+    Its rows are then read and written by vectors if they lie at multiples of 16 bytes.
+    """
+    epilogue = assembled.epilogue
+    plain = not (epilogue.pair or epilogue.sinks or any(s.group for s in epilogue.statistics))
+    spans = any(x.span for x in (*epilogue.operands, *epilogue.stores))
+    periods = any(x.period for x in epilogue.operands)
+    return plain and not spans and not periods and width > _MOST and width % _MOST != 0
+
+
+def pieces_of(assembled: Assembled, width: int, padded: bool = False) -> tuple[Piece, ...]:
+    """The pieces of a pass over rows, in order; the last few columns of `padded` rows apart."""
+    epilogue = assembled.epilogue
+    lanes = 2 if epilogue.pair else 1
+    points = width // lanes
+    numbers: dict[Load, np.ndarray] = {}
+    for packed in assembled.packed:
+        for lane in range(lanes):
+            if packed.numbers is not None and np.all(packed.source[lane::lanes] < 0):
+                numbers[Load(packed.name, lane)] = packed.numbers[lane::lanes]
+    written = [*epilogue.stores, *epilogue.sinks]
+    spans = [x.span for x in (*epilogue.operands, *written) if x.span]
+    tail = {points // _MOST * _MOST} if padded else set()
+    cuts = (
+        {0, points} | tail | {c // lanes for first, count in spans for c in (first, first + count)}
+    )
+    fine = cuts | {int(i) + 1 for n in numbers.values() for i in np.flatnonzero(np.diff(n))}
+    if len(fine) > _MOST + 1:
+        numbers, fine = {}, cuts
+    edges = sorted(fine)
+    return tuple(
+        Piece(a, b - a, {load: float(n[a]) for load, n in numbers.items()})
+        for a, b in pairwise(edges)
+    )
+
+
+def vector_length(epilogue: Epilogue, pieces: Sequence[Piece]) -> int:
+    """Points that a lane takes at once: a power of two that every pattern divides by."""
+    lanes = 2 if epilogue.pair else 1
+    lengths = [8]
+    lengths += [n for p in pieces for n in (p.first, p.count)]
+    lengths += [o.period for o in epilogue.operands if o.period]
+    written = [*epilogue.operands, *epilogue.stores, *epilogue.sinks]
+    lengths += [x.split for x in written if x.split]
+    lengths += [s.group // lanes for s in epilogue.statistics if s.group]
+    common = gcd(*lengths)
+    return common & -common
+
+
+def teams(pieces: tuple[Piece, ...], vector: int) -> int:
+    """How many warps of a CTA that sums over rows take the same columns, each some of the rows."""
+    chunks = max(-(-p.count // (vector * LANES)) for p in pieces)
+    found = 1
+    while found * 2 * chunks <= TALL_WARPS:
+        found *= 2
+    return found
+
+
+def row_parts(assembled: Assembled, width: int, rows: int) -> int:
+    """How many partials a sum over the rows of a pass over rows has."""
+    pieces = pieces_of(assembled, width)
+    blocks = -(-rows // TALL_ROWS)
+    return max(1, blocks * teams(pieces, vector_length(assembled.epilogue, pieces)))
+
+
+def stats_of(expr: Expr | None) -> set[str]:
+    """The statistics that an expression reads."""
+    return {s.name for s in leaves_of_kind(expr, Stat)}
+
+
+def loads_of(exprs: list[Expr]) -> set[str]:
+    """The operands that expressions load."""
+    return {x.operand for e in exprs for x in leaves_of_kind(e, Load)}
+
+
+def leaves_of_kind(expr: Expr | None, kind: type) -> list:
+    """The leaves of one kind, each once."""
+    found: dict[Expr, None] = {}
+    stack, seen = [expr], set()
+    while stack:
+        one = stack.pop()
+        if one is None or one in seen:
+            continue
+        seen.add(one)
+        if isinstance(one, kind):
+            found[one] = None
+        elif isinstance(one, Call):
+            stack.extend(one.args)
+    return list(found)
+
+
+def fold_warps(rows: int) -> int:
+    """Warps of a CTA that folds sums over rows: four times as many where few CTAs have work."""
+    return FOLD_WARPS if rows > 32 * LANES else 4 * FOLD_WARPS

@@ -1,0 +1,348 @@
+"""Sweeps of a row: what a warp loads, reduces and writes, piece by piece of the columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from coda.kernels.lines import Lines, safe
+from coda.kernels.rowwise.pieces import (
+    LANES,
+    Piece,
+    leaves_of_kind,
+    loads_of,
+    pieces_of,
+    stats_of,
+    vector_length,
+)
+from coda.lowering.program.epilogue import (
+    Epilogue,
+    Expr,
+    Literal,
+    Load,
+    Operand,
+    Span,
+    Stat,
+    Statistic,
+)
+from coda.lowering.program.program import Program, RowwiseKernel
+
+INDENT = "    "
+SUMS = ("sum", "mean")
+
+
+def indented(lines: Iterable[str], depth: int = 1) -> list[str]:
+    """Lines further to the right."""
+    return [INDENT * depth + line for line in lines]
+
+
+@dataclass
+class Step:
+    """What is done at the points of a vector.
+
+    Attributes:
+        exprs: what is loaded for it.
+        rooms: vectors that it fills.
+        inner: for each point `j`.
+        after: once the vector is done.
+    """
+
+    exprs: list[Expr]
+    inner: list[str]
+    rooms: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+
+
+class Sweeps:
+    """The text of sweeps over one row of a kernel."""
+
+    def __init__(self, program: Program, kernel: RowwiseKernel, padded: bool = False) -> None:
+        self.program, self.kernel, self.padded = program, kernel, padded
+        self.epilogue: Epilogue = kernel.assembled.epilogue
+        self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
+        self.lanes = 2 if self.epilogue.pair else 1
+        self.points = kernel.width // self.lanes
+        self.pieces: tuple[Piece, ...] = pieces_of(kernel.assembled, kernel.width, padded)
+        self.vec = vector_length(self.epilogue, self.pieces)
+        self.enter(self.pieces[0])
+        self.groups = {s.name: s for s in self.epilogue.statistics if s.group}
+        folds = [s for s in self.epilogue.statistics if s.operand]
+        self.tall: set[str | None] = {s.operand for s in folds if not s.count}
+        self.lines = [o.name for o in self.epilogue.operands if o.kind == "line"]
+        self.math: set[str] = set()
+        self.rows: set[str] = {"LANES"}
+
+    # Leaves.
+
+    def leaf(self, expr: Expr) -> str:
+        match expr:
+            case Load(operand=name, lane=lane):
+                return self.load(self.kinds[name], lane)
+            case Stat(name=name, plane=plane):
+                return f"{name}_{plane}" if plane else name
+        raise AssertionError(expr)
+
+    def load(self, operand: Operand, lane: int) -> str:
+        name = safe(operand.name)
+        if operand.kind in ("col", "scalar"):
+            return f"{name}_0"
+        if operand.kind == "grouped":
+            return f"{name}_v[0]"
+        if operand.split:
+            return f"{name}_{lane}[j]"
+        if operand.lanes == 2:
+            return f"{name}_v[2 * j + {lane}]"
+        return f"{name}_v[j]"
+
+    def assigned(self, exprs: Sequence[Expr], prefix: str) -> tuple[list[str], list[str]]:
+        """Lines that compute expressions, and the names of the values."""
+        lines = Lines(self.leaf, prefix=prefix)
+        values = lines.assign(exprs)
+        self.math |= lines.imported
+        return lines.lines, values
+
+    def reads(self, exprs: Iterable[Expr | None]) -> set[str]:
+        """The statistics that expressions read, also by way of those of groups."""
+        found: set[str] = set()
+        stack = [s for e in exprs for s in stats_of(e)]
+        while stack:
+            name = stack.pop()
+            if name not in found:
+                found.add(name)
+                if name in self.groups:
+                    stack += stats_of(self.groups[name].expr)
+        return found
+
+    def once_loaded(self, exprs: Iterable[Expr | None]) -> list[str]:
+        """Values that a row has once."""
+        names = loads_of([e for e in exprs if e is not None])
+        lines = []
+        for o in self.epilogue.operands:
+            if o.kind in ("col", "scalar") and o.name in names:
+                row = "row" if o.kind == "col" else "0"
+                lines.append(f"{safe(o.name)}_0 = {safe(o.name)}[{row}, 0].to(Float32)")
+        return lines
+
+    def with_groups(self, exprs: Iterable[Expr | None]) -> list[Expr | None]:
+        """Expressions and those of the groups' statistics that they read."""
+        exprs = list(exprs)
+        return [*exprs, *(g.expr for n, g in self.groups.items() if n in self.reads(exprs))]
+
+    # Vectors.
+
+    def enter(self, piece: Piece) -> None:
+        """Go on with the vectors of a piece; they differ where the last columns are a piece."""
+        if self.padded:
+            self.vec = vector_length(self.epilogue, [piece])
+
+    def shifted(self, index: str, piece: Piece, first: int = 0) -> str:
+        """The vector of a tensor whose points begin at `first`."""
+        shift = (piece.first - first) // self.vec
+        return f"({index} + {shift})" if shift else index
+
+    def apart(self, index: str, split: int, lane: int) -> str:
+        """The vector of one lane where lanes lie `split` columns apart."""
+        block = split // self.vec
+        if block == 1:
+            return f"{index} * 2 + {lane}"
+        return f"{index} // {block} * {2 * block} + {index} % {block} + {lane * block}"
+
+    def begin(self, span: Span | None) -> int:
+        """The first point of a tensor."""
+        return span[0] // self.lanes if span else 0
+
+    def loads(self, exprs: Sequence[Expr], index: str, piece: Piece) -> list[str]:
+        """The vectors that some expressions read."""
+        lines = []
+        for name in sorted(loads_of(list(exprs))):
+            o = self.kinds[name]
+            if o.kind in ("col", "scalar"):
+                continue
+            self.rows.add("load")
+            x = safe(name)
+            row = "0" if o.kind == "row" else "row"
+            at = self.shifted(index, piece, self.begin(o.span))
+            if o.split:
+                for lane in (0, 1):
+                    where = self.apart(at, o.split, lane)
+                    lines.append(f"{x}_{lane} = load({x}, {row}, {where}, {self.vec})")
+                continue
+            count = o.lanes * self.vec
+            if o.kind == "periodic":
+                at = f"{at} % {o.period // self.vec}"
+            elif o.kind == "grouped":
+                at, count = f"{at} // {o.period // self.vec}", 1
+            lines.append(f"{x}_v = load({x}, {row}, {at}, {count})")
+        return lines
+
+    def needed_groups(self, exprs: Sequence[Expr], piece: Piece) -> list[tuple[Statistic, Expr]]:
+        """The groups' statistics that expressions read in a piece, each after those it reads."""
+        names = self.reads(exprs)
+        chosen = [s for n, s in self.groups.items() if n in names and s.expr is not None]
+        return [(s, piece.special(s.expr)) for s in chosen if s.expr is not None]
+
+    def group_lines(self, groups: Sequence[tuple[Statistic, Expr]]) -> list[str]:
+        """Statistics of the groups of columns that some lanes of the warp have in their vectors."""
+        out: list[str] = []
+        for stat, expr in groups:
+            name = stat.name
+            lines, (value,) = self.assigned([expr], f"{name}_x")
+            self.rows |= {"zero", "lanes_sum"}
+            share = f" * {1.0 / stat.group!r}" if stat.monoid == "mean" else ""
+            lanes = stat.group // self.lanes // self.vec
+            out += [
+                f"{name}_s = zero()",
+                f"for j in cutlass.range_constexpr({self.vec}):",
+                *indented([*lines, f"{name}_s = {name}_s + {value}"]),
+                f"{name} = lanes_sum({name}_s, {lanes}){share}",
+            ]
+        return out
+
+    def step(self, step: Step, index: str, piece: Piece, inside: str) -> list[str]:
+        """The body of a loop over vectors; without divergence where lanes work together."""
+        groups = self.needed_groups(step.exprs, piece)
+        exprs = [*step.exprs, *(e for _, e in groups)]
+        loaded = [*self.loads(exprs, index, piece), *self.group_lines(groups)]
+        rest = [*step.rooms, f"for j in cutlass.range_constexpr({self.vec}):"]
+        rest += [*indented(step.inner), *step.after]
+        return [*loaded, *([f"if {inside}:", *indented(rest)] if inside else rest)]
+
+    def loop(self, piece: Piece, step: Step) -> list[str]:
+        """A sweep of a piece: its vectors by lanes in turn, and their values one by one."""
+        vectors = piece.count // self.vec
+        head = f"for step in cutlass.range({-(-vectors // LANES)}):"
+        if self.needed_groups(step.exprs, piece) and vectors % LANES:
+            lines = self.clamped("step * LANES + lane", vectors)
+            return [head, *indented([*lines, *self.step(step, "index", piece, f"at < {vectors}")])]
+        lines = ["index = step * LANES + lane", f"if index < {vectors}:"]
+        return [head, *indented(lines), *indented(self.step(step, "index", piece, ""), 2)]
+
+    def clamped(self, at: str, vectors: int) -> list[str]:
+        """The vector of a lane, the last one for lanes beyond it."""
+        last = f"cutlass.Int32({vectors - 1})"
+        return [f"at = {at}", f"index = cutlass.select_(at < {vectors}, at, {last})"]
+
+    # Statistics of the row.
+
+    def levels(self) -> list[list[Statistic]]:
+        """Statistics of the row, those of one list independent of each other."""
+        own = [s for s in self.epilogue.statistics if s.expr is not None and not s.group]
+        known = {s.name for s in self.epilogue.statistics if s.operand} | self.groups.keys()
+        left, found = own, list[list[Statistic]]()
+        while left:
+            now = [s for s in left if self.reads([s.expr]) <= known]
+            found.append(now)
+            known |= {s.name for s in now}
+            left = [s for s in left if s not in now]
+        return found
+
+    def length(self, stat: Statistic) -> str:
+        """How many values of rows a statistic is taken of."""
+        return f"Float32({safe(stat.operand or '')}.shape[1])"
+
+    def accumulate(self, stat: Statistic, value: str) -> tuple[list[str], list[str], list[str]]:
+        """Start, step and end of a fold over the lanes' values."""
+        name = stat.name
+        if stat.monoid in SUMS:
+            self.rows |= {"zero", "warp_sum"}
+            end = f"warp_sum({name}_s)"
+            if stat.monoid == "mean" and stat.width:
+                end = f"{end} * {1.0 / stat.width!r}"
+            elif stat.monoid == "mean":
+                end = f"{end} / {self.length(stat)}"
+            return [f"{name}_s = zero()"], [f"{name}_s = {name}_s + {value}"], [f"{name} = {end}"]
+        if stat.monoid in ("max", "min"):
+            start = "lowest" if stat.monoid == "max" else "highest"
+            self.rows |= {start, f"warp_{stat.monoid}"}
+            fn = "maximum" if stat.monoid == "max" else "minimum"
+            self.math.add(fn)
+            step = f"{name}_s = {fn}({name}_s, {value})"
+            return [f"{name}_s = {start}()"], [step], [f"{name} = warp_{stat.monoid}({name}_s)"]
+        self.rows |= {"lse_step", "warp_lse", "lowest", "zero"}
+        return (
+            [f"{name}_s = (lowest(), zero())"],
+            [f"{name}_s = lse_step({name}_s, {value})"],
+            [f"{name} = warp_lse({name}_s)"],
+        )
+
+    def sweep(self, level: list[Statistic]) -> list[str]:
+        """One sweep of the row for some statistics, and a second one for their variances."""
+        pivots = {s.expr: s.name for s in level if s.monoid == "variance"}
+        starts: list[str] = []
+        ends: list[str] = []
+        steps: dict[str, str] = {}
+        for stat in level:
+            if stat.monoid == "mean" and stat.expr in pivots:
+                ends.append(f"{stat.name} = {pivots[stat.expr]}_mean")
+                continue
+            if stat.monoid == "variance":
+                self.rows |= {"zero", "warp_sum"}
+                starts += [*self.pivot(stat), f"{stat.name}_s = zero()"]
+                steps[stat.name] = f"{stat.name}_s = {stat.name}_s + (@ - {stat.name}_k)"
+                mean = f"{stat.name}_k + warp_sum({stat.name}_s) * {1.0 / stat.width!r}"
+                ends.append(f"{stat.name}_mean = {mean}")
+                continue
+            start, step, end = self.accumulate(stat, "@")
+            starts, ends = starts + start, ends + end
+            steps[stat.name] = step[0]
+        ends.sort(key=lambda line: line.endswith("_mean"))
+        out = [*starts, *self.reduced(level, steps, "a"), *ends]
+        return out + self.deviations([s for s in level if s.monoid == "variance"])
+
+    def reduced(self, level: list[Statistic], steps: dict[str, str], prefix: str) -> list[str]:
+        """Loops over the pieces, with a step for each statistic that has values there."""
+        out: list[str] = []
+        for piece in self.pieces:
+            self.enter(piece)
+            chosen: list[tuple[Statistic, Expr]] = []
+            for stat in level:
+                if stat.name in steps and stat.expr is not None:
+                    expr = piece.special(stat.expr)
+                    if not (stat.monoid in SUMS and expr == Literal(0.0)):
+                        chosen.append((stat, expr))
+            if not chosen:
+                continue
+            exprs = [e for _, e in chosen]
+            lines, values = self.assigned(exprs, prefix)
+            for (stat, _), value in zip(chosen, values, strict=True):
+                lines.append(steps[stat.name].replace("@", value))
+            out += self.loop(piece, Step(exprs, lines))
+        return out
+
+    def pivot(self, stat: Statistic) -> list[str]:
+        """The row's first value, near which sums lose nothing."""
+        assert stat.expr is not None
+        self.enter(self.pieces[0])
+        expr = self.pieces[0].special(stat.expr)
+        lines, (value,) = self.assigned([expr], f"{stat.name}_p")
+        self.rows.add("pivot")
+        chosen = f"{stat.name}_k = pivot({value}, {stat.width})"
+        out = [*self.loads([expr], "0", self.pieces[0]), *lines, chosen]
+        for name in loads_of([expr]):
+            for suffix in ("_v", "_0[", "_1["):
+                new = suffix.replace("_", f"_{stat.name}", 1)
+                out = [line.replace(safe(name) + suffix, safe(name) + new) for line in out]
+        return [line.replace("[j]", "[0]").replace("2 * j", "0") for line in out]
+
+    def deviations(self, variances: list[Statistic]) -> list[str]:
+        """Σ(x − mean)² in a sweep of its own."""
+        if not variances:
+            return []
+        steps: dict[str, str] = {}
+        starts: list[str] = []
+        ends: list[str] = []
+        for stat in variances:
+            name = stat.name
+            starts.append(f"{name}_q = zero()")
+            steps[name] = f"{name}_q = {name}_q + (@ - {name}_mean) * (@ - {name}_mean)"
+            ends.append(f"{name} = warp_sum({name}_q) * {1.0 / stat.width!r}")
+        return [*starts, *self.reduced(variances, steps, "b"), *ends]
+
+    def stat_names(self, exprs: Iterable[Expr | None]) -> list[str]:
+        """What statistics of the row are called that expressions read."""
+        found: dict[str, None] = {}
+        for expr in self.with_groups(exprs):
+            for stat in leaves_of_kind(expr, Stat):
+                if stat.name not in self.groups:
+                    found[self.leaf(stat)] = None
+        return list(found)

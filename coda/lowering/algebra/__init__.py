@@ -1,0 +1,1 @@
+"""Graph -> Graph: laws of sums, the derivative, and what follows from both."""

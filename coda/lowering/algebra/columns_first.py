@@ -1,0 +1,117 @@
+"""A reduction over rows and columns at once -> one over the columns, then one over the rows.
+
+    Σ_(m k) x = Σ_m (Σ_k x)
+
+The inner one is a statistic of each row, the outer one folds a number for each row, of which a call
+has any number. What is computed element by element of a matrix under one axis is computed of the
+matrix. So no kernel ever has rows side by side as columns, and the lowering has no array with an
+element for each element of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from coda.ir.dims import ONE, Dim, Shape, product
+from coda.ir.graph import Cast, Contract, Input, Map, Node, Reduce, Reshape, origin, transform, walk
+from coda.ir.monoids import MONOIDS
+from coda.lowering.algebra.roles import row_axes
+
+
+def columns_first(roots: Sequence[Node], inputs: Iterable[Input]) -> tuple[Node, ...]:
+    """The same values, with no operation on an axis of rows and columns."""
+    rows = row_axes((n for n in walk(roots) if isinstance(n, Contract)), inputs)
+
+    def change(node: Node) -> Node:
+        if isinstance(node, Map | Cast):
+            return _of_matrices(node, rows)
+        found = _merged(node, rows) if isinstance(node, Reduce) else None
+        if found is None:
+            return node
+        with origin(node.where):
+            return found.whole()
+
+    return transform(roots, change)
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """A reduction of axes [first, rank) of `under`, those before `columns` being rows."""
+
+    node: Reduce
+    under: Node
+    first: int
+    columns: int
+
+    def whole(self) -> Node:
+        """The reduction by way of one over the columns."""
+        x, fn = self.under, self.node.fn
+        if not MONOIDS[fn].nests:  # the variance, as it is defined
+            mean = self.reduced("mean", x)
+            square = Map("square", (Map("sub", (x, mean)),))
+            return _shaped(self.reduced("mean", square), self.node.shape)
+        return _shaped(self.reduced(fn, x), self.node.shape)
+
+    def reduced(self, fn: str, x: Node) -> Node:
+        """The reduction of `x`, which has the axes of `under`: those reduced are left with 1."""
+        shape = x.shape
+        lead, rows = shape[: self.first], product(shape[self.first : self.columns])
+        columns = product(shape[self.columns :])
+        inner = Reduce(fn, _shaped(x, (*shape[: self.columns], columns)), -1)
+        outer = Reduce(fn, _shaped(inner, (*lead, rows)), -1)
+        return _shaped(outer, (*lead, *(ONE,) * (len(shape) - len(lead))))
+
+
+def _of_matrices(node: Map | Cast, rows: Dim) -> Node:
+    """A function of matrices under one axis as that of the matrices, under one axis."""
+    wide = [o for o in node.operands if product(o.shape) != ONE]
+    under = {o.arg.shape for o in wide if isinstance(o, Reshape)}
+    joined = all(isinstance(o, Reshape) and o.shape == node.shape for o in wide)
+    if len(under) != 1 or not joined or _has(node.shape, rows):
+        return node
+    (shape,) = under
+    if not _has(shape, rows):
+        return node
+    with origin(node.where):
+        operands = [o.arg if o in wide and isinstance(o, Reshape) else o for o in node.operands]
+        numbers = [_shaped(o, ()) if product(o.shape) == ONE else o for o in operands]
+        return _shaped(node.with_operands(numbers), node.shape)
+
+
+def _has(shape: Shape, rows: Dim) -> bool:
+    """Whether some first axes are the rows."""
+    return any(product(shape[:i]) == rows for i in range(len(shape) + 1))
+
+
+def _shaped(node: Node, shape: Shape) -> Node:
+    return node if node.shape == shape else Reshape(node, shape)
+
+
+def _merged(node: Reduce, rows: Dim) -> _Merged | None:
+    """What a reduction of rows and columns at once reduces; None for any other.
+
+    The rows are those of the block where a value has them, or else all axes but the last.
+    """
+    axis = node.rank + node.axis
+    if product(node.shape[axis:]) != ONE:
+        return None
+    lead, under, deepest = product(node.shape[:axis]), node.arg, None
+    while True:
+        firsts = [i for i in range(under.rank) if product(under.shape[:i]) == lead]
+        if firsts:
+            columns = [i for i in range(under.rank + 1) if product(under.shape[:i]) == rows]
+            deepest = under, firsts[-1]
+            if columns and rows != ONE:
+                return _apart(node, under, firsts[-1], columns[-1])
+        if not isinstance(under, Reshape):
+            break
+        under = under.arg
+    return deepest and _apart(node, *deepest, deepest[0].rank - 1)
+
+
+def _apart(node: Reduce, under: Node, first: int, columns: int) -> _Merged | None:
+    """The reduction as one of rows and columns, if it has both."""
+    rows, rest = product(under.shape[first:columns]), product(under.shape[columns:])
+    both = first < columns and ONE not in (rows, rest)
+    return _Merged(node, under, first, columns) if both else None

@@ -1,0 +1,379 @@
+"""The algebra: laws of sums as equations, each applied from left to right.
+
+`sum over k` is a contraction or a reduction. A value whose axis has size 1 does not depend on that
+axis, and so may leave the sum (law 1); a reduction over an axis is a fold of a monoid, and may be
+split over tiles (law 3, `coda.ir.monoids`). The names of layers do not occur here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
+
+from coda.ir.dims import ONE
+from coda.ir.graph import (
+    Cast,
+    Concat,
+    Const,
+    Contract,
+    Input,
+    Map,
+    Node,
+    Permute,
+    Reduce,
+    Reshape,
+    Slice,
+    walk,
+)
+from coda.ir.types import f32, has_reciprocal
+from coda.lowering.algebra.rewrite import ANY, WIDE, Law, Sides, law
+
+
+def _mul(a: Node, b: Node) -> Node:
+    return Map("mul", (a, b))
+
+
+def _add(a: Node, b: Node) -> Node:
+    return Map("add", (a, b))
+
+
+def _sub(a: Node, b: Node) -> Node:
+    return Map("sub", (a, b))
+
+
+def _div(a: Node, b: Node) -> Node:
+    return Map("div", (a, b))
+
+
+def _exp(a: Node) -> Node:
+    return Map("exp", (a,))
+
+
+def _log(a: Node) -> Node:
+    return Map("log", (a,))
+
+
+def _contract(x: Node, w: Node) -> Node:
+    return Contract(x, w, ANY)
+
+
+def _turned(x: Node) -> Node:
+    return Permute(x, (1, 0))
+
+
+def _over(fn: str, x: Node) -> Node:
+    return Reduce(fn, x, -1)
+
+
+_depths: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
+
+
+def depth(node: Node) -> int:
+    """The largest number of contractions on a way from the inputs to a node."""
+    stack = [node]
+    while stack:
+        one = stack[-1]
+        waiting = [o for o in one.operands if o not in _depths]
+        if waiting:
+            stack += waiting
+        else:
+            below = max((_depths[o] for o in one.operands), default=0)
+            _depths[stack.pop()] = below + isinstance(one, Contract)
+    return _depths[node]
+
+
+def factor_comes_late(nodes: Mapping[str, Node]) -> bool:
+    """Whether `r` is known only after the kernel that makes `x`, which cannot apply it then.
+
+    A factor that is there from the start is known to every kernel; it leaves the sum only if no
+    kernel makes `x`.
+    """
+    r, x = nodes["r"], nodes["x"]
+    if depth(r) != depth(x):
+        return depth(r) > depth(x)
+    return in_memory(x) or any(isinstance(n, Reduce) for n in walk([r]))
+
+
+def both_are_computed(nodes: Mapping[str, Node]) -> bool:
+    """Whether a kernel of ours writes `x` and `y`, and so can write them side by side."""
+    x, y = nodes["x"], nodes["y"]
+    views = Reshape | Slice | Permute
+    apart = x is not y and not any(isinstance(n, Input | views) for n in (x, y))
+    return apart and has_rows(nodes) and not is_over_rows(nodes["x"], nodes["v"])
+
+
+def is_over_rows(x: Node, w: Node) -> bool:
+    """Whether a contraction of `x` with `w` sums over rows."""
+    return isinstance(x, Permute) and isinstance(w, Permute)
+
+
+def has_rows(nodes: Mapping[str, Node]) -> bool:
+    """Whether `x` is more than a vector."""
+    return any(d != ONE for d in nodes["x"].shape[:-1])
+
+
+def in_memory(node: Node) -> bool:
+    """Whether a value is an argument, or a view of one."""
+    while isinstance(node, Reshape | Slice | Permute):
+        node = node.arg
+    return isinstance(node, Input)
+
+
+def cancels_in_float32(nodes: Mapping[str, Node]) -> bool:
+    """Whether float32 holds what is left of `x` after a large mean is taken from its sums.
+
+    A mean far larger than the deviation costs a sum in float32 as many bits as it costs a 16-bit
+    `x`, which has none of them to begin with; a float32 `x` would lose them.
+    """
+    return nodes["x"].dtype != f32
+
+
+def has_rounded(nodes: Mapping[str, Node]) -> bool:
+    """Whether `x` went through a 16-bit type, whose rounding is far above float32's.
+
+    A float32 logsumexp of values near 10⁴ is known to 10⁻³, and what is subtracted from it no
+    better; the maximum is known exactly.
+    """
+    stack, seen = [nodes["x"]], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node.dtype.kind == "float" and node.dtype.size < f32.size:
+            return True
+        if isinstance(node, Map | Cast | Reshape) and node not in seen:
+            seen.add(node)
+            stack.extend(node.operands)
+    return False
+
+
+# Spelling: one form for what can be written in several ways.
+
+
+@law(x="... K")
+def square_of_product(x: Node) -> Sides:
+    """x · x = x²."""
+    return _mul(x, x), Map("square", (x,))
+
+
+@law(x="... K")
+def square_of_power(x: Node) -> Sides:
+    """x ** 2 = x²."""
+    return Map("pow", (x, Const(2.0, ANY))), Map("square", (x,))
+
+
+def reciprocal_is_normal(nodes: Mapping[str, Node]) -> bool:
+    """Whether `r`, if it is a number, has a reciprocal that float32 holds."""
+    r = nodes["r"]
+    return not isinstance(r, Const) or has_reciprocal(r.value)
+
+
+@law(x="... K", r="... 1", when=reciprocal_is_normal)
+def divide_by_row(x: Node, r: Node) -> Sides:
+    """x / r = x · (1 / r): one reciprocal for each row."""
+    return _div(x, r), _mul(x, Map("recip", (r,)))
+
+
+@law(x="... K", r="... 1", g="... K", unscaled=True, when=factor_comes_late)
+def row_factor_outward(x: Node, r: Node, g: Node) -> Sides:
+    """(x ⊙ r) ⊙ g = (x ⊙ g) ⊙ r: factors of a row last, where a contraction can give them up."""
+    return _mul(_mul(x, r), g), _mul(_mul(x, g), r)
+
+
+@law(x="... K", r="... 1")
+def cast_inside_row_factor(x: Node, r: Node) -> Sides:
+    """cast(x ⊙ r) = cast(x) ⊙ cast(r): only what is stored rounds, and once.
+
+    Not to a type of a shorter range: what a scale brings into it may not fit without the scale.
+    """
+    return Cast(_mul(x, r), WIDE), _mul(Cast(x, WIDE), Cast(r, WIDE))
+
+
+@law(x="... K", a="K", b="K", when=has_rows)
+def shifts_together(x: Node, a: Node, b: Node) -> Sides:
+    """(x + a) + b = x + (a + b): shifts by vectors are one shift by their sum."""
+    return _add(_add(x, a), b), _add(x, _add(a, b))
+
+
+# Law 1, pull out: what does not depend on the summed axis leaves the sum.
+
+
+@law(x="... K", r="... 1", w="N K", unscaled=True, when=factor_comes_late)
+def row_factor_past_contraction(x: Node, r: Node, w: Node) -> Sides:
+    """Σ_k (x r) w = r Σ_k x w: a factor of the row is applied to the accumulator instead."""
+    return _contract(_mul(x, r), w), _mul(_contract(x, w), r)
+
+
+@law(x="... K", r="... 1", b="K", w="N K", unscaled=True, when=factor_comes_late)
+def affine_past_contraction(x: Node, r: Node, b: Node, w: Node) -> Sides:
+    """Σ_k (x r + b) w = r Σ_k x w + Σ_k b w: the shift becomes a vector that only weights know."""
+    return (
+        _contract(_add(_mul(x, r), b), w),
+        _add(_mul(_contract(x, w), r), _contract(b, w)),
+    )
+
+
+def _row_sums(w: Node) -> Node:
+    """Σ_k w[n, k] as a row, [1, N]."""
+    return Permute(_over("sum", w), (1, 0))
+
+
+@law(x="... K", m="... 1", w="N K", unscaled=True, when=cancels_in_float32)
+def row_shift_past_contraction(x: Node, m: Node, w: Node) -> Sides:
+    """Σ_k (x − m) w = Σ_k x w − m Σ_k w: a rank-one correction in the epilogue."""
+    return _contract(_sub(x, m), w), _sub(_contract(x, w), _mul(m, _row_sums(w)))
+
+
+@law(x="... K", m="... 1", g="K", w="N K", unscaled=True, when=cancels_in_float32)
+def shifted_gain_past_contraction(x: Node, m: Node, g: Node, w: Node) -> Sides:
+    """Σ_k (x − m) g w = Σ_k x (g w) − m Σ_k g w.
+
+    The gain goes with the weight, so that the correction subtracts exactly what was added: a large
+    mean cancels in float32, not after a rounding of x g.
+    """
+    return (
+        _contract(_mul(_sub(x, m), g), w),
+        _sub(_contract(x, _mul(w, g)), _mul(m, _row_sums(_mul(w, g)))),
+    )
+
+
+@law(x="... K", g="K", w="N K", choice=True, unscaled=True)
+def gain_into_weight(x: Node, g: Node, w: Node) -> Sides:
+    """Σ_k (x g) w = Σ_k x (g w): a gain along the summed axis goes with the weight."""
+    return _contract(_mul(x, g), w), _contract(x, _mul(w, g))
+
+
+@law(x="L K", g="K", u="N L")
+def gain_past_contraction_over_rows(x: Node, g: Node, u: Node) -> Sides:
+    """Σ_l u (x g) = g Σ_l u x: a weight's gradient reads the activation as it is."""
+    return _contract(u, _turned(_mul(x, g))), _mul(_contract(u, _turned(x)), g)
+
+
+@law(x="... K", y="... L", v="N K", w="N L", when=both_are_computed)
+def contractions_together(x: Node, y: Node, v: Node, w: Node) -> Sides:
+    """Σ_k x v + Σ_l y w = Σ_kl [x y] [v w]: two sums are one sum over both axes."""
+    return (
+        _add(_contract(x, v), _contract(y, w)),
+        _contract(Concat((x, y), -1), Concat((v, w), -1)),
+    )
+
+
+@law(x="... K", r="... 1")
+def row_factor_past_sum(x: Node, r: Node) -> Sides:
+    """Σ_k x r = r Σ_k x."""
+    return _over("sum", _mul(x, r)), _mul(_over("sum", x), r)
+
+
+@law(x="... K", y="... K")
+def sums_together(x: Node, y: Node) -> Sides:
+    """Σ_k x + Σ_k y = Σ_k (x + y)."""
+    return _add(_over("sum", x), _over("sum", y)), _over("sum", _add(x, y))
+
+
+# Law 2, swap: two sums exchange, in a derivative, where the forward has the other contraction.
+
+
+@law(x="... K")
+def negation_past_sum(x: Node) -> Sides:
+    """Σ_k (−x) = −Σ_k x."""
+    return _over("sum", Map("neg", (x,))), Map("neg", (_over("sum", x),))
+
+
+@law(x="L K")
+def turned_twice(x: Node) -> Sides:
+    """(xᵀ)ᵀ = x."""
+    return _turned(_turned(x)), x
+
+
+def lies_straight(nodes: Mapping[str, Node]) -> bool:
+    """Whether `w` is not a transpose: the law for transposes is another."""
+    return not isinstance(nodes["w"], Permute)
+
+
+@law(x="... K", y="... N", w="K N", choice=True, when=lies_straight)
+def row_sum_exchanged(x: Node, y: Node, w: Node) -> Sides:
+    """Σ_k x (Σ_n y w) = Σ_n y (Σ_k x w): a sum over a contraction's output is one over another's.
+
+    Softmax's Σ dP P is Σ dO O: known before the contraction that gives dP, whose epilogue needs it.
+    """
+    return (
+        _over("sum", _mul(x, _contract(y, w))),
+        _over("sum", _mul(y, _contract(x, _turned(w)))),
+    )
+
+
+@law(x="... K", y="... N", w="N K", choice=True)
+def row_sum_exchanged_turned(x: Node, y: Node, w: Node) -> Sides:
+    """Σ_k x (Σ_n y wᵀ) = Σ_n y (Σ_k x w): the same where the weight lies turned."""
+    return (
+        _over("sum", _mul(x, _contract(y, _turned(w)))),
+        _over("sum", _mul(y, _contract(x, w))),
+    )
+
+
+# Law 3, split: reductions written out become folds of one monoid, which can be taken in parts.
+
+
+@law(x="... K")
+def variance_as_moments(x: Node) -> Sides:
+    """mean (x − mean x)² is one fold of (n, mean, Σ(x − mean)²), after Chan, Golub and LeVeque."""
+    deviation = _sub(x, _over("mean", x))
+    return _over("mean", Map("square", (deviation,))), _over("variance", x)
+
+
+@law(x="... K")
+def logsumexp_of_exponentials(x: Node) -> Sides:
+    """log Σ exp x = logsumexp x, which does not overflow."""
+    return _log(_over("sum", _exp(x))), _over("logsumexp", x)
+
+
+@law(x="... K", m="... 1")
+def shifted_logsumexp(x: Node, m: Node) -> Sides:
+    """log Σ exp(x − m) + m = logsumexp x, whatever m is subtracted."""
+    return _add(_over("logsumexp", _sub(x, m)), m), _over("logsumexp", x)
+
+
+@law(x="... K", m="... 1", when=has_rounded)
+def shifted_log_softmax(x: Node, m: Node) -> Sides:
+    """(x − m) − logsumexp(x − m) = x − logsumexp x."""
+    shifted = _sub(x, m)
+    return _sub(shifted, _over("logsumexp", shifted)), _sub(x, _over("logsumexp", x))
+
+
+@law(x="... K", m="... 1", when=has_rounded)
+def softmax_by_logsumexp(x: Node, m: Node) -> Sides:
+    """exp(x − m) · (1 / Σ exp(x − m)) = exp(x − logsumexp x): one statistic instead of two.
+
+    With +inf among the values the left side is NaN everywhere, the right only there.
+    """
+    e = _exp(_sub(x, m))
+    return _mul(e, Map("recip", (_over("sum", e),))), _exp(_sub(x, _over("logsumexp", x)))
+
+
+LAWS: tuple[Law, ...] = (
+    square_of_product,
+    square_of_power,
+    divide_by_row,
+    variance_as_moments,
+    logsumexp_of_exponentials,
+    shifted_log_softmax,
+    shifted_logsumexp,
+    softmax_by_logsumexp,
+    row_factor_outward,
+    cast_inside_row_factor,
+    shifts_together,
+    row_factor_past_contraction,
+    affine_past_contraction,
+    shifted_gain_past_contraction,
+    row_shift_past_contraction,
+    gain_into_weight,
+    gain_past_contraction_over_rows,
+    contractions_together,
+    row_factor_past_sum,
+    sums_together,
+)
+
+EXCHANGES: tuple[Law, ...] = (
+    negation_past_sum,
+    turned_twice,
+    row_sum_exchanged,
+    row_sum_exchanged_turned,
+)

@@ -1,0 +1,246 @@
+"""Contractions of one activation -> one contraction, and what follows each of them in the same way.
+
+The derivative of the one contraction is then one contraction for the activation and one for the
+weights, and biases and other vectors along the columns have one gradient together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from coda.ir.dims import ONE, Dim, product
+from coda.ir.graph import (
+    Cast,
+    Concat,
+    Contract,
+    Graph,
+    Input,
+    Map,
+    Node,
+    Permute,
+    Reduce,
+    Reshape,
+    Slice,
+    origin,
+    users,
+    walk,
+)
+from coda.lowering.algebra.roles import weight_nodes
+
+Lanes = tuple[Node, ...]  # nodes that are the same function of different siblings
+
+
+def merge_siblings(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
+    """A graph with sibling contractions as slices of one, and elementwise operations on them too.
+
+    Also gives the node of the old graph that each node of the new one stands for; what is one now
+    stands for a concatenation of what it was.
+    """
+    merge = _Merge(graph)
+    merge.run()
+    return merge.rebuilt()
+
+
+def join(nodes: Sequence[Node], axis: int, weights: Collection[Node]) -> Node | None:
+    """Values side by side along an axis, as the same function of weights side by side."""
+    first = nodes[0]
+    if all(n is first for n in nodes):
+        narrow = -axis > first.rank or first.shape[axis] == ONE
+        return first if narrow else None
+    if any(type(n) is not type(first) for n in nodes) or -axis > min(n.rank for n in nodes):
+        return None
+    if isinstance(first, Input):
+        known = len(set(nodes)) == len(nodes) and all(n in weights for n in nodes)
+        return Concat(tuple(nodes), axis) if known else None
+    if not isinstance(first, Map | Cast | Reduce | Permute | Contract | Reshape):
+        return None
+    if any(not same_operation(first, n) for n in nodes):
+        return None
+    if isinstance(first, Reshape) and not _last_axis_alone(nodes, axis):
+        return None
+    joined: list[Node] = []
+    for i, operands in enumerate(zip(*(n.operands for n in nodes), strict=True)):
+        at = _axis_of_operand(first, i, axis)
+        one = join(operands, at, weights) if at is not None else operands[0]
+        if one is None or (at is None and any(o is not operands[0] for o in operands)):
+            return None
+        joined.append(one)
+    if isinstance(first, Reshape):
+        return _reshaped(first, joined[0], axis)
+    return first.with_operands(joined)
+
+
+def _axis_of_operand(node: Node, number: int, axis: int) -> int | None:
+    """The operand's axis that is an axis of its node; None where it has no part in it."""
+    match node:
+        case Permute(order=order):
+            return order[axis] - len(order)
+        case Contract():
+            if axis == -1:
+                return -2 if number == 1 else None
+            return None if number == 1 else axis
+        case Reduce(axis=reduced):
+            return axis if axis != reduced else None
+    return axis
+
+
+def _last_axis_alone(nodes: Sequence[Node], axis: int) -> bool:
+    """Whether reshapes only put axes of size 1 before the last one."""
+    rest = [product(n.shape) == n.shape[-1] == n.operands[0].shape[-1] for n in nodes]
+    return axis == -1 and all(rest)
+
+
+def _reshaped(like: Reshape, node: Node, axis: int) -> Node:
+    shape = list(like.to)
+    shape[axis] = node.shape[-1]
+    return Reshape(node, tuple(shape))
+
+
+def same_operation(a: Node, b: Node) -> bool:
+    """Whether two nodes differ in their operands alone (a reshape: in its sizes, too)."""
+    if type(a) is not type(b) or len(a.operands) != len(b.operands):
+        return False
+    if isinstance(a, Reshape):
+        return a.rank == b.rank
+    for name in a.identity:
+        x, y = getattr(a, name), getattr(b, name)
+        nested = isinstance(x, tuple) and x and isinstance(x[0], Node)
+        if not (isinstance(x, Node) or nested) and x != y:
+            return False
+    return True
+
+
+@dataclass
+class _Merge:
+    """One run over a graph.
+
+    Attributes:
+        wide: what stands for all lanes of some siblings.
+        lane_of: the lanes that a node is one of.
+        reach: whether a contraction follows from a node.
+    """
+
+    graph: Graph
+    wide: dict[Lanes, Node] = field(default_factory=dict)
+    lane_of: dict[Node, Lanes] = field(default_factory=dict)
+    reach: dict[Node, bool] = field(default_factory=dict)
+
+    def run(self) -> None:
+        nodes = list(walk(self.graph.roots))
+        self.weights = weight_nodes(nodes)
+        self.users = users(self.graph.roots)
+        for lanes in self.groups(nodes):
+            rhs = join([c.rhs for c in lanes], -2, self.weights)
+            assert rhs is not None
+            self.add(lanes, Contract(lanes[0].lhs, rhs, lanes[0].result))
+
+    def groups(self, nodes: list[Node]) -> list[tuple[Contract, ...]]:
+        """Contractions of one activation whose weights can lie side by side."""
+        found: list[list[Contract]] = []
+        for node in nodes:
+            if not isinstance(node, Contract) or node in self.weights:
+                continue
+            if node.rhs not in self.weights or node.lhs in self.weights:
+                continue
+            for group in found:
+                one = group[0]
+                same = (one.lhs, one.result, one.rhs.dtype) == (
+                    node.lhs,
+                    node.result,
+                    node.rhs.dtype,
+                )
+                if same and join([*(c.rhs for c in group), node.rhs], -2, self.weights) is not None:
+                    group.append(node)
+                    break
+            else:
+                found.append([node])
+        return [tuple(g) for g in found if len(g) > 1]
+
+    def add(self, lanes: Lanes, wide: Node) -> None:
+        """Record lanes, and those that follow from them.
+
+        Where a contraction follows, its kernel gives the cotangents of the lanes one by one, and
+        each is dealt with there.
+        """
+        self.wide[lanes] = wide
+        self.lane_of |= dict.fromkeys(lanes, lanes)
+        if any(self.multiplied(n) for n in lanes):
+            return
+        for first in self.users[lanes[0]]:
+            if not isinstance(first, Map | Cast) or first in self.lane_of:
+                continue
+            rest = [self.alike(first, u) for u in lanes[1:]]
+            if all(rest):
+                following = (first, *(r for r in rest if r is not None))
+                made = self.lifted(following)
+                if made is not None and len(set(following)) == len(lanes):
+                    self.add(following, made)
+
+    def multiplied(self, node: Node) -> bool:
+        """Whether a contraction follows from a node."""
+        if node not in self.reach:
+            above = self.users[node]
+            self.reach[node] = any(isinstance(u, Contract) or self.multiplied(u) for u in above)
+        return self.reach[node]
+
+    def alike(self, first: Node, lane: Node) -> Node | None:
+        """The node that does to a lane what `first` does to the first one."""
+        for node in self.users[lane]:
+            if node not in self.lane_of and same_operation(first, node):
+                pairs = zip(first.operands, node.operands, strict=True)
+                if all(self.parallel(a, b) for a, b in pairs):
+                    return node
+        return None
+
+    def parallel(self, a: Node, b: Node) -> bool:
+        """Whether two operands may be those of two lanes."""
+        if a in self.lane_of:
+            return self.lane_of[a] == self.lane_of.get(b)
+        return join((a, b), -1, self.weights) is not None
+
+    def lifted(self, lanes: Lanes) -> Node | None:
+        """The operation of some lanes on what stands for all of their operands."""
+        operands: list[Node] = []
+        for each in zip(*(n.operands for n in lanes), strict=True):
+            one = self.wide.get(each)
+            if one is None:
+                one = join(each, -1, self.weights)
+            if one is None:
+                return None
+            operands.append(one)
+        with origin(lanes[0].where):
+            return lanes[0].with_operands(operands)
+
+    def rebuilt(self) -> tuple[Graph, dict[Node, Node]]:
+        """The new graph, and what its nodes stand for."""
+        new: dict[Node, Node] = {}
+        stands: dict[Node, Node] = {}
+        widened: dict[Node, Node] = {}
+        for node in walk(self.graph.roots):
+            operands = tuple(new[o] for o in node.operands)
+            with origin(node.where):
+                lanes = self.lane_of.get(node)
+                if lanes is None:
+                    same = all(a is b for a, b in zip(operands, node.operands, strict=True))
+                    new[node] = node if same else node.with_operands(operands)
+                else:
+                    wide = self.renewed(self.wide[lanes], new, widened)
+                    stands[wide] = Concat(lanes, -1)
+                    start = Dim.of(0)
+                    for one in lanes[: lanes.index(node)]:
+                        start = start + one.shape[-1]
+                    new[node] = Slice(wide, -1, start, node.shape[-1], 1)
+        stands |= {m: n for n, m in new.items()}
+        return self.graph.with_roots(new[r] for r in self.graph.roots), stands
+
+    def renewed(self, wide: Node, new: Mapping[Node, Node], done: dict[Node, Node]) -> Node:
+        """What stands for some lanes, on nodes of the new graph."""
+        if wide in done:
+            return done[wide]
+        if wide in new:
+            return new[wide]
+        operands = tuple(self.renewed(o, new, done) for o in wide.operands)
+        same = all(a is b for a, b in zip(operands, wide.operands, strict=True))
+        done[wide] = wide if same else wide.with_operands(operands)
+        return done[wide]

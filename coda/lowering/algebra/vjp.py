@@ -1,0 +1,439 @@
+"""Outputs and their cotangents -> the cotangents of inputs, on the graph of primitives.
+
+One rule for each kind of node, side by side; scalar functions have theirs in the table of
+`coda.ir.scalars`. No rule knows a layer. A cotangent may have size 1 along an axis where its node
+does not: it is then the same for all of that axis, and becomes as wide as the node only where a
+rule needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, assert_never, cast
+
+import torch
+
+from coda.errors import UnsupportedError
+from coda.ir.dims import ONE, Dim, Shape, product
+from coda.ir.graph import (
+    Cast,
+    Concat,
+    Const,
+    Contract,
+    Expand,
+    Gather,
+    Input,
+    Iota,
+    Map,
+    Node,
+    Op,
+    Permute,
+    Pick,
+    Put,
+    Reduce,
+    Reshape,
+    Size,
+    Slice,
+    origin,
+    users,
+    walk,
+)
+from coda.ir.scalars import SCALARS
+from coda.ir.types import DType, i32
+from coda.lowering.algebra.linear import factor_cotangent, linear_outputs, row_factor
+
+
+def vjp(
+    cotangents: Mapping[Node, Node], wanted: Iterable[Node], kept: bool = False
+) -> dict[Node, Node]:
+    """The cotangents of `wanted` nodes, by node; one that no output depends on is missing.
+
+    Args:
+        cotangents: of output nodes, each of its node's shape and element type.
+        wanted: inputs, or other nodes at which differentiation stops.
+        kept: whether the outputs are kept, so that derivatives may read them
+            (`lowering/algebra/linear.py`).
+    """
+    wanted = tuple(dict.fromkeys(wanted))
+    return _Backward(wanted, users(cotangents) if kept else {}).run(cotangents)
+
+
+def full(d: Node, shape: Shape) -> Node:
+    """A cotangent as wide as its node."""
+    return d if d.shape == shape else Expand(d, shape)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A node that computes with operators, as the table's derivatives need it."""
+
+    node: Node
+
+    def to(self, fn: str, *others: Any) -> _Term:
+        like = next((o.node for o in others if isinstance(o, _Term)), self.node).dtype
+        return _Term(_applied(fn, (self.node, *(_node(o, like) for o in others))))
+
+    def __add__(self, other: Any) -> _Term:
+        return _call("add", self, other)
+
+    def __radd__(self, other: Any) -> _Term:
+        return _call("add", other, self)
+
+    def __sub__(self, other: Any) -> _Term:
+        return _call("sub", self, other)
+
+    def __rsub__(self, other: Any) -> _Term:
+        return _call("sub", other, self)
+
+    def __mul__(self, other: Any) -> _Term:
+        return _call("mul", self, other)
+
+    def __rmul__(self, other: Any) -> _Term:
+        return _call("mul", other, self)
+
+    def __truediv__(self, other: Any) -> _Term:
+        return _call("div", self, other)
+
+    def __neg__(self) -> _Term:
+        return _call("neg", self)
+
+
+def _call(fn: str, *args: Any) -> _Term:
+    like = next(a.node.dtype for a in args if isinstance(a, _Term))
+    return _Term(_applied(fn, tuple(_node(a, like) for a in args)))
+
+
+def _applied(fn: str, nodes: tuple[Node, ...]) -> Node:
+    """A scalar function of nodes; of numbers it is a number, and so is a choice by one."""
+    found = Map(fn, nodes)
+    numbers = [torch.tensor(n.value, dtype=torch.float64) for n in nodes if isinstance(n, Const)]
+    if len(numbers) == len(nodes):
+        return Const(float(SCALARS[fn].evaluate(*numbers)), found.dtype)
+    if fn == "where" and isinstance(nodes[0], Const):
+        return nodes[1] if nodes[0].value else nodes[2]
+    return found
+
+
+def _is_nothing(d: Node) -> bool:
+    """Whether a cotangent is the number 0."""
+    return isinstance(d, Const) and d.value == 0.0
+
+
+def _node(value: Any, like: DType) -> Node:
+    return value.node if isinstance(value, _Term) else Const(float(value), like)
+
+
+@dataclass
+class _Backward:
+    """One run from outputs to inputs.
+
+    Attributes:
+        wanted: where differentiation stops.
+        users: of each node, where outputs may be read.
+        given: the cotangents of the outputs.
+        found: contributions to each node's cotangent.
+        parts: contributions by way of slices.
+    """
+
+    wanted: tuple[Node, ...]
+    users: Mapping[Node, list[Node]] = field(default_factory=dict)
+    given: Mapping[Node, Node] = field(default_factory=dict)
+    found: dict[Node, list[Node]] = field(default_factory=dict)
+    parts: dict[Node, list[tuple[Slice, Node]]] = field(default_factory=dict)
+    active: set[Node] = field(default_factory=set)
+
+    def run(self, cotangents: Mapping[Node, Node]) -> dict[Node, Node]:
+        order = list(walk(cotangents))
+        self.given = cotangents
+        self.active = set(self.wanted)
+        for node in order:
+            if node.dtype.kind == "float" and any(o in self.active for o in node.operands):
+                self.active.add(node)
+        for node, d in cotangents.items():
+            self.give(node, d)
+        out: dict[Node, Node] = {}
+        for node in reversed(order):
+            if node not in self.active:
+                continue
+            with origin(node.where):
+                d = self.total(node)
+                if d is None:
+                    continue
+                if node in self.wanted:
+                    out[node] = full(d, node.shape)
+                if not isinstance(node, Input):
+                    self.rule(node, d)
+        return out
+
+    def give(self, node: Node, d: Node) -> None:
+        """Add to a node's cotangent, in the node's element type and shape (or 1)."""
+        if node not in self.active:
+            return
+        d = _unbroadcast(d, node.shape)
+        self.found.setdefault(node, []).append(d if d.dtype == node.dtype else Cast(d, node.dtype))
+
+    def total(self, node: Node) -> Node | None:
+        """The sum of all contributions, contractions first, so that laws find them together."""
+        terms = self.found.pop(node, []) + _joined(node, self.parts.pop(node, []))
+        if not terms:
+            return None
+        terms.sort(key=lambda t: not isinstance(t, Contract))
+        total = terms[0]
+        for term in terms[1:]:
+            total = Map("add", (total, term))
+        return total
+
+    def rule(self, node: Node, d: Node) -> None:
+        match cast(Op, node):
+            case Map() as n:
+                self.map(n, d)
+            case Reduce() as n:
+                self.give(n.arg, _reduce_rule(n, d))
+            case Contract() as n:
+                self.contract(n, full(d, n.shape))
+            case Cast(arg=arg):
+                self.give(arg, Cast(d, arg.dtype))
+            case Reshape() | Permute() | Slice() | Concat() | Expand() as n:
+                self.view(n, d)
+            case Gather(table=table, index=index):
+                self.give(table, Put(full(d, node.shape), index, table.shape[0]))
+            case Pick(arg=arg, index=index):
+                self.give(arg, _one_hot(d, arg, index))
+            case Put(index=index, arg=arg):
+                self.give(arg, Gather(full(d, node.shape), index))
+            case Input() | Const() | Size() | Iota():
+                pass
+            case _ as never:
+                assert_never(never)
+
+    def view(self, node: Reshape | Permute | Slice | Concat | Expand, d: Node) -> None:
+        match node:
+            case Reshape(arg=arg):
+                self.give(arg, _reshaped(d, node.shape, arg.shape))
+            case Permute(arg=arg, order=order):
+                back = tuple(order.index(i) for i in range(len(order)))
+                self.give(arg, Permute(d, back))
+            case Slice(arg=arg) as n:
+                if n.shape == arg.shape:
+                    self.give(arg, d)
+                elif arg in self.active:
+                    self.parts.setdefault(arg, []).append((n, full(d, n.shape)))
+            case Concat() as n:
+                self.concat(n, full(d, n.shape))
+            case Expand(arg=arg, to=to):
+                self.give(arg, _summed(d, arg.shape, to))
+
+    def map(self, node: Map, d: Node) -> None:
+        row = SCALARS[node.fn]
+        if row.derivative is None:
+            raise UnsupportedError(f"`{node.fn}` has no derivative", where=node.where)
+        terms = row.derivative(_Term(d), _Term(node), *(_Term(a) for a in node.args))
+        gifts: dict[Node, Node] = {}
+        factor = row_factor(node) if self.users else None
+        outputs = linear_outputs(node, self.users, self.given) if factor in self.active else None
+        if factor is not None and outputs is not None:
+            terms = tuple(None if a is factor else t for a, t in zip(node.args, terms, strict=True))
+            self.give(factor, factor_cotangent(factor, outputs, self.given))
+        for arg, term in zip(node.args, terms, strict=True):
+            if term is not None and arg in self.active and not _is_nothing(term.node):
+                share = _summed(term.node, arg.shape, node.shape)
+                gifts[arg] = Map("add", (gifts[arg], share)) if arg in gifts else share
+        for arg, share in gifts.items():
+            self.give(arg, share)
+
+    def contract(self, node: Contract, d: Node) -> None:
+        x, w = node.lhs, node.rhs
+        rows = product(x.shape[:-1])
+        if x in self.active and rows == ONE:
+            total = Reduce("sum", Map("mul", (_reshape(d, (w.shape[0], ONE)), w)), -2)
+            self.give(x, _reshape(total, x.shape))
+        elif x in self.active:
+            self.give(x, Contract(d, Permute(w, (1, 0)), x.dtype))
+        if w not in self.active:
+            return
+        flat_d, flat_x = (_reshape(n, (rows, n.shape[-1])) for n in (d, x))
+        if rows == ONE:
+            self.give(w, Map("mul", (_reshape(d, (w.shape[0], ONE)), flat_x)))
+        else:
+            self.give(w, Contract(Permute(flat_d, (1, 0)), Permute(flat_x, (1, 0)), w.dtype))
+
+    def concat(self, node: Concat, d: Node) -> None:
+        start = Dim.of(0)
+        for arg in node.args:
+            size = arg.shape[node.axis]
+            if arg in self.active:
+                self.give(arg, Slice(d, node.axis, start, size, 1))
+            start = start + size
+
+
+# Shapes.
+
+
+def _reshape(node: Node, shape: Shape) -> Node:
+    return node if node.shape == shape else Reshape(node, shape)
+
+
+def _unbroadcast(d: Node, shape: Shape) -> Node:
+    """Drop leading axes of size 1 that a node does not have."""
+    extra = d.rank - len(shape)
+    return d if extra <= 0 else Reshape(d, d.shape[extra:])
+
+
+def _summed(d: Node, shape: Shape, whole: Shape) -> Node:
+    """What an operand of `shape` gets of a result of shape `whole`: the sum over repeated axes."""
+    rank = len(whole)
+    wide = (ONE,) * (rank - len(shape)) + shape
+    d = Reshape(d, (ONE,) * (rank - d.rank) + d.shape) if d.rank < rank else d
+    done, d = _summed_together(d, wide)
+    for i, (mine, all_of) in enumerate(zip(wide, whole, strict=True)):
+        if i < done or mine != ONE or all_of == ONE:
+            continue
+        if d.shape[i] == ONE:
+            d = Map("mul", (d, Size(all_of, d.dtype)))
+        elif i + 1 < rank and wide[i + 1] == ONE != d.shape[i + 1]:
+            together = d.shape[i] * d.shape[i + 1]  # neighbours are summed at once
+            d = Reshape(d, (*d.shape[:i], ONE, together, *d.shape[i + 2 :]))
+        else:
+            d = Reduce("sum", d, i - rank)
+    return _reshape(d, d.shape[rank - len(shape) :])
+
+
+def _summed_together(d: Node, shape: Shape) -> tuple[int, Node]:
+    """The sum over all first axes that an operand of `shape` does not have, and their number."""
+    axes = 0
+    while axes < len(shape) and shape[axes] == ONE != d.shape[axes]:
+        axes += 1
+    if axes < 2:
+        return 0, d
+    rest = d.shape[axes:]
+    total = Reduce("sum", Reshape(d, (product(d.shape[:axes]), *rest)), -1 - len(rest))
+    return axes, Reshape(total, (ONE,) * axes + rest)
+
+
+def _reshaped(d: Node, now: Shape, before: Shape) -> Node:
+    """A cotangent under the axes that its node had before a reshape; repeated axes stay narrow."""
+    d = Reshape(d, (ONE,) * (len(now) - d.rank) + d.shape) if d.rank < len(now) else d
+    target: list[Dim] = []
+    i = j = 0
+    while i < len(now) or j < len(before):
+        a, b = now[i : i + 1], before[j : j + 1]
+        i, j = i + len(a), j + len(b)
+        while product(a) != product(b):
+            if i < len(now) and (len(a) <= len(b) or j >= len(before)):
+                a, i = (*a, now[i]), i + 1
+            elif j < len(before):
+                b, j = (*b, before[j]), j + 1
+            else:
+                return Reshape(full(d, now), before)
+        mine = d.shape[i - len(a) : i]
+        if mine == a:
+            target += b
+        elif all(m == ONE for m in mine):
+            target += (ONE,) * len(b)
+        else:
+            return Reshape(full(d, now), before)
+    return _reshape(d, tuple(target))
+
+
+def _zeros(shape: Shape, dtype: DType) -> Node:
+    return Expand(Const(0.0, dtype), shape)
+
+
+def _joined(node: Node, parts: Sequence[tuple[Slice, Node]]) -> list[Node]:
+    """Cotangents of slices as cotangents of the whole: side by side where they tile an axis."""
+    left = list(parts)
+    out: list[Node] = []
+    for axis in sorted({s.axis for s, _ in parts}):
+        mine = [(s, d) for s, d in left if s.axis == axis]
+        for chosen in (_tiles(node.shape[axis], mine), _strides(node.shape[axis], mine)):
+            if chosen:
+                left = [p for p in left if p not in chosen]
+                ds = [d for _, d in chosen]
+                step = chosen[0][0].step
+                joined = Concat(tuple(ds), axis) if step == 1 else _interleaved(ds, axis)
+                out.append(joined)
+    return out + [_padded(node, s, d) for s, d in left]
+
+
+def _tiles(size: Dim, parts: list[tuple[Slice, Node]]) -> list[tuple[Slice, Node]]:
+    """Slices without steps that lie one after the other and cover the axis; else none."""
+    at, chosen = Dim.of(0), []
+    while at != size:
+        here = [p for p in parts if p[0].step == 1 and p[0].start == at and p[0].size != size]
+        if not here:
+            return []
+        chosen.append(here[0])
+        at = at + here[0][0].size
+    return chosen
+
+
+def _strides(size: Dim, parts: list[tuple[Slice, Node]]) -> list[tuple[Slice, Node]]:
+    """Slices of one step that take turns and cover the axis; else none."""
+    for step in {s.step for s, _ in parts if s.step > 1}:
+        turns = {s.start.constant: (s, d) for s, d in parts if s.step == step}
+        whole = all(s.size * step == size for s, _ in turns.values())
+        if whole and set(turns) == set(range(step)):
+            return [turns[i] for i in range(step)]
+    return []
+
+
+def _interleaved(parts: Sequence[Node], axis: int) -> Node:
+    """Elements of the parts in turn along an axis."""
+    shape = parts[0].shape
+    at = len(shape) + axis + 1
+    stacked = [Reshape(p, (*shape[:at], ONE, *shape[at:])) for p in parts]
+    size = shape[axis] * len(parts)
+    return Reshape(Concat(tuple(stacked), axis), (*shape[: at - 1], size, *shape[at:]))
+
+
+def _padded(node: Node, part: Slice, d: Node) -> Node:
+    """The cotangent of one slice, zero elsewhere."""
+    axis, span = part.axis, part.size
+    if part.step > 1:
+        zero = _zeros(d.shape, d.dtype)
+        d = _interleaved([d] + [zero] * (part.step - 1), axis)
+        span = (part.size - 1) * part.step + 1
+        d = Slice(d, axis, Dim.of(0), span, 1)
+    shape = list(node.shape)
+    pieces: list[Node] = [d]
+    for size, front in ((part.start, True), (node.shape[axis] - part.start - span, False)):
+        if size.constant == 0:
+            continue
+        shape[axis] = size
+        zero = _zeros(tuple(shape), d.dtype)
+        pieces = [zero, *pieces] if front else [*pieces, zero]
+    return Concat(tuple(pieces), axis) if len(pieces) > 1 else d
+
+
+# Reductions and picks.
+
+
+def _reduce_rule(node: Reduce, d: Node) -> Node:
+    """The cotangent of what a monoid reduces; it may be narrow."""
+    x = node.arg
+    count = Size(x.shape[node.axis], d.dtype)
+    match node.fn:
+        case "sum":
+            return d
+        case "mean":
+            return Map("div", (d, count))
+        case "logsumexp":
+            return Map("mul", (Map("exp", (Map("sub", (x, node)),)), d))
+        case "variance":
+            away = Map("sub", (x, Reduce("mean", x, node.axis)))
+            share = Map("div", (Map("mul", (d, Const(2.0, d.dtype))), count))
+            return Map("mul", (away, share))
+        case "max" | "min":
+            one, zero = Const(1.0, d.dtype), Const(0.0, d.dtype)
+            same = Map("where", (Map("eq", (x, node)), one, full(zero, x.shape)))
+            ties = Reduce("sum", same, node.axis)  # none where a row has a NaN: its gradient is NaN
+            return Map("mul", (same, Map("div", (d, ties))))
+    raise UnsupportedError(f"`{node.fn}` has no derivative", where=node.where)
+
+
+def _one_hot(d: Node, arg: Node, index: Node) -> Node:
+    """d at the picked columns, else 0."""
+    columns = Iota(arg.shape[-1], i32)
+    chosen = Map("eq", (Reshape(index, (*index.shape, ONE)), columns))
+    return Map("where", (chosen, d, Const(0.0, d.dtype)))

@@ -1,0 +1,1 @@
+"""A graph in normal form -> the kernels that compute its nodes."""

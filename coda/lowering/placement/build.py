@@ -1,0 +1,409 @@
+"""Placed nodes -> the Program: from the last kernel to the first, store what somebody loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from coda.errors import InternalError
+from coda.ir.dims import ONE, Dim, Shape, product
+from coda.ir.graph import (
+    Concat,
+    Const,
+    Contract,
+    Graph,
+    Input,
+    Map,
+    Node,
+    Pick,
+    Reduce,
+    Size,
+    walk,
+)
+from coda.ir.monoids import MONOIDS
+from coda.ir.types import DType, f32
+from coda.lowering.algebra.rewrite import substituted
+from coda.lowering.placement.columns import Space
+from coda.lowering.placement.draft import Draft
+from coda.lowering.placement.layout import Sink, Store, assemble
+from coda.lowering.placement.place import Partition
+from coda.lowering.placement.values import Refused, Value
+from coda.lowering.program.body import Assembled
+from coda.lowering.program.epilogue import Acc, Operand
+from coda.lowering.program.program import (
+    Buffer,
+    Config,
+    GemmKernel,
+    Kernel,
+    Place,
+    Program,
+    RowwiseKernel,
+    TorchKernel,
+)
+
+
+class Banned(Exception):
+    """Kernels whose columns cannot be laid out for one of their nodes, which has to go elsewhere.
+
+    `places` are (place, node): the place is the GEMM's first contraction, or where in a pass over
+    rows: "shared" or "alone", or as a statistic of "groups" of its columns.
+    """
+
+    def __init__(self, places: Iterable[tuple[Node | str, Node]], why: str) -> None:
+        super().__init__(why)
+        self.places = frozenset(places)
+
+
+def build(partition: Partition, source: Graph, arch: str) -> Program:
+    """The Program of a partition. Raises Banned where a kernel cannot be laid out."""
+    return _Build(partition, Program(source, dict(partition.sizes), arch)).run()
+
+
+@dataclass
+class _Build:
+    partition: Partition
+    program: Program
+    needed: set[Node] = field(default_factory=set)
+    loaded: set[Node] = field(default_factory=set)
+    folded: set[Node] = field(default_factory=set)
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        return self.partition.sizes
+
+    @property
+    def roots(self) -> tuple[Node, ...]:
+        """The outputs' nodes."""
+        return self.partition.graph.roots
+
+    def run(self) -> Program:
+        partition, program = self.partition, self.program
+        program.outputs = tuple(
+            (name, root)
+            for (name, _), root in zip(program.graph.outputs, partition.graph.roots, strict=True)
+        )
+        for _, root in program.outputs:
+            self.need(root)
+        kernels: list[Kernel] = []
+        refusals: list[Banned] = []
+        for draft in sorted(partition.drafts, key=lambda d: d.order, reverse=True):
+            try:
+                kernel = self.kernel(draft)
+            except Banned as refusal:
+                refusals.append(refusal)
+                continue
+            if kernel is not None:
+                kernels.append(kernel)
+        if refusals:  # all at once: each is a partition to make anew
+            raise Banned((p for r in refusals for p in r.places), str(refusals[0]))
+        program.kernels = tuple(self.typed(k) for k in numbered(kernels[::-1]))
+        returned = {partition.storage(root) for _, root in program.outputs}
+        for node in returned & program.places.keys():
+            buffer = program.buffers[program.places[node].buffer]
+            if buffer.kind == "temp":
+                program.buffers[buffer.name] = Buffer(
+                    buffer.name, "output", buffer.shape, buffer.dtype
+                )
+        program.fixed = self.fixed()
+        program.weights = frozenset(self.partition.weights)
+        program.unfused = [u for u in partition.unfused if u.node in partition.home]
+        return program
+
+    def typed(self, kernel: Kernel) -> Kernel:
+        """A kernel whose operands have the types that the kernels before it store."""
+        if isinstance(kernel, TorchKernel):
+            return kernel
+        assembled = kernel.assembled
+        operands: list[Operand] = []
+        for operand in assembled.epilogue.operands:
+            node = assembled.nodes.get(operand.name)
+            place = node and self.program.places.get(self.partition.storage(node))
+            if place:
+                operand = replace(operand, dtype=self.program.buffers[place.buffer].dtype)
+            elif node is not None and self.is_unrounded(node):
+                operand = replace(operand, dtype=f32)
+            if operand.kind == "scalar" and isinstance(kernel, GemmKernel):
+                operand = replace(operand, dtype=f32)  # as which it is passed
+            operands.append(operand)
+        epilogue = replace(assembled.epilogue, operands=tuple(operands))
+        return replace(kernel, assembled=replace(assembled, epilogue=epilogue))
+
+    def is_unrounded(self, node: Node) -> bool:
+        """Whether a node is prepared in float32: all floats are but the weights of contractions."""
+        under = self.partition.storage(node)
+        multiplied = {c.rhs for d in self.partition.drafts for c in d.contracts}
+        prepared = under in self.partition.weights and not isinstance(under, Input)
+        return prepared and under not in multiplied and node.dtype.kind == "float"
+
+    def fixed(self) -> frozenset[str]:
+        """The symbols whose sizes are built into the kernels: all but those of rows."""
+        return frozenset(self.program.graph.symbols) - self.partition.tokens
+
+    def need(self, node: Node) -> None:
+        """Record that a node is loaded."""
+        under = self.partition.storage(node)
+        if isinstance(under, Size):  # the call tells it
+            return
+        name = self.partition.name(under)
+        buffers = self.program.buffers
+        if isinstance(under, Concat) and under in self.partition.joined:
+            self.join(under)
+        elif isinstance(under, Input):
+            buffers.setdefault(name, Buffer(name, "input", under.shape, under.dtype))
+        elif under in self.partition.weights:
+            buffers.setdefault(name, Buffer(name, "prepared", under.shape, under.dtype))
+            self.program.prepared.setdefault(name, under)
+        elif under not in self.partition.home:
+            raise InternalError(f"nobody computes {under}")
+        else:
+            self.needed.add(under)
+
+    def join(self, node: Concat) -> None:
+        """A buffer that several kernels write, each its own columns or rows."""
+        if node in self.program.places:
+            return
+        name = self.partition.name(node)
+        parts = self.partition.joined[node]
+        columns = node.rank - 1
+        if node in self.partition.stacked:
+            self.program.stacked.add(name)
+            columns = node.rank + node.axis + 1
+        rows, width = product(node.shape[:columns]), product(node.shape[columns:])
+        self.program.places[node] = Place(name, 0, width.size(self.sizes))
+        self.buffer(name, (rows, width), node.dtype)
+        self.program.joined[name] = tuple(self.partition.name(p) for p in parts)
+        for part in parts:
+            self.needed.add(part)
+
+    def kernel(self, draft: Draft) -> Kernel | None:
+        """The kernel of a draft, or None where nobody needs it."""
+        stored = [n for n in draft.homed if n in self.needed]
+        sunk = [n for n in draft.sinks if n in self.folded or n in self.needed]
+        if not stored and not sunk:
+            return None
+        if draft.kind == "torch":
+            (node,) = draft.homed
+            total = isinstance(node, Reduce) and node.dtype.kind == "float"
+            wide = total and node.dtype.size < f32.size
+            self.buffer(self.partition.name(node), node.shape, f32 if wide else node.dtype)
+            self.program.places[node] = Place(self.partition.name(node), 0, -1)
+            for operand in node.operands:
+                self.need(operand)
+            return TorchKernel("", node, draft.why)
+        groups = self.stores(draft, stored)
+        assembled = self.assemble(draft, groups, sunk)
+        for node in (*assembled.nodes.values(), *assembled.sources.values()):
+            self.need(node)
+            self.loaded.add(self.partition.storage(node))
+        self.folded |= set(assembled.folded)
+        names = tuple(tuple(n for n, _ in g) for g in groups)
+        if draft.kind == "row":
+            space = draft.space
+            nodes = self.computed(draft, [*stored, *sunk])
+            return RowwiseKernel(
+                "", assembled, names, assembled.folded, tuple(sunk), nodes, space.rows, space.width
+            )
+        for contract in draft.contracts:
+            self.need(contract.lhs)
+            self.need(contract.rhs)
+        nodes = self.computed(draft, [*stored, *sunk])
+        return GemmKernel(
+            "", draft.contracts, assembled, names, tuple(sunk), nodes, Config(128, 128)
+        )
+
+    def computed(self, draft: Draft, roots: list[Node]) -> tuple[Node, ...]:
+        """The nodes that a kernel computes for those that it writes, operands first."""
+        found: dict[Node, None] = {}
+
+        def visit(node: Node) -> None:
+            known = node in draft.space.values or node in draft.sinks
+            if node in found or not known or self.partition.leaf(node, draft) is not None:
+                return
+            if node not in draft.space.folds.values():
+                for operand in node.operands:
+                    visit(operand)
+            found[node] = None
+
+        for root in roots:
+            visit(root)
+        return tuple(n for n in found if not isinstance(n, Const | Size))
+
+    # Stores.
+
+    def stores(self, draft: Draft, stored: list[Node]) -> list[list[tuple[Node, Value]]]:
+        """Nodes grouped into buffers: those that lie side by side in the columns share one."""
+        groups: list[tuple[list[tuple[Node, Value]], int]] = []
+        space = draft.space
+        starts = {n: self.first_column(draft, n) for n in stored}
+        for node in sorted(stored, key=lambda n: (starts[n], stored.index(n))):
+            value = space.compute(node)
+            at = starts[node]
+            for i, (group, end) in enumerate(groups):
+                alone = {group[0][0], node} & self.partition.piece_of.keys()
+                same = group[0][0].dtype == node.dtype and at >= 0 and not alone
+                if same and end == at and draft.kind == "gemm":
+                    group.append((node, value))
+                    groups[i] = (group, at + value.count)
+                    break
+            else:
+                groups.append(([(node, value)], at + value.count if at >= 0 else -1))
+        for group, end in groups:
+            self.place(draft, group, starts[group[0][0]], end)
+        return [g for g, _ in groups]
+
+    def first_column(self, draft: Draft, node: Node) -> int:
+        """The accumulator's column at which a stored node begins; -1 if it is one per pair."""
+        value = draft.space.compute(node)
+        if draft.kind != "gemm" or value.slots.shape[1] == 0 or value.count == 0:
+            return -1
+        pairs = value.slots[(value.slots >= 0).all(1)]
+        if pairs.shape[1] == 2 and len(np.unique(pairs[:, 0])) == len(pairs) > 0:
+            return -1
+        for start in value.slots[0]:
+            here = np.arange(value.count)[:, None] + start
+            if start >= 0 and np.any(value.slots == here, 1).all():
+                return int(start)
+        return -1
+
+    def place(self, draft: Draft, group: list[tuple[Node, Value]], first: int, end: int) -> None:
+        """Name a buffer for values that are stored side by side."""
+        name = self.partition.name(group[0][0])
+        dtype = group[0][0].dtype
+        at = max(first, 0)
+        for node, value in group:
+            self.program.places[node] = Place(name, at, value.count)
+            at += value.count
+        width = draft.space.width if first >= 0 else at
+        if any(v.narrow for _, v in group):
+            contracts = [c for d in self.partition.drafts for c in d.contracts]
+            kept = [*self.partition.graph.roots, *(o for c in contracts for o in c.operands)]
+            narrow = dtype.kind == "float" and dtype.size < f32.size
+            typed = group[0][0] in {self.partition.storage(n) for n in kept}
+            dtype = f32 if narrow and not typed else dtype
+        self.buffer(name, (draft.space.rows, Dim.of(width)), dtype)
+
+    def buffer(self, name: str, shape: Shape, dtype: DType) -> None:
+        self.program.buffers[name] = Buffer(name, "temp", shape, dtype)
+
+    def assemble(
+        self, draft: Draft, groups: list[list[tuple[Node, Value]]], sunk: list[Node]
+    ) -> Assembled:
+        """The epilogue of a draft; on refusal, the node that it is refused for is banned."""
+        stores = [self.store(draft, g) for g in groups]
+        sinks = [self.sink(draft, n) for n in sunk]
+        try:
+            return assemble(draft.space, stores, sinks, self.operand_of, self.partial)
+        except Refused as refusal:
+            node = self.culprit(draft, groups, sunk)
+            raise Banned([(self.refused_at(draft, node), node)], str(refusal)) from refusal
+
+    def refused_at(self, draft: Draft, node: Node) -> Node | str:
+        """The place where a node cannot be: its GEMM, or the first that is left in a pass."""
+        if draft.contracts:
+            return draft.contracts[0]
+        along = isinstance(node, Reduce) and node.axis == -1
+        part = along and node.operands[0].shape[-1].size(self.sizes) < draft.space.width
+        if part and ("groups", node) not in self.partition.banned:
+            return "groups"
+        return "alone" if ("shared", node) in self.partition.banned else "shared"
+
+    def store(self, draft: Draft, group: list[tuple[Node, Value]]) -> Store:
+        """One store; columns of the accumulator that nobody asked for are written as they are."""
+        place = self.program.places[group[0][0]]
+        buffer = self.program.buffers[place.buffer]
+        values = [v for _, v in group]
+        width = buffer.shape[1].size(self.sizes)
+        covered = sum(v.count for v in values)
+        if draft.kind == "gemm" and width == draft.space.width and covered < width:
+            rest = place.first + covered
+            if place.first:
+                values.insert(0, draft.space.at((place.first,), Acc(0), np.arange(place.first)))
+            if rest < width:
+                values.append(draft.space.at((width - rest,), Acc(0), np.arange(rest, width)))
+        return Store(buffer.name, buffer.dtype, tuple(values))
+
+    def sink(self, draft: Draft, node: Node) -> Sink:
+        """A sink and the buffer of its partials."""
+        name = self.partial(node)
+        rows = draft.space.rows
+        if isinstance(node, Pick):
+            self.program.places[node] = Place(name, 0, 1)
+            self.program.buffers[name] = Buffer(name, "temp", (rows, ONE), f32)
+            index = self.partition.leaf(node.index, draft)
+            return Sink(name, "pick", self.as_stored(node, draft), index)
+        assert isinstance(node, Reduce)
+        if node in draft.over_rows:
+            shape = (ONE, product(node.shape), ONE)
+            self.program.buffers[name] = Buffer(name, "partial", shape, f32)
+            return Sink(name, node.fn, draft.sinks[node], rows=True)
+        planes = Dim.of(len(MONOIDS[node.fn].planes))
+        self.program.buffers[name] = Buffer(name, "partial", (rows, ONE, planes), f32)
+        return Sink(name, node.fn, self.as_stored(node, draft))
+
+    def as_stored(self, node: Reduce | Pick, draft: Draft) -> Value:
+        """What a sink reduces: a function of values as they are stored, where somebody reads them.
+
+        A maximum that no stored value equals, or a logsumexp of other values than those that it
+        normalises, would be wrong by more than a rounding; what else is reduced of the same values
+        will meet it. What is returned may be read later, as by a backward.
+        """
+        together = [n for n in draft.sinks if isinstance(n, Reduce | Pick) and n.arg == node.arg]
+        if not any(isinstance(n, Pick) or MONOIDS[n.fn].held for n in together):
+            return draft.sinks[node]
+        read = self.loaded | {self.partition.storage(r) for r in self.roots}
+        computed = read & draft.space.values.keys() & set(walk([node.arg]))
+        narrow = [n for n in computed if n.dtype.kind == "float" and n.dtype.size < f32.size]
+        rounded = {
+            n: Map(f"rounded_{n.dtype.name}", (n,)) for n in narrow if n in self.partition.home
+        }
+        (arg,) = substituted([node.arg], rounded)
+        return draft.space.compute(arg)
+
+    def partial(self, node: Node) -> str:
+        """The buffer of a reduction's partials (of a pick: of its result)."""
+        name = self.partition.name(node)
+        return name if isinstance(node, Pick) else name + "_parts"
+
+    def operand_of(self, name: str) -> tuple[Node, DType]:
+        """The node that an operand's name stands for, and the type it has in memory."""
+        node = self.partition.named.get(name)
+        if node is None:
+            raise InternalError(f"there is no operand {name}")
+        return node, f32 if isinstance(node, Size) else node.dtype
+
+    def culprit(
+        self, draft: Draft, groups: list[list[tuple[Node, Value]]], sunk: list[Node]
+    ) -> Node:
+        """The first node that the kernel cannot be laid out for and that may go elsewhere."""
+        space = draft.space
+        stores: list[Store] = []
+        sinks: list[Sink] = []
+        movable: list[Node] = []
+        for group in groups:
+            for i, (node, _) in enumerate(group):
+                movable += [] if isinstance(node, Contract) else [node]
+                part = self.store(draft, group[: i + 1])
+                if not _fits(space, [*stores, part], sinks, self) and movable:
+                    return movable[-1]
+            stores.append(self.store(draft, group))
+        for node in sunk:
+            sinks.append(self.sink(draft, node))
+            if not _fits(space, stores, sinks, self):
+                return node
+        return movable[-1]
+
+
+def _fits(space: Space, stores: list[Store], sinks: list[Sink], build: _Build) -> bool:
+    try:
+        assemble(space, stores, sinks, build.operand_of, build.partial)
+    except Refused:
+        return False
+    return True
+
+
+def numbered(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """Names in the order of launches: gemm0, rows1, torch2."""
+    prefix = {GemmKernel: "gemm", RowwiseKernel: "rows", TorchKernel: "torch"}
+    return [replace(k, name=f"{prefix[type(k)]}{i}") for i, k in enumerate(kernels)]

@@ -1,0 +1,304 @@
+"""Kernels in the making: what is placed in them so far, and what each will find in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import count
+
+from coda.ir.dims import ONE, Dim, product
+from coda.ir.graph import (
+    Cast,
+    Const,
+    Contract,
+    Graph,
+    Input,
+    Node,
+    Reduce,
+    Reshape,
+    Size,
+    Slice,
+)
+from coda.lowering.algebra.roles import (
+    base,
+    is_pointwise,
+    is_turned,
+    is_view,
+    leaves_of,
+    pointwise_leaves,
+    row_shapes,
+    symbols_of,
+)
+from coda.lowering.placement.columns import Segment, Space
+from coda.lowering.placement.values import Value
+from coda.lowering.program.program import Unfused
+
+Order = tuple[int, int]  # the GEMM that came last, running number
+LAST = 1 << 30  # behind all GEMMs: sums that are only returned are folded together
+
+
+@dataclass(eq=False)
+class Draft:
+    """A kernel in the making.
+
+    Attributes:
+        kind: "gemm", "row" or "torch".
+        order: its place among the kernels.
+        space: its columns (a torch kernel has none).
+        contracts: a GEMM's contractions.
+        homed: nodes that are computed here first.
+        sinks: reductions and picks that are taken in a GEMM's epilogue, with their values.
+        over_rows: those of them that sum over the rows.
+        why: why a torch kernel's node is there.
+    """
+
+    kind: str
+    order: Order
+    space: Space
+    contracts: tuple[Contract, ...] = ()
+    homed: list[Node] = field(default_factory=list)
+    sinks: dict[Node, Value] = field(default_factory=dict)
+    over_rows: set[Node] = field(default_factory=set)
+    why: str = ""
+
+
+Room = tuple[Draft, Segment | None]  # a kernel, and the columns of it that a node would have
+
+
+@dataclass
+class Drafts:
+    """The state of one run over the nodes of a graph, and what follows from it.
+
+    Attributes:
+        graph: in the normal form of the laws.
+        sizes: the size of every symbol.
+        banned: (place, node): nodes that a kernel's layout of columns cannot take. The place is a
+            GEMM's first contraction, or a pass over rows that is "shared" or taken "alone", or
+            one that has it as a statistic of "groups".
+        apart: whether contractions whose rows are reduced have a GEMM of their own.
+        passing: names of arguments that are new in every call.
+        part_of: contractions of a value that is made in parts.
+        home: where each node is computed first.
+        drafts: the kernels, in no order.
+        loadable: nodes that will be in memory if somebody loads them.
+        joined: nodes that are concatenations in memory, with the nodes whose kernels write their
+            parts.
+        piece_of: those parts, with the concatenation.
+        stacked: concatenations whose parts are rows.
+        waiting: how many operations deep a node of arguments alone is that is not placed yet.
+        rows: the number of rows of the block.
+        tokens: symbols of rows. A call tells their sizes: no kernel is laid out by them.
+    """
+
+    graph: Graph
+    sizes: Mapping[str, int]
+    banned: frozenset[tuple[Node | str, Node]] = frozenset()
+    apart: bool = False
+    passing: frozenset[str] = frozenset()
+    part_of: Mapping[Node, int] = field(default_factory=dict)
+    home: dict[Node, Draft] = field(default_factory=dict)
+    drafts: list[Draft] = field(default_factory=list)
+    loadable: set[Node] = field(default_factory=set)
+    names: dict[Node, str] = field(default_factory=dict)
+    named: dict[str, Node] = field(default_factory=dict)
+    unfused: list[Unfused] = field(default_factory=list)
+    joined: dict[Node, tuple[Node, ...]] = field(default_factory=dict)
+    piece_of: dict[Node, Node] = field(default_factory=dict)
+    stacked: set[Node] = field(default_factory=set)
+    weights: set[Node] = field(default_factory=set)
+    siblings: dict[Node, tuple[Contract, ...]] = field(default_factory=dict)
+    users: dict[Node, list[Node]] = field(default_factory=dict)
+    waiting: dict[Node, int] = field(default_factory=dict)
+    rows: Dim = ONE
+    tokens: frozenset[str] = frozenset()
+    opened: int = 0
+
+    @property
+    def known(self) -> dict[str, int]:
+        """The sizes that kernels are laid out by."""
+        return {s: n for s, n in self.sizes.items() if s not in self.tokens}
+
+    # Kernels.
+
+    def space(self, width: int, rows: Dim) -> Space:
+        """The columns of a pass over rows."""
+        return Space(width, rows, self.known, whole_rows=True)
+
+    def open(
+        self, kind: str, index: int, space: Space, contracts: tuple[Contract, ...] = ()
+    ) -> Draft:
+        """A new kernel, after all others behind the same GEMM."""
+        self.opened += 1
+        draft = Draft(kind, (index, self.opened), space, contracts)
+        space.leaf = lambda n: self.leaf(n, draft)
+        space.weights = self.weights
+        self.drafts.append(draft)
+        return draft
+
+    def drop(self, draft: Draft) -> bool:
+        """Forget a kernel that was opened in vain, unless something on the way stays in it."""
+        if draft.homed or draft.sinks:
+            return False
+        self.drafts.remove(draft)
+        return True
+
+    def row_drafts(self, index: int, rows: Dim, width: int) -> list[Draft]:
+        """The passes over rows behind a GEMM that could take `width` columns."""
+        return [
+            d
+            for d in self.drafts
+            if d.kind == "row"
+            and d.order[0] == index
+            and d.space.rows == rows
+            and (width == d.space.width or 1 in (width, d.space.width))
+        ]
+
+    def rooms(self, index: int, rows: Dim, width: int) -> list[Room]:
+        """Passes over rows behind a GEMM that could take `width` columns, and where in theirs."""
+        found: list[Room] = []
+        found += [(d, None) for d in self.row_drafts(index, rows, width)]
+        for draft in self.drafts:
+            if draft.kind == "row" and draft.order[0] == index and draft.space.rows == rows:
+                found += [(draft, s) for s in draft.space.segments if s[1] == width]
+        return found
+
+    def row_draft(
+        self, index: int, rows: Dim, width: int, behind: Order, narrow: bool = False
+    ) -> Draft:
+        """A pass over rows behind a kernel; `narrow` ones have so many columns now."""
+        for draft in self.row_drafts(index, rows, width):
+            if draft.order > behind and (draft.space.width == width or not narrow):
+                return draft
+        return self.open("row", index, self.space(width, rows))
+
+    def hosts(self, node: Node) -> list[Draft]:
+        """Kernels with a point for each element of a node, which load the arguments it needs.
+
+        Of what is made of one reduction, for each element that this reduces.
+        """
+        under = node
+        while isinstance(under, Cast | Reshape):
+            under = under.arg
+        node = under.arg if isinstance(under, Reduce) else node
+        found: list[Draft] = []
+        for draft in reversed(self.drafts):
+            fits = draft.kind != "torch" and draft.space.is_filled_by(product(node.shape))
+            if fits and self.loads_all_of(node, draft):
+                found.append(draft)
+        return found
+
+    def loads_all_of(self, node: Node, draft: Draft) -> bool:
+        """Whether a kernel loads the arguments that a node is made of, as large as the node."""
+        elements = product(node.shape).size(self.sizes)
+        leaves = pointwise_leaves(node, self.weights)
+        needed = {n for n in leaves if product(n.shape).size(self.sizes) >= elements}
+        loaded = {o for n in draft.space.values for o in leaves_of(n, self.weights)}
+        return bool(needed) and needed <= loaded
+
+    # Rows.
+
+    def counts_rows(self, dim: Dim) -> bool:
+        """Whether a size depends on the number of rows, which is known at the call."""
+        return bool(dim.symbols & self.tokens)
+
+    def folds_rows(self, node: Reduce) -> bool:
+        """Whether a reduction is one over rows of what each of them has once."""
+        axis = node.rank + node.axis
+        return self.counts_rows(node.arg.shape[axis]) and product(node.shape[axis:]) == ONE
+
+    def shapes(self, node: Node, groups: bool = False) -> list[tuple[Dim, Dim]]:
+        """Ways to see a node as rows and columns, of which none depends on the number of rows."""
+        if isinstance(node, Reduce) and self.folds_rows(node):
+            return [(product(node.shape), ONE)]
+        found = row_shapes(node, self.rows, groups)
+        found = [(rows, columns) for rows, columns in found if not self.counts_rows(columns)]
+        if not found and not symbols_of(node.shape) - self.tokens and not isinstance(node, Reduce):
+            last = max((i for i, d in enumerate(node.shape) if d.symbols), default=-1)
+            found.append((product(node.shape[: last + 1]), product(node.shape[last + 1 :])))
+        return found
+
+    def waiting_folds(self, node: Node) -> list[Reduce]:
+        """The folds of rows that a node needs and that are not placed yet, operands first."""
+        found: list[Reduce] = []
+        stack, seen = list(node.operands), set[Node]()
+        while stack:
+            one = stack.pop()
+            if one in seen or one in self.home or one in self.weights:
+                continue
+            seen.add(one)
+            if isinstance(one, Reduce) and self.folds_rows(one):
+                found.append(one)
+            else:
+                stack.extend(one.operands)
+        return found
+
+    def comes_last(self, node: Node) -> bool:
+        """Whether nothing but numbers that are returned is made of a number."""
+        stack = list(self.users[node])
+        while stack:
+            one = stack.pop()
+            if product(one.shape) != product(node.shape) or not is_pointwise(one):
+                return False
+            stack.extend(self.users[one])
+        return True
+
+    # Memory.
+
+    def leaf(self, node: Node, draft: Draft) -> str | None:
+        """The name under which a kernel loads a node, or None."""
+        if isinstance(node, Const) or (isinstance(node, Size) and not self.counts_rows(node.dim)):
+            return None
+        if isinstance(node, Input | Size):
+            return self.name(node)
+        if node in self.weights:
+            return self.name(node)
+        if self.in_memory(node, draft):
+            return self.name(node)
+        under = self.storage(node)
+        if under is node or not (isinstance(under, Input) or self.in_memory(under, draft)):
+            return None
+        space = draft.space
+        fills = space.matches(product(under.shape)) and space.has_rows(under)
+        return None if fills else self.name(node)
+
+    def in_memory(self, node: Node, draft: Draft) -> bool:
+        """Whether a node is (or can be) stored by an earlier kernel."""
+        home = self.home.get(node)
+        return node in self.loadable and home is not None and home.order < draft.order
+
+    def storage(self, node: Node) -> Node:
+        """The node in memory that a view looks at; itself where it has to be stored as it is."""
+        while is_view(node):
+            under = base(node)
+            free = isinstance(under, Input) or isinstance(node, Reshape) or is_turned(node)
+            if not free and not (isinstance(node, Slice) and self.known_before(node.arg, node)):
+                return node
+            node = node.operands[0]
+        return node
+
+    def known_before(self, node: Node, view: Slice) -> bool:
+        """Whether a node is in memory, no later than a view of it that a kernel stores."""
+        node = self.storage(node)
+        if node not in self.loadable:
+            return False
+        home, early = self.home.get(node), self.home.get(view)
+        late = home is not None and early is not None and home.order > early.order
+        return not (late and view in self.loadable)
+
+    def only_returned(self, node: Node) -> bool:
+        """Whether a view is only returned: then it is a view of what is stored."""
+        return is_view(node) and all(self.only_returned(u) for u in self.users[node])
+
+    def name(self, node: Node) -> str:
+        """A name for a node in memory."""
+        if node not in self.names:
+            self.names[node] = node.name if isinstance(node, Input) else self.new_name(node)
+            self.named[self.names[node]] = node
+        return self.names[node]
+
+    def new_name(self, node: Node) -> str:
+        """An output's own name, else t1, t2 and so on."""
+        for name, root in self.graph.outputs:
+            if root is node:
+                return f"{name}_out" if name in self.named else name
+        return next(n for i in count(len(self.names)) if (n := f"t{i}") not in self.named)

@@ -1,0 +1,470 @@
+"""Values at a kernel's columns -> its Epilogue, the order of its columns, and packed row operands.
+
+If no element reads two columns, the points are single columns. If some do, all pairs must lie the
+same distance apart; then the columns are put in an order in which partners are neighbours (rows of
+the weight are), and the points are pairs (the pairing of the design).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coda.ir.dims import ONE, Dim, product
+from coda.ir.graph import Node, Reduce, Slice
+from coda.ir.monoids import MONOIDS
+from coda.ir.types import DType, f32
+from coda.lowering.placement.columns import SUMS, RowStatistic, Space
+from coda.lowering.placement.values import LEAF, NO_LANE, Refused, Value, beside, distinct_rows
+from coda.lowering.program.body import Assembled, Ints, Packed, paired_columns
+from coda.lowering.program.epilogue import (
+    Acc,
+    Call,
+    Epilogue,
+    Expr,
+    Literal,
+    Load,
+    Operand,
+    SinkExpr,
+    Stat,
+    Statistic,
+    StoreExpr,
+    stat_names,
+)
+from coda.lowering.program.factor import factored
+
+STAGED = 24  # bytes an element that the smallest tile has for matrices loaded and stored
+
+
+@dataclass(frozen=True)
+class Store:
+    """Values to be written side by side into one buffer."""
+
+    buffer: str
+    dtype: DType
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A value to be reduced over the columns; `index` names the operand of a pick.
+
+    With `rows`, it is summed over the rows.
+    """
+
+    buffer: str
+    monoid: str
+    value: Value
+    index: str | None = None
+    rows: bool = False
+
+
+def pairing(width: int, slots: Sequence[Ints]) -> int | None:
+    """The distance between partners, None where elements read one column. Raises Refused."""
+    pairs = [s[s[:, 1] >= 0] for s in slots if s.shape[1] == 2]
+    pairs = [p for p in pairs if len(p)]
+    if not pairs:
+        return None
+    every = np.concatenate(pairs)
+    distance = every[:, 1] - every[:, 0]
+    split = int(distance[0])
+    if np.any(distance != split) or width % (2 * split) or np.any((every[:, 0] // split) % 2):
+        raise Refused("the pairs of columns that its elements read do not lie in one pattern")
+    return split
+
+
+@dataclass
+class _Assembly:
+    space: Space
+    operand_of: Callable[[str], tuple[Node, DType]]
+    split: int | None
+    operands: dict[str, Operand] = field(default_factory=dict)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    packed: list[Packed] = field(default_factory=list)
+    lanes_used: dict[str, int] = field(default_factory=dict)
+    vectors: dict[bytes, tuple[str, int]] = field(default_factory=dict)
+
+    @property
+    def points(self) -> int:
+        return self.space.width // (1 if self.split is None else 2)
+
+    def columns(self) -> Ints:
+        """[points, lanes]: the columns of each point."""
+        if self.split is None:
+            return np.arange(self.space.width)[:, None]
+        return paired_columns(self.space.width, self.split)
+
+    def lanes(self, value: Value) -> tuple[Expr, ...]:
+        """One expression for each lane of the point, or one for a pair. Raises Refused."""
+        columns = self.columns()
+        if value.count == self.space.width:
+            return tuple(self.at(value, columns[:, i], columns) for i in range(columns.shape[1]))
+        if self.split is not None and value.count == self.points:
+            return (self.at(value, np.arange(self.points), columns),)
+        raise Refused(f"it has {value.count} columns where the kernel has {self.space.width}")
+
+    def is_filled_by(self, value: Value) -> bool:
+        """Whether a value has an element for each column, or one for each pair of them."""
+        if self.split is None or value.count != self.points:
+            return value.count == self.space.width
+        columns = self.columns()
+        inside = (value.slots[:, :, None] == columns[:, None, :]).any(-1) | (value.slots < 0)
+        return bool(inside.all())
+
+    def at(self, value: Value, element: Ints, columns: Ints) -> Expr:
+        """The expression at every point, of the element that the point computes."""
+        slots, group = value.slots[element], value.group[element]
+        inside = (slots[:, :, None] == columns[:, None, :]).any(-1) | (slots < 0)
+        if not inside.all():
+            raise Refused("an element reads columns of another point")
+        size = self.space.group_size
+        if size:
+            if self.split is not None and size % (2 * self.split):
+                raise Refused("pairs of columns cross the groups of a statistic")
+            if np.any((group >= 0) & (group != columns[:, 0] // size)):
+                raise Refused("an element reads the statistic of another group of columns")
+        lane = np.argmax(slots[:, :, None] == columns[:, None, :], -1)
+        lane = np.where(slots >= 0, lane, -1)
+        leaves = value.leaves[element]
+        names = [self.vector(leaves[:, i]) for i in range(leaves.shape[1])]
+        kinds = np.concatenate([value.expr[element][:, None], lane], 1)
+        first, which = distinct_rows(kinds)
+        exprs = [
+            _place(self.space.exprs[int(k[0])], tuple(int(v) for v in k[1:]), names, {})
+            for k in kinds[first]
+        ]
+        memo: dict[Expr, Expr] = {}
+        exprs = [self.bind(e, memo) for e in exprs]
+        return self.select(exprs, which)
+
+    def select(self, exprs: list[Expr], which: Ints) -> Expr:
+        """One expression where points have several: chosen by a row operand."""
+        kinds = list(dict.fromkeys(exprs)) or [Literal(0.0)]  # without elements nobody asks
+        if len(kinds) == 1:
+            return kinds[0]
+        if len(kinds) > 8:
+            raise Refused(f"its columns have {len(kinds)} different formulas")
+        number = np.array([kinds.index(e) for e in exprs], np.float64)[which]
+        segment = self.constant(number)
+        out = kinds[-1]
+        for i in range(len(kinds) - 2, -1, -1):
+            test = Call("le", (segment, Literal(float(i))))
+            out = Call("where", (test, kinds[i], out))
+        return out
+
+    # Row operands.
+
+    def vector(self, leaf: NDArray) -> Load:
+        """The load of a vector with one element for each point."""
+        source, index = leaf[:, 0], leaf[:, 1]
+        sources = self.space.sources
+        tables = {s for s in np.unique(source) if s >= 0 and sources[s] in self.space.tables}
+        if tables:
+            return self.table(source, index, tables)
+        key = source.tobytes() + index.tobytes()
+        if key not in self.vectors:
+            self.vectors[key] = self.lane_of_row(Packed("", source, index))
+        return Load(*self.vectors[key])
+
+    def constant(self, numbers: NDArray[np.float64]) -> Load:
+        """The load of a vector of numbers."""
+        key = b"numbers" + numbers.tobytes()
+        if key not in self.vectors:
+            none = np.full(len(numbers), -1)
+            self.vectors[key] = self.lane_of_row(Packed("", none, none, numbers))
+        return Load(*self.vectors[key])
+
+    def lane_of_row(self, part: Packed) -> tuple[str, int]:
+        """A free lane of a packed row operand for the vector `part`."""
+        lanes = 1 if self.split is None else 2
+        last = self.packed[-1] if self.packed else None
+        if last is None or self.lanes_used[last.name] == lanes:
+            name = f"row{len(self.packed)}"
+            none = np.full(self.points * lanes, -1)
+            last = Packed(name, none, none.copy(), np.zeros(self.points * lanes))
+            self.packed.append(last)
+            self.lanes_used[name] = 0
+            self.operands[name] = Operand(name, "row", f32, lanes)
+        lane = self.lanes_used[last.name]
+        self.lanes_used[last.name] += 1
+        last.source[lane::lanes], last.index[lane::lanes] = part.source, part.index
+        if part.numbers is not None and last.numbers is not None:
+            last.numbers[lane::lanes] = part.numbers
+        return last.name, lane
+
+    def table(self, source: Ints, index: Ints, tables: set[int]) -> Load:
+        """The load of a table that repeats along the columns, or has an element for each group."""
+        used = source >= 0
+        if len(tables) > 1 or np.any(source[used] != next(iter(tables))):
+            raise Refused("its columns read different tables")
+        node = self.space.sources[next(iter(tables))]
+        period = self.space.tables[node]
+        point = np.arange(len(source))
+        group, rest = divmod(len(source), period)
+        if group > 1 and not rest and np.array_equal(index[used], point[used] // group):
+            if not self.space.whole_rows:
+                raise Refused("a matrix with one element for each group of columns")
+            return self.repeated(node, "grouped", group)
+        if np.any(index[used] != point[used] % period):
+            node, period = self.part(node, period, point[used], index[used])
+        columns = period * (1 if self.split is None else 2)
+        fits = any(t % columns == 0 or columns % t == 0 for t in (64, 128, 256))
+        if not (fits or self.space.whole_rows):
+            raise Refused(f"a table of {columns} columns is not a part of a tile")
+        return self.repeated(node, "periodic", period)
+
+    def repeated(self, node: Node, kind: str, period: int) -> Load:
+        """The load of a matrix with fewer columns than the kernel has points."""
+        name = self.space.leaf(node)
+        if name is None:
+            raise Refused("a table that is not in memory")
+        found = Operand(name, kind, node.dtype, 1, period)
+        if self.operands.setdefault(name, found) != found:
+            raise Refused("a table is read in two ways")
+        self.nodes[name] = node
+        return Load(name, 0)
+
+    def part(self, node: Node, period: int, point: Ints, index: Ints) -> tuple[Node, int]:
+        """Every second column of a table, or one half of it, that repeats along the pairs."""
+        half = period // 2
+        whole = node.rank and self.space.size(node.shape[-1]) == period
+        for start, step in ((0, 1), (half, 1), (0, 2), (1, 2)):
+            if half and whole and np.array_equal(index, point % half * step + start):
+                found = Slice(node, -1, Dim.of(start), Dim.of(half), step)
+                known, name = self.space.leaf(node), self.space.leaf(found)
+                if name is not None and known in self.space.spread:
+                    self.space.spread[name] = self.space.spread[known]
+                return found, half
+        raise Refused("a table does not repeat along the columns")
+
+    # Other operands.
+
+    def bind(self, expr: Expr, memo: dict[Expr, Expr]) -> Expr:
+        """Declare the operands of an expression; loads without a lane get lane 0."""
+        if expr not in memo:
+            memo[expr] = self._bind(expr, memo)
+        return memo[expr]
+
+    def _bind(self, expr: Expr, memo: dict[Expr, Expr]) -> Expr:
+        match expr:
+            case Load(operand=name, lane=lane):
+                if name not in self.operands:
+                    self.declare(name, lane)
+                return Load(name, max(lane, 0))
+            case Call(fn=fn, args=args):
+                return Call(fn, tuple(self.bind(a, memo) for a in args))
+        return expr
+
+    def declare(self, name: str, lane: int) -> None:
+        node, dtype = self.operand_of(name)
+        count = product(node.shape)
+        if lane != NO_LANE:
+            kind, lanes = "tile", 1 if self.split is None else 2
+        else:
+            over_rows = count.symbols & self.space.rows.symbols
+            one = count == ONE or (not over_rows and self.space.size(count) == 1)
+            kind, lanes = "scalar" if one else "col", 1
+        split = self.split if kind == "tile" and self.split not in (None, 1) else 0
+        if split and not self.space.whole_rows:
+            raise Refused("partners of a tile operand are not neighbours in memory")
+        span = None
+        if kind == "tile" and name in self.space.offsets:
+            spread = self.space.spread.get(name)
+            first = self.space.split(node) if spread is None else node.rank - spread.columns
+            columns = self.space.size(product(node.shape[first:]))
+            span = self.space.offsets[name], columns
+        self.operands[name] = Operand(name, kind, dtype, lanes, split=split or 0, span=span)
+        self.nodes[name] = node
+
+
+def _place(expr: Expr, lanes: tuple[int, ...], names: list[Load], memo: dict[Call, Expr]) -> Expr:
+    """An expression at a point: slots become lanes, row leaves become loads."""
+    match expr:
+        case Acc(lane=lane):
+            return Acc(lanes[lane])
+        case Load(operand=name) if name.startswith(LEAF):
+            return names[int(name[1:])]
+        case Load(operand=name, lane=lane) if lane != NO_LANE:
+            return Load(name, lanes[lane])
+        case Call(fn=fn, args=args):
+            if expr not in memo:
+                memo[expr] = Call(fn, tuple(_place(a, lanes, names, memo) for a in args))
+            return memo[expr]
+    return expr
+
+
+def assemble(
+    space: Space,
+    stores: Sequence[Store],
+    sinks: Sequence[Sink],
+    operand_of: Callable[[str], tuple[Node, DType]],
+    partial_of: Callable[[Node], str],
+) -> Assembled:
+    """The Epilogue of a kernel. Raises Refused where its points cannot be laid out.
+
+    Args:
+        space: where the values were computed.
+        stores, sinks: what the kernel writes.
+        operand_of: the node and dtype that an operand's name stands for.
+        partial_of: the buffer of a reduction's partials.
+    """
+    values = [v for s in stores for v in s.values] + [s.value for s in sinks]
+    values += [s.value for s in space.statistics.values()]
+    build = _Assembly(space, operand_of, pairing(space.width, [v.slots for v in values]))
+    store_exprs = tuple(_store(build, s) for s in stores)
+    if build.split is not None and not space.whole_rows:
+        neighbours = [s for s in store_exprs if len(s.lanes) == 2 and not s.split]
+        if sum(s.dtype.size != 2 for s in neighbours) > 1:
+            raise Refused("an epilogue writes one matrix of neighbouring pairs of 8 or of 32 bits")
+    if not space.whole_rows and any(_is_ragged(s) for s in store_exprs):
+        raise Refused(f"pairs of columns {build.split} apart are not stored in whole vectors")
+    if build.split is not None and not space.whole_rows and any(s.rows for s in sinks):
+        raise Refused("a sum over the rows of pairs of columns")
+    sink_exprs = tuple(_sink(build, s) for s in sinks)
+    for sink in sinks:
+        if sink.index is not None:
+            build.bind(Load(sink.index, NO_LANE), {})
+    store_exprs, sink_exprs = _factored(build, store_exprs, sink_exprs)
+    roots = [e for s in (*store_exprs, *sink_exprs) for e in s.lanes]
+    statistics, folded = _statistics(build, roots, partial_of)
+    if not space.whole_rows:
+        _check_staged(build, store_exprs)
+    used = {int(i) for p in build.packed for i in np.unique(p.source) if i >= 0}
+    return Assembled(
+        Epilogue(
+            build.split is not None,
+            tuple(build.operands.values()),
+            statistics,
+            store_exprs,
+            sink_exprs,
+        ),
+        0 if build.split in (None, 1) else build.split,
+        tuple(build.packed),
+        {i: space.sources[i] for i in sorted(used)},
+        build.nodes,
+        folded,
+        {n: space.spread[n] for n in build.nodes if n in space.spread},
+    )
+
+
+def _check_staged(build: _Assembly, stores: Sequence[StoreExpr]) -> None:
+    """Raise Refused for more matrices than an epilogue has shared memory for.
+
+    No kernel has float64: such a Program is laid out as in float32, and is run by the reference.
+    """
+    loads = [o for o in build.operands.values() if o.kind == "tile"]
+    staged = sum(min(o.dtype.size, f32.size) * o.lanes for o in loads)
+    staged += sum(min(s.dtype.size, f32.size) * len(s.lanes) for s in stores)
+    if staged > STAGED * (1 if build.split is None else 2):
+        raise Refused(f"shared memory does not hold {len(loads) + len(stores)} matrices")
+
+
+def _factored(
+    build: _Assembly, stores: tuple[StoreExpr, ...], sinks: tuple[SinkExpr, ...]
+) -> tuple[tuple[StoreExpr, ...], tuple[SinkExpr, ...]]:
+    """Stores and sinks with what their products share computed once."""
+    groups = {s.name for s in build.space.groups}
+    groups |= {n for n, s in build.space.statistics.items() if s.group}
+
+    def once(leaf: Expr) -> bool:
+        if isinstance(leaf, Load):
+            return build.operands[leaf.operand].kind in ("col", "scalar")
+        return isinstance(leaf, Stat) and leaf.name not in groups
+
+    lanes = iter(factored([e for s in (*stores, *sinks) for e in s.lanes], once))
+    new = [replace(s, lanes=tuple(next(lanes) for _ in s.lanes)) for s in (*stores, *sinks)]
+    count = len(stores)
+    return tuple(new[:count]), tuple(new[count:])  # type: ignore[return-value]
+
+
+def _statistics(
+    build: _Assembly, roots: Sequence[Expr], partial_of: Callable[[Node], str]
+) -> tuple[tuple[Statistic, ...], tuple[Node, ...]]:
+    """The statistics that the expressions need, each after those that it needs itself."""
+    space = build.space
+    needed = stat_names(roots)
+    rows: list[Statistic] = []
+    for name, one in reversed(space.statistics.items()):
+        if name in needed:
+            rows.insert(0, _row_statistic(build, name, one))
+            expr = rows[0].expr
+            needed |= stat_names([expr]) if expr is not None else set()
+    folds: list[Statistic] = []
+    folded: list[Node] = []
+    for name, node in space.folds.items():
+        if name in needed and isinstance(node, Reduce):
+            buffer = partial_of(node)
+            axis = node.arg.shape[node.axis]
+            width = 0 if axis.symbols - space.sizes.keys() else axis.size(space.sizes)
+            build.operands[buffer] = Operand(buffer, "partial", f32, len(MONOIDS[node.fn].planes))
+            folds.append(Statistic(name, node.fn, None, width, operand=buffer))
+            folded.append(node)
+    for name, node in space.lines.items():
+        if name in needed:
+            folds.append(_line(build, name, node))
+    groups = [
+        Statistic(g.name, g.fn, build.bind(g.expr, {}), g.size, group=g.size)
+        for g in space.groups
+        if g.name in needed
+    ]
+    return (*folds, *groups, *rows), tuple(folded)
+
+
+def _line(build: _Assembly, name: str, node: Reduce) -> Statistic:
+    """A reduction of what earlier kernels stored for each row."""
+    source = build.space.leaf(node.arg)
+    if source is None:
+        raise Refused("the rows that are reduced are not in memory")
+    kept, dtype = build.operand_of(source)
+    build.operands[source] = Operand(source, "line", dtype)
+    build.nodes[source] = kept
+    return Statistic(name, node.fn, None, 0, operand=source)
+
+
+def _row_statistic(build: _Assembly, name: str, one: RowStatistic) -> Statistic:
+    lanes = build.lanes(one.value)
+    expr = lanes[0] if len(lanes) == 1 else Call("add", lanes)
+    if len(lanes) > 1 and one.node.fn not in SUMS:
+        raise Refused("a row kernel takes sums of pairs of columns, and no other statistic")
+    return Statistic(name, one.node.fn, expr, one.group or one.count, one.group)
+
+
+def _sink(build: _Assembly, sink: Sink) -> SinkExpr:
+    """A reduction over the columns, or a sum over the rows."""
+    space = build.space
+    if not space.whole_rows:
+        lanes = build.lanes(sink.value)
+        return SinkExpr(sink.buffer, sink.monoid, lanes, sink.index, sink.rows)
+    lanes = build.lanes(space.widened(sink.value))
+    split = build.split if build.split is not None and build.split > 1 else 0
+    span = _span(space, sink.value)
+    return SinkExpr(sink.buffer, sink.monoid, lanes, rows=True, split=split, span=span)
+
+
+def _span(space: Space, value: Value) -> tuple[int, int] | None:
+    """The columns that a value has, where it has not all of them."""
+    return None if value.count == space.width else (space.place_of(value), value.count)
+
+
+def _is_ragged(store: StoreExpr) -> bool:
+    """Whether a GEMM cannot store two lanes apart: its stores are tiles of 32 columns, by TMA."""
+    whole = store.split % 32 == 0 or 32 % store.split == 0 if store.split else True
+    return not whole or bool(store.split * store.dtype.size % 16)
+
+
+def _store(build: _Assembly, store: Store) -> StoreExpr:
+    """Values side by side, as one matrix; or one narrow value."""
+    space = build.space
+    if all(v.narrow for v in store.values) and space.width != 1:
+        (value,) = store.values
+        expr = build.bind(_place(space.exprs[int(value.expr[0])], (), [], {}), {})
+        return StoreExpr(store.buffer, store.dtype, (expr,), narrow=True)
+    value, span = beside(store.values), None
+    if space.whole_rows and not build.is_filled_by(value):
+        value, span = space.widened(value), _span(space, value)
+    lanes = build.lanes(value)
+    split = build.split if build.split is not None and len(lanes) == 2 else 0
+    return StoreExpr(store.buffer, store.dtype, lanes, 0 if split == 1 else (split or 0), span=span)

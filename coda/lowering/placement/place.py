@@ -1,0 +1,479 @@
+"""A graph in normal form -> kernels: where is each node computed, and what is stored?
+
+Nodes are taken in order, operands first. Contractions of one activation open a GEMM; every other
+node goes to the latest kernel that its operands come from, if its elements can be computed at that
+kernel's points (`columns`), else into a pass over rows after it, else to torch. A reduction over
+the columns of a GEMM becomes a sink, whose partials the row pass after it folds. Then, from the
+last kernel to the first, what somebody loads is stored, and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from coda.ir.dims import ONE, product
+from coda.ir.graph import (
+    Concat,
+    Const,
+    Contract,
+    Input,
+    Node,
+    Pick,
+    Reduce,
+    Size,
+    users,
+    walk,
+)
+from coda.ir.monoids import MONOIDS
+from coda.lowering.algebra.compared import compared, sources
+from coda.lowering.algebra.roles import (
+    flat,
+    group_siblings,
+    in_order,
+    is_pointwise,
+    keeps_order,
+    row_axes,
+    row_symbols,
+    stacks,
+    summand,
+    weight_nodes,
+)
+from coda.lowering.placement.columns import Space
+from coda.lowering.placement.draft import LAST, Draft, Drafts, Room
+from coda.lowering.placement.values import LONGEST, Refused, Value
+from coda.lowering.program.program import Unfused
+
+NEAR = 4  # how many passes before a node's operands are tried
+
+
+@dataclass
+class Partition(Drafts):
+    """One run over the nodes of a graph."""
+
+    def run(self) -> Partition:
+        """Place every node."""
+        nodes = in_order(self.graph.roots)
+        self.users = users(self.graph.roots)
+        self.named = {i.name: i for i in self.graph.inputs}
+        self.weights = weight_nodes(nodes, self.passing)
+        contracts = [n for n in nodes if isinstance(n, Contract) and n not in self.weights]
+        self.tokens, self.rows = row_symbols(nodes), row_axes(contracts, self.graph.inputs)
+        self.siblings = group_siblings(contracts, nodes, self.weights, self.apart, self.part_of)
+        forced = [*self.graph.roots, *(o for c in contracts for o in c.operands)]
+        self.loadable = {self.storage(n) for n in forced}
+        asked = compared(self.graph.roots)
+        for node in nodes:
+            if not isinstance(node, Input | Const | Size) and node not in self.weights:
+                if node in asked:
+                    self.store_first(node)
+                self.place(node)
+        for root in self.graph.roots:
+            self.materialise(root, host=True)
+        return self
+
+    # Placing.
+
+    def place(self, node: Node) -> None:
+        """Decide where a node is computed."""
+        if node in self.home:
+            return
+        if isinstance(node, Contract):
+            self.contract(node)
+            return
+        homes = [self.home[o] for o in node.operands if o in self.home]
+        if not homes:  # of inputs alone: placed when somebody asks for it, or when it grows long
+            self.waiting[node] = 1 + max((self.waiting.get(o, 0) for o in node.operands), default=0)
+            if self.waiting[node] == LONGEST // 2:
+                self.materialise(node)
+            return
+        last = max(homes, key=lambda d: d.order)
+        if isinstance(node, Reduce) and self.folds_rows(node):
+            self.in_rows(node, last.order[0])
+            return
+        if isinstance(node, Reduce) and last.kind != "gemm" and self.sunk(node, last):
+            return
+        if isinstance(node, Concat) and self.too_wide(node, last) and self.join(node):
+            return
+        if isinstance(node, Concat) and stacks(node) and self.join(node, stacked=True):
+            return
+        if last.kind == "gemm":
+            if isinstance(node, Reduce | Pick) and self.sink(node, last):
+                return
+            why = self.absorb(node, last)
+            if not why:
+                return
+            if self.only_returned(node):
+                return
+            self.unfused.append(Unfused(node, why))
+        if last.kind == "row" and self.only_returned(node) and self.storage(node) is not node:
+            return
+        self.in_rows(node, last.order[0])
+
+    def store_first(self, node: Node) -> None:
+        """Let a maximum that is compared with its values be taken of what is in memory."""
+        for source in sources([node]) - self.weights:
+            self.materialise(source)
+            home = self.home.get(self.storage(source))
+            if home is not None:
+                home.space.refused[node] = "its values are compared with it as they are in memory"
+
+    def too_wide(self, node: Concat, draft: Draft) -> bool:
+        """Whether a concatenation along the columns has more of them than a kernel."""
+        width = node.shape[-1].size(self.sizes)
+        return draft.kind != "torch" and node.axis == -1 and width > draft.space.width
+
+    def join(self, node: Concat, stacked: bool = False) -> bool:
+        """Make a concatenation in memory, whose parts are written where they are computed.
+
+        Parts are columns, or `stacked` rows.
+        """
+        parts = [self.storage(a) for a in flat(node)]
+        whole = [
+            product(p.shape) == product(a.shape) and keeps_order(a, p)
+            for p, a in zip(parts, flat(node), strict=True)
+        ]
+        taken = any(p in self.piece_of or p in self.joined for p in parts)
+        known = any(isinstance(p, Input | Const) or p in self.weights for p in parts)
+        if not all(whole) or taken or known or len(set(parts)) < len(parts):
+            return False
+        for part in parts:
+            self.materialise(part)
+        if any(p not in self.home for p in parts):  # one is a view of what is in memory by now
+            return False
+        rows = [a.shape[node.axis] if stacked else product(node.shape[:-1]) for a in flat(node)]
+        spaces = [self.home[p].space for p in parts]
+        fits = [s.rows == r for s, r in zip(spaces, rows, strict=True)]
+        if not all(fits) or not all(map(self.fills, parts)):
+            return False
+        self.joined[node] = tuple(parts)
+        self.stacked |= {node} if stacked else set()
+        self.piece_of |= dict.fromkeys(parts, node)
+        self.home[node] = max((self.home[p] for p in parts), key=lambda d: d.order)
+        self.loadable.add(node)
+        return True
+
+    def fills(self, node: Node) -> bool:
+        """Whether a node has all columns of the GEMM that computes it, or one for each pair."""
+        space = self.home[node].space
+        if self.home[node].kind != "gemm":
+            return self.home[node].kind == "row"
+        value = space.compute(node)
+        return value.count == space.width or (
+            value.slots.shape[1] == 2 and 2 * value.count == space.width
+        )
+
+    def contract(self, node: Contract) -> None:
+        """Open the GEMM of a contraction and its siblings."""
+        group = self.siblings[node]
+        for operand in (o for one in group for o in one.operands):
+            self.materialise(operand, host=True)
+        index = 1 + max((d.order[0] for d in self.drafts if d.order[0] < LAST), default=0)
+        starts = np.cumsum([0] + [c.shape[-1].size(self.sizes) for c in group])
+        first: dict[Node, int] = {c: int(s) for c, s in zip(group, starts, strict=False)}
+        rows = product(node.lhs.shape[:-1])
+        space = Space(int(starts[-1]), rows, self.known, accumulators=first)
+        draft = self.open("gemm", index, space, group)
+        for one in group:
+            self.home[one] = draft
+            draft.homed.append(one)
+
+    def absorb(self, node: Node, draft: Draft) -> str:
+        """Compute a node in a kernel; the reason if it cannot be."""
+        if draft.contracts and (draft.contracts[0], node) in self.banned:
+            return "the columns of the kernel cannot be laid out for it"
+        why = ""
+        for segmented in (True, False) if draft.kind == "row" else (False,):
+            draft.space.segmented = segmented
+            try:
+                with draft.space.attempt(lambda n: self.home.get(n) is draft):
+                    self.reach_all(node, draft)
+                    draft.space.compute(node)
+                break
+            except Refused as refusal:
+                why = why or str(refusal)
+        else:
+            return why
+        self.home[node] = draft
+        draft.homed.append(node)
+        if draft.kind == "row" and draft.space.values[node].narrow:
+            self.loadable.add(node)
+        return ""
+
+    def reach_all(self, node: Node, draft: Draft, whole: bool = False) -> None:
+        """Make the operands of a node available in a kernel, each in its columns."""
+        for operand, segment in draft.space.parts(node):
+            with draft.space.inside(segment):
+                self.reach(operand, draft, whole)
+
+    def reach(self, operand: Node, draft: Draft, whole: bool = False) -> None:
+        """Make an operand available in a kernel: loaded, computed again, or else stored for it.
+
+        What cannot be computed again goes to a pass over rows `whole`, with all that it is made of.
+        """
+        self.settle(operand, draft)
+        home = self.home.get(operand)
+        known = home is draft or isinstance(operand, Const | Size)
+        if known or self.leaf(operand, draft) is not None:
+            return
+        if operand in draft.space.values:
+            return
+        again = is_pointwise(operand)
+        try:
+            if home is None:
+                self.reach_all(operand, draft, whole or not again)
+            draft.space.compute(operand)
+        except Refused:
+            if home is None and (again or whole):
+                raise
+            if home is None:
+                self.in_rows(operand, 0)
+            self.loadable.add(self.storage(operand))
+
+    def settle(self, operand: Node, draft: Draft) -> None:
+        """Place what a GEMM needs once a row, and what sums of arguments make, with those sums.
+
+        Otherwise the epilogue would compute it again from the sums.
+        """
+        narrow = operand.rank and operand.shape[-1] == ONE and draft.kind == "gemm"
+        if operand in self.home or not narrow or isinstance(operand, Reduce):
+            return
+        above = [n for n in walk([operand], until=Reduce) if n not in self.weights]
+        sums = [n for n in above if isinstance(n, Reduce)]
+        if not sums or any(n in self.home for n in above):
+            return
+        for node in sums:
+            self.in_rows(node, 0)
+        for node in above:
+            if not isinstance(node, Reduce | Input | Const | Size):
+                self.place(node)
+
+    def sink(self, node: Reduce | Pick, draft: Draft) -> bool:
+        """Take a reduction over all columns in a GEMM's epilogue; its fold comes after."""
+        if isinstance(node, Reduce) and not MONOIDS[node.fn].tiled:
+            return False
+        if isinstance(node, Reduce) and self.sums_rows(node, draft):
+            return self.sink_rows(node, draft)
+        if draft.kind != "gemm":
+            return False
+        try:
+            self.reach_all(node.arg, draft)
+            value = draft.space.compute(node.arg)
+        except Refused:
+            return False
+        whole = value.count == value.shape[-1] and value.slots.shape[1] > 0
+        along = not isinstance(node, Reduce) or node.axis == -1
+        if not (whole and along and value.count in (draft.space.width, draft.space.width // 2)):
+            return False
+        if isinstance(node, Pick) and self.leaf(node.index, draft) is None:
+            return False
+        if (draft.contracts[0], node) in self.banned:
+            return False
+        halved = value.count < draft.space.width
+        if halved and not (isinstance(node, Reduce) and node.fn in ("sum", "mean", "max", "min")):
+            return False  # one value for each pair: a second lane would count it again
+        if isinstance(node, Pick):
+            draft.sinks[node] = value
+            self.home[node] = draft
+            self.loadable.add(node)
+            return True
+        after = self.row_draft(draft.order[0], draft.space.rows, 1, draft.order)
+        moments = self.moments(node)
+        for one in moments or [node]:
+            draft.space.refused[one] = "its total is known only after this kernel"
+            self.home[one] = after
+            after.homed.append(one)
+            self.loadable.add(one)
+        draft.sinks[moments[-1] if moments else node] = value
+        after.space.fold(moments[-1] if moments else node, moments[0] if moments else None)
+        return True
+
+    def sums_rows(self, node: Reduce, draft: Draft) -> bool:
+        """Whether a reduction sums over all rows of a kernel (and over column axes after them)."""
+        rows, columns = product(node.arg.shape[: node.axis + node.rank + 1]), product(node.shape)
+        narrow = rows == ONE or any(d != ONE for d in node.shape[: node.axis])
+        if node.fn != "sum" or narrow or draft.kind == "torch" or columns == ONE:
+            return False
+        mine, under = draft.space.rows, summand(node)
+        leading = [product(under.shape[:i]) for i in range(1, under.rank)]
+        return rows == mine or (mine in leading and rows in leading[leading.index(mine) :])
+
+    def sink_rows(self, node: Reduce, draft: Draft) -> bool:
+        """Sum over the rows in a kernel that has the values; a pass over the columns folds it."""
+        place = draft.contracts[0] if draft.contracts else "shared"
+        if (place, node) in self.banned and draft.homed:
+            return False
+        under, space = summand(node), draft.space
+        count = product(under.shape).size(self.sizes) // max(1, space.rows.size(self.sizes))
+        spans = [None, *(s for s in space.segments if s[1] == count)]
+        for segment in spans[: 1 if draft.kind == "gemm" else None]:
+            try:
+                kept = lambda n: self.home.get(n) is draft  # noqa: E731
+                with space.inside(segment), space.attempt(kept):
+                    self.reach_all(under, draft)
+                    value = space.compute(under)
+                    first = space.place_of(value)
+            except Refused:
+                continue
+            if draft.kind == "gemm" and (first, value.count) != (0, space.width):
+                continue
+            self.fold_rows(node, draft, value)
+            return True
+        return False
+
+    def fold_rows(self, node: Reduce, draft: Draft, value: Value) -> None:
+        """Record a sum over the rows, and the pass that folds its partials."""
+        end = all(self.only_returned(u) for u in self.users[node])
+        index = LAST if end else draft.order[0]
+        after = self.row_draft(index, product(node.shape), 1, draft.order, narrow=True)
+        draft.space.refused[node] = "its total is known only after this kernel"
+        self.home[node] = after
+        after.homed.append(node)
+        self.loadable.add(node)
+        draft.sinks[node] = value
+        draft.space.sunk.append(value)
+        draft.over_rows.add(node)
+        after.space.fold(node)
+
+    def summed_in_pass(self, node: Reduce, index: int) -> bool:
+        """Sum over the rows of values that a pass over rows, or a GEMM's epilogue, has at hand."""
+        under = summand(node)
+        homes = [self.home[o] for o in walk([under]) if o in self.home]
+        passes = [d for d in self.drafts if d.kind == "row"]
+        order = [d for d in passes if self.loads_all_of(under, d)]
+        order += [d for d in self.hosts(under) if d.kind == "gemm"]
+        order += [d for d in passes if d not in order]
+        for draft in [] if ("shared", node) in self.banned else order:
+            known = all(h is draft or h.order < draft.order for h in homes)
+            if known and self.sums_rows(node, draft) and self.sink_rows(node, draft):
+                return True
+        for rows, columns in [] if ("alone", node) in self.banned else self.shapes(under):
+            width = columns.size(self.sizes)
+            draft = self.open("row", index, self.space(width, rows))
+            if width > 1 and self.sums_rows(node, draft) and self.sink_rows(node, draft):
+                return True
+            self.drop(draft)
+        return False
+
+    def moments(self, node: Reduce) -> list[Reduce]:
+        """The mean and the variance of one value, if both are wanted: one sink gives both."""
+        same = [u for u in self.users[node.arg] if isinstance(u, Reduce) and u.axis == node.axis]
+        found = [u for fn in ("mean", "variance") for u in same if u.fn == fn]
+        return found if node in found and len(found) == 2 else []
+
+    def after_rows(self, node: Reduce, index: int) -> int:
+        """Store what a reduction over rows reads; the GEMM after which the reduction comes."""
+        self.materialise(node.arg, host=True)
+        if self.comes_last(node):
+            return LAST
+        home = self.home.get(self.storage(node.arg))
+        return max(index, home.order[0] if home else 0)
+
+    def in_rows(self, node: Node, index: int) -> None:
+        """Place a node in a pass over rows after the GEMM `index`, or give it to torch."""
+        why = "no kernel computes it"
+        for one in self.waiting_folds(node):
+            if one not in self.home:  # placed with another
+                self.in_rows(one, index)
+        if isinstance(node, Reduce) and self.folds_rows(node):
+            index = self.after_rows(node, index)
+        elif isinstance(node, Reduce) and self.summed_in_pass(node, index):
+            return
+        for rows, columns in self.shapes(node, ("groups", node) not in self.banned):
+            width = columns.size(self.sizes)
+            if ("alone", node) in self.banned:
+                why = "the columns of a pass over rows cannot be laid out for it"
+                break
+            shared = [] if ("shared", node) in self.banned else self.rooms(index, rows, width)
+            shared = self.later_or_wider(shared, node)
+            alone = [(None, None)] * 2  # computing the operands again, or loading them
+            for draft, segment in [*shared, *alone]:
+                fresh = draft is None
+                if draft is None:
+                    draft = self.open("row", index, self.space(width, rows))
+                homed = len(draft.homed)
+                old, draft.space.width = draft.space.width, max(width, draft.space.width)
+                with draft.space.inside(segment):
+                    why = self.absorb(node, draft)
+                if not why:
+                    return
+                if len(draft.homed) == homed:  # nothing that it needs has come here meanwhile
+                    draft.space.width = old
+                if fresh and self.drop(draft):
+                    self.loadable |= {self.storage(o) for o in node.operands if o in self.home}
+        self.in_torch(node, index, why)
+
+    def later_or_wider(self, rooms: list[Room], node: Node) -> list[Room]:
+        """The passes over rows that may have a node: those that do not come before its operands.
+
+        Then a few that do, if they are wider than those of the operands, as for a concatenation of
+        what are parts of one matrix: the operands are computed again there.
+        """
+        homes = [self.home[o] for o in node.operands if o in self.home]
+        last = max((h.order for h in homes), default=(0, 0))
+        found = [r for r in rooms if r[0].order >= last]
+        widest = max((h.space.width for h in homes), default=0)
+        wider = [r for r in rooms if r[0].order < last and r[0].space.width > widest]
+        return found + sorted(wider, key=lambda r: r[0].order)[-NEAR:]
+
+    def in_torch(self, node: Node, index: int, why: str) -> None:
+        """One operation by torch, behind the GEMM `index` and what stores its operands."""
+        for operand in node.operands:
+            self.materialise(operand)
+        homes = [self.home.get(self.storage(o)) for o in node.operands]
+        index = max([index, *(h.order[0] for h in homes if h is not None)])
+        draft = self.open("torch", index, Space(0, ONE, self.known))
+        draft.why = why
+        draft.homed.append(node)
+        self.home[node] = draft
+        self.loadable.add(node)
+        self.unfused.append(Unfused(node, why))
+
+    # Memory.
+
+    def materialise(self, node: Node, host: bool = False) -> None:
+        """See to it that a node will be in memory; with `host`, behind all kernels so far."""
+        under = self.storage(node)
+        if under in self.weights or isinstance(under, Input):
+            return
+        if isinstance(under, Concat) and under not in self.home and not self.in_pass(under):
+            self.join(under)
+        if under not in self.home and not (host and self.hosted(under)):
+            below = [self.home[n].order[0] for n in walk([under]) if n in self.home]
+            self.in_rows(under, max(below, default=0))
+        self.loadable.add(under)
+
+    def in_pass(self, node: Node) -> bool:
+        """Compute a node of arguments alone in one pass over rows."""
+        if any(n in self.home for n in walk([node]) if n not in self.weights):
+            return False
+        shapes = [] if ("alone", node) in self.banned else self.shapes(node)[:1]
+        for rows, columns in shapes:
+            draft = self.open("row", 0, self.space(columns.size(self.sizes), rows))
+            if not self.absorb(node, draft):
+                return True
+            self.drop(draft)
+        return False
+
+    def hosted(self, node: Node) -> bool:
+        """Compute a node of arguments alone in a kernel that loads all that it needs anyway."""
+        hosts = self.hosts(node)
+        for draft in sorted(hosts, key=lambda d: d.kind != "gemm"):
+            shared = draft.kind == "gemm" or ("shared", node) not in self.banned
+            if shared and not self.absorb(node, draft):
+                return True
+        return False
+
+    def sunk(self, node: Reduce, last: Draft) -> bool:
+        """Take a sum over the rows as a sink of a kernel."""
+        return self.sunk_late(node) or self.summed_in_pass(node, last.order[0])
+
+    def sunk_late(self, node: Reduce) -> bool:
+        """Take a sum over a weight's rows in the GEMM that gives the weight's gradient."""
+        homes = [self.home[o] for o in walk([node.arg]) if o in self.home]
+        for draft in self.hosts(node.arg):
+            known = all(h.order < draft.order for h in homes)
+            if draft.kind == "gemm" and known and self.sums_rows(node, draft):
+                return self.sink(node, draft)
+        return False

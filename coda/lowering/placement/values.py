@@ -1,0 +1,222 @@
+"""A node's elements at the columns of one kernel: integer arrays, and scalar functions of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coda.lowering.program.body import Ints
+from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load
+
+NO_LANE = -1  # the lane of a load that is the same for all columns
+TILE_PARTS = (32, 64, 128, 256)  # widths of groups that every tile or subtile is made of
+LONGEST = 100  # operations one after the other in one kernel; what comes then is another's
+LEAF = "%"  # Load("%3") is row leaf 3 of an element: a vector that the element names itself
+
+
+class Refused(Exception):
+    """A node cannot be computed at the points of a kernel; the message says why, for `explain`."""
+
+
+@dataclass(eq=False)
+class Value:
+    """A node at the columns of a kernel.
+
+    Attributes:
+        shape: the node's column axes.
+        expr: for each element (row-major) an index into the space's expressions, in which lane i
+            of Acc and of tile loads stands for `slots[:, i]`.
+        slots: columns of the space that an element reads, ascending, -1 for none.
+        leaves: (source, index) of each row leaf of an element, -1 for none.
+        group: the column group whose statistic an element reads, -1 for none.
+    """
+
+    shape: tuple[int, ...]
+    expr: Ints
+    slots: Ints
+    leaves: Ints
+    group: Ints
+
+    @property
+    def count(self) -> int:
+        """The number of elements in a row."""
+        return len(self.expr)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the value is the same for all columns."""
+        return self.count == 1 and self.slots.shape[1] == 0 and self.leaves.shape[1] == 0
+
+    def move(self, change: Callable[[NDArray], NDArray]) -> Value:
+        """The elements that a view keeps, in its order; `change` acts on the column axes."""
+        index = change(np.arange(self.count).reshape(self.shape))
+        flat = index.reshape(-1)
+        return Value(
+            index.shape, self.expr[flat], self.slots[flat], self.leaves[flat], self.group[flat]
+        )
+
+
+def beside(values: Sequence[Value]) -> Value:
+    """Values one after the other along the columns."""
+    if len(values) == 1:
+        return values[0]
+    slots = max(v.slots.shape[1] for v in values)
+    leaves = max(v.leaves.shape[1] for v in values)
+    return Value(
+        (sum(v.count for v in values),),
+        np.concatenate([v.expr for v in values]),
+        np.concatenate([pad(v.slots, slots) for v in values]),
+        np.concatenate([pad(v.leaves, leaves) for v in values]),
+        np.concatenate([v.group for v in values]),
+    )
+
+
+def first_column(value: Value) -> int:
+    """The column at which a value lies, one element after the other; -1 if nothing tells."""
+    used = np.flatnonzero((value.slots >= 0).any(1))
+    if len(used) == 0:
+        return -1
+    slots = value.slots[used]
+    first = int(slots[0][slots[0] >= 0].min() - used[0])
+    return first if first >= 0 and (slots == first + used[:, None]).any(1).all() else -1
+
+
+class Expressions(Protocol):
+    """Expressions by number."""
+
+    exprs: list[Expr]
+
+    def id(self, expr: Expr) -> int:
+        """The number of an expression."""
+        ...
+
+
+def pad(a: NDArray, width: int) -> NDArray:
+    """More slots or leaves, all -1."""
+    missing = width - a.shape[1]
+    if missing == 0:
+        return a
+    return np.concatenate([a, np.full((len(a), missing, *a.shape[2:]), -1)], 1)
+
+
+def spread(value: Value, shape: tuple[int, ...]) -> Value:
+    """A value broadcast to other column axes."""
+    if value.shape == shape:
+        return value
+    return value.move(lambda a: np.broadcast_to(a, shape))
+
+
+def combine(space: Expressions, fn: str, args: Sequence[Value]) -> Value:
+    """A scalar function of values, element by element."""
+    shape = np.broadcast_shapes(*(a.shape for a in args))
+    args = [spread(a, shape) for a in args]
+    slots, lanes = _union([a.slots for a in args])
+    group = _same_group([a.group for a in args])
+    leaves, names = _shared([a.leaves for a in args])
+    keys = np.stack([a.expr for a in args], 1)
+    kinds = np.concatenate([keys, *lanes], 1)
+    first, inverse = distinct_rows(kinds)
+    found = np.empty(len(first), np.int64)
+    for i, element in enumerate(first):
+        parts = []
+        for j, arg in enumerate(args):
+            renamed = tuple(int(v) for v in lanes[j][element])
+            expr = space.exprs[int(arg.expr[element])]
+            parts.append(substitute(expr, renamed, names[j]))
+        folded = _fold(fn, tuple(parts))
+        if isinstance(folded, Call) and folded.depth > LONGEST:
+            raise Refused(f"more than {LONGEST} operations follow each other in the kernel")
+        found[i] = space.id(folded)
+    return Value(shape, found[inverse], slots, leaves, group)
+
+
+def _fold(fn: str, args: tuple[Expr, ...]) -> Expr:
+    """A call, or the literal that it is."""
+    if fn == "neg" and isinstance(args[0], Literal):
+        return Literal(-args[0].value)
+    return Call(fn, args)
+
+
+def _union(slots: list[Ints]) -> tuple[Ints, list[Ints]]:
+    """The columns that any operand reads, and each operand's lanes among them."""
+    used = [s for s in slots if s.shape[1]]
+    if not used:
+        return slots[0], list(slots)
+    if all(s is used[0] or np.array_equal(s, used[0]) for s in used):
+        lanes = np.broadcast_to(np.arange(used[0].shape[1]), used[0].shape)
+        lanes = np.where(used[0] >= 0, lanes, -1)
+        return used[0], [lanes if s.shape[1] else s for s in slots]
+    high = np.iinfo(np.int64).max
+    every = np.concatenate(used, 1)
+    every = np.sort(np.where(every < 0, high, every), 1)
+    repeated = np.zeros_like(every, bool)
+    repeated[:, 1:] = every[:, 1:] == every[:, :-1]
+    every = np.sort(np.where(repeated, high, every), 1)
+    width = int((every != high).sum(1).max())
+    if width > 2:
+        raise Refused(f"an element reads {width} columns of a row; an epilogue has two at hand")
+    union = np.where(every[:, :width] == high, -1, every[:, :width])
+    lanes = []
+    for s in slots:
+        lane = np.argmax(union[:, None, :] == s[:, :, None], -1) if s.shape[1] else s
+        lanes.append(np.where(s >= 0, lane, -1))
+    return union, lanes
+
+
+def _shared(leaves: list[Ints]) -> tuple[Ints, list[tuple[int, ...]]]:
+    """Row leaves of all operands, equal ones once; and what each operand's leaves are called."""
+    kept: list[Ints] = []
+    names: list[tuple[int, ...]] = []
+    for one in leaves:
+        mine = []
+        for column in np.moveaxis(one, 1, 0):
+            same = [i for i, k in enumerate(kept) if np.array_equal(k, column)]
+            mine.append(same[0] if same else len(kept))
+            if not same:
+                kept.append(column)
+        names.append(tuple(mine))
+    if not kept:
+        return leaves[0], names
+    return np.stack(kept, 1), names
+
+
+def _same_group(groups: list[Ints]) -> Ints:
+    out = groups[0]
+    for g in groups[1:]:
+        if np.any((out >= 0) & (g >= 0) & (out != g)):
+            raise Refused("it mixes statistics of different groups of columns")
+        out = np.maximum(out, g)
+    return out
+
+
+def distinct_rows(kinds: Ints) -> tuple[Ints, Ints]:
+    """Elements that represent the distinct rows of `kinds`, and each row's representative."""
+    if len(kinds) == 0 or np.all(kinds == kinds[0]):
+        return np.zeros(min(1, len(kinds)), np.int64), np.zeros(len(kinds), np.int64)
+    code = np.zeros(len(kinds), np.int64)
+    for column in kinds.T:
+        low, high = int(column.min()), int(column.max())
+        code = code * (high - low + 1) + (column - low)
+        _, code = np.unique(code, return_inverse=True)
+    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+    return first, inverse
+
+
+@lru_cache(maxsize=100_000)
+def substitute(expr: Expr, lanes: tuple[int, ...], leaves: tuple[int, ...]) -> Expr:
+    """An expression with its lanes and its row leaves renamed."""
+    match expr:
+        case Acc(lane=lane):
+            return Acc(lanes[lane])
+        case Load(operand=name, lane=lane) if name.startswith(LEAF):
+            return Load(LEAF + str(leaves[int(name[1:])]), lane)
+        case Load(operand=name, lane=lane) if lane != NO_LANE:
+            return Load(name, lanes[lane])
+        case Call(fn=fn, args=args):
+            return Call(fn, tuple(substitute(a, lanes, leaves) for a in args))
+    return cast(Expr, expr)

@@ -1,0 +1,1 @@
+"""The Program: kernels over buffers, what they cost, when their memory is free."""

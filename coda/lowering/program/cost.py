@@ -1,0 +1,305 @@
+"""What a Program costs: FLOPs, bytes that cross global memory, and the time of the roofline.
+
+Each tensor of a kernel counts once in, once out. The peaks are those of NVIDIA's data sheets,
+dense: H100 SXM 989 TFLOP/s in bf16 and 3.35 TB/s, B200 2250 TFLOP/s and 8 TB/s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coda.ir.dims import ONE, product
+from coda.ir.graph import (
+    Cast,
+    Const,
+    Contract,
+    Expand,
+    Gather,
+    Graph,
+    Input,
+    Iota,
+    Map,
+    Node,
+    Permute,
+    Reduce,
+    Reshape,
+    Size,
+    Slice,
+    walk,
+)
+from coda.ir.scalars import SCALARS
+from coda.lowering.algebra.roles import stacked
+from coda.lowering.program.epilogue import calls
+from coda.lowering.program.program import GemmKernel, Kernel, Program, RowwiseKernel, TorchKernel
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Peaks of a GPU: FLOP/s of tensor cores in bf16 (fp8 twice), bytes/s, seconds a launch."""
+
+    name: str
+    tensor: float
+    bandwidth: float
+    launch: float = 2e-6
+
+
+MACHINES = {
+    "sm_90a": Machine("H100 SXM", 989e12, 3.35e12),
+    "sm_100a": Machine("B200", 2250e12, 8.0e12),
+}
+
+
+HELD = 16  # bytes moved in each call that a byte of memory, held between calls, is worth
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What crosses global memory: (tensor, bytes) read and written."""
+
+    reads: tuple[tuple[str, int], ...]
+    writes: tuple[tuple[str, int], ...]
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read."""
+        return sum(n for _, n in self.reads)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes written."""
+        return sum(n for _, n in self.writes)
+
+
+def elements(node: Node, program: Program) -> int:
+    """The number of elements of a node."""
+    return product(node.shape).size(program.sizes)
+
+
+def memory_bytes(node: Node, program: Program) -> int:
+    """What a node takes in memory."""
+    place = program.places.get(node)
+    size = node.dtype.size if place is None else program.buffers[place.buffer].dtype.size
+    return elements(node, program) * size
+
+
+def operand_bytes(kernel: GemmKernel | RowwiseKernel, name: str, program: Program) -> int:
+    """What a kernel reads of an operand, repeated over the rows where it has to be."""
+    node, spread = kernel.assembled.nodes[name], kernel.assembled.spread.get(name)
+    if spread is None:
+        return memory_bytes(node, program)
+    columns = product(node.shape[node.rank - spread.columns :])
+    return (product(spread.lead) * columns).size(program.sizes) * node.dtype.size
+
+
+def traffic(program: Program, kernel: Kernel) -> Traffic:
+    """What a kernel reads and writes."""
+    if isinstance(kernel, TorchKernel):
+        reads = [(label(o, program), memory_bytes(o, program)) for o in kernel.node.operands]
+        out = program.places[kernel.node].buffer
+        return Traffic(tuple(reads), ((out, memory_bytes(kernel.node, program)),))
+    reads: list[tuple[str, int]] = []
+    if isinstance(kernel, GemmKernel):
+        reads.append((label(kernel.a, program), memory_bytes(kernel.a, program)))
+        for one in kernel.contracts:
+            reads.append((label(one.rhs, program), memory_bytes(one.rhs, program)))
+    for operand in kernel.assembled.epilogue.operands:
+        node = kernel.assembled.nodes.get(operand.name)
+        if node is not None:
+            reads.append((label(node, program), operand_bytes(kernel, operand.name, program)))
+        elif operand.kind == "partial":
+            reads.append((operand.name, program.buffers[operand.name].nbytes(program.sizes)))
+    packed = [i for p in kernel.assembled.packed for i in (p.name, 4 * len(p.source))][1::2]
+    reads += [("packed rows", int(n)) for n in packed]
+    written = [s.buffer for s in kernel.assembled.epilogue.stores]
+    written += [s.buffer for s in kernel.assembled.epilogue.sinks]
+    writes = [(b, program.buffers[b].nbytes(program.sizes)) for b in written]
+    return Traffic(tuple(reads), tuple(writes))
+
+
+def label(node: Node, program: Program) -> str:
+    """A name for a tensor, for people."""
+    if isinstance(node, Input):
+        return node.name
+    place = program.places.get(node)
+    if place is not None:
+        return place.buffer
+    for name, known in program.prepared.items():
+        if known is node:
+            return name
+    return label(node.operands[0], program) if node.operands else "number"
+
+
+def gemm_flops(program: Program, kernel: Kernel) -> int:
+    """FLOPs of the tensor cores."""
+    if isinstance(kernel, TorchKernel):
+        return _contract_flops(kernel.node, program) if isinstance(kernel.node, Contract) else 0
+    if isinstance(kernel, RowwiseKernel):
+        return 0
+    m, n, k = kernel.problem(program.sizes)
+    return 2 * m * n * k
+
+
+def _contract_flops(node: Contract, program: Program) -> int:
+    return 2 * elements(node, program) * node.lhs.shape[-1].size(program.sizes)
+
+
+def scalar_flops(program: Program, kernel: Kernel) -> int:
+    """Scalar operations outside the tensor cores."""
+    if isinstance(kernel, TorchKernel):
+        return elements(kernel.node, program)
+    epilogue = kernel.assembled.epilogue
+    exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
+    exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
+    if isinstance(kernel, GemmKernel):
+        m, n, _ = kernel.problem(program.sizes)
+    else:
+        m, n = kernel.rows.size(program.sizes), kernel.width
+    points = m * n // (2 if epilogue.pair else 1)
+    return points * sum(SCALARS[c.fn].flops for c in calls(exprs))
+
+
+def kernel_seconds(program: Program, kernel: Kernel) -> tuple[float, str]:
+    """The roofline time of a kernel without its launch, and what bounds it."""
+    machine = MACHINES[program.arch]
+    moved = traffic(program, kernel)
+    memory = (moved.read_bytes + moved.write_bytes) / machine.bandwidth
+    peak = machine.tensor
+    if isinstance(kernel, GemmKernel) and kernel.a.dtype.size == 1:
+        peak *= 2
+    compute = gemm_flops(program, kernel) / peak
+    return max(memory, compute), "tensor cores" if compute > memory else "memory"
+
+
+def prepare_bytes(program: Program) -> int:
+    """Bytes moved to make what is computed of weights, once for each version of them.
+
+    Arguments one below the other are as they lie.
+    """
+    known = set(program.prepared.values())
+    total = 0
+    for node in program.prepared.values():
+        if stacked(node):
+            continue
+        inputs = [n for n in walk([node]) if isinstance(n, Input) or (n in known and n is not node)]
+        total += sum(memory_bytes(n, program) for n in inputs) + memory_bytes(node, program)
+    return total
+
+
+def held_bytes(program: Program) -> int:
+    """Bytes of matrices that are computed of weights and kept beside them."""
+    made = [n for n in program.prepared.values() if not stacked(n)]
+    return sum(memory_bytes(n, program) for n in made if product(n.shape[:-1]) != ONE)
+
+
+def hbm_bytes(program: Program) -> int:
+    """Bytes that cross global memory in one call, weights prepared before."""
+    moved = [traffic(program, k) for k in program.kernels]
+    return sum(t.read_bytes + t.write_bytes for t in moved)
+
+
+def price(program: Program) -> float:
+    """What the laws' choices are decided by: bytes and launches, in seconds.
+
+    FLOPs of the tensor cores are the same for all programs of a block. Weights that may change are
+    prepared in each call, and a matrix that is made of them takes as much memory as the weight, for
+    as long as the model runs. For weights that are frozen neither counts.
+    """
+    machine = MACHINES[program.arch]
+    moved = hbm_bytes(program)
+    if not program.frozen:
+        moved += prepare_bytes(program) + HELD * held_bytes(program)
+    return moved / machine.bandwidth + machine.launch * len(program.kernels)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The same block run in another way."""
+
+    launches: int
+    hbm_bytes: int
+
+
+def is_free(node: Node) -> bool:
+    """Whether torch moves nothing for a node."""
+    return isinstance(node, Input | Const | Size | Iota | Expand | Reshape | Permute | Slice)
+
+
+def eager(graph: Graph, program: Program) -> Baseline:
+    """The block op by op, as torch runs it."""
+    launches = total = 0
+    for node in walk(graph.roots):
+        if is_free(node):
+            continue
+        launches += 1
+        total += _eager_bytes(node, program)
+    return Baseline(launches, total)
+
+
+def _eager_bytes(node: Node, program: Program) -> int:
+    reads = [o for o in dict.fromkeys(node.operands) if not isinstance(o, Const | Size)]
+    total = sum(o.nbytes(program.sizes) for o in reads) + node.nbytes(program.sizes)
+    if isinstance(node, Gather):
+        total += node.nbytes(program.sizes) - node.table.nbytes(program.sizes)
+    return total
+
+
+def pointwise_fused(graph: Graph, program: Program) -> Baseline:
+    """GEMMs apart, and between them one kernel for each connected group of the other operations.
+
+    That is what a compiler does that fuses pointwise operations and norms, and does it perfectly.
+    """
+    nodes = [n for n in walk(graph.roots) if not isinstance(n, Input | Const | Size)]
+    depth: dict[Node, int] = {}
+    group: dict[Node, Node] = {}
+
+    def find(node: Node) -> Node:
+        while group[node] is not node:
+            node = group[node]
+        return node
+
+    for node in nodes:
+        below = max((depth.get(o, 0) for o in node.operands), default=0)
+        depth[node] = below + isinstance(node, Contract)
+        group[node] = node
+        if isinstance(node, Contract):
+            continue
+        for o in node.operands:
+            if o in group and not isinstance(o, Contract) and depth[o] == depth[node]:
+                group[find(o)] = node
+    roots = {_storage(n) for n in graph.roots}
+    launches = total = 0
+    for one in [n for n in nodes if isinstance(n, Contract)]:
+        launches, total = launches + 1, total + _eager_bytes(one, program)
+    members: dict[Node, list[Node]] = {}
+    for node in nodes:
+        if not isinstance(node, Contract):
+            members.setdefault(find(node), []).append(node)
+    for inside in members.values():
+        if all(is_free(n) for n in inside):
+            continue
+        mine = set(inside)
+        reads = {_storage(o) for n in inside for o in n.operands if o not in mine}
+        outside = {_storage(o) for n in nodes if n not in mine for o in n.operands if o in mine}
+        written = (outside | {r for r in roots if r in mine}) - {n for n in mine if is_free(n)}
+        known = [n for n in reads if not isinstance(n, Const | Size)]
+        launches += 1
+        total += sum(n.nbytes(program.sizes) for n in (*known, *written))
+    return Baseline(launches, total)
+
+
+def _storage(node: Node) -> Node:
+    while isinstance(node, Reshape | Permute | Slice):
+        node = node.operands[0]
+    return node
+
+
+def describe(node: Node) -> str:
+    """A node in a word or two, for people."""
+    match node:
+        case Map(fn=fn) | Reduce(fn=fn):
+            return fn
+        case Contract():
+            return "@"
+        case Cast(to=to):
+            return f"cast to {to}"
+    return type(node).__name__.lower()

@@ -1,0 +1,267 @@
+"""Scalar expressions -> the same with fewer operations at each element: products, taken apart.
+
+A derivative is a sum of products, and the same factors occur in many of them: x·r in one, g·x·r·r
+in another. Products are flattened, a factor of both terms of a sum (and of both values of a choice)
+is taken out of it, and what most products have in common is computed once and first. What depends
+on the row alone (a norm's factor, numbers) is multiplied together before it meets an element, so
+that it costs nothing for each.
+
+All is float32, in which the order of a product makes no difference but in its last bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from coda.ir.scalars import SCALARS
+from coda.ir.types import has_reciprocal
+from coda.lowering.program.epilogue import Call, Expr, Literal, calls, leaves
+
+MOST = 32  # factors of a product that is flattened
+Factor = int  # a number in `_Products.atoms`
+
+
+@dataclass(frozen=True)
+class Product:
+    """A number times some factors, in the order in which they were met."""
+
+    number: float
+    factors: tuple[Factor, ...]
+
+    def times(self, other: Product) -> Product:
+        """The product of two products."""
+        return Product(self.number * other.number, self.factors + other.factors)
+
+    def without(self, factors: Iterable[Factor]) -> Product:
+        """What is left of a product without some of its factors."""
+        left = list(self.factors)
+        for factor in factors:
+            left.remove(factor)
+        return Product(self.number, tuple(left))
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of products that is no product itself."""
+
+    fn: str
+    args: tuple[Product, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two factors that are multiplied once for all products that have both."""
+
+    first: Factor
+    second: Factor
+
+
+Atom = Expr | Function | Pair  # an expression is a leaf here
+
+
+def factored(exprs: Sequence[Expr], once: Callable[[Expr], bool]) -> list[Expr]:
+    """Expressions with the same values, their products taken apart and put together anew.
+
+    Args:
+        exprs: of one kernel, at one point.
+        once: whether a leaf has one value for a whole row.
+    """
+    products = _Products(once)
+    roots = [products.product(e) for e in exprs]
+    products.share(roots)
+    found = [products.expr(r) for r in roots]
+    return min(found, list(exprs), key=lambda e: work(e, once))
+
+
+def work(exprs: Iterable[Expr], once: Callable[[Expr], bool]) -> int:
+    """What some expressions cost at each element; a sign costs nothing."""
+    total = 0
+    for call in calls(exprs):
+        if call.fn != "neg" and not all(isinstance(x, Literal) or once(x) for x in leaves([call])):
+            total += SCALARS[call.fn].flops
+    return total
+
+
+@dataclass
+class _Products:
+    once: Callable[[Expr], bool]
+    atoms: list[Atom] = field(default_factory=list)
+    numbers: dict[Atom, Factor] = field(default_factory=dict)
+    known: dict[Expr, Product] = field(default_factory=dict)
+    canonical: dict[tuple[float, frozenset[tuple[Factor, int]]], Product] = field(
+        default_factory=dict
+    )
+    left: dict[Product, Product] = field(default_factory=dict)
+    made: dict[Product, Expr] = field(default_factory=dict)
+    rows: dict[Factor, bool] = field(default_factory=dict)
+
+    # Taking apart.
+
+    def product(self, expr: Expr) -> Product:
+        """An expression as a product."""
+        if expr not in self.known:
+            self.known[expr] = self.same(self.taken_apart(expr))
+        return self.known[expr]
+
+    def same(self, product: Product) -> Product:
+        """The first product that was met with the same factors in any order."""
+        key = product.number, frozenset(Counter(product.factors).items())
+        return self.canonical.setdefault(key, product)
+
+    def taken_apart(self, expr: Expr) -> Product:
+        if isinstance(expr, Literal) and math.isfinite(expr.value) and expr.value:
+            return Product(expr.value, ())
+        if not isinstance(expr, Call):
+            return self.single(expr)
+        args = [self.product(a) for a in expr.args]
+        match expr.fn:
+            case "mul" | "square":
+                a, b = args[0], args[-1]
+                if len(a.factors) + len(b.factors) <= MOST:
+                    return a.times(b)
+            case "neg":
+                return Product(-args[0].number, args[0].factors)
+            case "div" if isinstance(expr.args[1], Literal) and has_reciprocal(expr.args[1].value):
+                return Product(args[0].number / expr.args[1].value, args[0].factors)
+            case "add" | "sub":
+                return self.sum(expr.fn, args[0], args[1])
+            case "where":
+                return self.taken_out("where", args[1], args[2], args[:1])
+        return self.single(Function(expr.fn, tuple(args)))
+
+    def sum(self, fn: str, a: Product, b: Product) -> Product:
+        """A sum, with the factors that both terms have taken out of it."""
+        if b.number < 0:
+            fn, b = "sub" if fn == "add" else "add", Product(-b.number, b.factors)
+        return self.taken_out(fn, a, b)
+
+    def taken_out(self, fn: str, a: Product, b: Product, before: Sequence[Product] = ()) -> Product:
+        """A function of two products (and of others before them), common factors outside."""
+        both = Counter(a.factors) & Counter(b.factors)
+        common = [f for f in dict.fromkeys(a.factors) for _ in range(both[f])]
+        rest = self.same(a.without(common)), self.same(b.without(common))
+        return Product(1.0, tuple(common)).times(self.single(Function(fn, (*before, *rest))))
+
+    def single(self, atom: Atom) -> Product:
+        return Product(1.0, (self.factor(atom),))
+
+    def factor(self, atom: Atom) -> Factor:
+        """The number of an atom."""
+        if atom not in self.numbers:
+            self.numbers[atom] = len(self.atoms)
+            self.atoms.append(atom)
+        return self.numbers[atom]
+
+    # Sharing.
+
+    def is_once(self, factor: Factor) -> bool:
+        """Whether a factor has one value for a whole row."""
+        if factor not in self.rows:
+            match self.atoms[factor]:
+                case Function(args=args):
+                    self.rows[factor] = all(self.is_once(f) for p in args for f in p.factors)
+                case Pair(first=first, second=second):
+                    self.rows[factor] = self.is_once(first) and self.is_once(second)
+                case leaf:
+                    self.rows[factor] = isinstance(leaf, Literal) or self.once(leaf)
+        return self.rows[factor]
+
+    def share(self, roots: Iterable[Product]) -> None:
+        """Compute first what most products have in common: two factors at a time."""
+        self.left = {p: p for p in self.computed(roots)}
+        while True:
+            counts: Counter[Pair] = Counter()
+            for product in dict.fromkeys(self.left.values()):
+                counts.update(self.pairs(product))
+            if not counts:
+                return
+            best = max(
+                counts, key=lambda p: (counts[p], self.is_once(p.first) or self.is_once(p.second))
+            )
+            if counts[best] < 2:
+                return
+            shared = self.factor(best)
+            for key, product in self.left.items():
+                self.left[key] = _replaced(product, best, shared)
+
+    def computed(self, roots: Iterable[Product]) -> list[Product]:
+        """The products that are computed: those of roots and of other operations' arguments."""
+        found: dict[Product, None] = {}
+        stack = list(roots)
+        while stack:
+            product = stack.pop()
+            if product in found:
+                continue
+            found[product] = None
+            for factor in product.factors:
+                atom = self.atoms[factor]
+                stack.extend(atom.args if isinstance(atom, Function) else ())
+        return list(found)
+
+    def pairs(self, product: Product) -> Counter[Pair]:
+        """The pairs of a product's factors that cost an operation, and how often it has them."""
+        count = Counter(product.factors)
+        found: Counter[Pair] = Counter()
+        for a, b in combinations(sorted(count), 2):
+            if not (self.is_once(a) and self.is_once(b)):
+                found[Pair(a, b)] = min(count[a], count[b])
+        for a, n in count.items():
+            if n > 1 and not self.is_once(a):
+                found[Pair(a, a)] = n // 2
+        return found
+
+    # Putting together.
+
+    def expr(self, product: Product) -> Expr:
+        """The expression of a product."""
+        if product not in self.made:
+            self.made[product] = self.put_together(self.left.get(product, product))
+        return self.made[product]
+
+    def put_together(self, product: Product) -> Expr:
+        row = [self.atom(f) for f in product.factors if self.is_once(f)]
+        element = [self.atom(f) for f in product.factors if not self.is_once(f)]
+        number = product.number
+        values = [f.value for f in row if isinstance(f, Literal)]
+        if not element and len(values) == len(row):
+            return Literal(math.prod(values, start=number))
+        factors = [_multiplied(row)] if row else []
+        if abs(number) != 1.0:
+            factors = [_multiplied([*row, Literal(number)])]
+        whole = _multiplied([*element, *factors])
+        return Call("neg", (whole,)) if number == -1.0 else whole
+
+    def atom(self, factor: Factor) -> Expr:
+        """The expression of a factor."""
+        match self.atoms[factor]:
+            case Function(fn=fn, args=args):
+                return Call(fn, tuple(self.expr(p) for p in args))
+            case Pair(first=first, second=second):
+                return _multiplied([self.atom(first), self.atom(second)])
+            case leaf:
+                return leaf
+
+
+def _multiplied(exprs: Sequence[Expr]) -> Expr:
+    """A product, from left to right."""
+    out = exprs[0]
+    for expr in exprs[1:]:
+        out = Call("square", (out,)) if expr == out else Call("mul", (out, expr))
+    return out
+
+
+def _replaced(product: Product, pair: Pair, shared: Factor) -> Product:
+    """A product with a pair of its factors as one, as often as it has the pair."""
+    factors = list(product.factors)
+    while True:
+        left = list(factors)
+        for one in (pair.first, pair.second):
+            if one not in left:
+                return Product(product.number, tuple(factors))
+            left.remove(one)
+        left.insert(min(factors.index(pair.first), len(left)), shared)
+        factors = left

@@ -1,0 +1,117 @@
+"""A Program as text: one paragraph for each kernel, its epilogue in single assignments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from coda.ir.dims import show_shape
+from coda.ir.graph import Size
+from coda.lowering.program.body import Assembled
+from coda.lowering.program.cost import describe, label
+from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load, Operand, Stat, calls
+from coda.lowering.program.program import Config, GemmKernel, Kernel, Program, RowwiseKernel
+
+
+def show_program(program: Program) -> str:
+    """The whole program."""
+    sizes = " ".join(f"{k}={v}" for k, v in program.sizes.items())
+    lines = [f"program {program.graph.name} {program.arch} {sizes}"]
+    for name, node in program.prepared.items():
+        what = " ".join([describe(node), *(label(o, program) for o in node.operands)])
+        lines.append(f"  {name} = prepared {show_shape(node.shape)} {node.dtype}: {what}")
+    for kernel in program.kernels:
+        lines += ["", *show_kernel(program, kernel)]
+    returned = [f"{name}={label(node, program)}" for name, node in program.outputs]
+    return "\n".join([*lines, "", "  return " + ", ".join(returned)]) + "\n"
+
+
+def show_kernel(program: Program, kernel: Kernel) -> list[str]:
+    """One kernel: what it multiplies, loads, computes and writes."""
+    if isinstance(kernel, GemmKernel):
+        weights = " | ".join(label(c.rhs, program) for c in kernel.contracts)
+        m, n, k = kernel.problem(program.sizes)
+        head = f"gemm {label(kernel.a, program)} @ [{weights}].T {m}×{n}×{k}"
+        return [f"  {kernel.name} = {head} {show_config(kernel.config)}", *_body(program, kernel)]
+    if isinstance(kernel, RowwiseKernel):
+        head = f"rows {kernel.rows} × {kernel.width}"
+        return [f"  {kernel.name} = {head}", *_body(program, kernel)]
+    args = ", ".join(label(o, program) for o in kernel.node.operands)
+    out = program.places[kernel.node].buffer
+    return [f"  {kernel.name} = torch {out} = {describe(kernel.node)} {args}  # {kernel.why}"]
+
+
+def show_config(config: Config) -> str:
+    """`128×256 cluster 2×1`."""
+    text = f"{config.tile_m}×{config.tile_n} cluster {config.cluster[0]}×{config.cluster[1]}"
+    return text + (" ping-pong" if config.pingpong else "")
+
+
+def _body(program: Program, kernel: GemmKernel | RowwiseKernel) -> list[str]:
+    assembled = kernel.assembled
+    epilogue = assembled.epilogue
+    names: dict[Expr, str] = {}
+    lines = [f"    load {_operand(o, assembled, program)}" for o in epilogue.operands]
+    for stat in epilogue.statistics:
+        if stat.expr is not None:
+            lines += _assignments([stat.expr], names)
+        what = stat.operand or _name(stat.expr, names)
+        over = (
+            f"groups of {stat.group}"
+            if stat.group
+            else (f"{stat.width} columns" if stat.width else "all rows")
+        )
+        lines.append(f"    {stat.name} = {stat.monoid} {what} over {over}")
+    results = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
+    lines += _assignments(results, names)
+    for store in epilogue.stores:
+        buffer = program.buffers[store.buffer]
+        values = ", ".join(_name(e, names) for e in store.lanes)
+        apart = f" {store.split} apart" if store.split else ""
+        shape = show_shape(buffer.shape)
+        old = program.overwrites.get(store.buffer)
+        over = f" over {old}" if old else ""
+        lines.append(f"    store {store.buffer} {shape} {store.dtype} = {values}{apart}{over}")
+    for sink in epilogue.sinks:
+        values = ", ".join(_name(e, names) for e in sink.lanes)
+        at = f" at {sink.index}" if sink.index else ""
+        lines.append(f"    sink {sink.buffer} = {sink.monoid} {values}{at}")
+    return lines
+
+
+def _operand(operand: Operand, assembled: Assembled, program: Program) -> str:
+    text = f"{operand.name} {operand.kind} {operand.dtype}"
+    packed = [p for p in assembled.packed if p.name == operand.name]
+    if packed:
+        used = sorted({int(i) for i in packed[0].source if i >= 0})
+        sources = [label(assembled.sources[i], program) for i in used]
+        text += " of " + (", ".join(sources) if sources else "segment numbers")
+    node = assembled.nodes.get(operand.name)
+    if isinstance(node, Size):
+        text += f" = {node.dim}"
+    how = "repeating every" if operand.kind == "periodic" else "for groups of"
+    return text + (f" {how} {operand.period}" if operand.period else "")
+
+
+def _assignments(exprs: Iterable[Expr], names: dict[Expr, str]) -> list[str]:
+    lines = []
+    for call in calls(exprs):
+        if call not in names:
+            args = ", ".join(_name(a, names) for a in call.args)
+            names[call] = f"%{len(names)}"
+            lines.append(f"    {names[call]} = {call.fn} {args}")
+    return lines
+
+
+def _name(expr: Expr | None, names: dict[Expr, str]) -> str:
+    match expr:
+        case Acc(lane=lane):
+            return f"acc.{lane}" if lane else "acc"
+        case Load(operand=name, lane=lane):
+            return f"{name}.{lane}" if lane else name
+        case Stat(name=name, plane=plane):
+            return f"{name}.{plane}" if plane else name
+        case Literal(value=value):
+            return f"{value:g}"
+        case Call():
+            return names[expr]
+    return "?"

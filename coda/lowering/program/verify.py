@@ -1,0 +1,79 @@
+"""Check a Program: what a kernel reads is in memory by then, and as wide as it reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from coda.errors import InternalError
+from coda.ir.dims import product
+from coda.ir.graph import Cast, Const, Expand, Input, Iota, Node, Size
+from coda.lowering.algebra.roles import is_view
+from coda.lowering.program.memory import nodes_read, writes
+from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel, TorchKernel
+
+
+def verify_program(program: Program) -> None:
+    """Raise InternalError where a kernel reads what no earlier one has written, or part of it."""
+    _Check(program, set(program.prepared.values())).run()
+
+
+@dataclass
+class _Check:
+    program: Program
+    prepared: set[Node]
+    written: set[str] = field(default_factory=set)
+
+    def run(self) -> None:
+        for kernel in self.program.kernels:
+            for node in nodes_read(kernel):
+                self.known(node, f"the kernel `{kernel.name}`")
+            if not isinstance(kernel, TorchKernel):
+                self.operands(kernel)
+            self.written.update(writes(self.program, kernel))
+        for name, node in self.program.outputs:
+            self.known(node, f"the output `{name}`")
+
+    def known(self, node: Node, who: str) -> None:
+        """Whether a value is in memory, or a view of something that is."""
+        stack = [node]
+        while stack:
+            one = stack.pop()
+            place = self.program.places.get(one)
+            if place is not None:
+                parts = self.program.joined.get(place.buffer, (place.buffer,))
+                if not self.written.issuperset(parts):
+                    raise self.fault(f"{who} reads `{place.buffer}` before it is written")
+            elif one in self.prepared or isinstance(one, Input | Const | Size | Iota):
+                continue
+            elif isinstance(one, Cast | Expand) or is_view(one):
+                stack += one.operands
+            else:
+                raise self.fault(f"{who} reads a `{type(one).__name__}` that nobody stores")
+
+    def operands(self, kernel: GemmKernel | RowwiseKernel) -> None:
+        """Whether each operand of an epilogue has the elements that the kernel loads."""
+        sizes, who = self.program.sizes, f"the kernel `{kernel.name}`"
+        if isinstance(kernel, GemmKernel):
+            rows, width, _ = kernel.problem(sizes)
+        else:
+            rows, width = kernel.rows.size(sizes), kernel.width
+        lanes = 2 if kernel.assembled.epilogue.pair else 1
+        for operand in kernel.assembled.epilogue.operands:
+            name, node = operand.name, kernel.assembled.nodes.get(operand.name)
+            if operand.kind == "partial" and name not in self.written:
+                raise self.fault(f"{who} folds `{name}` before it is written")
+            if node is None or name in kernel.assembled.spread:
+                continue
+            if operand.kind not in ("tile", "periodic", "grouped", "col"):
+                continue
+            columns = operand.columns(width // lanes, lanes)
+            elements = product(node.shape).size(sizes)
+            if elements != rows * columns:
+                found = f"{elements} elements where it loads {rows} x {columns}"
+                raise self.fault(f"{who} reads `{name}`, which has {found}")
+
+    def fault(self, message: str) -> InternalError:
+        return InternalError(
+            f"after `partition` of `{self.program.graph.name}`: {message}",
+            help="this is a fault of coda, not of the block: please report it",
+        )

@@ -1,0 +1,338 @@
+"""A Program and torch tensors -> outputs: backends behind one interface, one torch operator."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from coda.errors import ArchError, CallError, UnsupportedError
+from coda.ir.graph import Graph
+from coda.ir.text import show
+from coda.ir.types import DType, bf16
+from coda.lowering.algebra.policy import NO_TERMS, Terms
+from coda.lowering.algebra.training import Training
+from coda.lowering.program.program import Program
+from coda.runtime import settings
+from coda.runtime.bind import bind_sizes, check_tensors
+from coda.runtime.modes import is_transformed
+from coda.runtime.reference import run_reference
+from coda.version import __version__
+
+Sizes = Mapping[str, int]
+Given = frozenset[str]  # arguments that a call gives up: its kernels may write over them
+Backend = Callable[[Program, Sequence[Tensor], Sizes, Given], tuple[Tensor, ...]]
+
+
+def _reference(
+    program: Program, inputs: Sequence[Tensor], sizes: Sizes, _: Given
+) -> tuple[Tensor, ...]:
+    return run_reference(program, inputs, sizes=sizes)
+
+
+def _cuda(
+    program: Program, inputs: Sequence[Tensor], sizes: Sizes, given: Given
+) -> tuple[Tensor, ...]:
+    """The kernels, on the GPU. quack and the DSL are imported here, when they are needed."""
+    from coda.runtime.launcher import run_kernels
+
+    return run_kernels(program, inputs, sizes, given)
+
+
+def _sim(
+    program: Program, inputs: Sequence[Tensor], sizes: Sizes, given: Given
+) -> tuple[Tensor, ...]:
+    """The kernels, executed from their PTX."""
+    from coda.runtime.simulate import run_simulated
+
+    return run_simulated(program, inputs, sizes, given)
+
+
+BACKENDS: dict[str, Backend] = {"reference": _reference, "sim": _sim, "cuda": _cuda}
+
+
+def simulated_arch() -> str | None:
+    """The arch of the simulated GPU that is active, if one is."""
+    sim = sys.modules.get("coda.sim")  # whoever made one has imported it
+    gpu = sim.active() if sim is not None else None
+    return None if gpu is None else gpu.arch
+
+
+def gpu_arch() -> str | None:
+    """The arch of the GPU, where it is one that coda compiles for."""
+    if simulated_arch() or not torch.cuda.is_available():
+        return None
+    return {9: "sm_90a", 10: "sm_100a"}.get(torch.cuda.get_device_capability()[0])
+
+
+def choose_backend(name: str) -> str:
+    """The backend asked for, that of the environment, or the best that works here."""
+    chosen = name or settings.BACKEND.get()
+    if not chosen:
+        chosen = "sim" if simulated_arch() else "cuda" if gpu_arch() else "reference"
+    if chosen not in BACKENDS:
+        raise UnsupportedError(
+            "there is no such backend", found=repr(chosen), help=" or ".join(BACKENDS)
+        )
+    if chosen == "cuda" and gpu_arch() is None:
+        raise ArchError(
+            "backend cuda needs a Hopper or Blackwell GPU",
+            found="none here",
+            help='backend="reference"',
+        )
+    return chosen
+
+
+def target_arch(arch: str) -> str:
+    """The arch asked for, that of the (simulated) GPU, or that of the environment."""
+    if not isinstance(arch, str):
+        raise ArchError("an arch is a name", found=repr(arch), help=" or ".join(settings.ARCHS))
+    return arch or simulated_arch() or gpu_arch() or settings.ARCH.get()
+
+
+class Runnable(Protocol):
+    """What the operator needs of a block."""
+
+    @property
+    def undeclared(self) -> Sequence[bool]:
+        """For each argument, whether it is declared without an element type."""
+        ...
+
+    def graph_of(self, dtype: DType) -> Graph:
+        """The graph, with `dtype` for arguments that are declared without a type."""
+        ...
+
+    def under_autocast(self, types: str) -> Runnable:
+        """The block as autocast has it, for arguments of some types."""
+        ...
+
+    def graph_for(self, inputs: Sequence[Tensor]) -> Graph:
+        """The graph for arguments of these types."""
+        ...
+
+    def program_for(
+        self, graph: Graph, arch: str, frozen: bool, sizes: Sizes, terms: Terms = NO_TERMS
+    ) -> Program:
+        """A Program of the block, or of a part of its training, that serves these sizes."""
+        ...
+
+    def training_for(
+        self, graph: Graph, wanted: tuple[str, ...], memory: str, sizes: Sizes
+    ) -> Training:
+        """The graphs of the forward that saves and of the backward."""
+        ...
+
+
+LIMIT = 4096  # what is kept of one block's calls
+
+
+class Recent(dict[Any, Any]):
+    """A dict of at most `LIMIT` values; the oldest goes first."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        if len(self) > LIMIT:
+            del self[next(iter(self))]
+
+
+@dataclass(eq=False)
+class Calls:
+    """What is known of the calls of a handle; dropped with the last block that has the handle.
+
+    Attributes:
+        blocks: equal blocks, any of which serves.
+        programs: (Program, sizes, backend) by a call's options and its arguments' shapes and types.
+        plans: how a call trains, by the same and the arguments to differentiate.
+        replays: of the Program that ran last, by a call's options.
+    """
+
+    blocks: weakref.WeakSet[Runnable] = field(default_factory=weakref.WeakSet)
+    programs: Recent = field(default_factory=Recent)
+    plans: Recent = field(default_factory=Recent)
+    replays: Recent = field(default_factory=Recent)
+
+
+_calls: dict[str, Calls] = {}
+
+
+def register(block: Runnable, origin: str) -> str:
+    """A handle for a block: the operator's first argument.
+
+    Torch keeps what it compiled between processes, so a handle says what the block means: equal
+    blocks of one `origin` (where the function was written) have one handle, others never.
+    """
+    content = __version__, origin, show(block.graph_of(bf16)), tuple(block.undeclared)
+    handle = hashlib.sha256(repr(content).encode()).hexdigest()[:24]
+    _enter(handle, block)
+    return handle
+
+
+def _enter(handle: str, block: Runnable) -> Calls:
+    """Let a block serve the calls of a handle for as long as it lives."""
+    calls = _calls.setdefault(handle, Calls())
+    calls.blocks.add(block)
+    weakref.finalize(block, _forget, handle).atexit = False
+    return calls
+
+
+def _forget(handle: str) -> None:
+    """Drop what is known of a handle's calls where no block has it any more."""
+    calls = _calls.get(handle)
+    if calls is not None and next(iter(calls.blocks), None) is None:
+        del _calls[handle]
+
+
+def calls_of(handle: str) -> Calls:
+    """What is known of the calls of a handle, which may end in types as autocast has them.
+
+    Raises CallError where no block has it any more.
+    """
+    calls = _calls.get(handle)
+    block, _, types = handle.partition("/")
+    if calls is None and types:
+        return _enter(handle, block_of(block).under_autocast(types))
+    if calls is None:
+        raise CallError(
+            "compiled code calls a block that this process has not made",
+            found=handle,
+            help="make the block before what calls it",
+        )
+    return calls
+
+
+def block_of(handle: str) -> Runnable:
+    """A block that a handle stands for. Raises CallError where there is none any more."""
+    return next(iter(calls_of(handle).blocks))
+
+
+def bind(handle: str, inputs: Sequence[Tensor], dims: Sequence[int]) -> tuple[Graph, Sizes]:
+    """The graph for these arguments and the size of every symbol. Raises CallError."""
+    block = block_of(handle)
+    graph = block.graph_for(inputs)
+    check_tensors(graph, inputs, block.undeclared)
+    given = {s: d for s, d in zip(graph.symbols, dims, strict=False) if d >= 0}
+    return graph, bind_sizes(graph, inputs, given)
+
+
+def run_block(
+    handle: str, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
+) -> Sequence[Tensor]:
+    """Run a block: what the operator does, without torch's dispatch.
+
+    What follows from the arguments' shapes and types is worked out once for each of them. Outputs
+    may be views of one buffer.
+    """
+    environment = settings.BACKEND.get(), settings.ARCH.get(), simulated_arch()
+    options = (*dims, backend, arch, frozen, *environment)
+    calls = calls_of(handle)
+    recent = calls.replays.get(options)
+    if recent is not None:
+        replay = recent.find(inputs)
+        if replay is not None:
+            return replay.run(inputs)
+    shapes = tuple([(t.shape, t.dtype, t.device) for t in inputs])
+    key = (*options, shapes)
+    known = calls.programs.get(key)
+    if known is None:
+        graph, sizes = bind(handle, inputs, dims)
+        chosen = choose_backend(backend)
+        program = block_of(handle).program_for(graph, target_arch(arch), frozen, sizes)
+        known = calls.programs[key] = program, sizes, chosen
+    program, sizes, chosen = known
+    if chosen == "cuda":
+        from coda.runtime.launcher import state_of
+
+        calls.replays[options] = state_of(program).of(frozenset(), sizes)
+    return execute(program, inputs, sizes, chosen)
+
+
+def execute(
+    program: Program,
+    inputs: Sequence[Tensor],
+    sizes: Sizes,
+    backend: str,
+    given: Given = frozenset(),
+) -> Sequence[Tensor]:
+    """Run a Program. Outputs share memory with no argument but the one that they are written over.
+
+    `given` names arguments that nobody reads after the call: kernels may write over them.
+    What torch computes within is computed in the types that the Program says, also under autocast.
+    """
+    device = inputs[0].device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return execute(program, inputs, sizes, backend, given)
+    found = BACKENDS[backend](program, inputs, sizes, given)
+    taken = {memory_of(t) for t in inputs}
+    copied = [name not in program.updates for name, _ in program.outputs]
+    pairs = zip(found, copied, strict=True)
+    return [t.clone() if c and memory_of(t) in taken else t for t, c in pairs]
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Where the memory begins in which a tensor lies, or a part of it."""
+    return tensor.untyped_storage().data_ptr()
+
+
+@torch.library.custom_op("coda::block", mutates_args=())
+def block_op(
+    handle: str, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
+) -> list[Tensor]:
+    """Run a block.
+
+    Args:
+        handle: from `register`.
+        inputs: the block's arguments.
+        dims: sizes of the graph's symbols in their order, -1 where the shapes tell them; or none.
+        backend, arch: names, or "" for the default.
+        frozen: whether weights keep their values.
+    """
+    found = run_block(handle, inputs, dims, backend, arch, frozen)
+    return [t.contiguous() for t in apart(found)]
+
+
+def apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same values, no two in one memory: what torch asks of an operator's outputs."""
+    seen: set[int] = set()
+    out: list[Tensor] = []
+    for tensor in tensors:
+        address = memory_of(tensor)
+        out.append(tensor.clone() if address in seen else tensor)
+        seen.add(address)
+    return out
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(tensors: Sequence[Any]) -> bool:
+    """Whether all are tensors of torch's own two classes."""
+    return all([type(t) in PLAIN for t in tensors])
+
+
+def needs_dispatch(inputs: Sequence[Tensor]) -> bool:
+    """Whether torch has to see the call: it compiles or transforms, or a mode is active."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or is_transformed()
+        or not is_plain(inputs)
+    )
+
+
+@block_op.register_fake
+def _(
+    handle: str, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
+) -> list[Tensor]:
+    graph, sizes = bind(handle, inputs, dims)
+    like = inputs[0]
+    return [
+        like.new_empty([d.size(sizes) for d in node.shape], dtype=node.dtype.torch)
+        for node in graph.roots
+    ]

@@ -1,0 +1,1 @@
+"""Arithmetic instructions -> functions on arrays of lanes."""

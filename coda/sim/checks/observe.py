@@ -1,0 +1,199 @@
+"""What the machine does -> calls of an observer; the checks and the counters are observers.
+
+`Machine.observer` is None when nobody looks, so that hooks cost one comparison. Terms:
+
+- `row`: a warp's row in the register file. `machine.cta_of(row)` is its CTA (the slot of a resident
+  one), `machine.warp_of(row)` its number in the CTA, `machine.cluster_of_row[row]` its cluster.
+- `g`, `m`: the warps of a vector instruction (`machine.rows(g)` gives the rows as an array) and the
+  active lanes, bool [warps, 32], None for all of them.
+- shared memory is named by the index of a byte in `machine.shared.data`: CTA `i // WINDOW`, offset
+  `i % WINDOW`. The key of an mbarrier is the index of its first byte.
+- tensor memory of a CTA is `machine.tensor_memory.of(cta)`, uint32 [128 lanes, 512 columns].
+
+An observer subclasses `Observer` and overrides what it needs. It may append a `Finding` with
+`machine.find(kind, message, ins, row, address)`, which raises when the check's level says so. A
+function in `MAKERS` makes those for the resident CTAs of a launch (a `Machine` for each wave), or
+none where nobody asked for any; what must outlive a wave goes to `machine.grid.notes`.
+
+The life of an asynchronous operation (`agents.Operation`): `issued` when the instruction has run,
+`moves(op, step)` just before a step moves data, `completed` after the last one, before which it
+has arrived at its mbarriers (`barrier_phase` may have been called on the way). What it touches is
+in `op.reads` and `op.writes`, filled at issue where they are known then: tuples (space, where,
+nbytes) with `where` an int or an int64 array of first bytes of pieces of `nbytes` each; spaces
+"shared", "global", and "tensor" with `where` = (cta, first lane, lanes, first column, columns).
+Units: "tma", "bulk", "cp.async", "st.async", "wgmma", "tcgen05", "tcgen05.ld", "tcgen05.st",
+"try_cancel". Ordering that a later instruction gives to operations is told by `waited`, before it
+makes them complete, with the operations that it waits for whether they are done or not (none for
+an mbarrier, which is told by `barrier_acquire`). A tcgen05.ld is also waited for by the first block
+that uses its results (`block.needs`), which is not told.
+
+Registers in flight: from `issued` (of a wgmma: `product`) to `waited`, `op.names` are the registers
+that the operation writes and `op.sources` those that it reads (wgmma with A in registers), in each
+warp of `op.rows`. Products up to a commit, or to anything else that is told, are one operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from coda.sim.ptx.parse import Instruction
+
+if TYPE_CHECKING:
+    from coda.sim.machine import Machine
+    from coda.sim.ptx.program import Block
+    from coda.sim.units.agents import Operation
+
+Array = NDArray[Any]
+
+
+Maker = Callable[["Machine"], "list[Observer]"]
+MAKERS: list[Maker] = []
+
+
+def attach(machine: Machine) -> Observer | None:
+    """The observer of the resident CTAs of a launch, None where nobody looks."""
+    from coda.sim.checks import (
+        checks,  # noqa: F401  they add themselves to MAKERS
+        counters,  # noqa: F401  they add themselves to MAKERS
+    )
+
+    made = [observer for make in MAKERS for observer in make(machine)]
+    if len(made) > 1:
+        return Several(machine, made)
+    return made[0] if made else None
+
+
+class Observer:
+    """Does nothing; the base of checks and counters."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    # the course of execution
+
+    def block(self, block: Block, number: int, g: Any, m: Any) -> None:
+        """The warps run a block: it looks at registers `block.uses`, then writes `block.writes`."""
+
+    def finished(self) -> None:
+        """All resident CTAs have left; `machine.agents.pending()` is what they left in flight."""
+
+    def exited(self, cta: int) -> None:
+        """The last thread of a CTA has left, while others may still run."""
+
+    # generic accesses, by lanes
+
+    def global_access(
+        self, ins: Instruction, g: Any, m: Any, addresses: Array, nbytes: int, write: bool
+    ) -> None:
+        """Each active lane touches `nbytes` of global memory at its address."""
+
+    def shared_access(
+        self, ins: Instruction, g: Any, m: Any, index: Array, nbytes: int, write: bool
+    ) -> None:
+        """Each active lane touches `nbytes` of shared memory; reads come before the access.
+
+        For ldmatrix and stmatrix `index` has the rows that a warp touches, not its 32 lanes.
+        """
+
+    def atomic(
+        self, ins: Instruction, g: Any, m: Any, space: str, where: Array, nbytes: int
+    ) -> None:
+        """Each active lane does an atomic operation; space is "shared" or "global"."""
+
+    def matrix_access(
+        self, ins: Instruction, row: int, index: Array, nbytes: int, write: bool
+    ) -> None:
+        """A warp touches `nbytes` at each index of shared memory: alloc, tensormap.replace."""
+
+    # asynchronous operations
+
+    def product(self, ins: Instruction, rows: Array) -> None:
+        """Warps execute a wgmma; its operation is `issued` with others of its chain, in time."""
+
+    def issued(self, op: Operation) -> None:
+        """An operation was handed to its unit."""
+
+    def moves(self, op: Operation, step: int) -> None:
+        """A step of an operation is about to move data."""
+
+    def completed(self, op: Operation) -> None:
+        """The last step of an operation has run."""
+
+    def waited(self, ins: Instruction, row: int, ops: list[Operation], reading: bool) -> None:
+        """A warp has waited for operations, or (`reading`) for their reading of operands only."""
+
+    # synchronisation
+
+    def fence(self, ins: Instruction, g: Any, m: Any) -> None:
+        """A fence, membar, griddepcontrol, or a fence of wgmma or tcgen05; `ins.op` says which."""
+
+    def barrier_init(self, ins: Instruction, row: int, key: int) -> None:
+        """mbarrier.init."""
+
+    def barrier_arrive(self, ins: Instruction, row: int, key: int) -> None:
+        """A warp arrives at an mbarrier (once for all its lanes at this key)."""
+
+    def barrier_phase(self, key: int, completions: int) -> None:
+        """A phase of an mbarrier has ended; it was number `completions` (the first is 1)."""
+
+    def barrier_acquire(self, ins: Instruction, row: int, key: int) -> None:
+        """A wait of a warp has come back true: the phase before the present one has ended."""
+
+    def named_arrive(self, ins: Instruction, row: int, key: tuple[int, int]) -> None:
+        """A warp comes to barrier (CTA, number), by bar.sync, bar.red or bar.arrive."""
+
+    def named_acquire(self, ins: Instruction, row: int, key: tuple[int, int]) -> None:
+        """A warp leaves barrier (CTA, number): all that had to come have come."""
+
+    def cluster_arrive(self, ins: Instruction, row: int, cluster: int) -> None:
+        """A warp arrives at the barrier of its cluster; `ins.op` tells relaxed from release."""
+
+    def cluster_acquire(self, ins: Instruction, row: int, cluster: int) -> None:
+        """A warp leaves the barrier of its cluster."""
+
+    # tensor maps in global memory
+
+    def map_write(self, ins: Instruction, row: int, address: int) -> None:
+        """tensormap.replace or tensormap.cp_fenceproxy; other stores are told as such."""
+
+    def map_acquire(self, ins: Instruction, g: Any, m: Any, address: Array) -> None:
+        """fence.proxy.tensormap::generic.acquire by each active lane, of the map at its address."""
+
+    def map_use(self, ins: Instruction, row: int, address: int) -> None:
+        """A copy engine is about to read a map."""
+
+    # tensor memory
+
+    def tensor_alloc(self, ins: Instruction, row: int, cta: int, column: int, columns: int) -> None:
+        """Columns of tensor memory were allocated in a CTA."""
+
+    def tensor_dealloc(
+        self, ins: Instruction, row: int, cta: int, column: int, columns: int
+    ) -> None:
+        """Columns of tensor memory were freed in a CTA."""
+
+
+class Several(Observer):
+    """Tells several observers, in order: each what it has a method for."""
+
+    def __init__(self, machine: Machine, observers: list[Observer]) -> None:
+        super().__init__(machine)
+        for name in HOOKS:
+            wanted = [o for o in observers if getattr(type(o), name) is not getattr(Observer, name)]
+            told = [getattr(o, name) for o in wanted]
+            if told:
+                setattr(self, name, told[0] if len(told) == 1 else _tell(told))
+
+
+def _tell(told: list[Callable[..., None]]) -> Callable[..., None]:
+    def tell(*args: Any) -> None:
+        for each in told:
+            each(*args)
+
+    return tell
+
+
+HOOKS = tuple(name for name in vars(Observer) if not name.startswith("_"))

@@ -1,0 +1,1 @@
+"""PTX text -> Python functions on arrays of lanes, one for each basic block."""

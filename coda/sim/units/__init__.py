@@ -1,0 +1,1 @@
+"""The units of a multiprocessor: registers, memories, barriers, copy engines."""
