@@ -41,6 +41,7 @@ from coda.lowering.configure import schedule
 from coda.lowering.placement.build import Banned, build, numbered
 from coda.lowering.placement.place import Partition
 from coda.lowering.program.cost import MACHINES, price
+from coda.lowering.program.factor import factor
 from coda.lowering.program.memory import plan_memory, soonest_freed
 from coda.lowering.program.program import Program
 from coda.lowering.program.verify import verify_program
@@ -132,7 +133,7 @@ def _lower(
     program.frozen, program.terms = frozen, terms
     if program.cuts:
         program.kernels = tuple(numbered(soonest_freed(program)))
-    return plan_memory(schedule(program))
+    return plan_memory(schedule(factor(program)))
 
 
 def _numbers(roots: tuple[Node, ...], sizes: Mapping[str, int]) -> tuple[Node, ...]:

@@ -8,7 +8,7 @@ the weight are), and the points are pairs (the pairing of the design).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +29,10 @@ from coda.lowering.program.epilogue import (
     Load,
     Operand,
     SinkExpr,
-    Stat,
     Statistic,
     StoreExpr,
     stat_names,
 )
-from coda.lowering.program.factor import factored
 
 STAGED = 24  # bytes an element that the smallest tile has for matrices loaded and stored
 
@@ -327,7 +325,6 @@ def assemble(
     for sink in sinks:
         if sink.index is not None:
             build.bind(Load(sink.index, NO_LANE), {})
-    store_exprs, sink_exprs = _factored(build, store_exprs, sink_exprs)
     roots = [e for s in (*store_exprs, *sink_exprs) for e in s.lanes]
     statistics, folded = _statistics(build, roots, partial_of)
     if not space.whole_rows:
@@ -360,24 +357,6 @@ def _check_staged(build: _Assembly, stores: Sequence[StoreExpr]) -> None:
     staged += sum(min(s.dtype.size, f32.size) * len(s.lanes) for s in stores)
     if staged > STAGED * (1 if build.split is None else 2):
         raise Refused(f"shared memory does not hold {len(loads) + len(stores)} matrices")
-
-
-def _factored(
-    build: _Assembly, stores: tuple[StoreExpr, ...], sinks: tuple[SinkExpr, ...]
-) -> tuple[tuple[StoreExpr, ...], tuple[SinkExpr, ...]]:
-    """Stores and sinks with what their products share computed once."""
-    groups = {s.name for s in build.space.groups}
-    groups |= {n for n, s in build.space.statistics.items() if s.group}
-
-    def once(leaf: Expr) -> bool:
-        if isinstance(leaf, Load):
-            return build.operands[leaf.operand].kind in ("col", "scalar")
-        return isinstance(leaf, Stat) and leaf.name not in groups
-
-    lanes = iter(factored([e for s in (*stores, *sinks) for e in s.lanes], once))
-    new = [replace(s, lanes=tuple(next(lanes) for _ in s.lanes)) for s in (*stores, *sinks)]
-    count = len(stores)
-    return tuple(new[:count]), tuple(new[count:])  # type: ignore[return-value]
 
 
 def _statistics(

@@ -14,12 +14,23 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import Any
 
 from coda.ir.scalars import SCALARS
 from coda.ir.types import has_reciprocal
-from coda.lowering.program.epilogue import Call, Expr, Literal, calls, leaves
+from coda.lowering.program.epilogue import (
+    Call,
+    Epilogue,
+    Expr,
+    Literal,
+    Load,
+    Stat,
+    calls,
+    leaves,
+)
+from coda.lowering.program.program import Program, TorchKernel
 
 MOST = 32  # factors of a product that is flattened
 Factor = int  # a number in `_Products.atoms`
@@ -61,6 +72,38 @@ class Pair:
 
 
 Atom = Expr | Function | Pair  # an expression is a leaf here
+
+
+def factor(program: Program) -> Program:
+    """The Program with what the products of each kernel share computed once."""
+
+    def changed(kernel: Any) -> Any:
+        if isinstance(kernel, TorchKernel):
+            return kernel
+        assembled = kernel.assembled
+        epilogue = factored_epilogue(assembled.epilogue)
+        return replace(kernel, assembled=replace(assembled, epilogue=epilogue))
+
+    return replace(program, kernels=tuple(map(changed, program.kernels)))
+
+
+def factored_epilogue(epilogue: Epilogue) -> Epilogue:
+    """An Epilogue whose stores and sinks compute the same values with fewer operations."""
+    kinds = {o.name: o.kind for o in epilogue.operands}
+    groups = {s.name for s in epilogue.statistics if s.group}
+
+    def once(leaf: Expr) -> bool:
+        if isinstance(leaf, Load):
+            return kinds[leaf.operand] in ("col", "scalar")
+        return isinstance(leaf, Stat) and leaf.name not in groups
+
+    results = [*epilogue.stores, *epilogue.sinks]
+    lanes = iter(factored([e for r in results for e in r.lanes], once))
+    stores, sinks = (
+        tuple(replace(r, lanes=tuple(next(lanes) for _ in r.lanes)) for r in some)
+        for some in (epilogue.stores, epilogue.sinks)
+    )
+    return replace(epilogue, stores=stores, sinks=sinks)
 
 
 def factored(exprs: Sequence[Expr], once: Callable[[Expr], bool]) -> list[Expr]:
