@@ -21,10 +21,19 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# A wheel and an sdist, in dist/.
+dist: $(VENV)/ready
+	rm -rf dist
+	$(BIN)/pyproject-build
+
+# The wheel in a clean environment of each Python that is here: the README's block, `coda doctor`.
+dist-check: dist
+	$(BIN)/python .ci/check_wheel.py dist/*.whl
+
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,sass]'
 	touch $@
 
-.PHONY: demo test sweep lint
+.PHONY: demo test sweep lint dist dist-check

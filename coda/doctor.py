@@ -21,7 +21,7 @@ TESTED = {
     "nvidia-cutlass-dsl": "4.8",
     "quack-kernels": "0.6",
     "flash-attn-4": "4.0",
-    "triton": "3.9",
+    "triton": "3.7",
     "lark": "1",
     "numpy": "2",
 }
