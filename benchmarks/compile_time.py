@@ -56,7 +56,7 @@ def ours(block, tile):
     )
     a, b, y, rstd = arguments()
     (name,) = gemm.source.operands
-    (out,) = [s.buffer for s in kernel.assembled.epilogue.stores]
+    (out,) = [s.buffer for s in kernel.body.epilogue.stores]
     gemm.plan(a, b, None, gemm.arguments({name: rstd}, {out: y}, {}, {out: 0}, {}))
 
 

@@ -9,7 +9,7 @@ from coda.ir.monoids import MONOIDS
 from coda.ir.types import f32
 from coda.kernels.gemm.configs import choose, cta_rows
 from coda.kernels.rowwise.pieces import row_parts
-from coda.lowering.program.body import Assembled
+from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import Epilogue, SinkExpr, Statistic
 from coda.lowering.program.program import Buffer, GemmKernel, Kernel, Program, RowwiseKernel
 
@@ -29,7 +29,7 @@ def size_partials(program: Program) -> Program:
     """Fill in how many partials each split reduction has, and of how many values."""
     makers: dict[str, GemmKernel] = {}
     for gemm in program.gemms():
-        for sink in gemm.assembled.epilogue.sinks:
+        for sink in gemm.body.epilogue.sinks:
             if sink.monoid == "pick":
                 continue
             old = program.buffers[sink.buffer]
@@ -46,9 +46,9 @@ def size_partials(program: Program) -> Program:
     kernels: list[Kernel] = []
     for kernel in program.kernels:
         if isinstance(kernel, RowwiseKernel):
-            kernel = replace(kernel, assembled=_counted(program, kernel.assembled, makers))
-            for sink in kernel.assembled.epilogue.sinks:
-                parts = row_parts(kernel.assembled, kernel.width, kernel.rows.size(program.sizes))
+            kernel = replace(kernel, body=_counted(program, kernel.body, makers))
+            for sink in kernel.body.epilogue.sinks:
+                parts = row_parts(kernel.body, kernel.width, kernel.rows.size(program.sizes))
                 size_sum(program, sink, parts, kernel.width)
         kernels.append(kernel)
     program.kernels = tuple(kernels)
@@ -63,7 +63,7 @@ def size_sum(program: Program, sink: SinkExpr, parts: int, width: int) -> None:
     program.buffers[sink.buffer] = Buffer(sink.buffer, "partial", shape, f32)
 
 
-def _counted(program: Program, assembled: Assembled, makers: dict[str, GemmKernel]) -> Assembled:
+def _counted(program: Program, body: Body, makers: dict[str, GemmKernel]) -> Body:
     """Folds with the number of values in each partial."""
 
     def count(statistic: Statistic) -> Statistic:
@@ -73,6 +73,6 @@ def _counted(program: Program, assembled: Assembled, makers: dict[str, GemmKerne
         width = gemm.problem(program.sizes)[1]
         return replace(statistic, count=gemm.config.tile_n * statistic.width // width)
 
-    epilogue: Epilogue = assembled.epilogue
+    epilogue: Epilogue = body.epilogue
     statistics = tuple(count(s) for s in epilogue.statistics)
-    return replace(assembled, epilogue=replace(epilogue, statistics=statistics))
+    return replace(body, epilogue=replace(epilogue, statistics=statistics))

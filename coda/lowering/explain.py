@@ -121,7 +121,7 @@ class Explanation:
         if isinstance(kernel, GemmKernel):
             found["config"] = show_config(kernel.config)
         if not isinstance(kernel, TorchKernel):
-            epilogue = kernel.assembled.epilogue
+            epilogue = kernel.body.epilogue
             found["operands"] = [f"{o.name} {o.kind} {o.dtype}" for o in epilogue.operands]
             found["stores"] = [f"{s.buffer} {s.dtype}" for s in epilogue.stores]
             found["sinks"] = [f"{s.buffer} {s.monoid}" for s in epilogue.sinks]
@@ -211,7 +211,7 @@ class Explanation:
             what = f"torch: {describe(kernel.node)}"
         loads: Iterable[str] = [t for t, _ in moved.reads]
         if not isinstance(kernel, TorchKernel):
-            loads = [f"{o.name} ({o.kind})" for o in kernel.assembled.epilogue.operands]
+            loads = [f"{o.name} ({o.kind})" for o in kernel.body.epilogue.operands]
         numbers = [flops / 1e9, moved.read_bytes / 1e6, moved.write_bytes / 1e6, time * 1e6]
         shown = [f"{n:.1f}" for n in numbers]
         what += f"\nloads {', '.join(loads) or 'nothing else'}"
@@ -258,7 +258,7 @@ def _at(node: Node) -> str:
 
 def pass_reason(program: Program, kernel: RowwiseKernel) -> str:
     """Why a pass over rows is a kernel of its own."""
-    wide = any(not s.narrow for s in kernel.assembled.epilogue.stores)
+    wide = any(not s.narrow for s in kernel.body.epilogue.stores)
     makers = [g.name for g in program.gemms() if set(g.sunk) & set(kernel.folds)]
     if kernel.folds and not wide:
         return f"it folds what the tiles of {', '.join(makers)} left, one number for each row"
@@ -271,7 +271,7 @@ def pass_reason(program: Program, kernel: RowwiseKernel) -> str:
     before = program.kernels[: program.kernels.index(kernel)]
     if not any(isinstance(k, GemmKernel) for k in before):
         return "it reads what no GEMM of the block makes"
-    if any(s.expr is not None for s in kernel.assembled.epilogue.statistics):
+    if any(s.expr is not None for s in kernel.body.epilogue.statistics):
         return "its statistics need whole rows of what it reads"
     return "what it reads is not in the columns of one GEMM"
 

@@ -75,16 +75,16 @@ class DryRun(KernelRun):
 
     def matrix(self, kernel: GemmKernel) -> Tensor:
         _, n, k = kernel.problem(self.sizes)
-        if len(kernel.contracts) == 1 and not kernel.assembled.split:
+        if len(kernel.contracts) == 1 and not kernel.body.split:
             return aligned(self.value(kernel.contracts[0].rhs), turned=True)
         return padded(n, k, kernel.contracts[0].rhs.dtype.torch, torch.device("cpu"))
 
     def packed(self, kernel: GemmKernel | RowwiseKernel) -> dict[str, Tensor]:
-        return {p.name: torch.empty(len(p.source)) for p in kernel.assembled.packed}
+        return {p.name: torch.empty(len(p.source)) for p in kernel.body.packed}
 
     def tables(self, kernel: GemmKernel, source: Source) -> dict[str, Tensor]:
         rows = kernel.problem(self.sizes)[0]
-        kinds = {o.name: o for o in kernel.assembled.epilogue.operands}
+        kinds = {o.name: o for o in kernel.body.epilogue.operands}
         found = {}
         for table in source.tables:
             first = kinds[table.operands[0]]

@@ -24,7 +24,7 @@ from coda.kernels.rowwise.emit import emit_rowwise
 from coda.kernels.rowwise.launch import Rows, is_padded
 from coda.kernels.rowwise.pieces import is_ragged, row_parts
 from coda.lowering.algebra.roles import base
-from coda.lowering.program.body import Assembled
+from coda.lowering.program.body import Body
 from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel
 from coda.runtime import settings
 from coda.runtime.cache import kernel_directory, object_directory
@@ -93,7 +93,7 @@ def rows_of(program: Program, kernel: RowwiseKernel, padded: bool = False) -> Ro
     key = kernel, padded
     if key not in state.rows:
         source = emit_rowwise(program, kernel, padded)
-        once = {o.name for o in kernel.assembled.epilogue.operands if o.kind in ("row", "scalar")}
+        once = {o.name for o in kernel.body.epilogue.operands if o.kind in ("row", "scalar")}
         shared = tuple(name in once for _, name, _, _ in source.parameters)
         state.rows[key] = Rows(source, shared, program.arch, kernel_directory())
     return state.rows[key]
@@ -216,15 +216,15 @@ class KernelRun(ReferenceRun):
         make = super().folded
         return self.once(name, nodes, lambda: make(nodes, known))
 
-    def operand(self, assembled: Assembled, name: str) -> Tensor:
-        spread = assembled.spread.get(name)
+    def operand(self, body: Body, name: str) -> Tensor:
+        spread = body.spread.get(name)
         if spread is None:
-            return super().operand(assembled, name)
+            return super().operand(body, name)
         lead = tuple(d.size(self.sizes) for d in spread.lead)
         return self.each_call(
             ("spread", name, spread, lead),
-            [assembled.nodes[name]],
-            lambda run: ReferenceRun.operand(run, assembled, name).contiguous(),
+            [body.nodes[name]],
+            lambda run: ReferenceRun.operand(run, body, name).contiguous(),
         )
 
     def gemm(self, kernel: GemmKernel) -> None:
@@ -249,12 +249,12 @@ class KernelRun(ReferenceRun):
                 self.recording.constant(ones, [])
                 operands |= dict.fromkeys(masks, ones)
         indices = {}
-        for sink in kernel.assembled.epilogue.sinks:
+        for sink in kernel.body.epilogue.sinks:
             if sink.index is not None:
-                index = self.ready(self.value(kernel.assembled.nodes[sink.index]), _vector)
+                index = self.ready(self.value(kernel.body.nodes[sink.index]), _vector)
                 indices[f"{gemm.source.operands.get(sink.index, sink.index)}_index"] = index
         stores = {name: _written(x) for name, x in stores.items()}
-        splits = {s.buffer: s.split for s in kernel.assembled.epilogue.stores}
+        splits = {s.buffer: s.split for s in kernel.body.epilogue.stores}
         arguments = gemm.arguments(operands, stores, sinks, splits, indices)
         d = stores[gemm.source.d] if gemm.source.d else None
         self.launch(gemm, self.ready(a, _turned), b, d, arguments)
@@ -276,22 +276,22 @@ class KernelRun(ReferenceRun):
         if rows and not kernel.width:  # what torch says of no columns at all
             super().rows(kernel)
             return
-        assembled = kernel.assembled
+        body = kernel.body
         tensors = dict(self.packed(kernel))
-        for operand in assembled.epilogue.operands:
+        for operand in body.epilogue.operands:
             if operand.kind == "partial":
                 tensors[operand.name] = self.raw[operand.name]
-            elif operand.name in assembled.nodes:
-                x = self.operand(assembled, operand.name)
+            elif operand.name in body.nodes:
+                x = self.operand(body, operand.name)
                 tensors[operand.name] = _in_bytes(x)
         padded = self.padded_rows(kernel, rows, tensors)
-        for store in assembled.epilogue.stores:
+        for store in body.epilogue.stores:
             width = product(self.program.buffers[store.buffer].shape[1:]).size(self.sizes)
             fill = "padded" if padded and width > 1 else ""
             found = self.room(store.buffer, rows, width, store.dtype.torch, fill)
             self.buffers[store.buffer], tensors[store.buffer] = found, _written(found)
-        for sink in assembled.epilogue.sinks:
-            parts = row_parts(assembled, kernel.width, rows)
+        for sink in body.epilogue.sinks:
+            parts = row_parts(body, kernel.width, rows)
             width = sink.span[1] if sink.span else kernel.width
             found = self.new((parts, width), torch.float32, "" if rows else "zero")
             tensors[sink.buffer] = found
@@ -301,9 +301,9 @@ class KernelRun(ReferenceRun):
 
     def padded_rows(self, kernel: RowwiseKernel, rows: int, tensors: Mapping[str, Tensor]) -> bool:
         """Whether a pass over rows of an odd length reads and writes them by vectors."""
-        if not is_ragged(kernel.assembled, kernel.width):
+        if not is_ragged(kernel.body, kernel.width):
             return False
-        tiles = [o.name for o in kernel.assembled.epilogue.operands if o.kind == "tile"]
+        tiles = [o.name for o in kernel.body.epilogue.operands if o.kind == "tile"]
         return all(is_padded(tensors[name].reshape(rows, kernel.width)) for name in tiles)
 
     def launch_rows(self, kernel: Rows, rows: int, tensors: Mapping[str, Tensor]) -> None:
@@ -316,13 +316,13 @@ class KernelRun(ReferenceRun):
     def results(self, kernel: GemmKernel, rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Buffers for what the kernel writes."""
         stores: dict[str, Tensor] = {}
-        for store in kernel.assembled.epilogue.stores:
+        for store in kernel.body.epilogue.stores:
             buffer = self.program.buffers[store.buffer]
             width = product(buffer.shape[1:]).size(self.sizes)
             stores[store.buffer] = self.room(store.buffer, rows, width, store.dtype.torch, "padded")
         parts = -(-kernel.problem(self.sizes)[1] // kernel.config.tile_n)
         sinks: dict[str, Tensor] = {}
-        for sink in kernel.assembled.epilogue.sinks:
+        for sink in kernel.body.epilogue.sinks:
             if sink.rows:
                 tiles = -(-rows // cta_rows(kernel.config, self.program.arch))
                 width = kernel.problem(self.sizes)[1]
@@ -336,7 +336,7 @@ class KernelRun(ReferenceRun):
 
     def keep_partials(self, kernel: GemmKernel, sinks: Mapping[str, Tensor]) -> None:
         """Partials and picked values where later kernels find them."""
-        for sink in kernel.assembled.epilogue.sinks:
+        for sink in kernel.body.epilogue.sinks:
             found = sinks[sink.buffer]
             if sink.rows:
                 self.raw[sink.buffer] = self.summands(sink.buffer, found)
@@ -353,11 +353,11 @@ class KernelRun(ReferenceRun):
     def loaded(self, kernel: GemmKernel) -> dict[str, Tensor]:
         """Operands that are tensors of this call."""
         found: dict[str, Tensor] = {}
-        kinds = {o.name: o.kind for o in kernel.assembled.epilogue.operands}
-        for name in kernel.assembled.nodes:
+        kinds = {o.name: o.kind for o in kernel.body.epilogue.operands}
+        for name in kernel.body.nodes:
             if kinds[name] not in ("col", "scalar", "tile"):
                 continue
-            x = _in_bytes(self.operand(kernel.assembled, name))
+            x = _in_bytes(self.operand(kernel.body, name))
             if kinds[name] == "scalar":
                 found[name] = self.ready(x, _number)
             elif kinds[name] == "col":
@@ -428,27 +428,25 @@ class KernelRun(ReferenceRun):
 
     def packed(self, kernel: GemmKernel | RowwiseKernel) -> dict[str, Tensor]:
         """Packed row operands."""
-        assembled = kernel.assembled
+        body = kernel.body
         like = next(iter(self.inputs.values()))
         empty = torch.empty(0, dtype=torch.float32, device=like.device)
 
         def make() -> dict[str, Tensor]:
-            values = {n: self.value(n) for n in assembled.sources.values()}
-            return {
-                p.name: packed_row(p, assembled.sources, values, empty) for p in assembled.packed
-            }
+            values = {n: self.value(n) for n in body.sources.values()}
+            return {p.name: packed_row(p, body.sources, values, empty) for p in body.packed}
 
-        return self.once(("packed", kernel.name), assembled.sources.values(), make)
+        return self.once(("packed", kernel.name), body.sources.values(), make)
 
     def tables(self, kernel: GemmKernel, source: Source) -> dict[str, Tensor]:
         """Packed periodic operands."""
         found: dict[str, Tensor] = {}
         rows = kernel.problem(self.sizes)[0]
         for table in source.tables:
-            nodes = {o: kernel.assembled.nodes[o] for o in table.operands}
+            nodes = {o: kernel.body.nodes[o] for o in table.operands}
 
             def make(run: ReferenceRun, table: Table = table, nodes: Any = nodes) -> Tensor:
-                values = {o: ReferenceRun.operand(run, kernel.assembled, o) for o in nodes}
+                values = {o: ReferenceRun.operand(run, kernel.body, o) for o in nodes}
                 flat = {o: x.reshape(rows, -1) for o, x in values.items()}
                 return quack_target.pack_table(table, flat)
 

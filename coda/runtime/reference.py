@@ -19,7 +19,7 @@ from coda.ir.graph import Node, Size
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
 from coda.lowering.algebra.roles import is_view
-from coda.lowering.program.body import Assembled
+from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import (
     Acc,
     Call,
@@ -141,10 +141,10 @@ class ReferenceRun:
             return self.buffers[name]
         return torch.cat([*map(self.buffer, parts)], 0 if name in self.program.stacked else 1)
 
-    def operand(self, assembled: Assembled, name: str) -> Tensor:
+    def operand(self, body: Body, name: str) -> Tensor:
         """What an operand loads: a value, repeated over row axes on which it does not depend."""
-        x = self.value(assembled.nodes[name])
-        spread = assembled.spread.get(name)
+        x = self.value(body.nodes[name])
+        spread = body.spread.get(name)
         if spread is None:
             return x
         lead = [d.size(self.sizes) for d in spread.lead]
@@ -160,11 +160,11 @@ class ReferenceRun:
         weights = {c.rhs: self.value(c.rhs) for c in kernel.contracts}
         b = paired_rows(kernel, weight_matrix(kernel, weights)).to(self.compute)
         acc = a @ b.transpose(0, 1)
-        self.epilogue(kernel.assembled, acc, acc.shape[0], acc.shape[1], kernel.config.tile_n)
+        self.epilogue(kernel.body, acc, acc.shape[0], acc.shape[1], kernel.config.tile_n)
 
     def rows(self, kernel: RowwiseKernel) -> None:
         rows = kernel.rows.size(self.sizes)
-        self.epilogue(kernel.assembled, None, rows, kernel.width, 0)
+        self.epilogue(kernel.body, None, rows, kernel.width, 0)
 
     def torch(self, kernel: TorchKernel) -> None:
         node = kernel.node
@@ -174,25 +174,23 @@ class ReferenceRun:
         name = self.program.places[node].buffer
         self.buffers[name] = x if keep else x.to(self.program.buffers[name].dtype.torch)
 
-    def epilogue(
-        self, assembled: Assembled, acc: Tensor | None, rows: int, width: int, tile_n: int
-    ) -> None:
-        values = {n: self.value(n) for n in assembled.sources.values()}
+    def epilogue(self, body: Body, acc: Tensor | None, rows: int, width: int, tile_n: int) -> None:
+        values = {n: self.value(n) for n in body.sources.values()}
         operands: dict[str, Tensor] = {}
         like = next(iter(self.inputs.values()))
         like = torch.empty(0, dtype=self.compute, device=like.device)
-        for packed in assembled.packed:
-            operands[packed.name] = packed_row(packed, assembled.sources, values, like)
-        for name in assembled.nodes:
-            x = self.operand(assembled, name)
+        for packed in body.packed:
+            operands[packed.name] = packed_row(packed, body.sources, values, like)
+        for name in body.nodes:
+            x = self.operand(body, name)
             operands[name] = x.to(self.compute) if x.is_floating_point() else x
-        point = _Points(assembled.epilogue, acc, operands, rows, width, self.compute)
-        for statistic in assembled.epilogue.statistics:
+        point = _Points(body.epilogue, acc, operands, rows, width, self.compute)
+        for statistic in body.epilogue.statistics:
             point.statistic(statistic, self.parts)
-        for store in assembled.epilogue.stores:
+        for store in body.epilogue.stores:
             x = point.store(store)
             self.buffers[store.buffer] = x if self.exact else x.to(store.dtype.torch)
-        for sink in assembled.epilogue.sinks:
+        for sink in body.epilogue.sinks:
             x = point.ordered(sink.lanes, sink.split, sink.span)
             if sink.rows:
                 columns = self.program.buffers[sink.buffer].shape[1].size(self.sizes)

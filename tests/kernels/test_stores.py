@@ -28,7 +28,7 @@ def test_qk_norm_and_interleaved_rope_are_one_kernel_in_training():
     forward, _ = heads.lower_training("sm_90a", HEADS)
     (gemm,) = forward.gemms()
     assert forward.kernels == (gemm,)
-    assert [len(s.lanes) for s in gemm.assembled.epilogue.stores] == [2, 2]
+    assert [len(s.lanes) for s in gemm.body.epilogue.stores] == [2, 2]
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow)])
@@ -122,7 +122,7 @@ MANY = {"M": 40, "K": 64, "N": 72}
 def test_an_epilogue_stores_what_shared_memory_holds(arch):
     program = many.lower(arch, MANY)
     (gemm,) = program.gemms()
-    assert 4 <= len(gemm.assembled.epilogue.stores) <= 5
+    assert 4 <= len(gemm.body.epilogue.stores) <= 5
     assert len(program.kernels) == 2
 
 

@@ -39,7 +39,7 @@ def passes(program):
         k
         for k in program.kernels
         if isinstance(k, RowwiseKernel)
-        and any(o.kind in ("tile", "periodic") for o in k.assembled.epilogue.operands)
+        and any(o.kind in ("tile", "periodic") for o in k.body.epilogue.operands)
     ]
 
 
@@ -70,10 +70,10 @@ def test_a_norms_backward_lies_in_the_gemms(block, statistics):
     assert not passes(backward)
     assert not any(isinstance(k, TorchKernel) for k in backward.kernels)
     maker, dgrad, *_ = backward.gemms()
-    along_rows = [s for s in maker.assembled.epilogue.sinks if not s.rows]
+    along_rows = [s for s in maker.body.epilogue.sinks if not s.rows]
     assert len(along_rows) == statistics
-    assert any(s.buffer == "dx" for s in dgrad.assembled.epilogue.stores)
-    assert any(s.rows for k in backward.gemms() for s in k.assembled.epilogue.sinks)
+    assert any(s.buffer == "dx" for s in dgrad.body.epilogue.stores)
+    assert any(s.rows for k in backward.gemms() for s in k.body.epilogue.sinks)
 
 
 def test_the_weight_gradient_reads_the_raw_activation():
@@ -89,11 +89,11 @@ def test_rope_of_q_k_and_v_is_one_pass_backward():
     (one,) = passes(backward)
     width = (SMALL["H"] + 2 * SMALL["G"]) * SMALL["d"]
     assert one.width == width
-    spans = {o.name: o.span for o in one.assembled.epilogue.operands if o.span}
+    spans = {o.name: o.span for o in one.body.epilogue.operands if o.span}
     assert {spans["d_q"], spans["d_k"], spans["d_v"]} == {(0, 128), (128, 64), (192, 64)}
-    (stored,) = [s for s in one.assembled.epilogue.stores if not s.narrow]
+    (stored,) = [s for s in one.body.epilogue.stores if not s.narrow]
     assert not stored.span
-    assert len(one.assembled.epilogue.statistics) == 1
+    assert len(one.body.epilogue.statistics) == 1
     assert not passes(forward)
 
 
@@ -103,7 +103,7 @@ def test_outputs_are_kept_in_place_of_what_they_are_linear_in():
     roots = dict(training.forward.outputs)
     outputs = {roots[n] for n in ("x", "q", "k", "v")}
     assert sum(roots[n] in outputs for n in training.saved) >= 4
-    wide = [s for k in forward.gemms() for s in k.assembled.epilogue.stores]
+    wide = [s for k in forward.gemms() for s in k.body.epilogue.stores]
     assert sum(s.buffer.startswith("saved") for s in wide) == 2  # x1, and gate with up
 
 
@@ -112,7 +112,7 @@ def test_qk_norms_backward_is_part_of_that_pass():
     _, forward, backward = trained(example("qwen3_layer"))
     assert not passes(forward)
     (one,) = passes(backward)
-    epilogue = one.assembled.epilogue
+    epilogue = one.body.epilogue
     assert {s.group for s in epilogue.statistics} == {0, SMALL["d"]}
     assert [s.rows for s in epilogue.sinks] == [True, True]
 
@@ -129,7 +129,7 @@ def test_a_gain_of_heads_is_summed_in_that_pass_for_a_batch_of_sequences_too():
     _, _, backward = trained(normed_heads, sizes)
     assert not any(isinstance(k, TorchKernel) for k in backward.kernels)
     (one,) = passes(backward)
-    assert [s.rows for s in one.assembled.epilogue.sinks] == [True]
+    assert [s.rows for s in one.body.epilogue.sinks] == [True]
 
 
 def test_biases_of_siblings_have_one_gradient():
@@ -138,7 +138,7 @@ def test_biases_of_siblings_have_one_gradient():
     assert len(list(backward.gemms())) == 8
     (one,) = passes(backward)
     assert len(one.sunk) == 2  # biases, and what the mean takes of the weights' gradient
-    assert all(s.span is None for s in one.assembled.epilogue.sinks)
+    assert all(s.span is None for s in one.body.epilogue.sinks)
 
 
 def test_sums_that_are_only_returned_are_folded_together():
@@ -157,7 +157,7 @@ def cotangents(x: T["M D"], w: T["D"], b: T["D"]):
 def test_sums_over_rows_without_any_gemm():
     _, _, backward = trained(cotangents)
     one, fold = backward.kernels
-    assert [len(k.assembled.epilogue.sinks) for k in (one, fold)] == [2, 0]
+    assert [len(k.body.epilogue.sinks) for k in (one, fold)] == [2, 0]
     assert len(fold.folds) == 2
 
 
@@ -174,8 +174,8 @@ def test_softmaxs_delta_is_known_before_the_contraction_that_needs_it():
     assert delta.width == 64
     maker = next(backward.gemms())
     assert backward.kernels.index(delta) < backward.kernels.index(maker)
-    loaded = {o.name for o in maker.assembled.epilogue.operands}
-    assert {s.buffer for s in delta.assembled.epilogue.stores} <= loaded
+    loaded = {o.name for o in maker.body.epilogue.operands}
+    assert {s.buffer for s in delta.body.epilogue.stores} <= loaded
     assert len(list(backward.gemms())) == 4
 
 

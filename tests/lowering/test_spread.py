@@ -55,7 +55,7 @@ def test_what_is_repeated_is_counted():
     sizes = {s: SIZES[s] for s in modulated.graph.symbols}
     program = lower(modulated.graph, sizes)
     gemm = next(k for k in program.kernels if isinstance(k, GemmKernel))
-    (name,) = gemm.assembled.spread
+    (name,) = gemm.body.spread
     assert operand_bytes(gemm, name, program) == 3 * 10 * 96 * 2
 
 

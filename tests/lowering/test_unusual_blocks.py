@@ -38,7 +38,7 @@ def test_rotated_columns_that_do_not_divide_a_head(d, r):
     """Pairs that lie in no pattern go elsewhere, and take nothing else of their GEMM with them."""
     program = lowered(phi, {"M": 5, "D": 16, "H": 3, "F": 24, "d": d, "r": r})
     assert program.places[program.outputs[2][1]].buffer in {
-        s.buffer for k in program.gemms() for s in k.assembled.epilogue.stores
+        s.buffer for k in program.gemms() for s in k.body.epilogue.stores
     }
 
 
@@ -58,7 +58,7 @@ def test_a_constant_factor_under_a_cast():
 
 
 def written(program):
-    return {s.buffer for k in program.kernels for s in k.assembled.epilogue.stores}
+    return {s.buffer for k in program.kernels for s in k.body.epilogue.stores}
 
 
 @coda.block

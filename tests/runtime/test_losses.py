@@ -58,7 +58,7 @@ VARIANTS = [
 
 def stored(program):
     """Bytes that kernels write, by buffer."""
-    epilogues = [k.assembled.epilogue for k in program.kernels if not isinstance(k, TorchKernel)]
+    epilogues = [k.body.epilogue for k in program.kernels if not isinstance(k, TorchKernel)]
     names = [x.buffer for e in epilogues for x in (*e.stores, *e.sinks)]
     return {n: program.buffers[n].nbytes(program.sizes) for n in names}
 
@@ -351,9 +351,9 @@ def test_a_loss_of_saturated_logits_is_one_of_what_is_stored(memory):
     sizes = {"M": 64, "D": 64, "V": 256}
     forward = capped_behind_a_norm.lower_training("sm_90a", sizes, memory=memory)[0]
     gemm = list(forward.gemms())[-1]
-    (kept,) = gemm.assembled.epilogue.stores
+    (kept,) = gemm.body.epilogue.stores
     assert not any(c.fn == "tanh" for c in calls(kept.lanes))
-    for sink in gemm.assembled.epilogue.sinks:
+    for sink in gemm.body.epilogue.sinks:
         (rounding,) = [c for c in calls(sink.lanes) if c.fn == "rounded_bf16"]
         assert rounding.args == kept.lanes
     g = torch.Generator().manual_seed(0)

@@ -160,10 +160,10 @@ def test_the_backward_reads_no_argument_that_it_does_not_need():
 def test_halves_of_any_width_are_stored(f):
     """Gate and up lie F columns apart in what is saved: kernels store them in whole vectors."""
     forward, _ = mlp.lower_training("sm_90a", {"M": 40, "D": 64, "F": f})
-    splits = [s.split for g in forward.gemms() for s in g.assembled.epilogue.stores]
+    splits = [s.split for g in forward.gemms() for s in g.body.epilogue.stores]
     assert f not in splits
     wide, _ = mlp.lower_training("sm_90a", {"M": 40, "D": 64, "F": 96})
-    assert 96 in [s.split for g in wide.gemms() for s in g.assembled.epilogue.stores]
+    assert 96 in [s.split for g in wide.gemms() for s in g.body.epilogue.stores]
 
 
 @pytest.mark.slow

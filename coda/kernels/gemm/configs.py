@@ -37,7 +37,7 @@ def cta_rows(config: Config, arch: str) -> int:
 
 def legal(config: Config, kernel: GemmKernel) -> str:
     """Why a config does not fit a kernel, or ""."""
-    epilogue = kernel.assembled.epilogue
+    epilogue = kernel.body.epilogue
     for statistic in epilogue.statistics:
         if statistic.group and config.tile_n % statistic.group:
             return f"a group of {statistic.group} columns does not divide its tile"

@@ -47,9 +47,9 @@ def renamed(epilogue: Epilogue, names: Mapping[str, str]) -> Epilogue:
 
 def first_alike(program: Program, kernel: GemmKernel) -> tuple[GemmKernel, dict[str, str]]:
     """The first GEMM of a program that is this one but for names, and its names in this one."""
-    mine = kernel.assembled.epilogue
+    mine = kernel.body.epilogue
     for other in program.gemms():
-        theirs = other.assembled.epilogue
+        theirs = other.body.epilogue
         names = dict(zip(names_of(theirs), names_of(mine), strict=False))
         same = len(names_of(theirs)) == len(names_of(mine))
         same = same and _layout(program, other) == _layout(program, kernel)

@@ -12,7 +12,7 @@ from coda.kernels.gemm.ragged import ROWS, vanishes
 from coda.kernels.gemm.source import PAIRS, WHOLE, Source, Table
 from coda.kernels.gemm.weights import halves
 from coda.kernels.lines import Lines, safe, stored
-from coda.lowering.program.body import Assembled
+from coda.lowering.program.body import Body
 from coda.lowering.program.cost import label
 from coda.lowering.program.epilogue import (
     Acc,
@@ -68,20 +68,20 @@ def _emit(program: Program, kernel: GemmKernel) -> Source:
     head = f"{kernel.name} of {program.graph.name}: {label(kernel.a, program)} @ [{weights}].T"
     split = halves(program, kernel)
     rows = (split, n // (2 * split)) if split else None
-    return _Emitter(program, kernel.assembled, ragged, rows).emit(f"{head}, {m}×{n}×{k}.")
+    return _Emitter(program, kernel.body, ragged, rows).emit(f"{head}, {m}×{n}×{k}.")
 
 
 class _Emitter:
     def __init__(
         self,
         program: Program,
-        assembled: Assembled,
+        body: Body,
         ragged: bool,
         halves: tuple[int, int] | None,
     ) -> None:
-        self.program, self.assembled, self.ragged = program, assembled, ragged
+        self.program, self.body, self.ragged = program, body, ragged
         self.halves = halves
-        self.epilogue: Epilogue = assembled.epilogue
+        self.epilogue: Epilogue = body.epilogue
         self.pair = self.epilogue.pair
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
         self.tables = self.pack_tables()

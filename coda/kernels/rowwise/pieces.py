@@ -9,7 +9,7 @@ from math import gcd
 
 import numpy as np
 
-from coda.lowering.program.body import Assembled
+from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import Call, Epilogue, Expr, Literal, Load, Stat
 
 LANES = 32
@@ -51,25 +51,25 @@ class Piece:
         return Call(expr.fn, args)
 
 
-def is_ragged(assembled: Assembled, width: int) -> bool:
+def is_ragged(body: Body, width: int) -> bool:
     """Whether vectors would cover all columns of a pass over rows but the last few.
 
     Its rows are then read and written by vectors if they lie at multiples of 16 bytes.
     """
-    epilogue = assembled.epilogue
+    epilogue = body.epilogue
     plain = not (epilogue.pair or epilogue.sinks or any(s.group for s in epilogue.statistics))
     spans = any(x.span for x in (*epilogue.operands, *epilogue.stores))
     periods = any(x.period for x in epilogue.operands)
     return plain and not spans and not periods and width > _MOST and width % _MOST != 0
 
 
-def pieces_of(assembled: Assembled, width: int, padded: bool = False) -> tuple[Piece, ...]:
+def pieces_of(body: Body, width: int, padded: bool = False) -> tuple[Piece, ...]:
     """The pieces of a pass over rows, in order; the last few columns of `padded` rows apart."""
-    epilogue = assembled.epilogue
+    epilogue = body.epilogue
     lanes = 2 if epilogue.pair else 1
     points = width // lanes
     numbers: dict[Load, np.ndarray] = {}
-    for packed in assembled.packed:
+    for packed in body.packed:
         for lane in range(lanes):
             if packed.numbers is not None and np.all(packed.source[lane::lanes] < 0):
                 numbers[Load(packed.name, lane)] = packed.numbers[lane::lanes]
@@ -111,11 +111,11 @@ def teams(pieces: tuple[Piece, ...], vector: int) -> int:
     return found
 
 
-def row_parts(assembled: Assembled, width: int, rows: int) -> int:
+def row_parts(body: Body, width: int, rows: int) -> int:
     """How many partials a sum over the rows of a pass over rows has."""
-    pieces = pieces_of(assembled, width)
+    pieces = pieces_of(body, width)
     blocks = -(-rows // TALL_ROWS)
-    return max(1, blocks * teams(pieces, vector_length(assembled.epilogue, pieces)))
+    return max(1, blocks * teams(pieces, vector_length(body.epilogue, pieces)))
 
 
 def stats_of(expr: Expr | None) -> set[str]:

@@ -58,11 +58,11 @@ class Sweeps:
 
     def __init__(self, program: Program, kernel: RowwiseKernel, padded: bool = False) -> None:
         self.program, self.kernel, self.padded = program, kernel, padded
-        self.epilogue: Epilogue = kernel.assembled.epilogue
+        self.epilogue: Epilogue = kernel.body.epilogue
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
         self.lanes = 2 if self.epilogue.pair else 1
         self.points = kernel.width // self.lanes
-        self.pieces: tuple[Piece, ...] = pieces_of(kernel.assembled, kernel.width, padded)
+        self.pieces: tuple[Piece, ...] = pieces_of(kernel.body, kernel.width, padded)
         self.vec = vector_length(self.epilogue, self.pieces)
         self.enter(self.pieces[0])
         self.groups = {s.name: s for s in self.epilogue.statistics if s.group}

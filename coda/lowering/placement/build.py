@@ -30,7 +30,7 @@ from coda.lowering.placement.draft import Draft
 from coda.lowering.placement.layout import Sink, Store, assemble
 from coda.lowering.placement.place import Partition
 from coda.lowering.placement.values import Refused, Value
-from coda.lowering.program.body import Assembled
+from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import Acc, Operand
 from coda.lowering.program.program import (
     Buffer,
@@ -115,10 +115,10 @@ class _Build:
         """A kernel whose operands have the types that the kernels before it store."""
         if isinstance(kernel, TorchKernel):
             return kernel
-        assembled = kernel.assembled
+        body = kernel.body
         operands: list[Operand] = []
-        for operand in assembled.epilogue.operands:
-            node = assembled.nodes.get(operand.name)
+        for operand in body.epilogue.operands:
+            node = body.nodes.get(operand.name)
             place = node and self.program.places.get(self.partition.storage(node))
             if place:
                 operand = replace(operand, dtype=self.program.buffers[place.buffer].dtype)
@@ -127,8 +127,8 @@ class _Build:
             if operand.kind == "scalar" and isinstance(kernel, GemmKernel):
                 operand = replace(operand, dtype=f32)  # as which it is passed
             operands.append(operand)
-        epilogue = replace(assembled.epilogue, operands=tuple(operands))
-        return replace(kernel, assembled=replace(assembled, epilogue=epilogue))
+        epilogue = replace(body.epilogue, operands=tuple(operands))
+        return replace(kernel, body=replace(body, epilogue=epilogue))
 
     def is_unrounded(self, node: Node) -> bool:
         """Whether a node is prepared in float32: all floats are but the weights of contractions."""
@@ -193,25 +193,23 @@ class _Build:
                 self.need(operand)
             return TorchKernel("", node, draft.why)
         groups = self.stores(draft, stored)
-        assembled = self.assemble(draft, groups, sunk)
-        for node in (*assembled.nodes.values(), *assembled.sources.values()):
+        body = self.assemble(draft, groups, sunk)
+        for node in (*body.nodes.values(), *body.sources.values()):
             self.need(node)
             self.loaded.add(self.partition.storage(node))
-        self.folded |= set(assembled.folded)
+        self.folded |= set(body.folded)
         names = tuple(tuple(n for n, _ in g) for g in groups)
         if draft.kind == "row":
             space = draft.space
             nodes = self.computed(draft, [*stored, *sunk])
             return RowwiseKernel(
-                "", assembled, names, assembled.folded, tuple(sunk), nodes, space.rows, space.width
+                "", body, names, body.folded, tuple(sunk), nodes, space.rows, space.width
             )
         for contract in draft.contracts:
             self.need(contract.lhs)
             self.need(contract.rhs)
         nodes = self.computed(draft, [*stored, *sunk])
-        return GemmKernel(
-            "", draft.contracts, assembled, names, tuple(sunk), nodes, Config(128, 128)
-        )
+        return GemmKernel("", draft.contracts, body, names, tuple(sunk), nodes, Config(128, 128))
 
     def computed(self, draft: Draft, roots: list[Node]) -> tuple[Node, ...]:
         """The nodes that a kernel computes for those that it writes, operands first."""
@@ -289,7 +287,7 @@ class _Build:
 
     def assemble(
         self, draft: Draft, groups: list[list[tuple[Node, Value]]], sunk: list[Node]
-    ) -> Assembled:
+    ) -> Body:
         """The epilogue of a draft; on refusal, the node that it is refused for is banned."""
         stores = [self.store(draft, g) for g in groups]
         sinks = [self.sink(draft, n) for n in sunk]

@@ -19,7 +19,7 @@ from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
 from coda.lowering.placement.columns import SUMS, RowStatistic, Space
 from coda.lowering.placement.values import LEAF, NO_LANE, Refused, Value, beside, distinct_rows
-from coda.lowering.program.body import Assembled, Ints, Packed, paired_columns
+from coda.lowering.program.body import Body, Ints, Packed, paired_columns
 from coda.lowering.program.epilogue import (
     Acc,
     Call,
@@ -300,7 +300,7 @@ def assemble(
     sinks: Sequence[Sink],
     operand_of: Callable[[str], tuple[Node, DType]],
     partial_of: Callable[[Node], str],
-) -> Assembled:
+) -> Body:
     """The Epilogue of a kernel. Raises Refused where its points cannot be laid out.
 
     Args:
@@ -330,7 +330,7 @@ def assemble(
     if not space.whole_rows:
         _check_staged(build, store_exprs)
     used = {int(i) for p in build.packed for i in np.unique(p.source) if i >= 0}
-    return Assembled(
+    return Body(
         Epilogue(
             build.split is not None,
             tuple(build.operands.values()),

@@ -41,7 +41,7 @@ class Packed:
 
 
 @dataclass
-class Assembled:
+class Body:
     """A kernel's Epilogue and what the host prepares for it.
 
     Attributes:

@@ -84,7 +84,7 @@ def memory_bytes(node: Node, program: Program) -> int:
 
 def operand_bytes(kernel: GemmKernel | RowwiseKernel, name: str, program: Program) -> int:
     """What a kernel reads of an operand, repeated over the rows where it has to be."""
-    node, spread = kernel.assembled.nodes[name], kernel.assembled.spread.get(name)
+    node, spread = kernel.body.nodes[name], kernel.body.spread.get(name)
     if spread is None:
         return memory_bytes(node, program)
     columns = product(node.shape[node.rank - spread.columns :])
@@ -102,16 +102,16 @@ def traffic(program: Program, kernel: Kernel) -> Traffic:
         reads.append((label(kernel.a, program), memory_bytes(kernel.a, program)))
         for one in kernel.contracts:
             reads.append((label(one.rhs, program), memory_bytes(one.rhs, program)))
-    for operand in kernel.assembled.epilogue.operands:
-        node = kernel.assembled.nodes.get(operand.name)
+    for operand in kernel.body.epilogue.operands:
+        node = kernel.body.nodes.get(operand.name)
         if node is not None:
             reads.append((label(node, program), operand_bytes(kernel, operand.name, program)))
         elif operand.kind == "partial":
             reads.append((operand.name, program.buffers[operand.name].nbytes(program.sizes)))
-    packed = [i for p in kernel.assembled.packed for i in (p.name, 4 * len(p.source))][1::2]
+    packed = [i for p in kernel.body.packed for i in (p.name, 4 * len(p.source))][1::2]
     reads += [("packed rows", int(n)) for n in packed]
-    written = [s.buffer for s in kernel.assembled.epilogue.stores]
-    written += [s.buffer for s in kernel.assembled.epilogue.sinks]
+    written = [s.buffer for s in kernel.body.epilogue.stores]
+    written += [s.buffer for s in kernel.body.epilogue.sinks]
     writes = [(b, program.buffers[b].nbytes(program.sizes)) for b in written]
     return Traffic(tuple(reads), tuple(writes))
 
@@ -147,7 +147,7 @@ def scalar_flops(program: Program, kernel: Kernel) -> int:
     """Scalar operations outside the tensor cores."""
     if isinstance(kernel, TorchKernel):
         return elements(kernel.node, program)
-    epilogue = kernel.assembled.epilogue
+    epilogue = kernel.body.epilogue
     exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
     exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
     if isinstance(kernel, GemmKernel):

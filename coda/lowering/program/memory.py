@@ -35,7 +35,7 @@ def nodes_read(kernel: Kernel) -> list[Node]:
     """The values that a kernel reads."""
     if isinstance(kernel, TorchKernel):
         return list(kernel.node.operands)
-    nodes = [*kernel.assembled.nodes.values(), *kernel.assembled.sources.values()]
+    nodes = [*kernel.body.nodes.values(), *kernel.body.sources.values()]
     if isinstance(kernel, GemmKernel):
         nodes += [kernel.a, *(c.rhs for c in kernel.contracts)]
     return nodes
@@ -46,14 +46,14 @@ def reads(program: Program, kernel: Kernel) -> list[str]:
     found = [n for node in nodes_read(kernel) for n in held_in(program, node)]
     if isinstance(kernel, TorchKernel):
         return found
-    return found + [o.name for o in kernel.assembled.epilogue.operands if o.kind == "partial"]
+    return found + [o.name for o in kernel.body.epilogue.operands if o.kind == "partial"]
 
 
 def writes(program: Program, kernel: Kernel) -> list[str]:
     """The buffers that a kernel writes."""
     if isinstance(kernel, TorchKernel):
         return [program.places[kernel.node].buffer]
-    epilogue = kernel.assembled.epilogue
+    epilogue = kernel.body.epilogue
     return [x.buffer for x in (*epilogue.stores, *epilogue.sinks)]
 
 
@@ -93,10 +93,10 @@ def _overwrite(program: Program, kernel: GemmKernel | RowwiseKernel, ending: Set
     updated = {name for node in outputs for name in held_in(program, node)}
     times = Counter(reads(program, kernel))
     free = {n for n in ending if times[n] == 1 and n not in parts}
-    for store in kernel.assembled.epilogue.stores:
+    for store in kernel.body.epilogue.stores:
         if store.buffer in parts or store.buffer in updated:
             continue
-        for operand in kernel.assembled.epilogue.operands:
+        for operand in kernel.body.epilogue.operands:
             name = _matrix(program, kernel, operand, store)
             if name in free:
                 program.overwrites[store.buffer] = name
@@ -111,8 +111,8 @@ def _matrix(
     store: StoreExpr,
 ) -> str:
     """What an operand reads, where it lies in memory as a store of the same type would; else ""."""
-    node = kernel.assembled.nodes.get(operand.name)
-    if operand.kind != "tile" or node is None or operand.name in kernel.assembled.spread:
+    node = kernel.body.nodes.get(operand.name)
+    if operand.kind != "tile" or node is None or operand.name in kernel.body.spread:
         return ""
     same = (operand.dtype, operand.lanes) == (store.dtype, len(store.lanes))
     if not same or (operand.split, operand.span) != (store.split, store.span) or store.narrow:

@@ -16,7 +16,7 @@ from coda.ir.types import DType
 from coda.lowering.algebra.chunk import Cut
 from coda.lowering.algebra.policy import NO_TERMS, Terms
 from coda.lowering.algebra.rewrite import Step
-from coda.lowering.program.body import Assembled
+from coda.lowering.program.body import Body
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class GemmKernel:
     Attributes:
         name: unique in the program.
         contracts: the contractions, side by side in the accumulator's columns.
-        assembled: the epilogue at a point, with the order of the columns.
+        body: the epilogue at a point, with the order of the columns.
         stored: nodes written, in the order of the epilogue's stores: one tuple for each store.
         sunk: reductions written as partials, in the order of the epilogue's sinks.
         nodes: all nodes that the kernel computes.
@@ -79,7 +79,7 @@ class GemmKernel:
 
     name: str
     contracts: tuple[Contract, ...]
-    assembled: Assembled
+    body: Body
     stored: tuple[tuple[Node, ...], ...]
     sunk: tuple[Node, ...]
     nodes: tuple[Node, ...]
@@ -107,7 +107,7 @@ class RowwiseKernel:
     """
 
     name: str
-    assembled: Assembled
+    body: Body
     stored: tuple[tuple[Node, ...], ...]
     folds: tuple[Node, ...]
     sunk: tuple[Node, ...]

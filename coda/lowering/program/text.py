@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from coda.ir.dims import show_shape
 from coda.ir.graph import Size
-from coda.lowering.program.body import Assembled
+from coda.lowering.program.body import Body
 from coda.lowering.program.cost import describe, label
 from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load, Operand, Stat, calls
 from coda.lowering.program.program import Config, GemmKernel, Kernel, Program, RowwiseKernel
@@ -47,10 +47,10 @@ def show_config(config: Config) -> str:
 
 
 def _body(program: Program, kernel: GemmKernel | RowwiseKernel) -> list[str]:
-    assembled = kernel.assembled
-    epilogue = assembled.epilogue
+    body = kernel.body
+    epilogue = body.epilogue
     names: dict[Expr, str] = {}
-    lines = [f"    load {_operand(o, assembled, program)}" for o in epilogue.operands]
+    lines = [f"    load {_operand(o, body, program)}" for o in epilogue.operands]
     for stat in epilogue.statistics:
         if stat.expr is not None:
             lines += _assignments([stat.expr], names)
@@ -78,14 +78,14 @@ def _body(program: Program, kernel: GemmKernel | RowwiseKernel) -> list[str]:
     return lines
 
 
-def _operand(operand: Operand, assembled: Assembled, program: Program) -> str:
+def _operand(operand: Operand, body: Body, program: Program) -> str:
     text = f"{operand.name} {operand.kind} {operand.dtype}"
-    packed = [p for p in assembled.packed if p.name == operand.name]
+    packed = [p for p in body.packed if p.name == operand.name]
     if packed:
         used = sorted({int(i) for i in packed[0].source if i >= 0})
-        sources = [label(assembled.sources[i], program) for i in used]
+        sources = [label(body.sources[i], program) for i in used]
         text += " of " + (", ".join(sources) if sources else "segment numbers")
-    node = assembled.nodes.get(operand.name)
+    node = body.nodes.get(operand.name)
     if isinstance(node, Size):
         text += f" = {node.dim}"
     how = "repeating every" if operand.kind == "periodic" else "for groups of"

@@ -57,12 +57,12 @@ class _Check:
             rows, width, _ = kernel.problem(sizes)
         else:
             rows, width = kernel.rows.size(sizes), kernel.width
-        lanes = 2 if kernel.assembled.epilogue.pair else 1
-        for operand in kernel.assembled.epilogue.operands:
-            name, node = operand.name, kernel.assembled.nodes.get(operand.name)
+        lanes = 2 if kernel.body.epilogue.pair else 1
+        for operand in kernel.body.epilogue.operands:
+            name, node = operand.name, kernel.body.nodes.get(operand.name)
             if operand.kind == "partial" and name not in self.written:
                 raise self.fault(f"{who} folds `{name}` before it is written")
-            if node is None or name in kernel.assembled.spread:
+            if node is None or name in kernel.body.spread:
                 continue
             if operand.kind not in ("tile", "periodic", "grouped", "col"):
                 continue
