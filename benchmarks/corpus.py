@@ -26,8 +26,8 @@ the first entries, and exits with 1:
           launches 6 -> 7 worse, hbm_bytes 538000000 -> 512000000 better
 
 `write` takes about 5 minutes of one core, with `--quick` (examples, one policy) half a minute.
-`--only TEXT` writes the entries whose names begin with TEXT, to look at one block while working.
-`--ptx` adds the PTX of some 40 kernels, which takes about 10 minutes more.
+`--only TEXT` writes the entries whose names begin with TEXT; `compare --subset` compares such a
+part with a whole. `--ptx` adds the PTX of some 40 kernels, which takes about 10 minutes more.
 
 All that is read of coda, beyond Block, is in "The seams" below: a tree in which a seam has moved
 needs an edit there, and nowhere else.
@@ -344,8 +344,7 @@ def write(options):
         (directory / f"{name}.txt").write_text(text)
         count, failures = count + 1, failures + [name] * ("error" in sections)
         whole.update(f"{name}\n{text}".encode())
-    for name in failures:
-        print(f"  error: {name}")
+    print("".join(f"  error: {name}\n" for name in failures), end="")
     print(
         f"{count} entries of {coda_root()}, {len(failures)} of them errors, in "
         f"{time.process_time():.0f} s of one core; digest {whole.hexdigest()[:16]}"
@@ -359,8 +358,8 @@ def write(options):
 
 def renamer(path):
     """text -> text with whole dotted names replaced, as the lines `old new` of a file say."""
-    pairs = [line.split() for line in path.read_text().splitlines() if line.strip()] if path else []
-    table = {old: new for old, new in pairs}
+    lines = path.read_text().splitlines() if path else []
+    table = {old: new for old, new in (line.split() for line in lines if line.strip())}
     if not table:
         return lambda text: text
     longest = sorted(table, key=len, reverse=True)
@@ -383,8 +382,7 @@ def costs_between(old, new):
         margin = 0.01 * before if key == "error" else 0.0
         if before != after:
             word = "worse" if after > before + margin else "better"
-            if abs(after - before) <= margin:
-                word = "alike"
+            word = "alike" if abs(after - before) <= margin else word
             found.append(f"{key} {tables[0][key]} -> {tables[1][key]} {word}")
     return sorted(found)
 
@@ -397,7 +395,7 @@ def compare(options):
     )
     if not old or not new:
         sys.exit(f"there is no corpus in {options.new if old else options.old}")
-    names = sorted(old.keys() | new.keys())
+    names = sorted(new.keys() if options.subset else old.keys() | new.keys())
     moved, kinds, notes, diffs = 0, Counter(), [], []
     for name in names:
         if name not in old or name not in new:
@@ -439,6 +437,7 @@ def main(arguments=None):
     comparer.add_argument("old", type=Path)
     comparer.add_argument("new", type=Path)
     comparer.add_argument("--renames", type=Path, help="a file of lines `old new`")
+    comparer.add_argument("--subset", action="store_true", help="NEW was written of some entries")
     comparer.add_argument("--diffs", type=int, default=3, help="how many diffs to print")
     comparer.set_defaults(run=compare)
     options = parser.parse_args(arguments)

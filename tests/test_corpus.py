@@ -77,6 +77,18 @@ def test_renames_are_applied_to_whole_names(written, capsys, tmp_path):
     assert compared(capsys, *written, "--renames", table)[0] == 1
 
 
+def test_a_part_is_compared_with_the_whole(written, capsys):
+    (file,) = written[0].iterdir()
+    shutil.copy(file, file.with_name("other.txt"))
+    assert compared(capsys, *written) == (
+        1,
+        f"1 of 2 entries are equal, 1 moved\n  other   only in {written[0]}\n",
+    )
+    assert compared(capsys, *written, "--subset")[0] == 0
+    edit(written[1], "launches ", "launches 1")
+    assert compared(capsys, *written, "--subset")[0] == 1
+
+
 def test_an_error_is_an_entry(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(corpus, "text_of", lambda _: 1 / 0)
     with pytest.raises(SystemExit, match="seams"):
