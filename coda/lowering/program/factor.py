@@ -80,9 +80,9 @@ def factor(program: Program) -> Program:
     def changed(kernel: Any) -> Any:
         if isinstance(kernel, TorchKernel):
             return kernel
-        assembled = kernel.assembled
-        epilogue = factored_epilogue(assembled.epilogue)
-        return replace(kernel, assembled=replace(assembled, epilogue=epilogue))
+        body = kernel.body
+        epilogue = factored_epilogue(body.epilogue)
+        return replace(kernel, body=replace(body, epilogue=epilogue))
 
     return replace(program, kernels=tuple(map(changed, program.kernels)))
 
