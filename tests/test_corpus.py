@@ -91,7 +91,7 @@ def test_a_part_is_compared_with_the_whole(written, capsys):
 
 def test_an_error_is_an_entry(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(corpus, "text_of", lambda _: 1 / 0)
-    with pytest.raises(SystemExit, match="seams"):
+    with pytest.raises(SystemExit, match="seam"):
         write(tmp_path)
     (file,) = tmp_path.iterdir()
     assert file.read_text() == "==== error ====\nZeroDivisionError\ndivision by zero\n"
