@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NoReturn
 
 from coda.errors import CodaError, InternalError
@@ -17,16 +18,22 @@ def verify(graph: Graph, after: str) -> None:
     for node in walk(graph.roots):
         if isinstance(node, Input) and node not in known:
             _fail(after, node, f"the input `{node.name}` is not an argument of the block")
-        if not is_interned(node):
-            _fail(after, node, "another node means the same")
-        if _infer(node, after) != (node.shape, node.dtype):
-            _fail(after, node, "its shape and element type do not follow from its operands")
+    verify_nodes(walk(graph.roots), after)
     for what, names in (
         ("arguments", [i.name for i in graph.inputs]),
         ("outputs", [name for name, _ in graph.outputs]),
     ):
         if len(set(names)) != len(names):
             raise InternalError(f"after `{after}`: two {what} of `{graph.name}` share a name")
+
+
+def verify_nodes(nodes: Iterable[Node], after: str) -> None:
+    """Raise InternalError where a node that the pass `after` left disagrees with its operands."""
+    for node in nodes:
+        if not is_interned(node):
+            _fail(after, node, "another node means the same")
+        if _infer(node, after) != (node.shape, node.dtype):
+            _fail(after, node, "its shape and element type do not follow from its operands")
 
 
 def _infer(node: Node, after: str) -> tuple[Shape, DType]:

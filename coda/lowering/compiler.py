@@ -1,50 +1,49 @@
-"""Graph -> Program: laws, partition, schedule. Read this file first of the lowering.
+"""Graph -> Program: laws, placement, configs, memory. Read this file first of the lowering.
 
-    graph ── laws ──▶ normal form ── partition ──▶ drafts ── build ──▶ Program ── schedule ──▶
+    graph ── laws … chunks ──▶ normal form ── place ──▶ Program ── factor … memory ──▶ Program
 
-The laws with a choice are decided by the cost model: the Program is built with and without each,
-and the cheaper one is kept. Places of a graph that look alike are decided together.
+`run_stages` has the stages one after the other; `lowering/stages.py` says what each requires. The
+laws with a choice are decided by the cost model: the graph is lowered with and without each, and
+the cheaper Program is kept. Places of a graph that look alike are decided together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
 from coda.errors import ArchError, DimError, InternalError
-from coda.ir.evaluate import evaluate
-from coda.ir.graph import (
-    Const,
-    Contract,
-    Graph,
-    Input,
-    Map,
-    Node,
-    Pick,
-    Reduce,
-    Size,
-    Slice,
-    transform,
-    walk,
-)
-from coda.ir.scalars import SCALARS
-from coda.ir.verify import verify
-from coda.lowering.algebra.chunk import Parted, in_parts
+from coda.ir.graph import Contract, Graph, Input, Node, Pick, Reduce, Slice, walk
+from coda.lowering.algebra.chunk import Parted, chunk
 from coda.lowering.algebra.columns_first import columns_first
+from coda.lowering.algebra.constants import fold_constants
 from coda.lowering.algebra.equivalence import kinds
 from coda.lowering.algebra.laws import LAWS
 from coda.lowering.algebra.policy import NO_TERMS, Terms
-from coda.lowering.algebra.pushdown import descended
+from coda.lowering.algebra.pushdown import push_down
 from coda.lowering.algebra.rewrite import Accept, Law, Place, Step, rewrite
 from coda.lowering.algebra.roles import row_symbols
-from coda.lowering.configure import schedule
+from coda.lowering.configure import configure
 from coda.lowering.placement.build import Banned, build, numbered
 from coda.lowering.placement.place import Partition
 from coda.lowering.program.cost import MACHINES, price
 from coda.lowering.program.factor import factor
 from coda.lowering.program.memory import plan_memory, soonest_freed
 from coda.lowering.program.program import Program
-from coda.lowering.program.verify import verify_program
+from coda.lowering.stages import PROGRAM, Stages, Trial, Value
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be lowered, and how, as `lower` has it."""
+
+    graph: Graph
+    sizes: dict[str, int]
+    arch: str
+    frozen: bool
+    terms: Terms
 
 
 def lower(
@@ -53,28 +52,81 @@ def lower(
     arch: str = "sm_90a",
     frozen: bool = False,
     terms: Terms = NO_TERMS,
+    *,
+    stages: Stages | None = None,
 ) -> Program:
     """The cheapest Program that we find for a graph.
 
     Args:
         graph: a block.
         dims: the size of every symbol. Kernels serve any number of rows; the size given for those
-            symbols is what costs are reckoned with.
+            symbols is what costs are estimated with.
         arch: "sm_90a" or "sm_100a".
         frozen: whether weights keep their values (inference), so that what is made of them is
             made once.
         terms: what the Program may do with memory.
+        stages: checks, shows and records the stages.
 
     Raises:
         ArchError: for another arch.
         DimError: for a missing, superfluous or non-positive size.
+        InternalError: where a stage leaves what is not well formed.
     """
+    asked = request(graph, dims, arch, frozen, terms)
+    with stages or Stages() as record:
+        record.begin(graph)
+
+        def lowered(accept: Accept, apart: bool) -> Program:
+            return run_stages(asked, accept, apart, record.trial())
+
+        return record.keep(decide(graph, lowered))
+
+
+def request(
+    graph: Graph, dims: Mapping[str, int], arch: str, frozen: bool, terms: Terms
+) -> Request:
+    """A request whose arch and sizes are checked. Raises ArchError and DimError."""
     if arch not in MACHINES:
         raise ArchError(
             "coda does not compile for this arch", found=arch, help=" or ".join(MACHINES)
         )
-    sizes = check_dims(graph, dims)
-    verify(graph, "trace")
+    return Request(graph, check_dims(graph, dims), arch, frozen, terms)
+
+
+def run_stages(asked: Request, accept: Accept, apart: bool, stage: Trial) -> Program:
+    """One lowering, with one choice of laws; with `apart`, what is reduced has its own GEMM."""
+    graph = stage("laws", partial(_apply_laws, accept, stage), asked.graph)
+    graph = stage("pushdown", push_down, graph)
+    graph = stage("columns", columns_first, graph)
+    graph = stage("constants", fold_constants, graph, asked.sizes)
+    parted = stage("chunks", _chunk, graph, asked)
+    program = stage("place", partial(_place, asked, apart, stage.steps), parted)
+    program = stage("factor", factor, program)
+    program = stage("order", _order, program)
+    program = stage("configure", configure, program)
+    return stage("memory", plan_memory, program)
+
+
+def run_stage(name: str, asked: Request) -> Value:
+    """What one stage alone makes of a graph, checked before and after.
+
+    A stage that takes a Program is given that of the stages from "chunks" on. Laws with a choice
+    are applied wherever they can be.
+
+    Raises:
+        InternalError: where the graph is not what the stage requires.
+    """
+    only = PROGRAM[: PROGRAM.index(name) + 1] if name in PROGRAM else (name,)
+    return run_stages(asked, lambda *_: True, False, Trial(2, frozenset(only)))
+
+
+def decide(graph: Graph, lowered: Callable[[Accept, bool], Program]) -> Program:
+    """The cheapest Program over the choices that laws leave, one after the other.
+
+    Args:
+        graph: whose nodes the choices are about.
+        lowered: the Program by what is accepted, and whether what is reduced is kept apart.
+    """
     chosen: set[tuple[int, ...]] = set()
     candidates: list[tuple[int, ...]] = []
     alike = kinds(graph.roots)
@@ -85,81 +137,56 @@ def lower(
             candidates.append(key)
         return key in chosen
 
-    best = _lower(graph, sizes, arch, frozen, terms, accept)
+    best = lowered(accept, False)
     tried = 0
     while tried < len(candidates):
         key = candidates[tried]
         tried += 1
         chosen.add(key)
-        program = _lower(graph, sizes, arch, frozen, terms, accept)
+        program = lowered(accept, False)
         if price(program) < price(best):
             best = program
         else:
             chosen.discard(key)
     if any(isinstance(u.node, Reduce | Pick) for u in best.unfused):
-        program = _lower(graph, sizes, arch, frozen, terms, accept, apart=True)
-        best = min(program, best, key=price)
-    verify_program(best)
+        best = min(lowered(accept, True), best, key=price)
     return best
 
 
-def _lower(
-    graph: Graph,
-    sizes: dict[str, int],
-    arch: str,
-    frozen: bool,
-    terms: Terms,
-    accept: Accept,
-    apart: bool = False,
-) -> Program:
-    """The Program of one choice of laws; with `apart`, what is reduced has a GEMM of its own."""
-    steps: list[Step] = []
-    roots = descended(rewrite(graph.roots, LAWS, accept, steps))
-    normal = graph.with_roots(_numbers(columns_first(roots, graph.inputs), sizes))
-    verify(normal, "laws")
-    parted = in_parts(normal, sizes, terms.passing) if terms.thrifty else Parted(normal)
-    verify(parted.graph, "parts")
+def _apply_laws(accept: Accept, trial: Trial, graph: Graph) -> Graph:
+    return graph.with_roots(rewrite(graph.roots, LAWS, accept, trial.law))
+
+
+def _chunk(graph: Graph, asked: Request) -> Parted:
+    """The graph in parts where memory is all that counts."""
+    terms = asked.terms
+    return chunk(graph, asked.sizes, terms.passing) if terms.thrifty else Parted(graph)
+
+
+def _place(asked: Request, apart: bool, steps: list[Step], parted: Parted) -> Program:
+    """The Program of a graph in normal form."""
     banned: frozenset[tuple[Node | str, Node]] = frozenset()
     while True:
         try:
-            placed = Partition(parted.graph, sizes, banned, apart, terms.passing, parted.part_of)
-            program = build(placed.run(), graph, arch)
+            placed = Partition(
+                parted.graph, asked.sizes, banned, apart, asked.terms.passing, parted.part_of
+            )
+            program = build(placed.run(), asked.graph, asked.arch)
             break
         except Banned as refusal:
             if refusal.places <= banned:
                 raise InternalError(f"the partition does not come to an end: {refusal}") from None
             banned |= refusal.places
     program.steps, program.normal, program.cuts = steps, parted.graph, parted.cuts
-    program.frozen, program.terms = frozen, terms
-    if program.cuts:
-        program.kernels = tuple(numbered(soonest_freed(program)))
-    return plan_memory(schedule(factor(program)))
+    program.frozen, program.terms = asked.frozen, asked.terms
+    return program
 
 
-def _numbers(roots: tuple[Node, ...], sizes: Mapping[str, int]) -> tuple[Node, ...]:
-    """The same values with functions of numbers and sizes, and choices by them, as they are.
-
-    The number of rows is none of them: it may change from call to call.
-    """
-    tokens = row_symbols(walk(roots))
-
-    def is_number(node: Node) -> bool:
-        return isinstance(node, Const) or (isinstance(node, Size) and not node.dim.symbols & tokens)
-
-    def known(node: Node) -> Node:
-        if not isinstance(node, Map):
-            return node
-        test = node.args[0]
-        if SCALARS[node.fn].chooses and isinstance(test, Const):
-            chosen = node.args[1 if test.value else 2]
-            same = (chosen.shape, chosen.dtype) == (node.shape, node.dtype)
-            return chosen if same else node
-        if not all(map(is_number, node.args)):
-            return node
-        (value,) = evaluate([node], {}, sizes)
-        return Const(float(value), node.dtype)
-
-    return transform(roots, known)
+def _order(program: Program) -> Program:
+    """The Program in an order that frees memory soon, where a value is made in parts."""
+    if not program.cuts:
+        return program
+    return replace(program, kernels=tuple(numbered(soonest_freed(program))))
 
 
 def check_dims(graph: Graph, dims: Mapping[str, int]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from coda.lowering.program.epilogue import Epilogue, SinkExpr, Statistic
 from coda.lowering.program.program import Buffer, GemmKernel, Kernel, Program, RowwiseKernel
 
 
-def schedule(program: Program) -> Program:
+def configure(program: Program) -> Program:
     """Choose a config for every GEMM and size the partials."""
     kernels: list[Kernel] = []
     for kernel in program.kernels:

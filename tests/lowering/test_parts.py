@@ -12,7 +12,7 @@ from coda.ir.evaluate import evaluate
 from coda.ir.graph import Contract, Graph, Input, Iota, Map, Reduce, Slice, walk
 from coda.ir.types import f64
 from coda.lowering.algebra import chunk as parts
-from coda.lowering.algebra.chunk import in_parts, part_columns
+from coda.lowering.algebra.chunk import chunk, part_columns
 from coda.lowering.algebra.training import derive
 from coda.lowering.compiler import lower
 from coda.runtime.reference import run_reference
@@ -80,7 +80,7 @@ def two_layers(x: T["M D", coda.f64], w: T["E D", coda.f64], v: T["D E", coda.f6
 
 def test_a_sum_over_columns_is_one_over_parts():
     graph = two_layers.graph
-    parted = in_parts(graph, SIZES, frozenset())
+    parted = chunk(graph, SIZES, frozenset())
     (cut,) = parted.cuts
     assert cut.columns == (48, 48)
     (root,) = parted.graph.roots
@@ -93,7 +93,7 @@ def test_a_sum_over_columns_is_one_over_parts():
 
 
 def test_parts_of_weights_are_views_of_them():
-    graph = in_parts(two_layers.graph, SIZES, frozenset()).graph
+    graph = chunk(two_layers.graph, SIZES, frozenset()).graph
     cut = [n for n in walk(graph.roots) if isinstance(n, Slice)]
     assert {n.arg for n in cut} == set(graph.inputs[1:])
     assert not any(isinstance(n, Iota) for n in walk(graph.roots))
@@ -104,7 +104,7 @@ def test_a_statistic_that_needs_all_columns_is_taken_of_them():
     def normed(x: T["M D", coda.f64], w: T["E D", coda.f64], v: T["D E", coda.f64]):
         return coda.softmax(x @ w.T) @ v.T
 
-    parted = in_parts(normed.graph, SIZES, frozenset())
+    parted = chunk(normed.graph, SIZES, frozenset())
     whole = [n.arg for n in walk(parted.graph.roots) if isinstance(n, Reduce)]
     assert all(n.shape[-1] == normed.graph.inputs[1].shape[0] for n in whole)
     same(normed.graph, parted.graph, SIZES)

@@ -28,7 +28,7 @@ def program():
 
 
 def test_a_program_passes(program):
-    verify_program(program)
+    verify_program(program, "place")
 
 
 @pytest.mark.parametrize("lost", [0, 1])
@@ -36,13 +36,13 @@ def test_a_kernel_that_is_lost_is_missed(program, lost):
     kernels = program.kernels
     program.kernels = (*kernels[:lost], *kernels[lost + 1 :])
     with pytest.raises(InternalError, match=r"before it is written"):
-        verify_program(program)
+        verify_program(program, "place")
 
 
 def test_an_order_that_is_wrong_is_noticed(program):
     program.kernels = program.kernels[::-1]
     with pytest.raises(InternalError, match="before it is written"):
-        verify_program(program)
+        verify_program(program, "place")
 
 
 def test_a_matrix_that_is_narrower_than_what_is_loaded_is_noticed():
@@ -58,4 +58,4 @@ def test_a_matrix_that_is_narrower_than_what_is_loaded_is_noticed():
     assert isinstance(kernel, RowwiseKernel)
     program.kernels = (replace(kernel, width=2 * kernel.width),)
     with pytest.raises(InternalError, match="512 elements where it loads 8 x 128"):
-        verify_program(program)
+        verify_program(program, "place")

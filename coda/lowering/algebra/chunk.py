@@ -76,7 +76,7 @@ class _Whole(Exception):
     """A node cannot be made in parts."""
 
 
-def in_parts(graph: Graph, sizes: Mapping[str, int], passing: frozenset[str]) -> Parted:
+def chunk(graph: Graph, sizes: Mapping[str, int], passing: frozenset[str]) -> Parted:
     """The graph with its largest value between kernels in parts, where it is too large."""
     bound = sum(n.nbytes(sizes) for n in (*graph.inputs, *graph.roots)) // SHARE
     between = _between(graph, passing)

@@ -10,18 +10,17 @@ element for each element of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from coda.ir.dims import ONE, Dim, Shape, product
-from coda.ir.graph import Cast, Contract, Input, Map, Node, Reduce, Reshape, origin, transform, walk
+from coda.ir.graph import Cast, Contract, Graph, Map, Node, Reduce, Reshape, origin, transform, walk
 from coda.ir.monoids import MONOIDS
 from coda.lowering.algebra.roles import row_axes
 
 
-def columns_first(roots: Sequence[Node], inputs: Iterable[Input]) -> tuple[Node, ...]:
+def columns_first(graph: Graph) -> Graph:
     """The same values, with no operation on an axis of rows and columns."""
-    rows = row_axes((n for n in walk(roots) if isinstance(n, Contract)), inputs)
+    rows = row_axes((n for n in walk(graph.roots) if isinstance(n, Contract)), graph.inputs)
 
     def change(node: Node) -> Node:
         if isinstance(node, Map | Cast):
@@ -32,7 +31,7 @@ def columns_first(roots: Sequence[Node], inputs: Iterable[Input]) -> tuple[Node,
         with origin(node.where):
             return found.whole()
 
-    return transform(roots, change)
+    return graph.with_roots(transform(graph.roots, change))
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ would read what they are functions of, once more for the column.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from coda.ir.dims import ONE
 from coda.ir.graph import (
     Cast,
     Const,
     Contract,
+    Graph,
     Map,
     Node,
     Pick,
@@ -28,10 +29,10 @@ from coda.ir.graph import (
 )
 
 
-def descended(roots: Sequence[Node]) -> tuple[Node, ...]:
+def push_down(graph: Graph) -> Graph:
     """The same values, with picks and slices of rows as far down as they go."""
-    above = users(roots)
-    returned = set(roots)
+    above = users(graph.roots)
+    returned = set(graph.roots)
 
     def change(node: Node) -> Node:
         match node:
@@ -41,7 +42,7 @@ def descended(roots: Sequence[Node]) -> tuple[Node, ...]:
                 return _rows(node.arg, node)
         return node
 
-    return transform(roots, change)
+    return graph.with_roots(transform(graph.roots, change))
 
 
 def _picked(arg: Node, pick: Pick) -> Node:

@@ -239,7 +239,10 @@ Accept = Callable[[Law, Node, Place], bool]
 
 
 def rewrite(
-    roots: Sequence[Node], laws: Sequence[Law], accept: Accept, trace: list[Step] | None = None
+    roots: Sequence[Node],
+    laws: Sequence[Law],
+    accept: Accept,
+    tell: Callable[[Step], object] = lambda _: None,
 ) -> tuple[Node, ...]:
     """Apply `laws` everywhere, in order, until none applies.
 
@@ -248,9 +251,9 @@ def rewrite(
         laws: tried in order at each node, operands first.
         accept: asked before an application of a law with `choice`; it is told the place of the
             node's first operand, which is the same whatever was rewritten before.
-        trace: collects what was applied.
+        tell: told of each application.
     """
-    return _Rewrite(_by_kind(tuple(laws)), accept, trace).run(roots)
+    return _Rewrite(_by_kind(tuple(laws)), accept, tell).run(roots)
 
 
 Kind = tuple[type[Node], str]
@@ -275,14 +278,14 @@ class _Rewrite:
 
     Attributes:
         laws: by the kind of node that their left side is.
-        accept, trace: as in `rewrite`.
+        accept, tell: as in `rewrite`.
         done: what became of each node.
         places: where nodes stand that are not of the graph itself.
     """
 
     laws: Mapping[Kind, list[Law]]
     accept: Accept
-    trace: list[Step] | None
+    tell: Callable[[Step], object]
     done: dict[Node, Node] = field(default_factory=dict)
     places: dict[Node, Place] = field(default_factory=dict)
     fuel: int = _FUEL
@@ -334,8 +337,7 @@ class _Rewrite:
                 continue
             if one.choice and not self.accept(one, node, self.place(node.operands[0])):
                 continue
-            if self.trace is not None:
-                self.trace.append(Step(one, node, new))
+            self.tell(Step(one, node, new))
             return new
         return None
 

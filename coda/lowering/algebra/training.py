@@ -38,7 +38,7 @@ from coda.lowering.algebra.laws import EXCHANGES, LAWS
 from coda.lowering.algebra.merge_siblings import merge_siblings
 from coda.lowering.algebra.min_cut import minimum_cut
 from coda.lowering.algebra.policy import Terms, Updates
-from coda.lowering.algebra.pushdown import descended
+from coda.lowering.algebra.pushdown import push_down
 from coda.lowering.algebra.rewrite import Law, rewrite, substituted
 from coda.lowering.algebra.roles import is_pointwise, is_view, row_symbols, weight_nodes
 from coda.lowering.algebra.vjp import vjp
@@ -95,8 +95,8 @@ def derive(
     """
     check_memory(memory)
     names = set(differentiated(graph, wanted))
-    roots = descended(rewrite(graph.roots, LAWS, lambda *_: False))
-    normal = graph.with_roots(columns_first(roots, graph.inputs))
+    lawful = graph.with_roots(rewrite(graph.roots, LAWS, lambda *_: False))
+    normal = columns_first(push_down(lawful))
     merged, original = merge_siblings(normal)
     given = {n for n, _ in graph.outputs} if given is None else set(given)
     taken = {i.name for i in graph.inputs} | {s for s in graph.symbols}

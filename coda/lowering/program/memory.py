@@ -148,7 +148,7 @@ def temporary_bytes(program: Program) -> int:
     return most
 
 
-def soonest_freed(program: Program) -> list[Kernel]:
+def soonest_freed(program: Program) -> tuple[Kernel, ...]:
     """The kernels in an order in which what is over is over soon.
 
     Of the kernels whose operands are known, the one comes next that frees the most bytes, or else
@@ -182,4 +182,4 @@ def soonest_freed(program: Program) -> list[Kernel]:
             unmade[name] -= 1
             if name in wholes:
                 unmade[wholes[name]] -= 1
-    return order
+    return tuple(order)

@@ -12,14 +12,18 @@ from coda.lowering.program.memory import nodes_read, writes
 from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel, TorchKernel
 
 
-def verify_program(program: Program) -> None:
-    """Raise InternalError where a kernel reads what no earlier one has written, or part of it."""
-    _Check(program, set(program.prepared.values())).run()
+def verify_program(program: Program, after: str) -> None:
+    """Raise InternalError where a kernel reads what no earlier one has written, or part of it.
+
+    `after` names the stage that left the Program so.
+    """
+    _Check(program, after, set(program.prepared.values())).run()
 
 
 @dataclass
 class _Check:
     program: Program
+    after: str
     prepared: set[Node]
     written: set[str] = field(default_factory=set)
 
@@ -74,6 +78,6 @@ class _Check:
 
     def fault(self, message: str) -> InternalError:
         return InternalError(
-            f"after `partition` of `{self.program.graph.name}`: {message}",
+            f"after `{self.after}` of `{self.program.graph.name}`: {message}",
             help="this is a fault of coda, not of the block: please report it",
         )

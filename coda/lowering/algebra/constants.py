@@ -1,0 +1,39 @@
+"""A graph -> the same with functions of numbers and sizes evaluated, and choices by them made.
+
+    mul (size D), 0.5        = 0.5 · D, a number once D has a size
+    where (const 1), a, b    = a
+
+The number of rows is not folded: it may change from call to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from coda.ir.evaluate import evaluate
+from coda.ir.graph import Const, Graph, Map, Node, Size, transform, walk
+from coda.ir.scalars import SCALARS
+from coda.lowering.algebra.roles import row_symbols
+
+
+def fold_constants(graph: Graph, sizes: Mapping[str, int]) -> Graph:
+    """The graph with every function of numbers alone replaced by its value at these sizes."""
+    tokens = row_symbols(walk(graph.roots))
+
+    def is_number(node: Node) -> bool:
+        return isinstance(node, Const) or (isinstance(node, Size) and not node.dim.symbols & tokens)
+
+    def known(node: Node) -> Node:
+        if not isinstance(node, Map):
+            return node
+        test = node.args[0]
+        if SCALARS[node.fn].chooses and isinstance(test, Const):
+            chosen = node.args[1 if test.value else 2]
+            same = (chosen.shape, chosen.dtype) == (node.shape, node.dtype)
+            return chosen if same else node
+        if not all(map(is_number, node.args)):
+            return node
+        (value,) = evaluate([node], {}, sizes)
+        return Const(float(value), node.dtype)
+
+    return graph.with_roots(transform(graph.roots, known))

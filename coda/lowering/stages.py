@@ -1,0 +1,296 @@
+"""The stages of a lowering: their names, what each requires, and a record of what each did.
+
+A lowering calls `trial(name, run, value, ...)` for each stage in turn, which gives `run(value,
+...)`. On the way it is checked (`CODA_CHECK=2`: what the stage requires before, and what it left
+after), timed, and recorded. A block with choices is lowered several times, each a `Trial`; the one
+that is kept is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+from coda.errors import CodaError, InternalError
+from coda.ir.graph import Graph, walk
+from coda.ir.verify import verify, verify_nodes
+from coda.lowering.algebra.chunk import Parted
+from coda.lowering.algebra.columns_first import columns_first
+from coda.lowering.algebra.constants import fold_constants
+from coda.lowering.algebra.laws import LAWS
+from coda.lowering.algebra.pushdown import push_down
+from coda.lowering.algebra.rewrite import Step, rewrite
+from coda.lowering.program.program import Program, TorchKernel
+from coda.lowering.program.verify import verify_program
+
+Value = Graph | Parted | Program
+
+
+def verified(value: Value, after: str) -> None:
+    """Raise InternalError where the stage `after` left what is not well formed."""
+    if isinstance(value, Program):
+        verify_program(value, after)
+    else:
+        verify(value.graph if isinstance(value, Parted) else value, after)
+
+
+def _well_formed(graph: Graph) -> str:
+    verify(graph, "trace")
+    return ""
+
+
+def _laws_ended(graph: Graph) -> str:
+    steps: list[Step] = []
+    rewrite(graph.roots, LAWS, lambda *_: False, steps.append)
+    return f"the law `{steps[0].law.name}` still applies" if steps else ""
+
+
+def _pushed_down(graph: Graph) -> str:
+    ended = push_down(graph).roots == graph.roots
+    return "" if ended else "a pick or a slice of rows can go further down"
+
+
+def _columns_first(graph: Graph) -> str:
+    ended = columns_first(graph).roots == graph.roots
+    return "" if ended else "an operation is over rows and columns at once"
+
+
+def _constants_folded(graph: Graph) -> str:
+    ended = fold_constants(graph, dict.fromkeys(graph.symbols, 1)).roots == graph.roots
+    return "" if ended else "a function of numbers is not evaluated"
+
+
+def _placeable(parted: Parted) -> str:
+    lost = parted.part_of.keys() - set(walk(parted.graph.roots))
+    return "a part is of no node of the graph" if lost else _columns_first(parted.graph)
+
+
+def _complete(program: Program) -> str:
+    verify_program(program, "place")
+    return ""
+
+
+def _memory_is_open(program: Program) -> str:
+    planned = program.overwrites or program.freed
+    return "memory is planned already, by the order of kernels" if planned else ""
+
+
+def _partials_sized(program: Program) -> str:
+    made = {s.buffer for g in program.gemms() for s in g.body.epilogue.sinks if not s.rows}
+    for kernel in program.kernels:
+        for one in () if isinstance(kernel, TorchKernel) else kernel.body.epilogue.statistics:
+            if one.operand in made and not one.count:
+                return f"`{kernel.name}` folds `{one.operand}`, whose partials have no size"
+    return ""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the lowering.
+
+    Attributes:
+        name: how it is shown and asked for.
+        does: what it does, in a line.
+        requires: its precondition, in a line.
+        missing: what is missing of the precondition in a value; "" where it holds.
+    """
+
+    name: str
+    does: str
+    requires: str
+    missing: Callable[[Any], str]
+
+
+STAGES: dict[str, Stage] = {
+    name: Stage(name, does, requires, missing)
+    for name, does, requires, missing in (
+        (
+            "laws",
+            "apply equations of the algebra until none applies",
+            "types and shapes follow from operands, and names are unique",
+            _well_formed,
+        ),
+        (
+            "pushdown",
+            "move picks and slices of rows towards the arguments",
+            "no law without a choice applies any more",
+            _laws_ended,
+        ),
+        (
+            "columns",
+            "reduce over columns first, then over rows",
+            "picks and slices are as far down as they go",
+            _pushed_down,
+        ),
+        (
+            "constants",
+            "evaluate functions of numbers and sizes",
+            "no operation is over rows and columns at once",
+            _columns_first,
+        ),
+        (
+            "chunks",
+            "make the largest value between kernels in parts",
+            "functions of numbers alone are numbers",
+            _constants_folded,
+        ),
+        (
+            "place",
+            "decide which kernel computes which node, and build the kernels",
+            "parts are of nodes of the graph, and no operation is over rows and columns at once",
+            _placeable,
+        ),
+        (
+            "factor",
+            "compute once what the products of a kernel share",
+            "what a kernel reads is an argument, prepared, or written by an earlier one",
+            _complete,
+        ),
+        (
+            "order",
+            "launch first what frees memory",
+            "memory is not planned yet",
+            _memory_is_open,
+        ),
+        (
+            "configure",
+            "choose tiles and clusters, and size partials by them",
+            "memory is not planned yet",
+            _memory_is_open,
+        ),
+        (
+            "memory",
+            "decide when a buffer is dead, and what is written in place",
+            "partials have their sizes",
+            _partials_sized,
+        ),
+    )
+}
+PROGRAM = ("chunks", "place", "factor", "order", "configure", "memory")  # make a graph a Program
+
+
+def stage_names(text: str, what: str) -> tuple[str, ...]:
+    """The stages of "laws,place". Raises CodaError for a name that is none; `what` was asked."""
+    names = tuple(n.strip() for n in text.split(",") if n.strip())
+    for name in names:
+        if name not in STAGES:
+            raise CodaError(f"{what}: there is no such stage", found=name, help=", ".join(STAGES))
+    return names
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A stage that ran: what it was given, what it left, and how long it took."""
+
+    stage: Stage
+    before: Value
+    after: Value
+    seconds: float
+
+
+@dataclass
+class Trial:
+    """One lowering, stage by stage.
+
+    Attributes:
+        check: 2 to check each stage and each law, else 0.
+        only: the stages to run; the others leave what they are given. None for all.
+        ran: the stages that ran so far.
+        steps: the laws that were applied so far.
+    """
+
+    check: int = 0
+    only: frozenset[str] | None = None
+    ran: list[Ran] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+    def __call__(self, name: str, run: Callable[..., Any], value: Any, *more: Any) -> Any:
+        """run(value, *more), checked, timed and recorded. Raises InternalError."""
+        if self.only is not None and name not in self.only:
+            return value
+        stage = STAGES[name]
+        if self.check > 1:
+            self.required(stage, value)
+        start = perf_counter()
+        found = run(value, *more)
+        self.ran.append(Ran(stage, value, found, perf_counter() - start))
+        if self.check > 1:
+            verified(found, name)
+        return found
+
+    def required(self, stage: Stage, value: Any) -> None:
+        """Raise InternalError where the precondition of a stage does not hold."""
+        missing = stage.missing(value)
+        if missing:
+            raise InternalError(
+                f"before `{stage.name}`: {missing}",
+                found=f"the stage requires: {stage.requires}",
+                help="this is a fault of coda, not of the block: please report it",
+            )
+
+    def law(self, step: Step) -> None:
+        """Record the application of a law. Raises InternalError."""
+        self.steps.append(step)
+        if self.check > 1:
+            verify_nodes(walk([step.after]), step.law.name)
+
+
+@dataclass
+class Stages:
+    """How a lowering is checked and shown.
+
+    Attributes:
+        check: 0 for no checks, 1 for the block before and the Program after, 2 also before and
+            after every stage and after every law.
+        show: names of the stages whose results are shown.
+        tell: takes the lines that are shown.
+        trials: the lowerings so far; `kept` is the one that was chosen.
+    """
+
+    check: int = 1
+    show: Iterable[str] = ()
+    tell: Callable[[str], object] = print
+    trials: list[Trial] = field(default_factory=list)
+    kept: Trial | None = None
+
+    def begin(self, graph: Graph) -> None:
+        """Check the block. Raises InternalError."""
+        if self.check:
+            verify(graph, "trace")
+
+    def trial(self) -> Trial:
+        """The record of another lowering."""
+        self.trials.append(Trial(self.check))
+        return self.trials[-1]
+
+    def keep(self, program: Program) -> Program:
+        """The Program that was chosen, checked. Raises InternalError."""
+        self.kept = next(t for t in self.trials if t.ran[-1].after is program)
+        if self.check and program.normal is not None:
+            verify(program.normal, "chunks")
+            verify_program(program, "memory")
+        return program
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Show what was asked for: of the lowering that was chosen, or of one that failed."""
+        shown = self.kept or (self.trials[-1] if self.trials else None)
+        for ran in shown.ran if shown else ():
+            if ran.stage.name in self.show:
+                self.tell(f"# after {ran.stage.name}\n{show_value(ran.after)}")
+
+
+def show_value(value: Value) -> str:
+    """What a stage left, as text."""
+    if isinstance(value, Program):
+        dead = zip(value.kernels, value.freed, strict=False)
+        notes = [f"  dead after {k.name}: {', '.join(names)}" for k, names in dead if names]
+        return "\n".join([value.text().rstrip(), *notes]) + "\n"
+    if isinstance(value, Parted):
+        cuts = [f"in {len(c.columns)} parts: {c.columns} columns" for c in value.cuts]
+        return "\n".join([str(value.graph).rstrip(), *cuts]) + "\n"
+    return f"{str(value).rstrip()}\n"
