@@ -25,7 +25,7 @@ the first entries, and exits with 1:
       gpt2_layer.layer.real.sm_90a.inference.balanced   program, sources
           launches 6 -> 7 worse, hbm_bytes 538000000 -> 512000000 better
 
-`write` takes about 5 minutes of one core, with `--quick` (examples, one policy) half a minute.
+`write` takes about 6 minutes of one core, with `--quick` (examples, one policy) half a minute.
 `--only TEXT` writes the entries whose names begin with TEXT; `compare --subset` compares such a
 part with a whole. `--ptx` adds the PTX of some 40 kernels, which takes about 10 minutes more.
 
@@ -337,9 +337,8 @@ def write(options):
     if any(directory.iterdir()):
         sys.exit(f"{directory} is not empty")
     count, failures, whole = 0, Counter(), hashlib.sha256()
-    for name, sections in all_entries(options):
-        if not name.startswith(options.only):
-            continue
+    asked = (pair for pair in all_entries(options) if pair[0].startswith(options.only))
+    for name, sections in asked:
         text = "".join(f"==== {k} ====\n{v.rstrip()}\n" for k, v in sections.items())
         (directory / f"{name}.txt").write_text(text)
         count += 1
@@ -349,10 +348,8 @@ def write(options):
             break
     for text, times in failures.most_common(5):
         print(f"  {times} times {text.splitlines()}")
-    print(
-        f"{count} entries of {coda_root()}, {failures.total()} of them errors, in "
-        f"{time.process_time():.0f} s of one core; digest {whole.hexdigest()[:16]}"
-    )
+    print(f"{count} entries of {coda_root()}, {failures.total()} of them errors, in", end=" ")
+    print(f"{time.process_time():.0f} s of one core; digest {whole.hexdigest()[:16]}")
     if count == failures.total():
         sys.exit("all entries are errors: coda is broken, or a seam of this script has moved")
 
