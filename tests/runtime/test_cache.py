@@ -1,6 +1,7 @@
 """The kernel cache: across processes, in bad weather."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -57,6 +58,18 @@ def test_two_processes_compile_a_kernel_once_and_a_third_loads_it(tmp_path):
     outputs.append(third.communicate(timeout=120)[0])
     assert objects(tmp_path)[0].stat().st_mtime_ns == written
     assert len({o.split()[2] for o in outputs}) == 1
+
+
+@pytest.mark.slow
+def test_a_directory_that_was_copied_elsewhere_has_its_kernels(tmp_path):
+    run(tmp_path / "here").communicate(timeout=120)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    (tmp_path / "there").chmod(0o700)
+    (written,) = objects(tmp_path / "there")
+    before = written.stat().st_mtime_ns
+    run(tmp_path / "there").communicate(timeout=120)
+    assert objects(tmp_path / "there") == [written]
+    assert written.stat().st_mtime_ns == before
 
 
 @pytest.mark.slow

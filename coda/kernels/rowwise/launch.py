@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,9 +31,13 @@ _TYPES = {
 
 
 @jit_cache
-def _compile(source: RowSource, shared: tuple[bool, ...], arch: str, directory: str) -> Any:
-    """The compiled `launch` of a source: one for any number of rows."""
-    module = load_module(source.text, source.name, Path(directory))
+def _compile(source: RowSource, shared: tuple[bool, ...], arch: str) -> Any:
+    """The compiled `launch` of a source that is loaded: one for any number of rows.
+
+    The arguments are the key of what is kept between processes: no directory is among them, so
+    that kernels that were shipped are found wherever they are.
+    """
+    module = sys.modules[source.name]
     rows = cute.sym_int()
     tensors = []
     for (_, name, columns, _), kind, once in zip(
@@ -99,7 +104,8 @@ class Rows:
 
     def compile(self) -> Any:
         """Compile, or find it compiled."""
-        return _compile(self.source, self.shared, self.arch, str(self.directory))
+        load_module(self.source.text, self.source.name, self.directory)
+        return _compile(self.source, self.shared, self.arch)
 
     def arguments(
         self,
