@@ -1,4 +1,4 @@
-"""The command line: explain, compile, run, cache, doctor.
+"""The command line: explain, compile, run, check, cache, doctor.
 
 Results go to stdout, everything else to stderr.
 """
@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from torch import Tensor
 
 import coda
 from coda.block import Block
@@ -36,6 +37,7 @@ from coda.border import (
     told,
     traced,
 )
+from coda.check import check_gradients, check_kernels
 from coda.doctor import examine
 from coda.errors import CodaError, InternalError
 from coda.ir.types import DType, dtype_of
@@ -43,6 +45,7 @@ from coda.lowering.compiler import check_dims
 from coda.lowering.program.program import Program
 from coda.measure import Report, load_inputs, measure, measure_gradients, random_inputs
 from coda.runtime import cache as kernel_cache
+from coda.runtime.bind import bind_sizes
 from coda.runtime.call import choose_backend, target_arch
 from coda.runtime.compile import Compiled, compile_program, show_progress, usage_table
 from coda.runtime.settings import CACHE_DIR
@@ -69,6 +72,8 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Backward = Annotated[bool, typer.Option("--backward", help="of training: forward and backward")]
 Memory = Annotated[str, typer.Option(help="what training saves: min, balanced or speed")]
 Wanted = Annotated[str, typer.Option(help="arguments to differentiate, as in x,w; else all floats")]
+Inputs = Annotated[str, typer.Option(help="a .safetensors or .npz file of arguments")]
+Seed = Annotated[int, typer.Option(help="of random arguments and schedules")]
 Frozen = Annotated[bool, typer.Option(help="weights keep their values (inference)")]
 
 
@@ -189,8 +194,8 @@ def run(
     arch: Arch = "",
     dtype: Type = "bf16",
     backend: Annotated[str, typer.Option(help="reference, sim or cuda")] = "",
-    inputs: Annotated[str, typer.Option(help="a .safetensors or .npz file of arguments")] = "",
-    seed: Annotated[int, typer.Option(help="of random arguments and schedules")] = 0,
+    inputs: Inputs = "",
+    seed: Seed = 0,
     schedule: Annotated[str, typer.Option(help="of backend sim: eager, late or random")] = "eager",
     show: Annotated[bool, typer.Option("--report", help="what backend sim saw")] = False,
     backward: Backward = False,
@@ -206,11 +211,7 @@ def run(
     block, seed = _block(target, dtype), check_seed(seed)
     check_training(backward, memory, wanted)
     graph = block.graph_of(element)
-    if inputs:
-        given = load_inputs(graph, Path(inputs))
-    else:
-        check_memory(block, element, check_dims(graph, sizes))
-        given = random_inputs(graph, sizes, seed)
+    given = _arguments(block, element, sizes, inputs, seed)
     chosen = choose_backend(backend)
     if chosen != "sim" and (show or schedule != "eager"):
         raise CodaError(
@@ -233,6 +234,56 @@ def run(
     _Output().print(report.table())
     if seen is not None and show:
         print(seen)
+
+
+def _arguments(
+    block: Block, element: DType, sizes: dict[str, int], file: str, seed: int
+) -> list[Tensor]:
+    """The arguments that a file has, or random ones. Raises CodaError."""
+    graph = block.graph_of(element)
+    if file:
+        return load_inputs(graph, Path(file))
+    check_memory(block, element, check_dims(graph, sizes))
+    return random_inputs(graph, sizes, seed)
+
+
+@app.command()
+@told
+def check(
+    target: Target,
+    dims: Dims = "",
+    arch: Arch = "",
+    dtype: Type = "bf16",
+    backend: Annotated[str, typer.Option(help="one backend; else all that work here")] = "",
+    inputs: Inputs = "",
+    seed: Seed = 0,
+    backward: Backward = False,
+    memory: Memory = "",
+    wanted: Wanted = "",
+    as_json: Json = False,
+) -> None:
+    """Hold each kernel against float64 on every backend, and name the first that is wrong.
+
+    Ends with 1 where one is.
+    """
+    element, given_sizes = dtype_of(dtype), parse_dims(dims)
+    block, seed = _block(target, dtype), check_seed(seed)
+    check_training(backward, memory, wanted)
+    given = _arguments(block, element, given_sizes, inputs, seed)
+    sizes = bind_sizes(block.graph_of(element), given, given_sizes)
+    backends = [choose_backend(backend)] if backend else []
+    options = {"arch": arch, "backends": backends, "element": element}
+    if backward:
+        kept = {"wanted": names_of(wanted), "memory": memory or None, "seed": seed}
+        report = check_gradients(block, given, sizes, **options, **kept)
+    else:
+        report = check_kernels(block, given, sizes, **options)
+    if as_json:
+        _print_json(report.json())
+    else:
+        _Output().print(report.table())
+        print(report.verdict())
+    raise typer.Exit(0 if report.wrong is None else 1)
 
 
 def _simulate(

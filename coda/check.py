@@ -1,0 +1,366 @@
+"""A block and arguments -> each of its kernels held against float64, on every backend that is here.
+
+A Program runs once on a backend, with every value that a kernel stores returned beside its outputs.
+Each stored value is then compared with float64, evaluated from what the kernel *read*: the
+arguments, and the values that kernels before it stored, as that backend stored them. An error of
+one kernel is thus not charged to those after it, and the first kernel that leaves its bound is the
+one at fault. The bound follows from the error of torch op by op, from the same values, in the same
+types: `NORM` times that over a whole value, `WORST` times that at its worst element, and what one
+rounding to the stored type is, for values that torch happens to compute exactly.
+
+Partials of a reduction are no value of the block: they are seen through the kernel that folds them,
+and both kernels are named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from coda.block import Block
+from coda.errors import CodaError
+from coda.ir.evaluate import evaluate
+from coda.ir.graph import Node
+from coda.ir.types import DType, bf16
+from coda.lowering.program.cost import describe
+from coda.lowering.program.memory import reads, writes
+from coda.lowering.program.program import Kernel, Program, TorchKernel
+from coda.runtime.call import BACKENDS, gpu_arch, target_arch
+
+NORM, WORST = 1.5, 4.0  # times the error of torch op by op
+LEAST = 1e-6  # relative to the values: of sums in float32, in another order
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far a stored value is from float64.
+
+    Attributes:
+        norm: ‖y − y64‖ / ‖y64‖; of conditions and whole numbers, the share that differ.
+        worst: max |y − y64| / max |y64| over the elements; infinite where one is NaN or infinite
+            and the other is not.
+        at: the index of that element.
+    """
+
+    norm: float
+    worst: float
+    at: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One stored value of one kernel on one backend.
+
+    Attributes:
+        part: "forward" or "backward" of training, else "".
+        kernel: its name in the Program.
+        folds: kernels whose partials it folds.
+        value: the buffer, as `explain` names it.
+        backend: on which it ran.
+        unit: the largest relative error of one rounding to the stored type; 0 of whole numbers.
+        shape: of the value.
+        coda, torch: the kernel's deviation, and that of torch op by op.
+    """
+
+    part: str
+    kernel: str
+    folds: tuple[str, ...]
+    value: str
+    backend: str
+    unit: float
+    shape: tuple[int, ...]
+    coda: Deviation
+    torch: Deviation
+
+    @property
+    def good(self) -> bool:
+        """Whether the value is within its bound."""
+        few = max(math.prod(self.shape), 1) ** -0.5  # of n elements a norm is known to 1/√n
+        norm = (NORM + few) * self.torch.norm + few * self.unit + LEAST
+        worst = WORST * self.torch.worst + self.unit + LEAST
+        return self.coda.norm <= norm and self.coda.worst <= worst
+
+    def name(self) -> str:
+        """The kernel, and those whose partials are seen through it."""
+        whole = f"{self.part} {self.kernel}".strip()
+        return f"{whole} (which folds partials of {', '.join(self.folds)})" if self.folds else whole
+
+    def json(self) -> dict[str, Any]:
+        """As plain data."""
+        found = vars(self) | {"good": self.good}
+        return found | {k: vars(found[k]) for k in ("coda", "torch")}
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `coda check` prints."""
+
+    block: str
+    arch: str
+    sizes: dict[str, int]
+    values: tuple[Checked, ...]
+
+    @property
+    def wrong(self) -> Checked | None:
+        """The first value, in the order of launches, that is out of its bound on some backend."""
+        return next((v for v in self.values if not v.good), None)
+
+    def verdict(self) -> str:
+        """One sentence."""
+        one = self.wrong
+        if one is None:
+            return f"{self.block}: every value of every kernel is within its bound"
+        return (
+            f"{self.block}: {one.name()} is the first kernel that is wrong, on {one.backend}: "
+            f"`{one.value}`, worst at {list(one.coda.at)}"
+        )
+
+    def json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "block": self.block,
+            "arch": self.arch,
+            "dims": self.sizes,
+            "values": [v.json() for v in self.values],
+            "wrong": None if self.wrong is None else self.wrong.json(),
+        }
+
+    def table(self) -> Table:
+        """For people."""
+        sizes = " ".join(f"{k}={v}" for k, v in self.sizes.items())
+        title = f"{self.block} on {self.arch}, {sizes}: errors against float64"
+        table = Table(title=title, title_justify="left")
+        for column in ("kernel", "value", "backend", "error", "torch's", "worst", "torch's", ""):
+            table.add_column(column, overflow="fold")
+        for v in self.values:
+            errors = v.coda.norm, v.torch.norm, v.coda.worst, v.torch.worst
+            shown = [f"{e:.1e}" for e in errors]
+            kernel = f"{v.part} {v.kernel}".strip()
+            table.add_row(kernel, v.value, v.backend, *shown, "ok" if v.good else "WRONG")
+        return table
+
+
+def backends_here(arch: str) -> list[str]:
+    """The backends that can run a Program for an arch, the slowest last."""
+    import shutil
+
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    works = {"cuda": gpu_arch() == arch, "sim": bool(compiler)}
+    return [name for name in ("reference", "cuda", "sim") if works.get(name, True)]
+
+
+def check_kernels(
+    block: Block,
+    inputs: Sequence[Tensor],
+    sizes: Mapping[str, int],
+    *,
+    element: DType = bf16,
+    arch: str = "",
+    backends: Sequence[str] = (),
+) -> CheckReport:
+    """Hold each kernel of a block's Program against float64.
+
+    Args:
+        block: the block.
+        inputs: its arguments in order, on the CPU, of the types that the graph declares.
+        sizes: the size of every symbol.
+        element: the type of arguments that are declared without one.
+        arch: to lower for; by default that of the GPU, else `CODA_ARCH`.
+        backends: to run on; by default all that can run the Program.
+
+    Raises:
+        CodaError: where a kernel stops in the simulator, with the kernel's name.
+    """
+    arch = target_arch(arch)
+    program = block.lower(arch, sizes, element)
+    values = check_program(program, inputs, sizes, backends or backends_here(arch))
+    return CheckReport(program.graph.name, arch, dict(sizes), tuple(values))
+
+
+def check_gradients(
+    block: Block,
+    inputs: Sequence[Tensor],
+    sizes: Mapping[str, int],
+    *,
+    element: DType = bf16,
+    arch: str = "",
+    backends: Sequence[str] = (),
+    wanted: Sequence[str] | None = None,
+    memory: str | None = None,
+    seed: int = 0,
+) -> CheckReport:
+    """Hold each kernel of a block's forward and backward against float64.
+
+    Cotangents are random. What the forward saves is what the first backend computed.
+
+    Args:
+        block, inputs, sizes, element, arch, backends: as in `check_kernels`.
+        wanted: names of the arguments to differentiate; by default all floats.
+        memory: "min", "balanced" or "speed", as in a call.
+        seed: of the cotangents.
+    """
+    arch = target_arch(arch)
+    names = backends or backends_here(arch)
+    forward, backward = block.lower_training(arch, sizes, element, wanted, memory)
+    values = check_program(forward, inputs, sizes, names, "forward")
+    outputs = run_on(names[0], forward, inputs, sizes)
+    known = {i.name: x for i, x in zip(forward.graph.inputs, inputs, strict=True)}
+    known |= {name: x for (name, _), x in zip(forward.outputs, outputs, strict=True)}
+    generator = torch.Generator().manual_seed(seed)
+    given: list[Tensor] = []
+    for node in backward.graph.inputs:
+        shape = [d.size(sizes) for d in node.shape]
+        x = known.get(node.name)
+        x = torch.randn(shape, generator=generator) if x is None else x
+        given.append(x.reshape(shape).to(node.dtype.torch))
+    values += check_program(backward, given, sizes, names, "backward")
+    return CheckReport(forward.graph.name, arch, dict(sizes), tuple(values))
+
+
+def check_program(
+    program: Program,
+    inputs: Sequence[Tensor],
+    sizes: Mapping[str, int],
+    backends: Sequence[str],
+    part: str = "",
+) -> list[Checked]:
+    """Each value that a Program's kernels store, on each backend, in the order of launches."""
+    watched = observed(program)
+    found: list[list[Checked]] = []
+    for backend in backends:
+        outputs = run_on(backend, watched, inputs, sizes)
+        values = dict(zip((n for _, n in watched.outputs), outputs, strict=True))
+        values |= dict(zip(program.graph.inputs, inputs, strict=True))
+        found.append([*_held(program, values, sizes, backend, part)])
+    return [v for row in zip(*found, strict=True) for v in row]
+
+
+def observed(program: Program) -> Program:
+    """The same kernels, with all that they store and all that is made of weights as outputs.
+
+    No memory is freed and nothing is written over, so that each value is there at the end.
+    """
+    extra = [*program.places, *program.prepared.values()]
+    outputs = (*program.outputs, *((f"value{i}", n) for i, n in enumerate(extra)))
+    freed = tuple(() for _ in program.kernels)
+    return replace(program, outputs=outputs, freed=freed, overwrites={})
+
+
+def run_on(
+    backend: str, program: Program, inputs: Sequence[Tensor], sizes: Mapping[str, int]
+) -> list[Tensor]:
+    """The outputs of a Program on a backend, on the CPU.
+
+    Raises:
+        CodaError: where the simulator stops, with the kernel's name.
+    """
+    nothing: frozenset[str] = frozenset()
+    if backend == "cuda":
+        moved = [x.cuda() for x in inputs]
+        return [x.cpu() for x in BACKENDS[backend](program, moved, sizes, nothing)]
+    if backend != "sim":
+        return list(BACKENDS[backend](program, inputs, sizes, nothing))
+    from coda.runtime.simulate import device
+    from coda.sim import SimError
+
+    gpu = None
+    try:
+        with device(program.arch, checks="raise") as gpu:
+            return list(BACKENDS[backend](program, inputs, sizes, nothing))
+    except SimError as e:
+        count = len(gpu.report().launches) if gpu is not None else 0
+        launched = [k for k in program.kernels if _is_launched(k)][: max(count, 1)]
+        raise CodaError(
+            f"the simulated GPU stopped in {launched[-1].name}: {e}",
+            found=f"launch {count} of {program.graph.name}",
+        ) from e
+
+
+def _is_launched(kernel: Kernel) -> bool:
+    return not isinstance(kernel, TorchKernel)
+
+
+def _held(
+    program: Program,
+    values: Mapping[Node, Tensor],
+    sizes: Mapping[str, int],
+    backend: str,
+    part: str,
+) -> Iterator[Checked]:
+    """The values of one run, each beside float64."""
+    makers: dict[str, Kernel] = {}
+    given = {n: values[n] for n in (*program.graph.inputs, *program.prepared.values())}
+    for kernel in program.kernels:
+        makers |= dict.fromkeys(writes(program, kernel), kernel)
+        folds = _folded(program, kernel, makers)
+        read = {n for k in (kernel, *folds) for n in reads(program, k)}
+        known = given | {n: values[n] for n, p in program.places.items() if p.buffer in read}
+        mine = [n for n, p in program.places.items() if p.buffer in writes(program, kernel)]
+        mine = [n for n in mine if n not in known]
+        exact = evaluate(mine, known, sizes)
+        plain = evaluate(mine, known, sizes, None)
+        for node, wide, narrow in zip(mine, exact, plain, strict=True):
+            yield Checked(
+                part,
+                kernel.name,
+                tuple(k.name for k in folds),
+                f"{program.places[node].buffer}: {_described(node)}",
+                backend,
+                torch.finfo(node.dtype.torch).eps / 2 if node.dtype.kind == "float" else 0.0,
+                tuple(wide.shape),
+                deviation(values[node], wide),
+                deviation(narrow, wide),
+            )
+
+
+def _folded(program: Program, kernel: Kernel, makers: Mapping[str, Kernel]) -> list[Kernel]:
+    """The kernels whose partials a kernel folds, directly or through others."""
+    found: dict[Kernel, None] = {}
+    stack = [kernel]
+    while stack:
+        one = stack.pop()
+        for name in reads(program, one):
+            buffer = program.buffers.get(name)
+            if buffer is not None and buffer.kind == "partial" and makers[name] not in found:
+                found[makers[name]] = None
+                stack.append(makers[name])
+    return list(found)
+
+
+def _described(node: Node) -> str:
+    """An operation and the line of the user's that it comes from."""
+    where = f" ({Path(node.where.file).name}:{node.where.line})" if node.where else ""
+    return f"{describe(node)}{where}"
+
+
+def deviation(found: Tensor, exact: Tensor) -> Deviation:
+    """How far a tensor is from float64.
+
+    Args:
+        found, exact: of one shape; NaN and infinities are equal where both have them.
+    """
+    x, y = found.double().reshape(-1), exact.double().reshape(-1)
+    if not y.numel():
+        return Deviation(0.0, 0.0, ())
+    same = (x == y) | (x.isnan() & y.isnan())
+    if not exact.is_floating_point():
+        other = (~same).double()
+        return Deviation(float(other.mean()), 0.0, _index(int(other.argmax()), exact))
+    finite = x.isfinite() & y.isfinite()
+    apart = torch.where(same, 0.0, torch.where(finite, (x - y).abs(), math.inf))
+    scale = torch.where(y.isfinite(), y, 0.0)
+    place = int(apart.argmax())
+    norm = float(apart.norm() / scale.norm().clamp_min(1e-300))
+    worst = float(apart.max() / scale.abs().max().clamp_min(1e-300))
+    return Deviation(norm, worst, _index(place, exact))
+
+
+def _index(place: int, like: Tensor) -> tuple[int, ...]:
+    return tuple(int(i) for i in torch.unravel_index(torch.tensor(place), like.shape))
