@@ -21,6 +21,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The site, with the reference of the API from the docstrings, in build/site. A warning is an error.
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 # A wheel and an sdist, in dist/.
 dist: $(VENV)/ready
 	rm -rf dist
@@ -36,4 +40,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,sass]'
 	touch $@
 
-.PHONY: demo test sweep lint dist dist-check
+.PHONY: demo test sweep lint docs dist dist-check

@@ -1,15 +1,17 @@
 """The docs are true: their snippets run, and the page of the laws is what the code says."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
+import coda
 from coda.lowering.algebra.laws import EXCHANGES, LAWS
 from coda.runtime.settings import VARIABLES
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 HEAD = """# The laws
 
 A law is an equation between two small graphs over variables with axes, in
@@ -39,7 +41,7 @@ def laws_page():
         over = ", ".join(
             f"{n}[{' '.join(('...',) * v.leading + v.axes)}]" for n, v in law.variables.items()
         )
-        identity = law.identity.split("\n")[0].replace("|", "\\|")
+        identity = re.sub(r"([\[|])", r"\\\1", law.identity.split("\n")[0])
         marks = [m for m, has in (("choice", law.choice), ("far", law.unscaled)) if has]
         marked = f" (*{', '.join(marks)}*)" if marks else ""
         rows.append(f"| `{law.name}`{marked} | {identity} | {over} |")
@@ -64,6 +66,26 @@ def test_python_snippets_run(page):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_page_of_the_api_has_every_public_name():
+    page = (ROOT / "docs/api.md").read_text()
+    told = set(re.findall(r"^::: coda\.(\w+)$", page, re.M))
+    told |= set(re.findall(r"Element types: `(.*?)`", page)[0].split())
+    assert set(coda.__all__) - told == {"__version__"}
+
+
+def test_the_page_of_explain_has_every_kind_of_operand():
+    page = (ROOT / "docs/explain.md").read_text()
+    told = set(re.findall(r"^\| `(\w+)` \|", page, re.M))
+    layer, mlp = (runpy.run_path(str(ROOT / f"examples/llama_{n}.py"))[n] for n in ("layer", "mlp"))
+    found = [layer.explain("sm_90a", M=256, D=256, F=512, H=4, G=2, d=64)]
+    both = mlp.explain_training("sm_90a", M=256, D=256, F=512)
+    found += [both.forward, both.backward]
+    operands = [o for e in found for k in e.json()["kernels"] for o in k.get("operands", ())]
+    kinds = {o.split()[1] for o in operands}
+    assert len(kinds) >= 4
+    assert kinds <= told
 
 
 def test_the_readme_shows_what_explain_prints():
