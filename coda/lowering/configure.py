@@ -58,7 +58,7 @@ def size_partials(program: Program) -> Program:
 def size_sum(program: Program, sink: SinkExpr, parts: int, width: int) -> None:
     """Size the partials of a sum over rows: a column may be a part of another's sum."""
     columns = program.buffers[sink.buffer].shape[1]
-    parts *= (sink.span[1] if sink.span else width) // columns.size(program.sizes)
+    parts *= (sink.span.width if sink.span else width) // columns.size(program.sizes)
     shape = (ONE, columns, Dim.of(parts))
     program.buffers[sink.buffer] = Buffer(sink.buffer, "partial", shape, f32)
 

@@ -122,7 +122,7 @@ class Explanation:
             found["config"] = show_config(kernel.config)
         if not isinstance(kernel, TorchKernel):
             epilogue = kernel.body.epilogue
-            found["operands"] = [f"{o.name} {o.kind} {o.dtype}" for o in epilogue.operands]
+            found["operands"] = [f"{o.name} {o.access.word} {o.dtype}" for o in epilogue.operands]
             found["stores"] = [f"{s.buffer} {s.dtype}" for s in epilogue.stores]
             found["sinks"] = [f"{s.buffer} {s.monoid}" for s in epilogue.sinks]
         return found
@@ -211,7 +211,7 @@ class Explanation:
             what = f"torch: {describe(kernel.node)}"
         loads: Iterable[str] = [t for t, _ in moved.reads]
         if not isinstance(kernel, TorchKernel):
-            loads = [f"{o.name} ({o.kind})" for o in kernel.body.epilogue.operands]
+            loads = [f"{o.name} ({o.access.word})" for o in kernel.body.epilogue.operands]
         numbers = [flops / 1e9, moved.read_bytes / 1e6, moved.write_bytes / 1e6, time * 1e6]
         shown = [f"{n:.1f}" for n in numbers]
         what += f"\nloads {', '.join(loads) or 'nothing else'}"

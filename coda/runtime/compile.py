@@ -160,7 +160,7 @@ def base_of(program: Program, kernel: GemmKernel | RowwiseKernel) -> Path:
 
 def has_padded_rows(program: Program, kernel: RowwiseKernel) -> bool:
     """Whether a pass over rows of an odd length reads what our kernels wrote, and nothing else."""
-    tiles = [o.name for o in kernel.body.epilogue.operands if o.kind == "tile"]
+    tiles = kernel.body.epilogue.tiles
     found = {n for t in tiles for n in held_in(program, kernel.body.nodes[t])}
     theirs = {i.name for i in program.graph.inputs} - program.terms.spare
     return is_ragged(kernel.body, kernel.width) and not found & theirs

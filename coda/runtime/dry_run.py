@@ -75,7 +75,7 @@ class DryRun(KernelRun):
 
     def matrix(self, kernel: GemmKernel) -> Tensor:
         _, n, k = kernel.problem(self.sizes)
-        if len(kernel.contracts) == 1 and not kernel.body.split:
+        if len(kernel.contracts) == 1 and not kernel.body.epilogue.split:
             return aligned(self.value(kernel.contracts[0].rhs), turned=True)
         return padded(n, k, kernel.contracts[0].rhs.dtype.torch, torch.device("cpu"))
 
@@ -88,7 +88,7 @@ class DryRun(KernelRun):
         found = {}
         for table in source.tables:
             first = kinds[table.operands[0]]
-            shape = (rows, first.period * table.lanes)
+            shape = (rows, table.columns)
             found[table.name] = torch.empty(shape, dtype=first.dtype.torch)
         return found
 

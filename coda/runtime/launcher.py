@@ -24,6 +24,14 @@ from coda.kernels.rowwise.emit import emit_rowwise
 from coda.kernels.rowwise.launch import Rows, is_padded
 from coda.kernels.rowwise.pieces import is_ragged, row_parts
 from coda.lowering.algebra.roles import base
+from coda.lowering.program.access import (
+    ColumnVector,
+    Partial,
+    Periodic,
+    RowVector,
+    Scalar,
+    Tile,
+)
 from coda.lowering.program.body import Body
 from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel
 from coda.runtime import settings
@@ -93,8 +101,9 @@ def rows_of(program: Program, kernel: RowwiseKernel, padded: bool = False) -> Ro
     key = kernel, padded
     if key not in state.rows:
         source = emit_rowwise(program, kernel, padded)
-        once = {o.name for o in kernel.body.epilogue.operands if o.kind in ("row", "scalar")}
-        shared = tuple(name in once for _, name, _, _ in source.parameters)
+        once = (RowVector, Scalar)  # the same in every row
+        shared = {o.name for o in kernel.body.epilogue.operands if isinstance(o.access, once)}
+        shared = tuple(name in shared for _, name, _, _ in source.parameters)
         state.rows[key] = Rows(source, shared, program.arch, kernel_directory())
     return state.rows[key]
 
@@ -279,7 +288,7 @@ class KernelRun(ReferenceRun):
         body = kernel.body
         tensors = dict(self.packed(kernel))
         for operand in body.epilogue.operands:
-            if operand.kind == "partial":
+            if isinstance(operand.access, Partial):
                 tensors[operand.name] = self.raw[operand.name]
             elif operand.name in body.nodes:
                 x = self.operand(body, operand.name)
@@ -292,7 +301,7 @@ class KernelRun(ReferenceRun):
             self.buffers[store.buffer], tensors[store.buffer] = found, _written(found)
         for sink in body.epilogue.sinks:
             parts = row_parts(body, kernel.width, rows)
-            width = sink.span[1] if sink.span else kernel.width
+            width = sink.span.width if sink.span else kernel.width
             found = self.new((parts, width), torch.float32, "" if rows else "zero")
             tensors[sink.buffer] = found
             self.raw[sink.buffer] = self.summands(sink.buffer, found)
@@ -303,7 +312,7 @@ class KernelRun(ReferenceRun):
         """Whether a pass over rows of an odd length reads and writes them by vectors."""
         if not is_ragged(kernel.body, kernel.width):
             return False
-        tiles = [o.name for o in kernel.body.epilogue.operands if o.kind == "tile"]
+        tiles = kernel.body.epilogue.tiles
         return all(is_padded(tensors[name].reshape(rows, kernel.width)) for name in tiles)
 
     def launch_rows(self, kernel: Rows, rows: int, tensors: Mapping[str, Tensor]) -> None:
@@ -353,17 +362,20 @@ class KernelRun(ReferenceRun):
     def loaded(self, kernel: GemmKernel) -> dict[str, Tensor]:
         """Operands that are tensors of this call."""
         found: dict[str, Tensor] = {}
-        kinds = {o.name: o.kind for o in kernel.body.epilogue.operands}
+        accesses = {o.name: o.access for o in kernel.body.epilogue.operands}
         for name in kernel.body.nodes:
-            if kinds[name] not in ("col", "scalar", "tile"):
+            if isinstance(accesses[name], Periodic):  # see `tables`
                 continue
             x = _in_bytes(self.operand(kernel.body, name))
-            if kinds[name] == "scalar":
-                found[name] = self.ready(x, _number)
-            elif kinds[name] == "col":
-                found[name] = self.ready(x, _vector)
-            else:
-                found[name] = self.ready(self.ready(x, matrix), aligned)
+            match accesses[name]:
+                case Scalar():
+                    found[name] = self.ready(x, _number)
+                case ColumnVector():
+                    found[name] = self.ready(x, _vector)
+                case Tile():
+                    found[name] = self.ready(self.ready(x, matrix), aligned)
+                case access:
+                    raise AssertionError(access)
         return found
 
     def room(self, name: str, rows: int, width: int, dtype: torch.dtype, fill: str = "") -> Tensor:

@@ -87,7 +87,7 @@ def weight_matrix(kernel: GemmKernel, values: Mapping[Node, Tensor]) -> Tensor:
 
 def paired_rows(kernel: GemmKernel, whole: Tensor) -> Tensor:
     """B with its rows in the kernel's order of columns: partners beside each other."""
-    split = kernel.body.split
+    split = kernel.body.epilogue.split
     if not split:
         return whole
     order = paired_columns(whole.shape[0], split).reshape(-1)

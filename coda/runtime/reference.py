@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -19,6 +20,17 @@ from coda.ir.graph import Node, Size
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
 from coda.lowering.algebra.roles import is_view
+from coda.lowering.program.access import (
+    ColumnVector,
+    Grouped,
+    Line,
+    Partial,
+    Periodic,
+    RowVector,
+    Scalar,
+    Span,
+    Tile,
+)
 from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import (
     Acc,
@@ -29,7 +41,6 @@ from coda.lowering.program.epilogue import (
     Load,
     Operand,
     SinkExpr,
-    Span,
     Stat,
     Statistic,
     StoreExpr,
@@ -238,7 +249,7 @@ class _Points:
 
     @property
     def lanes(self) -> int:
-        return 2 if self.epilogue.pair else 1
+        return self.epilogue.lanes
 
     @property
     def points(self) -> int:
@@ -267,26 +278,33 @@ class _Points:
                 return SCALARS[fn].evaluate(*(self.evaluate(a) for a in args))
 
     def load(self, operand: Operand, lane: int) -> Tensor:
+        access = operand.access
+        assert not isinstance(access, Line | Partial)
         x = self.operands[operand.name]
-        if operand.kind == "scalar":
-            return x.reshape(())
-        if operand.kind == "row":
-            return x.reshape(1, -1)[:, lane :: operand.lanes]
-        if operand.kind == "col":
-            return x.reshape(self.rows, 1)
-        x = x.reshape(self.rows, operand.columns(self.points, self.lanes))
-        if operand.span:
-            first, columns = operand.span
-            x = torch.nn.functional.pad(x, (first, self.width - first - columns))
-        if operand.kind == "periodic":
-            return x[:, torch.arange(self.points, device=x.device) % operand.period]
-        if operand.kind == "grouped":
-            return x[:, torch.arange(self.points, device=x.device) // operand.period]
-        if operand.split:
-            blocks = self.width // (2 * operand.split)
-            x = x.reshape(self.rows, blocks, 2, operand.split)[:, :, lane]
-            return x.reshape(self.rows, self.points)
-        return x[:, lane :: operand.lanes]
+        x = x.reshape(access.shape(self.rows, self.points, self.lanes))
+        match access:
+            case Scalar() | ColumnVector():
+                return x
+            case RowVector():
+                return x[:, lane :: self.lanes]
+            case Periodic(period=period):
+                return x[:, torch.arange(self.points, device=x.device) % period]
+            case Grouped(size=size):
+                return x[:, torch.arange(self.points, device=x.device) // size]
+            case Tile(span=span):
+                return self.lane_of_tile(x, span, lane)
+            case _ as never:
+                assert_never(never)
+
+    def lane_of_tile(self, x: Tensor, span: Span | None, lane: int) -> Tensor:
+        """One column of each point of a matrix, 0 where the matrix has no columns."""
+        if span:
+            x = torch.nn.functional.pad(x, (span.first, self.width - span.end))
+        split = self.epilogue.split
+        if not split:
+            return x[:, lane :: self.lanes]
+        x = x.reshape(self.rows, self.width // (2 * split), 2, split)[:, :, lane]
+        return x.reshape(self.rows, self.points)
 
     def columns(self, lanes: Sequence[Expr]) -> Tensor:
         """Both lanes side by side in the order of the kernel's columns, [rows, columns]."""
@@ -306,14 +324,14 @@ class _Points:
             blocks = self.width // (2 * split)
             x = x.reshape(self.rows, blocks, split, 2).transpose(2, 3)
             x = x.reshape(self.rows, self.width)
-        return x if span is None else x[:, span[0] : sum(span)]
+        return x if span is None else x[:, span.first : span.end]
 
     def statistic(
         self, stat: Statistic, parts: Mapping[str, tuple[tuple[Tensor, ...], Tensor]]
     ) -> None:
         """The value of a statistic at all points."""
         monoid = MONOIDS[stat.monoid]
-        if stat.operand in self.kinds and self.kinds[stat.operand].kind == "line":
+        if stat.operand in self.kinds and isinstance(self.kinds[stat.operand].access, Line):
             x = self.operands[stat.operand]
             x = x.reshape(self.rows, x.numel() // max(self.rows, 1)).to(self.compute)
             self.stats[stat.name] = monoid.reduce(x, 1)
@@ -342,7 +360,7 @@ class _Points:
         single = _Points(
             self.epilogue, self.acc, self.operands, self.rows, self.width, self.compute
         )
-        single.epilogue = Epilogue(False, self.epilogue.operands, (), (), ())
+        single.epilogue = Epilogue(0, self.epilogue.operands, (), (), ())
         x = single.evaluate(stat.expr).expand(self.rows, self.width)
         x = x.reshape(self.rows, self.width // stat.group, stat.group)
         x = MONOIDS[stat.monoid].reduce(x, 2)

@@ -10,6 +10,7 @@ import coda
 from coda.ir.graph import Input
 from coda.lowering.algebra.training import derive
 from coda.lowering.compiler import lower
+from coda.lowering.program.access import Periodic, Tile
 from coda.lowering.program.program import GemmKernel, RowwiseKernel, TorchKernel
 from coda.runtime.reference import run_reference
 
@@ -39,7 +40,7 @@ def passes(program):
         k
         for k in program.kernels
         if isinstance(k, RowwiseKernel)
-        and any(o.kind in ("tile", "periodic") for o in k.body.epilogue.operands)
+        and any(isinstance(o.access, Tile | Periodic) for o in k.body.epilogue.operands)
     ]
 
 
@@ -89,7 +90,8 @@ def test_rope_of_q_k_and_v_is_one_pass_backward():
     (one,) = passes(backward)
     width = (SMALL["H"] + 2 * SMALL["G"]) * SMALL["d"]
     assert one.width == width
-    spans = {o.name: o.span for o in one.body.epilogue.operands if o.span}
+    tiles = [o for o in one.body.epilogue.operands if isinstance(o.access, Tile)]
+    spans = {o.name: o.access.span for o in tiles if o.access.span}
     assert {spans["d_q"], spans["d_k"], spans["d_v"]} == {(0, 128), (128, 64), (192, 64)}
     (stored,) = [s for s in one.body.epilogue.stores if not s.narrow]
     assert not stored.span

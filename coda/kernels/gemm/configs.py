@@ -7,6 +7,7 @@ default for sm_90a, 128×192 ping-pong, does).
 
 from __future__ import annotations
 
+from coda.lowering.program.access import Periodic
 from coda.lowering.program.epilogue import held
 from coda.lowering.program.program import Config, GemmKernel, Program
 
@@ -42,10 +43,12 @@ def legal(config: Config, kernel: GemmKernel) -> str:
         if statistic.group and config.tile_n % statistic.group:
             return f"a group of {statistic.group} columns does not divide its tile"
     for operand in epilogue.operands:
-        columns = operand.period * (2 if epilogue.pair else 1)
-        if columns and config.tile_n % columns and columns % config.tile_n:
+        if not isinstance(operand.access, Periodic):
+            continue
+        columns = operand.access.period * epilogue.lanes
+        if config.tile_n % columns and columns % config.tile_n:
             return f"a table of {columns} columns does not fit its tile"
-    tiles = sum(o.kind == "tile" for o in epilogue.operands) + len(epilogue.stores)
+    tiles = len(epilogue.tiles) + len(epilogue.stores)
     if tiles > 5 and config.tile_m * config.tile_n > 128 * 128:
         return f"shared memory does not hold {tiles} tiles of the epilogue"
     values = held(epilogue)

@@ -37,7 +37,7 @@ def renamed(epilogue: Epilogue, names: Mapping[str, str]) -> Epilogue:
         return tuple(map(expr, many))
 
     return Epilogue(
-        epilogue.pair,
+        epilogue.distance,
         tuple(replace(o, name=names[o.name]) for o in epilogue.operands),
         tuple(replace(s, expr=s.expr and expr(s.expr)) for s in epilogue.statistics),
         tuple(replace(s, buffer=names[s.buffer], lanes=lanes(s.lanes)) for s in epilogue.stores),

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from typing import assert_never
 
-from coda.errors import UnsupportedError
+from coda.errors import InternalError, UnsupportedError
 from coda.ir.dims import show_shape
 from coda.ir.types import bf16, e4m3, e5m2, f16, f32
 from coda.kernels.gemm.dedupe import first_alike
-from coda.kernels.gemm.ragged import ROWS, vanishes
+from coda.kernels.gemm.ragged import vanishes
 from coda.kernels.gemm.source import PAIRS, WHOLE, Source, Table
 from coda.kernels.gemm.weights import halves
 from coda.kernels.lines import Lines, safe, stored
+from coda.lowering.program.access import (
+    ColumnVector,
+    Grouped,
+    Line,
+    Partial,
+    Periodic,
+    RowVector,
+    Scalar,
+    Tile,
+)
 from coda.lowering.program.body import Body
 from coda.lowering.program.cost import label
 from coda.lowering.program.epilogue import (
@@ -95,14 +106,15 @@ class _Emitter:
     def pack_tables(self) -> tuple[Table, ...]:
         """Periodic operands, two to a table where the points are pairs."""
         found: list[Table] = []
-        lanes = 2 if self.pair else 1
-        names = [o.name for o in self.epilogue.operands if o.kind == "periodic"]
+        lanes = self.epilogue.lanes
         by_period: dict[int, list[str]] = {}
-        for name in names:
-            by_period.setdefault(self.kinds[name].period, []).append(name)
-        for same in by_period.values():
+        for operand in self.epilogue.operands:
+            if isinstance(operand.access, Periodic):
+                by_period.setdefault(operand.access.period, []).append(operand.name)
+        for period, same in by_period.items():
             for i in range(0, len(same), lanes):
-                found.append(Table(f"table{len(found)}", tuple(same[i : i + lanes]), lanes))
+                names = tuple(same[i : i + lanes])
+                found.append(Table(f"table{len(found)}", names, lanes, lanes * period))
         return tuple(found)
 
     # Leaves.
@@ -118,12 +130,19 @@ class _Emitter:
         raise AssertionError(expr)
 
     def load(self, operand: Operand, lane: int) -> str:
-        if operand.kind == "periodic":
-            table = next(t for t in self.tables if operand.name in t.operands)
-            return f"{table.name}_{table.operands.index(operand.name)}" if self.pair else table.name
-        if self.pair and operand.kind in ("row", "tile"):
-            return f"{safe(operand.name)}_{lane}"
-        return safe(operand.name)
+        match operand.access:
+            case Periodic():
+                table = next(t for t in self.tables if operand.name in t.operands)
+                lane = table.operands.index(operand.name)
+                return f"{table.name}_{lane}" if self.pair else table.name
+            case RowVector() | Tile():
+                return f"{safe(operand.name)}_{lane}" if self.pair else safe(operand.name)
+            case ColumnVector() | Scalar():
+                return safe(operand.name)
+            case Grouped() | Line() | Partial():
+                raise _not_read(operand)
+            case _ as never:
+                assert_never(never)
 
     def single(self, expr: Expr) -> str:
         """A leaf of the prepass, where a value is whole: a column, or both of a pair."""
@@ -157,12 +176,8 @@ class _Emitter:
         """Operands that the kernel loads under their own names."""
         chosen = [s.index for s in self.epilogue.sinks if s.index]
         used = _loads(self.epilogue)
-        skipped = ("periodic", "partial")
-        return [
-            o
-            for o in self.epilogue.operands
-            if o.kind not in skipped and (o.name in used or o.name not in chosen)
-        ]
+        own = [o for o in self.epilogue.operands if not isinstance(o.access, Periodic | Partial)]
+        return [o for o in own if o.name in used or o.name not in chosen]
 
     def parameters(self) -> list[str]:
         names = [safe(o.name) for o in self.passed()]
@@ -234,15 +249,15 @@ class _Emitter:
         if not (sums and self.ragged) or vanishes(expr, self.kinds):
             return expr
         self.masked = True
-        self.kinds["inside"] = Operand("inside", "row", f32)
+        self.kinds["inside"] = Operand("inside", f32, RowVector())
         return Call("where", (Load("inside"), expr, Literal(0.0)))
 
     def inside_rows(self, expr: Expr) -> Expr:
         """What a sum over the rows takes: it must vanish in the rows outside the matrix."""
-        if vanishes(expr, self.kinds, ROWS):
+        if vanishes(expr, self.kinds, rows=True):
             return expr
         self.rows_masked = True
-        self.kinds["inside_rows"] = Operand("inside_rows", "col", f32)
+        self.kinds["inside_rows"] = Operand("inside_rows", f32, ColumnVector())
         return Call("where", (Load("inside_rows"), expr, Literal(0.0)))
 
     def prepass(self) -> tuple[Lines, list[tuple[str, str]]]:
@@ -287,7 +302,7 @@ class _Emitter:
 
     def notes(self) -> list[str]:
         """What the kernel loads and writes, for the reader."""
-        notes = [f"    {o.name}: {o.kind} {o.dtype}" for o in self.epilogue.operands]
+        notes = [f"    {o.name}: {o.access.word} {o.dtype}" for o in self.epilogue.operands]
         for store in self.epilogue.stores:
             buffer = self.program.buffers[store.buffer]
             notes.append(f"    -> {store.buffer}: {show_shape(buffer.shape)} {store.dtype}")
@@ -301,7 +316,8 @@ class _Emitter:
         if not self.pair:
             return []
         self.used.add("unpack")
-        paired = {safe(o.name) for o in self.epilogue.operands if o.kind in ("row", "tile")}
+        lanes = RowVector | Tile  # what has an element for each lane
+        paired = {safe(o.name) for o in self.passed() if isinstance(o.access, lanes)}
         paired |= {t.name for t in self.tables} | {"inside"}
         paired |= {s.name for s in self.epilogue.statistics if s.group}
         lines = ["acc0, acc1 = unpack(acc)"]
@@ -370,9 +386,7 @@ class _Emitter:
 
     def operators(self) -> list[tuple[str, str]]:
         """The operator of every operand."""
-        kinds = {"row": "RowVecLoad", "col": "ColVecLoad", "tile": "TileLoad", "scalar": "Scalar"}
-        kinds |= {"row": "RowInTurn"} if self.pauses and not self.pair else {}
-        found = [(safe(o.name), f"{kinds[o.kind]}({safe(o.name)!r})") for o in self.passed()]
+        found = [(safe(o.name), f"{self.operator(o)}({safe(o.name)!r})") for o in self.passed()]
         found += [(t.name, self.table(t)) for t in self.tables]
         for stat in self.epilogue.statistics:
             if stat.group:
@@ -385,16 +399,39 @@ class _Emitter:
         found += [("inside", 'RowVecLoad("inside")')] * self.masked
         return found + [("inside_rows", 'ColVecLoad("inside_rows")')] * self.rows_masked
 
+    def operator(self, operand: Operand) -> str:
+        """The class that loads an operand under its own name."""
+        match operand.access:
+            case RowVector():
+                return "RowInTurn" if self.pauses and not self.pair else "RowVecLoad"
+            case ColumnVector():
+                return "ColVecLoad"
+            case Tile():
+                return "TileLoad"
+            case Scalar():
+                return "Scalar"
+            case Periodic() | Grouped() | Line() | Partial():
+                raise _not_read(operand)
+            case _ as never:
+                assert_never(never)
+
     def table(self, table: Table) -> str:
         """Tables of whole subtiles go through TMA, narrower ones are read as they are."""
-        columns = table.lanes * self.kinds[table.operands[0]].period
-        tma = "" if columns % 64 == 0 else ", tma=False"
+        tma = "" if table.columns % 64 == 0 else ", tma=False"
         return f"rotary_cos_sin_load({table.name!r}{tma})"
 
     def make(self, text: str) -> str:
         """Remember the class that a constructor's text names."""
         self.classes.add(text.split("(", 1)[0])
         return text
+
+
+def _not_read(operand: Operand) -> InternalError:
+    return InternalError(
+        f"a GEMM's epilogue has no load for `{operand.name}`",
+        found=f"{operand.access}",
+        help="this is a fault of coda, not of the block: please report it",
+    )
 
 
 def _mentions(lines: Lines, name: str) -> bool:

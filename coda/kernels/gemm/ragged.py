@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from coda.ir.scalars import SCALARS
+from coda.lowering.program.access import Access, Line, Partial
 from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load, Operand, calls
 
-COLUMNS = ("row", "tile", "periodic")
-ROWS = ("col", "tile", "periodic")
 FINITE = (0.0, 1.0, -1.0, 1e4, -1e4)  # what stands for a number that is finite, else unknown
 
 
-def vanishes(expr: Expr, kinds: dict[str, Operand], zero: tuple[str, ...] = COLUMNS) -> bool:
-    """Whether an expression is surely 0 in columns outside the matrix (or in `ROWS` outside).
+def vanishes(expr: Expr, kinds: Mapping[str, Operand], *, rows: bool = False) -> bool:
+    """Whether an expression is surely 0 in columns outside the matrix, or with `rows` in rows.
 
-    There the accumulator and everything that varies along the columns is 0, but vectors along the
-    rows are not. `zero` tells the kinds of operands that are 0. Vectors along the columns (gains,
-    biases) are taken as finite in the rows outside: the sum over the rows of a column whose gain is
-    infinite is infinite or NaN in any case.
+    There the accumulator is 0, and so is every operand that varies with the column (the row).
+    Vectors along the columns (gains, biases) are taken as finite in the rows outside: the sum over
+    the rows of a column whose gain is infinite is infinite or NaN in any case.
     """
-    known = _Outside(kinds, zero, ("row",) if zero is ROWS else ())
+    known = _Outside(kinds, rows)
     for call in calls([expr]):
         known.value(call)
     return known.value(expr) == (0.0,)
@@ -32,16 +31,15 @@ def vanishes(expr: Expr, kinds: dict[str, Operand], zero: tuple[str, ...] = COLU
 
 @dataclass
 class _Outside:
-    """What expressions may be where operands of some kinds are 0.
+    """What expressions may be outside the matrix: in columns, or with `rows` in rows.
 
     A value is the numbers that stand for it: one number, `FINITE` ones, or none where nothing is
     known: 0 times such a value is NaN where it is infinite. Each expression is looked at once,
     after its arguments.
     """
 
-    kinds: dict[str, Operand]
-    zero: tuple[str, ...]
-    finite: tuple[str, ...] = ()
+    kinds: Mapping[str, Operand]
+    rows: bool
     known: dict[Call, tuple[float, ...]] = field(default_factory=dict)
 
     def value(self, expr: Expr) -> tuple[float, ...]:
@@ -50,8 +48,7 @@ class _Outside:
             case Acc():
                 return (0.0,)
             case Load(operand=name):
-                kind = self.kinds[name].kind
-                return (0.0,) if kind in self.zero else FINITE if kind in self.finite else ()
+                return self.loaded(self.kinds[name].access)
             case Literal(value=value):
                 return (value,)
             case Call():
@@ -59,6 +56,14 @@ class _Outside:
                     self.known[expr] = self.computed(expr)
                 return self.known[expr]
         return ()
+
+    def loaded(self, access: Access) -> tuple[float, ...]:
+        """The numbers that stand for a load."""
+        if isinstance(access, Line | Partial):
+            return ()
+        if access.varies_with_row if self.rows else access.varies_with_column:
+            return (0.0,)
+        return FINITE if self.rows and access.varies_with_column else ()
 
     def computed(self, call: Call) -> tuple[float, ...]:
         """The numbers that stand for a function of its arguments."""

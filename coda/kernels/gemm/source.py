@@ -10,11 +10,12 @@ WHOLE, PAIRS = -1, -2  # how a store is passed that is not one lane of pairs
 
 @dataclass(frozen=True)
 class Table:
-    """Periodic operands side by side: lanes of one table [M, lanes · period]."""
+    """Periodic operands side by side: lanes of one table [M, columns], columns = lanes · period."""
 
     name: str
     operands: tuple[str, ...]
     lanes: int
+    columns: int
 
 
 @dataclass(frozen=True)

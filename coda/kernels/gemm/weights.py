@@ -51,13 +51,13 @@ def siblings(program: Program) -> tuple[tuple[Input, ...], ...]:
 
 def halves(program: Program, kernel: GemmKernel) -> int:
     """How far apart partners lie in B that the mainloop reads as it lies; 0 for plain rows."""
-    split = kernel.body.split
+    split = kernel.body.epilogue.split
     return 0 if _scattered(program, kernel) else split
 
 
 def _scattered(program: Program, kernel: GemmKernel) -> str:
     """Why rows of B have to be copied into the kernel's order, or ""."""
-    split, pairs = kernel.body.split, kernel.config.tile_n // 2
+    split, pairs = kernel.body.epilogue.split, kernel.config.tile_n // 2
     if not split:
         return ""
     if any(is_turned(c.rhs) for c in kernel.contracts):

@@ -27,6 +27,7 @@ from coda.kernels.rowwise.pieces import (
     teams,
 )
 from coda.kernels.rowwise.sweeps import INDENT, Step, indented
+from coda.lowering.program.access import Line, Partial
 from coda.lowering.program.epilogue import SinkExpr, StoreExpr
 from coda.lowering.program.program import Program, RowwiseKernel
 
@@ -77,32 +78,28 @@ class _Emitter(Folds):
         text = self.module(names, body)
         name = "coda_rows_" + hashlib.sha256(text.encode()).hexdigest()[:24]
         partials = tuple(s.buffer for s in self.epilogue.sinks)
-        matrices = [o.name for o in self.epilogue.operands if o.kind == "tile"]
-        matrices += [s.buffer for s in self.epilogue.stores]
+        matrices = [*self.epilogue.tiles, *(s.buffer for s in self.epilogue.stores)]
         padded = tuple(matrices) if self.padded else ()
         return RowSource(text, name, parameters, self.types(parameters), partials, padded)
 
     def parameters(self) -> tuple[tuple[str, str, int, bool], ...]:
         found: list[tuple[str, str, int, bool]] = []
         for o in self.epilogue.operands:
-            if o.kind == "partial" and o.name in self.tall:
-                columns = 0
-            elif o.kind == "line":
-                columns = -1
-            elif o.kind == "partial":
-                parts = self.program.buffers[o.name].shape[-1].size(self.program.sizes)
-                columns = parts * o.lanes
-            elif o.kind == "row":
-                columns = self.kernel.width
-            else:
-                columns = 1 if o.kind == "scalar" else o.columns(self.points, self.lanes)
+            match o.access:
+                case Line():
+                    columns = -1
+                case Partial(planes=planes):
+                    parts = self.program.buffers[o.name].shape[-1].size(self.program.sizes)
+                    columns = 0 if o.name in self.tall else parts * planes
+                case access:
+                    _, columns = access.shape(1, self.points, self.lanes)
             found.append((safe(o.name), o.name, columns, False))
         for store in self.epilogue.stores:
             shape = self.program.buffers[store.buffer].shape
             columns = product(shape[1:]).size(self.program.sizes)
             found.append((safe(store.buffer) + "_out", store.buffer, columns, True))
         for sink in self.epilogue.sinks:
-            columns = sink.span[1] if sink.span else self.kernel.width
+            columns = sink.span.width if sink.span else self.kernel.width
             found.append((safe(sink.buffer) + "_out", sink.buffer, columns, True))
         return tuple(found)
 
@@ -139,7 +136,7 @@ class _Emitter(Folds):
     def inside(self, item: StoreExpr | SinkExpr, piece: Piece) -> bool:
         """Whether a store or a sink has the columns of a piece."""
         first = self.begin(item.span)
-        count = item.span[1] // self.lanes if item.span else self.points
+        count = item.span.width // self.lanes if item.span else self.points
         return first <= piece.first < first + count
 
     def stored(self, piece: Piece, sinks: Sequence[SinkExpr] = ()) -> Step:
@@ -265,7 +262,7 @@ class _Emitter(Folds):
         title = (
             f"{self.kernel.name} of {self.program.graph.name}: rows {rows} × {self.kernel.width}."
         )
-        notes = [f"    {o.name}: {o.kind} {o.dtype}" for o in self.epilogue.operands]
+        notes = [f"    {o.name}: {o.access.word} {o.dtype}" for o in self.epilogue.operands]
         for store in self.epilogue.stores:
             shape = show_shape(self.program.buffers[store.buffer].shape)
             notes.append(f"    -> {store.buffer}: {shape} {store.dtype}")

@@ -13,6 +13,7 @@ from coda.ir.dims import ONE
 from coda.kernels.lines import safe, stored
 from coda.kernels.rowwise.pieces import LANES, fold_warps
 from coda.kernels.rowwise.sweeps import INDENT, Sweeps, indented
+from coda.lowering.program.access import ColumnVector, Line, Partial, Scalar
 from coda.lowering.program.epilogue import Statistic, StoreExpr
 
 TOTAL_WARPS = LANES  # warps of a CTA that folds into one number: each lane has one's result
@@ -98,9 +99,10 @@ class Folds(Sweeps):
 
     def only_folds(self) -> bool:
         """Whether all that a row needs are such folds and values that it has once."""
-        kinds = {o.kind for o in self.epilogue.operands}
+        read = (Line, Partial, ColumnVector, Scalar)
+        few = all(isinstance(o.access, read) for o in self.epilogue.operands)
         folded = all(s.operand in self.tall for s in self.epilogue.statistics)
-        plain = folded and not self.wide_stores() and kinds <= {"partial", "line", "col", "scalar"}
+        plain = folded and not self.wide_stores() and few
         return bool(self.tall) and plain and (not self.lines or self.kernel.rows == ONE)
 
     def folds(self) -> list[str]:

@@ -6,9 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
+from typing import assert_never
 
 import numpy as np
 
+from coda.lowering.program.access import (
+    ColumnVector,
+    Grouped,
+    Line,
+    Partial,
+    Periodic,
+    RowVector,
+    Scalar,
+    Span,
+    Tile,
+)
 from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import Call, Epilogue, Expr, Literal, Load, Stat
 
@@ -58,45 +70,59 @@ def is_ragged(body: Body, width: int) -> bool:
     """
     epilogue = body.epilogue
     plain = not (epilogue.pair or epilogue.sinks or any(s.group for s in epilogue.statistics))
-    spans = any(x.span for x in (*epilogue.operands, *epilogue.stores))
-    periods = any(x.period for x in epilogue.operands)
-    return plain and not spans and not periods and width > _MOST and width % _MOST != 0
+    whole = not _spans(epilogue) and not _patterns(epilogue)
+    return plain and whole and width > _MOST and width % _MOST != 0
 
 
 def pieces_of(body: Body, width: int, padded: bool = False) -> tuple[Piece, ...]:
     """The pieces of a pass over rows, in order; the last few columns of `padded` rows apart."""
     epilogue = body.epilogue
-    lanes = 2 if epilogue.pair else 1
+    lanes = epilogue.lanes
     points = width // lanes
     numbers: dict[Load, np.ndarray] = {}
     for packed in body.packed:
         for lane in range(lanes):
             if packed.numbers is not None and np.all(packed.source[lane::lanes] < 0):
                 numbers[Load(packed.name, lane)] = packed.numbers[lane::lanes]
-    written = [*epilogue.stores, *epilogue.sinks]
-    spans = [x.span for x in (*epilogue.operands, *written) if x.span]
     tail = {points // _MOST * _MOST} if padded else set()
-    cuts = (
-        {0, points} | tail | {c // lanes for first, count in spans for c in (first, first + count)}
-    )
+    edges = {c for span in _spans(epilogue) for c in (span.first, span.end)}
+    cuts = {0, points} | tail | {c // lanes for c in edges}
     fine = cuts | {int(i) + 1 for n in numbers.values() for i in np.flatnonzero(np.diff(n))}
     if len(fine) > _MOST + 1:
         numbers, fine = {}, cuts
-    edges = sorted(fine)
     return tuple(
         Piece(a, b - a, {load: float(n[a]) for load, n in numbers.items()})
-        for a, b in pairwise(edges)
+        for a, b in pairwise(sorted(fine))
     )
+
+
+def _spans(epilogue: Epilogue) -> list[Span]:
+    """The columns of what is read and written that has only some of them."""
+    found = [o.access.span for o in epilogue.operands if isinstance(o.access, Tile)]
+    found += [x.span for x in (*epilogue.stores, *epilogue.sinks)]
+    return [span for span in found if span is not None]
+
+
+def _patterns(epilogue: Epilogue) -> list[int]:
+    """The lengths, in points, of what repeats or is shared along the columns."""
+    found: list[int] = []
+    for operand in epilogue.operands:
+        match operand.access:
+            case Periodic(period=points) | Grouped(size=points):
+                found.append(points)
+            case RowVector() | ColumnVector() | Tile() | Scalar() | Line() | Partial():
+                pass
+            case _ as never:
+                assert_never(never)
+    return found
 
 
 def vector_length(epilogue: Epilogue, pieces: Sequence[Piece]) -> int:
     """Points that a lane takes at once: a power of two that every pattern divides by."""
-    lanes = 2 if epilogue.pair else 1
+    lanes = epilogue.lanes
     lengths = [8]
     lengths += [n for p in pieces for n in (p.first, p.count)]
-    lengths += [o.period for o in epilogue.operands if o.period]
-    written = [*epilogue.operands, *epilogue.stores, *epilogue.sinks]
-    lengths += [x.split for x in written if x.split]
+    lengths += [*_patterns(epilogue), *([epilogue.split] if epilogue.split else [])]
     lengths += [s.group // lanes for s in epilogue.statistics if s.group]
     common = gcd(*lengths)
     return common & -common

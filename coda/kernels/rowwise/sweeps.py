@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import assert_never
 
 from coda.kernels.lines import Lines, safe
 from coda.kernels.rowwise.pieces import (
@@ -15,13 +16,23 @@ from coda.kernels.rowwise.pieces import (
     stats_of,
     vector_length,
 )
+from coda.lowering.program.access import (
+    ColumnVector,
+    Grouped,
+    Line,
+    Partial,
+    Periodic,
+    RowVector,
+    Scalar,
+    Span,
+    Tile,
+)
 from coda.lowering.program.epilogue import (
     Epilogue,
     Expr,
     Literal,
     Load,
     Operand,
-    Span,
     Stat,
     Statistic,
 )
@@ -60,7 +71,7 @@ class Sweeps:
         self.program, self.kernel, self.padded = program, kernel, padded
         self.epilogue: Epilogue = kernel.body.epilogue
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
-        self.lanes = 2 if self.epilogue.pair else 1
+        self.lanes, self.split = self.epilogue.lanes, self.epilogue.split
         self.points = kernel.width // self.lanes
         self.pieces: tuple[Piece, ...] = pieces_of(kernel.body, kernel.width, padded)
         self.vec = vector_length(self.epilogue, self.pieces)
@@ -68,7 +79,7 @@ class Sweeps:
         self.groups = {s.name: s for s in self.epilogue.statistics if s.group}
         folds = [s for s in self.epilogue.statistics if s.operand]
         self.tall: set[str | None] = {s.operand for s in folds if not s.count}
-        self.lines = [o.name for o in self.epilogue.operands if o.kind == "line"]
+        self.lines = self.epilogue.lines
         self.math: set[str] = set()
         self.rows: set[str] = {"LANES"}
 
@@ -84,15 +95,21 @@ class Sweeps:
 
     def load(self, operand: Operand, lane: int) -> str:
         name = safe(operand.name)
-        if operand.kind in ("col", "scalar"):
-            return f"{name}_0"
-        if operand.kind == "grouped":
-            return f"{name}_v[0]"
-        if operand.split:
-            return f"{name}_{lane}[j]"
-        if operand.lanes == 2:
-            return f"{name}_v[2 * j + {lane}]"
-        return f"{name}_v[j]"
+        match operand.access:
+            case ColumnVector() | Scalar():
+                return f"{name}_0"
+            case Grouped():
+                return f"{name}_v[0]"
+            case Periodic():
+                return f"{name}_v[j]"
+            case Tile() if self.split:
+                return f"{name}_{lane}[j]"
+            case RowVector() | Tile():
+                return f"{name}_v[2 * j + {lane}]" if self.lanes == 2 else f"{name}_v[j]"
+            case Line() | Partial():
+                raise AssertionError(operand)
+            case _ as never:
+                assert_never(never)
 
     def assigned(self, exprs: Sequence[Expr], prefix: str) -> tuple[list[str], list[str]]:
         """Lines that compute expressions, and the names of the values."""
@@ -118,8 +135,8 @@ class Sweeps:
         names = loads_of([e for e in exprs if e is not None])
         lines = []
         for o in self.epilogue.operands:
-            if o.kind in ("col", "scalar") and o.name in names:
-                row = "row" if o.kind == "col" else "0"
+            if isinstance(o.access, ColumnVector | Scalar) and o.name in names:
+                row = "row" if o.access.varies_with_row else "0"
                 lines.append(f"{safe(o.name)}_0 = {safe(o.name)}[{row}, 0].to(Float32)")
         return lines
 
@@ -149,30 +166,35 @@ class Sweeps:
 
     def begin(self, span: Span | None) -> int:
         """The first point of a tensor."""
-        return span[0] // self.lanes if span else 0
+        return span.first // self.lanes if span else 0
 
     def loads(self, exprs: Sequence[Expr], index: str, piece: Piece) -> list[str]:
         """The vectors that some expressions read."""
         lines = []
         for name in sorted(loads_of(list(exprs))):
-            o = self.kinds[name]
-            if o.kind in ("col", "scalar"):
-                continue
+            x, vec, at = safe(name), self.vec, self.shifted(index, piece)
+            match self.kinds[name].access:
+                case ColumnVector() | Scalar():  # a row has it once
+                    continue
+                case RowVector():
+                    lines.append(f"{x}_v = load({x}, 0, {at}, {self.lanes * vec})")
+                case Tile(span=span) if self.split:
+                    at = self.shifted(index, piece, self.begin(span))
+                    for lane in (0, 1):
+                        where = self.apart(at, self.split, lane)
+                        lines.append(f"{x}_{lane} = load({x}, row, {where}, {vec})")
+                case Tile(span=span):
+                    at = self.shifted(index, piece, self.begin(span))
+                    lines.append(f"{x}_v = load({x}, row, {at}, {self.lanes * vec})")
+                case Periodic(period=period):
+                    lines.append(f"{x}_v = load({x}, row, {at} % {period // vec}, {vec})")
+                case Grouped(size=size):
+                    lines.append(f"{x}_v = load({x}, row, {at} // {size // vec}, 1)")
+                case Line() | Partial():
+                    raise AssertionError(name)
+                case _ as never:
+                    assert_never(never)
             self.rows.add("load")
-            x = safe(name)
-            row = "0" if o.kind == "row" else "row"
-            at = self.shifted(index, piece, self.begin(o.span))
-            if o.split:
-                for lane in (0, 1):
-                    where = self.apart(at, o.split, lane)
-                    lines.append(f"{x}_{lane} = load({x}, {row}, {where}, {self.vec})")
-                continue
-            count = o.lanes * self.vec
-            if o.kind == "periodic":
-                at = f"{at} % {o.period // self.vec}"
-            elif o.kind == "grouped":
-                at, count = f"{at} // {o.period // self.vec}", 1
-            lines.append(f"{x}_v = load({x}, {row}, {at}, {count})")
         return lines
 
     def needed_groups(self, exprs: Sequence[Expr], piece: Piece) -> list[tuple[Statistic, Expr]]:

@@ -30,6 +30,7 @@ from coda.lowering.placement.draft import Draft
 from coda.lowering.placement.layout import Sink, Store, assemble
 from coda.lowering.placement.place import Partition
 from coda.lowering.placement.values import Refused, Value
+from coda.lowering.program.access import Scalar
 from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import Acc, Operand
 from coda.lowering.program.program import (
@@ -124,7 +125,7 @@ class _Build:
                 operand = replace(operand, dtype=self.program.buffers[place.buffer].dtype)
             elif node is not None and self.is_unrounded(node):
                 operand = replace(operand, dtype=f32)
-            if operand.kind == "scalar" and isinstance(kernel, GemmKernel):
+            if isinstance(operand.access, Scalar) and isinstance(kernel, GemmKernel):
                 operand = replace(operand, dtype=f32)  # as which it is passed
             operands.append(operand)
         epilogue = replace(body.epilogue, operands=tuple(operands))

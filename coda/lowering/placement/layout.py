@@ -19,6 +19,18 @@ from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
 from coda.lowering.placement.columns import SUMS, RowStatistic, Space
 from coda.lowering.placement.values import LEAF, NO_LANE, Refused, Value, beside, distinct_rows
+from coda.lowering.program.access import (
+    Access,
+    ColumnVector,
+    Grouped,
+    Line,
+    Partial,
+    Periodic,
+    RowVector,
+    Scalar,
+    Span,
+    Tile,
+)
 from coda.lowering.program.body import Body, Ints, Packed, paired_columns
 from coda.lowering.program.epilogue import (
     Acc,
@@ -185,7 +197,7 @@ class _Assembly:
             last = Packed(name, none, none.copy(), np.zeros(self.points * lanes))
             self.packed.append(last)
             self.lanes_used[name] = 0
-            self.operands[name] = Operand(name, "row", f32, lanes)
+            self.operands[name] = Operand(name, f32, RowVector())
         lane = self.lanes_used[last.name]
         self.lanes_used[last.name] += 1
         last.source[lane::lanes], last.index[lane::lanes] = part.source, part.index
@@ -205,21 +217,21 @@ class _Assembly:
         if group > 1 and not rest and np.array_equal(index[used], point[used] // group):
             if not self.space.whole_rows:
                 raise Refused("a matrix with one element for each group of columns")
-            return self.repeated(node, "grouped", group)
+            return self.repeated(node, Grouped(group))
         if np.any(index[used] != point[used] % period):
             node, period = self.part(node, period, point[used], index[used])
         columns = period * (1 if self.split is None else 2)
         fits = any(t % columns == 0 or columns % t == 0 for t in (64, 128, 256))
         if not (fits or self.space.whole_rows):
             raise Refused(f"a table of {columns} columns is not a part of a tile")
-        return self.repeated(node, "periodic", period)
+        return self.repeated(node, Periodic(period))
 
-    def repeated(self, node: Node, kind: str, period: int) -> Load:
+    def repeated(self, node: Node, access: Periodic | Grouped) -> Load:
         """The load of a matrix with fewer columns than the kernel has points."""
         name = self.space.leaf(node)
         if name is None:
             raise Refused("a table that is not in memory")
-        found = Operand(name, kind, node.dtype, 1, period)
+        found = Operand(name, node.dtype, access)
         if self.operands.setdefault(name, found) != found:
             raise Refused("a table is read in two ways")
         self.nodes[name] = node
@@ -258,24 +270,26 @@ class _Assembly:
 
     def declare(self, name: str, lane: int) -> None:
         node, dtype = self.operand_of(name)
-        count = product(node.shape)
         if lane != NO_LANE:
-            kind, lanes = "tile", 1 if self.split is None else 2
+            access: Access = self.tile(name, node)
         else:
+            count = product(node.shape)
             over_rows = count.symbols & self.space.rows.symbols
             one = count == ONE or (not over_rows and self.space.size(count) == 1)
-            kind, lanes = "scalar" if one else "col", 1
-        split = self.split if kind == "tile" and self.split not in (None, 1) else 0
-        if split and not self.space.whole_rows:
-            raise Refused("partners of a tile operand are not neighbours in memory")
-        span = None
-        if kind == "tile" and name in self.space.offsets:
-            spread = self.space.spread.get(name)
-            first = self.space.split(node) if spread is None else node.rank - spread.columns
-            columns = self.space.size(product(node.shape[first:]))
-            span = self.space.offsets[name], columns
-        self.operands[name] = Operand(name, kind, dtype, lanes, split=split or 0, span=span)
+            access = Scalar() if one else ColumnVector()
+        self.operands[name] = Operand(name, dtype, access)
         self.nodes[name] = node
+
+    def tile(self, name: str, node: Node) -> Tile:
+        """The access to a matrix: to all columns of the kernel, or to those that it has."""
+        if self.split not in (None, 1) and not self.space.whole_rows:
+            raise Refused("partners of a tile operand are not neighbours in memory")
+        if name not in self.space.offsets:
+            return Tile()
+        spread = self.space.spread.get(name)
+        first = self.space.split(node) if spread is None else node.rank - spread.columns
+        columns = self.space.size(product(node.shape[first:]))
+        return Tile(Span(self.space.offsets[name], columns))
 
 
 def _place(expr: Expr, lanes: tuple[int, ...], names: list[Load], memo: dict[Call, Expr]) -> Expr:
@@ -332,13 +346,12 @@ def assemble(
     used = {int(i) for p in build.packed for i in np.unique(p.source) if i >= 0}
     return Body(
         Epilogue(
-            build.split is not None,
+            build.split or 0,
             tuple(build.operands.values()),
             statistics,
             store_exprs,
             sink_exprs,
         ),
-        0 if build.split in (None, 1) else build.split,
         tuple(build.packed),
         {i: space.sources[i] for i in sorted(used)},
         build.nodes,
@@ -352,10 +365,11 @@ def _check_staged(build: _Assembly, stores: Sequence[StoreExpr]) -> None:
 
     No kernel has float64: such a Program is laid out as in float32, and is run by the reference.
     """
-    loads = [o for o in build.operands.values() if o.kind == "tile"]
-    staged = sum(min(o.dtype.size, f32.size) * o.lanes for o in loads)
+    loads = [o for o in build.operands.values() if isinstance(o.access, Tile)]
+    lanes = 1 if build.split is None else 2
+    staged = sum(min(o.dtype.size, f32.size) * lanes for o in loads)
     staged += sum(min(s.dtype.size, f32.size) * len(s.lanes) for s in stores)
-    if staged > STAGED * (1 if build.split is None else 2):
+    if staged > STAGED * lanes:
         raise Refused(f"shared memory does not hold {len(loads) + len(stores)} matrices")
 
 
@@ -378,7 +392,8 @@ def _statistics(
             buffer = partial_of(node)
             axis = node.arg.shape[node.axis]
             width = 0 if axis.symbols - space.sizes.keys() else axis.size(space.sizes)
-            build.operands[buffer] = Operand(buffer, "partial", f32, len(MONOIDS[node.fn].planes))
+            planes = Partial(len(MONOIDS[node.fn].planes))
+            build.operands[buffer] = Operand(buffer, f32, planes)
             folds.append(Statistic(name, node.fn, None, width, operand=buffer))
             folded.append(node)
     for name, node in space.lines.items():
@@ -398,7 +413,7 @@ def _line(build: _Assembly, name: str, node: Reduce) -> Statistic:
     if source is None:
         raise Refused("the rows that are reduced are not in memory")
     kept, dtype = build.operand_of(source)
-    build.operands[source] = Operand(source, "line", dtype)
+    build.operands[source] = Operand(source, dtype, Line())
     build.nodes[source] = kept
     return Statistic(name, node.fn, None, 0, operand=source)
 
@@ -423,9 +438,9 @@ def _sink(build: _Assembly, sink: Sink) -> SinkExpr:
     return SinkExpr(sink.buffer, sink.monoid, lanes, rows=True, split=split, span=span)
 
 
-def _span(space: Space, value: Value) -> tuple[int, int] | None:
+def _span(space: Space, value: Value) -> Span | None:
     """The columns that a value has, where it has not all of them."""
-    return None if value.count == space.width else (space.place_of(value), value.count)
+    return None if value.count == space.width else Span(space.place_of(value), value.count)
 
 
 def _is_ragged(store: StoreExpr) -> bool:

@@ -46,8 +46,6 @@ class Body:
 
     Attributes:
         epilogue: what happens at a point.
-        split: how far apart the columns lie that the kernel has side by side, as pairs; 0 where
-            it has the columns in their own order.
         packed: row operands to be packed from `sources`.
         sources: the nodes whose vectors are packed, by number.
         nodes: the node that each other operand loads, by name.
@@ -56,7 +54,6 @@ class Body:
     """
 
     epilogue: Epilogue
-    split: int
     packed: tuple[Packed, ...]
     sources: dict[int, Node]
     nodes: dict[str, Node]

@@ -29,6 +29,7 @@ from coda.ir.graph import (
 )
 from coda.ir.scalars import SCALARS
 from coda.lowering.algebra.roles import stacked
+from coda.lowering.program.access import Partial
 from coda.lowering.program.epilogue import calls
 from coda.lowering.program.program import GemmKernel, Kernel, Program, RowwiseKernel, TorchKernel
 
@@ -106,7 +107,7 @@ def traffic(program: Program, kernel: Kernel) -> Traffic:
         node = kernel.body.nodes.get(operand.name)
         if node is not None:
             reads.append((label(node, program), operand_bytes(kernel, operand.name, program)))
-        elif operand.kind == "partial":
+        elif isinstance(operand.access, Partial):
             reads.append((operand.name, program.buffers[operand.name].nbytes(program.sizes)))
     packed = [i for p in kernel.body.packed for i in (p.name, 4 * len(p.source))][1::2]
     reads += [("packed rows", int(n)) for n in packed]
@@ -154,7 +155,7 @@ def scalar_flops(program: Program, kernel: Kernel) -> int:
         m, n, _ = kernel.problem(program.sizes)
     else:
         m, n = kernel.rows.size(program.sizes), kernel.width
-    points = m * n // (2 if epilogue.pair else 1)
+    points = m * n // epilogue.lanes
     return points * sum(SCALARS[c.fn].flops for c in calls(exprs))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType
+from coda.lowering.program.access import Access, Line, Partial, Span, Tile
 
 
 @dataclass(frozen=True)
@@ -92,51 +93,15 @@ class Call(metaclass=_Interned):
 
 
 Expr = Acc | Load | Stat | Literal | Call
-Span = tuple[int, int]  # the first of some columns of a kernel, and how many
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that the kernel reads beside A and B.
-
-    kind:
-        "row"     a vector along the columns, [N]; in pair mode two lanes interleaved.
-        "col"     a vector along the rows, [M] or [M, 1].
-        "tile"    a matrix [M, N]; in pair mode adjacent columns are the two lanes. With
-                  `lanes == 1` in pair mode: one value for each pair, [M, N/2].
-        "periodic" a matrix [M, period] that repeats along the columns (RoPE tables: [M, d/2] in
-                  pair mode repeats every d columns).
-        "grouped" a matrix [M, points / period] with one element for each group of `period` points
-                  side by side (a statistic of heads). A pass over rows alone reads it.
-        "scalar"  one number.
-        "line"    values of rows, [M, any number], each line of them reduced by a `Statistic`.
-        "partial" planes of a split reduction, [M, parts] each, folded by a `Statistic`.
-
-    `split` tells where the two lanes of a tile operand lie, as it does in `StoreExpr` (a pass over
-    rows alone reads lanes that are not neighbours). `span` is (first, count) of the kernel's
-    columns where a tile operand of a pass over rows has no others; it is not read elsewhere.
-    """
+    """A tensor that the kernel reads beside its main operands: dtype, and which elements where."""
 
     name: str
-    kind: str
     dtype: DType
-    lanes: int = 1
-    period: int = 0
-    split: int = 0
-    span: Span | None = None
-
-    def columns(self, points: int, lanes: int) -> int:
-        """How many columns it has in a kernel of so many points with so many lanes each.
-
-        Of kinds that have some at each row: not of "row", "scalar", "line" and "partial".
-        """
-        if self.kind == "periodic":
-            return self.period
-        if self.kind == "grouped":
-            return points // self.period
-        if self.kind == "col":
-            return 1
-        return self.span[1] if self.span else points * self.lanes
+    access: Access
 
 
 @dataclass(frozen=True)
@@ -203,19 +168,59 @@ class SinkExpr:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """All that happens at a point, in the order: loads, statistics, stores and sinks."""
+    """All that happens at a point, in the order: loads, statistics, stores and sinks.
 
-    pair: bool
+    Attributes:
+        distance: 0 where points are single columns; else how far apart the two columns of each
+            point are, 1 for neighbours. Such columns are brought beside each other: the kernel has
+            them in another order than its buffers have.
+        operands: what is read, each once.
+        statistics: what is reduced first.
+        stores: what is written element by element.
+        sinks: what is reduced into partials.
+    """
+
+    distance: int
     operands: tuple[Operand, ...]
     statistics: tuple[Statistic, ...]
     stores: tuple[StoreExpr, ...]
     sinks: tuple[SinkExpr, ...]
 
+    @property
+    def pair(self) -> bool:
+        """Whether points are pairs of columns."""
+        return self.distance > 0
+
+    @property
+    def lanes(self) -> int:
+        """Columns of a point."""
+        return 2 if self.distance else 1
+
+    @property
+    def split(self) -> int:
+        """How far apart columns are that the kernel has side by side; 0 where none moved."""
+        return self.distance if self.distance > 1 else 0
+
+    @property
+    def tiles(self) -> list[str]:
+        """The operands that are matrices with an element for each row and column."""
+        return [o.name for o in self.operands if isinstance(o.access, Tile)]
+
+    @property
+    def partials(self) -> list[str]:
+        """The operands that are partials of split reductions, by the names of their buffers."""
+        return [o.name for o in self.operands if isinstance(o.access, Partial)]
+
+    @property
+    def lines(self) -> list[str]:
+        """The operands that are values of rows, to be reduced."""
+        return [o.name for o in self.operands if isinstance(o.access, Line)]
+
 
 def held(epilogue: Epilogue) -> int:
     """How many values an epilogue has at a point at once: matrices loaded or stored, and sums."""
-    tiles = sum(o.kind == "tile" for o in epilogue.operands) + len(epilogue.stores)
-    return tiles + sum(s.monoid != "pick" for s in epilogue.sinks)
+    matrices = len(epilogue.tiles) + len(epilogue.stores)
+    return matrices + sum(s.monoid != "pick" for s in epilogue.sinks)
 
 
 def conditions(epilogue: Epilogue) -> int:

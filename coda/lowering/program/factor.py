@@ -20,6 +20,7 @@ from typing import Any
 
 from coda.ir.scalars import SCALARS
 from coda.ir.types import has_reciprocal
+from coda.lowering.program.access import ColumnVector, Scalar
 from coda.lowering.program.epilogue import (
     Call,
     Epilogue,
@@ -89,12 +90,12 @@ def factor(program: Program) -> Program:
 
 def factored_epilogue(epilogue: Epilogue) -> Epilogue:
     """An Epilogue whose stores and sinks compute the same values with fewer operations."""
-    kinds = {o.name: o.kind for o in epilogue.operands}
+    once_a_row = {o.name for o in epilogue.operands if isinstance(o.access, ColumnVector | Scalar)}
     groups = {s.name for s in epilogue.statistics if s.group}
 
     def once(leaf: Expr) -> bool:
         if isinstance(leaf, Load):
-            return kinds[leaf.operand] in ("col", "scalar")
+            return leaf.operand in once_a_row
         return isinstance(leaf, Stat) and leaf.name not in groups
 
     results = [*epilogue.stores, *epilogue.sinks]

@@ -11,6 +11,7 @@ from collections.abc import Set
 
 from coda.ir.dims import product
 from coda.ir.graph import Input, Node, Reshape
+from coda.lowering.program.access import Tile
 from coda.lowering.program.epilogue import Operand, StoreExpr
 from coda.lowering.program.program import GemmKernel, Kernel, Program, RowwiseKernel, TorchKernel
 
@@ -46,7 +47,7 @@ def reads(program: Program, kernel: Kernel) -> list[str]:
     found = [n for node in nodes_read(kernel) for n in held_in(program, node)]
     if isinstance(kernel, TorchKernel):
         return found
-    return found + [o.name for o in kernel.body.epilogue.operands if o.kind == "partial"]
+    return found + kernel.body.epilogue.partials
 
 
 def writes(program: Program, kernel: Kernel) -> list[str]:
@@ -112,10 +113,11 @@ def _matrix(
 ) -> str:
     """What an operand reads, where it lies in memory as a store of the same type would; else ""."""
     node = kernel.body.nodes.get(operand.name)
-    if operand.kind != "tile" or node is None or operand.name in kernel.body.spread:
+    if node is None or operand.name in kernel.body.spread:
         return ""
-    same = (operand.dtype, operand.lanes) == (store.dtype, len(store.lanes))
-    if not same or (operand.split, operand.span) != (store.split, store.span) or store.narrow:
+    lanes = kernel.body.epilogue.lanes
+    same = isinstance(operand.access, Tile) and operand.access.span == store.span
+    if not same or (operand.dtype, lanes) != (store.dtype, len(store.lanes)) or store.narrow:
         return ""
     while isinstance(node, Reshape):
         node = node.arg

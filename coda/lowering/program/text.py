@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import assert_never
 
 from coda.ir.dims import show_shape
 from coda.ir.graph import Size
+from coda.lowering.program.access import (
+    ColumnVector,
+    Grouped,
+    Line,
+    Partial,
+    Periodic,
+    RowVector,
+    Scalar,
+    Tile,
+)
 from coda.lowering.program.body import Body
 from coda.lowering.program.cost import describe, label
 from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load, Operand, Stat, calls
@@ -79,7 +90,7 @@ def _body(program: Program, kernel: GemmKernel | RowwiseKernel) -> list[str]:
 
 
 def _operand(operand: Operand, body: Body, program: Program) -> str:
-    text = f"{operand.name} {operand.kind} {operand.dtype}"
+    text = f"{operand.name} {operand.access.word} {operand.dtype}"
     packed = [p for p in body.packed if p.name == operand.name]
     if packed:
         used = sorted({int(i) for i in packed[0].source if i >= 0})
@@ -88,8 +99,15 @@ def _operand(operand: Operand, body: Body, program: Program) -> str:
     node = body.nodes.get(operand.name)
     if isinstance(node, Size):
         text += f" = {node.dim}"
-    how = "repeating every" if operand.kind == "periodic" else "for groups of"
-    return text + (f" {how} {operand.period}" if operand.period else "")
+    match operand.access:
+        case Periodic(period=period):
+            return f"{text} repeating every {period}"
+        case Grouped(size=size):
+            return f"{text} for groups of {size}"
+        case RowVector() | ColumnVector() | Tile() | Scalar() | Line() | Partial():
+            return text
+        case _ as never:
+            assert_never(never)
 
 
 def _assignments(exprs: Iterable[Expr], names: dict[Expr, str]) -> list[str]:

@@ -8,6 +8,7 @@ from coda.errors import InternalError
 from coda.ir.dims import product
 from coda.ir.graph import Cast, Const, Expand, Input, Iota, Node, Size
 from coda.lowering.algebra.roles import is_view
+from coda.lowering.program.access import Line, Partial
 from coda.lowering.program.memory import nodes_read, writes
 from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel, TorchKernel
 
@@ -61,19 +62,19 @@ class _Check:
             rows, width, _ = kernel.problem(sizes)
         else:
             rows, width = kernel.rows.size(sizes), kernel.width
-        lanes = 2 if kernel.body.epilogue.pair else 1
+        lanes = kernel.body.epilogue.lanes
         for operand in kernel.body.epilogue.operands:
             name, node = operand.name, kernel.body.nodes.get(operand.name)
-            if operand.kind == "partial" and name not in self.written:
+            if isinstance(operand.access, Partial) and name not in self.written:
                 raise self.fault(f"{who} folds `{name}` before it is written")
             if node is None or name in kernel.body.spread:
                 continue
-            if operand.kind not in ("tile", "periodic", "grouped", "col"):
+            if isinstance(operand.access, Line | Partial):
                 continue
-            columns = operand.columns(width // lanes, lanes)
+            down, along = operand.access.shape(rows, width // lanes, lanes)
             elements = product(node.shape).size(sizes)
-            if elements != rows * columns:
-                found = f"{elements} elements where it loads {rows} x {columns}"
+            if elements != down * along:
+                found = f"{elements} elements where it loads {down} x {along}"
                 raise self.fault(f"{who} reads `{name}`, which has {found}")
 
     def fault(self, message: str) -> InternalError:
