@@ -34,6 +34,7 @@ from coda.runtime.call import (
     target_arch,
 )
 from coda.runtime.modes import cast_arguments, refuse_transforms
+from coda.runtime.settings import stages
 from coda.runtime.sharded import any_sharded, call_sharded
 from coda.runtime.train import train_block
 
@@ -132,7 +133,7 @@ class Block:
         arch, graph = target_arch(arch or ""), self.graph_of(dtype)
         key = (graph, arch, frozen, "lower", tuple(sorted((dims or {}).items())))
         if key not in self._programs:
-            self._programs[key] = lower(graph, dims or {}, arch, frozen)
+            self._programs[key] = lower(graph, dims or {}, arch, frozen, stages=stages())
         return self._programs[key]
 
     def explain(
@@ -183,7 +184,7 @@ class Block:
         sizes = check_dims(graph, dims or {})
         training = derive(graph, sizes, wanted, memory=memory or self.memory)
         forward, backward = (
-            lower(g, {s: sizes[s] for s in g.symbols}, arch, terms=terms)
+            lower(g, {s: sizes[s] for s in g.symbols}, arch, terms=terms, stages=stages())
             for g, terms in ((training.forward, NO_TERMS), (training.backward, training.terms()))
         )
         return forward, backward
@@ -302,7 +303,8 @@ class Block:
             key = (*variant, tuple((s, sizes[s]) for s in fixed))
             if key in self._programs:
                 return self._programs[key]
-        program = lower(graph, {s: sizes[s] for s in graph.symbols}, arch, frozen, terms)
+        known = {s: sizes[s] for s in graph.symbols}
+        program = lower(graph, known, arch, frozen, terms, stages=stages())
         self._fixed[variant] = fixed = tuple(sorted(program.fixed))
         self._programs[(*variant, tuple((s, sizes[s]) for s in fixed))] = program
         return program

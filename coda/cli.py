@@ -41,14 +41,17 @@ from coda.check import check_gradients, check_kernels
 from coda.doctor import examine
 from coda.errors import CodaError, InternalError
 from coda.ir.types import DType, dtype_of
-from coda.lowering.compiler import check_dims
+from coda.lowering.algebra.policy import NO_TERMS, Terms
+from coda.lowering.compiler import check_dims, request, run_stage
+from coda.lowering.explain_stages import pass_facts, passes_table, record_stages, training_graphs
 from coda.lowering.program.program import Program
+from coda.lowering.stages import show_value, stage_names
 from coda.measure import Report, load_inputs, measure, measure_gradients, random_inputs
 from coda.runtime import cache as kernel_cache
 from coda.runtime.bind import bind_sizes
 from coda.runtime.call import choose_backend, target_arch
 from coda.runtime.compile import Compiled, compile_program, show_progress, usage_table
-from coda.runtime.settings import CACHE_DIR
+from coda.runtime.settings import CACHE_DIR, CHECK
 
 app = typer.Typer(
     name="coda",
@@ -121,8 +124,12 @@ def explain(
     wanted: Wanted = "",
     as_json: Json = False,
     text: Annotated[bool, typer.Option("--text", help="print the Program's text")] = False,
+    passes: Annotated[bool, typer.Option("--passes", help="what each stage did")] = False,
+    stop_after: Annotated[str, typer.Option(help="print what a stage leaves, as in laws")] = "",
 ) -> None:
     """What a block becomes: kernels, bytes, rooflines, and where each op went.
+
+    With --passes: the stages of its lowering, what each did and how long it took.
 
     Of a model: its graph breaks, blocks, and what is left to torch and why, on meta tensors of
     --dims B=1,S=2048.
@@ -132,6 +139,20 @@ def explain(
         return
     block, element, sizes = _block(target, dtype), dtype_of(dtype), parse_dims(dims)
     check_training(backward, memory, wanted, frozen)
+    if passes or stop_after:
+        graphs = [(block.graph_of(element), NO_TERMS)]
+        if backward:
+            kept = names_of(wanted), memory or block.memory
+            graphs = training_graphs(graphs[0][0], sizes, *kept)
+        shown = stage_names(stop_after, "--stop-after")
+        found = record_stages(
+            graphs, sizes, target_arch(arch), frozen, check=int(CHECK.get()), show=shown
+        )
+        if as_json and not shown:
+            _print_json({name: pass_facts(record) for name, record in found.items()})
+        for name, record in found.items() if not (as_json or shown) else ():
+            _Output().print(passes_table(name, record))
+        return
     if backward:
         kept = names_of(wanted), memory or None
         found = block.explain_training(arch or None, element, *kept, **sizes)
@@ -145,6 +166,28 @@ def explain(
         print("\n".join(p.text() for p in programs), end="")
     else:
         found.print(_Output())
+
+
+@app.command()
+@told
+def stage(
+    name: Annotated[str, typer.Argument(help="a stage, as `coda explain --passes` lists them")],
+    target: Target,
+    dims: Dims = "",
+    arch: Arch = "",
+    dtype: Type = "bf16",
+    thrifty: Annotated[bool, typer.Option(help="as the backward of --memory min")] = False,
+) -> None:
+    """What one stage of lowering makes of a block alone, checked before and after.
+
+    Stages from `place` on take a Program: that of the stages from `chunks` on, of the block as it
+    is. Laws that leave a choice are applied wherever they can be.
+    """
+    (name,) = stage_names(name, "stage") or ("",)
+    graph = _block(target, dtype).graph_of(dtype_of(dtype))
+    terms = Terms(thrifty=thrifty)
+    asked = request(graph, parse_dims(dims), target_arch(arch), frozen=False, terms=terms)
+    print(show_value(run_stage(name, asked)), end="")
 
 
 def _explain_model(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
-from coda.errors import ArchError, DimError, InternalError
+from coda.errors import ArchError, CodaError, DimError, InternalError
 from coda.ir.graph import Contract, Graph, Input, Node, Pick, Reduce, Slice, walk
 from coda.lowering.algebra.chunk import Parted, chunk
 from coda.lowering.algebra.columns_first import columns_first
@@ -32,7 +32,7 @@ from coda.lowering.program.cost import MACHINES, price
 from coda.lowering.program.factor import factor
 from coda.lowering.program.memory import plan_memory, soonest_freed
 from coda.lowering.program.program import Program
-from coda.lowering.stages import PROGRAM, Stages, Trial, Value
+from coda.lowering.stages import PROGRAM, STAGES, Stages, Trial, Value
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,16 @@ def run_stage(name: str, asked: Request) -> Value:
     are applied wherever they can be.
 
     Raises:
-        InternalError: where the graph is not what the stage requires.
+        CodaError: where the graph is not what the stage requires.
     """
     only = PROGRAM[: PROGRAM.index(name) + 1] if name in PROGRAM else (name,)
+    missing = STAGES[only[0]].missing(asked.graph)
+    if missing:
+        raise CodaError(
+            f"`{name}` takes what the stages before it leave: {missing}",
+            found=asked.graph.name,
+            help=f"the stages before it: {', '.join(STAGES)}",
+        )
     return run_stages(asked, lambda *_: True, False, Trial(2, frozenset(only)))
 
 

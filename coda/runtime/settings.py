@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from coda.errors import CodaError
+from coda.lowering.stages import Stages, stage_names
 
 
 @dataclass(frozen=True)
@@ -60,4 +63,18 @@ FALLBACK = Variable(
     ("", "eager", "inductor"),
 )
 
-VARIABLES = (BACKEND, ARCH, CACHE_DIR, CACHE, FALLBACK)
+CHECK = Variable(
+    "CODA_CHECK",
+    "checks of a lowering: 0 none, 1 the block and the Program, 2 each stage and each law",
+    ("0", "1", "2"),
+    "1",
+)
+SHOW = Variable("CODA_SHOW", "stages of lowering to print on stderr, as in `laws,place`")
+
+VARIABLES = (BACKEND, ARCH, CACHE_DIR, CACHE, FALLBACK, CHECK, SHOW)
+
+
+def stages() -> Stages:
+    """How a lowering is checked and shown, as the variables say. Raises CodaError."""
+    tell = partial(print, file=sys.stderr)
+    return Stages(int(CHECK.get()), stage_names(SHOW.get(), SHOW.name), tell)

@@ -1,0 +1,140 @@
+"""A lowering's record -> what each stage did: nodes or kernels before and after, laws, seconds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from coda.ir.graph import Graph, walk
+from coda.lowering.algebra.chunk import Parted
+from coda.lowering.algebra.policy import NO_TERMS, Terms
+from coda.lowering.algebra.training import derive
+from coda.lowering.compiler import check_dims, lower
+from coda.lowering.program.epilogue import calls
+from coda.lowering.program.memory import temporary_bytes
+from coda.lowering.program.program import Program, TorchKernel
+from coda.lowering.program.text import show_config
+from coda.lowering.stages import Ran, Stages, Trial, Value
+
+
+def training_graphs(
+    graph: Graph, sizes: Mapping[str, int], wanted: Sequence[str] | None, memory: str
+) -> list[tuple[Graph, Terms]]:
+    """A block's forward that saves and its backward, with what each may do with memory."""
+    training = derive(graph, check_dims(graph, sizes), wanted, memory=memory)
+    return [(training.forward, NO_TERMS), (training.backward, training.terms())]
+
+
+def record_stages(
+    graphs: Sequence[tuple[Graph, Terms]],
+    sizes: Mapping[str, int],
+    arch: str,
+    frozen: bool,
+    *,
+    check: int,
+    show: Iterable[str],
+) -> dict[str, Stages]:
+    """The records of lowering some graphs, by their names; stages in `show` are printed."""
+    found: dict[str, Stages] = {}
+    for graph, terms in graphs:
+        record = found[graph.name] = Stages(check, show)
+        own = {s: n for s, n in sizes.items() if s in graph.symbols}
+        lower(graph, own if len(graphs) > 1 else sizes, arch, frozen, terms, stages=record)
+    return found
+
+
+def passes_table(title: str, stages: Stages) -> Table:
+    """The stages of the lowering that was chosen, as a table."""
+    table = Table(title=title, title_justify="left")
+    for column in ("stage", "before", "after", "ms", "what it did"):
+        right = column not in ("stage", "what it did")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    found = pass_facts(stages)
+    for one in found["stages"]:
+        values = one["before"], one["after"], f"{one['seconds'] * 1e3:.1f}", one["did"]
+        table.add_row(one["stage"], *values)
+    lowerings = f"lowered {found['lowerings']} times, the {ordinal(found['kept'])} is kept"
+    table.add_row("choices", "", "", f"{found['seconds'] * 1e3:.1f}", lowerings)
+    return table
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th."""
+    teen = number % 100 in (11, 12, 13)
+    return f"{number}{'th' if teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
+
+
+def pass_facts(stages: Stages) -> dict[str, Any]:
+    """The stages of the lowering that was chosen, as plain data; times in seconds."""
+    kept = stages.kept
+    assert kept is not None
+    return {
+        "stages": [
+            {
+                "stage": ran.stage.name,
+                "does": ran.stage.does,
+                "before": size(ran.before),
+                "after": size(ran.after),
+                "seconds": ran.seconds,
+                "did": did(ran, kept),
+            }
+            for ran in kept.ran
+        ],
+        "lowerings": len(stages.trials),
+        "kept": stages.trials.index(kept) + 1,
+        "seconds": sum(ran.seconds for trial in stages.trials for ran in trial.ran),
+    }
+
+
+def size(value: Value) -> str:
+    """How large a value is: "41 nodes" or "3 kernels"."""
+    if isinstance(value, Program):
+        return f"{len(value.kernels)} kernels"
+    return f"{len(_nodes(value))} nodes"
+
+
+def _nodes(value: Graph | Parted) -> list[Any]:
+    return list(walk((value.graph if isinstance(value, Parted) else value).roots))
+
+
+def did(ran: Ran, trial: Trial) -> str:
+    """What a stage changed, in a line; "nothing" where it left what it was given."""
+    match ran.stage.name, ran.after:
+        case "laws", _:
+            counts = Counter(s.law.name for s in trial.steps)
+            found = [f"{law} ×{n}" if n > 1 else law for law, n in counts.items()]
+        case "chunks", Parted(cuts=cuts):
+            found = [str(c) for c in cuts]
+        case "place", Program(unfused=unfused):
+            found = [f"{len(unfused)} not fused"] if unfused else ["all fused"]
+        case "factor", Program() as program:
+            found = [f"{_operations(ran.before)} -> {_operations(program)} operations a point"]
+        case "order", Program() as program:
+            found = [] if program is ran.before else ["launches in the order that frees memory"]
+        case "configure", Program() as program:
+            found = list(dict.fromkeys(show_config(k.config) for k in program.gemms()))
+        case "memory", Program() as program:
+            kept = f"{temporary_bytes(program) / 1e6:.1f} MB of temporaries at most"
+            found = [kept, *(f"{new} over {old}" for new, old in program.overwrites.items())]
+        case _, (Graph() | Parted()) as value:
+            assert not isinstance(ran.before, Program)
+            new = set(_nodes(value)) - set(_nodes(ran.before))
+            found = [f"{len(new)} new nodes"] if new else []
+        case _:
+            found = []
+    return ", ".join(found) or "nothing"
+
+
+def _operations(value: Value) -> int:
+    """How many operations the kernels of a Program compute at a point."""
+    assert isinstance(value, Program)
+    total = 0
+    for kernel in value.kernels:
+        if not isinstance(kernel, TorchKernel):
+            epilogue = kernel.body.epilogue
+            results = (*epilogue.stores, *epilogue.sinks)
+            total += len(calls(e for r in results for e in r.lanes))
+    return total
