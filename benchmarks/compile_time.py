@@ -20,7 +20,7 @@ import torch
 from coda.kernels.gemm import quack_target
 from coda.kernels.gemm.emit import emit_gemm
 from coda.lowering.compiler import lower
-from coda.lowering.program.program import Config
+from coda.lowering.program.target import Config, find_target
 from coda.runtime.cache import kernel_directory
 from coda.runtime.dry_run import without_driver
 
@@ -71,5 +71,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with without_driver("sm_90a"):
+    with without_driver(find_target("sm_90a")):
         main()

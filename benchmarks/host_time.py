@@ -20,6 +20,7 @@ import torch
 from coda.kernels.gemm import quack_target
 from coda.kernels.rowwise import launch as rowwise_target
 from coda.lowering.program.program import GemmKernel
+from coda.lowering.program.target import find_target
 from coda.measure import random_inputs
 from coda.runtime import call as run
 from coda.runtime import launcher as kernels
@@ -91,5 +92,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with without_driver("sm_90a"):
+    with without_driver(find_target("sm_90a")):
         main()

@@ -17,7 +17,8 @@ import torch
 import coda
 from coda.lowering.compiler import lower
 from coda.lowering.configure import size_partials
-from coda.lowering.program.program import Config, GemmKernel
+from coda.lowering.program.program import GemmKernel
+from coda.lowering.program.target import Config, find_target
 from coda.runtime.compile import captured, compile_kernel, prepare_process
 from coda.runtime.dry_run import without_driver
 from coda.runtime.sass import usage
@@ -180,9 +181,9 @@ def ours(name, arch):
 
 def child(arch):
     """Both kernels of every block for one arch, as JSON."""
-    prepare_process(arch)
+    prepare_process(find_target(arch))
     found = {}
-    with tempfile.TemporaryDirectory() as directory, without_driver(arch):
+    with tempfile.TemporaryDirectory() as directory, without_driver(find_target(arch)):
         os.environ["CODA_CACHE_DIR"] = directory  # a new one: what is found compiled has no cubin
         for name in quack_arguments(256):
             pair = theirs(name, arch, directory), ours(name, arch)

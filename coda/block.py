@@ -23,15 +23,16 @@ from coda.lowering.compiler import check_dims, lower
 from coda.lowering.explain import Explanation
 from coda.lowering.explain_training import TrainingExplanation
 from coda.lowering.program.program import Program
+from coda.lowering.program.target import Target
 from coda.runtime.bind import arrange, given_sizes
 from coda.runtime.call import (
     block_of,
     block_op,
+    choose_target,
     is_plain,
     needs_dispatch,
     register,
     run_block,
-    target_arch,
 )
 from coda.runtime.modes import cast_arguments, refuse_transforms
 from coda.runtime.settings import stages
@@ -124,16 +125,17 @@ class Block:
         """The Program for these sizes.
 
         Args:
-            arch: "sm_90a" or "sm_100a"; by default that of the GPU, else `CODA_ARCH`.
+            arch: "sm_90a", "sm_100a" or "sm_103a", or a GPU by its name in docs/targets.md; by
+                default the GPU that is there, else `CODA_ARCH`.
             dims: the size of every symbol.
             dtype: of arguments that are declared without a type.
             frozen: whether weights keep their values, and what is made of them may be kept beside
                 them: what calls with `memory="speed"` run where nothing requires a gradient.
         """
-        arch, graph = target_arch(arch or ""), self.graph_of(dtype)
-        key = (graph, arch, frozen, "lower", tuple(sorted((dims or {}).items())))
+        target, graph = choose_target(arch or ""), self.graph_of(dtype)
+        key = (graph, target, frozen, "lower", tuple(sorted((dims or {}).items())))
         if key not in self._programs:
-            self._programs[key] = lower(graph, dims or {}, arch, frozen, stages=stages())
+            self._programs[key] = lower(graph, dims or {}, target, frozen, stages=stages())
         return self._programs[key]
 
     def explain(
@@ -180,11 +182,11 @@ class Block:
                 bytes than computing it again, "speed" also what the forward stores anyway and the
                 backward would have to store again; by default the block's.
         """
-        arch, graph = target_arch(arch or ""), self.graph_of(dtype)
+        target, graph = choose_target(arch or ""), self.graph_of(dtype)
         sizes = check_dims(graph, dims or {})
         training = derive(graph, sizes, wanted, memory=memory or self.memory)
         forward, backward = (
-            lower(g, {s: sizes[s] for s in g.symbols}, arch, terms=terms, stages=stages())
+            lower(g, {s: sizes[s] for s in g.symbols}, target, terms=terms, stages=stages())
             for g, terms in ((training.forward, NO_TERMS), (training.backward, training.terms()))
         )
         return forward, backward
@@ -288,7 +290,7 @@ class Block:
     def program_for(
         self,
         graph: Graph,
-        arch: str,
+        target: Target,
         frozen: bool,
         sizes: Mapping[str, int],
         terms: Terms = NO_TERMS,
@@ -297,14 +299,14 @@ class Block:
 
         `graph` is the block's, or one of its training; `terms` are what it may do with memory.
         """
-        variant = (graph, arch, frozen, terms)
+        variant = (graph, target, frozen, terms)
         fixed = self._fixed.get(variant)
         if fixed is not None:
             key = (*variant, tuple((s, sizes[s]) for s in fixed))
             if key in self._programs:
                 return self._programs[key]
         known = {s: sizes[s] for s in graph.symbols}
-        program = lower(graph, known, arch, frozen, terms, stages=stages())
+        program = lower(graph, known, target, frozen, terms, stages=stages())
         self._fixed[variant] = fixed = tuple(sorted(program.fixed))
         self._programs[(*variant, tuple((s, sizes[s]) for s in fixed))] = program
         return program

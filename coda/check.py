@@ -32,7 +32,8 @@ from coda.ir.types import DType, bf16
 from coda.lowering.program.cost import describe
 from coda.lowering.program.memory import reads, writes
 from coda.lowering.program.program import Kernel, Program, TorchKernel
-from coda.runtime.call import BACKENDS, gpu_arch, target_arch
+from coda.runtime.call import BACKENDS, gpu_target
+from coda.sim.host.device import ARCHES as SIMULATED
 
 NORM, WORST = 1.5, 4.0  # times the error of torch op by op
 LEAST = 1e-6  # relative to the values: of sums in float32, in another order
@@ -152,7 +153,9 @@ def backends_here(arch: str) -> list[str]:
     import shutil
 
     compiler = shutil.which("cc") or shutil.which("gcc")
-    works = {"cuda": gpu_arch() == arch, "sim": bool(compiler)}
+    gpu = gpu_target()
+    simulated = arch in SIMULATED and bool(compiler)
+    works = {"cuda": gpu is not None and gpu.arch == arch, "sim": simulated}
     return [name for name in ("reference", "cuda", "sim") if works.get(name, True)]
 
 
@@ -178,10 +181,9 @@ def check_kernels(
     Raises:
         CodaError: where a kernel stops in the simulator, with the kernel's name.
     """
-    arch = target_arch(arch)
     program = block.lower(arch, sizes, element)
-    values = check_program(program, inputs, sizes, backends or backends_here(arch))
-    return CheckReport(program.graph.name, arch, dict(sizes), tuple(values))
+    values = check_program(program, inputs, sizes, backends or backends_here(program.arch))
+    return CheckReport(program.graph.name, program.arch, dict(sizes), tuple(values))
 
 
 def check_gradients(
@@ -206,9 +208,8 @@ def check_gradients(
         memory: "min", "balanced" or "speed", as in a call.
         seed: of the cotangents.
     """
-    arch = target_arch(arch)
-    names = backends or backends_here(arch)
     forward, backward = block.lower_training(arch, sizes, element, wanted, memory)
+    names = backends or backends_here(forward.arch)
     values = check_program(forward, inputs, sizes, names, "forward")
     outputs = run_on(names[0], forward, inputs, sizes)
     known = {i.name: x for i, x in zip(forward.graph.inputs, inputs, strict=True)}
@@ -221,7 +222,7 @@ def check_gradients(
         x = torch.randn(shape, generator=generator) if x is None else x
         given.append(x.reshape(shape).to(node.dtype.torch))
     values += check_program(backward, given, sizes, names, "backward")
-    return CheckReport(forward.graph.name, arch, dict(sizes), tuple(values))
+    return CheckReport(forward.graph.name, forward.arch, dict(sizes), tuple(values))
 
 
 def check_program(

@@ -45,11 +45,12 @@ from coda.lowering.algebra.policy import NO_TERMS, Terms
 from coda.lowering.compiler import check_dims, request, run_stage
 from coda.lowering.explain_stages import pass_facts, passes_table, record_stages, training_graphs
 from coda.lowering.program.program import Program
+from coda.lowering.program.target import ONE_OF_ARCHS
 from coda.lowering.stages import show_value, stage_names
 from coda.measure import Report, load_inputs, measure, measure_gradients, random_inputs
 from coda.runtime import cache as kernel_cache
 from coda.runtime.bind import bind_sizes
-from coda.runtime.call import choose_backend, target_arch
+from coda.runtime.call import choose_backend, choose_target
 from coda.runtime.compile import Compiled, compile_program, show_progress, usage_table
 from coda.runtime.settings import CACHE_DIR, CHECK
 
@@ -69,7 +70,7 @@ BlockOrModel = Annotated[
     ),
 ]
 Dims = Annotated[str, typer.Option(help="sizes, as in M=8192,D=4096")]
-Arch = Annotated[str, typer.Option(help="sm_90a or sm_100a")]
+Arch = Annotated[str, typer.Option(help=f"{ONE_OF_ARCHS}, or a GPU's name")]
 Type = Annotated[str, typer.Option(help="element type of arguments declared without one")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Backward = Annotated[bool, typer.Option("--backward", help="of training: forward and backward")]
@@ -146,7 +147,7 @@ def explain(
             graphs = training_graphs(graphs[0][0], sizes, *kept)
         shown = stage_names(stop_after, "--stop-after")
         found = record_stages(
-            graphs, sizes, target_arch(arch), frozen, check=int(CHECK.get()), show=shown
+            graphs, sizes, choose_target(arch), frozen, check=int(CHECK.get()), show=shown
         )
         if as_json and not shown:
             _print_json({name: pass_facts(record) for name, record in found.items()})
@@ -186,7 +187,7 @@ def stage(
     (name,) = stage_names(name, "stage") or ("",)
     graph = _block(target, dtype).graph_of(dtype_of(dtype))
     terms = Terms(thrifty=thrifty)
-    asked = request(graph, parse_dims(dims), target_arch(arch), frozen=False, terms=terms)
+    asked = request(graph, parse_dims(dims), choose_target(arch), frozen=False, terms=terms)
     print(show_value(run_stage(name, asked)), end="")
 
 
@@ -208,7 +209,7 @@ def _explain_model(
             sizes.get("S", 2048),
             dtype.torch,
             training,
-            target_arch(arch) if arch else "",
+            choose_target(arch).arch if arch else "",
         )
     if as_json:
         _print_json(found.json())
@@ -265,7 +266,7 @@ def run(
         run = partial(measure_gradients, wanted=names_of(wanted), memory=memory or None)
     seen = None
     if chosen == "sim":
-        arch = target_arch(arch)
+        arch = choose_target(arch).arch
         call = partial(run, block, block.graph_for(given), given, "sim", arch, sizes)
         report, seen = _simulate(call, arch, schedule, seed)
     else:
@@ -385,7 +386,7 @@ def compile_(
                 else (c.source if emit == "source" else c.ptx).read_text()
             )
     else:
-        _Output().print(usage_table(target_arch(arch), done))
+        _Output().print(usage_table(choose_target(arch).arch, done))
 
 
 def _compile(program: Program, which: str) -> list[Compiled]:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 import coda
 from coda.errors import CodaError
-from coda.runtime.call import BACKENDS, gpu_arch
+from coda.runtime.call import BACKENDS, gpu_target
 from coda.runtime.settings import VARIABLES, Variable
 
 TESTED = {
@@ -101,10 +101,11 @@ def examine() -> Diagnosis:
     advice = "" if compiler else "install gcc or clang: backend sim builds a small library with it"
     findings.append(Finding("C compiler", compiler or "missing", advice, needed=False))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    arch = gpu_arch()
-    advice = "" if arch else "no Hopper or Blackwell GPU: blocks run on backend reference"
-    findings.append(Finding("GPU", f"{gpu} {arch or ''}".strip(), advice, needed=False))
-    needs = {"cuda": bool(arch), "sim": bool(compiler)}
+    target = gpu_target()
+    advice = "" if target else "no Hopper or Blackwell GPU: blocks run on backend reference"
+    arch = target.arch if target else ""
+    findings.append(Finding("GPU", f"{gpu} {arch}".strip(), advice, needed=False))
+    needs = {"cuda": target is not None, "sim": bool(compiler)}
     working = [name for name in BACKENDS if needs.get(name, True)]
     findings.append(Finding("backends", ", ".join(working)))
     findings += [_setting(v) for v in VARIABLES]

@@ -81,9 +81,9 @@ def pytest_collection_modifyitems(config, items):
     ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [i for i in items if i not in set(left_out)]
-    from coda.runtime.call import gpu_arch
+    from coda.runtime.call import gpu_target
 
     missing = [i for i in items if i.get_closest_marker("gpu")]
-    if missing and gpu_arch() is None:
+    if missing and gpu_target() is None:
         for item in missing:
             item.add_marker(pytest.mark.skip(reason="no Hopper or Blackwell GPU"))

@@ -133,7 +133,7 @@ def test_doctor_finds_a_setting_that_is_none(capsys, monkeypatch):
     code, out, _ = run(capsys, "doctor", "--json")
     (found,) = (f for f in json.loads(out) if f["what"] == "CODA_ARCH")
     assert code == 1
-    assert found["advice"] == "CODA_ARCH is one of sm_90a, sm_100a"
+    assert found["advice"] == "CODA_ARCH is one of sm_90a, sm_100a, sm_103a"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from coda.lowering.algebra.roles import row_symbols
 from coda.lowering.program.program import TorchKernel
 from coda.runtime import settings
 from coda.runtime.bind import bind_sizes, size_hint
-from coda.runtime.call import choose_backend, gpu_arch
+from coda.runtime.call import choose_backend, gpu_target
 
 aten = torch.ops.aten
 _blocks: dict[Graph, Block] = {}
@@ -131,7 +131,7 @@ def _functional_or_why(
 
 def _rest(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """What runs the graph around the blocks: torch op by op, or Inductor."""
-    chosen = settings.FALLBACK.get() or ("inductor" if gpu_arch() else "eager")
+    chosen = settings.FALLBACK.get() or ("inductor" if gpu_target() else "eager")
     if chosen == "eager":
         return gm.forward
     from torch._inductor.compile_fx import compile_fx

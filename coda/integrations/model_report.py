@@ -108,7 +108,7 @@ def explain_model(
         batch, length: sizes of the input, where the model says what it takes.
         dtype: of the weights.
         training: whether gradients are wanted.
-        arch: "sm_90a" or "sm_100a"; by default `CODA_ARCH`.
+        arch: as in `Block.lower`; by default `CODA_ARCH`.
 
     Raises:
         CodaError: where there is no such model, or no example of its arguments.

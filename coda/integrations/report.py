@@ -17,9 +17,8 @@ from coda.frontend.torch_import.aten import VIEWS
 from coda.integrations.weights import WeightUse, settle
 from coda.lowering.algebra.policy import NO_TERMS
 from coda.lowering.explain import Explanation
-from coda.lowering.program.cost import MACHINES
 from coda.lowering.program.program import Program
-from coda.runtime.call import target_arch
+from coda.runtime.call import choose_target
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,15 @@ class RegionReport:
 
         `wanted` names the arguments with gradients, None without autograd. Raises CodaError.
         """
-        graph, arch = block.graph, target_arch("")
+        graph, target = block.graph, choose_target("")
         ops = tuple(operator_name(n) for n in nodes if n.target not in VIEWS)
         if wanted is None:
-            program = block.program_for(graph, arch, False, sizes)
+            program = block.program_for(graph, target, False, sizes)
             return RegionReport(block, ops, sizes, Explanation(program), None)
         training = block.training_for(graph, wanted, block.memory, sizes)
         sides = [(training.forward, NO_TERMS), (training.backward, training.terms())]
         told = [
-            Explanation(block.program_for(side, arch, False, sizes, terms))
+            Explanation(block.program_for(side, target, False, sizes, terms))
             for side, terms in sides[: 2 if training.wanted else 1]
         ]
         return RegionReport(block, ops, sizes, told[0], told[1] if len(told) == 2 else None)
@@ -87,7 +86,7 @@ class RegionReport:
         own = other = 0.0
         for side in (self.forward, self.backward):
             if side is not None:
-                program, machine = side.program, MACHINES[side.program.arch]
+                program, machine = side.program, side.program.target
                 own += program.hbm_bytes / machine.bandwidth
                 own += machine.launch * len(program.kernels)
                 other += side.pointwise.hbm_bytes / machine.bandwidth

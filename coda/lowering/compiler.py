@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
-from coda.errors import ArchError, CodaError, DimError, InternalError
+from coda.errors import CodaError, DimError, InternalError
 from coda.ir.graph import Contract, Graph, Input, Node, Pick, Reduce, Slice, walk
 from coda.lowering.algebra.chunk import Parted, chunk
 from coda.lowering.algebra.columns_first import columns_first
@@ -28,10 +28,11 @@ from coda.lowering.algebra.roles import row_symbols
 from coda.lowering.configure import configure
 from coda.lowering.placement.build import Banned, build, numbered
 from coda.lowering.placement.place import Partition
-from coda.lowering.program.cost import MACHINES, price
+from coda.lowering.program.cost import price
 from coda.lowering.program.factor import factor
 from coda.lowering.program.memory import plan_memory, soonest_freed
 from coda.lowering.program.program import Program
+from coda.lowering.program.target import DEFAULT, Target, find_target
 from coda.lowering.stages import PROGRAM, STAGES, Stages, Trial, Value
 
 
@@ -41,7 +42,7 @@ class Request:
 
     graph: Graph
     sizes: dict[str, int]
-    arch: str
+    target: Target
     frozen: bool
     terms: Terms
 
@@ -49,7 +50,7 @@ class Request:
 def lower(
     graph: Graph,
     dims: Mapping[str, int],
-    arch: str = "sm_90a",
+    target: Target | str = DEFAULT,
     frozen: bool = False,
     terms: Terms = NO_TERMS,
     *,
@@ -61,18 +62,18 @@ def lower(
         graph: a block.
         dims: the size of every symbol. Kernels serve any number of rows; the size given for those
             symbols is what costs are estimated with.
-        arch: "sm_90a" or "sm_100a".
+        target: the GPU, or what `find_target` finds it by: an arch or its name.
         frozen: whether weights keep their values (inference), so that what is made of them is
             made once.
         terms: what the Program may do with memory.
         stages: checks, shows and records the stages.
 
     Raises:
-        ArchError: for another arch.
+        ArchError: for a target that is none.
         DimError: for a missing, superfluous or non-positive size.
         InternalError: where a stage leaves what is not well formed.
     """
-    asked = request(graph, dims, arch, frozen, terms)
+    asked = request(graph, dims, target, frozen, terms)
     with stages or Stages() as record:
         record.begin(graph)
 
@@ -83,14 +84,11 @@ def lower(
 
 
 def request(
-    graph: Graph, dims: Mapping[str, int], arch: str, frozen: bool, terms: Terms
+    graph: Graph, dims: Mapping[str, int], target: Target | str, frozen: bool, terms: Terms
 ) -> Request:
-    """A request whose arch and sizes are checked. Raises ArchError and DimError."""
-    if arch not in MACHINES:
-        raise ArchError(
-            "coda does not compile for this arch", found=arch, help=" or ".join(MACHINES)
-        )
-    return Request(graph, check_dims(graph, dims), arch, frozen, terms)
+    """A request whose target and sizes are checked. Raises ArchError and DimError."""
+    target = target if isinstance(target, Target) else find_target(target)
+    return Request(graph, check_dims(graph, dims), target, frozen, terms)
 
 
 def run_stages(asked: Request, accept: Accept, apart: bool, stage: Trial) -> Program:
@@ -178,7 +176,7 @@ def _place(asked: Request, apart: bool, steps: list[Step], parted: Parted) -> Pr
             placed = Partition(
                 parted.graph, asked.sizes, banned, apart, asked.terms.passing, parted.part_of
             )
-            program = build(placed.run(), asked.graph, asked.arch)
+            program = build(placed.run(), asked.graph, asked.target)
             break
         except Banned as refusal:
             if refusal.places <= banned:

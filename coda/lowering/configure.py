@@ -35,7 +35,7 @@ def size_partials(program: Program) -> Program:
             old = program.buffers[sink.buffer]
             if sink.rows:
                 m = gemm.problem(program.sizes)[0]
-                parts = -(-m // cta_rows(gemm.config, program.arch))
+                parts = -(-m // cta_rows(gemm.config, program.target))
                 size_sum(program, sink, max(parts, 1), gemm.problem(program.sizes)[1])
                 continue
             makers[sink.buffer] = gemm

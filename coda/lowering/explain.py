@@ -16,7 +16,6 @@ from coda.errors import Where
 from coda.ir.graph import Node, walk
 from coda.kernels.gemm.weights import WeightRead, weight_reads
 from coda.lowering.program.cost import (
-    MACHINES,
     Baseline,
     describe,
     eager,
@@ -136,10 +135,8 @@ class Explanation:
         """Write the report to a console."""
         program = self.program
         sizes = " ".join(f"{k}={v}" for k, v in program.sizes.items())
-        machine = MACHINES[program.arch]
-        console.print(
-            f"{program.graph.name} on {program.arch} (roofline of {machine.name}), {sizes}"
-        )
+        where = f"{program.arch} (roofline of {program.target.name})"
+        console.print(f"{program.graph.name} on {where}, {sizes}")
         console.print(self.kernels())
         console.print(self._totals())
         if program.prepared:

@@ -16,6 +16,7 @@ from coda.lowering.compiler import check_dims, lower
 from coda.lowering.program.epilogue import calls
 from coda.lowering.program.memory import temporary_bytes
 from coda.lowering.program.program import Program, TorchKernel
+from coda.lowering.program.target import Target
 from coda.lowering.program.text import show_config
 from coda.lowering.stages import Ran, Stages, Trial, Value
 
@@ -31,7 +32,7 @@ def training_graphs(
 def record_stages(
     graphs: Sequence[tuple[Graph, Terms]],
     sizes: Mapping[str, int],
-    arch: str,
+    target: Target,
     frozen: bool,
     *,
     check: int,
@@ -42,7 +43,7 @@ def record_stages(
     for graph, terms in graphs:
         record = found[graph.name] = Stages(check, show)
         own = {s: n for s, n in sizes.items() if s in graph.symbols}
-        lower(graph, own if len(graphs) > 1 else sizes, arch, frozen, terms, stages=record)
+        lower(graph, own if len(graphs) > 1 else sizes, target, frozen, terms, stages=record)
     return found
 
 

@@ -20,7 +20,7 @@ from coda.ir.graph import Const, Expand, Graph, Input, Iota, Node, Size, walk
 from coda.lowering.algebra.roles import base, row_symbols, weight_nodes
 from coda.lowering.algebra.vjp import vjp
 from coda.lowering.explain import Explanation
-from coda.lowering.program.cost import MACHINES, hbm_bytes, label
+from coda.lowering.program.cost import hbm_bytes, label
 from coda.lowering.program.memory import temporary_bytes
 from coda.lowering.program.program import Program
 
@@ -138,7 +138,7 @@ class TrainingExplanation:
         """Write the report to a console."""
         program = self.forward.program
         sizes = " ".join(f"{k}={v}" for k, v in self.sizes.items())
-        where = f"{program.arch} (roofline of {MACHINES[program.arch].name})"
+        where = f"{program.arch} (roofline of {program.target.name})"
         console.print(f"training {self.graph.name} on {where}, {sizes}")
         for name, one in (("forward", self.forward), ("backward", self.backward)):
             console.print(one.kernels(f"kernels of the {name}"))

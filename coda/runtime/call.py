@@ -19,6 +19,7 @@ from coda.ir.types import DType, bf16
 from coda.lowering.algebra.policy import NO_TERMS, Terms
 from coda.lowering.algebra.training import Training
 from coda.lowering.program.program import Program
+from coda.lowering.program.target import ONE_OF_ARCHS, Target, find_target, of_device
 from coda.runtime import settings
 from coda.runtime.bind import bind_sizes, check_tensors
 from coda.runtime.modes import is_transformed
@@ -64,23 +65,24 @@ def simulated_arch() -> str | None:
     return None if gpu is None else gpu.arch
 
 
-def gpu_arch() -> str | None:
-    """The arch of the GPU, where it is one that coda compiles for."""
+def gpu_target() -> Target | None:
+    """The row of the GPU, where it is one that coda compiles for."""
     if simulated_arch() or not torch.cuda.is_available():
         return None
-    return {9: "sm_90a", 10: "sm_100a"}.get(torch.cuda.get_device_capability()[0])
+    found = torch.cuda.get_device_properties()
+    return of_device(found.name, (found.major, found.minor), found.multi_processor_count)
 
 
 def choose_backend(name: str) -> str:
     """The backend asked for, that of the environment, or the best that works here."""
     chosen = name or settings.BACKEND.get()
     if not chosen:
-        chosen = "sim" if simulated_arch() else "cuda" if gpu_arch() else "reference"
+        chosen = "sim" if simulated_arch() else "cuda" if gpu_target() else "reference"
     if chosen not in BACKENDS:
         raise UnsupportedError(
             "there is no such backend", found=repr(chosen), help=" or ".join(BACKENDS)
         )
-    if chosen == "cuda" and gpu_arch() is None:
+    if chosen == "cuda" and gpu_target() is None:
         raise ArchError(
             "backend cuda needs a Hopper or Blackwell GPU",
             found="none here",
@@ -89,11 +91,15 @@ def choose_backend(name: str) -> str:
     return chosen
 
 
-def target_arch(arch: str) -> str:
-    """The arch asked for, that of the (simulated) GPU, or that of the environment."""
+def choose_target(arch: str) -> Target:
+    """The target asked for, the (simulated) GPU, or the default one of the environment's arch.
+
+    Raises ArchError for an arch that is none.
+    """
     if not isinstance(arch, str):
-        raise ArchError("an arch is a name", found=repr(arch), help=" or ".join(settings.ARCHS))
-    return arch or simulated_arch() or gpu_arch() or settings.ARCH.get()
+        raise ArchError("an arch is a name", found=repr(arch), help=ONE_OF_ARCHS)
+    asked = arch or simulated_arch()
+    return find_target(asked) if asked else gpu_target() or find_target(settings.ARCH.get())
 
 
 class Runnable(Protocol):
@@ -117,7 +123,7 @@ class Runnable(Protocol):
         ...
 
     def program_for(
-        self, graph: Graph, arch: str, frozen: bool, sizes: Sizes, terms: Terms = NO_TERMS
+        self, graph: Graph, target: Target, frozen: bool, sizes: Sizes, terms: Terms = NO_TERMS
     ) -> Program:
         """A Program of the block, or of a part of its training, that serves these sizes."""
         ...
@@ -242,7 +248,7 @@ def run_block(
     if known is None:
         graph, sizes = bind(handle, inputs, dims)
         chosen = choose_backend(backend)
-        program = block_of(handle).program_for(graph, target_arch(arch), frozen, sizes)
+        program = block_of(handle).program_for(graph, choose_target(arch), frozen, sizes)
         known = calls.programs[key] = program, sizes, chosen
     program, sizes, chosen = known
     if chosen == "cuda":

@@ -25,12 +25,12 @@ from coda.kernels.rowwise.pieces import is_ragged
 from coda.lowering.algebra.policy import Terms
 from coda.lowering.program.memory import held_in
 from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel, TorchKernel
+from coda.lowering.program.target import Target
 from coda.runtime.cache import kernel_directory, prune
 from coda.runtime.sass import Usage, usage
 from coda.runtime.workers import run_all
 from coda.sim.host import kept
 
-CAPACITY = {"sm_90a": "90", "sm_100a": "100"}
 WORTH_IT = 6  # kernels: a process takes as long to start as four or five do to compile
 
 
@@ -40,7 +40,7 @@ class Job:
 
     text: str
     dims: tuple[tuple[str, int], ...]
-    arch: str
+    target: Target
     frozen: bool
     terms: Terms
     kernel: str
@@ -65,7 +65,7 @@ class Compiled:
 def compile_program(program: Program, jobs: int = 0) -> Iterator[Compiled]:
     """Compile all kernels of a program, as many at once as there are cores; as they are done."""
     work = [job for _, job in _jobs(program)]
-    yield from run_all(compile_job, work, _workers_environment(program.arch), jobs)
+    yield from run_all(compile_job, work, _workers_environment(program.target), jobs)
     prune()
 
 
@@ -83,7 +83,7 @@ def compile_ahead(programs: Sequence[Program]) -> list[Compiled]:
                 fresh.setdefault(base, job)
     if len(fresh) < WORTH_IT:
         return []
-    environment = _workers_environment(programs[0].arch)
+    environment = _workers_environment(programs[0].target)
     done = show_progress(run_all(compile_job, [*fresh.values()], environment), len(fresh))
     prune()
     return done
@@ -94,28 +94,28 @@ def _jobs(program: Program) -> Iterator[tuple[GemmKernel | RowwiseKernel, Job]]:
     text, dims = show(program.graph), tuple(program.sizes.items())
     for kernel in program.kernels:
         if not isinstance(kernel, TorchKernel):
-            options = program.arch, program.frozen, program.terms
+            options = program.target, program.frozen, program.terms
             yield kernel, Job(text, dims, *options, kernel.name)
 
 
-def prepare_process(arch: str) -> None:
-    """Make this process compile for `arch`; before cutlass and quack are imported."""
-    os.environ |= _environment(arch)
+def prepare_process(target: Target) -> None:
+    """Make this process compile for `target`; before cutlass and quack are imported."""
+    os.environ |= _environment(target)
 
 
-def _environment(arch: str) -> dict[str, str]:
-    """The variables of a process that compiles for an arch."""
+def _environment(target: Target) -> dict[str, str]:
+    """The variables of a process that compiles for a GPU."""
     return {
-        "CUTE_DSL_ARCH": arch,
-        "QUACK_ARCH": CAPACITY[arch],
+        "CUTE_DSL_ARCH": target.arch,
+        "QUACK_ARCH": "{}{}".format(*target.capability),
         "CUTE_DSL_KEEP": "ptx,cubin",
         "CUTE_DSL_DUMP_DIR": str(_made(kernel_directory() / "dump")),
     }
 
 
-def _workers_environment(arch: str) -> dict[str, str]:
+def _workers_environment(target: Target) -> dict[str, str]:
     """The variables of a worker: it sees no GPU, so that no library begins to use one."""
-    return {**_environment(arch), "CUDA_VISIBLE_DEVICES": ""}
+    return {**_environment(target), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _made(path: Path) -> Path:
@@ -127,7 +127,7 @@ def compile_job(job: Job) -> Compiled:
     """Compile one kernel in this process."""
     from coda.lowering.compiler import lower
 
-    program = lower(parse(job.text), dict(job.dims), job.arch, job.frozen, job.terms)
+    program = lower(parse(job.text), dict(job.dims), job.target, job.frozen, job.terms)
     kernel = next(k for k in program.kernels if k.name == job.kernel)
     assert isinstance(kernel, GemmKernel | RowwiseKernel)
     return compile_kernel(program, kernel)

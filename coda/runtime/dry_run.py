@@ -11,11 +11,11 @@ from torch import Tensor
 
 from coda.ir.graph import Node
 from coda.kernels.gemm import quack_target
-from coda.kernels.gemm.configs import SMS
 from coda.kernels.gemm.source import Source
 from coda.kernels.rowwise.launch import Rows
 from coda.lowering.algebra.roles import is_turned
 from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel
+from coda.lowering.program.target import Target
 from coda.runtime.cache import object_directory
 from coda.runtime.compile import has_padded_rows
 from coda.runtime.launcher import KernelRun, aligned, padded
@@ -26,8 +26,8 @@ from coda.sim.host.patches import Patches
 def dry_run(program: Program, kernel: GemmKernel | RowwiseKernel) -> None:
     """Compile one kernel as a call of the Program would, into quack's store.
 
-    The table of archs answers what a driver would be asked: the number of clusters, which no kernel
-    is built with (it is an argument of each launch).
+    The Program's target answers what a driver would be asked: the number of clusters, which no
+    kernel is built with (it is an argument of each launch).
     """
     quack_target.use_cache(object_directory(), enabled=True)
     free = {s: min(n, 128) for s, n in program.sizes.items() if s not in program.fixed}
@@ -38,7 +38,7 @@ def dry_run(program: Program, kernel: GemmKernel | RowwiseKernel) -> None:
     ]
     run = DryRun(program, inputs, sizes)
     run.raw = _Partials(program, sizes)
-    with without_driver(program.arch):
+    with without_driver(program.target):
         if isinstance(kernel, GemmKernel):
             run.gemm(kernel)
         else:
@@ -46,10 +46,10 @@ def dry_run(program: Program, kernel: GemmKernel | RowwiseKernel) -> None:
 
 
 @contextmanager
-def without_driver(arch: str) -> Iterator[None]:
+def without_driver(target: Target) -> Iterator[None]:
     """Answer for the driver inside, whether there is one or not, and forget the answers after."""
     patches = Patches()
-    for owner, name, answer in driver_answers(SMS[arch]):
+    for owner, name, answer in driver_answers(target.multiprocessors, target.l2):
         patches.set(owner, name, answer)
     try:
         yield

@@ -333,7 +333,7 @@ class KernelRun(ReferenceRun):
         sinks: dict[str, Tensor] = {}
         for sink in kernel.body.epilogue.sinks:
             if sink.rows:
-                tiles = -(-rows // cta_rows(kernel.config, self.program.arch))
+                tiles = -(-rows // cta_rows(kernel.config, self.program.target))
                 width = kernel.problem(self.sizes)[1]
                 sinks[sink.buffer] = self.new((tiles, width), torch.float32)
             elif sink.monoid == "pick":

@@ -20,8 +20,8 @@ from coda.runtime.call import (
     block_of,
     calls_of,
     choose_backend,
+    choose_target,
     simulated_arch,
-    target_arch,
 )
 
 
@@ -139,9 +139,8 @@ class Plan:
         """
         found = accumulating(self.training, targets, beside)
         terms = self.training.terms(found.updates)
-        arch = self.forward.arch
-        block = block_of(self.handle)
-        return block.program_for(found.graph, arch, False, self.sizes, terms), found.held
+        target, block = self.forward.target, block_of(self.handle)
+        return block.program_for(found.graph, target, False, self.sizes, terms), found.held
 
     @cached_property
     def siblings(self) -> tuple[Names, ...]:
@@ -179,12 +178,12 @@ def make_plan(
     wanted: Sequence[bool],
 ) -> Plan:
     """The plan for a block of these sizes."""
-    block, arch = block_of(handle), target_arch(arch)
+    block, target = block_of(handle), choose_target(arch)
     training = block.training_for(graph, wanted_names(graph, wanted), memory, sizes)
-    forward = block.program_for(training.forward, arch, False, sizes)
+    forward = block.program_for(training.forward, target, False, sizes)
     backward = None
     if training.wanted:
-        backward = block.program_for(training.backward, arch, False, sizes, training.terms())
+        backward = block.program_for(training.backward, target, False, sizes, training.terms())
     asked = {i for i in graph.inputs if i.name in training.wanted}
     reached = tuple(bool(asked & set(walk([r]))) for _, r in graph.outputs)
     backend, layout = choose_backend(backend), Layout.of(training)

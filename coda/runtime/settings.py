@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from coda.errors import CodaError
+from coda.lowering.program.target import ARCHS, DEFAULT
 from coda.lowering.stages import Stages, stage_names
 
 
@@ -47,14 +48,12 @@ class Variable:
                 os.environ.pop(self.name, None)
 
 
-ARCHS = ("sm_90a", "sm_100a")
-
 BACKEND = Variable(
     "CODA_BACKEND",
     "where blocks run; by default on a Hopper or Blackwell GPU if there is one, else in torch",
     ("", "reference", "cuda", "sim"),
 )
-ARCH = Variable("CODA_ARCH", "the arch to lower for where no GPU tells it", ARCHS, "sm_90a")
+ARCH = Variable("CODA_ARCH", "the arch to lower for where no GPU tells it", ARCHS, DEFAULT.arch)
 CACHE_DIR = Variable("CODA_CACHE_DIR", "where compiled kernels are kept between processes")
 CACHE = Variable("CODA_CACHE", "0: keep compiled kernels in this process only", ("0", "1"), "1")
 FALLBACK = Variable(

@@ -13,6 +13,7 @@ from coda.lowering.program.program import Program
 from coda.runtime import settings
 from coda.runtime.cache import simulator_directory
 from coda.runtime.launcher import KernelRun
+from coda.sim.host.device import ARCHES as SIMULATED
 
 
 def device(arch: str, **options: object) -> sim.Device:
@@ -21,9 +22,9 @@ def device(arch: str, **options: object) -> sim.Device:
     Raises:
         ArchError: for an arch that is not simulated.
     """
-    if arch not in settings.ARCHS:
+    if arch not in SIMULATED:
         raise ArchError(
-            "there is no simulated GPU of this arch", found=arch, help=" or ".join(settings.ARCHS)
+            "there is no simulated GPU of this arch", found=arch, help=" or ".join(SIMULATED)
         )
     cache = simulator_directory() if settings.CACHE.get() == "1" else None
     return sim.device(arch, cache=cache, **options)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import torch
 
 import coda
 from coda.lowering.configure import size_partials
-from coda.lowering.program.program import Config
+from coda.lowering.program.target import Config
 from coda.measure import measure, measure_gradients, random_inputs, relative
 from coda.runtime.reference import run_reference
 from coda.runtime.simulate import device, run_simulated

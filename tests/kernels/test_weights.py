@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import coda
-from coda.kernels.gemm import configs
 from coda.kernels.gemm import emit as emit_gemm
 from coda.kernels.gemm.weights import halves, weight_reads
-from coda.lowering.program.program import Config
+from coda.lowering.compiler import lower
+from coda.lowering.program.target import Config, find_target
 from coda.measure import random_inputs
 from coda.runtime import launcher as kernels
 from coda.runtime.launcher import KernelRun, gemm_of
@@ -77,6 +77,12 @@ CASES = [
 ]
 
 
+def with_configs(arch, tile):
+    """The arch's default target with one of its tiles alone."""
+    target = find_target(arch)
+    return replace(target, configs=target.configs[tile : tile + 1])
+
+
 def run(program, inputs):
     with device(program.arch, checks="raise") as gpu:
         found = run_simulated(program, inputs, program.sizes)
@@ -87,8 +93,8 @@ def run(program, inputs):
 @pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("make", "sizes", "tile"), CASES)
 def test_rows_in_pairs_by_layout_are_those_of_a_copy(make, sizes, tile, arch, monkeypatch):
-    monkeypatch.setitem(configs.CONFIGS, arch, configs.CONFIGS[arch][tile : tile + 1])
-    program, copying = (make().lower(arch, sizes) for _ in range(2))
+    target = with_configs(arch, tile)
+    program, copying = (lower(make().graph, sizes, target) for _ in range(2))
     inputs = random_inputs(program.graph, sizes)
     (gemm,) = program.gemms()
     assert halves(program, gemm) == sizes.get("d", 2 * sizes.get("F", 0)) // 2
@@ -131,11 +137,10 @@ def test_weights_in_one_buffer_are_not_copied_and_changes_are_seen(arch, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
-def test_partners_that_tiles_do_not_divide_are_copied(arch, monkeypatch):
-    monkeypatch.setitem(configs.CONFIGS, arch, configs.CONFIGS[arch][1:2])
+def test_partners_that_tiles_do_not_divide_are_copied(arch):
     sizes = {"M": 200, "D": 128, "H": 3, "d": 192}
     block = gated_in_heads()
-    program = block.lower(arch, sizes)
+    program = lower(block.graph, sizes, with_configs(arch, 1))
     (read,) = weight_reads(program)
     assert read.why == "partners lie 96 rows apart, which tiles of 64 pairs do not divide"
     inputs = random_inputs(block.graph, sizes)

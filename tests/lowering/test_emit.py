@@ -7,7 +7,7 @@ from hypothesis import given
 
 from coda.errors import UnsupportedError
 from coda.ir.types import bf16, f32
-from coda.kernels.gemm.configs import CONFIGS, legal
+from coda.kernels.gemm.configs import legal
 from coda.kernels.gemm.emit import emit_gemm
 from coda.kernels.gemm.ragged import vanishes
 from coda.kernels.lines import safe
@@ -15,7 +15,8 @@ from coda.kernels.rowwise.emit import emit_rowwise
 from coda.lowering.compiler import lower
 from coda.lowering.program.access import ColumnVector, RowVector, Tile
 from coda.lowering.program.epilogue import Acc, Call, Literal, Load, Operand
-from coda.lowering.program.program import Config, GemmKernel, RowwiseKernel
+from coda.lowering.program.program import GemmKernel, RowwiseKernel
+from coda.lowering.program.target import TARGETS, Config
 from tests.lowering.test_random_blocks import SETTINGS, SIZES, blocks
 
 ROW, COL = Load("row"), Load("col")
@@ -79,8 +80,8 @@ def test_names_that_quack_or_python_keep_for_themselves():
 
 
 def test_configs_are_sorted_from_large_to_small():
-    for rows in CONFIGS.values():
-        sizes = [c.tile_m * c.tile_n for c, _ in rows]
+    for target in TARGETS:
+        sizes = [c.tile_m * c.tile_n for c, _ in target.configs]
         assert sizes == sorted(sizes, reverse=True)
 
 

@@ -18,6 +18,7 @@ COMPILE = textwrap.dedent(
     import sys, time
     import coda
     from coda.lowering.algebra.policy import NO_TERMS
+    from coda.lowering.program.target import DEFAULT
     from coda.runtime.compile import Job, compile_job, prepare_process
 
     TEXT = '''
@@ -27,8 +28,8 @@ COMPILE = textwrap.dedent(
       return out = %1
     }
     '''
-    prepare_process("sm_90a")
-    job = Job(TEXT, (("M", 8), ("D", 256)), "sm_90a", False, NO_TERMS, "rows0")
+    prepare_process(DEFAULT)
+    job = Job(TEXT, (("M", 8), ("D", 256)), DEFAULT, False, NO_TERMS, "rows0")
     start = time.monotonic()
     done = compile_job(job)
     print(time.monotonic() - start, done.cubin.exists(), done.source.name)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from coda.errors import InternalError
+from coda.lowering.program.target import find_target
 from coda.runtime.dry_run import without_driver
 from coda.runtime.workers import run_all
 
@@ -66,7 +67,7 @@ def test_questions_are_seen(machine, question, answer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a", "sm_103a"])
 def test_the_command_line_and_its_workers_ask_nothing(machine, tmp_path, arch):
     path = tmp_path / "block.py"
     path.write_text(BLOCK)
@@ -86,10 +87,10 @@ def test_the_table_answers_where_a_driver_fails(monkeypatch):
 
     monkeypatch.setattr(HardwareInfo, "__init__", fails)
     capacity = (9, 0)
-    with without_driver("sm_90a"):
+    with without_driver(find_target("sm_90a")):
         assert get_max_active_clusters(2, capacity) == 66
         assert get_max_active_clusters(1, capacity) == 132
-    with without_driver("sm_100a"):
+    with without_driver(find_target("sm_100a")):
         assert get_max_active_clusters(2, (10, 0)) == 74
     with pytest.raises(RuntimeError, match="INVALID_CONTEXT"):  # and nothing is remembered
         get_max_active_clusters(2, capacity)

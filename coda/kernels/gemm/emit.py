@@ -100,7 +100,7 @@ class _Emitter:
         # Where an element takes many values, several columns of them exceed the registers.
         several = len(self.epilogue.stores) > 1 and any(s.rows for s in self.epilogue.sinks)
         crowded = held(self.epilogue) + conditions(self.epilogue) > 5
-        self.pauses = program.arch == "sm_100a" and (crowded or several)
+        self.pauses = program.target.tensor_memory and (crowded or several)
         self.masked = self.rows_masked = False
 
     def pack_tables(self) -> tuple[Table, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from coda.errors import CallError
 from coda.kernels.gemm.source import PAIRS, WHOLE, Source, Table
 from coda.kernels.modules import load_module
-from coda.lowering.program.program import Config
+from coda.lowering.program.target import Config
 from coda.sim.host import kept
 from coda.sim.host.kept import checked, recorded
 

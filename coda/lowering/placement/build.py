@@ -43,6 +43,7 @@ from coda.lowering.program.program import (
     RowwiseKernel,
     TorchKernel,
 )
+from coda.lowering.program.target import Target
 
 
 class Banned(Exception):
@@ -57,9 +58,9 @@ class Banned(Exception):
         self.places = frozenset(places)
 
 
-def build(partition: Partition, source: Graph, arch: str) -> Program:
+def build(partition: Partition, source: Graph, target: Target) -> Program:
     """The Program of a partition. Raises Banned where a kernel cannot be laid out."""
-    return _Build(partition, Program(source, dict(partition.sizes), arch)).run()
+    return _Build(partition, Program(source, dict(partition.sizes), target)).run()
 
 
 @dataclass

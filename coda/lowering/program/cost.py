@@ -1,7 +1,6 @@
 """What a Program costs: FLOPs, bytes that cross global memory, and the time of the roofline.
 
-Each tensor of a kernel counts once in, once out. The peaks are those of NVIDIA's data sheets,
-dense: H100 SXM 989 TFLOP/s in bf16 and 3.35 TB/s, B200 2250 TFLOP/s and 8 TB/s.
+Each tensor of a kernel counts once in, once out. The peaks are those of the Program's target.
 """
 
 from __future__ import annotations
@@ -28,27 +27,11 @@ from coda.ir.graph import (
     walk,
 )
 from coda.ir.scalars import SCALARS
+from coda.ir.types import bf16
 from coda.lowering.algebra.roles import stacked
 from coda.lowering.program.access import Partial
 from coda.lowering.program.epilogue import calls
 from coda.lowering.program.program import GemmKernel, Kernel, Program, RowwiseKernel, TorchKernel
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Peaks of a GPU: FLOP/s of tensor cores in bf16 (fp8 twice), bytes/s, seconds a launch."""
-
-    name: str
-    tensor: float
-    bandwidth: float
-    launch: float = 2e-6
-
-
-MACHINES = {
-    "sm_90a": Machine("H100 SXM", 989e12, 3.35e12),
-    "sm_100a": Machine("B200", 2250e12, 8.0e12),
-}
-
 
 HELD = 16  # bytes moved in each call that a byte of memory, held between calls, is worth
 
@@ -161,12 +144,10 @@ def scalar_flops(program: Program, kernel: Kernel) -> int:
 
 def kernel_seconds(program: Program, kernel: Kernel) -> tuple[float, str]:
     """The roofline time of a kernel without its launch, and what bounds it."""
-    machine = MACHINES[program.arch]
+    target = program.target
     moved = traffic(program, kernel)
-    memory = (moved.read_bytes + moved.write_bytes) / machine.bandwidth
-    peak = machine.tensor
-    if isinstance(kernel, GemmKernel) and kernel.a.dtype.size == 1:
-        peak *= 2
+    memory = (moved.read_bytes + moved.write_bytes) / target.bandwidth
+    peak = target.peak(kernel.a.dtype if isinstance(kernel, GemmKernel) else bf16)
     compute = gemm_flops(program, kernel) / peak
     return max(memory, compute), "tensor cores" if compute > memory else "memory"
 
@@ -205,11 +186,10 @@ def price(program: Program) -> float:
     prepared in each call, and a matrix that is made of them takes as much memory as the weight, for
     as long as the model runs. For weights that are frozen neither counts.
     """
-    machine = MACHINES[program.arch]
-    moved = hbm_bytes(program)
+    target, moved = program.target, hbm_bytes(program)
     if not program.frozen:
         moved += prepare_bytes(program) + HELD * held_bytes(program)
-    return moved / machine.bandwidth + machine.launch * len(program.kernels)
+    return moved / target.bandwidth + target.launch * len(program.kernels)
 
 
 @dataclass(frozen=True)

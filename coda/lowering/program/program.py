@@ -17,6 +17,7 @@ from coda.lowering.algebra.chunk import Cut
 from coda.lowering.algebra.policy import NO_TERMS, Terms
 from coda.lowering.algebra.rewrite import Step
 from coda.lowering.program.body import Body
+from coda.lowering.program.target import Config, Target
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,6 @@ class Place:
     buffer: str
     first: int
     count: int
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a GEMM is tiled: CTA tiles of `tile_m` × `tile_n`, `cluster` = (m, n) CTAs.
-
-    With `pingpong`, two warpgroups of a CTA take tiles in turn (sm_90a).
-    """
-
-    tile_m: int
-    tile_n: int
-    cluster: tuple[int, int] = (1, 1)
-    pingpong: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +136,7 @@ class Program:
     Attributes:
         graph: the block as it was written.
         sizes: the size of every symbol; the rows among them are only an estimate.
-        arch: "sm_90a" or "sm_100a".
+        target: the GPU that it is lowered for.
         kernels: in the order of launches.
         buffers: by name.
         places: where each node that is in memory lies.
@@ -172,7 +160,7 @@ class Program:
 
     graph: Graph
     sizes: dict[str, int]
-    arch: str
+    target: Target
     kernels: tuple[Kernel, ...] = ()
     buffers: dict[str, Buffer] = field(default_factory=dict)
     places: dict[Node, Place] = field(default_factory=dict)
@@ -190,6 +178,11 @@ class Program:
     overwrites: dict[str, str] = field(default_factory=dict)
     freed: tuple[tuple[str, ...], ...] = ()
     cuts: tuple[Cut, ...] = ()
+
+    @property
+    def arch(self) -> str:
+        """What its kernels are compiled for."""
+        return self.target.arch
 
     @property
     def updates(self) -> dict[str, str]:

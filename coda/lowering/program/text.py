@@ -20,7 +20,8 @@ from coda.lowering.program.access import (
 from coda.lowering.program.body import Body
 from coda.lowering.program.cost import describe, label
 from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load, Operand, Stat, calls
-from coda.lowering.program.program import Config, GemmKernel, Kernel, Program, RowwiseKernel
+from coda.lowering.program.program import GemmKernel, Kernel, Program, RowwiseKernel
+from coda.lowering.program.target import Config
 
 
 def show_program(program: Program) -> str:

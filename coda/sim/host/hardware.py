@@ -29,11 +29,12 @@ _REMEMBERED = (
 )
 
 
-def driver_answers(sms: int) -> list[tuple[Any, str, Callable[..., Any]]]:
+def driver_answers(sms: int, l2: int = L2) -> list[tuple[Any, str, Callable[..., Any]]]:
     """(owner, attribute, what to put there): all that cutlass asks a driver while it compiles.
 
     Args:
         sms: multiprocessors of the device; a cluster takes one of them for each of its blocks.
+        l2: bytes of its L2 cache.
     """
     from cutlass.base_dsl.runtime import cuda
     from cutlass.utils.hardware_info import HardwareInfo
@@ -53,7 +54,7 @@ def driver_answers(sms: int) -> list[tuple[Any, str, Callable[..., Any]]]:
         (HardwareInfo, "__init__", lambda self, device_id=0: None),
         (HardwareInfo, "get_max_active_clusters", clusters),
         (HardwareInfo, "get_device_multiprocessor_count", lambda self: sms),
-        (HardwareInfo, "get_l2_cache_size_in_bytes", lambda self: L2),
+        (HardwareInfo, "get_l2_cache_size_in_bytes", lambda self: l2),
         (cuda, "get_device_attribute", attribute),
         (cuda, "initialize_cuda_context", lambda *a, **k: None),
     ]

@@ -1,0 +1,217 @@
+"""The GPUs that coda compiles for: an arch or a GPU's name -> one row of figures.
+
+A `Target` is all that is known of a GPU before a kernel runs on it: what it has, what its kernels
+are costed with, which tiles its GEMMs may take, and what its arch can do. Passes ask for a figure
+or a capability of the target, never which arch it is. A new GPU is a row here.
+
+Users name an arch, which stands for its first row (`find_target("sm_90a")` is the H100 SXM), or a
+row by its name. Where a GPU is there, its row is chosen by what it says of itself (`of_device`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+
+from coda.errors import ArchError
+from coda.ir.types import DType
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a GEMM is tiled: CTA tiles of `tile_m` × `tile_n`, `cluster` = (m, n) CTAs.
+
+    With `pingpong`, two warpgroups of a CTA take tiles in turn (sm_90a).
+    """
+
+    tile_m: int
+    tile_n: int
+    cluster: tuple[int, int] = (1, 1)
+    pingpong: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU, by which Programs are lowered, costed and compiled.
+
+    Attributes:
+        name: the GPU's, for people; its first word is a word of what the driver calls the GPU.
+        arch: what its kernels are compiled for.
+        capability: CUDA's compute capability, (major, minor).
+        multiprocessors: how many it has.
+        shared_memory: bytes of shared memory that one block may have.
+        registers: 32-bit registers of one multiprocessor.
+        l2: bytes of the L2 cache.
+        peaks: FLOP/s of the tensor cores by the bits of an operand's element, dense.
+        bandwidth: bytes/s of global memory.
+        launch: seconds that a launch takes at least.
+        configs: (config, efficiency) of its GEMMs, from the larger tile to the smaller. The
+            efficiency is the mainloop's speed as a fraction of the best config's.
+        cta_pairs: whether two CTAs of a cluster may share one tile of a GEMM.
+        tensor_memory: whether accumulators are in tensor memory, from which a thread of an
+            epilogue takes 32 columns at once.
+        sources: where each figure is from, by the name of its field.
+    """
+
+    name: str
+    arch: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+    registers: int
+    l2: int
+    peaks: tuple[tuple[int, float], ...]
+    bandwidth: float
+    launch: float
+    configs: tuple[tuple[Config, float], ...]
+    cta_pairs: bool
+    tensor_memory: bool
+    sources: tuple[tuple[str, str], ...] = field(repr=False)
+
+    def peak(self, dtype: DType) -> float:
+        """FLOP/s of the tensor cores for operands of a type.
+
+        Contractions of types wider than 16 bits are torch's: they are costed as those of 16 bits.
+        """
+        return dict(self.peaks)[8 if dtype.size == 1 else 16]
+
+
+# (config, efficiency). Those that spill registers with heavy epilogues are left out, among them
+# quack's own default for Hopper (128×192 ping-pong).
+HOPPER_CONFIGS = (
+    (Config(128, 256, (2, 1)), 1.0),
+    (Config(256, 128, (2, 1)), 0.98),
+    (Config(128, 128, (2, 1)), 0.85),
+    (Config(128, 64, (1, 1)), 0.6),
+)
+BLACKWELL_CONFIGS = (
+    (Config(256, 256, (2, 1)), 1.0),
+    (Config(256, 128, (2, 1)), 0.9),
+    (Config(128, 128, (1, 1)), 0.75),
+    (Config(128, 64, (1, 1)), 0.5),
+)
+
+HOPPER_TUNING = "NVIDIA Hopper tuning guide: 227 KB a block, 64 K registers a multiprocessor"
+BLACKWELL_TUNING = "NVIDIA Blackwell tuning guide: 227 KB a block, 64 K registers a multiprocessor"
+MODEL = "coda's own model: ranks by tile, not measured on this GPU"
+LAUNCH = "assumed; folds of a few KB took 2.4 to 3.3 µs each on an H200 (measured by coda, 2026)"
+
+HOPPER_H100 = Target(
+    name="H100 SXM",
+    arch="sm_90a",
+    capability=(9, 0),
+    multiprocessors=132,
+    shared_memory=227 << 10,
+    registers=64 << 10,
+    l2=50 << 20,
+    peaks=((16, 989e12), (8, 1979e12)),
+    bandwidth=3.35e12,
+    launch=2e-6,
+    configs=HOPPER_CONFIGS,
+    cta_pairs=False,
+    tensor_memory=False,
+    sources=(
+        ("multiprocessors", "NVIDIA H100 architecture white paper"),
+        ("shared_memory", HOPPER_TUNING),
+        ("registers", HOPPER_TUNING),
+        ("l2", "NVIDIA H100 architecture white paper"),
+        ("peaks", "NVIDIA H100 data sheet, half of its figures with sparsity"),
+        ("bandwidth", "NVIDIA H100 data sheet"),
+        ("launch", LAUNCH),
+        ("configs", MODEL),
+    ),
+)
+HOPPER_H200 = replace(
+    HOPPER_H100,
+    name="H200",
+    l2=60 << 20,
+    bandwidth=4.8e12,
+    sources=(
+        ("multiprocessors", "as the driver tells; kernels of coda ran on one in November 2026"),
+        ("shared_memory", HOPPER_TUNING),
+        ("registers", HOPPER_TUNING),
+        ("l2", "as the driver tells (cudaDeviceProp, public device reports)"),
+        (
+            "peaks",
+            "NVIDIA H200 data sheet, half of its figures with sparsity; measured by coda: "
+            "806 TFLOP/s (8192³ in bf16, cuBLAS)",
+        ),
+        ("bandwidth", "NVIDIA H200 data sheet; measured by coda: 4.24 TB/s (a copy)"),
+        ("launch", LAUNCH),
+        ("configs", "coda's own model; quack's bare GEMM on an H200 ranks the large tiles alike"),
+    ),
+)
+BLACKWELL_B200 = Target(
+    name="B200",
+    arch="sm_100a",
+    capability=(10, 0),
+    multiprocessors=148,
+    shared_memory=227 << 10,
+    registers=64 << 10,
+    l2=132_644_864,
+    peaks=((16, 2250e12), (8, 4500e12)),
+    bandwidth=8e12,
+    launch=2e-6,
+    configs=BLACKWELL_CONFIGS,
+    cta_pairs=True,
+    tensor_memory=True,
+    sources=(
+        ("multiprocessors", "as the driver tells (cudaDeviceProp, public device reports)"),
+        ("shared_memory", BLACKWELL_TUNING),
+        ("registers", BLACKWELL_TUNING),
+        ("l2", "as the driver tells (cudaDeviceProp, public device reports)"),
+        ("peaks", "NVIDIA HGX B200 data sheet, an eighth of the board, dense"),
+        ("bandwidth", "NVIDIA DGX B200 data sheet, an eighth of the system"),
+        ("launch", LAUNCH),
+        ("configs", MODEL),
+    ),
+)
+BLACKWELL_B300 = replace(
+    BLACKWELL_B200,
+    name="B300",
+    arch="sm_103a",
+    capability=(10, 3),
+    sources=(
+        ("multiprocessors", "as the driver tells (cudaDeviceProp, public device reports)"),
+        ("shared_memory", BLACKWELL_TUNING),
+        ("registers", BLACKWELL_TUNING),
+        ("l2", "as the driver tells (cudaDeviceProp, public device reports)"),
+        ("peaks", "NVIDIA HGX B300 data sheet, an eighth of the board, dense"),
+        ("bandwidth", "NVIDIA HGX B300 data sheet"),
+        ("launch", LAUNCH),
+        ("configs", "as the B200's: not measured on this GPU"),
+    ),
+)
+
+TARGETS = (HOPPER_H100, HOPPER_H200, BLACKWELL_B200, BLACKWELL_B300)
+ARCHS = tuple(dict.fromkeys(t.arch for t in TARGETS))
+ONE_OF_ARCHS = f"{', '.join(ARCHS[:-1])} or {ARCHS[-1]}"
+DEFAULT = TARGETS[0]
+
+
+def find_target(name: str) -> Target:
+    """The first row of an arch ("sm_90a"), or the row of a GPU by its name ("H200").
+
+    Raises ArchError where there is none.
+    """
+    for target in TARGETS:
+        if name in (target.arch, target.name):
+            return target
+    raise ArchError("coda does not compile for this arch", found=name, help=ONE_OF_ARCHS)
+
+
+def of_device(name: str, capability: tuple[int, int], multiprocessors: int) -> Target | None:
+    """The row of a GPU by what its driver says of it; None where coda does not compile for it.
+
+    Args:
+        name: as in "NVIDIA H200" or "NVIDIA H100 80GB HBM3".
+        capability: (major, minor).
+        multiprocessors: a part of a GPU (MIG), and a variant of one, has fewer than the row says.
+    """
+    alike = [t for t in TARGETS if t.capability == capability]
+    words = re.split(r"\W+", name)
+    named = [t for t in alike if t.name.split()[0] in words]
+    found = next(iter([*named, *alike]), None)
+    if found is None or found.multiprocessors == multiprocessors:
+        return found
+    return replace(found, multiprocessors=multiprocessors)
