@@ -102,7 +102,7 @@ class Node(metaclass=_Interned):
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
         """Size in bytes, of its own type, for sizes of the symbols."""
-        return product(self.shape).size(sizes) * self.dtype.size
+        return self.dtype.nbytes(product(self.shape).size(sizes))
 
     def with_operands(self, new: Iterable[Node]) -> Node:
         """The same operation on other operands, given in the order of `operands`."""

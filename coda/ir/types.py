@@ -1,4 +1,4 @@
-"""Element types: coda's names, torch's and their sizes."""
+"""Element types: coda's names, torch's types and their widths in bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DType:
         name: coda's name for it.
         torch: torch's type.
         kind: "float", "int" or "bool".
-        size: in bytes.
+        bits: of one element in memory.
         digits: bits of a value without its sign (of a float: of the significand, with the hidden
             one).
         exponent: bits of a float's exponent.
@@ -29,7 +29,7 @@ class DType:
     name: str
     torch: torch.dtype
     kind: str
-    size: int
+    bits: int
     digits: int
     exponent: int = 0
     by_bytes: bool = False
@@ -39,6 +39,15 @@ class DType:
 
     def __repr__(self) -> str:
         return f"coda.{self.name}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of one element; a type of fewer than 8 bits has none of its own (`nbytes`)."""
+        return self.bits // 8
+
+    def nbytes(self, count: int) -> int:
+        """Bytes of `count` elements, one after the other, in whole bytes."""
+        return -(-count * self.bits // 8)
 
     @property
     def reaches_far(self) -> bool:
@@ -64,15 +73,15 @@ def has_reciprocal(value: float) -> bool:
     return info.tiny <= abs(value) <= info.max and abs(1.0 / value) >= info.tiny
 
 
-bf16 = DType("bf16", torch.bfloat16, "float", 2, 8, 8)
-f16 = DType("f16", torch.float16, "float", 2, 11, 5)
-f32 = DType("f32", torch.float32, "float", 4, 24, 8)
-f64 = DType("f64", torch.float64, "float", 8, 53, 11)
-e4m3 = DType("e4m3", torch.float8_e4m3fn, "float", 1, 4, 4)
-e5m2 = DType("e5m2", torch.float8_e5m2, "float", 1, 3, 5, by_bytes=True)
-i32 = DType("i32", torch.int32, "int", 4, 31)
-i64 = DType("i64", torch.int64, "int", 8, 63)
-bool_ = DType("bool", torch.bool, "bool", 1, 1, by_bytes=True)
+bf16 = DType("bf16", torch.bfloat16, "float", 16, 8, 8)
+f16 = DType("f16", torch.float16, "float", 16, 11, 5)
+f32 = DType("f32", torch.float32, "float", 32, 24, 8)
+f64 = DType("f64", torch.float64, "float", 64, 53, 11)
+e4m3 = DType("e4m3", torch.float8_e4m3fn, "float", 8, 4, 4)
+e5m2 = DType("e5m2", torch.float8_e5m2, "float", 8, 3, 5, by_bytes=True)
+i32 = DType("i32", torch.int32, "int", 32, 31)
+i64 = DType("i64", torch.int64, "int", 64, 63)
+bool_ = DType("bool", torch.bool, "bool", 8, 1, by_bytes=True)
 
 DTYPES: dict[str, DType] = {d.name: d for d in (bf16, f16, f32, f64, e4m3, e5m2, i32, i64, bool_)}
 _FROM_TORCH = {d.torch: d for d in DTYPES.values()}

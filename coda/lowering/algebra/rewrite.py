@@ -19,8 +19,8 @@ from coda.ir.graph import Cast, Const, Contract, Input, Map, Node, Reduce, Resha
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, f32
 
-ANY = DType("T", torch.float32, "float", 4, 24, 8)  # stands for any element type in a pattern
-WIDE = DType("W", torch.float32, "float", 4, 24, 8)  # for those that reach as far as float32
+ANY = DType("T", torch.float32, "float", 32, 24, 8)  # stands for any element type in a pattern
+WIDE = DType("W", torch.float32, "float", 32, 24, 8)  # for those that reach as far as float32
 _FUEL = 10_000
 
 

@@ -62,8 +62,8 @@ def elements(node: Node, program: Program) -> int:
 def memory_bytes(node: Node, program: Program) -> int:
     """What a node takes in memory."""
     place = program.places.get(node)
-    size = node.dtype.size if place is None else program.buffers[place.buffer].dtype.size
-    return elements(node, program) * size
+    dtype = node.dtype if place is None else program.buffers[place.buffer].dtype
+    return dtype.nbytes(elements(node, program))
 
 
 def operand_bytes(kernel: GemmKernel | RowwiseKernel, name: str, program: Program) -> int:
@@ -72,7 +72,7 @@ def operand_bytes(kernel: GemmKernel | RowwiseKernel, name: str, program: Progra
     if spread is None:
         return memory_bytes(node, program)
     columns = product(node.shape[node.rank - spread.columns :])
-    return (product(spread.lead) * columns).size(program.sizes) * node.dtype.size
+    return node.dtype.nbytes((product(spread.lead) * columns).size(program.sizes))
 
 
 def traffic(program: Program, kernel: Kernel) -> Traffic:

@@ -39,7 +39,7 @@ class Buffer:
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
         """Size in bytes."""
-        return product(self.shape).size(sizes) * self.dtype.size
+        return self.dtype.nbytes(product(self.shape).size(sizes))
 
 
 @dataclass(frozen=True)
