@@ -27,6 +27,7 @@ from coda.ir.graph import (
     Put,
     Reduce,
     Reshape,
+    Scan,
     Size,
     Slice,
 )
@@ -108,6 +109,8 @@ class _Evaluator:
                 return self.map(fn, args)
             case Reduce(fn=fn, axis=axis):
                 return MONOIDS[fn].reduce(_wide(args[0]), axis)
+            case Scan() as scan:
+                return _scan(scan, _wide(args[0]))
             case Contract():
                 return _contract(args[0], args[1], self.compute)
             case Cast(to=to):
@@ -199,4 +202,24 @@ def _contract(x: Tensor, w: Tensor, compute: torch.dtype | None) -> Tensor:
     if x.dtype != w.dtype:
         wide = torch.promote_types(x.dtype, w.dtype)
         x, w = x.to(wide), w.to(wide)
-    return x @ w.transpose(0, 1)
+    return x @ w.transpose(0, 1) if w.ndim == 2 else _batched(x, w)
+
+
+def _batched(x: Tensor, w: Tensor) -> Tensor:
+    """[*b, M, K] with [*b, N, K]. An axis that w shares becomes one of rows: w is not copied."""
+    rows = 1
+    while min(x.ndim - rows, w.ndim - 1) > 1 and w.shape[-3] == 1 != x.shape[-2 - rows]:
+        w = w.squeeze(-3)
+        rows += 1
+    lead = x.shape[-1 - rows : -1]
+    y = x.flatten(-1 - rows, -2) @ w.transpose(-1, -2)
+    return y.reshape(*y.shape[:-2], *lead, y.shape[-1])
+
+
+def _scan(node: Scan, x: Tensor) -> Tensor:
+    fold = MONOIDS[node.fn].scan
+    assert fold is not None
+    found = (
+        fold(x.flip(node.axis), node.axis).flip(node.axis) if node.reverse else fold(x, node.axis)
+    )
+    return found if x.is_floating_point() else found.to(x.dtype)

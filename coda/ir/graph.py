@@ -1,4 +1,4 @@
-"""The graph: sixteen kinds of node over tensors with symbolic shapes. Read this file first.
+"""The graph: seventeen kinds of node over tensors with symbolic shapes. Read this file first.
 
 A node is immutable and interned: two nodes that mean the same are the same object, and `is` is
 equality. A size of 1 says that a value does not depend on that axis; elementwise operands align at
@@ -202,24 +202,66 @@ class Reduce(Node):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Scan(Node):
+    """`%s = scan sum %x axis -1`: folds of a monoid of `coda.ir.monoids` along one axis, kept.
+
+    Element i is the fold of elements 0 to i; with `reverse`, of elements i to the last.
+    """
+
+    fn: str
+    arg: Node
+    axis: int
+    reverse: bool
+
+    def infer(self) -> tuple[Shape, DType]:
+        known = [name for name, row in MONOIDS.items() if row.scan is not None]
+        if self.fn not in known:
+            raise ShapeError(f"there is no scan of `{self.fn}`", help=", ".join(known))
+        if not -self.arg.rank <= self.axis < 0:
+            raise ShapeError(
+                f"a scan of `{self.fn}` along an axis that is not there",
+                found=f"axis {self.axis} of {show_shape(self.arg.shape)}",
+            )
+        if self.arg.dtype.kind == "bool":
+            raise DtypeError("a scan takes numbers", found="bool")
+        return self.arg.shape, self.arg.dtype
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Contract(Node):
-    """`%y = contract %x, %w bf16`: [..., K] with [N, K] to [..., N]; the GEMM."""
+    """`%y = contract %x, %w bf16`: [..., K] with a matrix [N, K] to [..., N]; the GEMM.
+
+    With a right operand of more axes it is one of batches: [*b, M, K] with [*b, N, K] to
+    [*b, M, N]. The axes b align at the right, as those of elementwise operands; an operand that has
+    size 1 there, or no such axis, is shared.
+    """
 
     lhs: Node
     rhs: Node
     result: DType
 
+    @property
+    def batched(self) -> bool:
+        """Whether both operands may have batch axes: the right one is not a matrix."""
+        return self.rhs.rank > 2
+
     def infer(self) -> tuple[Shape, DType]:
-        if self.rhs.rank != 2 or not self.lhs.rank or self.lhs.shape[-1] != self.rhs.shape[-1]:
+        x, w = self.lhs.shape, self.rhs.shape
+        batch = broadcast(x[:-2], w[:-2]) if self.batched else x[:-1]
+        least = 2 if self.batched else 1
+        if batch is None or len(w) < 2 or len(x) < least or x[-1] != w[-1]:
+            taken = "[*b, M, K] and [*b, N, K]" if self.batched else "[..., K] and [N, K]"
+            aligned = "batch axes align at the right; each pair must be equal, or one of them 1"
             raise ShapeError(
-                "a contraction takes [..., K] and [N, K]",
-                found=f"{show_shape(self.lhs.shape)} and {show_shape(self.rhs.shape)}",
+                f"a contraction takes {taken}",
+                found=f"{show_shape(x)} and {show_shape(w)}",
+                help=aligned if batch is None else "",
             )
         if self.lhs.dtype.kind != "float" or self.rhs.dtype.kind != "float":
             raise DtypeError(
                 "a contraction takes floats", found=f"{self.lhs.dtype} and {self.rhs.dtype}"
             )
-        return (*self.lhs.shape[:-1], self.rhs.shape[0]), self.result
+        return (*batch, *(x[-2:-1] if self.batched else ()), w[-2]), self.result
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -401,8 +443,8 @@ class Put(Node):
 
 
 Op = (
-    Input | Const | Size | Map | Reduce | Contract | Cast | Reshape | Permute | Slice | Concat
-    | Expand | Iota | Gather | Pick | Put
+    Input | Const | Size | Map | Reduce | Scan | Contract | Cast | Reshape | Permute | Slice
+    | Concat | Expand | Iota | Gather | Pick | Put
 )  # fmt: skip
 KINDS: dict[str, type[Node]] = {kind.__name__.lower(): kind for kind in Op.__args__}
 

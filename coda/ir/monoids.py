@@ -33,6 +33,8 @@ class Monoid:
         chosen: whether the result is one of the values: its derivative asks which.
         tiled: whether a GEMM's epilogue takes it (quack's fold of maxima loses NaN).
         nests: whether the reduction of all is that of the reductions of parts of one length.
+        scan: values along `dim` -> the reduction of each with all before it; None where there is
+            no such operation.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Monoid:
     chosen: bool = False
     tiled: bool = True
     nests: bool = True
+    scan: Callable[[Tensor, int], Tensor] | None = None
 
     def reduce(self, x: Tensor, dim: int) -> Tensor:
         """The whole reduction of `x` along `dim`, that dim kept with size 1."""
@@ -111,7 +114,7 @@ def _merge_moments(p: Parts, counts: Tensor, dim: int) -> Parts:
 
 
 _ROWS = (
-    Monoid("sum", ("sum",), _sum, _merge_sum, lambda p, n: p[0], sums=True),
+    Monoid("sum", ("sum",), _sum, _merge_sum, lambda p, n: p[0], sums=True, scan=torch.cumsum),
     Monoid("mean", ("sum",), _sum, _merge_sum, lambda p, n: p[0] / n, sums=True),
     Monoid(
         "max",

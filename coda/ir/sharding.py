@@ -28,6 +28,7 @@ from coda.ir.graph import (
     Put,
     Reduce,
     Reshape,
+    Scan,
     Size,
     Slice,
     users,
@@ -103,6 +104,10 @@ def _state(node: Node, symbol: str, operands: list[str]) -> str:
 
 
 def _sum(node: Contract | Reduce, symbol: str, operands: list[str]) -> str:
+    if isinstance(node, Contract):
+        axes = [d for d in (*node.shape, node.lhs.shape[-1]) if symbol in d.symbols]
+        if len(axes) > 1:  # each part of one axis meets each part of the other
+            raise Inseparable(node, f"it needs all of `{symbol}`")
     summed: Dim = node.lhs.shape[-1] if isinstance(node, Contract) else node.arg.shape[node.axis]
     adds = isinstance(node, Contract) or node.fn == "sum"
     if symbol in summed.symbols:
@@ -142,6 +147,8 @@ def _check_place(node: Node, symbol: str) -> None:
             mixed = _before(arg.shape, symbol) != _before(node.shape, symbol)
         case Slice(arg=arg, axis=axis):
             mixed = symbol in arg.shape[axis].symbols | node.start.symbols | node.size.symbols
+        case Scan(arg=arg, axis=axis):
+            mixed = symbol in arg.shape[axis].symbols
         case Concat(axis=axis):
             mixed = symbol in node.shape[axis].symbols
         case Gather(table=table):

@@ -32,6 +32,7 @@ from coda.ir.graph import (
     Put,
     Reduce,
     Reshape,
+    Scan,
     Size,
     Slice,
     origin,
@@ -74,20 +75,20 @@ def show_operation(node: Node, names: dict[Node, str]) -> str:
             return f"{fn} {args}"
         case Reduce(fn=fn, axis=axis):
             return f"{fn} {args} axis {axis}"
+        case Scan(fn=fn, axis=axis, reverse=reverse):
+            return f"scan {fn} {args} axis {axis}" + (" reverse" if reverse else "")
         case Contract(result=t):
             return f"contract {args} {t}"
         case Cast(to=t):
             return f"cast {args} {t}"
-        case Reshape(to=shape):
-            return f"reshape {args} {show_shape(shape)}"
+        case Reshape(to=shape) | Expand(to=shape):
+            return f"{type(node).__name__.lower()} {args} {show_shape(shape)}"
         case Permute(order=order):
             return f"permute {args} ({', '.join(map(str, order))})"
         case Slice(axis=axis, start=start, size=size, step=step):
             return f"slice {args} axis {axis} from {start} size {size} step {step}"
         case Concat(axis=axis):
             return f"concat {args} axis {axis}"
-        case Expand(to=shape):
-            return f"expand {args} {show_shape(shape)}"
         case Iota(count=n, element=t):
             return f"iota {n} {t}"
         case Put(rows=rows):
@@ -274,6 +275,9 @@ class _Reader:
                 f"there is no reduction `{fn}`", help=", ".join(MONOIDS), where=self.place(fn)
             )
         return Reduce(str(fn), self.value(arg), self.axis(axis))
+
+    def make_scan(self, fn: Token, arg: Token, axis: Any, reverse: Token | None) -> Node:
+        return Scan(str(fn), self.value(arg), self.axis(axis), reverse is not None)
 
     def make_call(self, fn: Token, *args: Token) -> Node:
         values = tuple(self.value(a) for a in args)

@@ -26,6 +26,7 @@ from coda.ir.graph import (
     Put,
     Reduce,
     Reshape,
+    Scan,
     Slice,
 )
 from coda.ir.monoids import MONOIDS
@@ -116,10 +117,20 @@ def test_reductions(fn, axis):
 
 X, W, T = Input("x", (M, D), f64), Input("w", (V, D), f64), Input("i", (M,), i64)
 STEP = Input("s", (M, Dim.of(6)), f64)
+CUBE = Map("mul", (Reshape(X, (M, ONE, D)), W))
 NODES = {
     "contract": Contract(X, W, f64),
     "contract a vector": Contract(Reshape(Reduce("sum", X, -2), (D,)), W, f64),
     "contract a cube": Contract(Reshape(X, (ONE, M, D)), W, f64),
+    "contract batches": Contract(CUBE, Map("exp", (CUBE,)), f64),
+    "contract batches that share the right": Contract(CUBE, Reshape(W, (ONE, V, D)), f64),
+    "contract batches that share the left": Contract(X, CUBE, f64),
+    "contract batches of batches": Contract(
+        Reshape(CUBE, (M, ONE, V, D)), Reshape(CUBE, (ONE, M, V, D)), f64
+    ),
+    "contract batches of one": Contract(Reshape(X, (ONE, M, D)), Reshape(W, (ONE, V, D)), f64),
+    "scan": Scan("sum", X, -2, False),
+    "scan in reverse": Map("mul", (Scan("sum", X, -1, True), X)),
     "cast": Cast(Cast(X, coda.f32), f64),
     "reshape": Reshape(X, (D, M)),
     "reshape of a sum": Reduce("sum", Reshape(X, (M, Dim.of(2), D / 2)), -1),

@@ -33,6 +33,7 @@ from coda.ir.graph import (
     Pick,
     Reduce,
     Reshape,
+    Scan,
     Size,
     Slice,
     origin,
@@ -126,7 +127,7 @@ class _Retyped:
                     for new, o in zip(operands, node.operands, strict=True)
                 )
                 found = Contract(lhs, rhs, self.open(result, self.narrow))
-            case Reduce() if node.dtype == self.free and not MONOIDS[node.fn].chosen:
+            case Reduce() | Scan() if node.dtype == self.free and not MONOIDS[node.fn].chosen:
                 found = node.with_operands([_cast(operands[0], promote(f32, operands[0].dtype))])
             case Pick() if node.dtype == self.free:
                 found = node.with_operands(operands)

@@ -201,6 +201,8 @@ class _Parts:
                 return order.index(axis + node.rank) - node.rank
             case Slice() | Concat() if node.axis != axis:
                 return axis
+            case Contract() if node.batched:
+                raise _Whole
             case Contract() if axis == -1:
                 return None
             case Contract(lhs=lhs, rhs=rhs) if lhs is not rhs:
@@ -259,7 +261,7 @@ class _Parts:
                 return Permute(self.part(arg, order[axis] - node.rank, part), order)
             case Contract(lhs=lhs, rhs=rhs, result=result) if axis == -1:
                 return Contract(lhs, self.part(rhs, -2, part), result)
-            case Contract(lhs=lhs, rhs=rhs, result=result):
+            case Contract(lhs=lhs, rhs=rhs, result=result) if axis == -2 or not node.batched:
                 return Contract(self.part(lhs, axis, part), rhs, result)
             case Reduce(fn=fn, arg=arg):
                 return Reduce(fn, self.part(arg, axis, part), node.axis)

@@ -13,14 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coda.ir.dims import ONE, Dim, Shape, product
-from coda.ir.graph import Cast, Contract, Graph, Map, Node, Reduce, Reshape, origin, transform, walk
+from coda.ir.graph import Cast, Graph, Map, Node, Reduce, Reshape, origin, transform, walk
 from coda.ir.monoids import MONOIDS
-from coda.lowering.algebra.roles import row_axes
+from coda.lowering.algebra.roles import gemms, row_axes
 
 
 def columns_first(graph: Graph) -> Graph:
     """The same values, with no operation on an axis of rows and columns."""
-    rows = row_axes((n for n in walk(graph.roots) if isinstance(n, Contract)), graph.inputs)
+    rows = row_axes(gemms(walk(graph.roots)), graph.inputs)
 
     def change(node: Node) -> Node:
         if isinstance(node, Map | Cast):

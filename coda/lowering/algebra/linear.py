@@ -82,7 +82,7 @@ def _is_linear(node: Node, inside: Collection[Node]) -> bool:
             return sum(known) == 1
         case Map(fn="div"):
             return known == [True, False]
-        case Contract():
+        case Contract() if not node.batched:
             return known == [True, False]
     return False
 

@@ -55,6 +55,8 @@ def join(nodes: Sequence[Node], axis: int, weights: Collection[Node]) -> Node | 
         return Concat(tuple(nodes), axis) if known else None
     if not isinstance(first, Map | Cast | Reduce | Permute | Contract | Reshape):
         return None
+    if isinstance(first, Contract) and first.batched:
+        return None
     if any(not same_operation(first, n) for n in nodes):
         return None
     if isinstance(first, Reshape) and not _last_axis_alone(nodes, axis):
@@ -139,7 +141,7 @@ class _Merge:
         """Contractions of one activation whose weights can lie side by side."""
         found: list[list[Contract]] = []
         for node in nodes:
-            if not isinstance(node, Contract) or node in self.weights:
+            if not isinstance(node, Contract) or node.batched or node in self.weights:
                 continue
             if node.rhs not in self.weights or node.lhs in self.weights:
                 continue

@@ -83,7 +83,7 @@ def _is_alone(node: Node, above: Mapping[Node, list[Node]], returned: set[Node])
     if isinstance(node, Cast | Map):
         made = [o for o in node.operands if o.rank]
         return len(made) == 1 and _is_alone(made[0], above, returned)
-    return isinstance(node, Contract) and node.rank > 2
+    return isinstance(node, Contract) and node.rank > 2 and not node.batched
 
 
 def _rows(arg: Node, cut: Slice) -> Node:

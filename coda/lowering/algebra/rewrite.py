@@ -132,6 +132,8 @@ def _unify(law: Law, pattern: Node, node: Node, b: Bindings) -> Iterator[Binding
         return
     if type(pattern) is not type(node) or not _same_attributes(pattern, node):
         return
+    if isinstance(node, Contract) and node.batched:  # the laws are those of a matrix
+        return
     if isinstance(node, Cast):
         b = {**b, "element type": node.to}
     orders: list[tuple[Node, ...]] = [node.operands]

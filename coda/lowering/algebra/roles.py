@@ -69,6 +69,11 @@ def over_rows(node: Contract) -> bool:
     return is_turned(node.lhs) and is_turned(node.rhs)
 
 
+def gemms(nodes: Iterable[Node]) -> list[Contract]:
+    """The contractions with a matrix: each is a GEMM. Those of batches are torch's."""
+    return [n for n in nodes if isinstance(n, Contract) and not n.batched]
+
+
 def summand(node: Reduce) -> Node:
     """What a reduction sums, under the axes that it had before they were merged."""
     under = node.arg
@@ -167,6 +172,8 @@ def row_shapes(node: Node, mine: Dim, groups: bool = False) -> list[tuple[Dim, D
 def row_symbols(nodes: Iterable[Node]) -> frozenset[str]:
     """Symbols that are rows of a contraction and never its columns: tokens.
 
+    Batch axes are rows, and so are those of the left operand of a product of batches.
+
     In a block without contractions: those of leading axes of its matrices, and of indices, that are
     never columns.
     """
@@ -180,8 +187,8 @@ def row_symbols(nodes: Iterable[Node]) -> frozenset[str]:
         if over_rows(node):
             columns |= node.shape[-1].symbols
         else:
-            rows |= symbols_of(node.lhs.shape[:-1])
-            columns |= symbols_of(node.rhs.shape)
+            rows |= symbols_of(node.shape[:-1])
+            columns |= symbols_of(node.rhs.shape[-2:])
     if all(map(over_rows, contracts)):
         rows = symbols_of(n.lhs.shape[-1] for n in contracts)
     return frozenset(rows - columns)
@@ -222,8 +229,10 @@ def weight_nodes(nodes: list[Node], passing: Collection[str] = ()) -> set[Node]:
     if tokens:
         free = {n for n in nodes if isinstance(n, Input) and not tokens & symbols_of(n.shape)}
     else:
-        right = [n.rhs for n in nodes if isinstance(n, Contract)]
-        left = {i for n in nodes if isinstance(n, Contract) for i in walk([n.lhs])}
+        right = [n.rhs for n in gemms(nodes)]
+        left = {
+            i for n in nodes if isinstance(n, Contract) for o in _activations(n) for i in walk([o])
+        }
         free = {n for n in walk(right) if isinstance(n, Input) and n not in left}
     free = {n for n in free if n.name not in passing}
     found: set[Node] = set(free)
@@ -236,6 +245,11 @@ def weight_nodes(nodes: list[Node], passing: Collection[str] = ()) -> set[Node]:
         if known and all(known) and not grown:
             found.add(node)
     return found
+
+
+def _activations(node: Contract) -> tuple[Node, ...]:
+    """The operands of a contraction that are no weights."""
+    return node.operands if node.batched else (node.lhs,)
 
 
 def group_siblings(

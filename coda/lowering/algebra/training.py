@@ -207,7 +207,8 @@ def _choose(
         kept |= {n for n in forward if isinstance(n, Contract)}
     lies = set(merged.roots)
     if memory == "speed":
-        lies |= {_loaded(n.lhs, free) for n in forward if isinstance(n, Contract)}
+        read = [n.operands if n.batched else (n.lhs,) for n in forward if isinstance(n, Contract)]
+        lies |= {_loaded(o, free) for operands in read for o in operands}
     matrices = [n for n in walk(gradients) if isinstance(n, Contract) and n not in inside]
     again = {_loaded(o, free) for n in matrices for o in n.operands} if memory == "speed" else set()
     bent = _bent(forward)

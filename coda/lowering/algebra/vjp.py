@@ -33,6 +33,7 @@ from coda.ir.graph import (
     Put,
     Reduce,
     Reshape,
+    Scan,
     Size,
     Slice,
     origin,
@@ -41,6 +42,7 @@ from coda.ir.graph import (
 )
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, i32
+from coda.lowering.algebra.batches import lhs_cotangent, rhs_cotangent
 from coda.lowering.algebra.linear import factor_cotangent, linear_outputs, row_factor
 
 
@@ -190,6 +192,12 @@ class _Backward:
                 self.map(n, d)
             case Reduce() as n:
                 self.give(n.arg, _reduce_rule(n, d))
+            case Scan(fn="sum", arg=arg, axis=axis, reverse=reverse):
+                self.give(arg, Scan("sum", full(d, node.shape), axis, not reverse))
+            case Scan(fn=fn):
+                raise UnsupportedError(f"a scan of `{fn}` has no derivative", where=node.where)
+            case Contract() as n if n.batched:
+                self.batches(n, full(d, n.shape))
             case Contract() as n:
                 self.contract(n, full(d, n.shape))
             case Cast(arg=arg):
@@ -257,6 +265,11 @@ class _Backward:
             self.give(w, Map("mul", (_reshape(d, (w.shape[0], ONE)), flat_x)))
         else:
             self.give(w, Contract(Permute(flat_d, (1, 0)), Permute(flat_x, (1, 0)), w.dtype))
+
+    def batches(self, node: Contract, d: Node) -> None:
+        for operand, cotangent in ((node.lhs, lhs_cotangent), (node.rhs, rhs_cotangent)):
+            if operand in self.active:
+                self.give(operand, cotangent(node, d))
 
     def concat(self, node: Concat, d: Node) -> None:
         start = Dim.of(0)

@@ -271,10 +271,19 @@ class Drafts:
         while is_view(node):
             under = base(node)
             free = isinstance(under, Input) or isinstance(node, Reshape) or is_turned(node)
+            free = free or self.only_in_batches(node)
             if not free and not (isinstance(node, Slice) and self.known_before(node.arg, node)):
                 return node
             node = node.operands[0]
         return node
+
+    def only_in_batches(self, node: Node) -> bool:
+        """Whether products of batches alone read a view: torch takes them under any axes."""
+        above = self.users.get(node, []) if is_view(node) else []
+        multiplied = [isinstance(u, Contract) and u.batched for u in above]
+        return bool(above) and all(
+            m or self.only_in_batches(u) for m, u in zip(multiplied, above, strict=True)
+        )
 
     def known_before(self, node: Node, view: Slice) -> bool:
         """Whether a node is in memory, no later than a view of it that a kernel stores."""

@@ -30,6 +30,7 @@ from coda.ir.monoids import MONOIDS
 from coda.lowering.algebra.compared import compared, sources
 from coda.lowering.algebra.roles import (
     flat,
+    gemms,
     group_siblings,
     in_order,
     is_pointwise,
@@ -58,7 +59,7 @@ class Partition(Drafts):
         self.users = users(self.graph.roots)
         self.named = {i.name: i for i in self.graph.inputs}
         self.weights = weight_nodes(nodes, self.passing)
-        contracts = [n for n in nodes if isinstance(n, Contract) and n not in self.weights]
+        contracts = [n for n in gemms(nodes) if n not in self.weights]
         self.tokens, self.rows = row_symbols(nodes), row_axes(contracts, self.graph.inputs)
         self.siblings = group_siblings(contracts, nodes, self.weights, self.apart, self.part_of)
         forced = [*self.graph.roots, *(o for c in contracts for o in c.operands)]
@@ -77,7 +78,7 @@ class Partition(Drafts):
 
     def place(self, node: Node) -> None:
         """Decide where a node is computed."""
-        if node in self.home:
+        if node in self.home or self.only_in_batches(node):
             return
         if isinstance(node, Contract):
             self.contract(node)
@@ -165,7 +166,10 @@ class Partition(Drafts):
         )
 
     def contract(self, node: Contract) -> None:
-        """Open the GEMM of a contraction and its siblings."""
+        """Open the GEMM of a contraction and its siblings; a product of batches is torch's."""
+        if node.batched:
+            self.in_torch(node, 0, "a product of batches of matrices is one operation of torch")
+            return
         group = self.siblings[node]
         for operand in (o for one in group for o in one.operands):
             self.materialise(operand, host=True)

@@ -1,0 +1,79 @@
+"""The derivative of a contraction of batches: two contractions of batches.
+
+For y = x wᵀ, x [*b, M, K] and w [*b, N, K], with the cotangent d [*b, M, N] of y:
+
+    dx = d w        dw = dᵀ x
+
+An operand that several batches share has the sum of their cotangents. The sum is part of the
+contraction, which then is over two axes; no partial cotangent is rounded. Queries [B, G, R, S, d]
+of R heads that share keys [B, G, 1, T, d] give
+
+    dw [B, G, 1, T, d] = dᵀ as [B, G, T, (R S)]  times  x as [B, G, (R S), d]
+"""
+
+from __future__ import annotations
+
+from coda.ir.dims import ONE, Shape, product
+from coda.ir.graph import Contract, Expand, Node, Permute, Reshape
+
+
+def lhs_cotangent(node: Contract, d: Node) -> Node:
+    """The cotangent of the left operand of a contraction of batches.
+
+    Args:
+        node: x [*b, M, K] times w [*b, N, K].
+        d: the cotangent of its result, [*b, M, N], with all its axes.
+    """
+    return _cotangent(d, node.rhs, node.lhs)
+
+
+def rhs_cotangent(node: Contract, d: Node) -> Node:
+    """The cotangent of the right operand; the arguments are those of `lhs_cotangent`."""
+    return _cotangent(_transposed(d), node.lhs, node.rhs)
+
+
+def _cotangent(d: Node, other: Node, mine: Node) -> Node:
+    """Σ_q d[*b, p, q] other[*b, q, k], summed over the batches that `mine` [*b, P, K] shares."""
+    left, right = _shared_last(d, other, mine.shape)
+    return _reshaped(Contract(left, _transposed(right), mine.dtype), mine.shape)
+
+
+def _shared_last(d: Node, other: Node, mine: Shape) -> tuple[Node, Node]:
+    """Operands without the shared batch axes, which are part of the axis that is summed.
+
+    Args:
+        d: [*b, P, Q], with all batch axes.
+        other: [*b, Q, K], of which some batch axes may be 1, or missing.
+        mine: the shape of the operand whose cotangent is made, as `other`.
+
+    Returns:
+        d as [*kept, P, (shared Q)] and other as [*kept, (shared Q), K].
+    """
+    whole, batch = d.shape, d.rank - 2
+    wide = (ONE,) * (d.rank - len(mine)) + mine
+    shared = [i for i in range(batch) if wide[i] == ONE != whole[i]]
+    if not shared:
+        return d, other
+    kept = [i for i in range(batch) if i not in shared]
+    other = _reshaped(other, (ONE,) * (d.rank - other.rank) + other.shape)
+    lead = tuple(whole[i] if i in shared else other.shape[i] for i in range(batch))
+    other = _expanded(other, (*lead, *other.shape[-2:]))
+    d = Permute(d, (*kept, batch, *shared, batch + 1))
+    other = Permute(other, (*kept, *shared, batch, batch + 1))
+    summed = product(other.shape[len(kept) : -1])
+    d = Reshape(d, (*d.shape[: len(kept) + 1], summed))
+    return d, Reshape(other, (*other.shape[: len(kept)], summed, other.shape[-1]))
+
+
+def _transposed(node: Node) -> Node:
+    """The last two axes exchanged."""
+    last = node.rank - 1
+    return Permute(node, (*range(last - 1), last, last - 1))
+
+
+def _reshaped(node: Node, shape: Shape) -> Node:
+    return node if node.shape == shape else Reshape(node, shape)
+
+
+def _expanded(node: Node, shape: Shape) -> Node:
+    return node if node.shape == shape else Expand(node, shape)
