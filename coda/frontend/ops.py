@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from coda.errors import DtypeError, ShapeError, TraceError
+from coda.frontend.contractions import einsum_of
 from coda.frontend.tensor import Tensor, apply, kind, reduce
 from coda.ir.dims import ONE, Dim, Shape, show_shape
-from coda.ir.graph import Concat, Gather, Node, Pick, Reshape, Slice
-from coda.ir.types import DType, promote
+from coda.ir.graph import Concat, Gather, Iota, Node, Pick, Reshape, Scan, Slice
+from coda.ir.types import DType, i32, promote
 
 
 def where(condition: Any, a: Any, b: Any) -> Tensor:
@@ -126,6 +127,45 @@ def min(x: Tensor, axis: int = -1, keepdims: bool = False) -> Tensor:
 def logsumexp(x: Tensor, axis: int = -1, keepdims: bool = False) -> Tensor:
     """log Σ exp over an axis, without overflow."""
     return reduce("logsumexp", x, axis, keepdims)
+
+
+def cumsum(x: Tensor, axis: int = -1, reverse: bool = False) -> Tensor:
+    """Sums along an axis up to each element; with `reverse`, from each element on."""
+    (node,) = _nodes("cumsum", x)
+    if node.dtype.kind == "bool":
+        raise DtypeError("`cumsum` takes numbers", found="bool", help="x.cast(coda.f32)")
+    return Tensor(Scan("sum", node, _axis("cumsum", node.shape, axis), reverse))
+
+
+def iota(count: int | Dim, dtype: DType = i32) -> Tensor:
+    """0, 1, … count - 1, of the type `dtype`: positions along an axis."""
+    if isinstance(count, bool) or not isinstance(count, int | Dim) or Dim.of(count) == Dim.of(0):
+        raise ShapeError("an iota has a size", found=repr(count), help="coda.iota(x.shape[0])")
+    if not isinstance(dtype, DType) or dtype.kind == "bool":
+        raise DtypeError("an iota is of numbers", found=repr(dtype), help="coda.i32, coda.f32")
+    return Tensor(Iota(Dim.of(count), dtype))
+
+
+def einsum(text: str, *tensors: Tensor) -> Tensor:
+    """A contraction of two tensors, or sums and a permutation of one, by the names of their axes.
+
+    Args:
+        text: "b i h d, b j h d -> b h i j": names with spaces between them, or torch's single
+            letters ("bihd,bjhd->bhij"). Axes in both operands and in the result are batches, axes
+            in both and not in the result are summed, and so are axes of one operand alone.
+        tensors: one or two, of one float type.
+
+    Raises:
+        ShapeError: for a text that cannot be read or does not fit.
+        DtypeError: for operands of several types, or that are no floats.
+    """
+    return Tensor(einsum_of(text, _nodes("einsum", *tensors)))
+
+
+def permute(x: Tensor, *order: int) -> Tensor:
+    """The axes in another order, as torch's permute."""
+    _nodes("permute", x)
+    return x.permute(*order)
 
 
 def cast(x: Tensor, dtype: DType) -> Tensor:

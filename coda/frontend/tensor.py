@@ -16,15 +16,14 @@ import torch
 
 from coda.errors import DimError, DtypeError, ShapeError, TraceError
 from coda.frontend.casts import written
+from coda.frontend.contractions import multiplied
 from coda.frontend.shapes import parse_shape
-from coda.frontend.views import Index, reshaped, sliced
+from coda.frontend.views import Index, permuted, reshaped, sliced, transposed
 from coda.ir.dims import Dim, Shape, show_shape
 from coda.ir.graph import (
     Const,
-    Contract,
     Map,
     Node,
-    Permute,
     Reduce,
     Reshape,
     Size,
@@ -48,10 +47,12 @@ class Spec:
 INSTEAD = {
     **dict.fromkeys(("float", "half", "bfloat16", "to", "type", "double"), "x.cast(coda.f32)"),
     **dict.fromkeys(("view", "flatten", "unflatten", "squeeze"), 'x.reshape("M (H d) -> M H d")'),
-    **dict.fromkeys(("transpose", "permute", "t", "mT"), "`.T` is the transpose of a matrix"),
+    **dict.fromkeys(("transpose", "swapaxes", "t"), "x.T, x.mT or x.permute(1, 0, 2)"),
     **dict.fromkeys(("chunk", "unbind"), "coda.split(x, 2)"),
     **dict.fromkeys(("amax", "amin"), "x.max() and x.min()"),
-    **dict.fromkeys(("matmul", "mm", "bmm", "einsum"), "x @ w.T"),
+    **dict.fromkeys(("matmul", "mm", "bmm"), "x @ w.T"),
+    "einsum": 'coda.einsum("m k, n k -> m n", x, w)',
+    "arange": "coda.iota(x.shape[0])",
     **dict.fromkeys(("cat", "concatenate"), "coda.concat([a, b])"),
     **dict.fromkeys(("clamp", "clip"), "coda.clamp(x, low, high)"),
     "unsqueeze": "x[:, None]",
@@ -202,15 +203,16 @@ class Tensor(metaclass=_Annotated):
     @property
     def T(self) -> Tensor:
         """The transpose of a matrix."""
-        if self.ndim != 2:
-            raise ShapeError(
-                "`.T` takes a matrix",
-                found=show_shape(self.shape),
-                help="an attention core stands between two blocks, not in one",
-            )
-        if isinstance(self.node, Permute):
-            return Tensor(self.node.arg)
-        return Tensor(Permute(self.node, (1, 0)))
+        return Tensor(transposed(self.node))
+
+    @property
+    def mT(self) -> Tensor:
+        """The transpose of each matrix of a batch [..., M, N]: [..., N, M]."""
+        return Tensor(transposed(self.node, batches=True))
+
+    def permute(self, *order: int) -> Tensor:
+        """The axes in another order, as torch's: axis i of the result is axis order[i] of this."""
+        return Tensor(permuted(self.node, order))
 
     def reshape(self, *shape: str | int | Dim) -> Tensor:
         """The same elements under other axes: "M (H d) -> M H d", or dims."""
@@ -437,35 +439,10 @@ def _kinds(values: Iterable[Any]) -> str:
 
 
 def matmul(x: Any, w: Any) -> Tensor:
-    """x [..., K] @ w [K, N]; `w.T` of an [N, K] weight is read as it lies."""
+    """x [..., M, K] @ w [..., K, N], leading axes broadcast; `w.mT` is read as it is in memory."""
     if not isinstance(x, Tensor) or not isinstance(w, Tensor):
         raise TraceError("`@` takes two tensors of the block", found=_kinds((x, w)))
-    if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
-        raise ShapeError(
-            "`@` takes [..., K] and [K, N]",
-            found=f"{show_shape(x.shape)} and {show_shape(w.shape)}",
-            help=_fitting(x, w),
-        )
-    if x.dtype != w.dtype:
-        raise DtypeError(
-            "`@` takes operands of one element type",
-            found=f"{x.dtype} and {w.dtype}",
-            help=f"cast one of them, as in .cast(coda.{x.dtype.name})",
-        )
-    if x.dtype.kind != "float":
-        raise DtypeError("`@` takes floats", found=str(x.dtype))
-    return Tensor(Contract(x.node, w.T.node, x.dtype if x.dtype.size > 1 else f32))
-
-
-def _fitting(x: Tensor, w: Tensor) -> str:
-    """What would work where two operands of `@` do not fit."""
-    if w.ndim == 2 and x.ndim and x.shape[-1] == w.shape[1]:
-        return "the axes agree if the right one is transposed: `@ w.T`"
-    if w.ndim == 1:
-        return "coda.sum(x * w) is the product with a vector"
-    if w.ndim > 2:
-        return "the right operand is a matrix; an attention core stands between two blocks"
-    return "the last axis on the left is the first on the right"
+    return Tensor(multiplied(x.node, w.node))
 
 
 def reduce(fn: str, x: Any, axis: int, keepdims: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Views of a node: the shape that `reshape` asks for, and torch's basic indexing."""
+"""Views of a node: what `reshape` and `permute` ask for, and torch's basic indexing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from coda.errors import DimError, ShapeError, TraceError
 from coda.frontend.shapes import Axes, parse_rearrangement
 from coda.ir.dims import ONE, Dim, Shape, product, show_shape
-from coda.ir.graph import Node, Reshape, Slice
+from coda.ir.graph import Node, Permute, Reshape, Slice
 
 Index = int | Dim | slice | EllipsisType | None
 
@@ -66,6 +66,33 @@ def _check_order(left: Axes, right: Axes, text: str) -> None:
             found=f'"{text}"',
             help="join or split neighbouring axes; `.T` is the transpose of a matrix",
         )
+
+
+def permuted(node: Node, order: Sequence[int]) -> Node:
+    """The axes in another order, counted from either end. Raises ShapeError."""
+    whole = all(isinstance(i, int) and -node.rank <= i < node.rank for i in order)
+    at = tuple(i % node.rank for i in order) if whole else ()
+    if sorted(at) != list(range(node.rank)):
+        raise ShapeError(
+            "a permutation names each axis once",
+            found=f"{tuple(order)} of {show_shape(node.shape)}",
+            help=f"x.permute({', '.join(map(str, reversed(range(node.rank))))})",
+        )
+    if isinstance(node, Permute):
+        node, at = node.arg, tuple(node.order[i] for i in at)
+    return node if at == tuple(range(node.rank)) else Permute(node, at)
+
+
+def transposed(node: Node, batches: bool = False) -> Node:
+    """A matrix transposed; with `batches`, each matrix of [..., M, N]. Raises ShapeError."""
+    if node.rank < 2 or (node.rank > 2 and not batches):
+        raise ShapeError(
+            "`.mT` takes matrices" if batches else "`.T` takes a matrix",
+            found=show_shape(node.shape),
+            help="`.mT` exchanges the last two axes, x.permute(…) any" if node.rank > 2 else "",
+        )
+    last = node.rank - 1
+    return permuted(node, (*range(last - 1), last, last - 1))
 
 
 def sliced(node: Node, index: tuple[Index, ...]) -> Node:

@@ -123,6 +123,12 @@ ROWS = [
     one("l2_norm", lambda x: (x.double() * (x.double().square().sum(-1, True) + EPS).rsqrt())
         .to(x.dtype), lambda x: coda.l2_norm(x, EPS), made=few),
     one("linear", lambda x: F.linear(x, x[:3]), lambda x: coda.linear(x, x[:3]), made=few),
+    one("einsum", lambda x: torch.einsum("ij,kj->ik", x, x[:3]),
+        lambda x: coda.einsum("i j, k j -> i k", x, x[:3]), made=few),
+    one("cumsum", lambda x: x.double().cumsum(-1).to(x.dtype), made=few),
+    one("iota", lambda x: x * torch.arange(8).to(x.dtype),
+        lambda x: x * coda.iota(8, x.dtype), made=few),
+    one("permute", lambda x: x.permute(1, 0), lambda x: coda.permute(x, 1, 0)),
     one("cast", lambda x: x.to(torch.float32), lambda x: coda.cast(x, coda.f32)),
     one("reshape", lambda x: x.reshape(-1, 4, 2), lambda x: coda.reshape(x, -1, 4, 2)),
     one("split", lambda x: x.split([3, 5], -1)[1], lambda x: coda.split(x, [3, 5])[1]),
@@ -138,7 +144,7 @@ ROWS = [
 ]  # fmt: skip
 # What chooses or moves: torch's own numbers, to a rounding.
 CHOICES = {"abs", "relu", "clamp", "where", "maximum", "minimum", "cast", "reshape", "split",
-           "concat", "stack", "take", "pick"}  # fmt: skip
+           "concat", "stack", "take", "pick", "permute"}  # fmt: skip
 
 
 def public(module):

@@ -52,6 +52,8 @@ LINES = {
     # Shapes.
     "product_with_a_vector": lambda x, v: x @ v,
     "product_of_batches": lambda b: b @ b,
+    "product_of_other_batches": lambda b: b @ b.permute(2, 1, 0),
+    "einsum_of_other_sizes": lambda b: coda.einsum("b m d, m b k -> d k", b, b),
     "transpose_of_a_batch": lambda b: b.T,
     "axes_that_change_places": lambda h: h.reshape("M (H d) -> H M d"),
     "reshape_from_another_shape": lambda x: x.reshape("M (H d) -> M H d"),
