@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import typer
+from torch import Tensor
 
 from coda.block import Block, parse
 from coda.errors import CallError, CodaError, InternalError, TextError, Where
 from coda.ir.graph import walk
 from coda.ir.types import DType
+from coda.lowering.compiler import check_dims
+from coda.measure import load_inputs, random_inputs
 from coda.runtime import cache
 from coda.sim.host.kept import refusal
 
@@ -237,6 +240,33 @@ def check_memory(block: Block, dtype: DType, sizes: Mapping[str, int]) -> None:
             found=f"{needed / 1e9:.0f} GB in float64; there are {there / 1e9:.0f}",
             help="give smaller --dims",
         )
+
+
+# options
+
+
+def check_training(backward: bool, memory: str, wanted: str, frozen: bool = False) -> None:
+    """Raise CodaError for options that do not go together."""
+    if (memory or wanted) and not backward:
+        raise CodaError("--memory and --wanted belong to --backward", found=memory or wanted)
+    if backward and frozen:
+        raise CodaError("weights that keep their values are not trained", found="--frozen")
+
+
+def names_of(wanted: str) -> list[str] | None:
+    """The names of "x,w", None for all."""
+    return [n.strip() for n in wanted.split(",")] if wanted else None
+
+
+def arguments_of(
+    block: Block, element: DType, sizes: dict[str, int], file: str, seed: int
+) -> list[Tensor]:
+    """The arguments that a file has, or random ones. Raises CodaError."""
+    graph = block.graph_of(element)
+    if file:
+        return load_inputs(graph, Path(file))
+    check_memory(block, element, check_dims(graph, sizes))
+    return random_inputs(graph, sizes, seed)
 
 
 # directories

@@ -19,19 +19,20 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from torch import Tensor
 
 import coda
 from coda.block import Block
 from coda.border import (
     UNREAD,
+    arguments_of,
     check_cache,
     check_kept,
-    check_memory,
     check_seed,
+    check_training,
     discard_output,
     load_block,
     names_model,
+    names_of,
     parse_dims,
     plain,
     told,
@@ -42,12 +43,12 @@ from coda.doctor import examine
 from coda.errors import CodaError, InternalError
 from coda.ir.types import DType, dtype_of
 from coda.lowering.algebra.policy import NO_TERMS, Terms
-from coda.lowering.compiler import check_dims, request, run_stage
+from coda.lowering.compiler import request, run_stage
 from coda.lowering.explain_stages import pass_facts, passes_table, record_stages, training_graphs
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import ONE_OF_ARCHS
 from coda.lowering.stages import show_value, stage_names
-from coda.measure import Report, load_inputs, measure, measure_gradients, random_inputs
+from coda.measure import Report, measure, measure_gradients
 from coda.runtime import cache as kernel_cache
 from coda.runtime.bind import bind_sizes
 from coda.runtime.call import choose_backend, choose_target
@@ -217,19 +218,6 @@ def _explain_model(
         found.print(_Output())
 
 
-def check_training(backward: bool, memory: str, wanted: str, frozen: bool = False) -> None:
-    """Raise CodaError for options that do not go together."""
-    if (memory or wanted) and not backward:
-        raise CodaError("--memory and --wanted belong to --backward", found=memory or wanted)
-    if backward and frozen:
-        raise CodaError("weights that keep their values are not trained", found="--frozen")
-
-
-def names_of(wanted: str) -> list[str] | None:
-    """The names of "x,w", None for all."""
-    return [n.strip() for n in wanted.split(",")] if wanted else None
-
-
 @app.command()
 @told
 def run(
@@ -255,7 +243,7 @@ def run(
     block, seed = _block(target, dtype), check_seed(seed)
     check_training(backward, memory, wanted)
     graph = block.graph_of(element)
-    given = _arguments(block, element, sizes, inputs, seed)
+    given = arguments_of(block, element, sizes, inputs, seed)
     chosen = choose_backend(backend)
     if chosen != "sim" and (show or schedule != "eager"):
         raise CodaError(
@@ -280,17 +268,6 @@ def run(
         print(seen)
 
 
-def _arguments(
-    block: Block, element: DType, sizes: dict[str, int], file: str, seed: int
-) -> list[Tensor]:
-    """The arguments that a file has, or random ones. Raises CodaError."""
-    graph = block.graph_of(element)
-    if file:
-        return load_inputs(graph, Path(file))
-    check_memory(block, element, check_dims(graph, sizes))
-    return random_inputs(graph, sizes, seed)
-
-
 @app.command()
 @told
 def check(
@@ -310,18 +287,15 @@ def check(
 
     Ends with 1 where one is.
     """
-    element, given_sizes = dtype_of(dtype), parse_dims(dims)
-    block, seed = _block(target, dtype), check_seed(seed)
+    element, block, seed = dtype_of(dtype), _block(target, dtype), check_seed(seed)
     check_training(backward, memory, wanted)
-    given = _arguments(block, element, given_sizes, inputs, seed)
-    sizes = bind_sizes(block.graph_of(element), given, given_sizes)
-    backends = [choose_backend(backend)] if backend else []
-    options = {"arch": arch, "backends": backends, "element": element}
+    given = arguments_of(block, element, parse_dims(dims), inputs, seed)
+    sizes = bind_sizes(block.graph_of(element), given, parse_dims(dims))
+    options: dict[str, Any] = {"element": element, "arch": arch}
+    options["backends"] = [choose_backend(backend)] if backend else []
     if backward:
-        kept = {"wanted": names_of(wanted), "memory": memory or None, "seed": seed}
-        report = check_gradients(block, given, sizes, **options, **kept)
-    else:
-        report = check_kernels(block, given, sizes, **options)
+        options |= {"wanted": names_of(wanted), "memory": memory or None, "seed": seed}
+    report = (check_gradients if backward else check_kernels)(block, given, sizes, **options)
     if as_json:
         _print_json(report.json())
     else:

@@ -347,21 +347,21 @@ def test_sizes_beyond_memory_while_running(capsys, monkeypatch, w):
     def fails(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1")
 
-    monkeypatch.setattr(cli, "random_inputs", fails)
+    monkeypatch.setattr(border, "random_inputs", fails)
     code, _, err = called(capsys, ["run", T[0].replace("{W}", str(w)), *SMALL])
     assert code == 2
     assert "not enough memory" in err
 
 
 def test_a_file_that_is_lost_while_it_runs(capsys, monkeypatch, w):
-    monkeypatch.setattr(cli, "random_inputs", lambda *_: Path("/nowhere/at/all").read_text())
+    monkeypatch.setattr(border, "random_inputs", lambda *_: Path("/nowhere/at/all").read_text())
     code, out, err = called(capsys, ["run", T[0].replace("{W}", str(w)), *SMALL])
     assert (code, out) == (2, "")
     assert "/nowhere/at/all: No such file" in err
 
 
 def test_a_fault_of_coda_asks_for_a_report(capsys, monkeypatch, w):
-    monkeypatch.setattr(cli, "random_inputs", lambda *_: 1 // 0)
+    monkeypatch.setattr(border, "random_inputs", lambda *_: 1 // 0)
     code, out, err = called(capsys, ["run", T[0].replace("{W}", str(w)), *SMALL])
     assert (code, out) == (1, "")
     assert "InternalError" in err
@@ -372,7 +372,7 @@ def test_ctrl_c(capsys, monkeypatch, w):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "random_inputs", interrupted)
+    monkeypatch.setattr(border, "random_inputs", interrupted)
     code, _, err = called(capsys, ["run", T[0].replace("{W}", str(w)), *SMALL])
     assert code == 130
     assert err.split() in ([], ["interrupted"])
