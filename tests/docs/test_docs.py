@@ -75,6 +75,12 @@ def test_the_page_of_the_api_has_every_public_name():
     assert set(coda.__all__) - told == {"__version__"}
 
 
+def test_the_site_has_every_page():
+    nav = set(re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    pages = {p.name for p in (ROOT / "docs").glob("*.md")}
+    assert nav == pages | {"index.md", "contributing.md", "changelog.md"}
+
+
 def test_the_page_of_explain_has_every_kind_of_operand():
     page = (ROOT / "docs/explain.md").read_text()
     told = set(re.findall(r"^\| `(\w+)` \|", page, re.M))
