@@ -63,7 +63,7 @@ from coda.frontend.ops import (
     tanh,
     where,
 )
-from coda.frontend.tensor import INSTEAD, Tensor
+from coda.frontend.tensor import INSTEAD, Constant, Tensor
 from coda.ir.types import bf16, bool_, e4m3, e5m2, f16, f32, f64, i32, i64
 from coda.runtime.accumulate import accumulate_gradients
 from coda.runtime.share import share_weights
@@ -95,6 +95,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "Block",
+    "Constant",
     "Tensor",
     "__version__",
     "abs",

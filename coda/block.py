@@ -177,7 +177,7 @@ class Block:
 
         Args:
             arch, dims, dtype: as in `lower`.
-            wanted: names of the arguments to differentiate; by default all floats.
+            wanted: names of the arguments to differentiate; by default all floats but constants.
             memory: "min" saves arguments and statistics of rows alone, "balanced" what takes fewer
                 bytes than computing it again, "speed" also what the forward stores anyway and the
                 backward would have to store again; by default the block's.

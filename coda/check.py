@@ -204,7 +204,7 @@ def check_gradients(
 
     Args:
         block, inputs, sizes, element, arch, backends: as in `check_kernels`.
-        wanted: names of the arguments to differentiate; by default all floats.
+        wanted: names of the arguments to differentiate; by default all floats but constants.
         memory: "min", "balanced" or "speed", as in a call.
         seed: of the cotangents.
     """

@@ -76,7 +76,9 @@ Type = Annotated[str, typer.Option(help="element type of arguments declared with
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Backward = Annotated[bool, typer.Option("--backward", help="of training: forward and backward")]
 Memory = Annotated[str, typer.Option(help="what training saves: min, balanced or speed")]
-Wanted = Annotated[str, typer.Option(help="arguments to differentiate, as in x,w; else all floats")]
+Wanted = Annotated[
+    str, typer.Option(help="arguments to differentiate, as in x,w; else all floats but constants")
+]
 Inputs = Annotated[str, typer.Option(help="a .safetensors or .npz file of arguments")]
 Seed = Annotated[int, typer.Option(help="of random arguments and schedules")]
 Frozen = Annotated[bool, typer.Option(help="weights keep their values (inference)")]

@@ -176,7 +176,7 @@ def measure_gradients(
     Args:
         block, graph, inputs, backend, arch, dims: as in `measure`.
         seed: of the cotangents.
-        wanted: names of the arguments to differentiate; by default all floats.
+        wanted: names of the arguments to differentiate; by default all floats but constants.
         memory: as in a call.
 
     Raises:

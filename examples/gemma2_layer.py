@@ -30,8 +30,8 @@ def layer(
     w_q: coda.Tensor["(H d) D"],
     w_k: coda.Tensor["(G d) D"],
     w_v: coda.Tensor["(G d) D"],
-    cos: coda.Tensor["M d/2"],
-    sin: coda.Tensor["M d/2"],
+    cos: coda.Constant["M d/2"],
+    sin: coda.Constant["M d/2"],
 ):
     x = x + norm(attention @ w_out.T, w_post1)
     h = norm(x, w_pre2)

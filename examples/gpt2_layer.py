@@ -64,8 +64,8 @@ def starcoder2_layer(
     b_k: coda.Tensor["(G d)"],
     w_v: coda.Tensor["(G d) D"],
     b_v: coda.Tensor["(G d)"],
-    cos: coda.Tensor["M d/2"],
-    sin: coda.Tensor["M d/2"],
+    cos: coda.Constant["M d/2"],
+    sin: coda.Constant["M d/2"],
 ):
     x = x + coda.linear(attention, w_out, b_out)
     h = coda.layer_norm(x, w_norm1, b_norm1)

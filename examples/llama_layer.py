@@ -31,8 +31,8 @@ def layer(
     w_q: coda.Tensor["(H d) D"],
     w_k: coda.Tensor["(G d) D"],
     w_v: coda.Tensor["(G d) D"],
-    cos: coda.Tensor["M d/2", coda.f32],
-    sin: coda.Tensor["M d/2", coda.f32],
+    cos: coda.Constant["M d/2", coda.f32],
+    sin: coda.Constant["M d/2", coda.f32],
 ):
     c, s = cos.cast(x.dtype), sin.cast(x.dtype)
     x = x + attention @ w_out.T

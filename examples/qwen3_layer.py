@@ -29,8 +29,8 @@ def layer(
     w_v: coda.Tensor["(G d) D"],
     w_qnorm: coda.Tensor["d"],
     w_knorm: coda.Tensor["d"],
-    cos: coda.Tensor["M d/2"],
-    sin: coda.Tensor["M d/2"],
+    cos: coda.Constant["M d/2"],
+    sin: coda.Constant["M d/2"],
 ):
     x = x + attention @ w_out.T
     h = coda.rms_norm(x, w_norm1, eps=1e-6)

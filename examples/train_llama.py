@@ -42,8 +42,8 @@ def before(
     w_q: coda.Tensor["(H d) D"],
     w_k: coda.Tensor["(H d) D"],
     w_v: coda.Tensor["(H d) D"],
-    cos: coda.Tensor["M d/2", coda.f32],
-    sin: coda.Tensor["M d/2", coda.f32],
+    cos: coda.Constant["M d/2", coda.f32],
+    sin: coda.Constant["M d/2", coda.f32],
 ):
     return heads(coda.rms_norm(x, norm, eps=EPS), w_q, w_k, w_v, cos, sin)
 
@@ -61,8 +61,8 @@ def between(
     w_q: coda.Tensor["(H d) D"],
     w_k: coda.Tensor["(H d) D"],
     w_v: coda.Tensor["(H d) D"],
-    cos: coda.Tensor["M d/2", coda.f32],
-    sin: coda.Tensor["M d/2", coda.f32],
+    cos: coda.Constant["M d/2", coda.f32],
+    sin: coda.Constant["M d/2", coda.f32],
 ):
     x = feed_forward(attention, x, w_out, norm, w_gate, w_up, w_down)
     h = coda.rms_norm(x, next_norm, eps=EPS)

@@ -37,10 +37,14 @@ Operand = "Tensor | float | Dim"
 
 @dataclass(frozen=True)
 class Spec:
-    """What an argument is declared to be: axes, and an element type (None: the block's default)."""
+    """What an argument is declared to be: axes, and an element type (None: the block's default).
+
+    A `constant` one is not differentiated by.
+    """
 
     shape: Shape
     dtype: DType | None
+    constant: bool = False
 
 
 # What torch's methods and functions are called here.
@@ -77,7 +81,7 @@ class _Annotated(type):
         shape = parse_shape(text)
         if any(d.constant is not None and d.constant < 1 for d in shape):
             raise DimError("an axis has at least one element", found=f'"{text}"')
-        return Spec(shape, dtype)
+        return Spec(shape, dtype, issubclass(cls, Constant))
 
 
 class Tensor(metaclass=_Annotated):
@@ -463,3 +467,12 @@ def reduce(fn: str, x: Any, axis: int, keepdims: bool) -> Tensor:
         kept = [d for i, d in enumerate(x.shape) if i != axis + x.ndim]
         node = Reshape(node, tuple(kept))
     return Tensor(node)
+
+
+class Constant(Tensor):
+    """An argument that no call differentiates by, as a table of RoPE: `Constant["M d/2"]`.
+
+    Declared as `Tensor` is; a call whose constant argument requires a gradient is refused.
+    """
+
+    __slots__ = ()

@@ -33,7 +33,8 @@ def trace(fn: Callable[..., Any], default: DType) -> Graph:
         raise _misused(e) from None
     outputs = _outputs(values, where)
     name = fn.__name__ if fn.__name__.isidentifier() else "unnamed"  # as a lambda is
-    return Graph(name, tuple(inputs), outputs)
+    constants = frozenset(n for n, spec in declared(fn).items() if spec.constant)
+    return Graph(name, tuple(inputs), outputs, constants)
 
 
 def call_in_order(fn: Callable[..., Any], given: Sequence[Any]) -> Any:

@@ -451,11 +451,15 @@ KINDS: dict[str, type[Node]] = {kind.__name__.lower(): kind for kind in Op.__arg
 
 @dataclass(frozen=True)
 class Graph:
-    """A block: named inputs in order, and named outputs."""
+    """A block: named inputs in order, and named outputs.
+
+    `constants` names the inputs that are declared constant: no call differentiates by them.
+    """
 
     name: str
     inputs: tuple[Input, ...]
     outputs: tuple[tuple[str, Node], ...]
+    constants: frozenset[str] = frozenset()
 
     @property
     def roots(self) -> tuple[Node, ...]:
@@ -472,7 +476,8 @@ class Graph:
     def with_roots(self, roots: Iterable[Node]) -> Graph:
         """The same block computing its outputs by other nodes."""
         names = [name for name, _ in self.outputs]
-        return Graph(self.name, self.inputs, tuple(zip(names, roots, strict=True)))
+        outputs = tuple(zip(names, roots, strict=True))
+        return Graph(self.name, self.inputs, outputs, self.constants)
 
     def __str__(self) -> str:
         from coda.ir.text import show

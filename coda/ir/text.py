@@ -57,7 +57,10 @@ def show(graph: Graph) -> str:
         names[node] = next(n for n in numbers if n not in taken)
         kind = f"{show_shape(node.shape)} {node.dtype}"
         lines.append(f"  {names[node]} = {show_operation(node, names):<40} : {kind}")
-    parameters = ", ".join(f"%{i.name}: {show_shape(i.shape)} {i.dtype}" for i in graph.inputs)
+    parameters = ", ".join(
+        f"%{i.name}: {show_shape(i.shape)} {i.dtype}" + " constant" * (i.name in graph.constants)
+        for i in graph.inputs
+    )
     outputs = ", ".join(f"{name} = {names[node]}" for name, node in graph.outputs)
     head = f"block {graph.name}({parameters}) {{"
     return "\n".join([head, *lines, f"  return {outputs}", "}"]) + "\n"
@@ -168,12 +171,15 @@ class _Reader:
         name, *rest = tree.children
         inputs: list[Input] = []
         outputs: list[tuple[str, Node]] = []
+        constants: set[str] = set()
         for item in rest:
             if item is None:
                 continue
             if item.data == "parameter":
-                token, kind = item.children
+                token, kind, constant = item.children
                 shape, dtype = self.type(kind)
+                if constant is not None:
+                    constants.add(str(token)[1:])
                 with origin(self.place(token)):
                     inputs.append(Input(str(token)[1:], shape, dtype))
                 self.define(token, inputs[-1])
@@ -188,7 +194,7 @@ class _Reader:
                         where=self.place(label),
                     )
                 outputs.append((str(label), self.value(token)))
-        return Graph(str(name), tuple(inputs), tuple(outputs))
+        return Graph(str(name), tuple(inputs), tuple(outputs), frozenset(constants))
 
     def define(self, token: Token, node: Node) -> None:
         if str(token) in self.values:

@@ -80,10 +80,24 @@ class TrainingExplanation:
                     found.setdefault(buffer, Saved(buffer, nbytes, kept))
         return tuple(found.values())
 
+    @property
+    def differentiated(self) -> tuple[str, ...]:
+        """The arguments whose gradients the backward gives."""
+        return tuple(name[1:] for name, _ in self.backward.program.outputs)
+
+    def _others(self) -> str:
+        """The other arguments that are floats, and which of them are constant."""
+        names = [i.name for i in self.graph.inputs if i.dtype.kind == "float"]
+        rest = [n for n in names if n not in self.differentiated]
+        constant = [n for n in rest if n in self.graph.constants]
+        frozen = [n for n in rest if n not in constant]
+        text = f"; constant: {', '.join(constant)}" if constant else ""
+        return text + (f"; none of {', '.join(frozen)}" if frozen else "")
+
     @cached_property
     def eager_bytes(self) -> int:
         """What torch keeps where the block is run op by op: what each derivative reads."""
-        wanted = {n[1:] for n, _ in self.backward.program.outputs}
+        wanted = self.differentiated
         roots = [r for r in dict.fromkeys(self.graph.roots) if r.dtype.kind == "float"]
         cotangents: dict[Node, Node] = {
             r: Input(f" d{i}", r.shape, r.dtype) for i, r in enumerate(roots)
@@ -123,6 +137,8 @@ class TrainingExplanation:
         return {
             "forward": self.forward.json(),
             "backward": self.backward.json(),
+            "differentiated": list(self.differentiated),
+            "constants": [i.name for i in self.graph.inputs if i.name in self.graph.constants],
             "tokens": self.tokens,
             "saved": [vars(s) for s in self.saved],
             "saved_bytes": self.saved_bytes,
@@ -140,6 +156,7 @@ class TrainingExplanation:
         sizes = " ".join(f"{k}={v}" for k, v in self.sizes.items())
         where = f"{program.arch} (roofline of {program.target.name})"
         console.print(f"training {self.graph.name} on {where}, {sizes}")
+        console.print(f"gradients of {', '.join(self.differentiated)}{self._others()}")
         for name, one in (("forward", self.forward), ("backward", self.backward)):
             console.print(one.kernels(f"kernels of the {name}"))
         console.print(self._totals())

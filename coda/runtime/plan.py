@@ -8,6 +8,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from coda.errors import CallError
 from coda.ir.graph import Graph, Input, walk
 from coda.ir.types import DType
 from coda.lowering.algebra.accumulate import Names, accumulating, siblings
@@ -191,6 +192,14 @@ def make_plan(
 
 
 def wanted_names(graph: Graph, wanted: Sequence[bool]) -> tuple[str, ...]:
-    """The names of the floats among the wanted arguments."""
+    """The names of the floats among the wanted arguments. Raises CallError for a constant."""
     pairs = zip(graph.inputs, wanted, strict=True)
-    return tuple(i.name for i, asked in pairs if asked and i.dtype.kind == "float")
+    names = tuple(i.name for i, asked in pairs if asked and i.dtype.kind == "float")
+    for name in names:
+        if name in graph.constants:
+            raise CallError(
+                f"`{name}` is declared constant, and requires a gradient",
+                found=f"{name}.requires_grad",
+                help=f"pass {name}.detach(), or declare `{name}` as coda.Tensor",
+            )
+    return names

@@ -3,7 +3,12 @@
 import runpy
 from pathlib import Path
 
+import pytest
+import torch
+
 import coda
+from coda.errors import CallError
+from coda.ir.text import parse
 from coda.lowering.explain_training import TrainingExplanation
 from coda.lowering.program.cost import hbm_bytes
 
@@ -61,3 +66,41 @@ def test_the_report():
     assert plain["forward"]["hbm_bytes"] == hbm_bytes(found.forward.program)
     assert plain["backward"]["launches"] == len(found.backward.program.kernels)
     assert plain["saved_bytes"] == found.saved_bytes
+
+
+def test_llamas_tables_are_constant():
+    """What is explained is what a call runs: 11 kernels, none by torch, no table's gradient."""
+    module = runpy.run_path(str(ROOT / "llama_layer.py"))
+    found = module["layer"].explain_training("sm_90a", **module["DIMS"])
+    kinds = [k["kind"] for k in found.json()["backward"]["kernels"]]
+    assert len(kinds) == 11
+    assert "torch" not in kinds
+    assert found.json()["constants"] == ["cos", "sin"]
+    assert "cos" not in found.json()["differentiated"]
+    assert "; constant: cos, sin" in str(found)
+    assert parse(str(module["layer"].graph)) == module["layer"].graph
+
+
+@coda.block
+def turned(x: T["M D"], angle: coda.Constant["M D", coda.f32], w: T["F D"]):
+    return (x * angle.cast(x.dtype)) @ w.T
+
+
+def test_the_report_says_what_is_differentiated():
+    found = turned.explain_training("sm_90a", wanted=["x"], M=8, D=16, F=32)
+    assert "gradients of x; constant: angle; none of w" in str(found)
+    with pytest.raises(CallError, match="`angle` is declared constant"):
+        turned.lower_training("sm_90a", {"M": 8, "D": 16, "F": 32}, wanted=["x", "angle"])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_constant_that_requires_a_gradient_is_refused(compiled):
+    shapes = (8, 16), (8, 16), (32, 16)
+    x, angle, w = (torch.randn(s, requires_grad=True) for s in shapes)
+    call = torch.compile(turned, backend="eager", fullgraph=True) if compiled else turned
+    call(x, angle.detach(), w).sum().backward()
+    assert x.grad is not None
+    with pytest.raises(Exception, match="`angle` is declared constant, and requires a gradient"):
+        call(x, angle, w)
+    with torch.no_grad():
+        assert call(x, angle, w).shape == (8, 32)

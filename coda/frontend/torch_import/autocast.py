@@ -70,7 +70,7 @@ def autocast_graph(
     outputs = tuple(
         (name, _cast(retyped.new[node], retyped.nominal[node])) for name, node in graph.outputs
     )
-    return Graph(graph.name, inputs, outputs)
+    return Graph(graph.name, inputs, outputs, graph.constants)
 
 
 def only_multiplied(graph: Graph) -> list[bool]:

@@ -60,7 +60,8 @@ def rebuild(
                 case _:
                     new[node] = node.with_operands(operands)
     inputs = tuple(n for i in graph.inputs if isinstance(n := new[i], Input))
-    return Graph(graph.name, inputs, graph.outputs).with_roots(new[r] for r in graph.roots)
+    renamed = Graph(graph.name, inputs, graph.outputs, graph.constants)
+    return renamed.with_roots(new[r] for r in graph.roots)
 
 
 Axis = tuple[Node, int]

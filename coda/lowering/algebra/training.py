@@ -87,7 +87,7 @@ def derive(
     Args:
         graph: the block as it was written.
         sizes: of every symbol: what bytes are reckoned with.
-        wanted: names of the arguments to differentiate; by default all floats.
+        wanted: names of the arguments to differentiate; by default all floats but constants.
         given: names of the outputs that have a cotangent; by default all floats.
         memory: "min" saves arguments, statistics of rows and what maxima are taken of alone,
             "balanced" what takes fewer bytes than computing it again, "speed" also what the forward
@@ -140,12 +140,19 @@ def exchanged(gradients: list[tuple[str, Node]], forward: Graph) -> list[tuple[s
 
 
 def differentiated(graph: Graph, wanted: Sequence[str] | None) -> list[str]:
-    """The wanted arguments in their order, all floats for None. Raises CallError for others."""
-    floats = [i.name for i in graph.inputs if i.dtype.kind == "float"]
+    """The wanted arguments in their order; None stands for all floats that are no constants.
+
+    Raises CallError for others.
+    """
+    floats = [
+        i.name for i in graph.inputs if i.dtype.kind == "float" and i.name not in graph.constants
+    ]
     others = sorted(set(wanted or ()) - set(floats))
     if others:
+        constant = others[0] in graph.constants
+        what = "is declared constant" if constant else "is no argument that has a gradient"
         raise CallError(
-            f"`{others[0]}` is no argument that has a gradient",
+            f"`{others[0]}` {what}",
             found=", ".join(wanted or ()),
             help=", ".join(floats),
         )
