@@ -1,4 +1,4 @@
-"""A simulated Hopper or Blackwell GPU: runs the PTX of a CuTe DSL launch, finds its bugs."""
+"""PTX of a CuTe DSL launch -> results and findings: a simulated Hopper or Blackwell GPU."""
 
 from coda.sim.host.device import Device, active, device
 from coda.sim.host.report import Launched, Report

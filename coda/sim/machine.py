@@ -1,8 +1,9 @@
-"""A launch -> its effect on memory, and what it did: warps by blocks, in lockstep where they can.
+"""A launch -> its effect on memory, and a result with findings and counters.
 
-All warps, of all resident CTAs, whose lowest lane stands at the lowest block run that block as one
-function on arrays. Lanes that took another way wait at a higher block and rejoin there. A lane
-that waits for a barrier is parked, and comes back when the barrier lets it go.
+Each step picks the lowest basic block at which any lane is, and runs it as one function on arrays
+for all warps of all resident CTAs that are at it (under the random schedule: a random block, some
+of its warps). Diverged lanes wait at a higher block and reconverge there. A lane that waits for a
+barrier is parked until the barrier releases it.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ from coda.sim.units.stuck import deadlock, livelock
 from coda.sim.units.transfers import Transfers
 
 Array = NDArray[Any]
-SPIN = 1 << 20  # added to the block of a warp that has looked at memory others may change
+SPIN = 1 << 20  # added to the block number of a warp that polls memory: it runs after the others
 EXIT = 1 << 24
 PARKED = 1 << 25
-PATIENCE = 5_000  # rounds of nothing but spinning before it counts as a livelock
+PATIENCE = 5_000  # rounds in which all warps only spin before it counts as a livelock
 
 
 class Machine:
@@ -106,7 +107,7 @@ class Machine:
         self.joins = Joins(self)
         self.observer = attach(self)
 
-    # what generated code and units ask
+    # queries by generated code and units
 
     def rows(self, g: Any) -> Array:
         """The rows of the warps of an instruction."""
@@ -125,16 +126,16 @@ class Machine:
         return row // self.count
 
     def exited(self, rows: Array) -> Array:
-        """Which lanes have left the kernel."""
+        """Mask of the lanes that have exited: bool [rows, 32]."""
         return self.pc[rows] == EXIT
 
     def live_threads(self, cta: int) -> int:
-        """Threads of the warps of a CTA that have not wholly left, as barriers count them."""
+        """Threads of the CTA's warps that have a live lane, as barriers count them."""
         rows = np.arange(cta, self.warps, self.count)
         return 32 * int((~self.exited(rows).all(1)).sum())
 
     def warpgroups(self, rows: Array) -> Array:
-        """The order in which rows make up complete warpgroups, four at a time."""
+        """Indices that order `rows` so that each four in a row are one complete warpgroup."""
         group = rows // self.count // 4 * self.count + rows % self.count
         return np.lexsort((rows, group))
 
@@ -144,12 +145,12 @@ class Machine:
         return self.grid.block[offset : offset + size].view(kind)[0]
 
     def pair(self, low: Array, high: Array) -> Array:
-        """Two 64-bit values as one of 128 bits."""
+        """Join two 64-bit values into 128-bit ones."""
         low, high = spread(low, self.shape), spread(high, self.shape)
         return np.stack([low, high], -1).view(np.complex128)[..., 0]
 
     def unpair(self, both: Array) -> Array:
-        """The 64-bit halves of a 128-bit value, along a first axis."""
+        """Split 128-bit values into 64-bit halves along a new first axis, low half first."""
         halves = np.ascontiguousarray(both)[..., None].view(np.uint64)
         return np.ascontiguousarray(np.moveaxis(halves, -1, 0))
 
@@ -164,7 +165,7 @@ class Machine:
     def fault(
         self, ins: Instruction | None, kind: str, what: str, g: Any, k: int | None, at: int | None
     ) -> Any:
-        """Raise for an operation that no hardware performs; `g` is a row, or warps with index k."""
+        """Raise Fault for an illegal operation by row `g`, or by warp `k` of the warps `g`."""
         row = int(self.rows(g)[k]) if k is not None else int(g)
         finding = self.finding(kind, what, ins, row, at)
         error = Fault(str(finding))
@@ -182,7 +183,7 @@ class Machine:
         return Finding(kind, what, name, line, text, source, self.warp_of(row), cta, at)
 
     def find(self, kind: str, what: str, ins: Instruction | None, row: int, at: int | None) -> None:
-        """Report what a check has found, as the options ask for this kind."""
+        """Report a finding of a check: off, warn or raise, as the options say for its kind."""
         level = self.options.checks.get(kind, "off")
         if level == "off":
             return
@@ -192,7 +193,7 @@ class Machine:
             raise CheckFailed(finding)
 
     def guard(self, ins: Instruction, row: int, run: Callable[..., Any], *args: Any) -> Any:
-        """Call a unit, and put the instruction into what it raises."""
+        """Call a unit; a SimError that it raises gets the instruction added to its message."""
         try:
             return run(*args)
         except SimError as e:
@@ -209,12 +210,12 @@ class Machine:
             k = 0 if m is None else int(m.any(1).argmax())
             self.fault(ins, "trap", "the kernel executed trap", g, k, None)
 
-    # observers' entrances
+    # calls of the observer
 
     def saw_shared(
         self, ins: Instruction, g: Any, m: Any, index: Array, nbytes: int, write: bool
     ) -> None:
-        """Tell the observer of an access to shared memory."""
+        """Call the observer for an access to shared memory."""
         assert self.observer is not None
         at = spread(index, self.shape)
         self.observer.shared_access(ins, g, m, at, nbytes, write)
@@ -222,22 +223,22 @@ class Machine:
     def saw_global(
         self, ins: Instruction, g: Any, m: Any, addresses: Array, nbytes: int, write: bool
     ) -> None:
-        """Tell the observer of an access to global memory."""
+        """Call the observer for an access to global memory."""
         assert self.observer is not None
         at = spread(addresses, self.shape)
         self.observer.global_access(ins, g, m, at, nbytes, write)
 
-    # where lanes go
+    # program counters of lanes
 
     def refresh(self, g: Any) -> None:
-        """Find the lowest block of warps again."""
+        """Recompute the lowest block of the lanes of these warps."""
         pc = self.pc[g]
         key = lowest(pc, axis=1)
         self.key[g] = key
         self.split[g] = np.logical_or.reduce(pc != key[:, None], axis=1)
 
     def go(self, g: Any, m: Any, then: int) -> None:
-        """Active lanes go to a block."""
+        """Set the next block of the active lanes."""
         if m is None:
             self.pc[g] = then
             self.key[g] = then
@@ -246,7 +247,7 @@ class Machine:
             self.go_some(g, m, then)
 
     def go_some(self, g: Any, lanes: Array, then: int) -> None:
-        """Some lanes go to a block, the others stay where they are."""
+        """Set the next block of some lanes; the others keep theirs."""
         self.pc[g] = np.where(lanes, then, self.pc[g])
         self.refresh(g)
 
@@ -268,17 +269,17 @@ class Machine:
         self.refresh(g)
 
     def park(self, row: int, lanes: Array) -> None:
-        """Take lanes out until `resume`."""
+        """Suspend lanes until `resume`."""
         self.pc[row][lanes] = PARKED
         self._one(row)
 
     def resume(self, row: int, lanes: Array, then: int) -> None:
-        """Parked lanes go on at a block."""
+        """Parked lanes continue at a block."""
         self.pc[row][lanes] = then
         self._one(row)
 
     def resume_all(self, waiters: list[Waiter]) -> None:
-        """Let the lanes of several waits go on, most often those of whole warps."""
+        """Resume the lanes of several waits; whole warps take a fast path."""
         for then in {w.then for w in waiters}:
             whole = [w.row for w in waiters if w.then == then and w.mask.all()]
             if whole:
@@ -360,7 +361,7 @@ class Machine:
             self._spin(rows, m)
 
     def _spin(self, rows: Array, m: Array | None) -> None:
-        """Warps, or the lanes of them that are here, let others run before they go on."""
+        """Polling warps (or their lanes at this block) yield to the others before they continue."""
         if m is None:
             here = self.key[rows]
             self.key[rows] = np.where(here < SPIN, here | SPIN, here)
@@ -370,14 +371,14 @@ class Machine:
             self.refresh(rows)
 
     def _left(self, rows: Array) -> None:
-        """Tell the observer of CTAs whose last threads have left."""
+        """Call the observer for CTAs whose last threads have exited."""
         assert self.observer is not None
         for cta in np.unique(rows % self.count).tolist():
             if (self.key[cta :: self.count] == EXIT).all():
                 self.observer.exited(cta)
 
     def _idle(self) -> bool:
-        """No warp can run at once: see what can be let go. False at the end."""
+        """No warp is ready: release joins, barriers or operations. False if all have exited."""
         if self.agents.relieve():
             return True
         spinning = ((self.key >= SPIN) & (self.key < EXIT)).nonzero()[0]
@@ -404,9 +405,9 @@ class Machine:
             livelock(self, f"warps spin, and nothing has happened for {PATIENCE} rounds")
 
     def _may_fail(self) -> bool:
-        """Whether waits may come back false: again only if something has happened since.
+        """Whether waits may return false: only if something has happened since they last did.
 
-        Under the random schedule some come back false anyway, and it takes more to be sure.
+        Under the random schedule some waits return false at random, so more rounds are needed.
         """
         grid = self.grid
         grid.failures = grid.failures + 1 if grid.last_failure == self.progress else 0
@@ -414,7 +415,7 @@ class Machine:
         return grid.failures < (50 if self.agents.random else 1)
 
     def _flush(self) -> None:
-        """Issue products that wait for others of their chain."""
+        """Issue the chains of products that are still open."""
         self.tensor.flush()
         self.tensor_memory.flush_all()
 
@@ -429,9 +430,11 @@ class Machine:
 def run(launch: Launch, allocations: Allocations, options: Options) -> LaunchResult:
     """Run a launch on the simulated machine.
 
-    Raises Unsupported for what is not modelled, Fault for an access or operation that no hardware
-    performs, Deadlock, Livelock, and CheckFailed for findings of the level "raise".
-    BLAS has one thread meanwhile.
+    Kernel arguments and global memory are read and written in place, within `allocations`. BLAS
+    runs with one thread meanwhile.
+
+    Raises Unsupported for PTX that is not modelled, Fault for an illegal access or operation,
+    Deadlock, Livelock, and CheckFailed for a finding of the level "raise".
     """
     began = time.perf_counter()
     decoded = decode(launch.ptx, launch.kernel)

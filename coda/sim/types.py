@@ -1,7 +1,7 @@
-"""What passes between the host side and the machine: a launch in, a result out, and the errors.
+"""The interface between host side and machine: Launch in, LaunchResult out, and the errors.
 
-Nothing here knows PTX or numpy's layout of a register; both sides import this module and no other
-of each other's.
+Nothing here depends on PTX or on the layout of registers in numpy; of each other's modules, both
+sides import only this one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Options:
-    """How to run: when asynchronous operations finish, what to check, when to give up.
+    """How to run: when asynchronous operations complete, which checks, and the budget.
 
     `checks` maps a kind of CHECK_KINDS to off, warn or raise; a kind that is absent is off.
     `instructions` bounds the warp instructions of one launch (0: no bound). `sms` is the number of
@@ -107,10 +107,11 @@ class Traffic:
 
 @dataclass
 class LaunchResult:
-    """What a launch did.
+    """Findings and counters of a launch.
 
     `sync_sites` counts the executions of each synchronising instruction by its PTX line, zeros
-    included: a wait that never ran has proved nothing. `flops` are those of the tensor cores.
+    included: a wait that never ran was not tested; `sync_text` has their PTX. `flops` counts the
+    tensor cores' alone, as 2 m n k.
     """
 
     kernel: str
@@ -127,7 +128,7 @@ class LaunchResult:
 
 
 class Allocations:
-    """The ranges of global memory that a launch may touch, by address."""
+    """The ranges of global memory that a launch may access, in bytes, by address."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
@@ -166,15 +167,15 @@ class Unsupported(SimError):
 
 
 class Deadlock(SimError):
-    """Every thread waits; the message says who waits for what."""
+    """Every thread waits; the message lists which warp waits for which barrier."""
 
 
 class Livelock(SimError):
-    """The launch used up its budget of instructions."""
+    """The launch exceeded its budget of instructions, or all warps only spin."""
 
 
 class Fault(SimError):
-    """An access or an operation that no hardware would perform."""
+    """An access or operation that hardware would refuse: out of bounds, misaligned, illegal."""
 
 
 class CheckFailed(SimError):

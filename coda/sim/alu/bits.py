@@ -30,7 +30,7 @@ def _byte(both: Array, number: Array) -> Array:
 
 @cache
 def _copies(selector: int) -> tuple[tuple[type, int, int, int], ...]:
-    """A permutation as (element type, place in the result, source operand, place in it)."""
+    """A permutation as copies (element type, index in the result, source operand, index in it)."""
     picks = [selector >> 4 * k & 15 for k in range(4)]
     out = []
     for k in (0, 2):
@@ -77,7 +77,7 @@ def permute_by(mode: str) -> Run:
 
 @cache
 def _monomials(code: int) -> tuple[int, ...]:
-    """A table of three bits as the products (4: a, 2: b, 1: c) of which it is the exclusive or."""
+    """A lop3 table as the AND terms (4: a, 2: b, 1: c) whose XOR it is."""
     values = [code >> k & 1 for k in range(8)]
     for bit in (1, 2, 4):
         values = [v ^ values[k ^ bit] if k & bit else v for k, v in enumerate(values)]
@@ -114,7 +114,7 @@ def extract(a: Array, at: Array, length: Array) -> Array:
     moved = np.right_shift(wide, np.minimum(at, i64(63)))
     if a.dtype.kind == "u":
         moved = np.right_shift(wide.view(u64), at.view(u64)).view(i64)
-    # Shifting the field to the top and back drops what is above it, or replicates its sign.
+    # Shifting the field to the top and back drops the bits above it, or replicates its sign.
     kept = np.minimum(length, np.maximum(width - at, 1) if a.dtype.kind == "i" else i64(64))
     drop = np.maximum(64 - kept, 0)
     top = np.left_shift(moved, drop)

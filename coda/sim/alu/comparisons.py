@@ -16,7 +16,7 @@ _ORDERED: dict[str, Run] = {
 _UNSIGNED: dict[str, Run] = {
     **{"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
 }
-# What an unordered comparison is the opposite of: it is true when an operand is a NaN.
+# An unordered comparison is the negation of one of these, so it is true for a NaN operand.
 _OPPOSITE: dict[str, Run] = {
     **{"ltu": np.greater_equal, "leu": np.greater, "gtu": np.less_equal, "geu": np.less}
 }

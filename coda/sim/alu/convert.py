@@ -1,8 +1,8 @@
 """`cvt` opcodes -> their entries: between integers and floats of 16 bits and more, and tf32.
 
-Packed results have the first source in the upper part. Conversions to integers saturate. `.relu`
-makes what is negative (also -0) +0 and leaves a NaN; `.satfinite` makes what is too large the
-largest finite value.
+Packed results have the first source in the upper half. Conversions to integers saturate. `.relu`
+maps negative values and -0 to +0 and keeps a NaN; `.satfinite` saturates to the largest finite
+value.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _to_integers(table: Table) -> None:
 
 
 def _sum(a: Array) -> tuple[Array, Array]:
-    """64-bit integers as f64 and what that leaves out."""
+    """64-bit integers as (nearest f64, remainder)."""
     top = (a >> a.dtype.type(32)).astype(f64) * 2.0**32
     return two_sum(top, (a & a.dtype.type(0xFFFFFFFF)).astype(f64))
 
@@ -148,7 +148,7 @@ def _real(to: str, a: str, mode: str, marks: str) -> Run:
     return directed if to == "f64" and a in ("u64", "s64") else run
 
 
-# The usual conversions have a shorter way.
+# Fast paths of the common conversions.
 QUICK: dict[str, Run] = {
     "cvt.f32.bf16": from_bf16,
     "cvt.f32.f16": _cast("f32"),

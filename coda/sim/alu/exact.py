@@ -1,4 +1,4 @@
-"""f64 operations -> functions that round the exact rational result; slow, for what is rare.
+"""f64 operations -> functions that round the exact rational result; slow, for rare operations.
 
 numpy has neither a fused multiply-add nor directed roundings of f64, so these go lane by lane.
 """
@@ -35,7 +35,7 @@ def _nearest(x: Fraction) -> float:
 
 
 def _steer(near: float, gap: int, mode: str) -> float:
-    """The neighbour of `near` that the mode wants; `gap` has the sign of near - exact."""
+    """The neighbour of `near` in the rounding mode; `gap` has the sign of near - exact."""
     if mode == "rn" or gap == 0:
         return near
     if mode == "rz":
@@ -55,7 +55,7 @@ def _root(x: float, mode: str) -> float:
 
 
 def _lane(name: str, mode: str, plain: float, xs: tuple[float, ...]) -> float:
-    """The result for one lane; `plain` is numpy's, right where no rounding is in question."""
+    """The result for one lane; `plain` is numpy's, correct where no rounding is needed."""
     if not all(map(math.isfinite, xs)) or math.isnan(plain):
         # a product that only overflows because it is rounded must not meet an infinite addend
         return xs[2] if name == "fma" and all(map(math.isfinite, xs[:2])) else plain

@@ -1,7 +1,7 @@
 """Arrays of floats -> arrays of floats in other formats and roundings: f32, 16, 8, 6 and 4 bits.
 
-A narrow format is stated once, by its widths and specials; one function encodes into any of them.
-The forms that kernels use all the time (bf16, f16, fma) have a faster way to the same bits.
+A narrow format is declared once, by its widths and special values; one function encodes into any
+of them. Common operations (bf16, f16, fma) have a faster path with the same bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from coda.sim.alu.opcodes import Array, Run, f16, f32, f64, i32, i64, u8, u16, u32, u64
 
 _TINY = {np.dtype(x): np.array(np.finfo(x).tiny, x) for x in (f16, f32, f64)}
-# Constants of hot functions are arrays: a ufunc takes them with less ado than numpy scalars.
+# Constants of hot functions are 0-d arrays: ufuncs convert them faster than numpy scalars.
 _ONE, _16 = np.array(1, u32), np.array(16, u32)
 _18, _EVEN, _REST = np.array(18, u32), np.array(0x3FFE, u32), np.array(0x7FFFF, u32)
 _HALF, _HIGH = np.array(0x7FFF, u32), np.array(0xFFFF0000, u32)
@@ -39,7 +39,7 @@ def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 def to_odd(total: Array, error: Array) -> Array:
     """total + error (|error| <= ulp/2) truncated, with the last bit set if that was not exact.
 
-    What is rounded to odd can be rounded again, to fewer bits, as if it had been exact.
+    A value rounded to odd can be rounded again, to fewer bits, as if it were exact.
     """
     bits = np.ascontiguousarray(total).view(i64)
     past = (error != 0) & ((error < 0) != (total < 0))  # the rounding went away from zero
@@ -48,7 +48,7 @@ def to_odd(total: Array, error: Array) -> Array:
 
 
 def steer(near: Array, gap: Array, mode: str) -> Array:
-    """The neighbour that rounding `mode` wants; `gap` has the sign of near - exact."""
+    """The neighbour of `near` in rounding `mode`; `gap` has the sign of near - exact."""
     kind = near.dtype.type
     down, up = np.nextafter(near, kind(-np.inf)), np.nextafter(near, kind(np.inf))
     floor, ceil = np.where(gap > 0, down, near), np.where(gap < 0, up, near)
@@ -76,14 +76,14 @@ def sum_rounded(a: Array, b: Array, mode: str) -> Array:
 
 
 def add_rounded(a: Array, b: Array, mode: str) -> Array:
-    """a + b in f32, rounded once by `mode`: the neighbour of the nearest where that is wrong."""
+    """a + b in f32, rounded once by `mode`, by correcting the nearest result by one ulp."""
     near, error = two_sum(a, b)
     if mode == "rn":
         return near
     if np.count_nonzero(error != error) or np.count_nonzero(near == 0):
         return sum_rounded(a.astype(f64), b.astype(f64), mode)  # overflow, or a zero's sign
     bits = near.view(i32)
-    outward = (bits >> _31) | _UNIT  # what an integer step away from -infinity is
+    outward = (bits >> _31) | _UNIT  # step of the bits that moves the value towards +infinity
     if mode == "rm":
         return (bits - outward * (error < 0)).view(f32)
     if mode == "rp":
@@ -119,7 +119,7 @@ def sqrt_rounded(x: Array, mode: str) -> Array:
 def fma_rounded(a: Array, b: Array, c: Array, mode: str = "rn") -> Array:
     """a * b + c in f32 with one rounding.
 
-    The f64 sum is right, too, unless it lies on a tie of f32 or where f32 has fewer bits.
+    Rounding the f64 sum is exact unless it is a tie of f32 or in the range of f32 subnormals.
     """
     product = a.astype(f64) * b.astype(f64)
     wide = c.astype(f64)
@@ -173,9 +173,9 @@ def to_bf16x2(high: Array, low: Array) -> Array:
 
 @cache
 def _codes(name: str) -> Array:
-    """The codes (u32) for the upper 13 bits of an f32 and whether any lower bit is set.
+    """Table of codes (u32) by the upper 13 bits of an f32 and whether any lower bit is set.
 
-    That decides a rounding to nearest: with 3 mantissa bits or fewer the fourth is the half.
+    These decide a rounding to nearest: with at most 3 mantissa bits the fourth is the half.
     """
     index = np.arange(1 << 14, dtype=u32)
     return encode(((index >> _ONE) << u32(19) | (index & _ONE)).view(f32), name, finite=True)
@@ -223,7 +223,7 @@ class Format:
 
     @property
     def bias(self) -> int:
-        """What the exponent field is above the exponent."""
+        """The exponent field minus the exponent."""
         return (1 << (self.exponent - 1)) - 1
 
     @property
@@ -273,7 +273,7 @@ _ROUND: dict[str, Run] = {
 
 
 def _whole(scaled: Array, negative: Array, mode: str, chance: Array | None) -> Array:
-    """Magnitudes rounded to whole numbers; `chance` in [0, 1) is what stochastic rounding adds."""
+    """Magnitudes rounded to whole numbers; stochastic rounding adds `chance`, in [0, 1)."""
     if chance is not None:
         return np.floor(scaled + chance)
     if mode in _ROUND:
@@ -291,7 +291,7 @@ def encode(
     power = np.where(size == 0, lowest, np.maximum(np.frexp(size)[1] - 1, lowest))
     scaled = np.ldexp(size, form.mantissa - power)
     whole = np.minimum(_whole(scaled, negative, mode, chance), 2.0 ** (form.mantissa + 2))
-    # A carry out of the mantissa goes into the exponent, subnormals into the first exponent.
+    # A carry out of the mantissa increments the exponent; subnormals have the lowest exponent.
     code = ((power - lowest).astype(i64) << form.mantissa) + whole.astype(i64)
     code = np.where(np.isfinite(size), code, i64(form.ones))
     if finite or not form.infinity:

@@ -34,7 +34,7 @@ def _bf16(x: Array) -> Array:
 
 
 def _flushed(run: Run) -> Run:
-    """`.ftz` of f16: subnormal operands and results are zeros; values stay as wide as they are."""
+    """`.ftz` of f16: subnormal operands and results become zero; the dtype of values is kept."""
     tiny = f32(2.0**-14)
 
     def zero(x: Array) -> Array:
@@ -67,7 +67,7 @@ FLUSHED = (*SATURATED, "fma.rn.relu", *EXTREMA, *(f"{name}.xorsign.abs" for name
 
 
 def _ftz_name(stem: str) -> str:
-    """Where `.ftz` stands: after the rounding, else after the name."""
+    """The opcode with `.ftz`: after the rounding if there is one, else after the name."""
     if stem.endswith("{,.rn}"):
         return stem + ".ftz"
     if stem.startswith("fma.rn"):
@@ -88,7 +88,7 @@ def _declare(table: Table, stem: str, kind: str, count: int, run: Run) -> None:
 
 def _exponentials(table: Table) -> None:
     _declare(table, "ex2.approx", "f16", 1, np.exp2)
-    # bf16 has the exponents of f32: what is subnormal in one is so in the other
+    # bf16 has the exponent range of f32: a value is subnormal in both or in neither
     _declare(table, "ex2.approx.ftz", "bf16", 1, lambda x: flush(np.exp2(flush(x))))
 
 

@@ -1,7 +1,7 @@
 """`cvt` opcodes of narrow floats -> their entries: fp8, fp6, fp4, scale factors, fixed point.
 
-Packed results have the first source in the upper part. `.relu` makes what is negative (also -0) +0
-and leaves a NaN; `.satfinite` makes what is too large the largest finite value.
+Packed results have the first source in the upper half. `.relu` maps negative values and -0 to +0
+and keeps a NaN; `.satfinite` saturates to the largest finite value.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _narrow_pack(name: str, clamp: bool) -> Run:
 
 
 def _narrow_unpack(name: str, down: Run) -> tuple[Run, Run]:
-    """Both values of a register, as they are and multiplied by two scale factors."""
+    """Two functions that unpack both values of a register: unscaled, and times a scale each."""
     shift = 4 if name == "e2m1" else 8
 
     def run(x: Array) -> Array:
@@ -196,7 +196,7 @@ def _fixed_unpack(finite: bool, clamp: bool) -> Run:
 
 
 def _packs(table: Table) -> None:
-    """cvt.pack: two saturated integers, below what is left of c."""
+    """cvt.pack: two saturated integers in the low bits, c shifted into the upper ones."""
     for sign, width in product("us", (2, 4, 8, 16)):
         low, high = (
             (0, (1 << width) - 1) if sign == "u" else (-(1 << width - 1), (1 << width - 1) - 1)

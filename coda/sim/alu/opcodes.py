@@ -1,4 +1,4 @@
-"""Patterns of opcodes -> entries of a table: how the arithmetic instructions are declared.
+"""Patterns of opcodes -> entries of the table of arithmetic instructions.
 
 `define(table, "add.{u32,s32}", np.add, "T", "T", "T")` declares two opcodes; "T" stands for the
 last type of the opcode itself.
@@ -33,10 +33,10 @@ DTYPE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Alu:
-    """Semantics of an opcode: `run(*sources)`, the type of its result, those of its sources.
+    """Semantics of an opcode: `run(*sources)`, the type of its result, the types of its sources.
 
-    A source is viewed as its type. It has the shape [warps, 32] (rows without gaps) or [warps, 1],
-    or is a numpy scalar. `run` never writes to its sources.
+    Each source is viewed as its type, with shape [warps, 32] (contiguous rows) or [warps, 1], or is
+    a numpy scalar. `run` never writes to its sources.
     Two results are written "pred|pred" and come back as a tuple. The type "cc" is the carry flag:
     a last source or second result that the instruction's text does not name.
     """

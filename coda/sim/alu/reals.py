@@ -126,7 +126,7 @@ def minimum_nan(a: Array, b: Array) -> Array:
 
 
 def _order_zeros(out: Array, a: Array, b: Array, largest: bool) -> Array:
-    """numpy takes either zero when both are there: put the one that PTX wants."""
+    """For operands +0 and -0 numpy returns either: replace it by the zero that PTX specifies."""
     wrong = _MINUS_ZERO if largest else _PLUS_ZERO
     if out.dtype != f32:
         zeros = (out == 0) & (np.signbit(out) == largest)
@@ -195,7 +195,7 @@ def _signs(table: Table) -> None:
 
 
 def _quick_divide(a: Array, b: Array) -> Array:
-    """div.approx: a divisor beyond 2^126 has the reciprocal 0."""
+    """div.approx: a divisor of magnitude above 2^126 has the reciprocal 0."""
     return np.where((np.abs(b) > f32(2.0**126)) & (b - b == 0), a * np.copysign(_ZERO, b), a / b)
 
 

@@ -1,8 +1,8 @@
 """Opcode strings -> functions on arrays of lanes: the table of all arithmetic instructions.
 
-What is not in TABLE does not exist: an unknown modifier is refused, never skipped. The functions
-expect `np.errstate(all="ignore")` around them; the machine enters it once for a whole launch.
-NaN results of f32 and f64 arithmetic have some payload; those of 16 bits and less are canonical.
+An opcode that is not in TABLE is Unsupported: no modifier is ever ignored. The functions expect
+`np.errstate(all="ignore")` around them; the machine enters it once for a whole launch. NaN results
+of f32 and f64 arithmetic have an arbitrary payload; those of at most 16 bits are canonical.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What the machine does -> findings and counts."""
+"""Events of the simulated machine -> findings (races, leaks, uninitialised reads) and counters."""

@@ -1,13 +1,12 @@
-"""Global memory between blocks -> findings where one touches what another wrote, or still reads.
+"""Accesses of CTAs to global memory -> findings for unordered read/write pairs between two CTAs.
 
-Each tensor that the launch touches has a shadow, of words. Blocks order their accesses by atomics
-and by stores and loads that are volatile, relaxed, release or acquire: each of these counts as a
-release of its word if it writes, and as an acquire if it reads. That is more than the PTX manual
-grants to relaxed ones, whose fences are not looked at. Such accesses do not race among each other,
-nor do reductions by units.
+Each tensor that the launch touches has a shadow with one entry per 32-bit word. CTAs synchronise
+through atomics and through volatile, relaxed, release or acquire loads and stores: each counts as a
+release of its word if it writes and as an acquire if it reads. That accepts more than the PTX
+memory model, where a relaxed access needs a fence beside it: these fences are not checked. Such
+accesses do not race with each other, nor do reductions by asynchronous units.
 
-That threads of two blocks store to one word is not looked for: flash-attention's do so, with equal
-values.
+Two CTAs that store to the same word are not reported: flash-attention does so, with equal values.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Blocks(Races):
         self.shadows: dict[int, Shadow] = {}
 
     def _parts(self, starts: Array, nbytes: int) -> Iterator[tuple[Shadow, Array, slice | Array]]:
-        """(shadow, words, which) of the runs that lie in each allocation, one row for each run."""
+        """Yield (shadow, words [runs, words], which runs) for each allocation that holds runs."""
         owner = np.searchsorted(self.bases, starts, "right") - 1
         whole = int(owner[0]) == int(owner[-1]) and bool(np.equal(owner, owner[0]).all())
         for k in owner[:1].tolist() if whole else np.unique(owner).tolist():
@@ -107,7 +106,7 @@ class Blocks(Races):
     def _still_read(
         self, ins: Instruction, r: Array, shadow: Shadow, words: Array, flags: int, at: Array
     ) -> None:
-        """Check a write against those who have read the words."""
+        """Check a write against earlier reads of the same words."""
         readers = shadow.readers[words]
         if not readers.any():
             return
@@ -124,14 +123,16 @@ class Blocks(Races):
     def _ordered(
         self, ins: Instruction, r: Array, ids: Array, write: bool, flags: int, at: Array
     ) -> None:
-        """Check accesses of warps `r` against the events that wrote the words."""
+        """Check accesses of warps `r` against the events that last wrote the words."""
         if not ids.any():
             return
         events = self.events
         of = events.flags[ids]
         open_to = (of & (flags & STRONG)) | (of & PART) if not write else of & flags
         theirs = (events.row[ids] != r[:, None]) | (events.component[ids] >= self.clocks.per)
-        if write and ins.op.startswith("st"):  # what threads store twice is mostly the same
+        if write and ins.op.startswith(
+            "st"
+        ):  # two CTAs that store one word mostly store equal values
             theirs &= events.component[ids] >= self.clocks.per
         bad = (ids > 0) & theirs & (open_to == 0)
         if not bad.any():

@@ -1,8 +1,8 @@
-"""The checks of a launch: races and what leaves too early; registers have theirs in flights.py.
+"""Exits of CTAs and deallocations of tensor memory -> findings; also assembles all checks.
 
-A CTA may leave when all that touches its memory has ended for one of its warps: bulk copies out
-of it that were waited for, loads whose mbarrier somebody acquired, accesses and arrivals of other
-CTAs that it has synchronised with.
+A CTA may exit once every operation on its shared memory is known to be complete by one of its
+warps: bulk stores after a wait, loads after an acquire of their mbarrier, accesses and arrivals of
+other CTAs after a synchronisation with them. Register checks are in flights.py.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Exits(Maps):
     def tensor_dealloc(
         self, ins: Instruction, row: int, cta: int, column: int, columns: int
     ) -> None:
-        """What was freed may be given to others: all work on it must have ended."""
+        """Freed columns may be allocated by another CTA: all accesses to them must be complete."""
         at = (cta, slice(0, 128), slice(column, column + columns))
         seen = self.clocks.at[row, SEEN]
         ids = self.tensor.writers.reshape(-1, 128, COLUMNS)[at]
@@ -73,7 +73,7 @@ class Exits(Maps):
 
 
 def make(machine: Machine) -> list[Observer]:
-    """The checks where any is on."""
+    """The checks for a wave of CTAs, or none if every check is off."""
     if all(level == "off" for level in machine.options.checks.values()):
         return []
     return [Exits(machine), Flights(machine)]

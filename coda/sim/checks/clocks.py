@@ -1,13 +1,13 @@
-"""Synchronisation of a launch -> vector clocks: what each warp knows to have happened.
+"""Synchronisation of a launch -> vector clocks: which events happen before each warp's next one.
 
-Each cluster has its own components: one for each warp's own accesses, one for each warp and each
-kind of asynchronous operation that its kernel uses (groups of bulk copies, wgmma, ...), one for the
-products of each CTA, and one for each mbarrier, whose clock is the number of phases that have
-ended: what TMA writes is known to those who have acquired that phase.
+A clock has one component per ordered sequence of events. Each cluster has its own: one for each
+warp's own accesses, one for each warp and kind of asynchronous operation that its kernel uses
+(groups of bulk copies, wgmma, ...), one for the tcgen05 operations of each CTA, and one for each
+mbarrier, which counts completed phases: a TMA write is visible to warps that acquired its phase.
 
-A warp has five clocks over these components: SEEN, what happened before in the generic proxy;
-ASYNC, what of it the async proxy sees too, after a proxy fence; INIT, whose mbarriers it may use;
-PAST, what has ended in time even where nothing makes it visible (relaxed arrivals); MAPS, what was
+A warp has five vector clocks: SEEN, events that happen before it in the generic proxy; ASYNC, those
+of them that the async proxy sees too, after a proxy fence; INIT, mbarrier initialisations that it
+may rely on; PAST, events complete in time even if not visible (relaxed arrivals); MAPS, events
 released to the proxy that reads tensor maps.
 """
 
@@ -33,7 +33,7 @@ _NEEDED = {
     "tcgen05.st": ("tcgen05.st",),
 }
 MBARRIERS = 32
-Known = dict[int, Array]  # what is known of other clusters: a clock SEEN of each
+Known = dict[int, Array]  # other cluster -> its SEEN clock
 
 
 def _merge(into: Known, more: Known) -> None:
@@ -86,7 +86,7 @@ class Clocks:
     # components
 
     def component(self, kind: str, row: int) -> int:
-        """The component of a warp's asynchronous operations of a kind."""
+        """Component of one warp's asynchronous operations of one kind."""
         return self.first[kind] + int(self.own[row])
 
     def next(self, kind: str, row: int) -> tuple[int, int]:
@@ -137,7 +137,7 @@ class Clocks:
         self.width += more
 
     def owner(self, component: int) -> str:
-        """A component in words."""
+        """Describe a component for a message."""
         if component >= self.fixed:
             return "a copy that completes on an mbarrier"
         if component >= self.products:
@@ -150,23 +150,23 @@ class Clocks:
         where = f" of CTA {local % self.size} of the cluster" if self.size > 1 else ""
         return f"{kind} {local // self.size}{where}"
 
-    # what a warp does
+    # events of a warp
 
     def tick(self, row: int) -> None:
-        """A warp goes on after it has told others of what it did."""
+        """Advance a warp's own component, after a release."""
         own = self.own[row]
         self.at[row, SEEN, own] += 1
         self.at[row, PAST, own] += 1
 
     def release(self, row: int, key: Any, relaxed: bool = False) -> None:
-        """A warp tells those who will acquire `key` what it knows."""
+        """A warp releases `key`: whoever acquires it next joins the warp's clocks."""
         self.give(key, self.known(row, relaxed))
         if self.abroad[row] and not relaxed:
             _merge(self.coming_abroad.setdefault(key, {}), self.abroad[row])
         self.tick(row)
 
     def known(self, row: int, relaxed: bool = False) -> Array:
-        """What a warp can tell others now."""
+        """The clocks that a release by this warp publishes."""
         block = self.at[row].copy()
         np.maximum(block[PAST], block[SEEN], out=block[PAST])
         if relaxed:
@@ -174,7 +174,7 @@ class Clocks:
         return block
 
     def give(self, key: Any, block: Array) -> None:
-        """Add knowledge to what comes with the next phase of `key`."""
+        """Join clocks into those that the next phase of `key` will publish."""
         there = self.coming.get(key)
         if there is None:
             self.coming[key] = block
@@ -182,7 +182,7 @@ class Clocks:
             np.maximum(there, block, out=there)
 
     def ends(self, key: Any) -> Array:
-        """A phase of `key` has ended: its knowledge can be acquired."""
+        """End a phase of `key`: its clocks can now be acquired."""
         block = self.coming.pop(key, None)
         if block is None:
             block = np.zeros((len(VIEWS), self.width), np.int32)
@@ -192,7 +192,7 @@ class Clocks:
         return block
 
     def acquire(self, row: int, key: Any) -> None:
-        """A warp learns what came with the last phase of `key`."""
+        """A warp joins the clocks published by the last phase of `key`."""
         block = self.come.get(key)
         if block is not None:
             np.maximum(self.at[row], block, out=self.at[row])
@@ -220,19 +220,19 @@ class Clocks:
             np.maximum(mine, post[own], out=mine)
 
     def reached(self, row: int, cluster: int, component: int, clock: int) -> bool:
-        """Whether a warp knows of an event in any cluster."""
+        """Whether an event, of any cluster, happens before this warp's next instruction."""
         if cluster == self.machine.cluster_of_row[row]:
             return bool(self.at[row, SEEN, component] >= clock)
         seen = self.abroad[row].get(cluster)
         return seen is not None and component < len(seen) and bool(seen[component] >= clock)
 
     def learn(self, row: int, component: int, clock: int, proxy: bool = True) -> None:
-        """A warp has waited for asynchronous operations, of the async proxy or of its own."""
+        """A warp has waited for asynchronous operations (`proxy`: of the async proxy)."""
         for view in (SEEN, ASYNC, PAST) if proxy else (SEEN, PAST):
             self.at[row, view, component] = max(int(self.at[row, view, component]), clock)
 
     def fence(self, row: int, proxy: bool) -> None:
-        """A warp's fence: what it knows holds for the async proxy (or for mbarriers only)."""
+        """A warp's fence makes SEEN visible to the async proxy (else to mbarriers only)."""
         at = self.at[row]
         if proxy:
             np.maximum(at[ASYNC], at[SEEN], out=at[ASYNC])
@@ -240,7 +240,7 @@ class Clocks:
         self.tick(row)
 
     def fence_maps(self, row: int) -> None:
-        """A warp's fence: what it knows holds for the proxy that reads tensor maps."""
+        """A warp's fence makes SEEN visible to the proxy that reads tensor maps."""
         at = self.at[row]
         np.maximum(at[MAPS], at[SEEN], out=at[MAPS])
         self.tick(row)

@@ -1,7 +1,7 @@
-"""What warps and units touch -> bytes of global memory by tensor and unit, bank conflicts.
+"""Memory accesses of a launch -> bytes of global memory per tensor and unit, bank conflicts.
 
-Every byte of an allocation has a mark: which classes of accesses have loaded it (low bits) and
-stored it (high bits). So unique bytes are exact, and those of one unit can be told apart.
+Every byte of an allocation has a bit mask: the classes of accesses that have loaded it (low bits)
+and stored it (high bits). So counts of unique bytes are exact, in total and per unit.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Marks:
         self.moved = np.zeros((len(CLASSES), 2), np.int64)
 
     def unique(self, mask: int) -> int:
-        """How many bytes have one of the marks."""
+        """Number of bytes that have any of the bits of `mask` set."""
         return int(np.count_nonzero(self.marks & np.uint8(mask)))
 
 
 class Tally:
-    """The traffic of a launch: it outlives the waves of its CTAs."""
+    """Traffic of a whole launch, over all waves of its CTAs."""
 
     def __init__(self, allocations: list[tuple[int, int, str]]) -> None:
         ranges = sorted(x for x in allocations if x[2] != "kernel parameters")
@@ -56,7 +56,7 @@ class Tally:
         return self.all[k]
 
     def runs(self, kind: int, write: bool, starts: Array, length: int) -> None:
-        """Runs of `length` bytes were moved by a class."""
+        """Count runs of `length` contiguous bytes at `starts`, moved by access class `kind`."""
         if not len(starts) or not length:
             return
         found = self.find(int(starts[0]))
@@ -139,7 +139,7 @@ class Counters(Observer):
         self.machine.result.bank_conflicts += conflicts(index, m, nbytes)
 
     def finished(self) -> None:
-        """The sums so far into the result."""
+        """Write the sums so far into the launch's result."""
         result = self.machine.result
         units = {name: Traffic() for name in CLASSES}
         for marks in self.tally.all:
@@ -160,9 +160,9 @@ class Counters(Observer):
 
 
 def conflicts(index: Array, m: Any, nbytes: int) -> int:
-    """Passes over the banks beyond the first, for warps whose lanes touch bytes at `index`.
+    """Extra shared-memory passes (bank conflicts) of warps whose lanes access bytes at `index`.
 
-    A pass serves 128 bytes, one word of each bank; lanes that want the same word share it.
+    One pass serves 128 bytes, one word per bank; lanes that access the same word share it.
     """
     unit = min(max(nbytes, 4), 16)
     per = min(BANKS_BYTES // unit, index.shape[1])

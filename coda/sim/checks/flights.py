@@ -1,12 +1,12 @@
-"""Registers -> findings: one that an operation still owns, one without a fence, one never written.
+"""Register accesses -> findings: use while in flight, missing wgmma.fence, read of unwritten ones.
 
-From its issue until a wait, a wgmma owns its accumulators and the registers of A; before it, other
-uses of them are closed by a wgmma.fence. Whether a block touches the registers of an instruction
-is known from the program, so at run time only what really collides is looked at.
+From issue until a wait, a wgmma owns its accumulators and the registers of A; a wgmma.fence must
+separate earlier accesses to them from it. Which blocks touch the registers of which instruction is
+known statically, so run time looks only at blocks that can collide.
 
-A tcgen05.ld is not treated like that: kernels that are right on hardware convert its results before
-they wait, and ptxas, which knows the registers, makes the conversion wait. What tcgen05.wait::ld
-is for, the reuse of tensor memory, is checked in races.py.
+A tcgen05.ld is exempt: kernels that are correct on hardware convert its results before they wait,
+and ptxas, which knows the registers, makes the conversion wait. The purpose of tcgen05.wait::ld,
+safe reuse of tensor memory, is checked in races.py.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ Array = NDArray[Any]
 
 
 class Program:
-    """What is known of a kernel's registers before it runs.
+    """Static facts about a kernel's registers.
 
-    Products (lines of wgmma) with the same registers form a group. For each block, `collisions` has
-    the instruction that touches the registers of a product, by the line of that product, and
-    `touched` the groups that instructions other than products touch. `maybe` are the registers that
-    some path uses before it writes them; `used` and `written` are those of them in each block that
-    are judged.
+    Products (PTX lines of wgmma) with the same registers form a group. Per block, `collisions` maps
+    the line of a product to an instruction of the block that touches its registers, and `touched`
+    lists the groups that other instructions than products touch. `maybe` are the registers that
+    some path reads before writing; `used` and `written` are the checked ones among them per block.
     """
 
     def __init__(self, decoded: Decoded) -> None:
@@ -89,7 +88,7 @@ class Program:
         return np.array([k for members, k in groups.items() if members & names], np.int64)
 
     def _uses(self, block: Block) -> set[str]:
-        """What a block looks at; accumulators are no use, as a product may start from zero."""
+        """Registers that a block reads, without accumulators: a product may start from zero."""
         out = set(block.uses)
         for ins in block.instructions:
             if ins.op.startswith("wgmma.mma"):
@@ -119,10 +118,10 @@ class Program:
         self.written = [_numbers(block.writes, self.maybe) for block in self.blocks]
 
     def _written_before(self, after: list[list[int]]) -> list[set[str]]:
-        """For each block, the registers that a path down to it may have written.
+        """For each block, the registers that some path to it may have written.
 
-        Such a register is not judged: compilers leave a value open where a bound forbids the load
-        that would fill it, and let what comes of it die.
+        These are not checked: compilers leave a register unwritten on the path where a bound
+        predicates its load off, and never use the result on that path.
         """
         out: list[set[str]] = [set() for _ in range(len(self.blocks) + 1)]
         for k, block in enumerate(self.blocks):
@@ -133,7 +132,7 @@ class Program:
         return out
 
     def _looks(self, block: Block) -> set[str]:
-        """Registers that a block does more with than to move them."""
+        """Registers that a block reads in instructions other than moves and selections."""
         out: set[str] = set()
         for ins in block.instructions:
             if not ins.op.startswith(("mov.", "selp.")):

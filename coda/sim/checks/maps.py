@@ -1,9 +1,8 @@
-"""Tensor maps that kernels change -> findings where the copy engines may still have the old ones.
+"""Writes to tensor maps by kernels -> findings where TMA may still read the old map.
 
-The engines read maps through a proxy of their own. Who changed one releases it by
-`fence.proxy.tensormap::generic.release` (`tensormap.cp_fenceproxy` does so itself), and who uses it
-acquires it by the fence's `.acquire` with the map's address. A block's warps share what one of them
-has acquired.
+TMA reads maps through the tensormap proxy. The writer releases a map with
+`fence.proxy.tensormap::generic.release` (`tensormap.cp_fenceproxy` includes it); the user acquires
+it with the fence's `.acquire` on the map's address. An acquire holds for all warps of the CTA.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class Maps(Blocks):
                     self.find("race", f"{what}, {NO_MAP_FENCE}", ins, row, address, who)
 
     def _visible(self, row: int, address: int, event: int) -> bool:
-        """Whether a warp's copy engine sees a change of a map."""
+        """Whether a write to a map is visible to TMA operations of a warp."""
         clocks, events, machine = self.clocks, self.events, self.machine
         known = self.acquired.get((machine.cta_of(row), address))
         if known is None:

@@ -1,6 +1,6 @@
-"""What the machine does -> calls of an observer; the checks and the counters are observers.
+"""Events of the machine -> calls of an observer; the checks and the counters are observers.
 
-`Machine.observer` is None when nobody looks, so that hooks cost one comparison. Terms:
+`Machine.observer` is None without observers, so that a hook costs one comparison. Terms:
 
 - `row`: a warp's row in the register file. `machine.cta_of(row)` is its CTA (the slot of a resident
   one), `machine.warp_of(row)` its number in the CTA, `machine.cluster_of_row[row]` its cluster.
@@ -10,26 +10,26 @@
   `i % WINDOW`. The key of an mbarrier is the index of its first byte.
 - tensor memory of a CTA is `machine.tensor_memory.of(cta)`, uint32 [128 lanes, 512 columns].
 
-An observer subclasses `Observer` and overrides what it needs. It may append a `Finding` with
-`machine.find(kind, message, ins, row, address)`, which raises when the check's level says so. A
-function in `MAKERS` makes those for the resident CTAs of a launch (a `Machine` for each wave), or
-none where nobody asked for any; what must outlive a wave goes to `machine.grid.notes`.
+An observer subclasses `Observer` and overrides the events it needs. It may append a `Finding` with
+`machine.find(kind, message, ins, row, address)`, which raises if the check's level is "raise". A
+function in `MAKERS` makes the observers for the resident CTAs of a launch (one `Machine` per wave),
+or none if its checks are off; state that must outlive a wave goes to `machine.grid.notes`.
 
 The life of an asynchronous operation (`agents.Operation`): `issued` when the instruction has run,
 `moves(op, step)` just before a step moves data, `completed` after the last one, before which it
-has arrived at its mbarriers (`barrier_phase` may have been called on the way). What it touches is
-in `op.reads` and `op.writes`, filled at issue where they are known then: tuples (space, where,
+has arrived at its mbarriers (`barrier_phase` may have been called on the way). The memory it
+accesses is in `op.reads` and `op.writes`, filled at issue if known then: tuples (space, where,
 nbytes) with `where` an int or an int64 array of first bytes of pieces of `nbytes` each; spaces
 "shared", "global", and "tensor" with `where` = (cta, first lane, lanes, first column, columns).
 Units: "tma", "bulk", "cp.async", "st.async", "wgmma", "tcgen05", "tcgen05.ld", "tcgen05.st",
-"try_cancel". Ordering that a later instruction gives to operations is told by `waited`, before it
-makes them complete, with the operations that it waits for whether they are done or not (none for
-an mbarrier, which is told by `barrier_acquire`). A tcgen05.ld is also waited for by the first block
-that uses its results (`block.needs`), which is not told.
+"try_cancel". An instruction that waits for operations calls `waited` before it makes them complete,
+with all operations that it waits for, complete or not (none for an mbarrier, which calls
+`barrier_acquire` instead). The first block that uses the results of a tcgen05.ld (`block.needs`)
+also waits for it, without a call.
 
 Registers in flight: from `issued` (of a wgmma: `product`) to `waited`, `op.names` are the registers
 that the operation writes and `op.sources` those that it reads (wgmma with A in registers), in each
-warp of `op.rows`. Products up to a commit, or to anything else that is told, are one operation.
+warp of `op.rows`. Products up to a commit, or to any other event, are one operation.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ MAKERS: list[Maker] = []
 
 
 def attach(machine: Machine) -> Observer | None:
-    """The observer of the resident CTAs of a launch, None where nobody looks."""
+    """The observer of the resident CTAs of a launch, or None if there is none."""
     from coda.sim.checks import (
         checks,  # noqa: F401  they add themselves to MAKERS
         counters,  # noqa: F401  they add themselves to MAKERS
@@ -75,27 +75,27 @@ class Observer:
     # the course of execution
 
     def block(self, block: Block, number: int, g: Any, m: Any) -> None:
-        """The warps run a block: it looks at registers `block.uses`, then writes `block.writes`."""
+        """The warps run a block: it reads registers `block.uses`, then writes `block.writes`."""
 
     def finished(self) -> None:
-        """All resident CTAs have left; `machine.agents.pending()` is what they left in flight."""
+        """All resident CTAs have exited; `machine.agents.pending()` has operations in flight."""
 
     def exited(self, cta: int) -> None:
-        """The last thread of a CTA has left, while others may still run."""
+        """The last thread of a CTA has exited; other CTAs may still run."""
 
     # generic accesses, by lanes
 
     def global_access(
         self, ins: Instruction, g: Any, m: Any, addresses: Array, nbytes: int, write: bool
     ) -> None:
-        """Each active lane touches `nbytes` of global memory at its address."""
+        """Each active lane accesses `nbytes` of global memory at its address."""
 
     def shared_access(
         self, ins: Instruction, g: Any, m: Any, index: Array, nbytes: int, write: bool
     ) -> None:
-        """Each active lane touches `nbytes` of shared memory; reads come before the access.
+        """Each active lane accesses `nbytes` of shared memory; reads come before the access.
 
-        For ldmatrix and stmatrix `index` has the rows that a warp touches, not its 32 lanes.
+        For ldmatrix and stmatrix `index` has one entry per row accessed by the warp, not per lane.
         """
 
     def atomic(
@@ -106,12 +106,12 @@ class Observer:
     def matrix_access(
         self, ins: Instruction, row: int, index: Array, nbytes: int, write: bool
     ) -> None:
-        """A warp touches `nbytes` at each index of shared memory: alloc, tensormap.replace."""
+        """A warp accesses `nbytes` at each index of shared memory: alloc, tensormap.replace."""
 
     # asynchronous operations
 
     def product(self, ins: Instruction, rows: Array) -> None:
-        """Warps execute a wgmma; its operation is `issued` with others of its chain, in time."""
+        """Warps execute a wgmma; its operation is `issued` later, with the rest of its chain."""
 
     def issued(self, op: Operation) -> None:
         """An operation was handed to its unit."""
@@ -140,16 +140,16 @@ class Observer:
         """A phase of an mbarrier has ended; it was number `completions` (the first is 1)."""
 
     def barrier_acquire(self, ins: Instruction, row: int, key: int) -> None:
-        """A wait of a warp has come back true: the phase before the present one has ended."""
+        """A wait of a warp returned true: the phase before the current one is complete."""
 
     def named_arrive(self, ins: Instruction, row: int, key: tuple[int, int]) -> None:
-        """A warp comes to barrier (CTA, number), by bar.sync, bar.red or bar.arrive."""
+        """A warp arrives at barrier (CTA, number), by bar.sync, bar.red or bar.arrive."""
 
     def named_acquire(self, ins: Instruction, row: int, key: tuple[int, int]) -> None:
-        """A warp leaves barrier (CTA, number): all that had to come have come."""
+        """A warp leaves barrier (CTA, number): all expected threads have arrived."""
 
     def cluster_arrive(self, ins: Instruction, row: int, cluster: int) -> None:
-        """A warp arrives at the barrier of its cluster; `ins.op` tells relaxed from release."""
+        """A warp arrives at the barrier of its cluster; `ins.op` says relaxed or release."""
 
     def cluster_acquire(self, ins: Instruction, row: int, cluster: int) -> None:
         """A warp leaves the barrier of its cluster."""
@@ -157,13 +157,13 @@ class Observer:
     # tensor maps in global memory
 
     def map_write(self, ins: Instruction, row: int, address: int) -> None:
-        """tensormap.replace or tensormap.cp_fenceproxy; other stores are told as such."""
+        """tensormap.replace or tensormap.cp_fenceproxy; other stores call their own method."""
 
     def map_acquire(self, ins: Instruction, g: Any, m: Any, address: Array) -> None:
         """fence.proxy.tensormap::generic.acquire by each active lane, of the map at its address."""
 
     def map_use(self, ins: Instruction, row: int, address: int) -> None:
-        """A copy engine is about to read a map."""
+        """A TMA operation is about to read a map."""
 
     # tensor memory
 
@@ -177,7 +177,7 @@ class Observer:
 
 
 class Several(Observer):
-    """Tells several observers, in order: each what it has a method for."""
+    """Forwards each event to several observers, in order: to those that override its method."""
 
     def __init__(self, machine: Machine, observers: list[Observer]) -> None:
         super().__init__(machine)

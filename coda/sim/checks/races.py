@@ -1,8 +1,8 @@
-"""Accesses of warps and units -> findings where nothing orders two of them, or nothing was written.
+"""Accesses of warps and units -> findings: races, missing proxy fences, uninitialised reads.
 
-Shared and tensor memory have a shadow (shadow.py); clocks.py says what comes before what. An
-asynchronous operation counts from its issue until somebody has waited for it, so a race is seen
-whatever the schedule made of it.
+shadow.py records the accesses to each word of shared and tensor memory; clocks.py decides which
+happen before which. An asynchronous operation is in flight from its issue until a warp has waited
+for it, so a race is found under every schedule.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NO_FENCE = "with no fence.proxy.async in between"
 
 
 def strong(ins: Instruction) -> bool:
-    """Whether an access may meet others of its like without a race."""
+    """Whether an access is atomic or strong: two such accesses never race."""
     parts = ins.op.split(".")
     return ins.op.startswith(STRONGS) or not {
         "volatile",
@@ -43,7 +43,7 @@ def strong(ins: Instruction) -> bool:
 
 
 class Races(Observer):
-    """The checks of order, of fences between proxies and of what was never written."""
+    """The checks of ordering, of fences between proxies and of uninitialised reads."""
 
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine)
@@ -69,7 +69,7 @@ class Races(Observer):
         word: int,
         who: Who | None = None,
     ) -> None:
-        """Report once for each pair of instructions, whatever the warps."""
+        """Report once per pair of instructions, whichever warps execute them."""
         lines = (ins.line if ins else 0, who.ins.line if who else 0)
         key = (kind, lines, what.rpartition(", ")[2])
         if key not in self.reported:
@@ -77,7 +77,7 @@ class Races(Observer):
             self.machine.find(kind, what, ins, row, word)
 
     def earlier(self, component: int, who: Who | None, verb: str) -> str:
-        """An earlier access in words."""
+        """Describe an earlier access for a message."""
         line = f" at PTX line {who.ins.line} ({who.ins.op})" if who else ""
         return f"{self.clocks.owner(component)} {verb}{line}"
 
@@ -88,14 +88,14 @@ class Races(Observer):
     def conflict(
         self, ins: Instruction, row: int, word: int, event: int, fence: bool, doing: str
     ) -> None:
-        """Report an access to what an event wrote."""
+        """Report an access not ordered after the event that wrote the word."""
         component = int(self.events.component[event])
         who = self.events.who(event) if event else None
         what = f"{doing} what {self.earlier(component, who, 'wrote')}, "
         self.find("race", what + (NO_FENCE if fence else NO_ORDER), ins, row, word, who)
 
     def overwrites(self, ins: Instruction, row: int, word: int, event: int) -> None:
-        """Report a write to what an event still reads."""
+        """Report a write not ordered after an event that reads the word."""
         who = self.events.who(event)
         component = int(self.events.component[event])
         what = f"overwrites what {self.earlier(component, who, 'reads')}, {NO_ORDER}"
@@ -133,7 +133,7 @@ class Races(Observer):
     def _lanes(
         self, ins: Instruction, r: Array, at: Array, words: int, write: bool, flags: int
     ) -> None:
-        """Accesses of `words` words by warps `r`, in units of as many."""
+        """Accesses of `words` words each by warps `r`; `at` counts in units of `words`."""
         clocks = self.clocks
         writers = self.shared.writers.reshape(-1, words)
         ids = writers[at]
@@ -158,7 +158,7 @@ class Races(Observer):
         return int(word) * 4 % WINDOW
 
     def _numbers(self, ins: Instruction, r: Array, flags: int) -> Array:
-        """The number of the event that an access is, of each of the warps `r`."""
+        """The event number of this access for each of the warps `r`."""
         clocks = self.clocks
         numbers = np.zeros(self.machine.warps, np.int32)
         rows = np.flatnonzero(np.bincount(r, minlength=len(numbers)))
@@ -188,7 +188,7 @@ class Races(Observer):
             self.conflict(ins, int(r[k]), self._address(at[k] * words), event, False, "overwrites")
 
     def _remote(self, ins: Instruction, r: Array, at: Array, words: int) -> None:
-        """Note accesses to the shared memory of other CTAs, which must not leave before them."""
+        """Record accesses to the shared memory of other CTAs, which must not exit before them."""
         if self.clocks.size == 1:
             return
         cta = at * words // WORDS
@@ -198,7 +198,7 @@ class Races(Observer):
                 self.leaves(ins, row, target)
 
     def leaves(self, ins: Instruction, row: int, target: int) -> None:
-        """A warp touches the memory of another CTA."""
+        """A warp accesses the memory of another CTA: report if that CTA has exited."""
         if self.gone[target]:
             what = "touches the shared memory of a CTA that has left"
             self.find("exited", what, ins, row, target)
@@ -239,14 +239,14 @@ class Races(Observer):
             self.loads.setdefault(op.row, []).append((op.names, channels[0]))
 
     def _phase(self, op: Operation, key: int) -> tuple[int, int]:
-        """The component of an mbarrier, and the number of its present phase."""
+        """The component of an mbarrier, and the number of its current phase."""
         self._usable(op.ins, op.row, key, True)
         barrier = self.machine.mbarriers.table.get(key)
         done = barrier.completions if barrier else 0
         return self.clocks.barrier(key, key // WINDOW), done + 1
 
     def _signal(self, op: Operation) -> None:
-        """An arrival that a unit makes later: what its thread knew, and the operations before."""
+        """A deferred arrival by a unit: it publishes its thread's clocks and earlier operations."""
         block = self.clocks.known(op.row)
         if op.unit == "cp.async":
             block[:] = 0
@@ -272,7 +272,7 @@ class Races(Observer):
     def _unit(
         self, op: Operation, block: Array, touched: Any, channel: tuple[int, int], write: bool
     ) -> None:
-        """A unit touches a piece of memory."""
+        """A unit accesses a piece of memory."""
         space, where, nbytes = touched
         if space == "global":
             self.unit_abroad(op, where, nbytes, channel, write)
@@ -315,12 +315,12 @@ class Races(Observer):
     def unit_abroad(
         self, op: Operation, where: Any, nbytes: int, channel: tuple[int, int], write: bool
     ) -> None:
-        """A unit touches global memory: see blocks.py."""
+        """A unit accesses global memory: see blocks.py."""
 
     def _unit_writers(
         self, op: Operation, block: Array, ids: Array, access: tuple[Any, ...], shadow: Shadow
     ) -> None:
-        """Check an access of a unit against those who wrote the words."""
+        """Check an access of a unit against the events that last wrote the words."""
         write, flags, own, memory, base = access
         if not ids.size:
             return
@@ -347,7 +347,7 @@ class Races(Observer):
     def _unit_readers(
         self, op: Operation, block: Array, sets: Array, flags: int, own: int, base: int
     ) -> None:
-        """Check a write of a unit against those who have read the words."""
+        """Check a write of a unit against earlier reads of the words."""
         if flags & STRONG:
             return
         found = self.shared.still_reading(sets, block[SEEN], own)
@@ -355,7 +355,7 @@ class Races(Observer):
             self.overwrites(op.ins, op.row, base, found[1])
 
     def block(self, block: Block, number: int, g: Any, m: Any) -> None:
-        """A use of what tcgen05.ld loads waits for it, as ptxas sees to it."""
+        """A use of the results of a tcgen05.ld waits for it: ptxas inserts that wait."""
         if not self.loads:
             return
         for row in self.machine.rows(g).tolist():
@@ -402,7 +402,7 @@ class Races(Observer):
         self.inits[key] = (own, int(clocks.at[row, SEEN, own]), Who(ins, row))
 
     def _usable(self, ins: Instruction, row: int, key: int, proxy: bool) -> None:
-        """A warp or unit uses an mbarrier: its initialisation must come before."""
+        """A warp or unit uses an mbarrier: its initialisation must happen before."""
         init = self.inits.get(key)
         if init is None:
             return

@@ -1,9 +1,9 @@
-"""Accesses to a memory -> who wrote each word last, who has read it since, and who must not have.
+"""Accesses to a memory -> per word its last writer and the readers since, and unordered accesses.
 
-A word of 32 bits has the number of the event that wrote it last, and of the one that has read it
-since (0: nobody; less than 0: several, minus the number of a set of events). An event is a
-component of the vector clocks with a value; a later access is in order when the clock of the one
-who makes it has reached that value.
+Each 32-bit word has the number of the event that wrote it last, and of the event that has read it
+since (0: none; negative: several, minus the number of a set of events). An event is a component of
+the vector clocks with a value; a later access is ordered after it if the clock of the accessing
+warp or unit has reached that value.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROXY, STRONG, PART = 1, 2, 4  # flags of an event: by the async proxy, atomic o
 
 @dataclass(frozen=True)
 class Who:
-    """Who made an access, for messages."""
+    """Instruction and warp of an access, for messages."""
 
     ins: Instruction
     row: int
@@ -64,7 +64,7 @@ class Events:
         return int(self.component[event]), int(self.clock[event]), int(self.flags[event])
 
     def who(self, event: int) -> Who:
-        """Who made an event; not of 0."""
+        """Instruction and warp of an event; `event` is not 0."""
         ins = self.instructions[event]
         assert ins is not None
         return Who(ins, int(self.row[event]))
@@ -76,7 +76,7 @@ class Events:
         return self.sets[-readers]
 
     def with_reader(self, old: int, event: int) -> int:
-        """Readers and one event more; an earlier read by the same component is replaced."""
+        """Add an event to a word's readers; it replaces an earlier read by the same component."""
         if not old:
             return event
         key = (old, event)
@@ -98,7 +98,7 @@ class Events:
 
 
 class Shadow:
-    """The events of each word of one memory, flat arrays that callers view as they like."""
+    """Last writer and readers of each word of one memory: flat int32 arrays of event numbers."""
 
     def __init__(self, events: Events, words: int) -> None:
         self.events = events
@@ -108,11 +108,11 @@ class Shadow:
     def unordered(
         self, ids: Array, seen: Clock, flags: int, own: int = -1, fenced: Clock | None = None
     ) -> tuple[Array, Array | None]:
-        """For events that wrote words: which do not come before an access, and which no fence.
+        """For events that wrote words: (not ordered before an access, ordered but not fenced).
 
-        `seen(components)` are the clocks of the one who makes the access, `fenced` the same for
-        the async proxy, None where the access is by the generic one. `own`: the component whose
-        operations come in order by themselves.
+        `seen(components)` are the clocks of the accessing warp or unit; `fenced` likewise for the
+        async proxy, None for an access by the generic proxy. `own`: the component whose operations
+        are ordered among themselves.
         """
         events = self.events
         component, clock, of = events.component[ids], events.clock[ids], events.flags[ids]
@@ -126,7 +126,7 @@ class Shadow:
         return late, (fenced(component) < clock) & ((of & PROXY) == 0) & ~late
 
     def still_reading(self, readers: Array, seen: Array, own: int = -1) -> tuple[int, int] | None:
-        """Among words' readers one that has not ended for a clock: (readers, event)."""
+        """One reader of the words that is not ordered before a clock: (readers, event), or None."""
         if not readers.size:
             return None
         low, top = int(readers.min()), int(readers.max())
@@ -144,9 +144,9 @@ class Shadow:
         return 0
 
     def read_before(self, readers: Array, r: Array, seen: Array) -> tuple[int, int] | None:
-        """Among words that warps `r` write, one that is still read: (index, event).
+        """One word that warps `r` write and an unordered event reads: (index, event), or None.
 
-        `readers` are those of each warp's words, [accesses, words], `seen` the clocks of all warps.
+        `readers`: int [accesses, words], of each warp's words; `seen`: the clocks of all warps.
         """
         events = self.events
         single = np.maximum(readers, 0)
@@ -173,11 +173,11 @@ class Shadow:
         seen: Array,
         cluster: Array | None = None,
     ) -> None:
-        """Warps `r` read units `at` of `words` words; `numbers` has the event of each warp.
+        """Record reads by warps `r` of units `at` of `words` words; `numbers`: each warp's event.
 
-        A reader that comes before another need not be kept: who waits for the later one has waited
-        for both. So most words have one reader, that of the last instruction. `cluster` has that of
-        each warp, where they share the memory: clocks say nothing of others.
+        A reader that is ordered before another is dropped: a wait for the later one covers both.
+        So most words have one reader, of the last instruction. `cluster` has the cluster of each
+        warp if clusters share the memory: clocks do not order events of other clusters.
         """
         events = self.events
         readers = self.readers.reshape(-1, words)
@@ -198,7 +198,7 @@ class Shadow:
             self._read_together(at[k] * words + j, r[k], numbers)
 
     def unit_reads(self, readers: Array, at: Any, event: int) -> None:
-        """A unit reads words `at` of a view of `readers`; who else does is not forgotten."""
+        """Add a unit's read to words `at` of a view of `readers`; other readers are kept."""
         old = readers[at]
         if not old.size:
             return

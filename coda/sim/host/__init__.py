@@ -1,1 +1,1 @@
-"""The host's side: CuTe DSL's launches brought to the simulated device."""
+"""The host side: launches by CuTe DSL host code -> `Launch` objects for the simulated device."""

@@ -35,7 +35,7 @@ from coda.sim.types import (
 
 ARCHES = ("sm_90a", "sm_100a")
 
-# One device at a time: what it patches belongs to the whole process.
+# One device at a time: its patches are global to the process.
 _lock = threading.Lock()
 _owner: int | None = None
 _active: Device | None = None
@@ -105,12 +105,12 @@ class Device:
         return threading.get_ident() == self.thread
 
     def register(self, tensor: Tensor, name: str = "") -> Tensor:
-        """Allow kernels to touch a tensor that no launch gets: one that a raw pointer leads to."""
+        """Allow kernels to access a tensor that is no launch argument, through a raw pointer."""
         self.memory.add(tensor, name)
         return tensor
 
     def report(self) -> Report:
-        """What the launches did until now."""
+        """The results of all launches so far."""
         return Report(self.arch, list(self.launched))
 
     def compiled(self, cubin: bytes, ptx: str) -> None:
@@ -118,13 +118,13 @@ class Device:
         self.store.add(cubin, ptx)
 
     def wrap(self, tensor: Any) -> Any:
-        """A torch tensor as host code wants it; anything else as it is."""
+        """A torch tensor as a CUDA tensor for host code; any other value unchanged."""
         return wrap(tensor, self.memory) if isinstance(tensor, Tensor) else tensor
 
     def call(
         self, function: Any, names: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Call a compiled function, its tensors named by its parameters."""
+        """Call a compiled function; its parameter names become names of its tensors."""
         found = list(names)
         found += [f"arg{k}" for k in range(len(found), len(args))]
         positional = [wrap(a, self.memory, n) for a, n in zip(args, found, strict=False)]
@@ -134,7 +134,7 @@ class Device:
 
     @contextmanager
     def launching(self) -> Iterator[None]:
-        """Raise the exception of a failed launch in place of host code's CUDA error."""
+        """Raise a failed launch's own exception instead of host code's CUDA error."""
         self.pending = None
         try:
             yield
@@ -187,7 +187,7 @@ class Device:
 
 
 def _usable(cache: Path | None, *parts: str) -> Path | None:
-    """A directory for compiled kernels, None with a warning where it cannot keep them safely."""
+    """A directory for compiled kernels; None, with a warning, if it is not safe to use."""
     for path in () if cache is None else (cache, *(cache / part for part in parts)):
         why = kept.refusal(path)
         if why:
@@ -222,15 +222,17 @@ def device(
     Args:
         arch: sm_90a or sm_100a.
         sms: multiprocessors. Persistent kernels start so many blocks; few make each run many tiles.
-        schedule: when asynchronous operations finish: "eager" at once, "late" when somebody waits
+        schedule: when asynchronous operations complete: "eager" at issue, "late" when a warp waits
             for them, "random" at times drawn from `seed`.
         checks: off, warn or raise, for all kinds of bugs or by kind (`types.CHECK_KINDS`).
         instructions: warp instructions that one launch may execute.
         lineinfo: compile with line information, so that findings name the source line.
-        cache: where the shim, quack's compiled kernels and their PTX are kept; None: only the
-            shim is kept, in the user's cache directory. Files that are not what was written are
-            made again, and a directory that others may write to, or this user not, is not used:
+        cache: directory for the shim, quack's compiled kernels and their PTX; None: only the shim
+            is cached, in the user's cache directory. Files whose digest does not match are
+            rebuilt; a directory that other users may write to, or this user may not, is not used:
             both with a RuntimeWarning.
+
+    Raises ValueError for an unknown arch, schedule or check, or sms < 1.
     """
     levels: dict[str, Level] = {}
     if isinstance(checks, str):

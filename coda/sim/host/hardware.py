@@ -1,9 +1,9 @@
 """An arch and a number of multiprocessors -> the answers that a CUDA driver would give.
 
 Host code of CuTe DSL and quack asks for the number of clusters that fit (the grid of a persistent
-kernel, an argument of its launch) and for sizes of memory. Whoever compiles without launching, or
-launches on a simulated device, answers from here: a driver may not be there, and one that is there
-answers only with a context, and for its own GPU.
+kernel, an argument of its launch) and for sizes of memory. Compiling without a launch, and launches
+on a simulated device, take the answers from here: a driver may be absent, and a real one needs a
+context and answers for its own GPU only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from coda.sim.types import SimError
 
 SMEM_PER_SM, L2 = 233472, 50 << 20  # bytes
 
-# What libraries remember of the driver's answers.
+# Caches of driver answers in libraries.
 _REMEMBERED = (
     ("quack.cute_dsl_utils", "get_device_multiprocessor_count"),
     ("quack.cute_dsl_utils", "get_max_active_clusters"),
@@ -30,7 +30,7 @@ _REMEMBERED = (
 
 
 def driver_answers(sms: int, l2: int = L2) -> list[tuple[Any, str, Callable[..., Any]]]:
-    """(owner, attribute, what to put there): all that cutlass asks a driver while it compiles.
+    """(owner, attribute, replacement) for every query that cutlass makes to a driver.
 
     Args:
         sms: multiprocessors of the device; a cluster takes one of them for each of its blocks.
@@ -61,7 +61,7 @@ def driver_answers(sms: int, l2: int = L2) -> list[tuple[Any, str, Callable[...,
 
 
 def forget_answers() -> None:
-    """Clear what libraries remember of a device."""
+    """Clear the libraries' caches of driver answers."""
     for module, name in _REMEMBERED:
         function = getattr(sys.modules.get(module), name, None)
         if function is not None and hasattr(function, "cache_clear"):

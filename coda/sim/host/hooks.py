@@ -1,7 +1,7 @@
-"""CuTe DSL, torch, quack and flash-attention -> the simulated device, while one is active.
+"""Patches CuTe DSL, torch, quack and flash-attention to use the active simulated device.
 
-All that is patched anywhere is patched here. Patched functions ask `Host.here()`: in other threads
-than the device's they do what they always did.
+Every patch of the simulator is made here. A patched function calls `Host.here()`: in threads other
+than the device's it behaves as before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from coda.sim.types import SimError
 
 
 class Host(Protocol):
-    """What the hooks need of a device."""
+    """The interface of a device that the hooks use."""
 
     arch: str
     sms: int
@@ -59,7 +59,7 @@ class Host(Protocol):
 
 
 def install(host: Host) -> Patches:
-    """Patch everything for a device; `undo` of the result takes it back."""
+    """Install all patches for a device; `undo` of the result removes them."""
     patches = Patches()
     try:
         # Imported before the environment changes: the DSL reads it once, at its import.
@@ -87,7 +87,7 @@ def install(host: Host) -> Patches:
 
 
 def _around(patches: Patches, host: Host, owner: Any, name: str, inside: Callable[..., Any]) -> Any:
-    """Replace owner.name by `inside` for the device's thread."""
+    """Replace `owner.name` by `inside` in the device's thread."""
     original = getattr(owner, name)
 
     @functools.wraps(original, updated=())
@@ -107,7 +107,7 @@ def _compiler(patches: Patches, host: Host) -> None:
     dsl = CuTeDSL._get_dsl()
     settings = {
         "_arch": host.arch,
-        "no_cache": True,  # what keeping PTX implies; said, it is no warning
+        "no_cache": True,  # implied by keeping PTX; set explicitly, it does not warn
         "keep_ptx": True,
         "keep_cubin": True,
         "dump_dir": host.dump,
@@ -117,7 +117,7 @@ def _compiler(patches: Patches, host: Host) -> None:
         patches.set(dsl.envar, name, value)
 
     def apply(self: Any, *args: Any) -> None:
-        # Settings are written into options that `cute.compile` uses again, so these are restored.
+        # Settings are written into options that `cute.compile` reuses, so they are restored.
         saved = {kind: copy(option) for kind, option in self.options.items()}
         patches.on_undo(lambda: self.options.update(saved))
         original_apply(self, *args)
@@ -135,7 +135,7 @@ def _compiler(patches: Patches, host: Host) -> None:
 
 
 def _kept_objects(patches: Patches, host: Host, root: Path) -> None:
-    """Verify the objects that are loaded from the cache, and that the PTX of each is there."""
+    """Verify objects loaded from the cache, and that the PTX of each exists."""
     from cutlass.cute import runtime
     from cutlass.cutlass_dsl import tvm_ffi_provider as provider
 
@@ -187,7 +187,7 @@ class Loaded:
 
 
 def _calls(patches: Patches, host: Host) -> None:
-    """Hand CPU tensors to compiled functions as CUDA tensors; raise what a launch raised."""
+    """Pass CPU tensors to compiled functions as CUDA tensors; re-raise a launch's exception."""
     from cutlass.base_dsl.export.external_binary_module import ExternalBinaryModule
     from cutlass.base_dsl.jit_executor import JitExecutor
     from cutlass.cute import runtime
@@ -253,12 +253,12 @@ _hosts: list[Host] = []
 
 
 def current_host(fallback: Host) -> Host:
-    """The active device; for functions that outlived the one that loaded them."""
+    """The active device, for functions that outlive the device that loaded them."""
     return _hosts[-1] if _hosts else fallback
 
 
 def _driver(patches: Patches, host: Host) -> None:
-    """Answer the questions that kernels' host code asks of the CUDA driver."""
+    """Answer the queries that kernels' host code makes to the CUDA driver."""
     _hosts.append(host)
     patches.on_undo(_hosts.pop)
     for owner, name, answer in driver_answers(host.sms):
@@ -266,7 +266,7 @@ def _driver(patches: Patches, host: Host) -> None:
 
 
 def _torch(patches: Patches, host: Host) -> None:
-    """Let torch.cuda describe the device."""
+    """Let torch.cuda describe the simulated device."""
     import torch
 
     major, minor = divmod(capability(host.arch), 10)
@@ -305,7 +305,7 @@ def _torch(patches: Patches, host: Host) -> None:
     original = _around(patches, host, torch.autograd, "_engine_run_backward", backward)
 
 
-# Caches of kernels that libraries keep in memory: each device kind has contents of its own.
+# Kernel caches in the memory of libraries: each kind of device has its own contents.
 _kept: dict[tuple[Any, ...], Any] = {}
 
 
@@ -363,9 +363,9 @@ _wrappers: dict[int, list[FunctionType]] = {}
 
 
 def _jit_cached() -> list[FunctionType]:
-    """All functions that quack's `jit_cache` decorates, wherever they are.
+    """All functions that quack's `jit_cache` decorates, in any module.
 
-    Looked for again when modules were imported since.
+    The search is repeated if modules were imported since.
     """
     module = sys.modules.get("quack.cache.jit")
     if module is None:
@@ -380,7 +380,7 @@ def _jit_cached() -> list[FunctionType]:
 
 
 def _attention_functions() -> list[FunctionType]:
-    """The functions of flash-attention that keep compiled kernels."""
+    """The functions of flash-attention that cache compiled kernels."""
     modules = [
         sys.modules.get(f"flash_attn.cute.{n}") for n in ("interface", "compute_block_sparsity")
     ]
@@ -389,7 +389,7 @@ def _attention_functions() -> list[FunctionType]:
 
 
 def _attention_cache(host: Host, function: FunctionType) -> Any:
-    """An empty cache, backed by files if the device keeps any."""
+    """An empty cache, backed by files if the device has a cache directory."""
     from flash_attn.cute.cache_utils import (
         JITCache,
         JITPersistentCache,

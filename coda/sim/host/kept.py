@@ -1,11 +1,11 @@
-"""Files that are kept between processes -> the same files, verified before they are used.
+"""Cached files -> their bytes, verified against a SHA-256 digest before use.
 
-Beside each file F that is loaded or run (an object, PTX, the shim) lies F.sha256 with its digest,
-written first. A file without one, or with another digest, is deleted with a warning and made again.
-A directory that others may write to is not used at all: who can write a file can write its digest.
+Each file F that is loaded or run (an object, PTX, the shim) has its digest in F.sha256, which is
+written first. A file without a digest, or with another one, is deleted with a warning and rebuilt.
+A directory that other users may write to is not used at all: they could write the digest too.
 
-An object's digest file also names the cubin inside, so that an object whose PTX is lost is known
-before it is loaded.
+An object's digest file also has the digest of the cubin inside, so that an object whose PTX is
+missing is detected before it is loaded.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-NAME = re.compile(r"[0-9a-f]{64}")  # what quack and flash-attention call an object
+NAME = re.compile(r"[0-9a-f]{64}")  # file names of objects by quack and flash-attention
 
 
 class Damaged(Exception):
-    """A kept file is not what was written."""
+    """A cached file does not match its digest."""
 
 
 def refusal(path: Path) -> str:
-    """Why a directory cannot keep files, "" where it can; made private (0700) if it is not there.
+    """The reason why a directory cannot be a cache, or ""; created with mode 0700 if missing.
 
-    It must be writable, belong to this user, and be writable by nobody else.
+    It must belong to this user and be writable by this user alone.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -50,18 +50,18 @@ def refusal(path: Path) -> str:
 
 
 def digest_file(path: Path) -> Path:
-    """Where the digest of a file is."""
+    """Path of the digest of a file."""
     return path.with_name(path.name + ".sha256")
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file and its digest; each is whole or not there. Raises OSError."""
+    """Write a file and its digest, each atomically. Raises OSError."""
     _replace(digest_file(path), f"{hashlib.sha256(data).hexdigest()}\n".encode())
     _replace(path, data)
 
 
 def record(path: Path, data: bytes, cubin: bytes | None = None) -> None:
-    """Write the digest of a file that somebody else is about to put in place. Raises OSError."""
+    """Write the digest of a file that the caller will put in place. Raises OSError."""
     words = [hashlib.sha256(x).hexdigest() for x in (data, cubin) if x]
     _replace(digest_file(path), (" ".join(words) + "\n").encode())
 
@@ -79,7 +79,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def words_of(path: Path) -> list[str]:
-    """What the digest file of a file says, nothing where it is not there."""
+    """The words in the digest file of a file; empty if it does not exist."""
     try:
         return digest_file(path).read_text("ascii").split()
     except (OSError, UnicodeDecodeError):
@@ -87,9 +87,9 @@ def words_of(path: Path) -> list[str]:
 
 
 def read(path: Path) -> bytes | None:
-    """The bytes of a file, None where there is none.
+    """The bytes of a file; None if it does not exist.
 
-    Raises Damaged, after the file is deleted with a warning, where it is not what was written.
+    Raises Damaged if it does not match its digest, after deleting it with a warning.
     """
     try:
         if path.is_dir():
@@ -108,7 +108,7 @@ def read(path: Path) -> bytes | None:
 
 
 def intact(path: Path) -> bool:
-    """Whether a file is there and is what was written; else it is deleted with a warning."""
+    """Whether a file exists and matches its digest; if not, it is deleted with a warning."""
     try:
         return read(path) is not None
     except Damaged:
@@ -116,7 +116,7 @@ def intact(path: Path) -> bool:
 
 
 def spoil(path: Path, why: str) -> None:
-    """Delete a file that must not be used, and say so."""
+    """Delete a file that must not be used, with a RuntimeWarning that says why."""
     warnings.warn(
         f"the kept file {path} is not used: {why}; it is made again", RuntimeWarning, stacklevel=2
     )
@@ -124,7 +124,7 @@ def spoil(path: Path, why: str) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a file, or what is in its place, and its digest."""
+    """Delete a file (or a directory in its place) and its digest."""
     for one in (path, digest_file(path)):
         try:
             if one.is_dir() and not one.is_symlink():
@@ -132,7 +132,7 @@ def discard(path: Path) -> None:
             else:
                 one.unlink(missing_ok=True)
         except OSError:
-            continue  # what cannot be deleted is not used either
+            continue  # still not used: every read verifies the digest
 
 
 Ours = Callable[[Path], bool]
@@ -144,9 +144,9 @@ def checked(
     """`cute.runtime.load_module` that raises Damaged for kept objects that are not intact.
 
     Args:
-        load: what it does otherwise.
-        ours: whether a path is in a directory of kept objects; others are the user's own.
-        whole: of the digest of an object's cubin: whether what belongs to it is there too.
+        load: the original `load_module`.
+        ours: whether a path is in a directory of cached objects; other objects are the user's.
+        whole: whether the PTX exists for the digest of an object's cubin.
     """
 
     @functools.wraps(load)
@@ -155,17 +155,17 @@ def checked(
         if ours(path):
             read(path)
             if not whole(words_of(path)[-1]):
-                spoil(path, "what belongs to it is lost")
-                raise Damaged(f"{path}: what belongs to it is lost")
+                spoil(path, "the PTX of its cubin is missing")
+                raise Damaged(f"{path}: the PTX of its cubin is missing")
         return load(file_path, *args, **kwargs)
 
     return load_module
 
 
 def recorded(export: Callable[..., Any], ours: Ours) -> Callable[..., Any]:
-    """`export_to_c` of a compiled function, that also writes the digest of a kept object.
+    """`export_to_c` of a compiled function that also writes the digest of a cached object.
 
-    Libraries export to a file with a name of its own and rename it: the digest is there before.
+    Libraries export to a temporary name and rename it: the digest exists before the object.
     """
 
     @functools.wraps(export)
@@ -183,5 +183,5 @@ def recorded(export: Callable[..., Any], ours: Ours) -> Callable[..., Any]:
 
 
 def print_on_stderr(*words: Any) -> None:
-    """What quack prints of an object that does not load: stdout is for results."""
+    """Print quack's messages on objects that do not load: stdout is for results."""
     print(*words, file=sys.stderr)

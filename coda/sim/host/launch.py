@@ -1,7 +1,7 @@
-"""Launches of CuTe DSL's host code -> `Launch` objects: the shim in C, and what it is handed.
+"""Launches by CuTe DSL host code -> `Launch` objects, through a shim in C.
 
-The shim stands in for the CUDA runtime in host code that is compiled for the simulator. It is built
-with `cc` at first use and kept in a cache directory.
+The shim replaces the CUDA runtime in host code that is compiled for the simulator. It is built with
+`cc` at first use and kept in a cache directory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _Callback = ctypes.CFUNCTYPE(
 
 
 def default_cache() -> Path:
-    """`$XDG_CACHE_HOME/coda-sim`, or a temporary directory where that cannot keep files."""
+    """`$XDG_CACHE_HOME/coda-sim`, or a temporary directory if that is not usable."""
     home = os.environ.get("XDG_CACHE_HOME")
     path = (Path(home) if home else Path.home() / ".cache") / "coda-sim"
     return path if not kept.refusal(path) else scratch_cache()
@@ -75,9 +75,9 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 
 def build_shim(directory: Path) -> Path:
-    """The compiled shim in `directory`; compiled there if it is not there, or not what was written.
+    """Path of the shim in `directory`; compiled if it is missing or does not match its digest.
 
-    Raises SimError where there is no C compiler, or it fails.
+    Raises SimError if there is no C compiler, or if it fails.
     """
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     library = directory / f"launch-{os.uname().machine}-{digest}.so"
@@ -107,7 +107,7 @@ def _compile() -> bytes:
 
 
 class Shim:
-    """The loaded shim: the addresses of its functions by the names that they stand in for."""
+    """The loaded shim: addresses of its functions by the names of the CUDA calls they replace."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,7 +122,7 @@ class Shim:
         self._callback: object = None
 
     def install(self, handler: Callable[[Launch | SimError], int], arch: str, sms: int) -> None:
-        """Send launches to `handler`, which returns a CUDA error code."""
+        """Pass launches to `handler`, which returns a CUDA error code."""
 
         def receive(image: int, name: bytes, config: Any, args: int) -> int:
             try:
@@ -141,12 +141,12 @@ class Shim:
         self._callback = None
 
     def refused(self) -> str | None:
-        """The CUDA call that host code made since the last look and that is not simulated."""
+        """Name of an unsupported CUDA call that host code made since the last query, or None."""
         name = self.library.coda_sim_refused()
         return None if name is None else name.decode().lstrip("_")
 
     def bind(self, image: bytes) -> bytes:
-        """An ELF object file whose CUDA imports are bound to the shim."""
+        """A copy of an ELF object file with its CUDA imports bound to the shim."""
         return rename_imports(image, self.symbols)
 
 
@@ -154,9 +154,9 @@ _shims: list[Shim] = []
 
 
 def load_shim(directory: Path) -> Shim:
-    """The shim, built in `directory` and loaded into this process: the first one serves all.
+    """The shim, built in `directory` and loaded into this process once.
 
-    A second copy of the library would have the symbols of the first, which the loader prefers.
+    A second copy of the library would resolve to the symbols of the first, as the loader does.
     """
     if not _shims:
         try:
@@ -169,7 +169,7 @@ def load_shim(directory: Path) -> Shim:
 
 
 def cannot_keep(directory: Path, why: str) -> None:
-    """Say that something is not kept between processes."""
+    """Warn that compiled files are not kept between processes."""
     warnings.warn(
         f"the simulator's cache {directory} {why}: what is compiled is not kept there",
         RuntimeWarning,
@@ -178,15 +178,15 @@ def cannot_keep(directory: Path, why: str) -> None:
 
 
 def capability(arch: str) -> int:
-    """90 for sm_90a."""
+    """Compute capability as an int: 90 for sm_90a."""
     return int(arch.removeprefix("sm_").rstrip("af"))
 
 
 def rename_imports(image: bytes, names: Container[str]) -> bytes:
     """Replace the first character of each undefined symbol of `names` by S in an ELF object.
 
-    A name may be the tail of a longer one in the string table. Where that one is defined in the
-    object, it only gets another name; an import must keep its own.
+    A name may be the tail of a longer one in the string table. If the object defines the longer
+    symbol, that is merely renamed; if it imports it, SimError is raised.
     """
     out = bytearray(image)
     sections = _sections(image)
@@ -226,7 +226,7 @@ def _sections(image: bytes) -> list[tuple[int, int, int, int]]:
 
 
 def cubin_of(address: int) -> bytes:
-    """The cubin at an address that cudaLibraryLoadData got: a fatbin or a bare ELF image."""
+    """The cubin in an image passed to cudaLibraryLoadData: a fatbin or a bare ELF image."""
     magic, _, header, payload = struct.unpack("<IHHQ", ctypes.string_at(address, 16))
     if magic != _FATBIN_MAGIC:
         return ctypes.string_at(address, _elf_size(address))
@@ -272,7 +272,7 @@ def _launch(image: int, name: str, config: _Config, args: int, arch: str) -> Lau
 
 
 def check_shape(launch: Launch) -> None:
-    """Refuse a launch that the driver would refuse."""
+    """Raise Fault for a launch that the driver would refuse."""
     name, grid, block, cluster = launch.kernel[:60], launch.grid, launch.block, launch.cluster
     if 0 in (*grid, *block, *cluster):
         raise Fault(f"{name}: grid {grid}, block {block}, cluster {cluster} has a zero")
@@ -291,7 +291,7 @@ _known: dict[str, str] = {}  # PTX by its cubin's digest: compiled functions out
 
 
 class PtxStore:
-    """The PTX that each cubin was assembled from: of this process, and of `directory`."""
+    """Cubin -> the PTX that it was assembled from, for this process and in `directory`."""
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
@@ -306,7 +306,7 @@ class PtxStore:
         return None if self.directory is None else self.directory / f"{digest}.ptx.gz"
 
     def _keep(self, digest: str) -> None:
-        """Write a known PTX into the directory, where it is not there yet."""
+        """Write a known PTX into the directory, unless it exists there."""
         path = self._path(digest)
         if path is None or kept.intact(path):
             return
@@ -317,7 +317,7 @@ class PtxStore:
             cannot_keep(path.parent, f"cannot be written ({e.strerror})")
 
     def has(self, digest: str) -> bool:
-        """Whether the PTX of a cubin with this digest is known; the directory has it then."""
+        """Whether the PTX of a cubin with this digest is known; if so, the directory has it too."""
         path = self._path(digest)
         if digest in _known:
             self._keep(digest)
@@ -333,7 +333,7 @@ class PtxStore:
         return data is not None
 
     def find(self, cubin: bytes, kernel: str) -> str:
-        """The PTX of a cubin. Raises SimError where it is not known."""
+        """The PTX of a cubin. Raises SimError if it is not known."""
         digest = hashlib.sha256(cubin).hexdigest()
         if digest not in _known and not self.has(digest):
             raise SimError(
@@ -344,7 +344,7 @@ class PtxStore:
 
 
 def check_target(ptx: str, launch: Launch) -> None:
-    """Refuse PTX for another architecture than the device's."""
+    """Raise Unsupported for PTX of another architecture than the device's."""
     at = ptx.find("\n.target")
     target = ptx[at + 8 :].split("\n", 1)[0].split(",")[0].strip()
     if at < 0 or target not in (launch.arch, launch.arch.replace("a", "f")):

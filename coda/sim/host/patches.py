@@ -1,4 +1,4 @@
-"""Attributes, environment variables and caches -> other ones for a while, and back."""
+"""Attributes, environment variables and caches -> temporary values, with an undo."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MISSING = object()
 
 
 class Patches:
-    """Changes that `undo` takes back, the last one first."""
+    """Changes that `undo` reverts, the last one first."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
@@ -46,7 +46,7 @@ class Patches:
         self._undo.append(restore)
 
     def contents(self, cache: dict[Any, Any], inside: dict[Any, Any]) -> None:
-        """Let a dictionary hold `inside`; what it gains goes there when undone."""
+        """Swap a dictionary's contents for `inside`; undo writes new entries back to `inside`."""
         outside = dict(cache)
         cache.clear()
         cache.update(inside)
@@ -60,7 +60,7 @@ class Patches:
         self._undo.append(restore)
 
     def on_undo(self, action: Callable[[], object]) -> None:
-        """Do something when undone."""
+        """Register an action for `undo`."""
 
         def restore() -> None:
             action()
@@ -68,13 +68,13 @@ class Patches:
         self._undo.append(restore)
 
     def undo(self) -> None:
-        """Take all changes back."""
+        """Revert all changes, the last one first."""
         while self._undo:
             self._undo.pop()()
 
 
 class _Then(Loader):
-    """A loader that calls `then` after it ran a module."""
+    """A loader that calls `then` after it executed a module."""
 
     def __init__(self, loader: Loader, then: Callable[[], None]) -> None:
         self.loader, self.then = loader, then
@@ -89,7 +89,7 @@ class _Then(Loader):
 
 
 class OnImport(MetaPathFinder):
-    """Calls an action when a module is there: at once if it is imported, else after its import."""
+    """Calls an action for each module: at once if it is imported, else after its import."""
 
     def __init__(self, actions: Mapping[str, Callable[[], None]]) -> None:
         self.waiting = dict(actions)

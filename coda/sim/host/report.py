@@ -1,4 +1,4 @@
-"""What launches did -> a table for people, and plain data."""
+"""Results of launches -> tables of text, and plain data for JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REGISTERS, _THREADS, _BLOCKS, _SMEM = 65536, 2048, 32, 233472  # of one multipr
 
 @dataclass(frozen=True)
 class Occupancy:
-    """What a kernel takes of a multiprocessor; `blocks` fit, and `limit` allows no more."""
+    """Resources of a kernel; `blocks` fit on one multiprocessor, limited by resource `limit`."""
 
     registers: int
     smem: int
@@ -30,13 +30,13 @@ class Occupancy:
     limit: str
 
     def text(self) -> str:
-        """For people."""
+        """As text."""
         many = "block" if self.blocks == 1 else "blocks"
         return f"{self.blocks} {many} ({self.limit})\n{self.registers} registers"
 
 
 def occupancy(launch: Launch) -> Occupancy | None:
-    """From the cubin and the launch; None where the cubin does not hold the kernel."""
+    """Occupancy of a launch, from its cubin; None if the cubin does not contain the kernel."""
     found = _usage(launch.cubin, launch.kernel)
     if found is None:
         return None
@@ -55,7 +55,7 @@ def occupancy(launch: Launch) -> Occupancy | None:
 
 
 def _usage(cubin: bytes, kernel: str) -> tuple[int, int] | None:
-    """(registers of a thread, bytes of static shared memory) of a kernel in a cubin."""
+    """(registers per thread, bytes of static shared memory) of a kernel in a cubin."""
     (table,) = struct.unpack_from("<Q", cubin, 40)
     entry, count, names = struct.unpack_from("<HHH", cubin, 58)
     headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + k * entry) for k in range(count)]
@@ -114,14 +114,14 @@ class Launched:
 
 @dataclass
 class Report:
-    """What happened on a simulated device: one entry for each launch, in their order."""
+    """Results of a simulated device: one entry per launch, in order."""
 
     arch: str
     launches: list[Launched] = field(default_factory=list)
 
     @property
     def findings(self) -> list[Finding]:
-        """The bugs that the checks saw; empty when all is well."""
+        """All findings of the checks, in order of the launches."""
         return [f for launch in self.launches for f in launch.result.findings]
 
     def json(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Report:
         return {"arch": self.arch, "launches": [_plain(launch) for launch in self.launches]}
 
     def tables(self) -> list[Table]:
-        """For people: launches, instructions, traffic of each tensor, findings."""
+        """Tables of launches, instructions, traffic per tensor, and findings."""
         return [self._launches(), *self._instructions(), *self._traffic(), *self._findings()]
 
     def __str__(self) -> str:
@@ -161,7 +161,7 @@ class Report:
         return table
 
     def _instructions(self) -> list[Table]:
-        """By class, and which sites of synchronisation ran: one that did not has proved nothing."""
+        """Instructions by class, and executions per synchronisation site: 0 means not tested."""
         table = Table(title="warp instructions", title_justify="left")
         for name in ("#", "by class", "synchronising sites\nthat ran"):
             table.add_column(name)
@@ -222,6 +222,6 @@ def _plain(value: Any) -> Any:
 
 
 def short_name(kernel: str) -> str:
-    """The part of a mangled kernel name that says something."""
+    """The informative part of a mangled kernel name."""
     name = kernel.removeprefix("kernel_cutlass_")
     return name if len(name) <= 48 else name[:45] + "..."

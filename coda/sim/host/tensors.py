@@ -1,4 +1,4 @@
-"""torch CPU tensors -> tensors that host code takes for CUDA tensors, and the memory they cover."""
+"""torch CPU tensors -> aliases marked as CUDA tensors, and the memory that kernels may access."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
 def as_cuda(tensor: Tensor) -> Any:
-    """A `tvm_ffi.Tensor` over the same memory that claims to be on device cuda:0."""
+    """A `tvm_ffi.Tensor` that aliases the same memory and is marked as on device cuda:0."""
     capsule = _to_dlpack(tensor.detach())
     address = _pointer(capsule, b"dltensor")
     assert address is not None
@@ -44,9 +44,9 @@ class _Block:
 
 
 class Memory:
-    """The storages that kernels may touch: of every tensor that was handed to a launch.
+    """The storages that kernels may access: of every tensor that was passed to a launch.
 
-    Storages are not kept alive; one that died is forgotten, so that its address is out of bounds.
+    Storages are not kept alive; a freed one is dropped, so that its address is out of bounds.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Memory:
         self.lock = threading.Lock()
 
     def add(self, tensor: Tensor, name: str = "") -> None:
-        """Register a tensor's storage; a name replaces the one that it had."""
+        """Register a tensor's storage; a given name replaces an earlier one."""
         storage = tensor.untyped_storage()
         base, nbytes = storage.data_ptr(), storage.nbytes()
         if not nbytes:
@@ -68,7 +68,7 @@ class Memory:
                 block.name = _label(name, tensor)
 
     def allocations(self) -> Allocations:
-        """The storages that are alive, under names that are unique."""
+        """The live storages, under unique names."""
         found, names = Allocations(), set()
         with self.lock:
             for base in [b for b, block in self.blocks.items() if block.alive.expired()]:
@@ -136,9 +136,9 @@ def _is_cuda_device(value: Any) -> bool:
 
 
 class CudaIsCpu(TorchFunctionMode):
-    """For this thread: CPU tensors say `is_cuda`; what is made on device "cuda" is on the CPU.
+    """In this thread, CPU tensors report `is_cuda`, and device "cuda" creates CPU tensors.
 
-    Operators that exist for CUDA alone (quack's) run their CUDA implementation, whose kernels are
+    Operators registered for CUDA alone (quack's) run their CUDA implementation, whose kernels are
     then simulated.
     """
 

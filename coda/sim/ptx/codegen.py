@@ -1,9 +1,9 @@
 """A block of PTX -> one Python function on arrays of lanes.
 
 The function takes the machine, the index `g` of the warps in the register file (a slice or an
-array), the mask `m` of active lanes (None: all of them), and runs the block for all of them. Each
-value is assigned once (`v12`), in the type in which it was computed; other views of it are made
-when they are needed. Only registers that live on are written back.
+array) and the mask `m` of active lanes (bool [warps, 32], None: all), and runs the block for all of
+them. Each value is assigned once (`v12`), in the dtype in which it was computed; views of other
+dtypes are made on use. Only registers that are live after the block are written back.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Emitter:
         return f"v{self.counter}"
 
     def constant(self, value: Any) -> str:
-        """A name for an object that the source cannot spell."""
+        """A name bound to an object that has no literal."""
         name = f"c{len(self.names)}"
         self.names[name] = value
         return name
@@ -228,13 +228,13 @@ class Emitter:
         self.now[dest] = {dtype: var}
 
     def alias(self, dest: str, source: str) -> None:
-        """Let a register have the very value of another one."""
+        """Make a register an alias of another one's value."""
         self.now[dest] = self.now[source]
 
     # the whole function
 
     def write_back(self) -> None:
-        """Store the registers that live on; first copy views of registers that change here."""
+        """Store the live-out registers; first copy views of registers that change here."""
         live = sorted((self.block.writes & self.block.live_out) - self.direct)
         stores: list[tuple[str, str, str]] = []
         for name in live:
@@ -278,7 +278,7 @@ class Emitter:
         return run
 
     def moves(self, instructions: list[Instruction]) -> Callable[..., None] | None:
-        """A function that does some moves and nothing else; None for no moves."""
+        """A function that executes the given moves only; None for no moves."""
         if not instructions:
             return None
         writes = {x for ins in instructions for x in uses_and_writes(ins, self.kernel)[1]}

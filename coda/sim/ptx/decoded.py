@@ -1,4 +1,4 @@
-"""PTX text -> a decoded program with one function for each block, kept for later launches."""
+"""PTX text -> a decoded program with one function for each block, cached for later launches."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def _ld(e: Emitter, ins: Instruction, f: Fields) -> None:
 
 
 def _stored(e: Emitter, operand: str, kind: str) -> str:
-    """The value of an element as the unsigned type of its size, from a register maybe wider."""
+    """The value of an element as the unsigned type of its size; its register may be wider."""
     return e.value(operand, f"b{WIDTH[kind]}")
 
 

@@ -144,7 +144,7 @@ def _cluster_wait(e: Emitter, ins: Instruction, f: Fields) -> None:
     e.end = f"M.cluster_barriers.wait({site}, g, m, {mask}, {e.number + 1})"
 
 
-# fences: they order nothing here, where each instruction acts at once; observers care
+# fences: no effect on execution, as each instruction takes effect at once; for observers only
 
 
 @rule(

@@ -1,4 +1,4 @@
-"""The spelling of an opcode -> its modifiers, or nothing: a strict grammar for each instruction.
+"""An opcode -> its modifiers by name, or None: a strict grammar for each instruction.
 
 A rule is a line such as "ld ?acquire|relaxed ?gpu|sys =global|shared ?v2|v4 =b32|f32": the
 mnemonic, then places in order, each with its alternatives; "?" marks those that may be left out.

@@ -1,7 +1,7 @@
 """An instruction -> source in a block's function: control flow, moves, lanes, and all others.
 
-Each family of instructions has its rules (`grammar`) and a function that emits it. What no rule
-matches is refused.
+Each family of instructions has its rules (`grammar`) and a function that emits it. An opcode that
+no rule matches is Unsupported.
 """
 
 from __future__ import annotations

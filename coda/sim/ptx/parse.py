@@ -1,7 +1,7 @@
-"""PTX text to a list of instructions with resolved names, their lines, and declarations.
+"""PTX text -> declarations, and instructions with resolved names and their lines.
 
-Scopes of inline assembly (registers and labels between braces) are resolved here: a name that is
-declared in an inner scope comes out as `name#k`, so that the rest sees one flat function.
+Scopes of inline assembly (registers and labels between braces) are resolved here: a name declared
+in an inner scope becomes `name#k`, so that later stages see one flat function.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _blank(match: re.Match[str]) -> str:
 
 
 def _line_info(text: str) -> tuple[str, dict[int, str]]:
-    """Take `.file` and `.loc` directives out; the source position that holds from each line on."""
+    """Remove `.file` and `.loc` directives; also the source position that starts at each line."""
     files: dict[str, str] = {
         m[1]: m[2] for m in re.finditer(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)
     }
@@ -248,7 +248,7 @@ class _Body:
                 self.kernel.registers[unique] = width
 
     def resolve(self) -> None:
-        """Give every name of every instruction its declaration; labels may come after their use."""
+        """Resolve every name of every instruction; a label may be declared after its use."""
         at = 0
         source: str | None = None
         for instruction, scope, operands in self.pending:

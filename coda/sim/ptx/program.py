@@ -1,7 +1,7 @@
 """A parsed kernel -> basic blocks with live registers: the decoded program that the machine runs.
 
-A block is a run of instructions that its active lanes execute together. An instruction that may
-park a lane ends its block; one that writes registers at a later time stands alone.
+A block is a sequence of instructions that its active lanes execute together. An instruction that
+may park a lane ends its block; one that writes registers asynchronously is a block of its own.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Block:
     """Instructions [start, stop) and the registers that cross the block's borders.
 
     `reads` are needed on entry, also to keep the old value of a register that a predicated
-    instruction writes; `uses` are those whose value the block really looks at. `masks` are the
-    operands that name the lanes which must be here together ("-1": all of the warp). `needs` are
-    the registers that no load of tensor memory may have in flight when the block runs. `acts`: it
-    changes memory, or what others know, by more than products.
+    instruction writes; `uses` are those whose value the block depends on. `masks` are the operands
+    with the lanes that must execute it together ("-1": all of the warp). `needs` are the registers
+    that no load of tensor memory may have in flight when the block runs. `acts`: it has effects on
+    memory or synchronisation, other than products.
     """
 
     start: int
@@ -98,7 +98,7 @@ def registers_of(text: str, kernel: Kernel) -> list[str]:
 
 
 def uses_and_writes(ins: Instruction, kernel: Kernel) -> tuple[set[str], set[str]]:
-    """Registers whose value an instruction looks at, and those that it (maybe) changes."""
+    """(registers whose value an instruction reads, registers that it may write)."""
     uses: set[str] = set()
     writes: set[str] = set()
     if ins.predicate:
@@ -115,22 +115,22 @@ def uses_and_writes(ins: Instruction, kernel: Kernel) -> tuple[set[str], set[str
 
 
 def membermask(ins: Instruction) -> str:
-    """The operand that names the lanes which execute `ins` together; "-1" where there is none."""
+    """The operand with the lanes that execute `ins` together; "-1" if it has none."""
     if ins.op.startswith("bar.warp.sync"):
         return ins.operands[0]
     return ins.operands[-1] if ins.op.startswith(MASKED) else "-1"
 
 
-Flow = list[tuple[set[str], set[str]]]  # of each instruction: what it uses and what it writes
+Flow = list[tuple[set[str], set[str]]]  # (registers read, registers written) of each instruction
 
 
 def early_moves(kernel: Kernel, flow: Flow) -> dict[int, list[Instruction]]:
     """For each tcgen05.ld, by its line, the plain moves of its results that follow it.
 
-    Kernels use the results before they wait for the load: ptxas keeps track of its registers, so a
-    use waits by itself, and the wait only tells when tensor memory may be overwritten. Plain moves
-    are no uses: compilers pack the results into pairs right away, and ptxas makes nothing of that.
-    So what such moves write gets its value when the load completes.
+    Kernels use the results before they wait for the load: ptxas tracks its registers, so a use
+    waits implicitly, and the explicit wait only says when tensor memory may be overwritten. Plain
+    moves do not count as uses: compilers pack the results into pairs at once, and ptxas removes
+    these moves. So the destinations of such moves are written when the load completes.
     """
     starts = set(kernel.labels.values())
     out: dict[int, list[Instruction]] = {}
@@ -177,7 +177,7 @@ def _leaders(kernel: Kernel, flow: Flow) -> list[int]:
 
 
 def build(kernel: Kernel) -> Program:
-    """Cut a kernel into blocks and find which registers live across them."""
+    """Split a kernel into basic blocks and compute the liveness of its registers."""
     flow = [uses_and_writes(ins, kernel) for ins in kernel.instructions]
     leaders = _leaders(kernel, flow)
     blocks = [Block(a, b, kernel.instructions[a:b]) for a, b in pairwise(leaders)]
@@ -203,7 +203,7 @@ def build(kernel: Kernel) -> Program:
 def _prepare(
     block: Block, k: int, flow: Flow, entry_of: dict[str, int], early: set[int]
 ) -> list[int]:
-    """Fill in what a block reads, writes and demands; the numbers of its successors."""
+    """Fill in a block's reads, writes, masks and needs; return the numbers of its successors."""
     masks: list[str] = []
     of_block = flow[block.start : block.stop]
     for ins, (uses, writes) in zip(block.instructions, of_block, strict=True):

@@ -61,7 +61,7 @@ class MmaSync:
 
 @lru_cache(256)
 def parse_mma_sync(op: str) -> MmaSync:
-    """The form that an opcode names; Unsupported for those that are not modelled."""
+    """Parse an opcode; Unsupported for a form that is not modelled."""
     match = PATTERN.fullmatch(op)
     if match is None:
         raise Unsupported(f"mma.sync: {op}")
@@ -117,7 +117,7 @@ def pack(form: MmaSync, matrix: Array) -> Array:
 
 
 def mma_sync(form: MmaSync, a: Array, b: Array, c: Array) -> Array:
-    """The registers of D, shaped as those of C."""
+    """Registers of D = A B + C, uint32 (f64: uint64) [register, warp, lane], shaped like C."""
     new = product(a_matrix(form, a), b_matrix(form, b))
     old = unpack(form, c)
     if form.d == "s32":

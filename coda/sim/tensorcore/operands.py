@@ -2,7 +2,7 @@
 
 An operand is a matrix of `rows` (M or N) by `k` elements in shared memory. K-major: one row is
 contiguous along K; MN-major: K is the outer dimension. It is fetched in 16-byte chunks:
-`chunk_offsets` lists their places in the order in which they make the matrix, [rows, k] for K-major
+`chunk_offsets` lists their offsets in the order of the logical matrix, [rows, k] for K-major
 and [k, rows] for MN-major, so that a fetch is one gather and a view.
 
 With W the width of the swizzle in bytes and E = 16 / bytes of an element:
@@ -10,7 +10,7 @@ With W the width of the swizzle in bytes and E = 16 / bytes of an element:
     MN-major   r % (W/16 * E) * bytes + r // (W/16 * E) * LBO + k % 8 * W + k // 8 * SBO
 K-major without a swizzle has LBO between the two 16-byte chunks of K; MN-major without one has LBO
 and SBO exchanged. The swizzle is applied last, to the absolute address in shared memory, so a start
-that lies inside a swizzled row needs no special case.
+inside a swizzled row needs no special case.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PERIOD = 1024
 
 @dataclass(frozen=True)
 class Layout:
-    """What a matrix descriptor says beside the start: byte offsets, and a swizzle as in `tma`."""
+    """A matrix descriptor without its start: LBO and SBO in bytes, and a swizzle as in `tma`."""
 
     leading: int
     stride: int
@@ -60,7 +60,7 @@ def _bytes(descriptor: int, bit: int) -> int:
 
 @lru_cache(4096)
 def wgmma_matrix(descriptor: int) -> Matrix:
-    """Decode a descriptor of wgmma; Unsupported where it uses what is not modelled."""
+    """Decode a descriptor of wgmma; Unsupported if it uses a base offset or reserved bits."""
     if descriptor & 0x3FF1_C000_C000_C000 or descriptor >> 49 & 7:
         raise Unsupported(f"wgmma: matrix descriptor {descriptor:#018x} (base offset or others)")
     layout = Layout(_bytes(descriptor, 16), _bytes(descriptor, 32), WGMMA_SPANS[descriptor >> 62])
@@ -69,7 +69,7 @@ def wgmma_matrix(descriptor: int) -> Matrix:
 
 @lru_cache(4096)
 def tcgen05_matrix(descriptor: int) -> Matrix:
-    """Decode a descriptor of tcgen05; Unsupported where it uses what is not modelled."""
+    """Decode a descriptor of tcgen05; Unsupported if it uses a feature that is not modelled."""
     kind = descriptor >> 61
     # Bits 46 to 48 hold the constant 1; the offset of the pattern and absolute mode must be zero.
     if descriptor & 0x1FFE_0000_C000_C000 or descriptor >> 46 & 7 != 1 or kind not in TCGEN05_SPANS:
@@ -83,7 +83,7 @@ def tcgen05_matrix(descriptor: int) -> Matrix:
 def _relative(
     layout: Layout, rows: int, row_bytes: int, element: int, major: Major, phase: int
 ) -> Array:
-    """Offsets of the chunks from the start, which lies `phase` bytes into a period of 1024."""
+    """Offsets of the chunks from the start, which is `phase` bytes into a period of 1024."""
     width = layout.span or CHUNK
     if major == "k":
         r, b = np.arange(rows)[:, None], np.arange(0, row_bytes, CHUNK)[None, :]
@@ -106,9 +106,9 @@ def _relative(
 def chunk_offsets(
     matrix: Matrix, rows: int, row_bytes: int, element: int = 2, major: Major = "k"
 ) -> Array:
-    """Byte offsets in shared memory of an operand's 16-byte chunks, in the order of the matrix.
+    """Byte offsets in shared memory, int64, of an operand's 16-byte chunks in logical order.
 
-    `row_bytes` are the bytes of one row along K, `element` those of an element (only MN-major).
+    `row_bytes`: bytes of one row along K; `element`: bytes of an element (used if MN-major).
     """
     phase = matrix.start % PERIOD
     return _relative(matrix.layout, rows, row_bytes, element, major, phase) + matrix.start
@@ -143,7 +143,7 @@ def _chain(
 def chain_offsets(
     matrices: Sequence[Matrix], rows: int, row_bytes: int, element: int = 2, major: Major = "k"
 ) -> Array:
-    """As `chunk_offsets`, for operands that are joined along K."""
+    """As `chunk_offsets`, for operands that are concatenated along K."""
     base = matrices[0].start // PERIOD * PERIOD
     parts = tuple((matrix.start - base, matrix.layout) for matrix in matrices)
     return _chain(parts, rows, row_bytes, element, major) + base
@@ -152,7 +152,7 @@ def chain_offsets(
 def operand_offsets(
     matrix: Matrix, rows: int, k: int, element_bytes: int, major: Major = "k"
 ) -> Array:
-    """Byte offsets in shared memory of the elements, int64[rows, k]."""
+    """Byte offsets in shared memory of the elements, int64 [rows, k]."""
     chunks = chunk_offsets(matrix, rows, k * element_bytes, element_bytes, major)
     inside = np.arange(0, CHUNK, element_bytes)
     flat = (chunks[..., None] + inside).reshape(chunks.shape[0], -1)
@@ -174,7 +174,7 @@ def lines_of(offsets: Array) -> Lines:
 
 
 def check_lines(lines: Lines, nbytes: int) -> None:
-    """Fault where lines leave shared memory of `nbytes`."""
+    """Raise Fault unless the lines are inside shared memory of `nbytes`."""
     if lines.first < 0 or lines.end << 4 > nbytes:
         where = f"bytes {lines.first << 4:#x} to {lines.end << 4:#x}"
         raise Fault(f"an operand at {where} in {nbytes:#x} of shared memory")
@@ -204,7 +204,7 @@ def _narrow(name: str) -> Callable[[Array], Array]:
 
 @cache
 def _pairs() -> Array:
-    """Both 4-bit values of each byte, low one first, as one 8-byte item."""
+    """Table of both 4-bit values of each byte, low one first, as one 8-byte item."""
     codes = np.arange(256)
     table = decode_table("e2m1")
     return np.stack([table[codes & 15], table[codes >> 4]], -1).view(np.uint64)[:, 0]
@@ -263,18 +263,18 @@ def values(raw: Array, name: str) -> Array:
 
 
 def by_step(rows: Array, k: int) -> Array:
-    """An operand of a chain, [rows, k of the chain], as [steps, rows, k of an instruction]."""
+    """Split an operand of a chain, [rows, steps * k], into [steps, rows, k]."""
     return rows.reshape(len(rows), -1, k).swapaxes(0, 1)
 
 
 def product(a: Array, b: Array) -> Array:
-    """[..., m, k] times [..., k, n], as many products of matrices as there are in front.
+    """Batched matrix product f32 [..., m, k] @ [..., k, n] -> [..., m, n].
 
-    Products of operands of at most 11 significant bits are exact in f32; their sum is rounded to
-    f32 at each addition, in the order that BLAS takes, which the shape of one matrix decides: so
-    the caller gives it one instruction's, whatever is computed at once. The hardware adds with
-    fewer guard bits and in an order of its own: results agree to a few units in the last place of
-    the largest term. Sums of the 8-bit integers of one instruction (k = 32) are exact.
+    Products of operands of at most 11 significant bits are exact in f32. Their sum is rounded to
+    f32 at each addition, in BLAS's order, which depends on the shape of one matrix: so each matrix
+    must have the shape of one instruction, however many are batched. Hardware adds with fewer guard
+    bits and in another order: results agree to a few units in the last place of the largest term.
+    Sums of the 8-bit integers of one instruction (k = 32) are exact.
     """
     with np.errstate(all="ignore"):
         return np.matmul(a, b)

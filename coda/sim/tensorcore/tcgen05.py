@@ -1,11 +1,11 @@
 """`tcgen05.mma`: matrix and instruction descriptors -> new accumulators in tensor memory.
 
 One or two CTAs (even rank first) each hold M / ctas rows of A and N / ctas rows of B in shared
-memory and their rows of D in tensor memory, where they lie so:
+memory and their rows of D in tensor memory, in this layout:
     128 rows              row = lane
     64 rows, one CTA      row r in lane 32 (r/16) + r % 16, plus 16 if the address says so
     64 rows, two CTAs     row r in lane r for the first N/2 columns, in lane 64 + r for the others
-A in tensor memory lies in the lanes of D, 8 columns (32 bytes of K) for each step.
+A in tensor memory has the lanes of D, and 8 columns (32 bytes of K) for each step.
 
 Scale factors are replicated to the four partitions of 32 lanes; each partition reads its own copy:
 row r of A in lane r % 32, column r/32 of its copy, and row n of B likewise (of the half of N that
@@ -64,7 +64,7 @@ KINDS: dict[str, dict[int, str]] = {
 }
 RESULTS = {"f16": {0: "f16", 1: "f32"}, "tf32": {1: "f32"}, "f8f6f4": {0: "f16", 1: "f32"}}
 DEPTH = {"f16": 16, "tf32": 8, "f8f6f4": 32, "i8": 32, "mxf8f6f4": 32, "mxf4": 64, "mxf4nvf4": 64}
-# The number of scale factors of a row: the spelled size, by kind.
+# Scale factors per row, by the block size in the opcode and the kind.
 SCALES = {
     "mxf8f6f4": {None: 1, "scale_vec::1X": 1, "block32": 1},
     "mxf4": {None: 2, "scale_vec::2X": 2, "block32": 2},
@@ -89,7 +89,7 @@ class Mma:
 
 
 def parse_mma(op: str, operands: Sequence[str]) -> Mma:
-    """The static part of `op`; Unsupported for sparse, weight-stationary and shifted forms."""
+    """Parse the static part of `op`; Unsupported for sparse, weight-stationary, shifted forms."""
     for word, name in ((".sp", "sparse"), (".ws", "weight-stationary"), (".ashift", "shifted")):
         if word in op.split("cta_group")[0] or (word == ".ashift" and word in op):
             raise Unsupported(f"tcgen05: {name} products: {op}")
@@ -149,7 +149,7 @@ def _check_shape(form: Mma, shape: Shape, idesc: int) -> None:
 
 @lru_cache(1024)
 def decode_shape(form: Mma, idesc: int) -> Shape:
-    """Decode an instruction descriptor; Unsupported where a bit is set that is not understood."""
+    """Decode an instruction descriptor; Unsupported if an unknown bit is set."""
     types, scaled = KINDS[form.kind], form.scales > 0
     known = 0x1F7F_FFB8 if not scaled else 0x7FFF_FFB0 & ~(7 << 24)
     if form.kind.startswith("mxf4"):
@@ -212,7 +212,7 @@ class Piece(NamedTuple):
 
 
 def d_pieces(form: Mma, shape: Shape, d: int) -> list[Piece]:
-    """Where the accumulators of one CTA lie; the first column of D is that of the address."""
+    """Lanes and columns of the accumulators of one CTA; column 0 of D is at the address."""
     lane, column = split(d)
     rows = shape.m // form.ctas
     narrow = rows == 64 and form.ctas == 2
@@ -249,7 +249,7 @@ def _name(kind: str, name: str, where: str) -> str:
 
 
 def _offsets(descriptors: tuple[int, ...], name: str, rows: int, major: Major) -> Array:
-    """Of the chunks of the operands of a chain, joined along K."""
+    """Byte offsets of the chunks of a chain's operands, concatenated along K."""
     matrices, bits = [tcgen05_matrix(d) for d in descriptors], TYPES[name][0]
     for matrix in matrices:
         wide = matrix.layout.atom != 16
@@ -357,7 +357,7 @@ def _moderate(factors: Array) -> bool:
 
 
 def _enabled(disabled: Sequence[int], cta: int) -> Array | None:
-    """The lanes of one CTA that are written, None for all of them."""
+    """Mask of the lanes of one CTA that are written; None for all of them."""
     mask = np.array(disabled[4 * cta : 4 * cta + 4], np.uint32)
     if not mask.any():
         return None
@@ -366,7 +366,7 @@ def _enabled(disabled: Sequence[int], cta: int) -> Array | None:
 
 
 def _sum(form: Mma, shape: Shape, old: Array, new: Array, enable: bool) -> Array:
-    """The words of D after the products `new`, [steps, rows, columns], added in turn to `old`."""
+    """D, as words, after adding the products `new` [steps, rows, columns] to `old` in order."""
     if shape.d == "s32":
         total = old.view(np.int32).astype(np.int64) if enable else np.int64(0)
         for one in new.astype(np.int64):
@@ -426,10 +426,11 @@ def accumulate(
     enable: bool,
     disabled: Sequence[int] = (),
 ) -> None:
-    """Do a chain of instructions of one form and shape on the same D, in place.
+    """Execute a chain of instructions of one form and shape on the same D, in place.
 
-    `smems` and `tmems` have one item for each CTA of the group. `enable` (of the first step) says
-    whether the old D counts; `disabled` is the mask of lanes as 32-bit words, 4 for each CTA.
+    `smems` (uint8 [bytes]) and `tmems` (uint32 [128, 512]) have one item for each CTA of the group.
+    `enable` (of the first step): add to the old D, else replace it; `disabled`: the mask of lanes
+    not written, as 32-bit words, 4 per CTA. Raises Fault for an access out of bounds.
     """
     shape = decode_shape(form, steps[0].idesc)
     if len(smems) != form.ctas or len(tmems) != form.ctas or (len(steps) > 1 and form.scale_d):
@@ -438,7 +439,7 @@ def accumulate(
     pieces, column = d_pieces(form, shape, d), split(d)[1]
     for cta, (smem, tmem) in enumerate(zip(smems, tmems, strict=True)):
         writes = _enabled(disabled, cta)
-        # All of them before the first write: D may lie where A or the scales lie.
+        # Compute all before the first write: D may alias A or the scales.
         results = _products(form, shape, smem, tmem, pieces, steps, b)
         for piece, new in zip(pieces, results, strict=True):
             view = tmem[:, column : column + new.shape[2]]

@@ -1,8 +1,8 @@
-"""The tensor cores: wgmma on registers, as operations.
+"""wgmma instructions of warpgroups -> asynchronous operations on the accumulator registers.
 
-Wgmmas of a warpgroup on the same accumulators, up to their commit, are a chain: one operation.
-When operations complete at issue, the chains of all warpgroups are done at once: nothing can look
-at them before.
+Wgmmas of a warpgroup on the same accumulators, up to their commit, form a chain: one operation.
+Under the eager schedule, the chains of all warpgroups are executed in one batch: no instruction can
+observe the accumulators before.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class WgmmaSite:
 class Chain:
     """Wgmmas on the same accumulators of the same warpgroups, not issued yet.
 
-    A step is (site, registers or descriptors of A, descriptors of B): of a product whose A is in
-    registers that it reads only later, A is None.
+    A step is (site, registers or descriptors of A, descriptors of B); A is None for a product that
+    reads A from registers only at completion.
     """
 
     rows: Array
@@ -80,7 +80,7 @@ class Tensor:
         machine.progress += 1
 
     def _chain(self, site: WgmmaSite, rows: Array, ctas: list[int], keeps: list[bool]) -> Chain:
-        """The chain that is open, or a new one where a product does not belong to it."""
+        """The open chain if the product continues it, else a new one."""
         chain = self.chain
         if chain is not None:
             last = chain.steps[0][0]
@@ -92,11 +92,11 @@ class Tensor:
         return chain
 
     def registers(self, slots: Any, rows: Array) -> Array:
-        """A copy of registers, [slot, warp, lane]."""
+        """A copy of registers, uint32 [slot, warp, lane]."""
         return self.machine.files.whole[32][np.ix_(slots, rows)]
 
     def flush(self) -> None:
-        """Issue the chain that is open."""
+        """Issue the open chain."""
         chain, self.chain = self.chain, None
         if chain is None:
             return
@@ -121,7 +121,7 @@ class Tensor:
         file[place] = machine.guard(ins, int(rows[0]), wgmma.accumulate, *args)
 
     def _issue(self, chain: Chain, k: int) -> None:
-        """Hand a warpgroup's part of a chain to its tensor core."""
+        """Issue one warpgroup's part of a chain as an operation."""
         machine = self.machine
         warps, cta, sites = (
             chain.rows[4 * k : 4 * k + 4],
@@ -151,7 +151,7 @@ class Tensor:
         machine.agents.issue(operation)
 
     def _describe(self, operation: Operation, chain: Chain, k: int) -> None:
-        """What a warpgroup's part of a chain reads in shared memory."""
+        """Record the shared memory that a warpgroup's part of a chain reads."""
         guard, row, base = self.machine.guard, operation.row, chain.ctas[k] * WINDOW
         form = chain.steps[0][0].form
         if not form.a_in_registers:

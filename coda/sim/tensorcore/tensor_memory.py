@@ -1,4 +1,4 @@
-"""tcgen05: tensor memory of the CTAs, its allocation, and the operations that work on it."""
+"""tcgen05 instructions -> allocations of tensor memory, and asynchronous operations on it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ COLUMNS = 512
 class Chain:
     """Products on the same accumulators, in the order of their issue.
 
-    It is one operation, issued at its commit, or when the unit gets something else to do: nothing
-    can look at it before.
+    It is one operation, issued at its commit or before the next other tcgen05 operation: no
+    instruction can observe the accumulators before.
     """
 
     ins: Instruction
@@ -75,7 +75,7 @@ class TensorMemory:
         return memory
 
     def group(self, row: int, ctas: int) -> list[int]:
-        """The CTAs (slots) that work together with that of a warp, even rank first."""
+        """The CTAs (slots) of the CTA group of a warp, even rank first."""
         cta = self.machine.cta_of(row)
         return [cta] if ctas == 1 else [cta & ~1, cta | 1]
 
@@ -146,8 +146,8 @@ class TensorMemory:
     ) -> None:
         """tcgen05.ld: the registers change when it completes.
 
-        `early` has the names of the registers that get their values then, and a function that
-        moves the results to those of them that the load does not write itself.
+        `early`: names of all registers written at completion, and a function that copies results
+        to those among them that the load itself does not write.
         """
         names, moves = early
         machine = self.machine
@@ -246,7 +246,7 @@ class TensorMemory:
         self.machine.progress += 1
 
     def flush(self, ctas: list[int]) -> None:
-        """Issue the chain of products of a group of CTAs that is open."""
+        """Issue the open chain of products of a group of CTAs."""
         chain = self.chains.pop(ctas[0], None)
         if chain is None:
             return
@@ -261,12 +261,12 @@ class TensorMemory:
         self._issue(operation, ctas)
 
     def flush_all(self) -> None:
-        """Issue all chains that are open."""
+        """Issue all open chains."""
         for cta in list(self.chains):
             self.flush([*self.chains[cta].ctas])
 
     def _describe(self, operation: Operation, chain: Chain) -> None:
-        """What a chain of products touches."""
+        """Record the memory that a chain of products reads and writes."""
         guard, form, shape = self.machine.guard, chain.form, chain.shape
         at = (chain.ins, chain.row)
         b, size = guard(*at, tcgen05.b_pieces, form, shape, tuple(step.b for step in chain.steps))
@@ -287,7 +287,7 @@ class TensorMemory:
 
     @staticmethod
     def _a_places(cta: int, addresses: tuple[int, ...], rows: int) -> list[Any]:
-        """Where A of a chain lies in tensor memory: 8 columns of each product."""
+        """Regions of tensor memory that hold A of a chain: 8 columns for each product."""
         ends: list[list[int]] = []
         for lane, column in sorted({tmem.split(address) for address in addresses}):
             if ends and ends[-1][0] == lane and ends[-1][2] == column:
@@ -301,7 +301,7 @@ class TensorMemory:
 
     @staticmethod
     def _scale_places(cta: int, chain: Chain) -> list[Any]:
-        """Where the scales of a chain lie in tensor memory: a column for each 32 rows."""
+        """Regions of tensor memory that hold the scales of a chain: one column per 32 rows."""
         rows = {(step.scale_a, chain.shape.m // chain.form.ctas) for step in chain.steps}
         rows |= {(step.scale_b, chain.shape.n) for step in chain.steps}
         return [
@@ -353,7 +353,7 @@ class TensorMemory:
     def commit(
         self, ins: Instruction, g: Any, m: Any, ctas: int, place: Any, multicast: Any
     ) -> None:
-        """tcgen05.commit: an arrival at an mbarrier when all that was issued before is done."""
+        """tcgen05.commit: an arrival at an mbarrier once all earlier operations are complete."""
         machine = self.machine
         extra = [] if multicast is None else [multicast]
         at = machine.transfers.at(place)

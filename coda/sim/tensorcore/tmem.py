@@ -1,13 +1,13 @@
 """Tensor memory of a CTA, uint32[128 lanes, 512 columns]: `tcgen05.ld`, `.st`, `.cp`, `.shift`.
 
-An address is lane << 16 | column. One warp sees the 32 lanes of its place in the warpgroup. What
-register r of thread t holds, relative to the address, for a shape repeated N times:
+An address is lane << 16 | column. Warp w of a warpgroup accesses lanes 32 w to 32 w + 31. Register
+r of thread t holds this element, relative to the address, for a shape repeated N times:
     32x32b    lane t                     column r
     16x64b    lane t/4 + 8 (t % 2)       column 2 r + t/2 % 2
     16x128b   lane t/4 + 8 (r % 2)       column 4 (r/2) + t % 4
     16x256b   lane t/4 + 8 (r/2 % 2)     column 8 (r/4) + 2 (t % 4) + r % 2
     16x32bx2  lane t % 16                column r, plus the split offset for t >= 16
-With pack::16b (unpack::16b) column c stands for the low halves of columns 2 c and 2 c + 1.
+With pack::16b (unpack::16b), instead of column c, the low halves of columns 2 c and 2 c + 1.
 
 `shift` moves rows towards lane 0 (row i takes row i + 1), the last of 32 stays: the row that
 `cp.4x256b` then refreshes.
@@ -109,12 +109,12 @@ def _places(shape: str, registers: int, packed: bool, split_offset: int) -> tupl
 
 @lru_cache(256)
 def _width(shape: str, registers: int, packed: bool, split_offset: int) -> int:
-    """Columns from the first to the last that a move touches."""
+    """Columns from the first to the last that a move accesses."""
     return int(_places(shape, registers, packed, split_offset)[1].max()) + 1 + packed
 
 
 def _corner(form: Move, address: int, warp: int, split_offset: int) -> tuple[int, int]:
-    """Lane and column of an address, if a warp of that number may move the whole shape there."""
+    """Lane and column of an address; Fault if warp `warp` may not access the whole shape there."""
     lane, column = split(address)
     first = 32 * (warp % 4)
     height = 32 if form.shape == "32x32b" else 16
@@ -129,7 +129,7 @@ def _corner(form: Move, address: int, warp: int, split_offset: int) -> tuple[int
 def move_places(form: Move, address: int, warp: int, split_offset: int = 0) -> tuple[Array, Array]:
     """Lane and column of each register and thread, [registers, 32]; packed: of the low half.
 
-    `warp` is the number of the warp in its CTA; Fault where it may not reach a lane.
+    `warp` is the number of the warp in its CTA. Raises Fault if it may not access a lane.
     """
     lane, column = _corner(form, address, warp, split_offset)
     lanes, columns = _places(form.shape, form.registers, form.packed, split_offset)
@@ -137,7 +137,7 @@ def move_places(form: Move, address: int, warp: int, split_offset: int = 0) -> t
 
 
 def load(form: Move, tmem: Array, address: int, warp: int, split_offset: int = 0) -> Array:
-    """Registers uint32[registers, 32] that a warp loads."""
+    """The registers that a warp loads, uint32 [registers, 32]."""
     if form.shape == "32x32b" and not form.packed:
         lane, column = _corner(form, address, warp, 0)
         return tmem[lane : lane + 32, column : column + form.registers].T.copy()
@@ -151,7 +151,7 @@ def load(form: Move, tmem: Array, address: int, warp: int, split_offset: int = 0
 def store(
     form: Move, tmem: Array, address: int, warp: int, values: Array, split_offset: int = 0
 ) -> None:
-    """Write the registers uint32[registers, 32] of a warp."""
+    """Write the registers of a warp, uint32 [registers, 32], to tensor memory in place."""
     if form.shape == "32x32b" and not form.packed:
         lane, column = _corner(form, address, warp, 0)
         tmem[lane : lane + 32, column : column + form.registers] = values.T
@@ -166,7 +166,7 @@ def store(
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy from shared to tensor memory: `rows` of `row_bytes`, repeated to several lanes."""
+    """A copy from shared to tensor memory: `rows` of `row_bytes`, replicated to several lanes."""
 
     ctas: int
     rows: int

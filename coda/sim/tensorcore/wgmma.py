@@ -1,10 +1,10 @@
 """`wgmma.mma_async`: registers of warpgroups + matrix descriptors -> the new accumulators.
 
 Registers are uint32[register, warp, lane]; four warps in a row make one warpgroup. All warpgroups
-that execute the same instruction are done at once, and so may be a chain of instructions on the
-same accumulators: D += A0 B0, then A1 B1, ... are fetched together. The bits of D do not depend on
-what is done together: each instruction of each warpgroup is one product of the same shape, and one
-addition in the order of the instructions.
+that execute the same instruction are computed in one batch, and so may be a chain of instructions
+on the same accumulators (D += A0 B0, then A1 B1, ...). The bits of D do not depend on the batching:
+each instruction of each warpgroup is one product of the same shape, and one addition in the order
+of the instructions.
 
     D, f32 or s32   register i of lane t, warp w: row 16 w + t/4 + 8 (i/2 % 2), column
                     8 (i/4) + 2 (t % 4) + i % 2; f16 has two columns in one register
@@ -141,7 +141,7 @@ def parse_wgmma(op: str, operands: Sequence[str]) -> Wgmma:
 
 @lru_cache(4096)
 def a_pieces(form: Wgmma, descriptors: tuple[int, ...]) -> list[tuple[Any, int]]:
-    """Shared memory that A of a chain is read from: 16 rows of each warp, or (transposed) all."""
+    """Shared memory that A of a chain is read from: 16 rows per warp, or all if MN-major."""
     at = np.concatenate([_chunks(form, d, 64, form.a_major).ravel() for d in descriptors])
     if form.a_major == "mn":
         return [pieces(at)]
@@ -220,8 +220,8 @@ def unpack(form: Wgmma, d: Array) -> Array:
 def pack(form: Wgmma, matrix: Array) -> Array:
     """[groups, 64, n] with paired columns, or f16 -> accumulator registers.
 
-    Four columns of f32 or eight of f16 then belong to the four lanes of a row, in their order, so
-    that items of 16 bytes are all that has to be moved.
+    Four columns of f32 or eight of f16 then belong to the four lanes of a row in order, so that the
+    permutation moves items of 16 bytes.
     """
     wide = form.n // 8 * (1 if form.d == "f16" else 2)
     items = matrix.view(np.complex128).reshape(-1, 4, 2, 8, form.n // 8, wide * 8 // form.n)
@@ -233,7 +233,7 @@ Step = tuple[Array | Sequence[int], Sequence[int]]
 
 
 def _products(form: Wgmma, smem: Array, ctas: Sequence[int], steps: Sequence[Step]) -> Array:
-    """The product of each step for each warpgroup, [steps, groups, 64, n] as `pack` wants it."""
+    """The product of each step for each warpgroup, [steps, groups, 64, n] in `pack`'s order."""
     if form.a_in_registers:
         parts = [a_from_registers(form, np.asarray(a)) for a, _ in steps]
         a = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
@@ -286,8 +286,9 @@ def accumulate(
 
     `smem` is uint8[ctas, bytes]; `ctas` has the CTA of each warpgroup. A step is (A, B): matrix
     descriptors, one for each warpgroup, or for A in registers uint32[4, 4 * groups, 32].
-    `scale_d` (of the first step, for each warpgroup) says whether the old D counts; `d` is
-    uint32[registers, 4 * groups, 32], and so is the result.
+    `scale_d` (of the first step, per warpgroup): add to the old D, else replace it. `d` and the
+    result are uint32 [registers, 4 * groups, 32]. Raises Fault for an operand out of bounds or
+    a `d` of another shape.
     """
     if d.shape != (form.d_registers, 4 * len(ctas), 32):
         raise Fault(f"wgmma: accumulators {d.shape} of {len(ctas)} warpgroups, N = {form.n}")

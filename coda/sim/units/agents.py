@@ -1,8 +1,8 @@
-"""Asynchronous operations: issued by an instruction, they move their data when they complete.
+"""Asynchronous operations of instructions -> data moved and mbarriers signalled at completion.
 
-The schedule chooses when that is: "eager" at issue, "late" when somebody waits for it or nothing
-else can run, "random" at any time in between. A stream is a queue whose operations complete in
-order; operations outside of streams complete in any order.
+The schedule chooses the time of completion: "eager" at issue, "late" when a warp waits for it or
+nothing else can run, "random" at any time in between. A stream is a queue whose operations complete
+in order; operations outside of streams complete in any order.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ RATES = (0.02, 0.15, 0.5)
 class Operation:
     """One asynchronous operation of the warp `row`, in steps that run in order.
 
-    The first of two steps reads the operands and the second writes the result, so that a wait for
-    reading alone can be told from a full one. `signals` are the keys of the mbarriers on which it
+    With two steps, the first reads the operands and the second writes the result, so that a wait
+    for reading alone differs from a full one. `signals` are the keys of the mbarriers on which it
     completes; `registers` the slots of the 32-bit registers of the warps `rows` that it writes;
     `names` are the registers that it writes, `sources` those that it reads when it completes.
-    `reads` and `writes` are the memory that it touches: (space, first byte or array, bytes); the
+    `reads` and `writes` are the memory that it accesses: (space, first byte or array, bytes); the
     space is "shared" (index of the byte in shared memory), "global" or "tensor" (see observe.py);
-    `by_warp` says that the first four of `reads` are those of one warp each. `chain` has the
-    instructions of an operation that several make up; `clocks` is for the checks.
+    `by_warp` says that the first four of `reads` belong to one warp each. `chain` has the
+    instructions that are fused into this operation; `clocks` is for the checks.
     """
 
     ins: Instruction
@@ -80,7 +80,7 @@ class Groups:
             self.committed[key].append(self.open.pop(key, []))
 
     def older(self, key: Hashable, n: int) -> list[Operation]:
-        """The operations of all committed groups but the last `n`."""
+        """The operations of all committed groups except the last `n`."""
         groups = self.committed.get(key)
         if not groups:
             return []
@@ -133,7 +133,7 @@ class Agents:
             self.finish(operation)
 
     def finish(self, operation: Operation, steps: int = 99) -> None:
-        """Run the first steps of an operation, after all that must come before it."""
+        """Run the first `steps` steps of an operation, after earlier ones of its stream."""
         if operation.done >= min(steps, len(operation.steps)):
             return
         if operation.stream is not None:
@@ -160,7 +160,7 @@ class Agents:
         machine.progress += 1
 
     def arrive_in_registers(self, rows: Any, needs: set[str]) -> None:
-        """Finish the loads of tensor memory whose results the warps are about to use."""
+        """Complete the loads of tensor memory whose results the warps are about to read."""
         for row in rows.tolist():
             queue = self.streams.get(("tcgen05.ld", row))
             if queue:
@@ -169,7 +169,7 @@ class Agents:
                     self.finish(last[-1])
 
     def finish_stream(self, stream: Hashable) -> None:
-        """Complete all that is in a stream."""
+        """Complete all operations of a stream."""
         queue = self.streams.get(stream)
         while queue:
             self._run(queue[0], 99)
@@ -182,11 +182,11 @@ class Agents:
         return sorted(out, key=lambda op: op.number)
 
     def eligible(self) -> list[Operation]:
-        """The operations that may complete now: the heads of streams, and all loose ones."""
+        """The operations that may complete now: heads of streams, and all outside of streams."""
         return [*self.loose, *(queue[0] for queue in self.streams.values() if queue)]
 
     def fails_anyway(self) -> bool:
-        """Whether a wait may come back false although it need not."""
+        """Whether a wait returns false at random, as hardware may."""
         return self.random and self.rng.random() < 0.3
 
     def stir(self) -> None:
@@ -197,7 +197,7 @@ class Agents:
                 self._run(eligible[int(self.rng.integers(len(eligible)))], 99)
 
     def relieve(self) -> bool:
-        """Nothing can run: complete what somebody waits for, else the oldest operation."""
+        """No warp can run: complete what warps wait for, else the oldest operation."""
         if self.eager:
             return False
         if self.random:

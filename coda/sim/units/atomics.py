@@ -1,4 +1,4 @@
-"""atom and red on shared and global memory: read, combine, write, one lane after the other."""
+"""atom and red: addresses and operands of lanes -> new memory contents, lane by lane in order."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _AT = {
 
 
 def combine(operation: str, kind: str, old: Array, values: list[Array]) -> Array:
-    """The new contents, from the old ones and the operands, as unsigned numbers."""
+    """New contents from old ones and operands, all as unsigned bits of type `kind`."""
     if operation == "cas":
         return np.where(old == values[0], values[1], old)
     number = _NUMBERS[kind]
@@ -85,7 +85,7 @@ class Atomics:
         operands: list[list[Array]],
         wanted: bool = True,
     ) -> Any:
-        """Apply an operation for each active lane; the old contents if they are `wanted`."""
+        """Apply an operation for each active lane; return the old contents if `wanted`."""
         machine = self.machine
         size = WIDTH[kind] // 8
         count = len(operands[0])
@@ -108,7 +108,7 @@ class Atomics:
     def _place(
         self, ins: Instruction, g: Any, active: Array, space: str, base: Array, offset: int, n: int
     ) -> tuple[bool, Array]:
-        """Whether the memory is shared, and the index of each lane's first byte in its array."""
+        """(whether the memory is shared, index of each active lane's first byte in its array)."""
         machine = self.machine
         m = None if active.all() else active
         if not space:
@@ -132,7 +132,7 @@ class Atomics:
         number = _NUMBERS[kind]
         ufunc = _AT.get((operation, number[0]))
         if not wanted and ufunc is not None and kind not in _NUMBERS_OF_HALVES:
-            # `at` would copy an array as large as all memory, which its operands lie in.
+            # ufunc.at would copy its operand, an array as large as all memory.
             places, which = np.unique(at, return_inverse=True)
             here = view[places].view(number)
             ufunc.at(here, which, values[0].view(number))

@@ -1,4 +1,4 @@
-"""mbarriers, named barriers and cluster barriers: who has arrived, and who is parked until when."""
+"""mbarrier instructions of lanes -> phases, pending counts, and lanes parked or resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST = (1 << 20) - 1
 
 @dataclass(slots=True)
 class Waiter:
-    """Lanes `mask` of warp `row` that wait at `ins` and go on at block `then`."""
+    """Lanes `mask` of warp `row` that wait at `ins` and continue at block `then`."""
 
     ins: Instruction
     row: int
@@ -34,7 +34,7 @@ class Waiter:
 
 @dataclass(slots=True)
 class Mbarrier:
-    """An mbarrier object: the phase ends when nothing is pending and no transaction is open."""
+    """An mbarrier object: its phase completes when no arrival and no transaction is pending."""
 
     expected: int
     pending: int
@@ -46,7 +46,7 @@ class Mbarrier:
 
 
 class Mbarriers:
-    """The mbarriers of all resident CTAs, by the index of their byte in shared memory."""
+    """The mbarriers of all resident CTAs, by the index of their first byte in shared memory."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -70,7 +70,7 @@ class Mbarriers:
 
     @staticmethod
     def name(key: int) -> str:
-        """A barrier in words."""
+        """Describe a barrier for a message."""
         return f"CTA {key // WINDOW}, shared address {key % WINDOW:#x}"
 
     def rows(self, g: Any) -> Array:
@@ -125,7 +125,7 @@ class Mbarriers:
         expect: Any = 0,
         drop: bool = False,
     ) -> Array:
-        """Arrivals of all active lanes, expecting transactions first; the phases before them."""
+        """Arrive with all active lanes, after expect-tx; returns the phase tokens before."""
         keys = self.keys(ins, g, m, a, offset)
         rows = self.rows(g)
         token = np.zeros(self.machine.shape, np.uint64)
@@ -143,7 +143,7 @@ class Mbarriers:
         return token
 
     def take(self, ins: Instruction, barrier: Mbarrier, count: int, row: int) -> None:
-        """Count arrivals; the phase ends when the last one has come."""
+        """Count arrivals; the last one completes the phase."""
         barrier.pending -= count
         if barrier.pending < 0:
             what = (
@@ -161,12 +161,12 @@ class Mbarriers:
             self.machine.progress += 1
 
     def complete(self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, tx: Array) -> None:
-        """mbarrier.complete_tx, which simulates a transaction."""
+        """mbarrier.complete_tx, which counts bytes without a copy."""
         for k, key, lanes, (number,) in self.each(self.keys(ins, g, m, a, offset), tx):
             self.complete_tx(ins, key, number * lanes, int(self.rows(g)[k]))
 
     def complete_tx(self, ins: Instruction, key: int, nbytes: int, row: int) -> None:
-        """An asynchronous operation has moved bytes."""
+        """Count bytes that an asynchronous operation has moved."""
         barrier = self.find(ins, key, row)
         barrier.tx -= nbytes
         self.machine.progress += 1
@@ -177,7 +177,7 @@ class Mbarriers:
         self.take(ins, self.find(ins, key, row), 1, row)
 
     def settle(self, barrier: Mbarrier) -> None:
-        """End the phase if it is complete, and wake those who waited for that."""
+        """Start the next phase if this one is complete, and resume the lanes that wait for it."""
         if barrier.pending or barrier.tx:
             return
         barrier.phase ^= 1
@@ -194,14 +194,14 @@ class Mbarriers:
                 barrier.waiters.append(waiter)
 
     def succeed(self, waiter: Waiter, barrier: Mbarrier) -> None:
-        """Let lanes go on that waited for a phase which has ended."""
+        """Resume lanes that wait for a phase that is complete."""
         machine = self.machine
         self.answer(waiter, True)
         if machine.observer is not None:
             machine.observer.barrier_acquire(waiter.ins, waiter.row, barrier.key)
 
     def answer(self, waiter: Waiter, result: bool) -> None:
-        """Give parked lanes the result of their wait, and let them go on."""
+        """Give parked lanes the result of their wait, and resume them."""
         machine = self.machine
         if waiter.result >= 0:
             machine.files.bool[waiter.result][waiter.row, waiter.mask] = result
@@ -219,7 +219,7 @@ class Mbarriers:
         then: int,
         mode: str,
     ) -> None:
-        """try_wait and test_wait: lanes whose phase has not ended park, or go on with false.
+        """try_wait and test_wait: lanes whose phase is incomplete park, or continue with false.
 
         `parity` names the phase: by its parity, or (mode "state") by the token of an arrival.
         """
@@ -254,7 +254,7 @@ class Mbarriers:
         machine.go(g, None if done.all() else done, then)
 
     def _all_ended(self, ins: Instruction, g: Any, keys: Array, parities: Array) -> bool:
-        """Whether all warps wait, each for one phase, and all these have ended: the usual case."""
+        """Fast path: all warps wait, each for one phase, and all these phases are complete."""
         machine = self.machine
         same = (keys == keys[:, :1]) & (parities == parities[:, :1])
         if machine.agents.random or count_true(same) != same.size:
@@ -279,7 +279,7 @@ class Mbarriers:
         return [(b, w) for b in self.table.values() for w in b.waiters]
 
     def fail_all(self) -> bool:
-        """Answer every wait with false, as hardware does after a while."""
+        """Answer every wait with false, as hardware does after a time-out."""
         waiting = self.waiting()
         for barrier, _ in waiting:
             barrier.waiters = []
@@ -289,7 +289,7 @@ class Mbarriers:
 
 
 def _groups(keys: Array, values: Array) -> list[tuple[Array, int, int]]:
-    """Lanes of a warp by equal (key, value), lanes with key -1 left out."""
+    """Group the lanes of a warp by equal (key, value); lanes with key -1 are left out."""
     first = int(keys[0])
     if first >= 0 and (keys == first).all() and (values == values[0]).all():
         return [(np.ones(32, bool), first, int(values[0]))]

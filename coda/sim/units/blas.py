@@ -1,7 +1,7 @@
-"""numpy's BLAS -> one thread while a launch runs.
+"""Limits numpy's BLAS to one thread while a launch runs.
 
-A launch makes thousands of products too small to share out: with a thread for each core they take
-10 to 100 times as long on a machine that has other work, since each waits for all threads.
+A launch computes thousands of matrix products too small to split: with one thread per core they
+take 10 to 100 times as long on a busy machine, because each product waits for all threads.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def _controller() -> ThreadpoolController:
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Limit BLAS to one thread inside, and put back what it had.
+    """Limit BLAS to one thread inside, and restore the number of threads after.
 
-    The number is a setting of the process, so another thread that wants it waits for its turn:
-    else the first to leave would end the limit of the other, or the last put back a limit.
+    The number is global to the process, so a lock serialises threads: otherwise the first to leave
+    would lift the limit of the other, or the last would restore the limit as if it were normal.
     """
     with _lock, _controller().limit(limits=1):
         yield

@@ -1,6 +1,6 @@
-"""cp.async: copies of 4, 8 or 16 bytes by each thread from global to shared memory, in groups.
+"""cp.async: copies of 4, 8 or 16 bytes per lane, global -> shared memory, in groups.
 
-Groups are kept for each warp; one operation stands for all lanes of a warp at one instruction.
+Groups are tracked per warp; one operation holds the copies of all lanes of a warp.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Copies:
         size: int,
         take: Array | None,
     ) -> None:
-        """Queue the copies of all active lanes; bytes past `take` become zero."""
+        """Queue the copies of all active lanes; of `size` bytes those past `take` become zero."""
         machine = self.machine
         if m is not None and not m.any():
             return

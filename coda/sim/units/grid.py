@@ -1,4 +1,4 @@
-"""A launch -> what its waves of resident CTAs share: parameters, variables, counts, the queue."""
+"""A launch -> state shared by its waves of CTAs: parameters, variables, counters, CTA queue."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _aligned(n: int, align: int) -> int:
 
 
 class Grid:
-    """The state of a launch beside that of the CTAs which are resident now."""
+    """The state of a launch that outlives a wave of resident CTAs."""
 
     def __init__(
         self, decoded: Decoded, launch: Launch, allocations: Allocations, options: Options
@@ -59,7 +59,7 @@ class Grid:
             raise Fault(f"a cluster of {geometry.cluster_size} CTAs")
 
     def _buffer(self, nbytes: int, name: str, align: int = 128) -> Array:
-        """Memory of the launch's own that the kernel may touch."""
+        """Allocate memory of the launch that the kernel may access: uint8 [nbytes], aligned."""
         raw = np.zeros(nbytes + align, np.uint8)
         shift = -raw.ctypes.data % align
         self._kept.append(raw)
@@ -68,7 +68,7 @@ class Grid:
         return out
 
     def _parameters(self) -> Array:
-        """The parameter block, copied from where the launch's arguments point."""
+        """The parameter block, uint8, copied from the launch's arguments."""
         kernel = self.decoded.program.kernel
         block = self._buffer(max(kernel.parameter_bytes, 8), "kernel parameters")
         self.parameters = block.ctypes.data
@@ -83,7 +83,7 @@ class Grid:
         return block
 
     def _variables(self) -> dict[str, int]:
-        """Offsets of shared variables in a window, addresses of global and constant ones."""
+        """Name -> offset in a shared memory window, or address of a global or constant variable."""
         out: dict[str, int] = {}
         at, dynamic = RESERVED, []
         for name, variable in self.decoded.program.kernel.variables.items():
@@ -125,7 +125,7 @@ class Grid:
         return np.concatenate([np.arange(c * size, (c + 1) * size) for c in clusters])
 
     def count(self, result: LaunchResult) -> None:
-        """Put the counts of instructions into the result."""
+        """Write the instruction counts into the result."""
         for block, runs in zip(self.decoded.program.blocks, self.runs.tolist(), strict=True):
             for ins in block.instructions:
                 if runs:

@@ -1,7 +1,7 @@
-"""Warps at an instruction that needs several lanes or warps -> those that are complete.
+"""Warps at an instruction that needs several lanes or warps -> the complete sets, which may run.
 
-Lanes that must execute an instruction together (the membermask of a shuffle, a whole warp for
-ldmatrix, four warps for wgmma) wait here for each other.
+Lanes that must execute an instruction convergently (the membermask of a shuffle, a whole warp for
+ldmatrix, four warps for wgmma) are parked here until all have arrived.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BIT = np.uint32(1) << np.arange(32, dtype=np.uint32)
 
 
 class Joins:
-    """The lanes that wait for lanes, and the warps that wait for warps."""
+    """Lanes that wait for other lanes, and warps that wait for other warps."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -31,7 +31,7 @@ class Joins:
     def gather(
         self, number: int, block: Block, rows: Array, m: Array | None
     ) -> tuple[Array, Array | None]:
-        """The warps that may run the block now, with their lanes; the others are parked."""
+        """(rows, lane mask) of the warps that may run the block now; the others are parked."""
         if m is not None:
             rows, m = self._lanes(number, block, rows, m)
         if len(rows) and block.warpgroup:
@@ -39,7 +39,7 @@ class Joins:
         return rows, m
 
     def _needed(self, block: Block, row: int) -> Array:
-        """The lanes of a warp that the block needs together, whether they live or not."""
+        """The lanes of a warp that must run the block together, exited ones included."""
         needed = np.zeros(32, bool)
         for mask in block.masks:
             slot = self.machine.decoded.layout.slots.get(mask)
@@ -94,7 +94,7 @@ class Joins:
         return rows[whole], None if m is None else m[whole]
 
     def recheck(self) -> bool:
-        """Let lanes go whose missing companions have left the kernel."""
+        """Resume lanes that wait only for lanes that have exited."""
         machine = self.machine
         gone = False
         for (row, number), have in list(self.lanes.items()):

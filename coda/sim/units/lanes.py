@@ -1,4 +1,4 @@
-"""Small questions about masks and lanes, asked at every instruction, and so answered quickly."""
+"""Masks and scalars -> arrays [warps, 32]: small functions on the hot path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ lowest = np.minimum.reduce
 
 
 def spread(x: Any, shape: Shape) -> Array:
-    """A value for each lane: an array [warps, 32]."""
+    """Broadcast a value to an array [warps, 32]."""
     if isinstance(x, np.ndarray) and x.shape == shape:
         return x
     return np.broadcast_to(x, shape)
@@ -23,7 +23,7 @@ def spread(x: Any, shape: Shape) -> Array:
 
 @lru_cache(1024)
 def all_lanes(shape: Shape) -> Array:
-    """The mask with all lanes; not to be written to."""
+    """The mask with all lanes, bool [warps, 32]; read-only, as it is cached."""
     mask = np.ones(shape, bool)
     mask.flags.writeable = False
     return mask

@@ -1,6 +1,6 @@
-"""Cluster launch control, tensormap.replace -> changes of the launch and of descriptors.
+"""clusterlaunchcontrol and tensormap.replace -> changes to the launch's queue and to tensor maps.
 
-The answer to try_cancel is 16 bytes: a flag that is 1 when a cluster was cancelled, then the
+The response of try_cancel is 16 bytes: a flag that is 1 if a cluster was cancelled, then the
 coordinates of its first CTA.
 """
 
@@ -23,7 +23,7 @@ Array = NDArray[Any]
 
 
 class LaunchControl:
-    """Takes clusters that have not started away from the launch."""
+    """Cancels clusters that have not started, on behalf of running ones."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -31,7 +31,7 @@ class LaunchControl:
     def try_cancel(
         self, ins: Instruction, g: Any, m: Any, place: Any, barrier: Any, every: bool
     ) -> None:
-        """Ask for the next cluster; the answer goes to one CTA or to all of the cluster."""
+        """Cancel the next cluster; the response goes to one CTA or to all of the cluster."""
         machine = self.machine
         at = machine.transfers.at
         for row, _, (to, bar) in machine.transfers.each(g, m, at(place), at(barrier)):

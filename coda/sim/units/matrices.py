@@ -25,7 +25,7 @@ class Matrices:
         self.machine = machine
 
     def _rows(self, ins: Instruction, g: Any, a: Array, offset: int, rows: int) -> Array:
-        """Index of the 16-byte row that each of the first lanes points at, [warps, rows]."""
+        """Index of the 16-byte row that each of the first `rows` lanes addresses, [warps, rows]."""
         machine = self.machine
         m = None
         if rows < 32:
@@ -54,7 +54,7 @@ class Matrices:
 
     @staticmethod
     def _bytes(matrix: Array, half: int) -> Array:
-        """8 rows of a 16x16 matrix of bytes: lane t has bytes 4 * (t % 4) of row t // 4."""
+        """8 rows of a 16x16 byte matrix: lane t gets bytes 4 * (t % 4) to + 3 of row t // 4."""
         rows = np.ascontiguousarray(matrix[:, 8 * half : 8 * half + 8])
         return rows.reshape(len(rows), 128).view(np.uint32)
 

@@ -3,7 +3,7 @@
 Shared memory of all resident CTAs is one array, a window of 256 KiB for each CTA; the first 1024
 bytes of a window belong to the system, as on hardware. A shared address is
 `rank << 24 | offset`, the rank being that of the CTA in its cluster; a generic address of shared
-memory has bit 62 set. Nothing outside the allocations of a launch is ever touched.
+memory has bit 62 set. No byte outside the allocations of a launch is ever accessed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _elements(gathered: Array, size: int, count: int) -> Array:
 
 
 def _granules(values: list[Array], size: int, shape: tuple[int, ...]) -> Array:
-    """Vector elements as one array of granules (16-byte ones in a last axis if they are two)."""
+    """Vector elements as one array of granules (16-byte ones: a last axis of two elements)."""
     packed = np.empty((*shape, len(values)), f"u{size}")
     for k, value in enumerate(values):
         packed[..., k] = value
@@ -67,7 +67,7 @@ class Shared:
     def index(
         self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, total: int
     ) -> tuple[Array, Any]:
-        """Granules of `total` bytes at the addresses, checked; inactive lanes get granule 0."""
+        """Indices of granules of `total` bytes, checked; inactive lanes get granule 0."""
         shift = SHIFT[total]
         x = (a if a.dtype == u32 else a.astype(u32)) + u32(offset & 0xFFFFFFFF)
         rank = None
@@ -107,7 +107,7 @@ class Shared:
     def load(
         self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, size: int, count: int
     ) -> Array:
-        """`count` elements of `size` bytes for each lane; several lie along a first axis."""
+        """`count` elements of `size` bytes per lane, [warps, 32] or [count, warps, 32]."""
         total = size * count
         index, _ = self.index(ins, g, m, a, offset, total)
         if self.machine.observer is not None:
@@ -150,7 +150,7 @@ class Shared:
         return int(self.base[row, 0]) + (address >> RANK) * WINDOW + (address & OFFSET)
 
     def span(self, ins: Instruction, row: int, address: int, nbytes: int, align: int) -> int:
-        """As `locate`, for a whole range, which must lie within one CTA."""
+        """As `locate`, for a range of `nbytes`; Fault unless aligned and inside one CTA."""
         address &= 0xFFFFFFFF
         inside = address & OFFSET
         where = f"shared address {address:#x} ({nbytes} bytes)"
@@ -164,7 +164,7 @@ class Shared:
 
 
 class _Everything:
-    """All memory of this process above its first 64 bytes, as numpy sees it."""
+    """All memory of this process above its first 64 bytes, as a numpy array interface."""
 
     def __init__(self, typestr: str, itemsize: int) -> None:
         self.__array_interface__ = {
@@ -188,7 +188,7 @@ class Global:
             self.add(base, nbytes, name)
 
     def add(self, base: int, nbytes: int, name: str) -> None:
-        """Allow [base, base + nbytes); ranges come by rising base and may overlap."""
+        """Allow [base, base + nbytes); called in order of base; ranges may overlap."""
         if self.starts and base < self.ends[-1]:
             self.ends[-1] = max(self.ends[-1], base + nbytes)
         else:
@@ -203,7 +203,7 @@ class Global:
         return k >= 0 and high <= self.ends[k]
 
     def check(self, ins: Instruction, g: Any, m: Any, a: Array, total: int) -> int:
-        """Refuse an access outside the allocations or misaligned; an address that is right."""
+        """Raise Fault for an access out of bounds or misaligned; return one valid address."""
         active = a if m is None else spread(a, self.machine.shape)[m]
         low, high = int(active.min()), int(active.max())
         aligned = total == 1 or not int(np.bitwise_or.reduce(active, axis=None)) & (total - 1)
@@ -212,7 +212,7 @@ class Global:
         return low
 
     def refuse(self, ins: Instruction, g: Any, m: Any, a: Array, total: int) -> None:
-        """Look lane by lane (they may lie in several allocations); raise for a bad one."""
+        """Check lane by lane (lanes may access several allocations); raise Fault for a bad one."""
         a = spread(a, self.machine.shape)
         active = np.ones(self.machine.shape, bool) if m is None else m
         for k, lane in zip(*np.nonzero(active), strict=True):
@@ -225,7 +225,7 @@ class Global:
                 self.machine.fault(ins, "misaligned", where, g, int(k), at)
 
     def near(self, address: int) -> str:
-        """The allocation that an address just misses, in words."""
+        """Describe the allocation next to an address, for a message."""
         k = bisect_right(self.starts, address) - 1
         if k >= 0 and address - self.ends[k] < 1 << 20:
             past = address - self.ends[k]
@@ -237,7 +237,7 @@ class Global:
     def load(
         self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, size: int, count: int
     ) -> Array:
-        """`count` elements of `size` bytes for each lane; several lie along a first axis."""
+        """`count` elements of `size` bytes per lane, [warps, 32] or [count, warps, 32]."""
         total = size * count
         a = np.asarray(a, u64) + u64(offset & 0xFFFFFFFFFFFFFFFF)
         if np.ndim(a) == 0:
@@ -286,7 +286,7 @@ class Global:
             self.views[total][index] = granules
 
     def span(self, ins: Instruction, row: int, low: int, high: int) -> None:
-        """Refuse a range [low, high) that no allocation holds."""
+        """Raise Fault unless one allocation holds the range [low, high)."""
         if not self.holds(low, high):
             what = f"global addresses {low:#x} to {high:#x} outside every allocation"
             self.machine.fault(ins, "out-of-bounds", what + self.near(low), row, None, low)
@@ -307,7 +307,7 @@ class Generic:
     def load(
         self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, size: int, count: int
     ) -> Array:
-        """As the loads of the two memories."""
+        """As `load` of Shared or Global, selected per lane."""
         a, shared, other = self._halves(m, a, offset)
         out = self.machine.memory.load(ins, g, other, a, 0, size, count)
         if shared.any():
@@ -318,7 +318,7 @@ class Generic:
     def store(
         self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, size: int, values: list[Any]
     ) -> None:
-        """As the stores of the two memories."""
+        """As `store` of Shared or Global, selected per lane."""
         a, shared, other = self._halves(m, a, offset)
         self.machine.memory.store(ins, g, other, a, 0, size, values)
         self.machine.shared.store(ins, g, shared, a, 0, size, values)

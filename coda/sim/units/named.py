@@ -1,4 +1,4 @@
-"""Barriers that count threads: the sixteen of a CTA (bar, barrier) and that of a cluster."""
+"""bar, barrier and barrier.cluster instructions -> threads counted, lanes parked or resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEVER = np.int32(1 << 30)
 
 @dataclass(slots=True)
 class Named:
-    """One use of a barrier: threads that came, how many must (0: all of the CTA), who waits."""
+    """One use of a barrier: threads arrived, threads expected (0: all of the CTA), waiters."""
 
     count: int
     arrived: int = 0
@@ -48,7 +48,7 @@ class NamedBarriers:
         then: int,
         reduction: tuple[str, Any, int] | None = None,
     ) -> None:
-        """Arrive with whole warps and park until all have come."""
+        """Arrive with whole warps and park until all expected threads have arrived."""
         machine = self.machine
         act = machine.active(acting)
         if m is None and acting is None and reduction is None:
@@ -67,7 +67,7 @@ class NamedBarriers:
             self._come(ins, row, key, threads, waiter)
 
     def _all_here(self, ins: Instruction, g: Any, number: Array, count: Array) -> bool:
-        """Whether exactly the warps that a barrier takes have come at once: nobody has to wait."""
+        """Fast path: whether exactly the expected warps arrive together, so that none waits."""
         machine = self.machine
         if np.ndim(number) or np.ndim(count) or int(number) > 15 or int(count) % 32:
             return False
@@ -88,14 +88,14 @@ class NamedBarriers:
         return True
 
     def arrive(self, ins: Instruction, g: Any, m: Any, number: Array, count: Array) -> None:
-        """Arrive with whole warps and go on."""
+        """Arrive with whole warps and continue."""
         for _, row, key, threads in self._arrivals(g, self.machine.active(m), number, count):
             self._come(ins, row, key, threads, None)
 
     def _arrivals(
         self, g: Any, act: Array, number: Array, count: Array
     ) -> list[tuple[int, int, tuple[int, int], int]]:
-        """(warp, row, barrier, threads that must come) of the warps that have an active lane."""
+        """(warp, row, barrier, expected threads) for each warp with an active lane."""
         machine = self.machine
         numbers = spread(number, machine.shape)
         counts = spread(count, machine.shape)
@@ -161,7 +161,7 @@ class NamedBarriers:
             machine.observer.named_acquire(waiter.ins, waiter.row, key)
 
     def recheck(self) -> bool:
-        """Settle barriers of all threads of a CTA, some of which may have exited."""
+        """Complete barriers for all threads of a CTA, where the missing ones have exited."""
         before = len(self.table)
         for key, barrier in list(self.table.items()):
             if barrier.count == 0:
@@ -171,7 +171,7 @@ class NamedBarriers:
 
 @dataclass(slots=True)
 class Cluster:
-    """The barrier of one cluster: per lane whether it has arrived in this phase."""
+    """The barrier of one cluster: for each lane, whether it has arrived in this phase."""
 
     arrived: Array
     waiters: list[Waiter] = field(default_factory=list)
@@ -213,7 +213,7 @@ class ClusterBarriers:
         self.recheck()
 
     def wait(self, ins: Instruction, g: Any, m: Any, acting: Any, then: int) -> None:
-        """barrier.cluster.wait: park until the phase of the own arrival has ended."""
+        """barrier.cluster.wait: park until the phase of the thread's own arrival is complete."""
         machine = self.machine
         rows, act = machine.rows(g), machine.active(acting)
         on = machine.active(m).copy()
@@ -237,7 +237,7 @@ class ClusterBarriers:
         machine.go_some(g, on, then)
 
     def recheck(self) -> bool:
-        """End phases at which every thread that is left has arrived."""
+        """Complete phases at which every thread that has not exited has arrived."""
         ended = False
         for cluster, state in list(self.table.items()):
             rows = self._rows(cluster)

@@ -1,7 +1,8 @@
-"""Registers of a kernel -> arrays [warps, 32] in a file, and the special registers.
+"""Registers of a kernel -> arrays [warps, 32] in a register file; also the special registers.
 
-Warps are numbered with the CTA varying fastest: warp w of CTA c is row `w * ctas + c`, so the
-warps of one role lie together whatever the number of CTAs.
+Warps are numbered with the CTA varying fastest: warp w of CTA c is row `w * ctas + c`, so the rows
+of warps with the same role (same w) are contiguous for any number of CTAs. With 2 CTAs of 3 warps:
+row 0 is warp 0 of CTA 0, row 1 warp 0 of CTA 1, row 2 warp 1 of CTA 0, ...
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SPECIALS: dict[str, str] = {
 
 
 class Layout:
-    """Where the registers of a kernel lie in the file: name -> (width in bits, slot)."""
+    """Layout of a kernel's registers in the file: name -> (width in bits, slot)."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.slots: dict[str, tuple[int, int]] = {}

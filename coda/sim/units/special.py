@@ -1,4 +1,4 @@
-"""The instructions in which the lanes of a warp see each other -> functions on [warps, 32] arrays.
+"""Warp-level instructions (shfl, vote, match, redux, ...) -> functions on arrays [warps, 32].
 
 `active` are the lanes that execute the instruction (None: all); `members` its membermask operand.
 """
@@ -19,7 +19,7 @@ BIT = (u64(1) << np.arange(32, dtype=u64)).astype(u32)[None, :]
 
 
 def taking_part(active: Any, members: Array, shape: tuple[int, int]) -> Array:
-    """The lanes that execute and that the mask names."""
+    """Lanes that are active and named by the membermask, bool [warps, 32]."""
     named = spread((members & BIT) != 0, shape)
     return named if active is None else named & active
 
@@ -30,7 +30,7 @@ def bits(lanes: Array) -> Array:
 
 
 def shuffle(mode: str, shape: tuple[int, int], v: Array, b: Array, c: Array) -> tuple[Array, Array]:
-    """shfl.sync: the value of another lane, and whether that lane lies in the segment."""
+    """shfl.sync: (value of another lane, whether that lane is inside the segment)."""
     v = spread(v, shape)
     if mode == "bfly" and np.ndim(b) == 0 and np.ndim(c) == 0 and int(c) == 31:
         return v.take((LANE[0] ^ int(b)) & 31, axis=1), np.ones(shape, bool)
@@ -137,8 +137,8 @@ def fragments_to_rows(register: Array, transpose: bool) -> Array:
 def fragment_bytes_to_columns(register: Array) -> Array:
     """stmatrix m16n8.trans.b8: a register [n, 32] of four bytes to the 8 stored rows of 16 bytes.
 
-    Lane t holds rows t // 4 and t // 4 + 8 of columns 2 * (t % 4) and the next; what is stored is
-    the transposed matrix.
+    Lane t holds rows t // 4 and t // 4 + 8 of columns 2 * (t % 4) and the next; the matrix is
+    stored transposed.
     """
     pairs = np.ascontiguousarray(register).view(u8).reshape(len(register), 8, 4, 2, 2)
     return np.ascontiguousarray(pairs.transpose(0, 2, 4, 3, 1)).reshape(len(register), 8, 16)

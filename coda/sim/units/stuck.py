@@ -1,4 +1,4 @@
-"""A machine that cannot go on -> an error that says who waits for what."""
+"""A machine without progress -> Deadlock or Livelock, with the barrier that each warp waits for."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def deadlock(machine: Machine) -> NoReturn:
 
 
 def livelock(machine: Machine, why: str) -> NoReturn:
-    """Raise Livelock, with the instructions at which warps are."""
+    """Raise Livelock, with the instructions at which warps spin."""
     from coda.sim.machine import EXIT, SPIN
 
     blocks = machine.decoded.program.blocks

@@ -1,9 +1,11 @@
-"""Tensor map + coordinates -> the bytes that the tensor memory accelerator moves, and where.
+"""Tensor map + coordinates -> the bytes that TMA moves, and their addresses.
 
 The layout of the map is the one that ptxas writes for `tensormap.replace` (which it expands to
 plain stores) and that host code of CuTe DSL fills in; bits that neither explains are refused.
-A box is *dense*: a flat array of bytes, dimension 0 fastest, rows without gaps. Shared memory
-holds it swizzled; `place` says where each 16-byte chunk of the dense box lies.
+A *dense* box is a contiguous array of bytes, dimension 0 fastest. Shared memory holds it swizzled;
+`place` gives the offset of each 16-byte chunk of the dense box. Example: a box of 64 bf16 by 8 rows
+is dense uint8 [8 * 128]; with a 128-byte swizzle, at a multiple of 1024 bytes, chunk c of row r is
+at offset 128 r + 16 (c ^ r).
 
 Elements out of bounds read as zero (or NaN) and count as moved bytes; they are never stored.
 Element type tf32 rounds to nearest, ties away; f32 with flush loses subnormals; both only on loads.
@@ -41,12 +43,12 @@ class Element:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of one unit in global memory."""
+        """numpy type of one unit in global memory."""
         return np.dtype(f"{'u' if self.stored == self.held else 'V'}{self.stored}")
 
     @property
     def in_box(self) -> np.dtype:
-        """Of one unit in a dense box: the bytes that global memory has, then padding."""
+        """numpy type of one unit in a dense box: the bytes of global memory, then padding."""
         if self.stored == self.held:
             return self.dtype
         packed = {"names": ["data"], "formats": [f"V{self.stored}"], "offsets": [0]}
@@ -78,7 +80,7 @@ ELEMENTS = {
 }
 NAN = {"f16": 0x7FFF, "bf16": 0x7FFF, "f64": 0x7FFFFFFFFFFFFFFF}
 SPANS = {0: 0, 1: 32, 2: 64, 3: 128}
-# Set or clear without an effect on what is moved: promotion in L2 (17, 18), and bit 21.
+# Bits without effect on the data: promotion in L2 (17, 18), and bit 21.
 HINTS = 1 << 17 | 1 << 18 | 1 << 21
 KNOWN = 0xFFFF | 1 << 16 | HINTS | 3 << 19 | 1 << 22
 
@@ -123,7 +125,7 @@ class TensorMap:
 
     @staticmethod
     def decode(raw: bytes) -> TensorMap:
-        """The map in the first 64 of 128 bytes; Unsupported where a bit is not understood."""
+        """Decode the first 64 of 128 bytes; Unsupported if an unknown bit is set."""
         return _decode(bytes(raw[:64]))
 
     @cached_property
@@ -133,12 +135,12 @@ class TensorMap:
 
     @cached_property
     def box_bytes(self) -> int:
-        """Bytes of the dense box, which is what a load adds to a barrier's transaction count."""
+        """Bytes of the dense box: a load adds them to the transaction count of its mbarrier."""
         return self.row_bytes * math.prod(self.counts[1:])
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """The dense box as an array of units, dimension 0 last."""
+        """Shape of the dense box as an array of units, dimension 0 last."""
         return (*self.counts[:0:-1], self.counts[0] // self.element.unit)
 
 
@@ -179,7 +181,7 @@ def _decode(raw: bytes) -> TensorMap:
 
 
 class _Memory:
-    """Memory of this process as something that numpy can look at."""
+    """Memory of this process as a numpy array interface."""
 
     def __init__(
         self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], t: str
@@ -197,7 +199,7 @@ Range = tuple[int, int]
 
 
 class Part(NamedTuple):
-    """What of a box is in bounds: a strided array of units in memory, and its place in the box."""
+    """The part of a box in bounds: a strided array of units in memory, its slices of the box."""
 
     address: int
     shape: tuple[int, ...]
@@ -206,7 +208,7 @@ class Part(NamedTuple):
 
     @property
     def extent(self) -> Range:
-        """Address of the first byte and of the one after the last."""
+        """Address range [first, end)."""
         beyond = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         return self.address, self.address + beyond + self.strides[-1]
 
@@ -241,9 +243,9 @@ def _view(tmap: TensorMap, part: Part) -> Array:
 
 
 def window(tmap: TensorMap, coords: Coords) -> tuple[Array, tuple[slice, ...]] | None:
-    """The part in bounds of the box at `coords`, as a view of memory, and its place in the box.
+    """(part in bounds of the box at `coords` as a view of memory, its slices of the box).
 
-    The view has one item for each unit of the element and dimension 0 last; the slices apply to a
+    The view has one item per unit of the element, dimension 0 last; the slices apply to a
     dense box of shape `tmap.shape`. None when the whole box is out of bounds.
     """
     part = _part(tmap, tuple(coords))
@@ -251,7 +253,7 @@ def window(tmap: TensorMap, coords: Coords) -> tuple[Array, tuple[slice, ...]] |
 
 
 def global_extent(tmap: TensorMap, coords: Coords, mode: Mode = "tile") -> Range | None:
-    """Address of the first byte in bounds and of the one after the last; None if there is none."""
+    """Address range [first, end) of the bytes in bounds; None if there are none."""
     found = [_part(tmap, tuple(one)) for one in parts(tmap, coords, mode)]
     extents = [part.extent for part in found if part is not None]
     if not extents:
@@ -260,7 +262,7 @@ def global_extent(tmap: TensorMap, coords: Coords, mode: Mode = "tile") -> Range
 
 
 def global_rows(tmap: TensorMap, coords: Coords, mode: Mode = "tile") -> tuple[Array, int]:
-    """Addresses of the runs of contiguous bytes that are in bounds, and the length of each run."""
+    """(addresses of the contiguous runs in bounds, bytes of each run)."""
     starts, length = [], 0
     for one in parts(tmap, coords, mode):
         part = _part(tmap, tuple(one))
@@ -328,7 +330,7 @@ def _converted(name: str, dense: Array) -> Array:
 
 
 def load_box(tmap: TensorMap, coords: Coords, mode: Mode = "tile") -> Array:
-    """The dense box (uint8) at `coords`; for gather4 the four rows, one after another."""
+    """The dense box (uint8) at `coords`; for gather4 the four rows, stacked."""
     if mode == "tile":
         return _load(tmap, coords)
     return np.concatenate([_load(tmap, part) for part in parts(tmap, coords, mode)])
@@ -355,7 +357,7 @@ def _lines(base: int, nbytes: int, span: int, atom: int) -> Array:
 
 
 def swizzled(at: Array, span: int, atom: int = CHUNK) -> Array:
-    """Where the byte of offset `at` lies after a swizzle of `span` bytes (0: none).
+    """Offset after a swizzle of `span` bytes (0: none) of the byte at offset `at`.
 
     The number of the atom in a row of `span` bytes is xored with the number of the 128-byte line,
     modulo the atoms of a row: for 128 bytes, bits 4 to 6 with bits 7 to 9.
@@ -389,7 +391,7 @@ def _shared(smem: Array, tmap: TensorMap, base: int, mode: Mode) -> tuple[Array,
 def write_shared(
     smem: Array, tmap: TensorMap, base: int, dense: Array, mode: Mode = "tile"
 ) -> None:
-    """Put a dense box at offset `base` of one CTA's shared memory (uint8, a multiple of 16)."""
+    """Write a dense box at offset `base` of one CTA's shared memory (uint8 [16 * n])."""
     lines, at = _shared(smem, tmap, base, mode)
     lines[at] = dense.view(np.complex128)
 

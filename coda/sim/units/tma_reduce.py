@@ -1,4 +1,4 @@
-"""Values in memory + values that arrive -> what a bulk reduction leaves in memory.
+"""Old values in memory + new values -> the values after a bulk reduction.
 
 Used by `cp.reduce.async.bulk.tensor` and by `cp.reduce.async.bulk`. Additions of f16 and bf16 are
 done in f32 and rounded to nearest even, which is one rounding of the exact sum; f32 additions keep
@@ -58,7 +58,7 @@ OPERATIONS: dict[str, Combine] = {
 
 
 def combine(operation: str, kind: str, old: Array, new: Array) -> Array:
-    """The bits (unsigned, like `old`) of `old` combined with `new`; both hold values of `kind`."""
+    """Combine `old` with `new`: bits of values of type `kind`, in unsigned arrays of one shape."""
     if kind not in KINDS.get(operation, ()):
         raise Unsupported(f"a reduction .{operation} of {kind}")
     run = OPERATIONS[operation]
@@ -86,7 +86,7 @@ def _overlaps(view: Array) -> bool:
 def reduce_box(
     tmap: TensorMap, coords: Coords, dense: Array, operation: str, mode: Mode = "tile"
 ) -> None:
-    """Combine the part in bounds of a dense box with global memory; overlapping rows in turn."""
+    """Combine the part in bounds of a dense box into global memory; overlapping rows one by one."""
     kind = tmap.element.name.removesuffix(".ftz")
     boxes = dense.reshape(-1, tmap.box_bytes)
     for part, box in zip(parts(tmap, coords, mode), boxes, strict=True):

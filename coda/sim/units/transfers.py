@@ -1,7 +1,7 @@
-"""The copy engines: TMA boxes, bulk copies, st.async and their reductions, as operations.
+"""TMA, bulk copy, st.async and reduction instructions -> asynchronous operations.
 
-Threads of a warp that execute a bulk instruction with equal operands issue it once, as the hardware
-does: its operands are those of the warp.
+Threads of a warp that execute a bulk instruction with equal operands issue it once, as hardware
+does: its operands are uniform for the warp.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Transfers:
     # operands of lanes
 
     def each(self, g: Any, m: Any, *values: Any) -> list[tuple[int, int, tuple[int, ...]]]:
-        """(row, lane, operands) of the different operands in each warp."""
+        """(row, first lane, operands) for each distinct tuple of operands in each warp."""
         machine = self.machine
         where = machine.active(m).nonzero()
         rows = machine.rows(g)[where[0]].tolist()
@@ -59,7 +59,7 @@ class Transfers:
     # destinations in a cluster
 
     def _window(self, row: int, rank: int) -> int:
-        """The CTA (slot) with a rank in the cluster of a warp."""
+        """The CTA (slot) of rank `rank` in the cluster of a warp."""
         machine = self.machine
         return (
             machine.cta_of(row) // machine.geometry.cluster_size * (machine.geometry.cluster_size)
@@ -69,7 +69,7 @@ class Transfers:
     def targets(
         self, ins: Instruction, row: int, to: int, barrier: int, multicast: int | None, pair: bool
     ) -> list[tuple[int, int]]:
-        """(CTA, key of its mbarrier) for each CTA that a load writes to, at the offset of `to`."""
+        """(CTA, key of its mbarrier) for each destination CTA of a load, all at offset `to`."""
         machine = self.machine
         size = machine.geometry.cluster_size
         if multicast is None:
