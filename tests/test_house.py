@@ -3,6 +3,9 @@
 import ast
 from pathlib import Path
 
+from coda.ir.monoids import MONOIDS
+from coda.ir.scalars import SCALARS
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "coda").rglob("*.py"))
 # From the bottom: a package imports those before it. The face and the integrations know them all.
@@ -90,3 +93,21 @@ def test_files_and_functions_are_short():
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 70:
                 long.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert not long
+
+
+# These ask what a function or a monoid is, and never for one by its name. The frontend, the laws
+# and the derivatives write mathematics, and name what they write.
+PASSES = ("lowering.placement", "lowering.program", "kernels", "kernels.gemm", "kernels.rowwise")
+PASSES += ("lowering", "runtime")
+
+
+def test_no_pass_names_a_function_or_a_monoid():
+    names = SCALARS.keys() | MONOIDS.keys()
+    found = [
+        f"{module_of(file)}:{node.lineno} {node.value!r}"
+        for file in FILES
+        if "." in module_of(file) and package_of(module_of(file)) in PASSES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
+    ]
+    assert not found

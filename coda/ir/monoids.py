@@ -17,6 +17,22 @@ Parts = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
+class Warp:
+    """How the lanes of a warp fold values, by functions of kernels/rowwise/math.py.
+
+    Attributes:
+        start: what makes each plane of a lane's state.
+        step: an operator or a scalar function of (state, value); a function of the same module
+            where the state has several planes.
+        merge: state of each lane -> what all have.
+    """
+
+    start: tuple[str, ...]
+    step: str
+    merge: str
+
+
+@dataclass(frozen=True)
 class Monoid:
     """An associative fold with an identity, over tuples of planes.
 
@@ -32,6 +48,13 @@ class Monoid:
             equals one of them, a logsumexp normalises them), and so must see them as stored.
         chosen: whether the result is one of the values: its derivative asks which.
         tiled: whether a GEMM's epilogue takes it (quack's fold of maxima loses NaN).
+        average_of: the monoid of which this is the average over all values; "" for none.
+        counted: whether parts are merged by the number of values in each: the state of a fold is
+            (count, *planes), by which two sweeps take it.
+        also: the monoid whose value is the first plane; "" for none.
+        sink: the op of an epilogue on quack that takes it over a tile, by the buffer's name.
+        group: the op that takes it over groups of columns before the epilogue; "" for none.
+        warp: how a warp takes it.
         nests: whether the reduction of all is that of the reductions of parts of one length.
         scan: values along `dim` -> the reduction of each with all before it; None where there is
             no such operation.
@@ -48,6 +71,17 @@ class Monoid:
     tiled: bool = True
     nests: bool = True
     scan: Callable[[Tensor, int], Tensor] | None = None
+    average_of: str = ""
+    counted: bool = False
+    also: str = ""
+    sink: str = ""
+    group: str = ""
+    warp: Warp = Warp(("zero",), "+", "warp_sum")
+
+    @property
+    def is_plain_sum(self) -> bool:
+        """Whether it is the sum of the values, and nothing is done to it afterwards."""
+        return self.sums and not self.average_of
 
     def reduce(self, x: Tensor, dim: int) -> Tensor:
         """The whole reduction of `x` along `dim`, that dim kept with size 1."""
@@ -114,8 +148,28 @@ def _merge_moments(p: Parts, counts: Tensor, dim: int) -> Parts:
 
 
 _ROWS = (
-    Monoid("sum", ("sum",), _sum, _merge_sum, lambda p, n: p[0], sums=True, scan=torch.cumsum),
-    Monoid("mean", ("sum",), _sum, _merge_sum, lambda p, n: p[0] / n, sums=True),
+    Monoid(
+        "sum",
+        ("sum",),
+        _sum,
+        _merge_sum,
+        lambda p, n: p[0],
+        sums=True,
+        scan=torch.cumsum,
+        sink="ColVecReduce({0!r})",
+        group="GroupSum({0!r})",
+    ),
+    Monoid(
+        "mean",
+        ("sum",),
+        _sum,
+        _merge_sum,
+        lambda p, n: p[0] / n,
+        sums=True,
+        average_of="sum",
+        sink="ColVecReduce({0!r})",
+        group="GroupMean({0!r})",
+    ),
     Monoid(
         "max",
         ("max",),
@@ -125,6 +179,7 @@ _ROWS = (
         held=True,
         chosen=True,
         tiled=False,
+        warp=Warp(("lowest",), "maximum", "warp_max"),
     ),
     Monoid(
         "min",
@@ -135,6 +190,7 @@ _ROWS = (
         held=True,
         chosen=True,
         tiled=False,
+        warp=Warp(("highest",), "minimum", "warp_min"),
     ),
     Monoid(
         "logsumexp",
@@ -143,6 +199,8 @@ _ROWS = (
         lambda p, c, d: _lse_partial(p[0], d),
         lambda p, n: p[0],
         held=True,
+        sink="LogSumExp({0!r})",
+        warp=Warp(("lowest", "zero"), "lse_step", "warp_lse"),
     ),
     Monoid(
         "variance",
@@ -151,6 +209,10 @@ _ROWS = (
         _merge_moments,
         lambda p, n: p[1] / n,
         nests=False,
+        counted=True,
+        also="mean",
+        sink="Moments({0!r})",
+        warp=Warp(("zero", "zero", "zero"), "moments_merge", "warp_moments"),
     ),
 )
 

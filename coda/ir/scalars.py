@@ -7,7 +7,7 @@ derivative's source and the generated CuTe DSL all read this table, and no pass 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,11 @@ class Scalar:
         flops: cost of one application, in units of one fused multiply-add.
         special: applications of the special-function unit (MUFU) among them.
         result: "float" keeps the promoted type of the arguments, "bool" is a predicate.
-        zero: whether f(0, ..., 0) = 0, which makes padding lanes harmless in a sum.
+        signs: of a function that is a sum of its arguments, the sign of each: (1, -1) of `a - b`.
+        powers: of a function that is a product of powers of its arguments, the power of each:
+            (1, -1) of `a / b`, (-0.5,) of `rsqrt`.
+        device: what computes it in a kernel: an operator, or a function of kernels/device_math.py;
+            "" for the function of its own name.
         commutes: whether the two arguments may be exchanged.
         selects: whether the value is always one of the arguments: nothing is rounded, and a number
             among them is a value of their type.
@@ -49,13 +53,37 @@ class Scalar:
     flops: int = 1
     special: int = 0
     result: str = "float"
-    zero: bool = False
+    signs: tuple[int, ...] = ()
+    powers: tuple[float, ...] = ()
+    device: str = ""
     commutes: bool = False
     selects: bool = False
     exact: bool = False
     written: bool = False
     chooses: bool = False
     derivative: Derivative | None = None
+
+    @property
+    def is_negation(self) -> bool:
+        """Whether it changes the sign of its argument, and does no more."""
+        return self.signs == (-1,)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is the product of its arguments."""
+        return len(self.powers) > 1 and set(self.powers) == {1}
+
+    @property
+    def diverges_at_zero(self) -> bool:
+        """Whether it is infinite at 0, and 0 nowhere: a negative power."""
+        return bool(self.powers) and max(self.powers) < 0
+
+    def is_linear_in(self, chosen: Sequence[bool]) -> bool:
+        """Whether it is linear in the chosen arguments together, the others being constants."""
+        if self.signs:
+            return all(chosen)
+        powers = [p for p, one in zip(self.powers, chosen, strict=False) if one]
+        return powers == [1]
 
     @property
     def unrounded(self) -> bool:
@@ -92,13 +120,22 @@ def _clamp_derivative(d: Any, y: Any, x: Any, low: Any, high: Any) -> tuple[Any,
 
 
 _ROWS = (
-    Scalar("add", 2, torch.add, zero=True, commutes=True, derivative=lambda d, y, a, b: (d, d)),
-    Scalar("sub", 2, torch.sub, zero=True, derivative=lambda d, y, a, b: (d, -d)),
+    Scalar(
+        "add",
+        2,
+        torch.add,
+        signs=(1, 1),
+        device="+",
+        commutes=True,
+        derivative=lambda d, y, a, b: (d, d),
+    ),
+    Scalar("sub", 2, torch.sub, signs=(1, -1), device="-", derivative=lambda d, y, a, b: (d, -d)),
     Scalar(
         "mul",
         2,
         torch.mul,
-        zero=True,
+        powers=(1, 1),
+        device="*",
         commutes=True,
         derivative=lambda d, y, a, b: (d * b, d * a),
     ),
@@ -106,6 +143,7 @@ _ROWS = (
         "div",
         2,
         torch.div,
+        powers=(1, -1),
         flops=2,
         special=1,
         derivative=lambda d, y, a, b: (d / b, -(d * y / b)),
@@ -114,6 +152,7 @@ _ROWS = (
         "pow",
         2,
         _pow,
+        device="power",
         flops=4,
         special=2,
         derivative=lambda d, y, a, b: (
@@ -123,22 +162,31 @@ _ROWS = (
             ),
         ),
     ),
-    Scalar("neg", 1, torch.neg, zero=True, exact=True, derivative=lambda d, y, a: (-d,)),
+    Scalar(
+        "neg",
+        1,
+        torch.neg,
+        signs=(-1,),
+        device="-",
+        exact=True,
+        derivative=lambda d, y, a: (-d,),
+    ),
     Scalar(
         "abs",
         1,
         torch.abs,
-        zero=True,
+        device="absolute",
         exact=True,
         derivative=lambda d, y, a: (
             a.to("gt", 0.0).to("where", d, a.to("lt", 0.0).to("where", -d, d * 0.0)),
         ),
     ),
-    Scalar("square", 1, torch.square, zero=True, derivative=lambda d, y, a: (d * a * 2.0,)),
+    Scalar("square", 1, torch.square, powers=(2,), derivative=lambda d, y, a: (d * a * 2.0,)),
     Scalar(
         "recip",
         1,
         torch.reciprocal,
+        powers=(-1,),
         flops=2,
         special=1,
         derivative=lambda d, y, a: (-(d * y.to("square")),),
@@ -158,7 +206,6 @@ _ROWS = (
         torch.expm1,
         flops=12,
         special=1,
-        zero=True,
         derivative=lambda d, y, a: (d * a.to("exp"),),
     ),
     Scalar("log", 1, torch.log, flops=2, special=1, derivative=lambda d, y, a: (d / a,)),
@@ -168,22 +215,22 @@ _ROWS = (
         torch.log1p,
         flops=16,
         special=2,
-        zero=True,
         derivative=lambda d, y, a: (d / (a + 1.0),),
     ),
     Scalar(
         "sqrt",
         1,
         torch.sqrt,
+        powers=(0.5,),
         flops=2,
         special=1,
-        zero=True,
         derivative=lambda d, y, a: (d * 0.5 / y,),
     ),
     Scalar(
         "rsqrt",
         1,
         torch.rsqrt,
+        powers=(-0.5,),
         flops=2,
         special=1,
         derivative=lambda d, y, a: (d * (y * y.to("square")) * -0.5,),
@@ -194,7 +241,6 @@ _ROWS = (
         torch.tanh,
         flops=2,
         special=1,
-        zero=True,
         derivative=lambda d, y, a: (d * (1.0 - y.to("square")),),
     ),
     Scalar(
@@ -211,7 +257,6 @@ _ROWS = (
         torch.erf,
         flops=10,
         special=1,
-        zero=True,
         derivative=lambda d, y, a: (
             d * ((-a.to("square")).to("exp") * (2.0 / math.sqrt(math.pi))),
         ),
@@ -222,7 +267,6 @@ _ROWS = (
         torch.sin,
         flops=4,
         special=1,
-        zero=True,
         derivative=lambda d, y, a: (d * a.to("cos"),),
     ),
     Scalar(
@@ -237,7 +281,6 @@ _ROWS = (
         "maximum",
         2,
         torch.maximum,
-        zero=True,
         commutes=True,
         selects=True,
         derivative=lambda d, y, a, b: (
@@ -249,7 +292,6 @@ _ROWS = (
         "minimum",
         2,
         torch.minimum,
-        zero=True,
         commutes=True,
         selects=True,
         derivative=lambda d, y, a, b: (
@@ -257,7 +299,7 @@ _ROWS = (
             _half_at_ties(d, b.to("gt", a), b, a),
         ),
     ),
-    Scalar("clamp", 3, _clamp, flops=2, zero=True, selects=True, derivative=_clamp_derivative),
+    Scalar("clamp", 3, _clamp, flops=2, selects=True, derivative=_clamp_derivative),
     Scalar("eq", 2, torch.eq, result="bool", exact=True, commutes=True),
     Scalar("ne", 2, torch.ne, result="bool", exact=True, commutes=True),
     Scalar("lt", 2, torch.lt, result="bool", exact=True),
@@ -268,7 +310,6 @@ _ROWS = (
         "where",
         3,
         _where,
-        zero=True,
         selects=True,
         chooses=True,
         derivative=lambda d, y, c, a, b: (None, c.to("where", d, 0.0), c.to("where", 0.0, d)),
@@ -286,7 +327,7 @@ def _rounding(dtype: DType) -> Scalar:
         return x if x.dtype == torch.float64 else x.to(dtype.torch).to(x.dtype)
 
     name = f"rounded_{dtype.name}"
-    return Scalar(name, 1, evaluate, zero=True, exact=True, derivative=lambda d, y, a: (d,))
+    return Scalar(name, 1, evaluate, exact=True, derivative=lambda d, y, a: (d,))
 
 
 def cast_to(dtype: DType) -> str:
@@ -304,7 +345,6 @@ def _cast(dtype: DType) -> Scalar:
         name,
         1,
         lambda x: x.to(dtype.torch).to(x.dtype),
-        zero=True,
         exact=True,
         written=True,
         derivative=lambda d, y, a: (d.to(name),),
@@ -314,3 +354,19 @@ def _cast(dtype: DType) -> Scalar:
 _ROUNDINGS = tuple(_rounding(d) for d in (bf16, f16, e4m3, e5m2))
 _CASTS = tuple(_cast(d) for d in (bf16, f16, f32, e4m3, e5m2))
 SCALARS: dict[str, Scalar] = {row.name: row for row in (*_ROWS, *_ROUNDINGS, *_CASTS)}
+
+
+def _named(is_it: Callable[[Scalar], bool]) -> str:
+    """The name of the only function of a kind."""
+    (found,) = (row.name for row in _ROWS if is_it(row))
+    return found
+
+
+# The functions that passes build with.
+SUM = _named(lambda row: row.signs == (1, 1))
+DIFFERENCE = _named(lambda row: row.signs == (1, -1))
+NEGATION = _named(lambda row: row.is_negation)
+PRODUCT = _named(lambda row: row.is_product)
+SQUARE = _named(lambda row: row.powers == (2,))
+CHOICE = _named(lambda row: row.chooses)
+AT_MOST = _named(lambda row: row.evaluate is torch.le)

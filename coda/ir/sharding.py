@@ -34,6 +34,8 @@ from coda.ir.graph import (
     users,
     walk,
 )
+from coda.ir.monoids import MONOIDS
+from coda.ir.scalars import SCALARS
 
 FULL, SPLIT, PARTIAL = "full", "split", "partial"
 
@@ -109,7 +111,7 @@ def _sum(node: Contract | Reduce, symbol: str, operands: list[str]) -> str:
         if len(axes) > 1:  # each part of one axis meets each part of the other
             raise Inseparable(node, f"it needs all of `{symbol}`")
     summed: Dim = node.lhs.shape[-1] if isinstance(node, Contract) else node.arg.shape[node.axis]
-    adds = isinstance(node, Contract) or node.fn == "sum"
+    adds = isinstance(node, Contract) or MONOIDS[node.fn].is_plain_sum
     if symbol in summed.symbols:
         if not adds:
             raise Inseparable(node, f"it needs all of `{symbol}`")
@@ -125,15 +127,8 @@ def _sum(node: Contract | Reduce, symbol: str, operands: list[str]) -> str:
 def _map(node: Map, operands: list[str]) -> str:
     if PARTIAL not in operands:
         return SPLIT if SPLIT in operands else FULL
-    alone = operands.count(PARTIAL) == 1 and SPLIT not in operands
-    linear = {
-        "neg": True,
-        "add": all(s == PARTIAL for s in operands),
-        "sub": all(s == PARTIAL for s in operands),
-        "mul": alone,
-        "div": alone and operands[0] == PARTIAL,
-    }
-    if not linear.get(node.fn, False):
+    linear = SCALARS[node.fn].is_linear_in([s == PARTIAL for s in operands])
+    if not linear or SPLIT in operands:
         raise Inseparable(node, "each rank has only its part of the sum that it reads")
     return PARTIAL
 

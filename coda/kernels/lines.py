@@ -7,11 +7,10 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from coda.ir.scalars import SCALARS
 from coda.ir.types import DType
 from coda.lowering.program.epilogue import Call, Expr, Literal, calls
 
-INFIX = {"add": "+", "sub": "-", "mul": "*"}
-RENAMED = {"abs": "absolute", "pow": "power"}
 RESERVED = {"acc", "c", "D", "epilogue", "pause", "prepass", "KERNEL"}
 
 
@@ -48,22 +47,15 @@ class Lines:
 
     def call(self, call: Call) -> str:
         """The right side of one assignment."""
-        args = [self.name(a) for a in call.args]
-        if call.fn in INFIX:
-            if isinstance(call.args[0], Literal) and not isinstance(call.args[1], Literal):
-                return self.reversed(call.fn, args)
-            return f"{args[0]} {INFIX[call.fn]} {args[1]}"
-        if call.fn == "neg":
-            return f"-{args[0]}"
-        name = RENAMED.get(call.fn, call.fn)
-        self.imported.add(name)
-        return f"{name}({', '.join(args)})"
-
-    def reversed(self, fn: str, args: list[str]) -> str:
-        """A number on the left: on the right where the operation commutes."""
-        if fn == "sub":
-            return f"{args[0]} - {args[1]}"
-        return f"{args[1]} {INFIX[fn]} {args[0]}"
+        row, args = SCALARS[call.fn], [self.name(a) for a in call.args]
+        name = row.device or row.name
+        if name.isidentifier():
+            self.imported.add(name)
+            return f"{name}({', '.join(args)})"
+        numbers = [isinstance(a, Literal) for a in call.args]
+        if row.commutes and numbers == [True, False]:  # a number on the right
+            args.reverse()
+        return f"{args[0]} {name} {args[1]}" if len(args) > 1 else f"{name}{args[0]}"
 
 
 def stored(value: str, dtype: DType, imported: set[str]) -> str:

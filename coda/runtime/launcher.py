@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coda.ir.dims import Dim, product
 from coda.ir.graph import Input, Node, Size, walk
+from coda.ir.monoids import MONOIDS
 from coda.ir.types import from_torch
 from coda.kernels.gemm import quack_target
 from coda.kernels.gemm.configs import cta_rows
@@ -339,7 +340,7 @@ class KernelRun(ReferenceRun):
             elif sink.monoid == "pick":
                 sinks[sink.buffer] = self.new((rows,), torch.float32, "nan")
             else:
-                dtype = torch.int64 if sink.monoid == "variance" else torch.float32
+                dtype = torch.int64 if len(MONOIDS[sink.monoid].planes) == 2 else torch.float32
                 sinks[sink.buffer] = self.new((rows, parts), dtype)
         return stores, sinks
 

@@ -349,7 +349,7 @@ class _Points:
             points = stat.group // self.lanes or self.points
             groups = self.points // points if stat.group else 1
             x = x.reshape(self.rows, groups, points)
-            x = x.sum(2) / stat.width if stat.monoid == "mean" else monoid.reduce(x, 2)
+            x = x.sum(2) / stat.width if monoid.average_of else monoid.reduce(x, 2)
             x = x.reshape(self.rows, groups)
             self.stats[stat.name] = x.repeat_interleave(points, 1) if stat.group else x
 

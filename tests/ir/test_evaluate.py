@@ -1,10 +1,14 @@
 """What a graph means, node by node, against torch; slices and numbers that mislead are refused."""
 
+import ast
+import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import coda
 from coda.errors import InternalError, ShapeError
 from coda.ir.dims import Dim
 from coda.ir.evaluate import evaluate
@@ -38,11 +42,70 @@ def test_scalars_in_float64_and_op_by_op(row):
     assert eager.dtype == node.dtype.torch
 
 
-def test_zero_of_zeros_is_as_the_table_says():
+def sample(row, signed=True):
+    """Arguments of a function, one row of each; positive where it has no meaning below 0."""
+    values = torch.linspace(-3.0, 2.9, 24, dtype=torch.float64)
+    values = values if signed else values.abs() + 0.1
+    return [values.roll(5 * i) for i in range(row.arity)]
+
+
+@pytest.mark.parametrize("row", SCALARS.values(), ids=lambda row: row.name)
+def test_facets_say_what_a_function_is(row):
+    """Sums of signed arguments, products of powers, poles, choices: as the values are."""
+    x = sample(row)
+    if row.signs:
+        whole = sum(sign * a for sign, a in zip(row.signs, x, strict=True))
+        torch.testing.assert_close(row.evaluate(*x), whole)
+    if row.powers:
+        y = sample(row, signed=False)
+        whole = math.prod(a**power for power, a in zip(row.powers, y, strict=True))
+        torch.testing.assert_close(row.evaluate(*y), whole)
+    if row.commutes:
+        torch.testing.assert_close(row.evaluate(*x), row.evaluate(*x[::-1]))
+    if row.arity == 1 and row.diverges_at_zero:
+        assert row.evaluate(torch.zeros((), dtype=torch.float64)).isinf()
+    if row.chooses:
+        a, b = row.evaluate(torch.ones(24), *x[1:]), row.evaluate(torch.zeros(24), *x[1:])
+        assert torch.equal(a, x[1])
+        assert torch.equal(b, x[2])
+
+
+@pytest.mark.parametrize("row", SCALARS.values(), ids=lambda row: row.name)
+def test_what_is_called_linear_is(row):
+    """f(x + t d) = f(x) + t (f(x + d) - f(x)) in the arguments that are moved, and f(0) = 0."""
+    x = sample(row, signed=False)
+    for chosen in itertools.product((False, True), repeat=row.arity):
+        if not any(chosen) or not row.is_linear_in(chosen):
+            continue
+        moved = lambda t: row.evaluate(  # noqa: E731
+            *(a + t * a.roll(3) if c else a for a, c in zip(x, chosen, strict=True))  # noqa: B023
+        )
+        straight = moved(0.0) + 2.5 * (moved(1.0) - moved(0.0))
+        torch.testing.assert_close(moved(2.5), straight)
+        none = [torch.zeros_like(a) if c else a for a, c in zip(x, chosen, strict=True)]
+        assert not row.evaluate(*none).any()
+    known = {"add", "sub", "neg", "mul", "div"}
+    every = itertools.product((False, True), repeat=row.arity)
+    assert any(any(c) and row.is_linear_in(c) for c in every) == (row.name in known)
+
+
+def test_every_function_has_one_on_the_device():
+    """An operator, or a function of device_math, which is read as text: it needs the DSL."""
+    text = (Path(coda.__file__).parent / "kernels/device_math.py").read_text()
+    tree = ast.parse(text)
+    arguments = {n.name: len(n.args.args) for n in tree.body if isinstance(n, ast.FunctionDef)}
+    for one in tree.body:  # other names of the same functions
+        if isinstance(one, ast.Assign) and isinstance(one.targets[0], ast.Tuple):
+            pairs = zip(one.targets[0].elts, getattr(one.value, "elts", ()), strict=False)
+            arguments |= {
+                a.id: arguments[b.id] for a, b in pairs if getattr(b, "id", "") in arguments
+            }
     for row in SCALARS.values():
-        zeros = [torch.zeros((), dtype=torch.float64)] * row.arity
-        found = row.evaluate(*zeros).item()
-        assert not row.zero or found == 0, row.name
+        name = row.device or row.name
+        if name.isidentifier():
+            assert arguments[name] == row.arity
+        else:
+            assert row.signs or row.powers
 
 
 @pytest.mark.parametrize(("start", "size", "step"), [(0, 8, 1), (1, 3, 2), (7, 1, 1), (0, 4, 2)])

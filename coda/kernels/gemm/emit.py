@@ -7,6 +7,8 @@ from typing import assert_never
 
 from coda.errors import InternalError, UnsupportedError
 from coda.ir.dims import show_shape
+from coda.ir.monoids import MONOIDS
+from coda.ir.scalars import CHOICE
 from coda.ir.types import bf16, e4m3, e5m2, f16, f32
 from coda.kernels.gemm.dedupe import first_alike
 from coda.kernels.gemm.ragged import vanishes
@@ -43,19 +45,17 @@ from coda.lowering.program.epilogue import (
 from coda.lowering.program.program import GemmKernel, Program
 
 COMPILED = {bf16, f16, e4m3, e5m2}
-SINKS = {
-    "sum": "ColVecReduce({0!r})",
-    "mean": "ColVecReduce({0!r})",
-    "logsumexp": "LogSumExp({0!r})",
-    "variance": "Moments({0!r})",
-}
-GROUPS = {"sum": "GroupSum", "mean": "GroupMean"}
 PAUSE = 4  # points, or two columns each, between pauses
 OURS = {
     "ops": {"GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "PairStore"}
     | {"Select", "SplitStore"},
     "ops_sm100": {"Pause", "RowInTurn", "SumInTurn"},
 }
+
+
+def is_sum(sink: SinkExpr) -> bool:
+    """Whether a sink adds up what it takes, so that 0 is harmless."""
+    return sink.monoid in MONOIDS and MONOIDS[sink.monoid].sums
 
 
 def emit_gemm(program: Program, kernel: GemmKernel) -> Source:
@@ -228,7 +228,7 @@ class _Emitter:
             exprs = [self.inside(sink, e) for e in sink.lanes]
             values = body.assign(exprs)
             if self.pair and len(values) == 1:
-                values.append("0.0" if sink.monoid in ("sum", "mean") else values[0])
+                values.append("0.0" if is_sum(sink) else values[0])
             value = f"pack({', '.join(values)})" if self.pair else values[0]
             found[safe(sink.buffer)] = sink.buffer
             if self.in_turn(sink):
@@ -245,12 +245,11 @@ class _Emitter:
         """What a sink takes: sums of columns outside the matrix must vanish."""
         if sink.rows:
             return self.inside_rows(expr)
-        sums = sink.monoid in ("sum", "mean")
-        if not (sums and self.ragged) or vanishes(expr, self.kinds):
+        if not (is_sum(sink) and self.ragged) or vanishes(expr, self.kinds):
             return expr
         self.masked = True
         self.kinds["inside"] = Operand("inside", f32, RowVector())
-        return Call("where", (Load("inside"), expr, Literal(0.0)))
+        return Call(CHOICE, (Load("inside"), expr, Literal(0.0)))
 
     def inside_rows(self, expr: Expr) -> Expr:
         """What a sum over the rows takes: it must vanish in the rows outside the matrix."""
@@ -258,7 +257,7 @@ class _Emitter:
             return expr
         self.rows_masked = True
         self.kinds["inside_rows"] = Operand("inside_rows", f32, ColumnVector())
-        return Call("where", (Load("inside_rows"), expr, Literal(0.0)))
+        return Call(CHOICE, (Load("inside_rows"), expr, Literal(0.0)))
 
     def prepass(self) -> tuple[Lines, list[tuple[str, str]]]:
         lines = Lines(self.single)
@@ -363,7 +362,7 @@ class _Emitter:
             elif sink.rows and not self.in_turn(sink):
                 reduced.append(f"{name!r}: {self.make(f'RowVecReduce({name!r})')}")
             elif not sink.rows:
-                reduced.append(f"{name!r}: {self.make(SINKS[sink.monoid].format(name))}")
+                reduced.append(f"{name!r}: {self.make(MONOIDS[sink.monoid].sink.format(name))}")
         if reduced:
             lines += ["    outs={", *(f"        {r}," for r in reduced), "    },"]
         if extra:
@@ -390,7 +389,7 @@ class _Emitter:
         found += [(t.name, self.table(t)) for t in self.tables]
         for stat in self.epilogue.statistics:
             if stat.group:
-                found.append((stat.name, f"{GROUPS[stat.monoid]}({stat.name!r})"))
+                found.append((stat.name, MONOIDS[stat.monoid].group.format(stat.name)))
         for sink in self.epilogue.sinks:
             if self.in_turn(sink):
                 name = safe(sink.buffer)

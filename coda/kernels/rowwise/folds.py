@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coda.ir.dims import ONE
+from coda.ir.monoids import MONOIDS
 from coda.kernels.lines import safe, stored
 from coda.kernels.rowwise.pieces import LANES, fold_warps
 from coda.kernels.rowwise.sweeps import INDENT, Sweeps, indented
@@ -47,7 +48,7 @@ class Folds(Sweeps):
     def of_tiles(self, stat: Statistic) -> Fold:
         """A fold of partials of tiles of columns, the last of which may be narrower."""
         source = safe(stat.operand or "")
-        if stat.monoid != "variance":
+        if not MONOIDS[stat.monoid].counted:
             return self.accumulate(stat, f"{source}[row, part]")
         parts = self.parts(stat)
         last = stat.width - stat.count * (parts - 1)
@@ -59,7 +60,7 @@ class Folds(Sweeps):
         """A fold of any number of parts, or of values of rows."""
         value = f"{safe(stat.operand or '')}[row, part]"
         value += ".to(Float32)" if stat.operand in self.lines else ""
-        if stat.monoid != "variance":
+        if not MONOIDS[stat.monoid].counted:
             return self.accumulate(stat, value)
         return self.moments(stat, f"(Float32(1.0), {value}, zero())", f"/ {stat.name}_n")
 
@@ -145,7 +146,8 @@ class Folds(Sweeps):
         out, merged = list[str](), list[str]()
         for stat in self.epilogue.statistics:
             name, source = stat.name, safe(stat.operand or "")
-            part = replace(stat, monoid="sum") if stat.monoid == "mean" else stat
+            monoid = MONOIDS[stat.monoid]
+            part = replace(stat, monoid=monoid.average_of or stat.monoid)
             start, inner, end = self.of_parts(part)
             threads = f"{TOTAL_WARPS} * LANES"
             loop = [
@@ -155,8 +157,8 @@ class Folds(Sweeps):
             ]
             planes = [name]
             start2, inner2, end2 = self.accumulate(stat, f"{name}_of[lane]")
-            if stat.monoid == "variance":
-                planes = [f"{name}_{plane}" for plane in ("n", "mean", "m2")]
+            if monoid.counted:
+                planes = [f"{name}_{plane}" for plane in ("n", *monoid.planes)]
                 state = ", ".join(f"{p}_of[lane]" for p in planes)
                 start2, inner2, end2 = self.moments(stat, f"({state})", f"/ {name}_n")
             out += [f"{p}_of = room({TOTAL_WARPS})" for p in planes]

@@ -9,7 +9,9 @@ from math import gcd
 from typing import assert_never
 
 import numpy as np
+import torch
 
+from coda.ir.scalars import SCALARS
 from coda.lowering.program.access import (
     ColumnVector,
     Grouped,
@@ -52,14 +54,15 @@ class Piece:
             return Literal(self.numbers[expr])
         if not isinstance(expr, Call):
             return expr
-        if expr.fn == "where":
+        row = SCALARS[expr.fn]
+        if row.chooses:
             test = self.special(expr.args[0], memo)
             if isinstance(test, Literal):
                 return self.special(expr.args[1 if test.value else 2], memo)
         args = tuple(self.special(a, memo) for a in expr.args)
-        if expr.fn == "le" and all(isinstance(a, Literal) for a in args):
-            a, b = (x.value for x in args if isinstance(x, Literal))
-            return Literal(float(a <= b))
+        numbers = [torch.tensor(a.value) for a in args if isinstance(a, Literal)]
+        if row.result == "bool" and len(numbers) == len(args):
+            return Literal(float(row.evaluate(*numbers)))
         return Call(expr.fn, args)
 
 

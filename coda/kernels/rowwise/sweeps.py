@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
+from coda.ir.monoids import MONOIDS
 from coda.kernels.lines import Lines, safe
 from coda.kernels.rowwise.pieces import (
     LANES,
@@ -39,7 +40,6 @@ from coda.lowering.program.epilogue import (
 from coda.lowering.program.program import Program, RowwiseKernel
 
 INDENT = "    "
-SUMS = ("sum", "mean")
 
 
 def indented(lines: Iterable[str], depth: int = 1) -> list[str]:
@@ -210,7 +210,7 @@ class Sweeps:
             name = stat.name
             lines, (value,) = self.assigned([expr], f"{name}_x")
             self.rows |= {"zero", "lanes_sum"}
-            share = f" * {1.0 / stat.group!r}" if stat.monoid == "mean" else ""
+            share = f" * {1.0 / stat.group!r}" if MONOIDS[stat.monoid].average_of else ""
             lanes = stat.group // self.lanes // self.vec
             out += [
                 f"{name}_s = zero()",
@@ -264,40 +264,34 @@ class Sweeps:
 
     def accumulate(self, stat: Statistic, value: str) -> tuple[list[str], list[str], list[str]]:
         """Start, step and end of a fold over the lanes' values."""
-        name = stat.name
-        if stat.monoid in SUMS:
-            self.rows |= {"zero", "warp_sum"}
-            end = f"warp_sum({name}_s)"
-            if stat.monoid == "mean" and stat.width:
-                end = f"{end} * {1.0 / stat.width!r}"
-            elif stat.monoid == "mean":
-                end = f"{end} / {self.length(stat)}"
-            return [f"{name}_s = zero()"], [f"{name}_s = {name}_s + {value}"], [f"{name} = {end}"]
-        if stat.monoid in ("max", "min"):
-            start = "lowest" if stat.monoid == "max" else "highest"
-            self.rows |= {start, f"warp_{stat.monoid}"}
-            fn = "maximum" if stat.monoid == "max" else "minimum"
-            self.math.add(fn)
-            step = f"{name}_s = {fn}({name}_s, {value})"
-            return [f"{name}_s = {start}()"], [step], [f"{name} = warp_{stat.monoid}({name}_s)"]
-        self.rows |= {"lse_step", "warp_lse", "lowest", "zero"}
-        return (
-            [f"{name}_s = (lowest(), zero())"],
-            [f"{name}_s = lse_step({name}_s, {value})"],
-            [f"{name} = warp_lse({name}_s)"],
-        )
+        name, monoid = stat.name, MONOIDS[stat.monoid]
+        warp = monoid.warp
+        self.rows |= {*warp.start, warp.merge}
+        start = ", ".join(f"{s}()" for s in warp.start)
+        if len(warp.start) > 1:
+            start = f"({start})"
+            self.rows.add(warp.step)
+        elif warp.step.isidentifier():
+            self.math.add(warp.step)
+        step = f"{warp.step}({name}_s, {value})"
+        if not warp.step.isidentifier():
+            step = f"{name}_s {warp.step} {value}"
+        end = f"{warp.merge}({name}_s)"
+        if monoid.average_of:
+            end += f" * {1.0 / stat.width!r}" if stat.width else f" / {self.length(stat)}"
+        return [f"{name}_s = {start}"], [f"{name}_s = {step}"], [f"{name} = {end}"]
 
     def sweep(self, level: list[Statistic]) -> list[str]:
         """One sweep of the row for some statistics, and a second one for their variances."""
-        pivots = {s.expr: s.name for s in level if s.monoid == "variance"}
+        pivots = {(s.expr, MONOIDS[s.monoid].also): s.name for s in level}
         starts: list[str] = []
         ends: list[str] = []
         steps: dict[str, str] = {}
         for stat in level:
-            if stat.monoid == "mean" and stat.expr in pivots:
-                ends.append(f"{stat.name} = {pivots[stat.expr]}_mean")
+            if (stat.expr, stat.monoid) in pivots:
+                ends.append(f"{stat.name} = {pivots[stat.expr, stat.monoid]}_mean")
                 continue
-            if stat.monoid == "variance":
+            if MONOIDS[stat.monoid].counted:
                 self.rows |= {"zero", "warp_sum"}
                 starts += [*self.pivot(stat), f"{stat.name}_s = zero()"]
                 steps[stat.name] = f"{stat.name}_s = {stat.name}_s + (@ - {stat.name}_k)"
@@ -309,7 +303,7 @@ class Sweeps:
             steps[stat.name] = step[0]
         ends.sort(key=lambda line: line.endswith("_mean"))
         out = [*starts, *self.reduced(level, steps, "a"), *ends]
-        return out + self.deviations([s for s in level if s.monoid == "variance"])
+        return out + self.deviations([s for s in level if MONOIDS[s.monoid].counted])
 
     def reduced(self, level: list[Statistic], steps: dict[str, str], prefix: str) -> list[str]:
         """Loops over the pieces, with a step for each statistic that has values there."""
@@ -320,7 +314,7 @@ class Sweeps:
             for stat in level:
                 if stat.name in steps and stat.expr is not None:
                     expr = piece.special(stat.expr)
-                    if not (stat.monoid in SUMS and expr == Literal(0.0)):
+                    if not (MONOIDS[stat.monoid].sums and expr == Literal(0.0)):
                         chosen.append((stat, expr))
             if not chosen:
                 continue

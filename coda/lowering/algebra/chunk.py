@@ -30,6 +30,8 @@ from coda.ir.graph import (
     origin,
     walk,
 )
+from coda.ir.monoids import MONOIDS
+from coda.ir.scalars import SUM
 from coda.ir.types import f32
 from coda.lowering.algebra.roles import base, weight_nodes
 
@@ -207,7 +209,7 @@ class _Parts:
                 return None
             case Contract(lhs=lhs, rhs=rhs) if lhs is not rhs:
                 return axis if operand is lhs else -1
-            case Reduce(fn="sum") if node.axis == axis:
+            case Reduce(fn=fn) if MONOIDS[fn].is_plain_sum and node.axis == axis:
                 return None
             case Reduce() if node.axis != axis:
                 return axis
@@ -218,7 +220,7 @@ class _Parts:
         total: Node | None = None
         for part in range(len(self.spans)):
             one = self.summand(node, part)
-            total = one if total is None else Map("add", (total, one))
+            total = one if total is None else Map(SUM, (total, one))
         assert total is not None
         return total if total.dtype == node.dtype else Cast(total, node.dtype)
 

@@ -21,19 +21,18 @@ from coda.ir.graph import (
     Reshape,
     Slice,
 )
-
-_NEVER_ZERO = ("rsqrt", "recip")
+from coda.ir.scalars import SCALARS
 
 
 def row_factor(node: Map) -> Node | None:
     """The factor of a product that is the same for all of a row, and never 0."""
-    if node.fn != "mul":
+    if not SCALARS[node.fn].is_product:
         return None
     for factor, other in (node.args, node.args[::-1]):
         under = factor
         while isinstance(under, Cast | Reshape):
             under = under.arg
-        never_zero = isinstance(under, Map) and under.fn in _NEVER_ZERO
+        never_zero = isinstance(under, Map) and SCALARS[under.fn].diverges_at_zero
         rows = factor.rank == node.rank and factor.shape[:-1] == node.shape[:-1]
         if never_zero and rows and factor.shape[-1] == ONE != other.shape[-1]:
             return factor
@@ -76,12 +75,8 @@ def _is_linear(node: Node, inside: Collection[Node]) -> bool:
     match node:
         case Slice() | Reshape() | Permute() | Cast() | Concat():
             return all(known)
-        case Map(fn="neg" | "add" | "sub"):
-            return all(known)
-        case Map(fn="mul"):
-            return sum(known) == 1
-        case Map(fn="div"):
-            return known == [True, False]
+        case Map(fn=fn):
+            return SCALARS[fn].is_linear_in(known)
         case Contract() if not node.batched:
             return known == [True, False]
     return False

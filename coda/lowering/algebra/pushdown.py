@@ -27,6 +27,7 @@ from coda.ir.graph import (
     transform,
     users,
 )
+from coda.ir.scalars import SCALARS
 
 
 def push_down(graph: Graph) -> Graph:
@@ -72,8 +73,8 @@ def _is_linear(node: Node, x: Node) -> bool:
     if not isinstance(node, Map):
         return False
     numbers = all(isinstance(a, Const | Size) for a in node.args if a is not x)
-    multiple = node.fn == "mul" or (node.fn == "div" and node.args[0] is x)
-    return node.fn in ("add", "sub", "neg") or (multiple and numbers)
+    row = SCALARS[node.fn]
+    return bool(row.signs) or (row.is_linear_in([a is x for a in node.args]) and numbers)
 
 
 def _is_alone(node: Node, above: Mapping[Node, list[Node]], returned: set[Node]) -> bool:

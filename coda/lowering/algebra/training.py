@@ -248,7 +248,7 @@ def _loaded(node: Node, weights: Collection[Node]) -> Node:
     """What a contraction's operand is in memory: under views, and gains that leave the sum."""
     while True:
         gains = [o for o in node.operands if o in weights]
-        if isinstance(node, Map) and node.fn == "mul" and len(gains) == 1:
+        if isinstance(node, Map) and SCALARS[node.fn].is_product and len(gains) == 1:
             (node,) = (o for o in node.operands if o not in weights)
         elif is_view(node) or isinstance(node, Cast):
             node = node.operands[0]

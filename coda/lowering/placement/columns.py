@@ -33,6 +33,8 @@ from coda.ir.graph import (
     Slice,
     walk,
 )
+from coda.ir.monoids import MONOIDS
+from coda.ir.scalars import CHOICE
 from coda.ir.types import f32
 from coda.lowering.algebra.roles import base
 from coda.lowering.placement.values import (
@@ -50,7 +52,6 @@ from coda.lowering.placement.values import (
 from coda.lowering.program.body import Ints, Spread
 from coda.lowering.program.epilogue import Acc, Expr, Literal, Load, Stat, leaves, stat_names
 
-SUMS = ("sum", "mean")
 Segment = tuple[int, int]  # the first of some columns, and how many
 
 
@@ -272,16 +273,16 @@ class Space:
                 self.nested -= 1
         return self.values[node]
 
-    def fold(self, node: Node, mean: Node | None = None) -> None:
+    def fold(self, node: Reduce, mean: Reduce | None = None) -> None:
         """Take a reduction's total from partials that an earlier kernel left.
 
-        `mean` is the mean of the same values where `node` is their variance: a plane of it.
+        `mean` is the reduction of the same values that is the first plane of this one.
         """
         name = f"f{len(self.folds)}"
         self.folds[name] = node
         self.values[node] = self.at(self.columns(node), Stat(name), None)
         if mean is not None:
-            self.values[mean] = self.at(self.columns(mean), Stat(name, "mean"), None)
+            self.values[mean] = self.at(self.columns(mean), Stat(name, MONOIDS[node.fn].also), None)
 
     def split(self, node: Node) -> int:
         """How many of the node's leading axes are the rows. Raises Refused."""
@@ -428,7 +429,7 @@ class Space:
         columns = self._column_axes(node)
         args = [self._aligned(a, columns) for a in node.args]
         value = combine(self, node.fn, args)
-        sums = all(s.node.fn in SUMS for s in self.statistics.values())
+        sums = all(MONOIDS[s.node.fn].sums for s in self.statistics.values())
         if self.whole_rows and not sums and value.slots.shape[1] > 1:
             raise Refused("a row kernel takes sums of pairs of columns, and no other statistic")
         return value
@@ -446,7 +447,7 @@ class Space:
     def _cast(self, node: Cast, value: Value) -> Value:
         if node.arg.dtype.kind == "bool" and node.to.kind != "bool":
             one, zero = (self.at((1,) * len(value.shape), Literal(v), None) for v in (1.0, 0.0))
-            return combine(self, "where", [value, one, zero])
+            return combine(self, CHOICE, [value, one, zero])
         if node.to.kind != "float":
             raise Refused(f"a cast to {node.to} rounds")
         return value
@@ -506,7 +507,7 @@ class Space:
         if not self.whole_rows:
             raise Refused(f"`{node.fn}` needs the whole row, and a tile has a part of it")
         paired = value.count != self.width or value.slots.shape[1] > 1
-        if paired and node.fn not in SUMS:
+        if paired and not MONOIDS[node.fn].sums:
             raise Refused("it does not reduce the columns of the kernel one by one")
         return self.at(self.columns(node), Stat(self._statistic(node, value, 0)), None)
 
@@ -522,7 +523,7 @@ class Space:
         sizes = {s.group for s in self.statistics.values() if s.group} | {size}
         if axis != -1 or first % size or size not in TILE_PARTS or len(sizes) > 1:
             raise Refused(f"`{node.fn}` does not reduce aligned groups of columns of one size")
-        if node.fn not in SUMS:
+        if not MONOIDS[node.fn].sums:
             raise Refused(f"a group statistic is a sum, not `{node.fn}`")
         out = self.at(self.columns(node), Stat(self._statistic(node, value, size)), None)
         out.group = (first + np.arange(0, value.count, size)) // size
@@ -541,7 +542,7 @@ class Space:
             raise Refused(f"`{node.fn}` does not reduce aligned groups of columns")
         if size not in TILE_PARTS:
             raise Refused(f"groups of {size} columns are not parts of a tile ({TILE_PARTS})")
-        if node.fn not in ("sum", "mean"):
+        if not MONOIDS[node.fn].group:
             raise Refused(f"a group statistic is a sum, not `{node.fn}`")
         found = GroupStatistic(
             f"g{len(self.groups)}", node.fn, self.exprs[int(value.expr[0])], size

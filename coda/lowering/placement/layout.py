@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import Node, Reduce, Slice
 from coda.ir.monoids import MONOIDS
+from coda.ir.scalars import AT_MOST, CHOICE, SUM
 from coda.ir.types import DType, f32
-from coda.lowering.placement.columns import SUMS, RowStatistic, Space
+from coda.lowering.placement.columns import RowStatistic, Space
 from coda.lowering.placement.values import LEAF, NO_LANE, Refused, Value, beside, distinct_rows
 from coda.lowering.program.access import (
     Access,
@@ -161,8 +162,8 @@ class _Assembly:
         segment = self.constant(number)
         out = kinds[-1]
         for i in range(len(kinds) - 2, -1, -1):
-            test = Call("le", (segment, Literal(float(i))))
-            out = Call("where", (test, kinds[i], out))
+            test = Call(AT_MOST, (segment, Literal(float(i))))
+            out = Call(CHOICE, (test, kinds[i], out))
         return out
 
     # Row operands.
@@ -420,8 +421,8 @@ def _line(build: _Assembly, name: str, node: Reduce) -> Statistic:
 
 def _row_statistic(build: _Assembly, name: str, one: RowStatistic) -> Statistic:
     lanes = build.lanes(one.value)
-    expr = lanes[0] if len(lanes) == 1 else Call("add", lanes)
-    if len(lanes) > 1 and one.node.fn not in SUMS:
+    expr = lanes[0] if len(lanes) == 1 else Call(SUM, lanes)
+    if len(lanes) > 1 and not MONOIDS[one.node.fn].sums:
         raise Refused("a row kernel takes sums of pairs of columns, and no other statistic")
     return Statistic(name, one.node.fn, expr, one.group or one.count, one.group)
 

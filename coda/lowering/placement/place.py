@@ -275,7 +275,8 @@ class Partition(Drafts):
         if (draft.contracts[0], node) in self.banned:
             return False
         halved = value.count < draft.space.width
-        if halved and not (isinstance(node, Reduce) and node.fn in ("sum", "mean", "max", "min")):
+        row = MONOIDS[node.fn] if isinstance(node, Reduce) else None
+        if halved and not (row and (row.sums or row.chosen)):
             return False  # one value for each pair: a second lane would count it again
         if isinstance(node, Pick):
             draft.sinks[node] = value
@@ -297,7 +298,7 @@ class Partition(Drafts):
         """Whether a reduction sums over all rows of a kernel (and over column axes after them)."""
         rows, columns = product(node.arg.shape[: node.axis + node.rank + 1]), product(node.shape)
         narrow = rows == ONE or any(d != ONE for d in node.shape[: node.axis])
-        if node.fn != "sum" or narrow or draft.kind == "torch" or columns == ONE:
+        if not MONOIDS[node.fn].is_plain_sum or narrow or draft.kind == "torch" or columns == ONE:
             return False
         mine, under = draft.space.rows, summand(node)
         leading = [product(under.shape[:i]) for i in range(1, under.rank)]
@@ -361,10 +362,10 @@ class Partition(Drafts):
         return False
 
     def moments(self, node: Reduce) -> list[Reduce]:
-        """The mean and the variance of one value, if both are wanted: one sink gives both."""
+        """A reduction and one that gives it, too, of one value: one sink gives both."""
         same = [u for u in self.users[node.arg] if isinstance(u, Reduce) and u.axis == node.axis]
-        found = [u for fn in ("mean", "variance") for u in same if u.fn == fn]
-        return found if node in found and len(found) == 2 else []
+        both = [(u, v) for v in same for u in same if u.fn == MONOIDS[v.fn].also]
+        return next((list(pair) for pair in both if node in pair), [])
 
     def after_rows(self, node: Reduce, index: int) -> int:
         """Store what a reduction over rows reads; the GEMM after which the reduction comes."""

@@ -10,6 +10,7 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from coda.ir.scalars import SCALARS
 from coda.lowering.program.body import Ints
 from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load
 
@@ -137,7 +138,7 @@ def combine(space: Expressions, fn: str, args: Sequence[Value]) -> Value:
 
 def _fold(fn: str, args: tuple[Expr, ...]) -> Expr:
     """A call, or the literal that it is."""
-    if fn == "neg" and isinstance(args[0], Literal):
+    if SCALARS[fn].is_negation and isinstance(args[0], Literal):
         return Literal(-args[0].value)
     return Call(fn, args)
 

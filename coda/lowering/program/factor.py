@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
-from coda.ir.scalars import SCALARS
+from coda.ir.scalars import DIFFERENCE, NEGATION, PRODUCT, SCALARS, SQUARE, SUM
 from coda.ir.types import has_reciprocal
 from coda.lowering.program.access import ColumnVector, Scalar
 from coda.lowering.program.epilogue import (
@@ -125,8 +125,9 @@ def work(exprs: Iterable[Expr], once: Callable[[Expr], bool]) -> int:
     """What some expressions cost at each element; a sign costs nothing."""
     total = 0
     for call in calls(exprs):
-        if call.fn != "neg" and not all(isinstance(x, Literal) or once(x) for x in leaves([call])):
-            total += SCALARS[call.fn].flops
+        row, below = SCALARS[call.fn], leaves([call])
+        if not row.is_negation and not all(isinstance(x, Literal) or once(x) for x in below):
+            total += row.flops
     return total
 
 
@@ -162,26 +163,39 @@ class _Products:
         if not isinstance(expr, Call):
             return self.single(expr)
         args = [self.product(a) for a in expr.args]
-        match expr.fn:
-            case "mul" | "square":
-                a, b = args[0], args[-1]
-                if len(a.factors) + len(b.factors) <= MOST:
-                    return a.times(b)
-            case "neg":
-                return Product(-args[0].number, args[0].factors)
-            case "div" if isinstance(expr.args[1], Literal) and has_reciprocal(expr.args[1].value):
-                return Product(args[0].number / expr.args[1].value, args[0].factors)
-            case "add" | "sub":
-                return self.sum(expr.fn, args[0], args[1])
-            case "where":
-                return self.taken_out("where", args[1], args[2], args[:1])
+        row = SCALARS[expr.fn]
+        if row.powers:
+            product = self.of_powers(row.powers, expr.args, args)
+            if product is not None:
+                return product
+        elif row.is_negation:
+            return Product(-args[0].number, args[0].factors)
+        elif row.signs:
+            return self.sum(row.signs[1], args[0], args[1])
+        elif row.chooses:
+            return self.taken_out(expr.fn, args[1], args[2], args[:1])
         return self.single(Function(expr.fn, tuple(args)))
 
-    def sum(self, fn: str, a: Product, b: Product) -> Product:
-        """A sum, with the factors that both terms have taken out of it."""
+    def of_powers(
+        self, powers: Sequence[float], exprs: Sequence[Expr], args: Sequence[Product]
+    ) -> Product | None:
+        """A product of whole powers, or None: of numbers alone a power may be -1."""
+        found = Product(1.0, ())
+        for power, expr, arg in zip(powers, exprs, args, strict=True):
+            if power == -1 and isinstance(expr, Literal) and has_reciprocal(expr.value):
+                found = Product(found.number / expr.value, found.factors)
+            elif power in (1, 2):
+                for _ in range(int(power)):
+                    found = found.times(arg)
+            else:
+                return None
+        return found if len(found.factors) <= MOST else None
+
+    def sum(self, sign: int, a: Product, b: Product) -> Product:
+        """a + b or, by the sign, a - b; the factors that both have are taken out of it."""
         if b.number < 0:
-            fn, b = "sub" if fn == "add" else "add", Product(-b.number, b.factors)
-        return self.taken_out(fn, a, b)
+            sign, b = -sign, Product(-b.number, b.factors)
+        return self.taken_out(SUM if sign > 0 else DIFFERENCE, a, b)
 
     def taken_out(self, fn: str, a: Product, b: Product, before: Sequence[Product] = ()) -> Product:
         """A function of two products (and of others before them), common factors outside."""
@@ -277,7 +291,7 @@ class _Products:
         if abs(number) != 1.0:
             factors = [_multiplied([*row, Literal(number)])]
         whole = _multiplied([*element, *factors])
-        return Call("neg", (whole,)) if number == -1.0 else whole
+        return Call(NEGATION, (whole,)) if number == -1.0 else whole
 
     def atom(self, factor: Factor) -> Expr:
         """The expression of a factor."""
@@ -294,7 +308,7 @@ def _multiplied(exprs: Sequence[Expr]) -> Expr:
     """A product, from left to right."""
     out = exprs[0]
     for expr in exprs[1:]:
-        out = Call("square", (out,)) if expr == out else Call("mul", (out, expr))
+        out = Call(SQUARE, (out,)) if expr == out else Call(PRODUCT, (out, expr))
     return out
 
 
