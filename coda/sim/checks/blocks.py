@@ -130,9 +130,8 @@ class Blocks(Races):
         of = events.flags[ids]
         open_to = (of & (flags & STRONG)) | (of & PART) if not write else of & flags
         theirs = (events.row[ids] != r[:, None]) | (events.component[ids] >= self.clocks.per)
-        if write and ins.op.startswith(
-            "st"
-        ):  # two CTAs that store one word mostly store equal values
+        # Two CTAs that store to one word mostly store equal values.
+        if write and ins.op.startswith("st"):
             theirs &= events.component[ids] >= self.clocks.per
         bad = (ids > 0) & theirs & (open_to == 0)
         if not bad.any():
