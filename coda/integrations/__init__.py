@@ -1,1 +1,1 @@
-"""Existing models: a backend for torch.compile, patches of a model's layers, modules to drop in."""
+"""Existing torch models -> models whose layers run as blocks, by torch.compile or by patching."""

@@ -1,10 +1,9 @@
-"""`torch.compile(model, backend="coda")`: Dynamo's graph with its regions replaced by blocks.
+"""Dynamo's graph of a model -> the same graph with its regions replaced by calls of blocks.
 
-Dynamo's graph is made functional before autograd sees it, regions are cut out of it and imported,
-and each becomes a block that is called with the tensors of the call: parameters are its arguments
-like any other, so nothing of the model is copied, and an optimiser's step is seen by the next call.
-Autograd goes through the blocks by their own derived backwards, and through what is left as
-through any torch code.
+This is `torch.compile(model, backend="coda")`. The graph is functionalised before autograd, then
+regions of it are imported and become blocks. Parameters are ordinary arguments of a block: they are
+not copied, and the next call sees an optimiser's update. Blocks have their own derived backwards;
+autograd differentiates the operators around them as usual.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ _blocks: dict[Graph, Block] = {}
 
 
 def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-    """Dynamo's backend `coda`: a callable that does what the graph does."""
+    """Dynamo's backend `coda`: compile a graph to a callable of the same signature."""
     return _taken(gm, example_inputs, _rest)
 
 
 def look(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """The same backend where only the report is wanted: torch runs the graph as it is."""
+    """As `backend`, for its report only: the graph is returned unchanged, for torch to run."""
     _taken(gm, example_inputs, lambda piece, _: piece.forward)
     return gm.forward
 
@@ -57,7 +56,7 @@ Rest = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
 def _taken(gm: GraphModule, example_inputs: Sequence[Any], rest: Rest) -> Callable[..., Any]:
-    """A graph with blocks in it, whole or in pieces; `rest` makes what runs around the blocks."""
+    """Compile a graph, whole or in pieces; `rest` compiles the graph around the blocks."""
     fakes = _fakes(gm, example_inputs)
     try:
         alone = left_alone(gm, hidden_writes(gm, fakes))
@@ -80,7 +79,7 @@ def _taken(gm: GraphModule, example_inputs: Sequence[Any], rest: Rest) -> Callab
 
 
 def _examined(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule | None:
-    """The graph with blocks in it, None where there are none; and a report."""
+    """The graph with regions replaced by blocks, or None if it has no region; adds a report."""
     report = GraphReport()
     keep_report(report)
     functional = _functional_or_why(gm, _fakes(gm, example_inputs), report)
@@ -90,7 +89,7 @@ def _examined(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule | N
     given = {n: e for n, e in zip(places, example_inputs, strict=True) if is_parameter(n)}
     try:
         split = _split(functional, report, given)
-    except Exception as e:  # a fault of coda's must not be one of the model's
+    except Exception as e:  # an internal error must not stop the model
         report.regions.clear()
         report.whole = f"coda fails on it, please report it: {type(e).__name__}: {e}"
         warnings.warn(report.whole, RuntimeWarning, stacklevel=2)
@@ -100,13 +99,13 @@ def _examined(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule | N
 
 
 def _fakes(gm: GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
-    """The arguments of a graph as Dynamo saw them: parameters may lie elsewhere by now."""
+    """Fake arguments as Dynamo traced them: parameters may have moved to other memory since."""
     places = gm.graph.find_nodes(op="placeholder")
     return [n.meta.get("example_value", e) for n, e in zip(places, example_inputs, strict=True)]
 
 
 def _compile_ahead(report: GraphReport) -> None:
-    """Compile the kernels of a graph side by side, instead of each when it is first called."""
+    """Compile the kernels of a graph in parallel, before their first calls."""
     programs = report.programs
     if choose_backend("") != "cuda" or not programs:
         return
@@ -114,14 +113,14 @@ def _compile_ahead(report: GraphReport) -> None:
 
     try:
         compile_ahead(programs)
-    except CodaError as e:  # each call compiles what it needs, or says why it cannot
+    except CodaError as e:  # each call then compiles its kernels, or raises
         warnings.warn(f"kernels are not compiled ahead: {e.message}", RuntimeWarning, stacklevel=2)
 
 
 def _functional_or_why(
     gm: GraphModule, fakes: Sequence[Any], report: GraphReport
 ) -> GraphModule | None:
-    """The functional graph; where torch's own tracer refuses, None, and why in the report."""
+    """The functional graph; None, with the reason in the report, if torch's tracer fails."""
     try:
         return _functional(gm, fakes)
     except Exception as e:
@@ -130,7 +129,7 @@ def _functional_or_why(
 
 
 def _rest(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """What runs the graph around the blocks: torch op by op, or Inductor."""
+    """Compile the graph around the blocks: torch op by op, or Inductor."""
     chosen = settings.FALLBACK.get() or ("inductor" if gpu_target() else "eager")
     if chosen == "eager":
         return gm.forward
@@ -140,7 +139,7 @@ def _rest(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
 
 
 def _functional(gm: GraphModule, fakes: Sequence[Any]) -> GraphModule:
-    """The graph in ATen operators that write to no argument; writes come at the end."""
+    """The graph in functional ATen operators; writes to arguments become copies at the end."""
     _numbers_as_they_are(gm)
     made = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True)
     found: Any = made[0]
@@ -165,7 +164,7 @@ def _functional(gm: GraphModule, fakes: Sequence[Any]) -> GraphModule:
 
 
 def _copies_with_gradients(gm: GraphModule) -> None:
-    """What was a copy into a part of a tensor, as operators that torch can differentiate."""
+    """Replace `aten.copy` (a write into a slice) by cast and expand, which have derivatives."""
     for node in list(gm.graph.nodes):
         if node.target is not aten.copy.default:
             continue
@@ -180,7 +179,7 @@ def _copies_with_gradients(gm: GraphModule) -> None:
 
 
 def _numbers_as_they_are(gm: GraphModule) -> None:
-    """Numbers that Dynamo keeps open (a float of a module) as their values, guarded by torch."""
+    """Replace symbolic floats (attributes of a module) by their values, which torch guards."""
     for node in list(gm.graph.nodes):
         value = node.meta.get("example_value")
         if node.op == "call_method" and node.target == "item" and isinstance(value, torch.SymFloat):
@@ -190,7 +189,7 @@ def _numbers_as_they_are(gm: GraphModule) -> None:
 
 
 def _write_back(gm: GraphModule, mutated: dict[str, str]) -> None:
-    """Copy what an argument is to become into it, after everything else."""
+    """Copy the final values of mutated arguments into them, at the end of the graph."""
     if not mutated:
         return
     places = {n.name: n for n in gm.graph.nodes if n.op == "placeholder"}
@@ -206,9 +205,9 @@ def _write_back(gm: GraphModule, mutated: dict[str, str]) -> None:
 
 
 def _split(gm: GraphModule, report: GraphReport, given: Mapping[FxNode, Tensor]) -> GraphModule:
-    """The graph with calls of blocks in the place of its regions.
+    """The graph with its regions replaced by calls of blocks.
 
-    `given` are the model's own parameters: those that kernels read as one get one memory.
+    `given` are the model's parameters: those that a kernel reads as one matrix share one buffer.
     """
     modes = _modes(gm.graph)
     _mark_gradients(gm.graph, modes)
@@ -230,7 +229,7 @@ def _split(gm: GraphModule, report: GraphReport, given: Mapping[FxNode, Tensor])
 
 @dataclass(frozen=True)
 class _Region:
-    """Some nodes that become a block."""
+    """Nodes that become one block."""
 
     nodes: list[FxNode]
     imported: Imported
@@ -238,13 +237,13 @@ class _Region:
 
     @property
     def in_kernels(self) -> bool:
-        """Whether there is a kernel for each part of it."""
+        """Whether all of it runs in generated kernels, none of it op by op in torch."""
         kernels = self.report.forward.program.kernels
         return not any(isinstance(k, TorchKernel) for k in kernels)
 
 
 def _chosen(whole: list[FxNode]) -> tuple[_Region | None, str]:
-    """A region, up to its last products where not all of it is for kernels; and then why."""
+    """(region, or its part up to the last contractions, or None; why nodes are left to torch)."""
     made = _made(whole)
     if isinstance(made, _Region) and made.in_kernels:
         return made, ""
@@ -258,7 +257,7 @@ def _chosen(whole: list[FxNode]) -> tuple[_Region | None, str]:
 
 
 def _made(nodes: list[FxNode]) -> _Region | str:
-    """The region of some nodes, or why they stay torch's."""
+    """The region of some nodes, or the reason why they are left to torch."""
     nodes = with_all_parts(nodes)
     try:
         imported = _import(nodes)
@@ -271,7 +270,7 @@ def _made(nodes: list[FxNode]) -> _Region | str:
             raise UnsupportedError("torch does it as cheaply")
     except CodaError as e:
         return f"its region stays torch's: {e.message}"
-    except Exception as e:  # a fault of coda's must not be one of the model's
+    except Exception as e:  # an internal error must not stop the model
         why = f"coda fails on its region, please report it: {type(e).__name__}: {e}"
         warnings.warn(why, RuntimeWarning, stacklevel=2)
         return why
@@ -279,7 +278,7 @@ def _made(nodes: list[FxNode]) -> _Region | str:
 
 
 def block_for(graph: Graph) -> Block:
-    """The one block of a graph: layers that are alike share it, and all that is compiled for it."""
+    """The block of a graph: equal layers share it, and its compiled kernels."""
     if graph not in _blocks:
         _blocks[graph] = Block(None, graph)
     return _blocks[graph]
@@ -293,7 +292,7 @@ def _import(nodes: list[FxNode]) -> Imported:
 
 
 def _refuse_devices(imported: Imported) -> None:
-    """Raise UnsupportedError where the backend does not run a region on these tensors."""
+    """Raise UnsupportedError if the backend cannot run a region on these devices and dtypes."""
     devices = {value_of(n).device for n in imported.inputs}
     if len(devices) > 1:
         raise UnsupportedError("its tensors lie on several devices")
@@ -306,7 +305,7 @@ def _refuse_devices(imported: Imported) -> None:
 
 
 def _refuse_unknown_columns(imported: Imported) -> None:
-    """Raise UnsupportedError where a call alone tells a size that is built into kernels."""
+    """Raise UnsupportedError if a size that is constant in kernels is known only at run time."""
     rows = row_symbols(walk(imported.graph.roots))
     for node, source in zip(imported.graph.inputs, imported.inputs, strict=True):
         for dim, size in zip(node.shape, value_of(source).shape, strict=True):
@@ -315,7 +314,7 @@ def _refuse_unknown_columns(imported: Imported) -> None:
 
 
 def _wanted(imported: Imported) -> tuple[str, ...] | None:
-    """Names of the arguments that get gradients; None where autograd does not record."""
+    """Names of the arguments with requires_grad; None if autograd does not record."""
     if not torch.is_grad_enabled():
         return None
     pairs = zip(imported.graph.inputs, imported.inputs, strict=True)
@@ -323,7 +322,7 @@ def _wanted(imported: Imported) -> tuple[str, ...] | None:
 
 
 def _sizes(imported: Imported) -> dict[str, int]:
-    """Sizes of the symbols of a region, as they were when it was traced or may be in a call.
+    """Sizes of the symbols of a region: those of the traced call, or a hint for unbacked ones.
 
     Raises CallError.
     """
@@ -332,7 +331,7 @@ def _sizes(imported: Imported) -> dict[str, int]:
 
 
 def _modes(graph: FxGraph) -> dict[FxNode, bool]:
-    """Whether autograd records, at each operator; the switches themselves are taken away."""
+    """Whether autograd records at each operator; removes the operators that switch it."""
     modes: dict[FxNode, bool] = {}
     mode = torch.is_grad_enabled()
     for node in list(graph.nodes):
@@ -345,7 +344,7 @@ def _modes(graph: FxGraph) -> dict[FxNode, bool]:
 
 
 def _mark_gradients(graph: FxGraph, modes: dict[FxNode, bool]) -> None:
-    """Note of each node whether autograd will ask for its gradient."""
+    """Record on each node, in `meta`, whether autograd will compute its gradient."""
     for node in graph.nodes:
         if node.op == "placeholder":
             continue

@@ -1,8 +1,9 @@
-"""Hooks of a patched layer: those that its compiled call runs, and those that it does not know.
+"""Hooks of a patched layer -> whether its compiled call includes exactly them.
 
-Torch's compiler traces the hooks that it finds and does not look again. `coda.patch` promises that
-a layer behaves as before. So layers with hooks are compiled apart from those without, guarded by
-them, and each call looks: a layer whose hooks are not those that were there runs as torch runs it.
+Torch's compiler traces the hooks that exist at compilation and by default does not guard on them.
+`coda.patch` promises that a layer behaves as before. So layers with hooks are compiled separately,
+with guards on the hooks, and every call compares: a layer whose hooks have changed since `patch`
+runs eagerly.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ NONE: frozenset[int] = frozenset()
 
 
 def know_hooks(layer: nn.Module) -> None:
-    """Take the hooks that a layer and its modules have now as those that its compiled call runs."""
+    """Record the current hooks of a layer and its submodules as part of its compiled call."""
     _known.pop(layer, None)
     if found := _keys(_with_hooks(layer)):
         _known[layer] = found
 
 
 def knows_hooks(layer: nn.Module) -> bool:
-    """Whether there were hooks."""
+    """Whether the recorded layer had hooks."""
     return layer in _known
 
 
 def has_other_hooks(layer: nn.Module) -> bool:
-    """Whether a layer and its modules have other hooks than there were, or all modules have some.
+    """Whether the hooks of a layer or its submodules have changed, or global hooks exist.
 
-    It takes half a microsecond for each module.
+    It takes 0.5 us per submodule.
     """
     if of_all._has_any_global_hook():
         return True
@@ -47,7 +48,7 @@ def has_other_hooks(layer: nn.Module) -> bool:
 
 @contextmanager
 def guarded_by_hooks() -> Iterator[None]:
-    """Let torch's compiler look at the hooks that it has traced, before each call."""
+    """Let torch's compiler guard on the hooks that it has traced."""
     config: Any = torch._dynamo.config
     before = config.skip_nnmodule_hook_guards
     config.skip_nnmodule_hook_guards = False
@@ -58,7 +59,7 @@ def guarded_by_hooks() -> Iterator[None]:
 
 
 def _with_hooks(layer: nn.Module) -> list[dict[str, Any]]:
-    """Attributes of the modules that have hooks. Every call asks, so it is one loop."""
+    """`__dict__` of each submodule that has hooks. Runs in every call, hence one loop."""
     found: list[dict[str, Any]] = []
     stack: list[Any] = [layer]
     while stack:
@@ -76,6 +77,6 @@ def _with_hooks(layer: nn.Module) -> list[dict[str, Any]]:
 
 
 def _keys(every: list[dict[str, Any]]) -> frozenset[int]:
-    """What torch's handles call the hooks; each number is given once in a process."""
+    """Ids of the hooks, as in torch's handles: unique in a process."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return frozenset(key for held in every for kind in kinds for key in held[kind])

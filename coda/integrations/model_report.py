@@ -1,7 +1,7 @@
-"""A whole model, without its weights -> what coda makes of it: `coda explain MODEL`.
+"""A model without its weights -> its blocks, their costs, and the operators left to torch.
 
-The model is built on torch's meta device, so that its size does not matter, and traced as
-`torch.compile` traces it. Equal layers are one block, lowered once.
+This is `coda explain MODEL`. The model is built on torch's meta device, so it needs no memory for
+weights, and is traced as `torch.compile` traces it. Equal layers are one block, lowered once.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ HELP = "package.module:function, or a directory or file of a transformers config
 
 @dataclass(frozen=True)
 class ModelExplanation:
-    """What became of a model: `print` it, or take its `.json()`.
+    """The blocks of a model and the operators left to torch: `print` it, or take its `.json()`.
 
     Attributes:
-        name: as it was asked for.
-        report: the graphs, their blocks, and what is left to torch.
+        name: as in the request.
+        report: the graphs, their blocks, and the operators left to torch.
         breaks: why torch's compiler broke the model into several graphs, and how often.
     """
 
@@ -48,7 +48,7 @@ class ModelExplanation:
 
     @property
     def kinds(self) -> list[tuple[RegionReport, int]]:
-        """Each distinct block, and how often it is called."""
+        """Each distinct block, and the number of its calls."""
         found: dict[Any, tuple[RegionReport, int]] = {}
         for region in (r for g in self.report.graphs for r in g.regions):
             key = region.block, tuple(region.sizes.items()), region.backward is None
@@ -72,10 +72,10 @@ class ModelExplanation:
         }
 
     def print(self, console: Console) -> None:
-        """The tables, for people.
+        """Print the tables.
 
-        Beside coda's launches and megabytes are those of torch op by op, and of GEMMs apart with
-        all between them fused.
+        Columns compare launches and megabytes of coda with two baselines: torch op by op, and
+        separate GEMMs with all operators between them fused.
         """
         table = Table(title="blocks", title_justify="left")
         for column in ("times", "ops", *("launches", "by op", "fused"), *("MB", "by op", "fused")):
@@ -100,18 +100,18 @@ def explain_model(
     training: bool = False,
     arch: str = "",
 ) -> ModelExplanation:
-    """What coda makes of a model.
+    """Trace and lower a model on the meta device.
 
     Args:
         target: a transformers configuration (a directory with `config.json`, or such a file), or
-            `package.module:function`, which gives a module, or a module and its arguments.
-        batch, length: sizes of the input, where the model says what it takes.
+            `package.module:function`, which returns a module, or a module and its arguments.
+        batch, length: size of the input [batch, length], for a model with known arguments.
         dtype: of the weights.
-        training: whether gradients are wanted.
+        training: also lower the backward.
         arch: as in `Block.lower`; by default `CODA_ARCH`.
 
     Raises:
-        CodaError: where there is no such model, or no example of its arguments.
+        CodaError: if there is no such model, or no example of its arguments.
     """
     with _report_of_its_own(arch):
         model, given = _from_config(target) if _is_config(target) else _from_function(target)
@@ -127,7 +127,7 @@ def explain_model(
 
 @contextmanager
 def _report_of_its_own(arch: str) -> Iterator[None]:
-    """Nothing compiled before is told of, and programs are reckoned without a GPU."""
+    """Start an empty report, and estimate costs for `arch` without a GPU."""
     torch._dynamo.reset()
     forget_report()
     counters.clear()
@@ -156,7 +156,7 @@ def _from_config(target: str) -> tuple[nn.Module, None]:
         for kind in (transformers.AutoModelForCausalLM, transformers.AutoModel):
             try:
                 return kind.from_config(config), None
-            except Exception as e:  # a wrong field fails wherever it is used first
+            except Exception as e:  # a wrong field raises wherever it is first used
                 why = why or e
     raise CodaError(
         "transformers makes no model of this configuration",
@@ -166,7 +166,7 @@ def _from_config(target: str) -> tuple[nn.Module, None]:
 
 
 def _from_function(target: str) -> tuple[nn.Module, Any]:
-    """What `package.module:function` gives: a module, and arguments or None."""
+    """Call `package.module:function`: (module, its arguments or None)."""
     place, _, name = target.partition(":")
     sys.path.insert(0, "")
     try:
@@ -185,7 +185,7 @@ def _from_function(target: str) -> tuple[nn.Module, Any]:
 
 
 def _arguments(model: nn.Module, batch: int, length: int) -> dict[str, Any]:
-    """Arguments for a model that says what it takes."""
+    """Arguments for a transformers model by its main input, else its `dummy_inputs`."""
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", "")
     if config is not None and main == "input_ids":
         most = getattr(config, "max_position_embeddings", None) or length

@@ -1,8 +1,9 @@
-"""Objects in which a layer keeps what it has seen (keys and values), left outside compiled code.
+"""Compiled call of a layer -> one that leaves stateful arguments (KV caches) untraced.
 
-Traced through, such an object is read at the place of its layer, and every layer would be compiled
-for itself. So its methods run as they are, between a layer's compiled parts: they hold nothing that
-a block could take in, and equal layers are one compilation whatever they keep.
+If such an object were traced, the compiled code would index it by the number of its layer, and
+every layer would need its own compilation. So its methods run eagerly, as graph breaks between a
+layer's compiled parts: they contain no operators to fuse, and equal layers share one compilation
+whatever their state.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ PLAIN = (
 
 
 def holding(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled call of a layer, with the objects among its arguments held outside of it.
+    """Wrap the compiled call of a layer so that stateful arguments are not traced.
 
-    A layer with hooks that its compiled call does not know runs as torch runs it.
+    A layer whose hooks differ from those of its compiled call runs eagerly.
     """
 
     def entry(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -72,8 +73,8 @@ def holding(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def keeps_state(value: Any) -> bool:
-    """Whether an object is one that a layer writes to: of a class of its own, with lists, tensors
-    or other such objects in it.
+    """Whether an object is mutable state: an instance of a user's class with attributes that are
+    tensors, lists, dictionaries or objects.
     """
     if isinstance(value, PLAIN) or type(value).__module__.partition(".")[0] in (
         "torch",
@@ -85,7 +86,7 @@ def keeps_state(value: Any) -> bool:
 
 
 def hold(value: Any) -> Any:
-    """The same object, as one whose methods are not traced."""
+    """An alias of an object (same `__dict__`) whose methods are not traced."""
     found = object.__new__(_untraced(type(value)))
     found.__dict__ = value.__dict__
     return found
@@ -93,7 +94,7 @@ def hold(value: Any) -> Any:
 
 @lru_cache(maxsize=256)
 def _untraced(cls: type) -> type:
-    """A class like this one, whose methods torch's compiler leaves alone."""
+    """A subclass whose methods are excluded from torch's compiler."""
     functions = {
         name: torch.compiler.disable(fn)
         for base in reversed(cls.__mro__[:-1])
@@ -105,7 +106,7 @@ def _untraced(cls: type) -> type:
 
 @contextmanager
 def _broken_where_needed() -> Iterator[None]:
-    """Let torch resume within a layer what such a method interrupts, if it compiles now."""
+    """Allow graph breaks inside nested calls, in case torch compiles the layer now."""
     config: Any = torch._dynamo.config
     before = config.nested_graph_breaks
     config.nested_graph_breaks = True

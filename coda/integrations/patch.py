@@ -1,9 +1,9 @@
-"""`coda.patch(model)`: the repeated layers of a model through coda, in place and undone at will.
+"""`coda.patch`: a model -> the same model with compiled calls in its repeated layers; undoable.
 
-Layers are found by structure: a `ModuleList` of modules of one class that hold matrices, which lies
-in no other such list. Each gets a compiled call of its own (torch's slot for it, on the instance):
-class, forward, parameters, hooks and names stay what they are. One layer of each kind is run first,
-on what the model itself gives it, and held against float64.
+Layers are found by structure: an outermost `ModuleList` of modules of one class that have matrices.
+A compiled call is set on each instance (torch's `_compiled_call_impl`): class, forward, parameters,
+hooks and names do not change. First, one layer of each kind runs on the arguments that the model
+passes to it, and its outputs are compared with float64.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from coda.integrations.opaque_state import holding
 from coda.integrations.weights import share_alike
 
 _calls: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
-SLACK = 2.0  # how many times torch's own error a layer may be away from float64
+SLACK = 2.0  # bound of a layer's error against float64, in units of torch's own
 
 
 @dataclass(frozen=True)
 class Patched:
-    """One layer: its name, whether coda runs it, why not, and of a checked one what was measured.
+    """One layer: its name, whether coda runs it, why not, and measurements if it was checked.
 
     `fused` and `left` count torch's operators in blocks and outside; `copied` are bytes of weights
-    that its kernels read from copies (`coda.last_report()` says why); the errors are relative to
+    that its kernels read from copies (`coda.last_report()` has reasons); the errors are relative to
     float64 (to float32 where an operator of the layer has no float64), in the Frobenius norm.
     """
 
@@ -56,18 +56,18 @@ class Patched:
 
 @dataclass
 class PatchReport:
-    """What `patch` did: `print` it; `undo()` gives the model back as it was."""
+    """Result of `patch`: `print` it; `undo()` restores the model."""
 
     layers: list[Patched] = field(default_factory=list)
     modules: list[nn.Module] = field(default_factory=list)
 
     @property
     def replaced(self) -> int:
-        """How many layers coda runs."""
+        """Number of layers that coda runs."""
         return sum(one.replaced for one in self.layers)
 
     def undo(self) -> None:
-        """Take the compiled calls away."""
+        """Remove the compiled calls."""
         for module in self.modules:
             module._compiled_call_impl = None
         self.modules.clear()
@@ -96,18 +96,18 @@ def patch(
     skip: Iterable[str] = (),
     dynamic: bool | None = None,
 ) -> PatchReport:
-    """Run a model's repeated layers by coda, from now on.
+    """Replace the calls of a model's repeated layers by compiled ones, in place.
 
     Args:
-        model: its layers are changed in place; nothing else in the process is.
+        model: its layers are changed in place; nothing else in the process changes.
         example: arguments of the model's forward, by name or in order, on which the layers are
             checked; by default the model's own `dummy_inputs`, as transformers has them.
-        only, skip: patterns of layers' names, as in `model.layers.*`.
+        only, skip: `fnmatch` patterns of layers' names, such as `model.layers.*`.
         dynamic: as in `torch.compile`.
 
     Raises:
-        CallError: without an example, or for something that is no module.
-        UnsupportedError: where no layer was replaced; the message is the table.
+        CallError: without an example, or if `model` is no module.
+        UnsupportedError: if no layer was replaced; the message has the report's table.
     """
     if not isinstance(model, nn.Module):
         raise CallError("coda.patch takes a torch.nn.Module", found=type(model).__name__)
@@ -161,12 +161,12 @@ def _is_ours(call: Any) -> bool:
 
 
 def _foreign(module: nn.Module) -> bool:
-    """Whether somebody (coda among them) has already put another call in the place of a layer's."""
+    """Whether a layer's call or forward is already replaced, by coda or by other code."""
     return module._compiled_call_impl is not None or "forward" in vars(module)
 
 
 def _fresh_call() -> Callable[..., Any]:
-    """The call of a layer, with a code object of its own: torch keeps compiled code by those."""
+    """A layer's call with its own code object: torch caches compiled code by code object."""
 
     def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return layer._call_impl(*args, **kwargs)
@@ -177,7 +177,7 @@ def _fresh_call() -> Callable[..., Any]:
 def _chosen(
     model: nn.Module, only: tuple[str, ...], skip: tuple[str, ...]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The layers by name."""
+    """Yield (name, layer) of the repeated layers that the patterns select."""
     outer: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(o) for o in outer):
@@ -194,7 +194,7 @@ def _chosen(
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
-    """What layers have in common for which one check stands."""
+    """Key of a layer: one check stands for all layers with an equal key."""
     tensors = [(n, tuple(p.shape), p.dtype) for n, p in module.named_parameters()]
     classes = [(n, type(m).__name__) for n, m in module.named_modules()]
     return type(module), tuple(tensors), tuple(classes), knows_hooks(module)
@@ -205,7 +205,7 @@ def _inputs(
     example: Mapping[str, Any] | Sequence[Any] | None,
     layers: Mapping[str, nn.Module],
 ) -> dict[str, tuple[Any, Any]]:
-    """What the model gives these layers on the example."""
+    """(args, kwargs) that the model passes to each of these layers on the example."""
     if example is None:
         example = getattr(model, "dummy_inputs", None)
     if example is None:
@@ -237,7 +237,7 @@ def _inputs(
 def call_quietly(
     call: Callable[..., Any], model: nn.Module, given: Mapping[str, Any] | Sequence[Any]
 ) -> Any:
-    """Call a model, or what stands for it, without a cache of keys and values."""
+    """Call a model, or its compiled form, without a KV cache."""
     if not isinstance(given, Mapping):
         return call(*given)
     takes = inspect.signature(model.forward).parameters
@@ -248,7 +248,7 @@ def call_quietly(
 def _check(
     name: str, layer: nn.Module, call: Callable[..., Any], inputs: tuple[Any, Any] | None
 ) -> Patched:
-    """Run one layer by torch and by coda, and hold both against float64."""
+    """Run one layer by torch and by coda, and compare both with float64."""
     if inputs is None:
         return Patched(name, False, "the example does not reach it")
     modes = {m: m.training for m in layer.modules()}
@@ -279,7 +279,7 @@ def _check(
 
 
 def _copied(inputs: Any) -> Any:
-    """Arguments that a call may write to (a cache) without the next call's seeing it."""
+    """A deep copy of arguments, so that a call may write to them (a KV cache)."""
     try:
         return copy.deepcopy(inputs)
     except (TypeError, RuntimeError):  # something that cannot be copied
@@ -287,7 +287,7 @@ def _copied(inputs: Any) -> Any:
 
 
 def _exactly(layer: nn.Module, inputs: Any) -> list[Tensor]:
-    """The layer's outputs in float64, or in float32 where one of its operators has no float64."""
+    """The layer's outputs in float64, or in float32 if an operator does not support float64."""
     try:
         return _in_type(torch.float64, layer, *_copied(inputs))
     except RuntimeError:
@@ -295,7 +295,7 @@ def _exactly(layer: nn.Module, inputs: Any) -> list[Tensor]:
 
 
 def _in_type(dtype: torch.dtype, layer: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
-    """The outputs of a copy of the layer in another type."""
+    """The outputs of a copy of the layer cast to another dtype."""
 
     def cast(t: Tensor) -> Tensor:
         return t.to(dtype) if t.is_floating_point() else t
@@ -310,7 +310,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest relative distance of an output."""
+    """The largest relative error of an output, in the Frobenius norm."""
     pairs = zip(found, exact, strict=True)
     norms = [((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs]
     return max(norms, default=0.0)

@@ -1,4 +1,4 @@
-"""A graph with its regions -> the same graph, each region one call of a block."""
+"""An fx graph and its regions -> the same graph with each region as one call of a block."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 class Region(nn.Module):
-    """A block in the place of a part of a graph."""
+    """A block as an fx module, in place of a region."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -33,11 +33,11 @@ class Region(nn.Module):
 
 
 class Rebuild:
-    """The graph again, in an order in which a region is one call.
+    """Builds the new graph, in an order in which each region is one call.
 
     Attributes:
         unit: the region that a node belongs to, or the node itself.
-        new: the node of the new graph for each that is still there.
+        new: old node -> its node in the new graph.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Rebuild:
         return GraphModule(root, self.graph)
 
     def name(self, number: int) -> str:
-        """A region's name, which says what it means: torch keeps compiled graphs by their text."""
+        """A region's name, unique to its meaning: torch caches compiled graphs by their text."""
         return f"region{number}_{self.regions[number][2].handle}"
 
     def order(self) -> list[Any]:
-        """Nodes and regions, each after what it reads, otherwise as they were."""
+        """Nodes and regions in topological order, as near to the original order as possible."""
         places = {n: i for i, n in enumerate(self.gm.graph.nodes)}
         at: dict[Any, int] = {}
         waits: dict[Any, set[Any]] = {}
@@ -107,7 +107,7 @@ class Rebuild:
         return out
 
     def call(self, number: int) -> None:
-        """The call of a region's block, and its results under the axes that torch has them in."""
+        """Add the call of a region's block, and permute its results to torch's order of axes."""
         _, imported, _ = self.regions[number]
         arguments = tuple(self.new[n] for n in imported.inputs)
         called = self.graph.call_module(self.name(number), arguments)

@@ -1,9 +1,12 @@
-"""A graph of ATen operators -> the regions that become blocks; the rest stays torch's.
+"""A graph of ATen operators -> disjoint regions that become blocks; the rest is left to torch.
 
-Each operator has a level: how many operators of torch's lie on the longest way to it. Operators
-of coda's on one level that are connected are a region: a way from one of them to another cannot
-leave it, for it would come back on a higher level. What no product needs and what needs none
-(position tables, masks) is torch's and makes no level.
+The level of an operator is the number of torch's operators on the longest path to it that follow
+one of coda's. A region is a connected set of coda's operators of one level. It can be one call: a
+path from one of them through torch back to another would end at a higher level. Operators that
+neither feed nor follow a contraction (position tables, masks) are left to torch and add no level.
+
+Example: linear -> norm -> attention (torch's) -> linear -> add gives two regions, {linear, norm} on
+level 0 and {linear, add} on level 1, even where the last `add` also reads the first region.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from coda.ir.types import from_torch
 
 @dataclass
 class Cut:
-    """What a graph was cut into.
+    """The partition of a graph.
 
     Attributes:
         regions: lists of nodes in their order, each to become a block.
-        left: operators that are torch's, and why.
+        left: operators left to torch -> the reason.
     """
 
     regions: list[list[FxNode]] = field(default_factory=list)
@@ -33,11 +36,11 @@ class Cut:
 
 
 def cut(graph: FxGraph, fixed: Iterable[FxNode] = ()) -> Cut:
-    """The regions of a graph.
+    """Partition a graph into regions.
 
     Args:
-        graph: functional, of ATen operators, each with a fake value.
-        fixed: operators that torch has to run whatever they are.
+        graph: functional ATen operators, each with a fake value in `meta`.
+        fixed: operators that torch must run.
     """
     left = {n: "it runs in another mode of autograd" for n in fixed}
     calls = [n for n in graph.nodes if n.op == "call_function"]
@@ -60,7 +63,7 @@ def cut(graph: FxGraph, fixed: Iterable[FxNode] = ()) -> Cut:
 
 
 def _keep_predicates_inside(calls: Sequence[FxNode], left: dict[FxNode, str]) -> None:
-    """Leave to torch what is no float and is read by torch."""
+    """Leave to torch values that are not floats and that torch reads."""
     for node in reversed(calls):
         value = value_of(node)
         if node in left or isinstance(value, tuple | list) or value.dtype.is_floating_point:
@@ -70,7 +73,7 @@ def _keep_predicates_inside(calls: Sequence[FxNode], left: dict[FxNode, str]) ->
 
 
 def _leave_what_meets_no_product(calls: Sequence[FxNode], left: dict[FxNode, str]) -> None:
-    """Leave to torch what neither needs a product nor is needed by one through coda's operators."""
+    """Leave to torch operators that neither follow a contraction nor feed one through coda's."""
     after: set[FxNode] = set()
     before: set[FxNode] = set()
     for node in calls:
@@ -82,11 +85,11 @@ def _leave_what_meets_no_product(calls: Sequence[FxNode], left: dict[FxNode, str
             before.add(node)
     for node in calls:
         if node not in left and node not in after and node not in before:
-            left[node] = "no product needs it, and it needs none"
+            left[node] = "it neither feeds nor follows a contraction"
 
 
 def _levels(graph: FxGraph, mine: set[FxNode]) -> dict[FxNode, int]:
-    """How many operators of torch's, each after one of coda's, lie on the longest way to a node."""
+    """Level of each node: torch's operators after one of coda's on the longest path to it."""
     level: dict[FxNode, int] = {}
     reached: set[FxNode] = set()
     for node in graph.nodes:
@@ -101,7 +104,7 @@ def _levels(graph: FxGraph, mine: set[FxNode]) -> dict[FxNode, int]:
 def _components(
     calls: Sequence[FxNode], mine: set[FxNode], level: dict[FxNode, int]
 ) -> list[list[FxNode]]:
-    """Nodes of one level that are connected, by an edge or by an activation that they share."""
+    """Components of coda's nodes of one level, joined by an edge or a shared activation."""
     parent: dict[object, object] = {}
 
     def find(x: object) -> object:
@@ -125,13 +128,13 @@ def _components(
 
 
 def is_parameter(node: FxNode) -> bool:
-    """Whether a node is an argument of the graph that torch knows as a parameter or a buffer."""
+    """Whether a node is a parameter or buffer of the model."""
     return node.op == "get_attr" or bool(node.meta.get("coda_parameter"))
 
 
 def _trimmed(group: list[FxNode], left: dict[FxNode, str]) -> list[FxNode]:
-    """A region without what torch does as well: views at its edges, and operators that make a
-    result of no product of the region.
+    """Remove from a region views at its edges, and operators with results outside it that follow
+    none of its contractions: torch runs these at the same cost.
     """
     kept = dict.fromkeys(group)
     changed = True
@@ -148,7 +151,7 @@ def _trimmed(group: list[FxNode], left: dict[FxNode, str]) -> list[FxNode]:
                 head = not inside and not any(is_parameter(o) for o in node.all_input_nodes)
                 why = "a view" if head or not users else ""
             elif node not in fed and len(users) < len(node.users):
-                why = "it needs no product of the region"
+                why = "it follows no contraction of its region"
             if why:
                 left[node] = why
                 del kept[node]
@@ -165,21 +168,21 @@ PRODUCTS = ("linear", "mm", "addmm", "matmul")
 
 
 def _does_not_pay(nodes: Sequence[FxNode]) -> str:
-    """Why a region is left to torch; "" where a product has something to take in."""
+    """Why a region is left to torch; "" if it has a contraction to fuse with something."""
     if not any(is_product(n) for n in nodes):
-        return "no product to go with"
+        return "no contraction to fuse with"
     beside = [n for n in nodes if not is_product(n) and n.target not in VIEWS]
     if not beside and sum(is_product(n) for n in nodes) < 2:
-        return "a product with nothing to take in"
+        return "a contraction with nothing to fuse"
     kinds = {from_torch(v.dtype) for n in nodes if hasattr(v := value_of(n), "dtype")}
     return "" if kinds else "nothing is computed"
 
 
 def without_tail(nodes: Sequence[FxNode]) -> list[FxNode]:
-    """A region up to its last products; empty where that is all of it, or too little.
+    """A region up to its last contractions; empty if that is all of it, or not worth a block.
 
-    It is tried where the whole does not pay: what comes after the last product may be what no
-    kernel lays out.
+    Tried if the whole region does not pay: operators after the last contraction may not fit in a
+    generated kernel.
     """
     needed: set[FxNode] = set()
     for node in reversed(nodes):
@@ -190,7 +193,7 @@ def without_tail(nodes: Sequence[FxNode]) -> list[FxNode]:
 
 
 def with_all_parts(nodes: Sequence[FxNode]) -> list[FxNode]:
-    """A region with every part of what it takes apart: torch cannot take a part of it outside."""
+    """A region with all `getitem`s of its tuple results: a block cannot return a tuple."""
     inside = set(nodes)
     whole = [n for n in nodes if isinstance(value_of(n), tuple | list)]
     return [*nodes, *(u for n in whole for u in n.users if u not in inside)]

@@ -1,4 +1,4 @@
-"""What became of a model: which operators are in blocks, which are torch's, and why."""
+"""Compiled graphs -> a report: operators in blocks, operators left to torch and why, costs."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class RegionReport:
     """One region.
 
     Attributes:
-        block: what it became.
-        ops: names of torch's operators in it, in order, without views.
-        sizes: of the symbols, when it was traced.
-        forward: the forward's Program (one that saves, in training), and what it costs.
-        backward: the backward's, None without gradients.
+        block: the block that it became.
+        ops: names of its ATen operators, in order, without views.
+        sizes: sizes of its symbols when it was traced.
+        forward: the forward's Program (in training, the one that saves activations) and its cost.
+        backward: likewise for the backward; None without gradients.
         weights: how its GEMMs read their weights.
     """
 
@@ -48,9 +48,9 @@ class RegionReport:
         sizes: Mapping[str, int],
         wanted: tuple[str, ...] | None,
     ) -> RegionReport:
-        """The report of a region, which is lowered as its calls will need it.
+        """Lower a region as its calls will, and report it.
 
-        `wanted` names the arguments with gradients, None without autograd. Raises CodaError.
+        `wanted`: names of arguments with requires_grad, None without autograd. Raises CodaError.
         """
         graph, target = block.graph, choose_target("")
         ops = tuple(operator_name(n) for n in nodes if n.target not in VIEWS)
@@ -66,22 +66,22 @@ class RegionReport:
         return RegionReport(block, ops, sizes, told[0], told[1] if len(told) == 2 else None)
 
     def settle(self, given: Mapping[str, Tensor | None]) -> None:
-        """Give weights that kernels read as one a memory, and note how each is read.
+        """Move weights that a kernel reads as one matrix into one buffer; record all reads.
 
-        `given` has the tensor of each argument, None where it is computed in each call.
+        `given` has the tensor of each argument, None if it is computed in each call.
         """
         sides = [e.program for e in (self.forward, self.backward) if e is not None]
         self.weights[:] = settle(sides, given)
 
     @property
     def copied(self) -> int:
-        """Bytes of copies of weights."""
+        """Bytes of copies of weights that its kernels read."""
         return sum(w.copied for w in self.weights)
 
     @property
     def pays(self) -> bool:
-        """Whether it is cheaper than GEMMs apart with all else between them fused, launches and
-        bytes reckoned together.
+        """Whether its estimated time, bytes / bandwidth + launches, is below that of separate GEMMs
+        with all operators between them fused.
         """
         own = other = 0.0
         for side in (self.forward, self.backward):
@@ -94,7 +94,7 @@ class RegionReport:
         return own < other
 
     def numbers(self) -> list[str]:
-        """Launches and megabytes: coda's, torch's op by op, fused between GEMMs."""
+        """Launches, then megabytes: of coda, torch op by op, GEMMs with fused operators between."""
         sides = [e for e in (self.forward, self.backward) if e is not None]
         launches = [sum(len(e.program.kernels) for e in sides)]
         moved = [sum(e.program.hbm_bytes for e in sides)]
@@ -118,12 +118,12 @@ class RegionReport:
 
 @dataclass
 class GraphReport:
-    """One graph that Dynamo gave.
+    """One graph from Dynamo.
 
     Attributes:
-        regions: what became blocks.
-        left: how often torch runs (operator, reason), views not counted.
-        whole: why nothing of the graph was looked at, or "".
+        regions: the regions that became blocks.
+        left: (operator, reason) -> number of operators left to torch, without views.
+        whole: why the whole graph was left to torch, or "".
     """
 
     regions: list[RegionReport] = field(default_factory=list)
@@ -132,12 +132,12 @@ class GraphReport:
 
     @property
     def fused(self) -> int:
-        """How many operators are in blocks, views not counted."""
+        """Number of operators in blocks, without views."""
         return sum(len(r.ops) for r in self.regions)
 
     @property
     def programs(self) -> list[Program]:
-        """What its regions run, each once: layers that are alike share theirs."""
+        """The distinct Programs of its regions: equal layers share one."""
         sides = [e for r in self.regions for e in (r.forward, r.backward) if e is not None]
         return list({id(e.program): e.program for e in sides}.values())
 
@@ -156,17 +156,17 @@ class Report:
 
     @property
     def fused(self) -> int:
-        """How many operators are in blocks, views not counted."""
+        """Number of operators in blocks, without views."""
         return sum(g.fused for g in self.graphs)
 
     @property
     def copied(self) -> int:
-        """Bytes of copies of weights, beside the model's own."""
+        """Bytes of copies of weights, in addition to the model's own."""
         return sum(r.copied for g in self.graphs for r in g.regions)
 
     @property
     def left(self) -> Counter[tuple[str, str]]:
-        """How often torch runs (operator, reason), views not counted."""
+        """(operator, reason) -> number of operators left to torch, without views."""
         return sum((g.left for g in self.graphs), Counter())
 
     def json(self) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class Report:
         return {"graphs": [g.json() for g in self.graphs]}
 
     def tables(self) -> list[Table]:
-        """The regions of each graph, and what is left to torch."""
+        """Tables of the regions of each graph, and of the operators left to torch."""
         regions = Table(title="blocks", title_justify="left")
         columns = ("launches", "op by op", "fused between", "MB", "", "", "MB of weights copied")
         for column in ("graph", "ops", *columns):
@@ -194,7 +194,7 @@ class Report:
         return [regions, left, *self._copies()]
 
     def _copies(self) -> list[Table]:
-        """Weights that are copied, and why; no table where none is."""
+        """A table of copied weights with reasons; no table if there are none."""
         copies = Table(title="weights that kernels read from copies", title_justify="left")
         for column in ("weights", "MB", "why"):
             copies.add_column(column, overflow="fold")
@@ -214,31 +214,31 @@ class Report:
         return captured.get()
 
 
-LIMIT = 256  # graphs that are remembered
+LIMIT = 256  # graphs kept; older ones are dropped
 _graphs: deque[GraphReport] = deque(maxlen=LIMIT)
 
 
 def keep_report(graph: GraphReport) -> None:
-    """Add a graph to what `last_report` tells."""
+    """Add a graph to the report that `last_report` returns."""
     _graphs.append(graph)
 
 
 def last_report() -> Report:
-    """What became of the graphs that were compiled since `forget_report`, or since the start."""
+    """The report of all graphs compiled since `forget_report`, or since the start."""
     return Report(list(_graphs))
 
 
 def forget_report() -> None:
-    """Begin a new report."""
+    """Start a new, empty report."""
     _graphs.clear()
 
 
 def count_operators(left: Mapping[FxNode, str]) -> Counter[tuple[str, str]]:
-    """How often torch runs (operator, reason), views not counted."""
+    """(operator, reason) -> number of operators left to torch, without views."""
     return Counter((operator_name(n), why) for n, why in left.items() if n.target not in VIEWS)
 
 
 def operator_name(node: FxNode) -> str:
-    """`aten.linear`, without its overload."""
+    """Name of a node's operator without its overload, such as `aten.linear`."""
     name = str(node.target)
     return name.rsplit(".", 1)[0] if "." in name else getattr(node.target, "__name__", name)

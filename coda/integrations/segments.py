@@ -1,8 +1,8 @@
-"""A graph with something in it that coda leaves alone -> pieces between that, each a graph.
+"""A graph with operators that must keep their places -> a sequence of pieces, each a graph.
 
-Such are the switches of autocast and autograd, operators that hold graphs of their own, what
-stands inside a transform of torch.func, and writes that autograd does not see. They keep their
-places and torch runs them as they are; a piece is examined in the modes in which torch will run it.
+Such operators are the switches of autocast and autograd, higher-order operators, operators inside a
+transform of torch.func, and writes that autograd does not see. Torch runs them unchanged; the
+pieces between them are compiled in the modes (autocast, autograd) in which torch will run them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 @dataclass
 class Piece:
-    """Some nodes of a graph, one after the other.
+    """A contiguous sequence of nodes of a graph.
 
     Attributes:
-        nodes: in their order.
-        why: why they are left alone; "" where coda looks at them.
-        inputs: what they read of nodes outside.
-        outputs: which of them are read outside.
+        nodes: in graph order.
+        why: why torch runs them unchanged; "" for a piece that is compiled.
+        inputs: nodes outside that they read.
+        outputs: those of them that are read outside.
     """
 
     nodes: list[FxNode]
@@ -57,9 +57,9 @@ class Piece:
 
 
 def left_alone(gm: GraphModule, writes: Mapping[FxNode, str]) -> dict[FxNode, str]:
-    """The nodes of a graph that coda leaves alone, and why; empty for most graphs.
+    """Nodes that torch must run unchanged -> the reason; empty for most graphs.
 
-    `writes` are those of them that `hidden_writes` finds.
+    `writes` are those found by `hidden_writes`.
     """
     found = dict(writes)
     depth = 0
@@ -69,13 +69,13 @@ def left_alone(gm: GraphModule, writes: Mapping[FxNode, str]) -> dict[FxNode, st
         name = getattr(node.target, "__name__", str(node.target))
         depth += name.endswith("increment_nesting")
         if depth or str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
-            found[node] = "it stands inside a transform of torch.func"
+            found[node] = "it is inside a transform of torch.func"
         elif node.target is getitem and node.args[0] in found:
             found[node] = found[node.args[0]]
         elif node.target in (_enter_autocast, _exit_autocast):
             found[node] = "autocast begins or ends here"
         elif node.target is CHECKPOINT and not _chooses(getattr(gm, str(node.args[0].target))):
-            found[node] = "a checkpoint, of which the report tells by itself"
+            found[node] = "a checkpoint, whose own graph is reported separately"
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             found[node] = f"the operator `{operator_name(node)}` holds graphs of its own"
         depth -= name.endswith("decrement_nesting")
@@ -84,7 +84,7 @@ def left_alone(gm: GraphModule, writes: Mapping[FxNode, str]) -> dict[FxNode, st
 
 
 def pieces(gm: GraphModule, alone: Mapping[FxNode, str]) -> list[Piece]:
-    """A graph cut before and behind what is left alone."""
+    """Cut a graph before and after each run of nodes that torch must run unchanged."""
     found: list[Piece] = []
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):
@@ -107,7 +107,7 @@ def rebuilt(
     example_inputs: Sequence[Any],
     made: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]],
 ) -> GraphModule:
-    """The graph with each piece that coda looks at as what is `made` of it and its arguments."""
+    """The graph with each piece to compile replaced by `made(piece, its arguments)`."""
     places = gm.graph.find_nodes(op="placeholder")
     given = dict(zip(places, example_inputs, strict=True))
     graph, root = FxGraph(), nn.Module()
@@ -146,10 +146,11 @@ def _with_blocks(
     made: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]],
     examples: Sequence[Sequence[Any]],
 ) -> None:
-    """Put blocks into what checkpoints compute, which is computed again in the backward.
+    """Compile the bodies of checkpoints, which are recomputed in the backward.
 
-    torch's operator only marks its graph for a partition of forward and backward that is not made
-    here. A choice of what is saved (`context_fn`) is left as it is.
+    torch's operator only marks its graph for a joint partition of forward and backward, which is
+    not made here: so it becomes a call of `checkpoint`. One that selects what is saved
+    (`context_fn`) is left unchanged.
     """
     calls = module.graph.find_nodes(op="call_function", target=CHECKPOINT)
     for call, arguments in zip(calls, examples, strict=True):
@@ -164,7 +165,7 @@ def _with_blocks(
 
 
 def _chooses(body: GraphModule) -> bool:
-    """Whether a checkpoint chooses what is saved (`context_fn`)."""
+    """Whether a checkpoint selects the tensors that it saves (`context_fn`)."""
     return body.meta.get("_checkpoint_context_fn") is not None
 
 
@@ -174,7 +175,7 @@ def _checkpointed(body: nn.Module, *args: Any, **options: Any) -> Any:
 
 
 class _Made(nn.Module):
-    """A callable where fx wants a module."""
+    """A callable as a module, which fx requires."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         super().__init__()
@@ -185,7 +186,7 @@ class _Made(nn.Module):
 
 
 class _Modes:
-    """The modes of torch as a graph's switches set them, left as they were found."""
+    """Context that follows a graph's switches of autocast and autograd, and restores them."""
 
     def __enter__(self) -> _Modes:
         self.recorded = torch.is_grad_enabled()
@@ -193,7 +194,7 @@ class _Modes:
         return self
 
     def follow(self, nodes: Sequence[FxNode]) -> None:
-        """Do what some nodes will do."""
+        """Apply the switches among some nodes."""
         for node in nodes:
             if node.target is _enter_autocast:
                 self.entered[node] = _enter_autocast(*node.args)
@@ -211,7 +212,7 @@ class _Modes:
 
 
 def _leaf(node: FxNode) -> Any:
-    """What a piece gets of another one, as an argument of its own."""
+    """Example of a value that crosses pieces: a leaf tensor, or the value itself."""
     value = node.meta.get("example_value")
     if isinstance(value, Tensor):
         value = value.detach().requires_grad_(value.requires_grad)

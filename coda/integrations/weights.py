@@ -1,4 +1,4 @@
-"""Weights of a region -> slices of one buffer, where its kernels read several as one matrix."""
+"""Weights of a region -> slices of one buffer, if its kernels read several as one matrix."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class WeightUse:
     Attributes:
         kernel: its name.
         weights: the region's arguments that it reads.
-        copied: bytes of the copy that is kept of them, made again when one changes; 0 where the
+        copied: bytes of the copy that is kept of them, rebuilt when one changes; 0 if the
             kernel reads the parameters' own memory.
-        why: there is a copy, or "".
+        why: the reason for a copy, or "".
     """
 
     kernel: str
@@ -39,19 +39,19 @@ class WeightUse:
 def settle(
     programs: Iterable[Program], given: Mapping[str, Tensor | None]
 ) -> tuple[WeightUse, ...]:
-    """Let parameters that kernels read as one lie in one buffer; how each GEMM reads its weights.
+    """Move parameters read as one matrix into one buffer; return how each GEMM reads weights.
 
     Args:
         programs: of the region.
-        given: the tensor of each argument, None where it is computed in each call.
+        given: the tensor of each argument, None if it is computed in each call.
     """
     reads = [r for p in programs for r in weight_reads(p)]
     groups = dict.fromkeys(r.together for r in reads if len(r.together) > 1 and not r.why)
     apart: dict[tuple[Input, ...], str] = {}
-    for group in sorted(groups, key=len, reverse=True):  # parts of a larger one then lie right
+    for group in sorted(groups, key=len, reverse=True):  # subsets then fit too
         tensors = [given.get(i.name) for i in group]
         known = [t for t in tensors if t is not None]
-        computed = "some of them are computed in each call"
+        computed = "at least one of them is computed in each call"
         apart[group] = share(known) if len(known) == len(tensors) else computed
     found: list[WeightUse] = []
     for read in reads:
@@ -61,7 +61,7 @@ def settle(
 
 
 def share_alike(one: nn.Module, others: Iterable[nn.Module]) -> None:
-    """Let parameters of modules of one kind share buffers as those of one of them do."""
+    """Make parameters of equal modules share buffers in the same groups as those of `one`."""
     groups = shared_groups(one.named_parameters())
     for module in others:
         for group in groups:

@@ -1,10 +1,10 @@
-"""Writes in a graph that autograd does not see, which torch therefore has to run at their places.
+"""Dynamo's graph -> its nodes that write to tensors unseen by autograd; torch must run these.
 
-`weight.data.clamp_()`, an update of a detached view, one under `torch.no_grad()`: what reads the
-tensor afterwards reads the new values, and its gradient goes to the tensor as it was. A functional
-graph says something else: there the new values are computed of a detached tensor, or without
-recording, and no gradient passes. So the graph is cut at such writes (`pieces.py`). Writes to
-tensors without gradients need no place: their new values are copied into them at the end.
+Examples are `weight.data.clamp_()`, an update of a detached view, one under `torch.no_grad()`.
+Later reads see the new values, and their gradient flows to the original tensor. A functional graph
+would differ: the new values would depend on a detached tensor, or be computed without recording,
+and the gradient would be lost. So the graph is cut at such writes (`segments.py`). Writes to
+tensors without requires_grad are no problem: their new values are copied into them at the end.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ WHY = "it writes past autograd"
 
 
 def hidden_writes(gm: GraphModule, fakes: Sequence[Any]) -> dict[FxNode, str]:
-    """The nodes of Dynamo's graph that write past autograd, and why they are left alone.
+    """Nodes of Dynamo's graph that write past autograd -> the reason why torch must run them.
 
-    Behind each, the graph notes which of its arguments have changed, as torch does not count all
-    of these changes. The graph is run once on fake tensors, if it writes to anything at all.
+    Inserts after each a node that marks the changed arguments, because torch does not count all
+    of these changes as versions. Runs the graph once on fake tensors, if it writes to any tensor.
     """
     values = [t for n in gm.graph.nodes for t in _tensors(n.meta.get("example_value"))]
     if not any(version_of(t) for t in values) or not any(t.requires_grad for t in values):
@@ -62,7 +62,7 @@ def hidden_writes(gm: GraphModule, fakes: Sequence[Any]) -> dict[FxNode, str]:
 
 
 def _fresh(fake: Tensor) -> Tensor:
-    """A tensor like this one, to write to."""
+    """A copy of a fake tensor that may be written to."""
     found = fake.detach().clone().requires_grad_(fake.requires_grad)
     return found if fake.is_leaf else found.view_as(found)
 
@@ -76,7 +76,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 class _Written(TorchDispatchMode):
-    """The memories that operators have written to."""
+    """Records the storages that operators write to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,11 +94,11 @@ class _Written(TorchDispatchMode):
 
 
 class _Watch(Interpreter):
-    """A run of a graph that notes the nodes whose writes autograd does not see.
+    """Interprets a graph and records the nodes whose writes autograd does not see.
 
     Attributes:
-        hidden: these nodes, and which of the graph's arguments they change.
-        seen: for each node the memories that it writes to.
+        hidden: each such node -> the arguments of the graph that it changes.
+        seen: each such node -> the storages that it writes to.
     """
 
     def __init__(self, gm: GraphModule) -> None:
@@ -115,7 +115,7 @@ class _Watch(Interpreter):
         changed = [(o, t, g) for o, t, g in known if _memory(t) in written.memories]
         followed = any(t.requires_grad and t.grad_fn is not g for _, t, g in changed)
         unseen = [o for o, t, g in changed if t.requires_grad and t.grad_fn is g]
-        if followed:  # by an alias, while the argument itself stays without history
+        if followed:  # through an alias: the argument itself has no history
             unseen += [o for o, t, _ in changed if o.op == "placeholder" and not t.requires_grad]
         if unseen:
             places = [o for o, _, _ in changed if o.op == "placeholder"]
@@ -123,7 +123,7 @@ class _Watch(Interpreter):
         return result
 
     def above(self, node: FxNode) -> list[FxNode]:
-        """The views without gradients through which a node writes."""
+        """The views without requires_grad through which a node writes."""
         found: list[FxNode] = []
         for operand in node.all_input_nodes:
             value = self.env.get(operand)
