@@ -1,1 +1,1 @@
-"""Graphs of torch operators (torch.fx, ATen) -> Graphs of primitives."""
+"""torch.fx graphs of ATen operators -> Graphs of coda's primitives."""

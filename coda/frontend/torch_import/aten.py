@@ -1,9 +1,9 @@
-"""One table: an ATen operator -> the primitives that it means, as a function of symbolic tensors.
+"""One table: an ATen operator -> its definition in primitives, as a function of symbolic tensors.
 
-A rule gets the operator's arguments with tensors as `coda.Tensor`, and the result's shape and
-element type as torch has worked them out. Where torch computes in float32 what it stores in 16 bits
-(norms, softmax, activations), so does the rule; a kernel rounds where it stores, and only there.
-An operator that is not in the table, or whose arguments a rule refuses, stays torch's.
+A rule gets the operator's arguments, with tensors as `coda.Tensor`, and the result's shape and
+dtype as inferred by torch. If torch computes in float32 internally and stores 16 bits (norms,
+softmax, activations), so does the rule; a kernel rounds only where it stores. An operator without
+a rule, or with arguments that its rule refuses, is left to torch.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from coda.ir.graph import Cast
 from coda.ir.types import DType, bool_, f32, has_reciprocal
 
 aten = torch.ops.aten
-REDUCTIONS = ("none", "mean", "sum")  # of losses, as torch counts them
+REDUCTIONS = ("none", "mean", "sum")  # of losses, by torch's enum value
 
 
 @dataclass(frozen=True)
 class Result:
-    """What torch says of an operator's (first) result."""
+    """Shape and dtype of an operator's (first) result, as inferred by torch."""
 
     shape: Shape
     dtype: DType
@@ -35,11 +35,11 @@ class Result:
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
-VIEWS: set[Any] = set()  # operators that move nothing where torch runs them
+VIEWS: set[Any] = set()  # operators that return an alias in torch
 
 
 def rule(*operators: Any, view: bool = False) -> Callable[[Rule], Rule]:
-    """Enter a rule for some operators."""
+    """Register a rule for some operators; `view`: they return aliases in torch."""
 
     def enter(fn: Rule) -> Rule:
         RULES.update(dict.fromkeys(operators, fn))
@@ -50,17 +50,17 @@ def rule(*operators: Any, view: bool = False) -> Callable[[Rule], Rule]:
 
 
 def refuse(why: str) -> UnsupportedError:
-    """The error of a rule that does not take its arguments."""
+    """The error of a rule that does not support its arguments."""
     return UnsupportedError(why)
 
 
 def cast(x: Tensor, dtype: DType) -> Tensor:
-    """A tensor in another element type; a predicate becomes 1 and 0."""
+    """Cast a tensor; a predicate becomes 1 or 0."""
     return x if x.dtype == dtype else Tensor(Cast(x.node, dtype))
 
 
 def numbers(result: Result, *values: Any) -> list[Any]:
-    """Operands in the type in which torch computes: the widest of the tensors and the result."""
+    """Operands cast to the dtype in which torch computes: the widest of operands and result."""
     if any(isinstance(v, torch.SymInt | torch.SymFloat | complex) for v in values):
         raise refuse("a number that is known only in the call")
     tensors = [v for v in values if isinstance(v, Tensor)]
@@ -72,7 +72,7 @@ def numbers(result: Result, *values: Any) -> list[Any]:
 
 
 def wide(x: Tensor) -> Tensor:
-    """A 16-bit float as float32."""
+    """Cast a 16-bit float to float32; other dtypes are unchanged."""
     return cast(x, f32) if x.dtype.size < f32.size else x
 
 
@@ -332,7 +332,7 @@ def _fused_rms_norm(
     w: Tensor | None = None,
     eps: float | None = None,
 ) -> list[Tensor]:
-    """The norm, and 1 / rms; without an eps, that of the type in which torch computes."""
+    """[norm, 1 / rms]; the default eps is that of the dtype in which torch computes."""
     _one_axis(shape)
     x = wide(x)
     least = torch.finfo(x.dtype.torch).eps if eps is None else eps
@@ -381,7 +381,7 @@ def _linear(result: Result, x: Tensor, w: Tensor, b: Tensor | None = None) -> Te
 
 
 def _multiply(result: Result, x: Tensor, w: Tensor, b: Any = None, scale: Any = 1) -> Tensor:
-    """x @ w (+ b), in the type of the result, as torch's autocast has it."""
+    """x @ w (+ b), with operands in the dtype of the result, as under torch's autocast."""
     if w.ndim != 2 or x.ndim < 2:
         raise refuse("a product of two batches of matrices")
     if result.dtype.kind != "float":

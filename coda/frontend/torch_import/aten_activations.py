@@ -1,5 +1,6 @@
-"""The rules of activations: torch computes them in float32, and each has its own derivative where
-it bends. What is chosen by a comparison gets its derivative from the side that is chosen.
+"""ATen activations -> definitions in primitives, computed in float32 as torch does.
+
+At a kink each has torch's subgradient: a selection by a comparison has the selected side's.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
 
 
 def _hardsigmoid(x: Tensor) -> Tensor:
-    """(x + 3) / 6 between -3 and 3; NaN stays NaN, without a derivative."""
+    """(x + 3) / 6 clamped to [0, 1]; NaN propagates, with derivative 0."""
     above = ops.where(x < 3.0, (x + 3.0) * (1.0 / 6.0), 1.0)
     return ops.where(x > -3.0, above, ops.where(x <= -3.0, 0.0, math.nan))
 
 
 def _hardswish(x: Tensor) -> Tensor:
-    """x (x + 3) / 6 between -3 and 3, 0 below (of -inf NaN) and x above."""
+    """x (x + 3) / 6 in [-3, 3], 0 below (NaN for -inf) and x above."""
     inside = ops.where(x > -3.0, (x + 3.0) * (1.0 / 6.0), 0.0)
     return x * ops.where(x < 3.0, inside, 1.0)
 
@@ -74,7 +75,7 @@ for _operator, _one in (
 
 @rule(aten.hardtanh.default)
 def _hardtanh(result: Result, x: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """The bounds are compared in float32 and are values of the tensor's own type."""
+    """Compares with the bounds in float32; the results have the tensor's own dtype."""
     if x.dtype.kind != "float":
         raise refuse("an activation of integers")
     least, most = (result.dtype.nearest(b) for b in (low, high))

@@ -1,4 +1,4 @@
-"""The rules of operators that move elements and compute nothing: views, parts, wholes."""
+"""ATen views, slices and concatenations -> primitives: operators that move elements only."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""The graph of a block under `torch.autocast`: the values in the types that torch gives them.
+"""A block's graph -> the graph under `torch.autocast`, with the dtypes that torch would choose.
 
-Types that a block states itself (a declared argument, a cast) stay. The open ones, which follow
-from the arguments, are chosen as torch chooses them op by op:
+Dtypes that a block states itself (a declared argument, a cast) do not change. Those that follow
+from the arguments are chosen as torch chooses them op by op:
 
-- the operands and the result of a contraction have autocast's type;
-- sums, means and what else is computed of all values of an axis are float32, as torch's losses,
-  norms and softmaxes are inside; a maximum is one of the values, and has their type;
-- an elementwise operation computes in the widest type of its operands.
+- the operands and the result of a contraction have autocast's dtype;
+- reductions that compute (sums, means) are float32, as inside torch's losses, norms and softmaxes;
+  a maximum selects a value and keeps its dtype;
+- an elementwise operation computes in the widest dtype of its operands.
 
-What the block returns has the type of torch's own modules: that of the operands with all axes of
-the result. So a loss is float32, a residual stream stays float32, and a norm or a softmax gives the
-type that it takes; statistics, biases and gains widen nothing.
+Outputs of the block have the dtypes of torch's own modules: those of the operands with all axes of
+the result. So a loss is float32, a residual stream stays float32, and a norm or a softmax returns
+the dtype of its input; statistics, biases and gains widen nothing.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ from coda.ir.types import DType, f32, promote
 def autocast_graph(
     traced: Callable[[DType], Graph], types: Sequence[DType | None], narrow: DType
 ) -> Graph:
-    """A block's graph under autocast.
+    """Trace a block and give its graph the dtypes of autocast.
 
     Args:
-        traced: the block, with an element type for arguments that are declared without one.
-        types: for each argument its float type, of 16 or 32 bits, where it is declared without one;
-            None elsewhere.
-        narrow: autocast's type.
+        traced: traces the block with a given dtype for arguments that are declared without one.
+        types: for each argument declared without a dtype, its float type of 16 or 32 bits; None for
+            the others.
+        narrow: autocast's dtype.
     """
     wide = promote(*(t for t in types if t is not None))
-    free = replace(wide, name=f"any {wide.name}")  # no type that a block can state
+    free = replace(wide, name=f"any {wide.name}")  # differs from any dtype of a block
     graph = traced(free)
     inputs = tuple(
         i if t is None else Input(i.name, i.declared, t)
@@ -74,7 +74,7 @@ def autocast_graph(
 
 
 def only_multiplied(graph: Graph) -> list[bool]:
-    """For each argument, whether nothing but contractions read it, or views of it."""
+    """For each argument, whether only contractions read it or its views."""
     readers = users([*graph.inputs, *graph.roots])
     found: dict[Node, bool] = {}
     for node in reversed(list(walk([*graph.inputs, *graph.roots]))):
@@ -93,15 +93,15 @@ def _cast(node: Node, dtype: DType) -> Node:
 
 @dataclass
 class _Retyped:
-    """Nodes of a graph in other types.
+    """Nodes of a graph with their new dtypes.
 
     Attributes:
-        free: the type that marks what follows from the arguments' types.
-        wide: the widest type of those arguments.
-        narrow: autocast's type.
-        new: for each node the one that computes its values; wide enough, maybe wider than
+        free: marker dtype of values whose dtype follows from the arguments.
+        wide: the widest dtype of those arguments.
+        narrow: autocast's dtype.
+        new: old node -> the node that computes its values, in a dtype at least as wide as
             `nominal`.
-        nominal: the type in which torch would have the values of each node.
+        nominal: old node -> the dtype of its values in torch.
     """
 
     free: DType
@@ -111,7 +111,7 @@ class _Retyped:
     nominal: dict[Node, DType] = field(default_factory=dict)
 
     def visit(self, node: Node) -> None:
-        """Enter a node whose operands are known."""
+        """Retype a node whose operands are retyped."""
         if node in self.nominal:
             return
         operands = [self.new[o] for o in node.operands]
@@ -142,11 +142,11 @@ class _Retyped:
         self.new[node], self.nominal[node] = found, found.dtype
 
     def open(self, stated: DType, otherwise: DType) -> DType:
-        """A type that the block states itself, or else another one."""
+        """The dtype that the block states, or `otherwise` if it states none."""
         return otherwise if stated == self.free else stated
 
     def joined(self, node: Map | Concat, operands: list[Node], nominal: list[DType]) -> None:
-        """Enter a node that computes in one type, the widest of its operands'."""
+        """Retype a node that computes in one dtype, the widest of its operands'."""
         typed = [
             i
             for i, o in enumerate(node.operands)
@@ -167,7 +167,7 @@ class _Retyped:
 
     @staticmethod
     def typed(node: Node, dtype: DType) -> Node:
-        """A value in another type; a number is written in it."""
+        """Cast a value; a constant is rebuilt with the dtype instead."""
         if isinstance(node, Const | Size):
             return replace(node, element=dtype)
         return _cast(node, dtype)

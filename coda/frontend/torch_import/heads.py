@@ -1,9 +1,10 @@
-"""Columns that belong together, put side by side: products of the rows of a weight they need.
+"""A contraction with interleaved heads -> one contraction per part, over a slice of the weight.
 
-Models that keep the q, k and v of a head beside each other take some columns of every head from
-the result of one product. Such columns lie in no one piece of a kernel's columns; but the rows of
-the weight can be put in another order, once for each version of it. That is done where nothing
-joins the parts again: the two halves of a head that a rotation mixes stay where they are.
+Models that store q, k and v of a head adjacently (GPT-NeoX) slice some columns of every head from
+one result: for 2 heads its columns are [q0 k0 v0 q1 k1 v1], and q is not a contiguous range. Here
+each part gets its own contraction with its rows of the weight, [q0 q1], [k0 k1], [v0 v1], which are
+gathered once per version of the weight. Parts that a later node joins again (the two halves of a
+head in a rotation) are not split.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from coda.ir.graph import (
 
 
 def heads_apart(roots: Sequence[Node]) -> tuple[Node, ...]:
-    """The same values, with parts of heads as products of their own."""
+    """Equal values, with slices of heads as contractions of their own."""
     readers = users(roots)
     chosen: dict[Node, Node] = {}
     for node in readers:
@@ -39,7 +40,7 @@ def heads_apart(roots: Sequence[Node]) -> tuple[Node, ...]:
 
 
 def _apart(parts: Sequence[Node], readers: dict[Node, list[Node]]) -> bool:
-    """Whether no node depends on two of these."""
+    """Whether no node depends on two of the parts."""
     seen: set[Node] = set()
     for part in parts:
         mine: set[Node] = set()
@@ -56,7 +57,7 @@ def _apart(parts: Sequence[Node], readers: dict[Node, list[Node]]) -> bool:
 
 
 def _of_sliced_weight(node: Slice) -> Node | None:
-    """Some columns of each head, as a product with those rows of the weight; or None."""
+    """A slice of each head as a contraction with the matching rows of the weight; or None."""
     heads = node.arg
     if not isinstance(heads, Reshape) or heads.arg.rank < 2:
         return None
@@ -67,7 +68,7 @@ def _of_sliced_weight(node: Slice) -> Node | None:
     columns = heads.shape[lead:]
 
     def part(one: Node, at: int) -> Node:
-        """The columns, of a vector or of a matrix in which axis `at` has them."""
+        """The slice of each head, of a vector or matrix with the columns on axis `at`."""
         split = Reshape(one, (*one.shape[:at], *columns, *one.shape[at + 1 :]))
         cut = Slice(split, axis - lead + at - split.rank, node.start, node.size, node.step)
         whole = product(cut.shape[at : at + len(columns)])

@@ -1,10 +1,10 @@
 """Nodes of a torch.fx graph of ATen operators -> a Graph of primitives.
 
-The graph is functional (no operator writes to its arguments) and is taken before autograd and
-before composite operators are taken apart: `linear`, `layer_norm` and
-`scaled_dot_product_attention` are still whole, and gradients are not yet there, so that coda may
-derive its own. That is what `torch._functorch` gives for `pre_dispatch=True` and what
-`torch.export` calls its training form. No module and no name of a layer is looked at.
+The graph is functional (no operator writes to its arguments), before autograd and before the
+decomposition of composite operators: `linear`, `layer_norm` and `scaled_dot_product_attention` are
+single nodes, and there is no backward, so that coda derives its own. `torch._functorch` returns it
+for `pre_dispatch=True`; `torch.export` calls it the training IR. Names and classes of layers are
+not used.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from coda.errors import CodaError, UnsupportedError, Where
 from coda.frontend.casts import seen
 from coda.frontend.tensor import Tensor
 from coda.frontend.torch_import import (
-    aten_activations,  # noqa: F401  (they enter their rules)
-    aten_views,  # noqa: F401  (they enter their rules)
+    aten_activations,  # noqa: F401  (they register their rules)
+    aten_views,  # noqa: F401  (they register their rules)
 )
 from coda.frontend.torch_import.aten import RULES, VIEWS, Result
 from coda.frontend.torch_import.heads import heads_apart
@@ -39,13 +39,13 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 @dataclass(frozen=True)
 class Imported:
-    """A set of fx nodes as a graph.
+    """A set of fx nodes as a Graph.
 
     Attributes:
-        graph: named `region`, so that equal layers give one graph.
-        inputs: the fx nodes that its arguments stand for, in order.
-        outputs: for each fx node that is returned, the number of the graph's output and the order
-            of axes in which the fx node has them.
+        graph: always named `region`, so that equal layers give the same graph.
+        inputs: the fx node of each of its arguments, in order.
+        outputs: returned fx node -> (index of the graph's output, permutation of its axes that
+            gives the fx node's axes).
     """
 
     graph: Graph
@@ -54,12 +54,12 @@ class Imported:
 
 
 def value_of(node: FxNode) -> Any:
-    """The fake tensor (or what else) that torch found for a node."""
+    """The fake value (mostly a tensor) that torch recorded for a node."""
     return node.meta.get("val")
 
 
 def dim_of(size: Any) -> Dim:
-    """A size as a dim. Raises UnsupportedError for one that is no polynomial."""
+    """A torch size as a Dim. Raises UnsupportedError if it is not a polynomial of symbols."""
     if isinstance(size, torch.SymInt):
         return _polynomial(size.node.expr)
     return Dim.of(int(size))
@@ -86,7 +86,7 @@ def _polynomial(expr: Any) -> Dim:
 
 
 def result_of(value: Any) -> Result:
-    """Shape and element type of a fake tensor. Raises UnsupportedError for what coda has not."""
+    """Shape and dtype of a fake tensor. Raises UnsupportedError for dtypes coda does not have."""
     if isinstance(value, tuple | list) and value:
         value = value[0]
     if not isinstance(value, torch.Tensor):
@@ -110,14 +110,14 @@ def place_of(node: FxNode) -> Where | None:
 
 
 def apply_rule(node: FxNode, values: Callable[[FxNode], Any]) -> Any:
-    """A node in primitives, of operands in primitives.
+    """Translate one fx node to primitives.
 
     Args:
         node: a call of an ATen operator, or of `getitem` on a list of results.
-        values: the `Tensor` (or list of them) that stands for an operand.
+        values: operand -> its translation, a `Tensor` or a list of them.
 
     Raises:
-        CodaError: where no rule takes it.
+        CodaError: if no rule supports it.
     """
     args: Any = torch.fx.map_arg(node.args, values)
     options: Any = torch.fx.map_arg(node.kwargs, values)
@@ -138,7 +138,7 @@ def apply_rule(node: FxNode, values: Callable[[FxNode], Any]) -> Any:
 
 
 def why_not(node: FxNode) -> str:
-    """Why coda leaves a node to torch; "" where it has a rule that takes it."""
+    """Why coda leaves a node to torch; "" if a rule supports it."""
     if node.op != "call_function":
         return f"a {node.op}"
     if node.target is operator.getitem:
@@ -165,10 +165,10 @@ def _argument(node: FxNode, name: str) -> Any:
 
 
 def with_fewer_axes(node: FxNode) -> FxNode:
-    """What a view looks at that only adds axes of size 1.
+    """The base of a view that only adds axes of size 1, else the node itself.
 
-    The layers of a model add them to one table of angles, each anew. As the table itself is the
-    argument of all their blocks, what is packed of it for the first layer serves the others.
+    Each layer of a model adds such axes to the same RoPE table. With the table itself as the
+    argument of all their blocks, its packed form is made once, for the first layer.
     """
     while node.op == "call_function" and node.target in VIEWS:
         source = node.args[0]
@@ -188,15 +188,15 @@ def _wide(shape: Iterable[Any]) -> list[Any]:
 def import_nodes(
     nodes: Sequence[FxNode], returned: Iterable[FxNode], is_weight: Callable[[FxNode], bool]
 ) -> Imported:
-    """Some nodes of a graph in their order, as a graph of primitives.
+    """Translate nodes of an fx graph to one Graph of primitives.
 
     Args:
-        nodes: calls for which `why_not` has nothing to say.
-        returned: those whose values are wanted outside.
-        is_weight: whether an operand from outside is a parameter; only names depend on it.
+        nodes: calls with an empty `why_not`, in graph order.
+        returned: those that are read outside.
+        is_weight: whether an outside operand is a parameter; it affects only argument names.
 
     Raises:
-        CodaError: where they do not fit together.
+        CodaError: if shapes or dtypes of the translated nodes do not match.
     """
     inside = set(nodes)
     values: dict[FxNode, Any] = {}
@@ -231,7 +231,7 @@ def import_nodes(
 def _finish(
     arguments: tuple[Input, ...], inputs: tuple[FxNode, ...], wanted: Mapping[FxNode, Node]
 ) -> Imported:
-    """Permutations to the outside, rows named, outputs that are one node returned once."""
+    """Move permutations to the outputs, name rows, and return equal outputs once."""
     found = outward(wanted.values())
     apart = heads_apart([n for n, _ in found])
     ordered = dict(zip(wanted, zip(apart, [o for _, o in found], strict=True), strict=True))

@@ -1,8 +1,9 @@
-"""Imported graphs, tidied: permutations moved to the outside, tables under the axes of heads.
+"""Imported graphs -> equal graphs with permutations moved to the outputs.
 
-Torch's models permute heads before tokens between a projection and attention. What lies between
-(RoPE, norms of heads) is computed in the projection's own order, and the permutation is left to be
-a view of the result.
+Models transpose [token, head, column] to [head, token, column] between a projection and attention,
+and apply RoPE and norms of heads after it. Here these are computed in the projection's own layout,
+and the permutation becomes a view of the result. Example: `rope(permute(x @ w))` with x [B, S, D]
+becomes `permute(rope(x @ w))`, and the cosine table [S, C] is reshaped to [S, 1, C].
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ Order = tuple[int, ...]
 
 
 def inverse(order: Order) -> Order:
-    """The permutation that undoes this one."""
+    """The inverse permutation."""
     return tuple(order.index(i) for i in range(len(order)))
 
 
 def permuted(node: Node, order: Order) -> Node:
-    """A permutation, as a reshape where it moves only axes of size 1."""
+    """Permute axes; as a reshape if only axes of size 1 move."""
     if isinstance(node, Permute):
         order = tuple(node.order[i] for i in order)
         node = node.arg
@@ -47,9 +48,9 @@ def permuted(node: Node, order: Order) -> Node:
 
 
 def reshaped(node: Node, shape: Shape) -> Node:
-    """A reshape, of what lies under other reshapes, casts and functions of arguments alone.
+    """Reshape; moved below other reshapes, casts, and functions without contractions.
 
-    So a table of angles has the axes of the heads that it meets before it is computed.
+    So a RoPE table gets the axes of the heads before its functions are applied.
     """
     if node.shape == shape:
         return node
@@ -64,7 +65,7 @@ def reshaped(node: Node, shape: Shape) -> Node:
 
 
 def _table(node: Map, shape: Shape) -> Node | None:
-    """A function whose operands get or lose axes of size 1; None for other reshapes."""
+    """A Map with its operands reshaped, if only axes of size 1 come or go; else None."""
     groups = _groups(node.shape, shape)
     if groups is None or any(len(a) != len(b) for a, b in groups):
         return None
@@ -80,7 +81,7 @@ def _table(node: Map, shape: Shape) -> Node | None:
 
 
 def outward(roots: Iterable[Node]) -> list[tuple[Node, Order]]:
-    """Each root as a node and a permutation of its axes, with no permutation left on the way."""
+    """Each root as (node, permutation of its axes), with all inner permutations moved there."""
     found = transform(roots, _outward)
     out: list[tuple[Node, Order]] = []
     for root in found:
@@ -97,7 +98,7 @@ def _is_turned_weight(node: Node) -> bool:
 
 
 def _outward(node: Node) -> Node:
-    """A node with a permutation of its operands behind it instead."""
+    """Move the permutation of a node's operands after the node."""
     if isinstance(node, Permute):
         return permuted(node.arg, node.order)
     if isinstance(node, Reshape):
@@ -114,7 +115,7 @@ def _outward(node: Node) -> Node:
 
 
 def _elementwise(node: Map | Concat, order: Order) -> Node:
-    """An operation on permuted operands as a permutation of an operation."""
+    """An elementwise operation on permuted operands -> a permutation of its result."""
     back = inverse(order)
     operands: list[Node] = []
     for one in node.operands:
@@ -130,7 +131,7 @@ def _elementwise(node: Map | Concat, order: Order) -> Node:
 
 
 def _along(node: Cast | Slice | Reduce, arg: Permute) -> Node:
-    """An operation along an axis of a permuted operand."""
+    """A cast, slice or reduction of a permuted operand -> a permutation of its result."""
     if isinstance(node, Cast):
         return permuted(Cast(arg.arg, node.to), arg.order)
     axis = arg.order[node.axis] - arg.rank
@@ -142,7 +143,7 @@ def _along(node: Cast | Slice | Reduce, arg: Permute) -> Node:
 
 
 def _reshape(node: Reshape) -> Node:
-    """A reshape goes under a permutation that keeps the axes which it joins or splits together."""
+    """A reshape moves before a permutation that keeps the merged or split axes adjacent."""
     arg = node.arg
     if not isinstance(arg, Permute) or _is_turned_weight(arg):
         return reshaped(arg, node.to)
@@ -162,7 +163,7 @@ def _reshape(node: Reshape) -> Node:
 
 
 def _beside_their_neighbours(wide: Sequence[int], shape: Shape) -> list[int]:
-    """Axes in this order, with each axis of size 1 after the one that it follows in the shape."""
+    """Axes in the order `wide`, with each axis of size 1 inserted after its predecessor."""
     found = list(wide)
     for i, d in enumerate(shape):
         if d == ONE:
@@ -171,7 +172,7 @@ def _beside_their_neighbours(wide: Sequence[int], shape: Shape) -> list[int]:
 
 
 def _groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]] | None:
-    """Axes of more than one element that a reshape turns into others, as few at once as can be."""
+    """Minimal pairs (axes before, axes after) of equal element count of a reshape, or None."""
     old = [i for i, d in enumerate(before) if d != ONE]
     new = [i for i, d in enumerate(after) if d != ONE]
     found: list[tuple[list[int], list[int]]] = []

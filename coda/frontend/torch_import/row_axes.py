@@ -1,7 +1,8 @@
-"""Which axes of an imported graph are rows: they get symbols where torch gives numbers.
+"""An imported graph with constant sizes -> the same graph with symbols for its row (token) axes.
 
-Each axis is followed through the graph from the products whose rows it is. So 16 tokens and 16
-columns are told apart, weights are known, and a Program serves any number of tokens.
+Axes are unified through the graph, starting from the rows of contractions. So 16 tokens differ from
+16 columns, weights are recognised, and one Program serves any number of tokens. Example: in
+`x [16, 16] @ w [16, 64]` the first axis of x becomes `n0`, and the others stay constant.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from coda.ir.graph import (
 def rebuild(
     graph: Graph, shape: Callable[[Node, Shape], Shape], dim: Callable[[Dim], Dim]
 ) -> Graph:
-    """The graph under other dims.
+    """Rebuild a graph with other dims.
 
     Args:
         graph: a graph.
-        shape: (node, its shape) -> the new shape, of nodes that state one.
-        dim: (dim) -> the new dim, of slices and sizes.
+        shape: (node, its shape) -> the new shape, for nodes that state one.
+        dim: dim -> the new dim, for slices and sizes.
     """
     new: dict[Node, Node] = {}
     for node in walk([*graph.inputs, *graph.roots]):
@@ -68,9 +69,9 @@ Axis = tuple[Node, int]
 
 
 class _Axes:
-    """Classes of axes that have one size whatever the sizes are, and how reshapes merge them.
+    """Equivalence classes (union-find) of axes with equal size, and merges of axes by reshapes.
 
-    `sizes` are sizes of the symbols under which only equal products are equal.
+    `sizes` maps symbols to distinct primes, so that only equal products of dims compare equal.
     """
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
@@ -94,13 +95,13 @@ class _Axes:
             self.parent[a] = b
 
     def aligned(self, node: Node, arg: Node) -> None:
-        """Axes of an elementwise operand, at the right."""
+        """Unify the axes of an elementwise operand with the node's, aligned at the right."""
         for i in range(arg.rank):
             if arg.shape[i] != ONE:
                 self.same((arg, i), (node, i + node.rank - arg.rank))
 
     def visit(self, node: Node) -> None:
-        """What a node says of its axes and its operands'."""
+        """Unify the axes of a node with those of its operands."""
         match node:
             case Input() | Const():
                 pass
@@ -133,7 +134,7 @@ class _Axes:
         self.columns += [(node.rhs, 0), (node.rhs, 1)]
 
     def along(self, node: Reduce | Slice | Concat) -> None:
-        """An operation along one axis: the others are the operands'."""
+        """Unify all axes but the one of the operation."""
         axis = node.rank + node.axis
         for arg in node.operands:
             for i in range(arg.rank):
@@ -147,7 +148,7 @@ class _Axes:
         return product(node.shape[i] for node, i in axes).size(self.sizes)
 
     def reshape(self, node: Node, arg: Node) -> None:
-        """Pair the axes before and after: groups of equal products, as short as they can be."""
+        """Pair axes before and after a reshape: minimal groups of equal element count."""
         before = [(arg, i) for i in range(arg.rank) if arg.shape[i] != ONE]
         after = [(node, i) for i in range(node.rank) if node.shape[i] != ONE]
         i = j = 0
@@ -174,7 +175,7 @@ PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079, 10091, 10093)
 
 
 def with_row_symbols(graph: Graph) -> Graph:
-    """The graph with symbols for the axes that are rows; as it is where they cannot be told."""
+    """The graph with symbols for its row axes; unchanged if they cannot be determined."""
     nodes = list(walk([*graph.inputs, *graph.roots]))
     if any(isinstance(n, Size) for n in nodes) or len(graph.symbols) > len(PRIMES):
         return graph
@@ -207,7 +208,7 @@ def canonical(graph: Graph) -> Graph:
 
 
 def _assign(axes: _Axes, nodes: Sequence[Node]) -> dict[Axis, Dim]:
-    """Symbols for the classes that are rows and never columns, merged ones as products."""
+    """Class of axes -> its symbol, if it is a row and never a column; a product if merged."""
     columns = {axes.find(a) for a in axes.columns}
     rows = {axes.find(a) for a in axes.rows if a[0].shape[a[1]] != ONE} - columns
     merges = [
