@@ -1,4 +1,4 @@
-"""What is installed here and what works: the versions tested, the GPU, the backends."""
+"""The installation -> findings with advice: package versions, GPU, backends, settings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONAL = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `advice` is empty where all is well."""
+    """One line of the report; `advice` is empty if nothing has to be done."""
 
     what: str
     found: str
@@ -46,7 +46,7 @@ class Diagnosis:
 
     @property
     def good(self) -> bool:
-        """Whether nothing that is needed is missing."""
+        """Whether no required package or setting has advice."""
         return not any(f.needed and f.advice for f in self.findings)
 
     def json(self) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ class Diagnosis:
         return [vars(f) for f in self.findings]
 
     def table(self) -> Table:
-        """For people."""
+        """As a table."""
         table = Table(title="coda doctor", title_justify="left")
         for column in ("what", "found", "advice"):
             table.add_column(column)
@@ -87,7 +87,7 @@ def _setting(variable: Variable) -> Finding:
 
 
 def examine() -> Diagnosis:
-    """Look at the installation."""
+    """Examine the installation."""
     findings = [
         Finding("coda", coda.__version__),
         Finding("python", platform.python_version()),

@@ -1,4 +1,4 @@
-"""A block and arguments -> its error against float64, beside torch's own, op by op."""
+"""A block and its arguments -> relative errors against float64, of coda and of torch op by op."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from coda.runtime.call import choose_backend
 
 
 def random_inputs(graph: Graph, dims: Mapping[str, int], seed: int = 0) -> list[Tensor]:
-    """Random arguments: normal activations, weights scaled by 1/sqrt(K), gains around 1."""
+    """Random arguments on the CPU, in the declared shapes and dtypes.
+
+    Activations are normal, weights are scaled by 1/sqrt(K), vectors are near 1, and integers are in
+    [0, smallest size). Raises DimError for missing or wrong sizes.
+    """
     sizes = check_dims(graph, dims)
     generator = torch.Generator().manual_seed(seed)
     weights = {n.rhs for n in walk(graph.roots) if isinstance(n, Contract)}
@@ -45,11 +49,11 @@ def random_inputs(graph: Graph, dims: Mapping[str, int], seed: int = 0) -> list[
 
 
 def load_inputs(graph: Graph, path: Path) -> list[Tensor]:
-    """Arguments by name from a .safetensors or .npz file.
+    """Load arguments by name from a .safetensors or .npz file, in the declared dtypes.
 
     Raises:
-        CallError: where the file is not there or not of its kind, or an argument is not in it, or
-            is of a kind of numbers (complex, or floats for whole numbers) that would lose.
+        CallError: if the file is missing or of another format, lacks an argument, or has one whose
+            conversion would lose information (complex numbers, or floats for integers).
     """
     try:
         if not path.is_file():
@@ -59,7 +63,7 @@ def load_inputs(graph: Graph, path: Path) -> list[Tensor]:
         tensors = _read_arrays(path)
     except CallError:
         raise
-    except Exception as e:  # of numpy, zipfile, pickle and safetensors, each with its own
+    except Exception as e:  # numpy, zipfile, pickle and safetensors raise different classes
         raise CallError(
             f"{path.name} cannot be read",
             found=f"{type(e).__name__}: {e}",
@@ -72,7 +76,7 @@ def load_inputs(graph: Graph, path: Path) -> list[Tensor]:
 
 
 def _read_arrays(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by their names."""
+    """The tensors of a file by name."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -85,7 +89,7 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
 
 
 def _as_declared(node: Input, tensor: Tensor) -> Tensor:
-    """A tensor in the type of an argument. Raises CallError for another kind of numbers."""
+    """Cast a tensor to an argument's dtype. Raises CallError if that loses information."""
     whole = not tensor.is_floating_point() and not tensor.is_complex()
     if tensor.is_complex() or (node.dtype.kind != "float" and not whole):
         raise CallError(
@@ -98,7 +102,7 @@ def _as_declared(node: Input, tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Error:
-    """Of one output: ‖y − y64‖ / ‖y64‖ for coda and for torch op by op in the storage types."""
+    """‖y − y64‖ / ‖y64‖ of one output, for coda and for torch op by op in the storage dtypes."""
 
     output: str
     shape: tuple[int, ...]
@@ -108,7 +112,7 @@ class Error:
 
 @dataclass(frozen=True)
 class Report:
-    """What `run` prints."""
+    """Errors of all outputs of a block, as `coda run` prints them."""
 
     block: str
     sizes: dict[str, int]
@@ -125,7 +129,7 @@ class Report:
         }
 
     def table(self) -> Table:
-        """For people."""
+        """As a table."""
         sizes = " ".join(f"{k}={v}" for k, v in self.sizes.items())
         table = Table(title=f"{self.block} on {self.backend}, {sizes}", title_justify="left")
         for column in ("output", "shape", "error against float64", "torch's, op by op"):
@@ -143,7 +147,13 @@ def measure(
     arch: str = "",
     dims: Mapping[str, int] | None = None,
 ) -> Report:
-    """Run a block and compare with float64."""
+    """Run a block and compare its outputs with float64.
+
+    Args:
+        block, inputs: the block and its arguments, in order.
+        graph: the block's graph for these arguments.
+        backend, arch, dims: as in a call; "" for the default.
+    """
     with torch.no_grad():
         found = block(*inputs, backend=backend or None, arch=arch or None, dims=dims)
         sizes = bind_sizes(graph, inputs, dims)
@@ -171,16 +181,16 @@ def measure_gradients(
     wanted: Sequence[str] | None = None,
     memory: str | None = None,
 ) -> Report:
-    """Run a block and its backward on random cotangents; the gradients' errors.
+    """Run a block and its backward on random cotangents, and compare the gradients with float64.
 
     Args:
         block, graph, inputs, backend, arch, dims: as in `measure`.
-        seed: of the cotangents.
-        wanted: names of the arguments to differentiate; by default all floats but constants.
+        seed: seed of the cotangents.
+        wanted: names of the arguments to differentiate; by default all floats except constants.
         memory: as in a call.
 
     Raises:
-        CallError: where `wanted` names something else than a float.
+        CallError: if `wanted` names an argument that is not a float.
     """
     sizes = bind_sizes(graph, inputs, dims)
     names = differentiated(graph, wanted)
@@ -222,7 +232,7 @@ def measure_gradients(
 
 
 def relative(x: Tensor, exact: Tensor) -> float:
-    """‖x − exact‖ / ‖exact‖ in float64."""
+    """‖x − exact‖ / ‖exact‖ (Frobenius norm) in float64; 0 for an empty tensor."""
     if not exact.numel():
         return 0.0
     difference = (x.double() - exact.double()).norm()

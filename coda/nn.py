@@ -1,8 +1,8 @@
-"""Modules to drop in: each a few lines over a block, with the conventions of `torch.nn`.
+"""Drop-in `nn.Module`s over blocks, with the conventions of `torch.nn`.
 
-Weights are [out_features, in_features] as in `nn.Linear`, inputs [..., in_features]. Parameters
-begin as those of torch's own modules do, and again at each `reset_parameters()`, which recipes for
-models on the meta device call after `to_empty`. They train by the blocks' derived backwards.
+Weights are [out_features, in_features] as in `nn.Linear`, inputs [..., in_features]. Parameters are
+initialised as in torch's modules; `reset_parameters()` repeats that, for models built on the meta
+device after `to_empty`. They train with the blocks' derived backwards.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
 
 
 def _declared(fn: Callable[..., Any], *specs: Any) -> Block:
-    """A block of a function whose arguments are declared here."""
+    """A block of a function whose arguments get the declarations `specs`."""
     names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
     fn.__annotations__ = dict(zip(names, specs, strict=True))
     return block(fn)
@@ -71,7 +71,7 @@ _blocks: dict[tuple[Any, ...], Block] = {}
 
 
 def _block(make: Callable[..., Block], *options: Any) -> Block:
-    """The one block for these options: modules hold none, and so can be saved and copied."""
+    """The cached block for these options: modules hold none, so they can be pickled and copied."""
     key = (make, *options)
     found = _blocks.get(key)
     if found is None:
@@ -80,12 +80,12 @@ def _block(make: Callable[..., Block], *options: Any) -> Block:
 
 
 def _empty(*shape: int, **where: Any) -> nn.Parameter:
-    """A parameter to which `reset_parameters` gives its first values."""
+    """An uninitialised parameter, for `reset_parameters`."""
     return nn.Parameter(torch.empty(*shape, **where))
 
 
 def _reset_linear(weight: Tensor, bias: Tensor | None = None) -> None:
-    """Give a weight [out_features, in_features] and a bias the first values of `nn.Linear`."""
+    """Initialise a weight [out_features, in_features] and a bias as `nn.Linear` does."""
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
     if bias is not None:
         bound = 1 / math.sqrt(weight.shape[1]) if weight.shape[1] else 0.0
@@ -119,7 +119,7 @@ class RMSNormLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Give the parameters the first values of `nn.RMSNorm` and `nn.Linear`, in place."""
+        """Initialise the parameters as `nn.RMSNorm` and `nn.Linear` do, in place."""
         nn.init.ones_(self.norm_weight)
         _reset_linear(self.weight, self.bias)
 
@@ -134,7 +134,7 @@ class RMSNormLinear(nn.Module):
 class GatedMLP(nn.Module):
     """w_down(act(w_gate x) · w_up x), after Shazeer (2020), without biases.
 
-    The GEMM reads gate and up as one matrix: they lie in one buffer (`coda.share_weights`).
+    One GEMM reads gate and up: they are slices of one buffer (`coda.share_weights`).
     Parameters are `gate_weight`, `up_weight` [hidden_features, in_features] and `down_weight`
     [out_features, hidden_features]; `activation` is "silu", "gelu", "gelu_tanh" or "relu".
     """
@@ -165,13 +165,13 @@ class GatedMLP(nn.Module):
         share((self.gate_weight, self.up_weight))
 
     def reset_parameters(self) -> None:
-        """Give the parameters the first values of `nn.Linear`, in place."""
+        """Initialise the parameters as `nn.Linear` does, in place."""
         for weight in (self.gate_weight, self.up_weight, self.down_weight):
             _reset_linear(weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedMLP:
         super()._apply(fn, recurse)
-        share((self.gate_weight, self.up_weight))  # which `.to()` has taken apart
+        share((self.gate_weight, self.up_weight))  # `.to()` has separated them
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,10 +183,10 @@ class GatedMLP(nn.Module):
 
 
 class LinearCrossEntropy(nn.Module):
-    """cross_entropy(x @ weightᵀ, target): a vocabulary's projection and its loss in one.
+    """cross_entropy(x @ weightᵀ, target): vocabulary projection and loss in one.
 
     `weight` is [num_classes, in_features]; share it with an embedding by assigning the parameter.
-    With `memory="min"` no logits are stored, as `coda.block` has it. Other arguments are those of
+    With `memory="min"` (see `coda.block`) no logits are stored. Other arguments are those of
     `nn.CrossEntropyLoss`.
     """
 
@@ -209,11 +209,11 @@ class LinearCrossEntropy(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Give the weight the first values of `nn.Linear`, in place."""
+        """Initialise the weight as `nn.Linear` does, in place."""
         _reset_linear(self.weight)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        """x [..., in_features] and target [...] of int64 -> the loss, as torch reduces it."""
+        """x [..., in_features], target int64 [...] -> the loss, reduced as in torch."""
         run = _block(_linear_cross_entropy, *self.options)
         rows, classes = x.reshape(-1, x.shape[-1]), target.reshape(-1)
         loss = run(rows, self.weight, classes, memory=self.memory)
