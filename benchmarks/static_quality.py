@@ -19,7 +19,7 @@ from coda.lowering.compiler import lower
 from coda.lowering.configure import size_partials
 from coda.lowering.program.program import GemmKernel
 from coda.lowering.program.target import Config, find_target
-from coda.runtime.compile import captured, compile_kernel, prepare_process
+from coda.runtime.compile import captured, compile_kernel
 from coda.runtime.dry_run import without_driver
 from coda.runtime.sass import usage
 
@@ -181,7 +181,6 @@ def ours(name, arch):
 
 def child(arch):
     """Both kernels of every block for one arch, as JSON."""
-    prepare_process(find_target(arch))
     found = {}
     with tempfile.TemporaryDirectory() as directory, without_driver(find_target(arch)):
         os.environ["CODA_CACHE_DIR"] = directory  # a new one: what is found compiled has no cubin
@@ -196,9 +195,9 @@ def main():
     from rich.table import Table
 
     for arch in ARCHS:
-        done = subprocess.run(
-            [sys.executable, __file__, arch], stdout=subprocess.PIPE, check=True, text=True
-        )
+        environment = {**os.environ, **compiling_environment(find_target(arch))}
+        child = [sys.executable, __file__, arch]
+        done = subprocess.run(child, env=environment, stdout=subprocess.PIPE, check=True, text=True)
         table = Table(title=f"{arch}, tiles {TILES[arch][0]}×{TILES[arch][1]}, or half as wide")
         for column in (
             "epilogue",

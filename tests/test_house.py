@@ -86,6 +86,32 @@ def test_no_arch_is_compared_outside_the_targets():
     assert not found
 
 
+WRITES = ("update", "setdefault", "pop", "popitem", "clear", "putenv", "unsetenv")
+
+
+def is_environment(node):
+    """Whether an expression is `os.environ`, or an element of it."""
+    node = node.value if isinstance(node, ast.Subscript) else node
+    return isinstance(node, ast.Attribute) and node.attr == "environ"
+
+
+def test_nothing_writes_the_environment():
+    """A process's environment belongs to its user; processes of ours are started with their own."""
+    found = []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            targets = [getattr(node, "target", None), *getattr(node, "targets", [])]
+            wrong = isinstance(
+                node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Delete
+            ) and any(map(is_environment, filter(None, targets)))
+            called = getattr(node, "func", None)
+            if isinstance(called, ast.Attribute) and called.attr in WRITES:
+                wrong = is_environment(called.value) or called.attr in ("putenv", "unsetenv")
+            if wrong:
+                found.append(f"{module_of(file)}:{node.lineno}")
+    assert not found
+
+
 def test_files_and_functions_are_short():
     long = [f"{f.relative_to(ROOT)}" for f in FILES if f.read_text().count("\n") > 600]
     for file in FILES:

@@ -6,7 +6,6 @@ It gets the block as text, lowers it again, and compiles one kernel on tensors t
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel, To
 from coda.lowering.program.target import Target
 from coda.runtime.cache import kernel_directory, prune
 from coda.runtime.sass import Usage, usage
+from coda.runtime.settings import given
 from coda.runtime.workers import run_all
 from coda.sim.host import kept
 
@@ -98,14 +98,10 @@ def _jobs(program: Program) -> Iterator[tuple[GemmKernel | RowwiseKernel, Job]]:
             yield kernel, Job(text, dims, *options, kernel.name)
 
 
-def prepare_process(target: Target) -> None:
-    """Make this process compile for `target`; before cutlass and quack are imported."""
-    os.environ |= _environment(target)
-
-
-def _environment(target: Target) -> dict[str, str]:
-    """The variables of a process that compiles for a GPU."""
+def compiling_environment(target: Target) -> dict[str, str]:
+    """The variables that a process starts with that compiles for a GPU, which it need not see."""
     return {
+        **given(),
         "CUTE_DSL_ARCH": target.arch,
         "QUACK_ARCH": "{}{}".format(*target.capability),
         "CUTE_DSL_KEEP": "ptx,cubin",
@@ -115,7 +111,7 @@ def _environment(target: Target) -> dict[str, str]:
 
 def _workers_environment(target: Target) -> dict[str, str]:
     """The variables of a worker: it sees no GPU, so that no library begins to use one."""
-    return {**_environment(target), "CUDA_VISIBLE_DEVICES": ""}
+    return {**compiling_environment(target), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _made(path: Path) -> Path:
@@ -134,7 +130,7 @@ def compile_job(job: Job) -> Compiled:
 
 
 def compile_kernel(program: Program, kernel: GemmKernel | RowwiseKernel) -> Compiled:
-    """Compile one kernel in this process, which `prepare_process` made ready for the arch."""
+    """Compile one kernel in this process, which began with `compiling_environment`."""
     from coda.runtime.dry_run import dry_run
 
     base = base_of(program, kernel)

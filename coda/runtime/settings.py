@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 from coda.errors import CodaError
 from coda.lowering.program.target import ARCHS, DEFAULT
@@ -25,7 +27,7 @@ class Variable:
 
     def get(self) -> str:
         """The value now. Raises CodaError for one that it does not take."""
-        value = os.environ.get(self.name) or self.default
+        value = _given.get().get(self.name) or os.environ.get(self.name) or self.default
         if self.values and value not in self.values:
             raise CodaError(
                 f"{self.name} is one of {', '.join(v for v in self.values if v)}",
@@ -35,17 +37,23 @@ class Variable:
 
     @contextmanager
     def as_given(self, value: str) -> Iterator[None]:
-        """The variable with another value, for a while; an empty one changes nothing."""
-        before = os.environ.get(self.name)
-        if value:
-            os.environ[self.name] = value
+        """The variable with another value for whoever this thread calls inside; "" changes nothing.
+
+        The environment itself stays as it is. Processes that are started get it by `given`.
+        """
+        token = _given.set({**_given.get(), self.name: value} if value else _given.get())
         try:
             yield
         finally:
-            if before is not None:
-                os.environ[self.name] = before
-            elif value:
-                os.environ.pop(self.name, None)
+            _given.reset(token)
+
+
+_given: ContextVar[Mapping[str, str]] = ContextVar("given", default=MappingProxyType({}))
+
+
+def given() -> dict[str, str]:
+    """What `as_given` says at this point, by the names of variables."""
+    return dict(_given.get())
 
 
 BACKEND = Variable(

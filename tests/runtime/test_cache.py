@@ -11,7 +11,9 @@ import time
 import pytest
 
 from coda.cli import main
-from coda.runtime import cache
+from coda.lowering.program.target import DEFAULT
+from coda.runtime import cache, settings
+from coda.runtime.compile import compiling_environment
 
 COMPILE = textwrap.dedent(
     """
@@ -19,7 +21,7 @@ COMPILE = textwrap.dedent(
     import coda
     from coda.lowering.algebra.policy import NO_TERMS
     from coda.lowering.program.target import DEFAULT
-    from coda.runtime.compile import Job, compile_job, prepare_process
+    from coda.runtime.compile import Job, compile_job
 
     TEXT = '''
     block f(%x: [M, D] bf16) {
@@ -28,7 +30,6 @@ COMPILE = textwrap.dedent(
       return out = %1
     }
     '''
-    prepare_process(DEFAULT)
     job = Job(TEXT, (("M", 8), ("D", 256)), DEFAULT, False, NO_TERMS, "rows0")
     start = time.monotonic()
     done = compile_job(job)
@@ -37,8 +38,14 @@ COMPILE = textwrap.dedent(
 )
 
 
+def environment_for(directory):
+    """The variables of a process that compiles, and keeps what it compiles in a directory."""
+    with settings.CACHE_DIR.as_given(str(directory)):
+        return compiling_environment(DEFAULT)
+
+
 def run(directory, **more):
-    environment = {**os.environ, "CODA_CACHE_DIR": str(directory), **more}
+    environment = {**os.environ, **environment_for(directory), **more}
     return subprocess.Popen(
         [sys.executable, "-c", COMPILE], env=environment, stdout=subprocess.PIPE, text=True
     )

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
+from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 from coda.sim.host.hardware import L2, SMEM_PER_SM, driver_answers, forget_answers
 from coda.sim.host.kept import checked, print_on_stderr, recorded
 from coda.sim.host.launch import PtxStore, Shim, capability
-from coda.sim.host.patches import OnImport, Patches
+from coda.sim.host.patches import OnImport, OsWith, Patches
 from coda.sim.host.tensors import CudaIsCpu
 from coda.sim.types import SimError
 
@@ -62,18 +63,7 @@ def install(host: Host) -> Patches:
     """Install all patches for a device; `undo` of the result removes them."""
     patches = Patches()
     try:
-        # Imported before the environment changes: the DSL reads it once, at its import.
-        import cutlass.cute  # noqa: F401
-
-        number = str(capability(host.arch))
-        patches.environment(
-            {
-                "CUTE_DSL_ARCH": host.arch,
-                "QUACK_ARCH": number,
-                "FLASH_ATTENTION_ARCH": f"sm_{number}",
-                "FLASH_ATTENTION_NUM_SMS": str(host.sms),
-            }
-        )
+        _environment(patches, host)
         _compiler(patches, host)
         _engines(patches, host)
         _calls(patches, host)
@@ -84,6 +74,36 @@ def install(host: Host) -> Patches:
         patches.undo()
         raise
     return patches
+
+
+# Modules that read the variables below.
+_READERS = (
+    "cutlass.utils.blackwell_helpers",
+    "flash_attn.cute.cute_dsl_utils",
+    "flash_attn.cute.interface",
+    "quack.cute_dsl_utils",
+    "quack.rmsnorm_config",
+)
+
+
+def _environment(patches: Patches, host: Host) -> None:
+    """Let libraries read the device's arch where they read environment variables, if they do."""
+    number = str(capability(host.arch))
+    seen = OsWith(
+        {
+            "CUTE_DSL_ARCH": host.arch,
+            "QUACK_ARCH": number,
+            "FLASH_ATTENTION_ARCH": f"sm_{number}",
+            "FLASH_ATTENTION_NUM_SMS": str(host.sms),
+        },
+        host.here,
+    )
+
+    def reader(name: str) -> None:
+        patches.set(sys.modules[name], "os", seen)
+
+    watch = OnImport({name: partial(reader, name) for name in _READERS})
+    patches.on_undo(watch.remove)
 
 
 def _around(patches: Patches, host: Host, owner: Any, name: str, inside: Callable[..., Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from importlib.abc import Loader, MetaPathFinder
 from typing import Any
@@ -28,20 +29,6 @@ class Patches:
                 delattr(owner, name)
             else:
                 setattr(owner, name, old)
-
-        self._undo.append(restore)
-
-    def environment(self, values: Mapping[str, str]) -> None:
-        """Set environment variables."""
-        old = {name: os.environ.get(name) for name in values}
-        os.environ.update(values)
-
-        def restore() -> None:
-            for name, value in old.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
 
         self._undo.append(restore)
 
@@ -71,6 +58,28 @@ class Patches:
         """Revert all changes, the last one first."""
         while self._undo:
             self._undo.pop()()
+
+
+class OsWith:
+    """The module `os` with other environment variables, for a library that reads them there.
+
+    The environment of the process stays as it is. `here` says whether a caller sees `values`.
+    """
+
+    def __init__(self, values: Mapping[str, str], here: Callable[[], bool]) -> None:
+        self._values, self._here = values, here
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    @property
+    def environ(self) -> Mapping[str, str]:
+        """The variables."""
+        return ChainMap(dict(self._values), os.environ) if self._here() else os.environ
+
+    def getenv(self, name: str, default: str | None = None) -> str | None:
+        """One variable."""
+        return self.environ.get(name, default)
 
 
 class _Then(Loader):
