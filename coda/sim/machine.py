@@ -1,9 +1,8 @@
 """A launch -> its effect on memory, and a result with findings and counters.
 
 Each step picks the lowest basic block at which any lane is, and runs it as one function on arrays
-for all warps of all resident CTAs that are at it (under the random schedule: a random block, some
-of its warps). Diverged lanes wait at a higher block and reconverge there. A lane that waits for a
-barrier is parked until the barrier releases it.
+for all warps that are at it (random schedule: a random block, some of its warps). Diverged lanes
+wait at a higher block and reconverge there. A lane that waits for a barrier is parked meanwhile.
 """
 
 from __future__ import annotations
@@ -430,9 +429,7 @@ class Machine:
 def run(launch: Launch, allocations: Allocations, options: Options) -> LaunchResult:
     """Run a launch on the simulated machine.
 
-    Kernel arguments and global memory are read and written in place, within `allocations`. BLAS
-    runs with one thread meanwhile.
-
+    Global memory is read and written in place, within `allocations`; BLAS has one thread meanwhile.
     Raises Unsupported for PTX that is not modelled, Fault for an illegal access or operation,
     Deadlock, Livelock, and CheckFailed for a finding of the level "raise".
     """

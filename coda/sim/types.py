@@ -31,8 +31,10 @@ CHECK_KINDS = (
 class Launch:
     """One kernel launch as the runtime received it.
 
-    `smem` is the dynamic shared memory in bytes; `args` is the address of the `void**` array that
-    `cudaLaunchKernelEx` gets: element i points at the i-th kernel parameter.
+    `grid` and `cluster` count CTAs, `block` threads, as (x, y, z). `smem` is the dynamic shared
+    memory in bytes; `args` is the address of the `void**` array that `cudaLaunchKernelEx` gets:
+    element i points to the i-th kernel parameter. `attributes` maps ids of launch attributes to
+    their raw values.
     """
 
     kernel: str
@@ -53,7 +55,8 @@ class Options:
 
     `checks` maps a kind of CHECK_KINDS to off, warn or raise; a kind that is absent is off.
     `instructions` bounds the warp instructions of one launch (0: no bound). `sms` is the number of
-    multiprocessors, which bounds how many CTAs are resident at a time.
+    multiprocessors, which bounds the number of resident CTAs. Raises ValueError for an unknown
+    schedule or check.
     """
 
     schedule: Schedule = "eager"
@@ -72,7 +75,11 @@ class Options:
 
 @dataclass
 class Finding:
-    """A bug that a check saw. `address` is an address in the memory that `message` names."""
+    """A bug found by a check. `address` is in the memory that `message` names.
+
+    `source` is "file:line" of the Python source, None without line information; `warp` is the
+    number of the warp in its CTA, and `cta` the number of the CTA in the grid.
+    """
 
     kind: str
     message: str
@@ -97,7 +104,7 @@ class Finding:
 
 @dataclass
 class Traffic:
-    """Bytes of one allocation, or of one asynchronous unit, that a launch moved."""
+    """Bytes moved by a launch, of one tensor or one unit: with repetitions, and unique."""
 
     loaded: int = 0
     stored: int = 0
@@ -111,7 +118,9 @@ class LaunchResult:
 
     `sync_sites` counts the executions of each synchronising instruction by its PTX line, zeros
     included: a wait that never ran was not tested; `sync_text` has their PTX. `flops` counts the
-    tensor cores' alone, as 2 m n k.
+    tensor cores' alone, as 2 m n k. `per_allocation` is by name of the tensor, `per_unit` by unit
+    (threads, tma, bulk, cp.async), `instructions` by mnemonic; `bank_conflicts` counts extra passes
+    and `seconds` is the wall time of the simulation.
     """
 
     kernel: str

@@ -129,8 +129,8 @@ def early_moves(kernel: Kernel, flow: Flow) -> dict[int, list[Instruction]]:
 
     Kernels use the results before they wait for the load: ptxas tracks its registers, so a use
     waits implicitly, and the explicit wait only says when tensor memory may be overwritten. Plain
-    moves do not count as uses: compilers pack the results into pairs at once, and ptxas removes
-    these moves. So the destinations of such moves are written when the load completes.
+    moves do not count as uses: compilers pack the results into pairs at once, and ptxas does not
+    wait for these moves. So the destinations of such moves are written when the load completes.
     """
     starts = set(kernel.labels.values())
     out: dict[int, list[Instruction]] = {}

@@ -428,9 +428,8 @@ def accumulate(
 ) -> None:
     """Execute a chain of instructions of one form and shape on the same D, in place.
 
-    `smems` (uint8 [bytes]) and `tmems` (uint32 [128, 512]) have one item for each CTA of the group.
-    `enable` (of the first step): add to the old D, else replace it; `disabled`: the mask of lanes
-    not written, as 32-bit words, 4 per CTA. Raises Fault for an access out of bounds.
+    `smems` (uint8 [bytes]) and `tmems` (uint32 [128, 512]) have one item per CTA. `enable`: the
+    first step adds to D, else it replaces D. `disabled`: mask of lanes not written, 4 words a CTA.
     """
     shape = decode_shape(form, steps[0].idesc)
     if len(smems) != form.ctas or len(tmems) != form.ctas or (len(steps) > 1 and form.scale_d):

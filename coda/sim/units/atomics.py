@@ -85,7 +85,15 @@ class Atomics:
         operands: list[list[Array]],
         wanted: bool = True,
     ) -> Any:
-        """Apply an operation for each active lane; return the old contents if `wanted`."""
+        """Apply an operation for each active lane; return the old contents if `wanted`.
+
+        Args:
+            space: "shared...", "global", or "" for generic addresses.
+            operation, kind: such as "add" and "f32".
+            operands: one or two (cas) lists with a value for each vector element.
+
+        Returns unsigned bits [warps, 32], of a vector [elements, warps, 32]; 0 if not `wanted`.
+        """
         machine = self.machine
         size = WIDTH[kind] // 8
         count = len(operands[0])
@@ -108,7 +116,7 @@ class Atomics:
     def _place(
         self, ins: Instruction, g: Any, active: Array, space: str, base: Array, offset: int, n: int
     ) -> tuple[bool, Array]:
-        """(whether the memory is shared, index of each active lane's first byte in its array)."""
+        """(whether the memory is shared, byte index of each lane's operand in its array)."""
         machine = self.machine
         m = None if active.all() else active
         if not space:

@@ -42,7 +42,7 @@ def _elements(gathered: Array, size: int, count: int) -> Array:
 
 
 def _granules(values: list[Array], size: int, shape: tuple[int, ...]) -> Array:
-    """Vector elements as one array of granules (16-byte ones: a last axis of two elements)."""
+    """Vector elements -> granules of up to 16 bytes, [*shape, 1]; 32 bytes: [*shape, 2]."""
     packed = np.empty((*shape, len(values)), f"u{size}")
     for k, value in enumerate(values):
         packed[..., k] = value

@@ -1,7 +1,6 @@
 """TMA, bulk copy, st.async and reduction instructions -> asynchronous operations.
 
-Threads of a warp that execute a bulk instruction with equal operands issue it once, as hardware
-does: its operands are uniform for the warp.
+A bulk instruction is issued once per warp for each distinct tuple of operands, as in hardware.
 """
 
 from __future__ import annotations
