@@ -19,6 +19,7 @@ import torch
 
 from coda.kernels.gemm import quack_target
 from coda.kernels.gemm.emit import emit_gemm
+from coda.kernels.gemm.mainloop import gemms
 from coda.lowering.compiler import lower
 from coda.lowering.program.target import Config, find_target
 from coda.runtime.cache import kernel_directory
@@ -50,7 +51,7 @@ def theirs(tile):
 
 def ours(block, tile):
     program = lower(block.graph, DIMS, "sm_90a")
-    kernel = next(program.gemms())
+    kernel = next(gemms(program))
     gemm = quack_target.import_kernel(
         emit_gemm(program, kernel), Config(128, tile, (2, 1)), kernel_directory()
     )

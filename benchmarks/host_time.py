@@ -18,8 +18,8 @@ import quack.gemm_runtime.host
 import torch
 
 from coda.kernels.gemm import quack_target
+from coda.kernels.gemm.kind import GEMM
 from coda.kernels.rowwise import launch as rowwise_target
-from coda.lowering.program.program import GemmKernel
 from coda.lowering.program.target import find_target
 from coda.measure import random_inputs
 from coda.runtime import call as run
@@ -83,7 +83,7 @@ def main():
         theirs()
         ours, quacks = microseconds(lambda: block(*inputs), theirs)
     (program,) = block._programs.values()
-    gemms = sum(isinstance(k, GemmKernel) for k in program.kernels)
+    gemms = sum(k.kind is GEMM for k in program.kernels)
     replays = kernels.state_of(program).found.values()
     print(f"{len(program.kernels)} kernels, {sum(len(r.found) for r in replays)} replay")
     print(f"coda, the whole call      {ours:7.1f} µs")

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 import coda
+from coda.kernels.gemm.kind import GEMM
+from coda.kernels.gemm.mainloop import gemms
 from coda.lowering.compiler import lower
 from coda.lowering.configure import size_partials
-from coda.lowering.program.program import GemmKernel
 from coda.lowering.program.target import Config, find_target
 from coda.runtime.compile import captured, compile_kernel
 from coda.runtime.dry_run import without_driver
@@ -173,10 +174,10 @@ def ours(name, arch):
     """Resources of the generated kernel, compiled for the same tiles."""
     graph = globals()[name].graph
     program = lower(graph, {s: SIZES[s] for s in graph.symbols}, arch)
-    (gemm,) = program.gemms()
+    (gemm,) = gemms(program)
     gemm = replace(gemm, config=Config(*tiles(name, arch), (2, 1)))
-    program.kernels = tuple(gemm if isinstance(k, GemmKernel) else k for k in program.kernels)
-    return compile_kernel(size_partials(program), gemm).usage
+    kernels = tuple(gemm if k.kind is GEMM else k for k in program.kernels)
+    return compile_kernel(size_partials(replace(program, kernels=kernels)), gemm).usage
 
 
 def child(arch):

@@ -30,8 +30,9 @@ from coda.ir.evaluate import evaluate
 from coda.ir.graph import Node
 from coda.ir.types import DType, bf16
 from coda.lowering.program.cost import describe
-from coda.lowering.program.memory import reads, writes
-from coda.lowering.program.program import Kernel, Program, TorchKernel
+from coda.lowering.program.kernel import Kernel
+from coda.lowering.program.memory import reads
+from coda.lowering.program.program import Program
 from coda.runtime.call import BACKENDS, gpu_target
 from coda.sim.host.device import ARCHES as SIMULATED
 
@@ -277,15 +278,11 @@ def run_on(
             return list(BACKENDS[backend](program, inputs, sizes, nothing))
     except SimError as e:
         count = len(gpu.report().launches) if gpu is not None else 0
-        launched = [k for k in program.kernels if _is_launched(k)][: max(count, 1)]
+        launched = [k for k in program.kernels if k.kind.code is not None][: max(count, 1)]
         raise CodaError(
             f"the simulated GPU stopped in {launched[-1].name}: {e}",
             found=f"launch {count} of {program.graph.name}",
         ) from e
-
-
-def _is_launched(kernel: Kernel) -> bool:
-    return not isinstance(kernel, TorchKernel)
 
 
 def _held(
@@ -296,14 +293,14 @@ def _held(
     part: str,
 ) -> Iterator[Checked]:
     """The values of one run, each beside float64."""
-    makers: dict[str, Kernel] = {}
+    makers: dict[str, Kernel[Any]] = {}
     given = {n: values[n] for n in (*program.graph.inputs, *program.prepared.values())}
     for kernel in program.kernels:
-        makers |= dict.fromkeys(writes(program, kernel), kernel)
+        makers |= dict.fromkeys(kernel.writes(), kernel)
         folds = _folded(program, kernel, makers)
         read = {n for k in (kernel, *folds) for n in reads(program, k)}
         known = given | {n: values[n] for n, p in program.places.items() if p.buffer in read}
-        mine = [n for n, p in program.places.items() if p.buffer in writes(program, kernel)]
+        mine = [n for n, p in program.places.items() if p.buffer in kernel.writes()]
         mine = [n for n in mine if n not in known]
         exact = evaluate(mine, known, sizes)
         plain = evaluate(mine, known, sizes, None)
@@ -321,9 +318,11 @@ def _held(
             )
 
 
-def _folded(program: Program, kernel: Kernel, makers: Mapping[str, Kernel]) -> list[Kernel]:
+def _folded(
+    program: Program, kernel: Kernel[Any], makers: Mapping[str, Kernel[Any]]
+) -> list[Kernel[Any]]:
     """The kernels whose partials a kernel folds, directly or through others."""
-    found: dict[Kernel, None] = {}
+    found: dict[Kernel[Any], None] = {}
     stack = [kernel]
     while stack:
         one = stack.pop()

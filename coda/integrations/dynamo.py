@@ -32,7 +32,6 @@ from coda.integrations.writes import hidden_writes
 from coda.ir.graph import Contract, Graph, walk
 from coda.ir.types import f32
 from coda.lowering.algebra.roles import row_symbols
-from coda.lowering.program.program import TorchKernel
 from coda.runtime import settings
 from coda.runtime.bind import bind_sizes, size_hint
 from coda.runtime.call import choose_backend, gpu_target
@@ -239,7 +238,7 @@ class _Region:
     def in_kernels(self) -> bool:
         """Whether all of it runs in generated kernels, none of it op by op in torch."""
         kernels = self.report.forward.program.kernels
-        return not any(isinstance(k, TorchKernel) for k in kernels)
+        return all(k.kind.code is not None for k in kernels)
 
 
 def _chosen(whole: list[FxNode]) -> tuple[_Region | None, str]:

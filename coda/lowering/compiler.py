@@ -16,6 +16,7 @@ from math import prod
 
 from coda.errors import CodaError, DimError, InternalError
 from coda.ir.graph import Contract, Graph, Input, Node, Pick, Reduce, Slice, walk
+from coda.kernels import KINDS
 from coda.lowering.algebra.chunk import Parted, chunk
 from coda.lowering.algebra.columns_first import columns_first
 from coda.lowering.algebra.constants import fold_constants
@@ -174,17 +175,21 @@ def _place(asked: Request, apart: bool, steps: list[Step], parted: Parted) -> Pr
     while True:
         try:
             placed = Partition(
-                parted.graph, asked.sizes, banned, apart, asked.terms.passing, parted.part_of
+                parted.graph, asked.sizes, KINDS, banned, apart, asked.terms.passing, parted.part_of
             )
-            program = build(placed.run(), asked.graph, asked.target)
-            break
+            return build(
+                placed.run(),
+                asked.graph,
+                target=asked.target,
+                frozen=asked.frozen,
+                terms=asked.terms,
+                steps=steps,
+                cuts=parted.cuts,
+            )
         except Banned as refusal:
             if refusal.places <= banned:
                 raise InternalError(f"the partition does not come to an end: {refusal}") from None
             banned |= refusal.places
-    program.steps, program.normal, program.cuts = steps, parted.graph, parted.cuts
-    program.frozen, program.terms = asked.frozen, asked.terms
-    return program
 
 
 def _order(program: Program) -> Program:

@@ -2,77 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from coda.ir.dims import ONE, Dim, product
+from coda.ir.dims import ONE, Dim, Shape, product
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import f32
-from coda.kernels.gemm.configs import choose, cta_rows
-from coda.kernels.rowwise.pieces import row_parts
 from coda.lowering.program.body import Body
-from coda.lowering.program.epilogue import Epilogue, SinkExpr, Statistic
-from coda.lowering.program.program import Buffer, GemmKernel, Kernel, Program, RowwiseKernel
+from coda.lowering.program.epilogue import SinkExpr, Statistic
+from coda.lowering.program.kernel import Kernel, Partials
+from coda.lowering.program.program import Buffer, Program
 
 
 def configure(program: Program) -> Program:
-    """Choose a config for every GEMM and size the partials."""
-    kernels: list[Kernel] = []
+    """Choose a config for every kernel that has a choice, and size the partials."""
+    kernels: list[Kernel[Any]] = []
     for kernel in program.kernels:
-        if isinstance(kernel, GemmKernel):
-            kernel = replace(kernel, config=choose(program, kernel))
-        kernels.append(kernel)
-    program.kernels = tuple(kernels)
-    return size_partials(program)
+        configs = kernel.kind.configs(program, kernel)
+        kernels.append(replace(kernel, config=configs[0]) if configs else kernel)
+    return size_partials(replace(program, kernels=tuple(kernels)))
 
 
 def size_partials(program: Program) -> Program:
     """Fill in how many partials each split reduction has, and of how many values."""
-    makers: dict[str, GemmKernel] = {}
-    for gemm in program.gemms():
-        for sink in gemm.body.epilogue.sinks:
-            if sink.monoid == "pick":
-                continue
-            old = program.buffers[sink.buffer]
-            if sink.rows:
-                m = gemm.problem(program.sizes)[0]
-                parts = -(-m // cta_rows(gemm.config, program.target))
-                size_sum(program, sink, max(parts, 1), gemm.problem(program.sizes)[1])
-                continue
-            makers[sink.buffer] = gemm
-            planes = Dim.of(len(MONOIDS[sink.monoid].planes))
-            parts = -(-gemm.problem(program.sizes)[1] // gemm.config.tile_n)
-            shape = (planes, product(old.shape[:1]), Dim.of(parts))
-            program.buffers[sink.buffer] = Buffer(sink.buffer, "partial", shape, f32)
-    kernels: list[Kernel] = []
+    kernels: list[Kernel[Any]] = []
+    shapes: dict[str, Shape] = {}
+    parts_of: dict[str, tuple[int, Partials]] = {}  # the columns of a maker, and its parts
     for kernel in program.kernels:
-        if isinstance(kernel, RowwiseKernel):
-            kernel = replace(kernel, body=_counted(program, kernel.body, makers))
-            for sink in kernel.body.epilogue.sinks:
-                parts = row_parts(kernel.body, kernel.width, kernel.rows.size(program.sizes))
-                size_sum(program, sink, parts, kernel.width)
+        kernel = replace(kernel, body=_counted(kernel.body, parts_of))
         kernels.append(kernel)
-    program.kernels = tuple(kernels)
-    return program
+        if not kernel.body.epilogue.sinks:
+            continue
+        width = kernel.mainloop.points(program.sizes)[1]
+        parts = kernel.kind.partials(program, kernel, program.sizes)
+        for sink in kernel.body.epilogue.sinks:
+            if sink.rows:
+                shapes[sink.buffer] = _of_rows(program, sink, parts, width)
+            elif sink.monoid != "pick":
+                parts_of[sink.buffer] = width, parts
+                planes = Dim.of(len(MONOIDS[sink.monoid].planes))
+                rows = product(program.buffers[sink.buffer].shape[:1])
+                shapes[sink.buffer] = planes, rows, Dim.of(parts.of_columns)
+    sized = {name: Buffer(name, "partial", shape, f32) for name, shape in shapes.items()}
+    return replace(program, kernels=tuple(kernels), buffers={**program.buffers, **sized})
 
 
-def size_sum(program: Program, sink: SinkExpr, parts: int, width: int) -> None:
-    """Size the partials of a sum over rows: a column may be a part of another's sum."""
+def _of_rows(program: Program, sink: SinkExpr, parts: Partials, width: int) -> Shape:
+    """The shape of the partials of a sum over rows: a column may be a part of another's sum."""
     columns = program.buffers[sink.buffer].shape[1]
-    parts *= (sink.span.width if sink.span else width) // columns.size(program.sizes)
-    shape = (ONE, columns, Dim.of(parts))
-    program.buffers[sink.buffer] = Buffer(sink.buffer, "partial", shape, f32)
+    each = (sink.span.width if sink.span else width) // columns.size(program.sizes)
+    return ONE, columns, Dim.of(parts.of_rows * each)
 
 
-def _counted(program: Program, body: Body, makers: dict[str, GemmKernel]) -> Body:
+def _counted(body: Body, parts_of: Mapping[str, tuple[int, Partials]]) -> Body:
     """Folds with the number of values in each partial."""
 
     def count(statistic: Statistic) -> Statistic:
-        gemm = makers.get(statistic.operand or "")
-        if gemm is None:
+        made = parts_of.get(statistic.operand or "")
+        if made is None:
             return statistic
-        width = gemm.problem(program.sizes)[1]
-        return replace(statistic, count=gemm.config.tile_n * statistic.width // width)
+        width, parts = made
+        return replace(statistic, count=parts.columns * statistic.width // width)
 
-    epilogue: Epilogue = body.epilogue
-    statistics = tuple(count(s) for s in epilogue.statistics)
-    return replace(body, epilogue=replace(epilogue, statistics=statistics))
+    statistics = tuple(map(count, body.epilogue.statistics))
+    return replace(body, epilogue=replace(body.epilogue, statistics=statistics))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,21 +18,19 @@ from coda.lowering.program.cost import (
     Baseline,
     describe,
     eager,
-    gemm_flops,
     hbm_bytes,
     is_free,
     kernel_seconds,
-    label,
     pointwise_fused,
     prepare_bytes,
     scalar_flops,
+    tensor_flops,
     traffic,
 )
+from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.memory import temporary_bytes
-from coda.lowering.program.program import GemmKernel, Kernel, Program, RowwiseKernel, TorchKernel
-from coda.lowering.program.text import show_config
-
-KINDS: dict[type, str] = {GemmKernel: "gemm", RowwiseKernel: "rows", TorchKernel: "torch"}
+from coda.lowering.program.program import Program
+from coda.lowering.program.text import at, lines, show_config
 
 
 @dataclass(frozen=True)
@@ -74,17 +71,17 @@ class Explanation:
                 for k, why, moved, time in self._passes()
             ],
             "temporary_bytes": temporary_bytes(program),
-            "parts": [{"op": _at(c.node), "columns": list(c.columns)} for c in program.cuts],
-            "unfused": [{"op": _at(u.node), "why": u.why} for u in self._unfused()],
+            "parts": [{"op": at(c.node), "columns": list(c.columns)} for c in program.cuts],
+            "unfused": [{"op": at(u.node), "why": u.why} for u in self._unfused()],
         }
 
-    def _passes(self) -> Iterable[tuple[RowwiseKernel, str, int, float]]:
+    def _passes(self) -> Iterable[tuple[Kernel[Any], str, int, float]]:
         """Each pass over rows, why it is a kernel of its own, its bytes and seconds."""
         for kernel in self.program.kernels:
-            if isinstance(kernel, RowwiseKernel):
+            if kernel.kind.whole_rows:
                 moved = traffic(self.program, kernel)
                 time, _ = kernel_seconds(self.program, kernel)
-                why = pass_reason(self.program, kernel)
+                why = kernel.kind.explain(self.program, kernel).why
                 yield kernel, why, moved.read_bytes + moved.write_bytes, time
 
     def _weight(self, read: WeightRead) -> dict[str, Any]:
@@ -99,27 +96,27 @@ class Explanation:
         }
 
     def _unfused(self) -> list[Any]:
-        return list({(_at(u.node), u.why): u for u in self.program.unfused}.values())
+        return list({(at(u.node), u.why): u for u in self.program.unfused}.values())
 
-    def _kernel(self, kernel: Kernel) -> dict[str, Any]:
+    def _kernel(self, kernel: Kernel[Any]) -> dict[str, Any]:
         program = self.program
         moved = traffic(program, kernel)
         time, bound = kernel_seconds(program, kernel)
         found = {
             "name": kernel.name,
-            "kind": KINDS[type(kernel)],
-            "flops": gemm_flops(program, kernel) + scalar_flops(program, kernel),
+            "kind": kernel.kind.name,
+            "flops": tensor_flops(program, kernel) + scalar_flops(program, kernel),
             "read_bytes": moved.read_bytes,
             "write_bytes": moved.write_bytes,
             "reads": [{"tensor": t, "bytes": n} for t, n in moved.reads],
             "writes": [{"tensor": t, "bytes": n} for t, n in moved.writes],
             "roofline_us": time * 1e6,
             "bound": bound,
-            "fused": list(dict.fromkeys(_at(n) for n in kernel.nodes if not is_free(n))),
+            "fused": list(dict.fromkeys(at(n) for n in kernel.nodes if not is_free(n))),
         }
-        if isinstance(kernel, GemmKernel):
+        if kernel.config is not None:
             found["config"] = show_config(kernel.config)
-        if not isinstance(kernel, TorchKernel):
+        if kernel.kind.fuses:
             epilogue = kernel.body.epilogue
             found["operands"] = [f"{o.name} {o.access.word} {o.dtype}" for o in epilogue.operands]
             found["stores"] = [f"{s.buffer} {s.dtype}" for s in epilogue.stores]
@@ -152,7 +149,7 @@ class Explanation:
         self.print_passes(console)
         unfused = self._unfused()
         for one in unfused:
-            console.print(f"not fused: {_at(one.node)}: {one.why}")
+            console.print(f"not fused: {at(one.node)}: {one.why}")
         if not unfused:
             console.print("nothing was left unfused")
 
@@ -168,7 +165,7 @@ class Explanation:
     def print_passes(self, console: Console) -> None:
         """Write what is made in parts, and what each pass over rows costs, and why there is one."""
         for cut in self.program.cuts:
-            console.print(f"{_at(cut.node)} is made in {cut}")
+            console.print(f"{at(cut.node)} is made in {cut}")
         for kernel, why, moved, time in self._passes():
             console.print(f"{kernel.name} costs {moved / 1e6:.1f} MB, {time * 1e6:.1f} µs: {why}")
 
@@ -179,7 +176,7 @@ class Explanation:
             ops.add_column(column, overflow="fold")
         rows: dict[tuple[str, str], list[str]] = {}
         for one in self.placed:
-            rows.setdefault((_lines(one.where), one.went), []).append(one.op)
+            rows.setdefault((lines(one.where), one.went), []).append(one.op)
         for (source, went), names in rows.items():
             ops.add_row(" ".join(names), source, went)
         return ops
@@ -194,20 +191,14 @@ class Explanation:
             table.add_row(*self._row(kernel))
         return table
 
-    def _row(self, kernel: Kernel) -> list[str]:
+    def _row(self, kernel: Kernel[Any]) -> list[str]:
         program = self.program
         moved = traffic(program, kernel)
         time, bound = kernel_seconds(program, kernel)
-        flops = gemm_flops(program, kernel) + scalar_flops(program, kernel)
-        if isinstance(kernel, GemmKernel):
-            weights = " | ".join(label(c.rhs, program) for c in kernel.contracts)
-            what = f"{label(kernel.a, program)} @ [{weights}].T, {show_config(kernel.config)}"
-        elif isinstance(kernel, RowwiseKernel):
-            what = f"rows {kernel.rows} × {kernel.width}"
-        else:
-            what = f"torch: {describe(kernel.node)}"
+        flops = tensor_flops(program, kernel) + scalar_flops(program, kernel)
+        what = kernel.kind.explain(program, kernel).what
         loads: Iterable[str] = [t for t, _ in moved.reads]
-        if not isinstance(kernel, TorchKernel):
+        if kernel.kind.fuses:
             loads = [f"{o.name} ({o.access.word})" for o in kernel.body.epilogue.operands]
         numbers = [flops / 1e9, moved.read_bytes / 1e6, moved.write_bytes / 1e6, time * 1e6]
         shown = [f"{n:.1f}" for n in numbers]
@@ -233,44 +224,6 @@ class Explanation:
 
 def _pair(baseline: Baseline) -> tuple[int, int]:
     return baseline.launches, baseline.hbm_bytes
-
-
-def _line(where: Where | None) -> str:
-    return f"{Path(where.file).name}:{where.line}" if where else ""
-
-
-def _lines(where: Where | None) -> str:
-    """The block's own line, and in brackets the line of the function that it calls there."""
-    if where is None or not where.calls:
-        return _line(where)
-    file, line = where.calls[-1]
-    inner = f":{where.line}" if where.file == file else _line(where)
-    return f"{Path(file).name}:{line} ({inner})"
-
-
-def _at(node: Node) -> str:
-    where = _lines(node.where)
-    return f"{describe(node)} ({where})" if where else describe(node)
-
-
-def pass_reason(program: Program, kernel: RowwiseKernel) -> str:
-    """Why a pass over rows is a kernel of its own."""
-    wide = any(not s.narrow for s in kernel.body.epilogue.stores)
-    makers = [g.name for g in program.gemms() if set(g.sunk) & set(kernel.folds)]
-    if kernel.folds and not wide:
-        return f"it folds what the tiles of {', '.join(makers)} left, one number for each row"
-    if kernel.folds:
-        folds = ", ".join(_at(n) for n in kernel.folds)
-        return (
-            f"{folds} of the output of {', '.join(makers)} is known only when the whole row is, "
-            "and what it writes needs it before any contraction that could take it later"
-        )
-    before = program.kernels[: program.kernels.index(kernel)]
-    if not any(isinstance(k, GemmKernel) for k in before):
-        return "it reads what no GEMM of the block makes"
-    if any(s.expr is not None for s in kernel.body.epilogue.statistics):
-        return "its statistics need whole rows of what it reads"
-    return "what it reads is not in the columns of one GEMM"
 
 
 def place_ops(program: Program) -> Iterable[Placed]:

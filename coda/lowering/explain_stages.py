@@ -15,7 +15,7 @@ from coda.lowering.algebra.training import derive
 from coda.lowering.compiler import check_dims, lower
 from coda.lowering.program.epilogue import calls
 from coda.lowering.program.memory import temporary_bytes
-from coda.lowering.program.program import Program, TorchKernel
+from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
 from coda.lowering.program.text import show_config
 from coda.lowering.stages import Ran, Stages, Trial, Value
@@ -116,7 +116,7 @@ def did(ran: Ran, trial: Trial) -> str:
         case "order", Program() as program:
             found = [] if program is ran.before else ["launches in the order that frees memory"]
         case "configure", Program() as program:
-            found = list(dict.fromkeys(show_config(k.config) for k in program.gemms()))
+            found = list(dict.fromkeys(show_config(k.config) for k in program.kernels if k.config))
         case "memory", Program() as program:
             kept = f"{temporary_bytes(program) / 1e6:.1f} MB of temporaries at most"
             found = [kept, *(f"{new} over {old}" for new, old in program.overwrites.items())]
@@ -134,7 +134,7 @@ def _operations(value: Value) -> int:
     assert isinstance(value, Program)
     total = 0
     for kernel in value.kernels:
-        if not isinstance(kernel, TorchKernel):
+        if kernel.kind.fuses:
             epilogue = kernel.body.epilogue
             results = (*epilogue.stores, *epilogue.sinks)
             total += len(calls(e for r in results for e in r.lanes))

@@ -22,7 +22,7 @@ from coda.lowering.algebra.constants import fold_constants
 from coda.lowering.algebra.laws import LAWS
 from coda.lowering.algebra.pushdown import push_down
 from coda.lowering.algebra.rewrite import Step, rewrite
-from coda.lowering.program.program import Program, TorchKernel
+from coda.lowering.program.program import Program
 from coda.lowering.program.verify import verify_program
 
 Value = Graph | Parted | Program
@@ -78,9 +78,10 @@ def _memory_is_open(program: Program) -> str:
 
 
 def _partials_sized(program: Program) -> str:
-    made = {s.buffer for g in program.gemms() for s in g.body.epilogue.sinks if not s.rows}
+    sinks = [s for k in program.kernels for s in k.body.epilogue.sinks]
+    made = {s.buffer for s in sinks if not s.rows}
     for kernel in program.kernels:
-        for one in () if isinstance(kernel, TorchKernel) else kernel.body.epilogue.statistics:
+        for one in kernel.body.epilogue.statistics:
             if one.operand in made and not one.count:
                 return f"`{kernel.name}` folds `{one.operand}`, whose partials have no size"
     return ""
@@ -268,7 +269,7 @@ class Stages:
     def keep(self, program: Program) -> Program:
         """The Program that was chosen, checked. Raises InternalError."""
         self.kept = next(t for t in self.trials if t.ran[-1].after is program)
-        if self.check and program.normal is not None:
+        if self.check:
             verify(program.normal, "chunks")
             verify_program(program, "memory")
         return program

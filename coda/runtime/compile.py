@@ -18,12 +18,9 @@ from rich.table import Table
 
 from coda.ir.text import parse, show
 from coda.kernels.gemm import quack_target
-from coda.kernels.gemm.emit import emit_gemm
-from coda.kernels.rowwise.emit import emit_rowwise
-from coda.kernels.rowwise.pieces import is_ragged
 from coda.lowering.algebra.policy import Terms
-from coda.lowering.program.memory import held_in
-from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel, TorchKernel
+from coda.lowering.program.kernel import Kernel
+from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
 from coda.runtime.cache import kernel_directory, prune
 from coda.runtime.sass import Usage, usage
@@ -89,11 +86,11 @@ def compile_ahead(programs: Sequence[Program]) -> list[Compiled]:
     return done
 
 
-def _jobs(program: Program) -> Iterator[tuple[GemmKernel | RowwiseKernel, Job]]:
+def _jobs(program: Program) -> Iterator[tuple[Kernel[Any], Job]]:
     """The kernels of a Program that are compiled, each with its job."""
     text, dims = show(program.graph), tuple(program.sizes.items())
     for kernel in program.kernels:
-        if not isinstance(kernel, TorchKernel):
+        if kernel.kind.code is not None:
             options = program.target, program.frozen, program.terms
             yield kernel, Job(text, dims, *options, kernel.name)
 
@@ -125,11 +122,10 @@ def compile_job(job: Job) -> Compiled:
 
     program = lower(parse(job.text), dict(job.dims), job.target, job.frozen, job.terms)
     kernel = next(k for k in program.kernels if k.name == job.kernel)
-    assert isinstance(kernel, GemmKernel | RowwiseKernel)
     return compile_kernel(program, kernel)
 
 
-def compile_kernel(program: Program, kernel: GemmKernel | RowwiseKernel) -> Compiled:
+def compile_kernel(program: Program, kernel: Kernel[Any]) -> Compiled:
     """Compile one kernel in this process, which began with `compiling_environment`."""
     from coda.runtime.dry_run import dry_run
 
@@ -145,21 +141,11 @@ def beside(base: Path, ending: str) -> Path:
     return base.with_name(base.name + ending)
 
 
-def base_of(program: Program, kernel: GemmKernel | RowwiseKernel) -> Path:
+def base_of(program: Program, kernel: Kernel[Any]) -> Path:
     """Where what is compiled of a kernel is written, without an ending."""
-    if isinstance(kernel, GemmKernel):
-        name = emit_gemm(program, kernel).name
-    else:
-        name = emit_rowwise(program, kernel, has_padded_rows(program, kernel)).name
+    assert kernel.kind.code is not None
+    name = kernel.kind.code.emit(program, kernel)[-1].name
     return kernel_directory() / f"{name}.{program.arch}"
-
-
-def has_padded_rows(program: Program, kernel: RowwiseKernel) -> bool:
-    """Whether a pass over rows of an odd length reads what our kernels wrote, and nothing else."""
-    tiles = kernel.body.epilogue.tiles
-    found = {n for t in tiles for n in held_in(program, kernel.body.nodes[t])}
-    theirs = {i.name for i in program.graph.inputs} - program.terms.spare
-    return is_ragged(kernel.body, kernel.width) and not found & theirs
 
 
 class captured:

@@ -11,19 +11,18 @@ from torch import Tensor
 
 from coda.ir.graph import Node
 from coda.kernels.gemm import quack_target
-from coda.kernels.gemm.source import Source
-from coda.kernels.rowwise.launch import Rows
 from coda.lowering.algebra.roles import is_turned
-from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel
+from coda.lowering.program.body import Body
+from coda.lowering.program.kernel import Kernel
+from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
 from coda.runtime.cache import object_directory
-from coda.runtime.compile import has_padded_rows
-from coda.runtime.launcher import KernelRun, aligned, padded
+from coda.runtime.launcher import KernelRun
 from coda.sim.host.hardware import driver_answers, forget_answers
 from coda.sim.host.patches import Patches
 
 
-def dry_run(program: Program, kernel: GemmKernel | RowwiseKernel) -> None:
+def dry_run(program: Program, kernel: Kernel[Any]) -> None:
     """Compile one kernel as a call of the Program would, into quack's store.
 
     The Program's target answers what a driver would be asked: the number of clusters, which no
@@ -39,10 +38,7 @@ def dry_run(program: Program, kernel: GemmKernel | RowwiseKernel) -> None:
     run = DryRun(program, inputs, sizes)
     run.raw = _Partials(program, sizes)
     with without_driver(program.target):
-        if isinstance(kernel, GemmKernel):
-            run.gemm(kernel)
-        else:
-            run.rows(kernel)
+        run.kernel(kernel)
 
 
 @contextmanager
@@ -73,35 +69,12 @@ class DryRun(KernelRun):
             dtype = self.program.buffers[place.buffer].dtype.torch
         return torch.empty([d.size(self.sizes) for d in node.shape], dtype=dtype)
 
-    def matrix(self, kernel: GemmKernel) -> Tensor:
-        _, n, k = kernel.problem(self.sizes)
-        if len(kernel.contracts) == 1 and not kernel.body.epilogue.split:
-            return aligned(self.value(kernel.contracts[0].rhs), turned=True)
-        return padded(n, k, kernel.contracts[0].rhs.dtype.torch, torch.device("cpu"))
+    def packed(self, name: str, body: Body) -> dict[str, Tensor]:
+        return {p.name: torch.empty(len(p.source)) for p in body.packed}
 
-    def packed(self, kernel: GemmKernel | RowwiseKernel) -> dict[str, Tensor]:
-        return {p.name: torch.empty(len(p.source)) for p in kernel.body.packed}
-
-    def tables(self, kernel: GemmKernel, source: Source) -> dict[str, Tensor]:
-        rows = kernel.problem(self.sizes)[0]
-        kinds = {o.name: o for o in kernel.body.epilogue.operands}
-        found = {}
-        for table in source.tables:
-            first = kinds[table.operands[0]]
-            shape = (rows, table.columns)
-            found[table.name] = torch.empty(shape, dtype=first.dtype.torch)
-        return found
-
-    def launch(
-        self, gemm: quack_target.Gemm, a: Tensor, b: Tensor, d: Tensor | None, arguments: Any
-    ) -> None:
-        gemm.plan(a, b, d, arguments)
-
-    def padded_rows(self, kernel: RowwiseKernel, rows: int, tensors: Any) -> bool:
-        return has_padded_rows(self.program, kernel)
-
-    def launch_rows(self, kernel: Rows, rows: int, tensors: Any) -> None:
-        kernel.compile()
+    def kernel(self, kernel: Kernel[Any]) -> None:
+        if kernel.kind.code is not None:
+            kernel.kind.code.compile(self, kernel)
 
 
 class _Partials(dict[str, Tensor]):

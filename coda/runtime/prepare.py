@@ -7,16 +7,18 @@ the other in one memory are one matrix as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Node
+from coda.kernels.gemm.mainloop import gemms
+from coda.kernels.gemm.weights import one_below_another
 from coda.lowering.algebra.roles import as_stored, stacked
-from coda.lowering.program.body import Packed, paired_columns
-from coda.lowering.program.program import GemmKernel, Program
+from coda.lowering.program.body import Packed
+from coda.lowering.program.program import Program
 
 
 def together(program: Program, tensors: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
@@ -27,28 +29,6 @@ def together(program: Program, tensors: Mapping[Node, Tensor]) -> dict[Node, Ten
         if whole is not None:
             found[node] = whole
     return found
-
-
-def one_below_another(parts: Sequence[Tensor]) -> Tensor | None:
-    """Matrices as the one that they are parts of, from the first one down; None if they are not.
-
-    They are, if they lie in one memory, rows at one distance, each after the one before.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    if not parts or any(p.ndim != 2 for p in parts):
-        return None
-    first = parts[0]
-    after, step = first.storage_offset(), first.stride()
-    memory = first.untyped_storage().data_ptr()
-    for part in parts:
-        like = (part.dtype, part.shape[1], part.stride()) == (first.dtype, first.shape[1], step)
-        here = part.untyped_storage().data_ptr() == memory and part.storage_offset() == after
-        if not (like and here and part.numel()):
-            return None
-        after += part.shape[0] * step[0]
-    rows = sum(p.shape[0] for p in parts)
-    return first.detach().as_strided((rows, first.shape[1]), step)
 
 
 def folded_weights(
@@ -64,7 +44,7 @@ def folded_weights(
     same rounded values, or a large mean would not cancel.
     """
     known, nodes = dict(tensors), list(nodes)
-    factors = [[c.rhs for c in k.contracts] for k in program.gemms()]
+    factors = [[c.rhs for c in k.mainloop.contracts] for k in gemms(program)]
     weights = {as_stored(w) for group in factors for w in group}
     for node in sorted(nodes, key=lambda n: n not in weights):
         (value,) = evaluate([node], known, program.sizes, compute)
@@ -76,22 +56,6 @@ def folded_weights(
             parts = [known[n] for n in group]
             known |= zip(group, torch.cat(parts).split([len(p) for p in parts]), strict=True)
     return {n: known[n] for n in nodes}
-
-
-def weight_matrix(kernel: GemmKernel, values: Mapping[Node, Tensor]) -> Tensor:
-    """The GEMM's B, [N, K]: siblings one below the other, a copy where they do not lie so."""
-    parts = [values[c.rhs] for c in kernel.contracts]
-    whole = one_below_another(parts)
-    return torch.cat(parts) if whole is None else whole
-
-
-def paired_rows(kernel: GemmKernel, whole: Tensor) -> Tensor:
-    """B with its rows in the kernel's order of columns: partners beside each other."""
-    split = kernel.body.epilogue.split
-    if not split:
-        return whole
-    order = paired_columns(whole.shape[0], split).reshape(-1)
-    return whole[torch.from_numpy(order).to(whole.device)]
 
 
 def packed_row(

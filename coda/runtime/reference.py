@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -45,14 +45,9 @@ from coda.lowering.program.epilogue import (
     Statistic,
     StoreExpr,
 )
-from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel, TorchKernel
-from coda.runtime.prepare import (
-    folded_weights,
-    packed_row,
-    paired_rows,
-    together,
-    weight_matrix,
-)
+from coda.lowering.program.kernel import Kernel
+from coda.lowering.program.program import Program
+from coda.runtime.prepare import folded_weights, packed_row, together
 
 Tensors = Mapping[str, Tensor]
 
@@ -75,7 +70,7 @@ def run_reference(
 
 
 class ReferenceRun:
-    """One call of a Program in torch; a backend with kernels replaces `gemm` and `rows`."""
+    """One call of a Program in torch; a backend with kernels replaces `kernel`."""
 
     def __init__(
         self,
@@ -87,7 +82,7 @@ class ReferenceRun:
         self.program, self.exact = program, exact
         wide = exact or any(t.dtype == torch.float64 for t in inputs)
         self.compute = torch.float64 if wide else torch.float32
-        self.sizes = {**program.sizes, **sizes} if sizes else program.sizes
+        self.sizes: Mapping[str, int] = {**program.sizes, **sizes} if sizes else program.sizes
         self.inputs: dict[Node, Tensor] = dict(zip(program.graph.inputs, inputs, strict=True))
         self.buffers: dict[str, Tensor] = {}
         self.parts: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
@@ -105,14 +100,18 @@ class ReferenceRun:
 
     def run(self) -> tuple[Tensor, ...]:
         for kernel, over in zip(self.program.kernels, self.program.freed, strict=True):
-            if isinstance(kernel, GemmKernel):
-                self.gemm(kernel)
-            elif isinstance(kernel, RowwiseKernel):
-                self.rows(kernel)
-            else:
-                self.torch(kernel)
+            self.kernel(kernel)
             self.release(over)
         return tuple(self.output(node) for _, node in self.program.outputs)
+
+    def kernel(self, kernel: Kernel[Any]) -> None:
+        """Compute one kernel."""
+        kernel.kind.reference(self, kernel)
+
+    def keep(self, buffer: str, x: Tensor) -> None:
+        """Write a buffer, rounded as it is stored."""
+        whole = self.exact or not x.is_floating_point()
+        self.buffers[buffer] = x if whole else x.to(self.program.buffers[buffer].dtype.torch)
 
     def release(self, names: Iterable[str]) -> None:
         """Drop buffers that are over."""
@@ -154,6 +153,10 @@ class ReferenceRun:
 
     def operand(self, body: Body, name: str) -> Tensor:
         """What an operand loads: a value, repeated over row axes on which it does not depend."""
+        return self.repeated(body, name)
+
+    def repeated(self, body: Body, name: str) -> Tensor:
+        """What an operand loads, made anew."""
         x = self.value(body.nodes[name])
         spread = body.spread.get(name)
         if spread is None:
@@ -166,26 +169,14 @@ class ReferenceRun:
         x = self.value(node)
         return x if self.exact else x.to(node.dtype.torch)
 
-    def gemm(self, kernel: GemmKernel) -> None:
-        a = matrix(self.value(kernel.a)).to(self.compute)
-        weights = {c.rhs: self.value(c.rhs) for c in kernel.contracts}
-        b = paired_rows(kernel, weight_matrix(kernel, weights)).to(self.compute)
-        acc = a @ b.transpose(0, 1)
-        self.epilogue(kernel.body, acc, acc.shape[0], acc.shape[1], kernel.config.tile_n)
+    def body(
+        self, body: Body, acc: Tensor | None, points: tuple[int, int], tile_n: int = 0
+    ) -> None:
+        """Compute a body at all rows and columns, and write what it stores.
 
-    def rows(self, kernel: RowwiseKernel) -> None:
-        rows = kernel.rows.size(self.sizes)
-        self.epilogue(kernel.body, None, rows, kernel.width, 0)
-
-    def torch(self, kernel: TorchKernel) -> None:
-        node = kernel.node
-        known = {o: self.value(o) for o in node.operands}
-        (x,) = evaluate([node], known, self.sizes, self.compute)
-        keep = self.exact or not x.is_floating_point()
-        name = self.program.places[node].buffer
-        self.buffers[name] = x if keep else x.to(self.program.buffers[name].dtype.torch)
-
-    def epilogue(self, body: Body, acc: Tensor | None, rows: int, width: int, tile_n: int) -> None:
+        With an accumulator, a reduction over the columns has a partial for each `tile_n` of them.
+        """
+        rows, width = points
         values = {n: self.value(n) for n in body.sources.values()}
         operands: dict[str, Tensor] = {}
         like = next(iter(self.inputs.values()))
@@ -217,11 +208,6 @@ class ReferenceRun:
         tile = max(1, tile_n * x.shape[1] // max(width, 1))
         sizes = [min(tile, x.shape[1] - i) for i in range(0, x.shape[1], tile)]
         return MONOIDS[sink.monoid].split(x, 1, sizes)
-
-
-def matrix(x: Tensor) -> Tensor:
-    """A tensor as rows of its last axis, of which there may be none."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _sum_of_rows(x: Tensor, columns: int, tile: int = 128) -> tuple[tuple[Tensor, ...], Tensor]:

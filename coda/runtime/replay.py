@@ -123,7 +123,7 @@ class Recording:
         """A tensor that torch makes of others in each call, by `make(*made_of)`."""
         place = len(self.inputs) + self.count
         self.count += 1
-        self.launched(Step("made", make, tuple(made_of), place))
+        self.launched(Step(make, tuple(made_of), place))
         self.derived.append(value)  # so that no other memory is taken for it
         if _memory(value) not in self.bases:
             self.bases[_memory(value)] = [_Base.of(place, value)]
@@ -152,7 +152,7 @@ class Recording:
         """A launch, as it is recorded: without the tensors of this call."""
         try:
             arguments = tuple(map(self.view, step.arguments))
-            self.events.append(Step(step.kind, step.kernel, arguments, step.place))
+            self.events.append(Step(step.function, arguments, step.place))
         except _Unknown:
             self.complete = False
 
@@ -172,7 +172,6 @@ class Recording:
     def replay(
         self,
         outputs: Sequence[Tensor],
-        run_plan: Callable[..., None],
         updated: Sequence[bool] = (),
     ) -> Replay | None:
         """The launches as a replay; None where one of them took a tensor of unknown origin.
@@ -189,7 +188,7 @@ class Recording:
         made = [v.base >= len(self.inputs) for v in returned]
         if not all(m or u for m, u in zip(made, updated or [False] * len(made), strict=True)):
             return None
-        return Replay(self.events, returned, run_plan, len(self.inputs))
+        return Replay(self.events, returned, len(self.inputs))
 
 
 def _memory(x: Tensor) -> int:
@@ -202,8 +201,7 @@ class Replays:
     Weights may be copied in some calls and read as they lie in others: `roles` has each such case.
     """
 
-    def __init__(self, run_plan: Callable[..., None]) -> None:
-        self.run_plan = run_plan
+    def __init__(self) -> None:
         self.roles: list[Roles] = []
         self.found: dict[tuple[int, tuple[Any, ...]], tuple[Held, Replay]] = {}
 
@@ -219,7 +217,7 @@ class Replays:
         self, recording: Recording, outputs: Sequence[Tensor], updated: Sequence[bool] = ()
     ) -> None:
         """Remember a call, if its launches can be replayed."""
-        replay = recording.replay(outputs, self.run_plan, updated)
+        replay = recording.replay(outputs, updated)
         if replay is None:
             return
         inputs, roles = recording.inputs, recording.roles()

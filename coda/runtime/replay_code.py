@@ -17,13 +17,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Step:
-    """One launch: a "gemm" plan with (A, B, D, operands), or compiled "rows" with its arguments.
+    """One launch: a function that is called with some arguments.
 
-    Or a tensor, `place` of the call, "made" by a function of others.
+    Or a tensor, `place` of the call, that a function makes of others.
     """
 
-    kind: str
-    kernel: Any
+    function: Callable[..., Any]
     arguments: tuple[Any, ...]
     place: int = -1
 
@@ -79,22 +78,17 @@ class Replay:
         self,
         events: Sequence[Event],
         outputs: Sequence[View],
-        run_plan: Callable[..., None],
         inputs: int,
     ) -> None:
         self.events = events
         code = _Code(inputs)
-        launch = code.constant(run_plan)
         for event in events:
             if isinstance(event, tuple):
                 code.memory(*event)
                 continue
             arguments = [code.value(x) for x in event.arguments]
-            if event.kind == "gemm":
-                code.line(f"{launch}({', '.join([code.constant(event.kernel), *arguments])})")
-            else:
-                made = f"t{event.place} = " if event.kind == "made" else ""
-                code.line(f"{made}{code.constant(event.kernel)}({', '.join(arguments)})")
+            made = f"t{event.place} = " if event.place >= 0 else ""
+            code.line(f"{made}{code.constant(event.function)}({', '.join(arguments)})")
         code.line("return (" + "".join(f"{code.value(x)}, " for x in outputs) + ")")
         self.text = code.text()
         names = dict(code.constants)

@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 
 import coda
 from coda.ir.graph import Concat
-from coda.lowering.program.program import TorchKernel
+from coda.kernels.torch_op.kind import TORCH
 from tests.integrations.zoo import FAMILIES, arguments, build, distance, overall, step
 
 QUICK = ("Llama",)
@@ -39,7 +39,7 @@ def test_logits_and_gradients_are_as_near_to_float64_as_torchs(name):
     assert report.fused > 15
     for region in (r for g in report.graphs for r in g.regions):
         kernels = [*region.forward.program.kernels, *region.backward.program.kernels]
-        torchs = [k.node for k in kernels if isinstance(k, TorchKernel)]
+        torchs = [k.mainloop.node for k in kernels if k.kind is TORCH]
         assert all(isinstance(n, Concat) and name == "GPT-NeoX" for n in torchs), "q, k, v by heads"
 
 
@@ -53,7 +53,7 @@ def test_every_family_without_gradients(name):
         y2 = compiled(**arguments(name, torch.bfloat16)).logits
     assert distance(y2, y) <= 1.2 * distance(y1, y)
     for region in (r for g in coda.last_report().graphs for r in g.regions):
-        assert not [k for k in region.forward.program.kernels if isinstance(k, TorchKernel)]
+        assert not [k for k in region.forward.program.kernels if k.kind is TORCH]
 
 
 def test_a_layer_of_llama_is_the_best_program_known():

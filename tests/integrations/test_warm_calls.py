@@ -31,10 +31,11 @@ def compiled():
 @pytest.fixture
 def void(monkeypatch):
     """Kernels are neither compiled nor launched; what is done around them is counted."""
+    from coda.kernels.gemm import bind as gemm
     from coda.kernels.gemm import quack_target
+    from coda.kernels.rowwise import bind as rowwise
     from coda.kernels.rowwise import launch as rowwise_target
-    from coda.runtime import launcher as kernels
-    from coda.runtime.replay import Replays, Step
+    from coda.runtime.replay import Replays
     from coda.runtime.weight_cache import Memo
 
     counts = Counter()
@@ -50,18 +51,17 @@ def void(monkeypatch):
     monkeypatch.setattr(quack_target, "run_plan", lambda *_: counts.update(["launch"]))
     monkeypatch.setattr(rowwise_target, "load_module", lambda *_: None)
 
-    def launch(self, gemm, a, b, d, operands):
+    def launch(self, a, b, d, operands):
         counts.update(["launch"])
-        self.recording.launched(Step("gemm", None, (a, b, d, dict(operands))))
+        self.run.launched(quack_target.run_plan, (None, a, b, d, dict(operands)))
 
-    def launch_rows(self, kernel, rows, tensors):
+    def launch_rows(self, module, tensors):
         counts.update(["launch"])
-        arguments = kernel.arguments(rows, tensors, self.ready)
-        step = Step("rows", lambda *_: counts.update(["launch"]), arguments)
-        self.recording.launched(step)
+        arguments = module.arguments(self.rows, tensors, self.run.ready)
+        self.run.launched(lambda *_: counts.update(["launch"]), arguments)
 
-    monkeypatch.setattr(kernels.KernelRun, "launch", launch)
-    monkeypatch.setattr(kernels.KernelRun, "launch_rows", launch_rows)
+    monkeypatch.setattr(gemm.Binding, "start", launch)
+    monkeypatch.setattr(rowwise.Binding, "start", launch_rows)
     make, keep = Memo.get, Replays.keep
 
     def get(self, name, tensors, value):

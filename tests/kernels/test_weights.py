@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 import coda
+from coda.kernels.gemm import bind
 from coda.kernels.gemm import emit as emit_gemm
+from coda.kernels.gemm.mainloop import gemms
 from coda.kernels.gemm.weights import halves, weight_reads
 from coda.lowering.compiler import lower
 from coda.lowering.program.target import Config, find_target
 from coda.measure import random_inputs
-from coda.runtime import launcher as kernels
-from coda.runtime.launcher import KernelRun, gemm_of
+from coda.runtime.launcher import KernelRun
 from coda.runtime.prepare import one_below_another
 from coda.runtime.simulate import device, run_simulated
 
@@ -96,14 +97,14 @@ def test_rows_in_pairs_by_layout_are_those_of_a_copy(make, sizes, tile, arch, mo
     target = with_configs(arch, tile)
     program, copying = (lower(make().graph, sizes, target) for _ in range(2))
     inputs = random_inputs(program.graph, sizes)
-    (gemm,) = program.gemms()
+    (gemm,) = gemms(program)
     assert halves(program, gemm) == sizes.get("d", 2 * sizes.get("F", 0)) // 2
     found = run(program, inputs)
-    assert "split=" in gemm_of(program, gemm).source.text
-    for module in (emit_gemm, kernels):
+    assert "split=" in program.source()
+    for module in (emit_gemm, bind):
         monkeypatch.setattr(module, "halves", lambda *_: 0)
     copied = run(copying, inputs)
-    assert "split=" not in gemm_of(copying, next(copying.gemms())).source.text
+    assert "split=" not in copying.source()
     for one, other in zip(found, copied, strict=True):
         assert torch.equal(one, other)
 
@@ -154,8 +155,9 @@ def test_loaded_kernels_are_those_of_their_config():
     """A kernel with other tiles is another kernel, whatever its name; equal tiles are equal."""
     assert Config(128, 128) == Config(128, 128) != Config(128, 64)
     program = gated().lower("sm_90a", {"M": 64, "D": 64, "F": 64})
-    gemm = next(program.gemms())
+    gemm = next(gemms(program))
     other = replace(gemm, config=Config(128, 64))
-    assert gemm_of(program, gemm).config == gemm.config
-    assert gemm_of(program, other).config == Config(128, 64)
-    assert gemm_of(program, gemm) is gemm_of(program, gemm)
+    one = KernelRun(program, random_inputs(program.graph, program.sizes), program.sizes)
+    assert bind.Binding(one, gemm).gemm.config == gemm.config
+    assert bind.Binding(one, other).gemm.config == Config(128, 64)
+    assert bind.Binding(one, gemm).gemm is bind.Binding(one, gemm).gemm

@@ -8,10 +8,13 @@ import torch
 
 import coda
 from coda.ir.graph import Input
+from coda.kernels.gemm.kind import GEMM
+from coda.kernels.gemm.mainloop import gemms
+from coda.kernels.rowwise.kind import ROWWISE
+from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.algebra.training import derive
 from coda.lowering.compiler import lower
 from coda.lowering.program.access import Periodic, Tile
-from coda.lowering.program.program import GemmKernel, RowwiseKernel, TorchKernel
 from coda.runtime.reference import run_reference
 
 ROOT = Path(__file__).parents[2] / "examples"
@@ -39,7 +42,7 @@ def passes(program):
     return [
         k
         for k in program.kernels
-        if isinstance(k, RowwiseKernel)
+        if k.kind is ROWWISE
         and any(isinstance(o.access, Tile | Periodic) for o in k.body.epilogue.operands)
     ]
 
@@ -74,18 +77,22 @@ def test_a_norms_backward_lies_in_the_gemms(block, statistics):
     """Statistics are sinks where the cotangent is made, applied in the epilogue of the dgrad."""
     _, _, backward = trained(block)
     assert not passes(backward)
-    assert not any(isinstance(k, TorchKernel) for k in backward.kernels)
-    maker, dgrad, *_ = backward.gemms()
+    assert not any(k.kind is TORCH for k in backward.kernels)
+    maker, dgrad, *_ = gemms(backward)
     along_rows = [s for s in maker.body.epilogue.sinks if not s.rows]
     assert len(along_rows) == statistics
     assert any(s.buffer == "dx" for s in dgrad.body.epilogue.stores)
-    assert any(s.rows for k in backward.gemms() for s in k.body.epilogue.sinks)
+    assert any(s.rows for k in gemms(backward) for s in k.body.epilogue.sinks)
 
 
 def test_the_weight_gradient_reads_the_raw_activation():
     """The normalised input does not exist: the cotangent carries the row's factor."""
     _, _, backward = trained(rms)
-    read = [k.contracts[0].rhs.operands[0] for k in backward.gemms() if k.contracts[0].rhs.operands]
+    read = [
+        k.mainloop.contracts[0].rhs.operands[0]
+        for k in gemms(backward)
+        if k.mainloop.contracts[0].rhs.operands
+    ]
     assert any(isinstance(n, Input) and n.name == "x" for n in read)
 
 
@@ -94,7 +101,7 @@ def test_rope_of_q_k_and_v_is_one_pass_backward():
     _, forward, backward = trained(example("llama_layer"))
     (one,) = passes(backward)
     width = (SMALL["H"] + 2 * SMALL["G"]) * SMALL["d"]
-    assert one.width == width
+    assert one.mainloop.width == width
     tiles = [o for o in one.body.epilogue.operands if isinstance(o.access, Tile)]
     spans = {o.name: o.access.span for o in tiles if o.access.span}
     assert {spans["d_q"], spans["d_k"], spans["d_v"]} == {(0, 128), (128, 64), (192, 64)}
@@ -110,7 +117,7 @@ def test_outputs_are_kept_in_place_of_what_they_are_linear_in():
     roots = dict(training.forward.outputs)
     outputs = {roots[n] for n in ("x", "q", "k", "v")}
     assert sum(roots[n] in outputs for n in training.saved) >= 4
-    wide = [s for k in forward.gemms() for s in k.body.epilogue.stores]
+    wide = [s for k in gemms(forward) for s in k.body.epilogue.stores]
     assert sum(s.buffer.startswith("saved") for s in wide) == 2  # x1, and gate with up
 
 
@@ -134,7 +141,7 @@ def test_a_gain_of_heads_is_summed_in_that_pass_for_a_batch_of_sequences_too():
     """The sum goes over batch, sequence and heads: all rows of the pass and some of its columns."""
     sizes = {**SMALL, "B": 3, "S": 64}
     _, _, backward = trained(normed_heads, sizes)
-    assert not any(isinstance(k, TorchKernel) for k in backward.kernels)
+    assert not any(k.kind is TORCH for k in backward.kernels)
     (one,) = passes(backward)
     assert [s.rows for s in one.body.epilogue.sinks] == [True]
 
@@ -142,7 +149,7 @@ def test_a_gain_of_heads_is_summed_in_that_pass_for_a_batch_of_sequences_too():
 def test_biases_of_siblings_have_one_gradient():
     """q, k and v of a LayerNorm block: one contraction for all weights, one sum for all biases."""
     _, _, backward = trained(example("gpt2_layer", "starcoder2_layer"))
-    assert len(list(backward.gemms())) == 8
+    assert len(list(gemms(backward))) == 8
     (one,) = passes(backward)
     assert len(one.sunk) == 2  # biases, and what the mean takes of the weights' gradient
     assert all(s.span is None for s in one.body.epilogue.sinks)
@@ -151,9 +158,9 @@ def test_biases_of_siblings_have_one_gradient():
 def test_sums_that_are_only_returned_are_folded_together():
     _, _, backward = trained(example("llama_layer"))
     last = backward.kernels[-1]
-    assert isinstance(last, RowwiseKernel)
-    assert len(last.folds) == 2
-    assert sum(isinstance(k, GemmKernel) for k in backward.kernels) == 8
+    assert last.kind is ROWWISE
+    assert len(last.body.folded) == 2
+    assert sum(k.kind is GEMM for k in backward.kernels) == 8
 
 
 @coda.block
@@ -165,7 +172,7 @@ def test_sums_over_rows_without_any_gemm():
     _, _, backward = trained(cotangents)
     one, fold = backward.kernels
     assert [len(k.body.epilogue.sinks) for k in (one, fold)] == [2, 0]
-    assert len(fold.folds) == 2
+    assert len(fold.body.folded) == 2
 
 
 @coda.block
@@ -177,13 +184,13 @@ def test_softmaxs_delta_is_known_before_the_contraction_that_needs_it():
     """Σ dP P = Σ dO O (law 2): dS is made in the epilogue of the GEMM that gives dP."""
     training, _, backward = trained(attention, {"M": 96, "N": 160, "D": 64})
     assert "out" in dict(training.forward.outputs)
-    (delta,) = [k for k in backward.kernels if isinstance(k, RowwiseKernel)]
-    assert delta.width == 64
-    maker = next(backward.gemms())
+    (delta,) = [k for k in backward.kernels if k.kind is ROWWISE]
+    assert delta.mainloop.width == 64
+    maker = next(gemms(backward))
     assert backward.kernels.index(delta) < backward.kernels.index(maker)
     loaded = {o.name for o in maker.body.epilogue.operands}
     assert {s.buffer for s in delta.body.epilogue.stores} <= loaded
-    assert len(list(backward.gemms())) == 4
+    assert len(list(gemms(backward))) == 4
 
 
 def test_the_gradients_of_attention():

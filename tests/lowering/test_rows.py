@@ -8,11 +8,12 @@ import torch
 
 import coda
 from coda.ir.evaluate import evaluate
+from coda.kernels.rowwise.kind import ROWWISE
+from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.algebra.policy import NO_TERMS
 from coda.lowering.algebra.training import MEMORY, derive
 from coda.lowering.compiler import lower
 from coda.lowering.program.memory import writes
-from coda.lowering.program.program import RowwiseKernel, TorchKernel
 from coda.runtime.reference import run_reference
 from coda.runtime.simulate import run_simulated
 
@@ -230,10 +231,10 @@ SCALARS += [everything_of_arguments, statistics_of_rows]
 def test_sums_over_everything_are_kernels(block):
     """Partials for each row, and a fold of what rows have: nothing is left to torch."""
     for program in programs(block):
-        assert not any(isinstance(k, TorchKernel) for k in program.kernels)
+        assert not any(k.kind is TORCH for k in program.kernels)
         for kernel in program.kernels:
-            narrow = isinstance(kernel, RowwiseKernel) and kernel.width <= SIZES["F"]
-            assert narrow or not isinstance(kernel, RowwiseKernel)
+            narrow = kernel.kind is ROWWISE and kernel.mainloop.width <= SIZES["F"]
+            assert narrow or kernel.kind is not ROWWISE
 
 
 def peak_of_lowering(block, arch):
@@ -271,8 +272,8 @@ def test_kernels_have_no_number_of_rows():
         )
         for a, b in zip(few, many, strict=True):
             assert a.fixed == b.fixed
-            assert [k.width for k in a.kernels if isinstance(k, RowwiseKernel)] == [
-                k.width for k in b.kernels if isinstance(k, RowwiseKernel)
+            assert [k.mainloop.width for k in a.kernels if k.kind is ROWWISE] == [
+                k.mainloop.width for k in b.kernels if k.kind is ROWWISE
             ]
             assert a.text().count("rows M") == b.text().count("rows M")
 

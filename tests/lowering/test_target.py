@@ -7,6 +7,7 @@ import pytest
 
 import coda
 from coda.errors import ArchError
+from coda.kernels.gemm.mainloop import gemms
 from coda.lowering.compiler import lower
 from coda.lowering.program.target import ARCHS, TARGETS, find_target, of_device
 
@@ -102,5 +103,5 @@ def test_a_part_of_a_gpu_takes_smaller_tiles():
     whole = find_target("sm_90a")
     part = replace(whole, multiprocessors=16)
     sizes = {"M": 512, "D": 512, "F": 1024}
-    tiles = [next(lower(mlp.graph, sizes, t).gemms()).config for t in (whole, part)]
+    tiles = [next(gemms(lower(mlp.graph, sizes, t))).config for t in (whole, part)]
     assert tiles[0].tile_m * tiles[0].tile_n < tiles[1].tile_m * tiles[1].tile_n

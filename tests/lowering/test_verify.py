@@ -6,8 +6,8 @@ import pytest
 
 from coda.errors import InternalError
 from coda.ir.text import parse
+from coda.kernels.rowwise.kind import ROWWISE
 from coda.lowering.compiler import lower
-from coda.lowering.program.program import RowwiseKernel
 from coda.lowering.program.verify import verify_program
 
 GATED = """
@@ -34,15 +34,14 @@ def test_a_program_passes(program):
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_kernel_that_is_lost_is_missed(program, lost):
     kernels = program.kernels
-    program.kernels = (*kernels[:lost], *kernels[lost + 1 :])
+    program = replace(program, kernels=(*kernels[:lost], *kernels[lost + 1 :]))
     with pytest.raises(InternalError, match=r"before it is written"):
         verify_program(program, "place")
 
 
 def test_an_order_that_is_wrong_is_noticed(program):
-    program.kernels = program.kernels[::-1]
     with pytest.raises(InternalError, match="before it is written"):
-        verify_program(program, "place")
+        verify_program(replace(program, kernels=program.kernels[::-1]), "place")
 
 
 def test_a_matrix_that_is_narrower_than_what_is_loaded_is_noticed():
@@ -55,7 +54,8 @@ def test_a_matrix_that_is_narrower_than_what_is_loaded_is_noticed():
         {"M": 8},
     )
     (kernel,) = program.kernels
-    assert isinstance(kernel, RowwiseKernel)
-    program.kernels = (replace(kernel, width=2 * kernel.width),)
+    assert kernel.kind is ROWWISE
+    wider = replace(kernel.mainloop, width=2 * kernel.mainloop.width)
+    program = replace(program, kernels=(replace(kernel, mainloop=wider),))
     with pytest.raises(InternalError, match="512 elements where it loads 8 x 128"):
         verify_program(program, "place")

@@ -10,10 +10,14 @@ from torch.nn import functional as F
 
 import coda
 from coda.errors import CodaError
+from coda.kernels.gemm.bind import Binding
+from coda.kernels.gemm.emit import emit_gemm
+from coda.kernels.gemm.kind import GEMM
+from coda.kernels.gemm.mainloop import gemms
+from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.algebra.training import MEMORY
 from coda.lowering.program.epilogue import calls
 from coda.lowering.program.memory import temporary_bytes
-from coda.lowering.program.program import GemmKernel, TorchKernel
 from coda.runtime import launcher as kernels
 from coda.runtime.simulate import device
 
@@ -58,7 +62,7 @@ VARIANTS = [
 
 def stored(program):
     """Bytes that kernels write, by buffer."""
-    epilogues = [k.body.epilogue for k in program.kernels if not isinstance(k, TorchKernel)]
+    epilogues = [k.body.epilogue for k in program.kernels if k.kind is not TORCH]
     names = [x.buffer for e in epilogues for x in (*e.stores, *e.sinks)]
     return {n: program.buffers[n].nbytes(program.sizes) for n in names}
 
@@ -70,10 +74,10 @@ def test_every_loss_is_a_gemm_and_folds(options, sizes, arch):
     block, logits = head(**options), 2 * sizes["M"] * sizes["V"]
     folds = {"none": 1}.get(options.get("reduction", ""), 2)
     forward, backward = block.lower_training(arch, sizes)
-    assert [type(k) for k in forward.kernels].count(GemmKernel) == 1
+    assert [k.kind for k in forward.kernels].count(GEMM) == 1
     assert len(forward.kernels) == 1 + folds
     assert len(backward.kernels) == 3
-    assert not any(isinstance(k, TorchKernel) for k in (*forward.kernels, *backward.kernels))
+    assert not any(k.kind is TORCH for k in (*forward.kernels, *backward.kernels))
     assert [n for n in stored(forward).values() if n >= logits] == [logits]
     assert temporary_bytes(backward) == 0  # the logits' gradient lies where the logits lay
     (new,) = backward.overwrites
@@ -99,11 +103,11 @@ def test_no_logits_are_stored_where_memory_counts(options, sizes):
     assert sum(cut.columns) == sizes["V"]
     assert all(n % 256 == 0 for n in cut.columns[:-1])
     assert len(backward.kernels) == 3 * parts
-    assert all(isinstance(k, GemmKernel) for k in backward.kernels)
+    assert all(k.kind is GEMM for k in backward.kernels)
     most = cut.columns[0] * sizes["M"] * 2 + sizes["M"] * sizes["D"] * 4
     assert temporary_bytes(backward) == most
     assert f"made in {parts} parts" in str(block.explain_training(memory="min", **sizes))
-    assert len({kernels.emit_gemm(backward, k).name for k in backward.kernels}) == 5
+    assert len({emit_gemm(backward, k).name for k in backward.kernels}) == 5
 
 
 def test_small_logits_stay_whole():
@@ -161,7 +165,7 @@ def test_parts_of_a_head_behind_a_norm_and_with_a_bias():
     g, b = torch.randn(16, dtype=torch.float64), torch.randn(600, dtype=torch.float64)
     program = last_layer.lower_training("sm_90a", PARTS, memory="min")[1]
     assert program.cuts
-    assert not any(isinstance(k, TorchKernel) for k in program.kernels)
+    assert not any(k.kind is TORCH for k in program.kernels)
     mine, asked = ([t.clone().requires_grad_() for t in (x, g, w, b)] for _ in range(2))
     last_layer(*mine, y, memory="min", backend="reference").backward()
     F.cross_entropy(F.linear(F.layer_norm(asked[0], (16,), asked[1]), *asked[2:]), y).backward()
@@ -239,7 +243,7 @@ def test_a_backward_writes_over_the_logits_only_if_nobody_reads_them_again(runs)
 
 
 def test_a_failed_backward_is_not_begun_again(runs, monkeypatch):
-    def fails(run, kernel):
+    def fails(binding):
         raise MemoryError
 
     block = head()
@@ -247,7 +251,7 @@ def test_a_failed_backward_is_not_begun_again(runs, monkeypatch):
         x, w, y = data(SMALL, torch.bfloat16)
         loss = block(x, w.requires_grad_(), y, backend="sim")
         with monkeypatch.context() as patch:
-            patch.setattr(kernels.KernelRun, "gemm", fails)
+            patch.setattr(Binding, "launch", fails)
             with pytest.raises(MemoryError):
                 loss.backward()
         with pytest.raises(CodaError, match="has begun already"):
@@ -350,7 +354,7 @@ def test_a_loss_of_saturated_logits_is_one_of_what_is_stored(memory):
     """What is kept is what tanh is taken of, and the logsumexp is of just that, rounded."""
     sizes = {"M": 64, "D": 64, "V": 256}
     forward = capped_behind_a_norm.lower_training("sm_90a", sizes, memory=memory)[0]
-    gemm = list(forward.gemms())[-1]
+    gemm = list(gemms(forward))[-1]
     (kept,) = gemm.body.epilogue.stores
     assert not any(c.fn == "tanh" for c in calls(kept.lanes))
     for sink in gemm.body.epilogue.sinks:
@@ -405,11 +409,11 @@ def test_one_column_of_a_log_softmax_is_no_matrix(memory):
 def test_logits_that_nobody_wants_are_not_computed():
     sizes = {"B": 4, "S": 2048, "D": 4096, "V": 128256}
     forward, backward = next_words.lower_training("sm_90a", sizes)
-    assert [type(k) for k in forward.kernels].count(GemmKernel) == 1
+    assert [k.kind for k in forward.kernels].count(GEMM) == 1
     assert len(forward.kernels) == 3
     assert max(stored(forward).values()) == 2 * 4 * 2047 * 128256
-    matrices = [k for k in backward.kernels if isinstance(k, TorchKernel)]
-    assert all(k.node.shape[-1].constant != 128256 for k in matrices)
+    matrices = [k for k in backward.kernels if k.kind is TORCH]
+    assert all(k.mainloop.node.shape[-1].constant != 128256 for k in matrices)
     x, w, y = torch.randn(2, 5, 3), torch.randn(7, 3), torch.randint(0, 7, (2, 5))
     mine, asked = ([t.double().requires_grad_() for t in (x, w)] for _ in range(2))
     next_words(*mine, y, backend="reference").backward()

@@ -8,6 +8,7 @@ import torch
 
 import coda
 from coda.ir.graph import Input
+from coda.kernels.gemm.mainloop import gemms
 from coda.measure import random_inputs, relative
 from coda.runtime.call import calls_of
 from coda.runtime.simulate import device
@@ -57,7 +58,7 @@ def test_frozen_arguments_have_no_gradient_and_no_kernel(inputs, wanted):
     sizes = {s: SIZES[s] for s in mlp.graph.symbols}
     every = mlp.lower_training("sm_90a", sizes)[1]
     some = mlp.lower_training("sm_90a", sizes, wanted=names)[1]
-    assert len(list(some.gemms())) < len(list(every.gemms()))
+    assert len(list(gemms(some))) < len(list(gemms(every)))
 
 
 def test_a_block_that_trained_is_freed():
@@ -160,10 +161,10 @@ def test_the_backward_reads_no_argument_that_it_does_not_need():
 def test_halves_of_any_width_are_stored(f):
     """Gate and up lie F columns apart in what is saved: kernels store them in whole vectors."""
     forward, _ = mlp.lower_training("sm_90a", {"M": 40, "D": 64, "F": f})
-    splits = [s.split for g in forward.gemms() for s in g.body.epilogue.stores]
+    splits = [s.split for g in gemms(forward) for s in g.body.epilogue.stores]
     assert f not in splits
     wide, _ = mlp.lower_training("sm_90a", {"M": 40, "D": 64, "F": 96})
-    assert 96 in [s.split for g in wide.gemms() for s in g.body.epilogue.stores]
+    assert 96 in [s.split for g in gemms(wide) for s in g.body.epilogue.stores]
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ each tile's time by its efficiency.
 
 from __future__ import annotations
 
+from coda.kernels.gemm.mainloop import Gemm
 from coda.lowering.program.access import Periodic
 from coda.lowering.program.epilogue import held
-from coda.lowering.program.program import GemmKernel, Program
+from coda.lowering.program.program import Program
 from coda.lowering.program.target import Config, Target
 
 
@@ -18,7 +19,7 @@ def cta_rows(config: Config, target: Target) -> int:
     return config.tile_m // 2 if shared else config.tile_m
 
 
-def legal(config: Config, kernel: GemmKernel) -> str:
+def legal(config: Config, kernel: Gemm) -> str:
     """Why a config does not fit a kernel, or ""."""
     epilogue = kernel.body.epilogue
     for statistic in epilogue.statistics:
@@ -39,13 +40,13 @@ def legal(config: Config, kernel: GemmKernel) -> str:
     return ""
 
 
-def choose(program: Program, kernel: GemmKernel) -> Config:
-    """The config that the model ranks first among the legal ones."""
-    m, n, _ = kernel.problem(program.sizes)
+def ranked(program: Program, kernel: Gemm) -> tuple[Config, ...]:
+    """The legal configs, from the one that the model ranks first; the smallest if none is."""
+    m, n, _ = kernel.mainloop.problem(program.sizes)
     target = program.target
     legal_ones = [(c, e) for c, e in target.configs if not legal(c, kernel)]
     if not legal_ones:
-        return target.configs[-1][0]
+        return (target.configs[-1][0],)
 
     def time(item: tuple[Config, float]) -> float:
         config, efficiency = item
@@ -55,4 +56,4 @@ def choose(program: Program, kernel: GemmKernel) -> Config:
         slots = target.multiprocessors // (2 if two_cta else 1)
         return -(-tiles // slots) * rows * columns / efficiency / (2 if two_cta else 1)
 
-    return min(legal_ones, key=time)[0]
+    return tuple(config for config, _ in sorted(legal_ones, key=time))

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from coda.kernels.gemm.mainloop import Gemm, gemms
 from coda.kernels.gemm.weights import halves
 from coda.lowering.program.epilogue import Call, Epilogue, Expr, Load
-from coda.lowering.program.program import GemmKernel, Program
+from coda.lowering.program.program import Program
 
 
 def names_of(epilogue: Epilogue) -> list[str]:
@@ -45,10 +46,10 @@ def renamed(epilogue: Epilogue, names: Mapping[str, str]) -> Epilogue:
     )
 
 
-def first_alike(program: Program, kernel: GemmKernel) -> tuple[GemmKernel, dict[str, str]]:
+def first_alike(program: Program, kernel: Gemm) -> tuple[Gemm, dict[str, str]]:
     """The first GEMM of a program that is this one but for names, and its names in this one."""
     mine = kernel.body.epilogue
-    for other in program.gemms():
+    for other in gemms(program):
         theirs = other.body.epilogue
         names = dict(zip(names_of(theirs), names_of(mine), strict=False))
         same = len(names_of(theirs)) == len(names_of(mine))
@@ -58,7 +59,7 @@ def first_alike(program: Program, kernel: GemmKernel) -> tuple[GemmKernel, dict[
     return kernel, {n: n for n in names_of(mine)}
 
 
-def _layout(program: Program, kernel: GemmKernel) -> tuple[int, int]:
+def _layout(program: Program, kernel: Gemm) -> tuple[int, int]:
     """How the rows of the weight are read; of pairs, their number is part of it."""
     split = halves(program, kernel)
-    return split, kernel.problem(program.sizes)[1] if split else 0
+    return split, kernel.mainloop.problem(program.sizes)[1] if split else 0

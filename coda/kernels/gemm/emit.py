@@ -11,6 +11,7 @@ from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import CHOICE
 from coda.ir.types import bf16, e4m3, e5m2, f16, f32
 from coda.kernels.gemm.dedupe import first_alike
+from coda.kernels.gemm.mainloop import Gemm, tiles
 from coda.kernels.gemm.ragged import vanishes
 from coda.kernels.gemm.source import PAIRS, WHOLE, Source, Table
 from coda.kernels.gemm.weights import halves
@@ -42,7 +43,7 @@ from coda.lowering.program.epilogue import (
     held,
     leaves,
 )
-from coda.lowering.program.program import GemmKernel, Program
+from coda.lowering.program.program import Program
 
 COMPILED = {bf16, f16, e4m3, e5m2}
 PAUSE = 4  # points, or two columns each, between pauses
@@ -58,25 +59,26 @@ def is_sum(sink: SinkExpr) -> bool:
     return sink.monoid in MONOIDS and MONOIDS[sink.monoid].sums
 
 
-def emit_gemm(program: Program, kernel: GemmKernel) -> Source:
+def emit_gemm(program: Program, kernel: Gemm) -> Source:
     """The module of a GEMM kernel of a program: that of the first one that is alike."""
-    kinds = {kernel.a.dtype, *(c.rhs.dtype for c in kernel.contracts)}
+    kinds = {o.dtype for o in kernel.mainloop.operands}
     if len(kinds) > 1 or not kinds <= COMPILED:
         raise UnsupportedError(
             "a contraction is compiled for operands of one type of 8 or 16 bits",
             found=", ".join(sorted(str(k) for k in kinds)),
             help='cast to bf16, or run it on backend="reference"',
-            where=kernel.contracts[0].where,
+            where=kernel.mainloop.contracts[0].where,
         )
     first, names = first_alike(program, kernel)
     return _emit(program, first).renamed(names)
 
 
-def _emit(program: Program, kernel: GemmKernel) -> Source:
-    m, n, k = kernel.problem(program.sizes)
-    weights = " | ".join(label(c.rhs, program) for c in kernel.contracts)
-    ragged = n % kernel.config.tile_n != 0
-    head = f"{kernel.name} of {program.graph.name}: {label(kernel.a, program)} @ [{weights}].T"
+def _emit(program: Program, kernel: Gemm) -> Source:
+    m, n, k = kernel.mainloop.problem(program.sizes)
+    weights = " | ".join(label(c.rhs, program) for c in kernel.mainloop.contracts)
+    ragged = n % tiles(kernel).tile_n != 0
+    a = label(kernel.mainloop.a, program)
+    head = f"{kernel.name} of {program.graph.name}: {a} @ [{weights}].T"
     split = halves(program, kernel)
     rows = (split, n // (2 * split)) if split else None
     return _Emitter(program, kernel.body, ragged, rows).emit(f"{head}, {m}×{n}×{k}.")

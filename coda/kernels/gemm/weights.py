@@ -8,13 +8,18 @@ rows apart in the weight. Such an order is a layout, rows as (2, split, N / 2 sp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from coda.ir.graph import Input, Node, Slice, walk
+from coda.kernels.gemm.mainloop import Gemm, gemms, tiles
 from coda.lowering.algebra.roles import as_stored, base, is_turned, is_view, stacked
+from coda.lowering.program.body import paired_columns
 from coda.lowering.program.cost import label
-from coda.lowering.program.program import GemmKernel, Program
+from coda.lowering.program.program import Program
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class WeightRead:
 
 def weight_reads(program: Program) -> tuple[WeightRead, ...]:
     """How each GEMM of a program that multiplies with weights reads them."""
-    kernels = [k for k in program.gemms() if program.is_weight(k.contracts[0].rhs)]
+    kernels = [k for k in gemms(program) if program.is_weight(k.mainloop.contracts[0].rhs)]
     return tuple(_read(program, k) for k in kernels)
 
 
@@ -49,40 +54,38 @@ def siblings(program: Program) -> tuple[tuple[Input, ...], ...]:
     return tuple(dict.fromkeys(every))
 
 
-def halves(program: Program, kernel: GemmKernel) -> int:
+def halves(program: Program, kernel: Gemm) -> int:
     """How far apart partners lie in B that the mainloop reads as it lies; 0 for plain rows."""
     split = kernel.body.epilogue.split
     return 0 if _scattered(program, kernel) else split
 
 
-def _scattered(program: Program, kernel: GemmKernel) -> str:
+def _scattered(program: Program, kernel: Gemm) -> str:
     """Why rows of B have to be copied into the kernel's order, or ""."""
-    split, pairs = kernel.body.epilogue.split, kernel.config.tile_n // 2
+    split, pairs = kernel.body.epilogue.split, tiles(kernel).tile_n // 2
     if not split:
         return ""
-    if any(is_turned(c.rhs) for c in kernel.contracts):
+    if any(is_turned(c.rhs) for c in kernel.mainloop.contracts):
         return "its rows are taken in pairs, and it is stored turned"
-    n = kernel.problem(program.sizes)[1]
+    n = kernel.mainloop.problem(program.sizes)[1]
     if n > 2 * split and split % pairs and pairs % split:
         return f"partners lie {split} rows apart, which tiles of {pairs} pairs do not divide"
     return ""
 
 
-def _read(program: Program, kernel: GemmKernel) -> WeightRead:
-    roots = [c.rhs for c in kernel.contracts]
+def _read(program: Program, kernel: Gemm) -> WeightRead:
+    roots = [c.rhs for c in kernel.mainloop.contracts]
     plain = [as_stored(r) for r in roots]
     names = tuple(dict.fromkeys(n for r in plain for n in _names(r, program)))
     parts = [stacked(p) for p in plain]
     together = tuple(i for p in parts for i in p) if all(parts) else ()
-    _, n, k = kernel.problem(program.sizes)
+    _, n, k = kernel.mainloop.problem(program.sizes)
     nbytes = n * k * roots[0].dtype.size
     why = _why(program, kernel, roots, together)
     return WeightRead(kernel.name, names, together, nbytes, why)
 
 
-def _why(
-    program: Program, kernel: GemmKernel, roots: Sequence[Node], together: Sequence[Input]
-) -> str:
+def _why(program: Program, kernel: Gemm, roots: Sequence[Node], together: Sequence[Input]) -> str:
     """Why a matrix is a copy, or ""."""
     under = [as_stored(r) for r in roots]
     made = [u for u in under if u in program.prepared.values() and not stacked(u)]
@@ -111,3 +114,41 @@ def _names(node: Node, program: Program) -> list[str]:
         return [i.name for i in found]
     under = base(node) if is_view(node) else node
     return [under.name] if isinstance(under, Input) else [label(under, program)]
+
+
+def one_below_another(parts: Sequence[Tensor]) -> Tensor | None:
+    """Matrices as the one that they are parts of, from the first one down; None if they are not.
+
+    They are, if they lie in one memory, rows at one distance, each after the one before.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if not parts or any(p.ndim != 2 for p in parts):
+        return None
+    first = parts[0]
+    after, step = first.storage_offset(), first.stride()
+    memory = first.untyped_storage().data_ptr()
+    for part in parts:
+        like = (part.dtype, part.shape[1], part.stride()) == (first.dtype, first.shape[1], step)
+        here = part.untyped_storage().data_ptr() == memory and part.storage_offset() == after
+        if not (like and here and part.numel()):
+            return None
+        after += part.shape[0] * step[0]
+    rows = sum(p.shape[0] for p in parts)
+    return first.detach().as_strided((rows, first.shape[1]), step)
+
+
+def weight_matrix(kernel: Gemm, values: Mapping[Node, Tensor]) -> Tensor:
+    """The GEMM's B, [N, K]: siblings one below the other, a copy where they do not lie so."""
+    parts = [values[c.rhs] for c in kernel.mainloop.contracts]
+    whole = one_below_another(parts)
+    return torch.cat(parts) if whole is None else whole
+
+
+def paired_rows(kernel: Gemm, whole: Tensor) -> Tensor:
+    """B with its rows in the kernel's order of columns: partners beside each other."""
+    split = kernel.body.epilogue.split
+    if not split:
+        return whole
+    order = paired_columns(whole.shape[0], split).reshape(-1)
+    return whole[torch.from_numpy(order).to(whole.device)]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from coda.ir.dims import product, show_shape
 from coda.kernels.lines import safe, stored
 from coda.kernels.rowwise.folds import TOTAL_WARPS, Folds
+from coda.kernels.rowwise.mainloop import Rowwise
 from coda.kernels.rowwise.pieces import (
     LANES,
     TALL_ROWS,
@@ -29,7 +30,7 @@ from coda.kernels.rowwise.pieces import (
 from coda.kernels.rowwise.sweeps import INDENT, Step, indented
 from coda.lowering.program.access import Line, Partial
 from coda.lowering.program.epilogue import SinkExpr, StoreExpr
-from coda.lowering.program.program import Program, RowwiseKernel
+from coda.lowering.program.program import Program
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class RowSource:
     padded: tuple[str, ...] = ()
 
 
-def emit_rowwise(program: Program, kernel: RowwiseKernel, padded: bool = False) -> RowSource:
+def emit_rowwise(program: Program, kernel: Rowwise, padded: bool = False) -> RowSource:
     """The module of a pass over rows.
 
     With `padded`, rows of matrices begin at multiples of 16 bytes although they have other lengths.
@@ -99,7 +100,7 @@ class _Emitter(Folds):
             columns = product(shape[1:]).size(self.program.sizes)
             found.append((safe(store.buffer) + "_out", store.buffer, columns, True))
         for sink in self.epilogue.sinks:
-            columns = sink.span.width if sink.span else self.kernel.width
+            columns = sink.span.width if sink.span else self.kernel.mainloop.width
             found.append((safe(sink.buffer) + "_out", sink.buffer, columns, True))
         return tuple(found)
 
@@ -258,10 +259,8 @@ class _Emitter(Folds):
 
     def module(self, names: list[str], body: list[str]) -> str:
         """The whole text."""
-        rows = self.kernel.rows
-        title = (
-            f"{self.kernel.name} of {self.program.graph.name}: rows {rows} × {self.kernel.width}."
-        )
+        size = f"{self.kernel.mainloop.rows} × {self.kernel.mainloop.width}"
+        title = f"{self.kernel.name} of {self.program.graph.name}: rows {size}."
         notes = [f"    {o.name}: {o.access.word} {o.dtype}" for o in self.epilogue.operands]
         for store in self.epilogue.stores:
             shape = show_shape(self.program.buffers[store.buffer].shape)
@@ -311,6 +310,6 @@ class _Emitter(Folds):
         if self.is_total():
             return TOTAL_WARPS, 1, ["warp = thread // LANES", "row = block"]
         if self.only_folds():
-            warps = fold_warps(self.kernel.rows.size(self.program.sizes))
+            warps = fold_warps(self.kernel.mainloop.rows.size(self.program.sizes))
             return warps, LANES, ["warp = thread // LANES", "row = block * LANES + lane"]
         return WARPS, WARPS, [f"row = block * {WARPS} + thread // LANES"]

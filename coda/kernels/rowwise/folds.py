@@ -81,14 +81,18 @@ class Folds(Sweeps):
 
     def once(self, store: StoreExpr) -> bool:
         """Whether a store has one column."""
-        return store.narrow or self.kernel.width == 1
+        return store.narrow or self.kernel.mainloop.width == 1
 
     def narrow_lines(self) -> tuple[list[str], list[str]]:
         """How values that a row has once are computed, and written."""
         stores = [s for s in self.epilogue.stores if self.once(s)]
         exprs = [s.lanes[0] for s in stores]
         lines, values = self.assigned(exprs, "w")
-        loads = self.loads(exprs, "0", self.pieces[0]) if stores and self.kernel.width == 1 else []
+        loads = (
+            self.loads(exprs, "0", self.pieces[0])
+            if stores and self.kernel.mainloop.width == 1
+            else []
+        )
         written: list[str] = []
         for store, value in zip(stores, values, strict=True):
             target = f"{safe(store.buffer)}_out"
@@ -104,12 +108,12 @@ class Folds(Sweeps):
         few = all(isinstance(o.access, read) for o in self.epilogue.operands)
         folded = all(s.operand in self.tall for s in self.epilogue.statistics)
         plain = folded and not self.wide_stores() and few
-        return bool(self.tall) and plain and (not self.lines or self.kernel.rows == ONE)
+        return bool(self.tall) and plain and (not self.lines or self.kernel.mainloop.rows == ONE)
 
     def folds(self) -> list[str]:
         """Warps take parts in turn, a lane those of its row; the first warp adds what they have."""
         self.rows |= {"room", "zero"}
-        warps = fold_warps(self.kernel.rows.size(self.program.sizes))
+        warps = fold_warps(self.kernel.mainloop.rows.size(self.program.sizes))
         folded = [(s.name, safe(s.operand or "")) for s in self.epilogue.statistics]
         out = [f"{name}_of = room({warps} * LANES)" for name, _ in folded]
         for name, source in folded:

@@ -70,12 +70,6 @@ def _fake(dtype: Any, rows: Any, columns: int, padded: bool) -> Any:
     return cute.runtime.make_fake_tensor(dtype, shape, stride=(apart, 1), assumed_align=align)
 
 
-def is_padded(x: Tensor) -> bool:
-    """Whether the rows of a matrix begin at multiples of 16 bytes, each in memory of its own."""
-    own = x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % 16 == 0
-    return x.stride(1) == 1 and (own or x.shape[0] == 1) and x.data_ptr() % 16 == 0
-
-
 def _laid_out(x: Tensor, rows: int, columns: int, padded: bool = False) -> Tensor:
     """A tensor as the kernel takes it, copied where it lies otherwise."""
     if columns == 0:
@@ -94,7 +88,7 @@ def _laid_out(x: Tensor, rows: int, columns: int, padded: bool = False) -> Tenso
 
 
 @dataclass(frozen=True)
-class Rows:
+class Module:
     """One row kernel: its emitted module, and which parameters have one row for all."""
 
     source: RowSource

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from coda.ir.scalars import SCALARS
+from coda.kernels.rowwise.mainloop import Rowwise
 from coda.lowering.program.access import (
     ColumnVector,
     Grouped,
@@ -25,6 +26,8 @@ from coda.lowering.program.access import (
 )
 from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import Call, Epilogue, Expr, Literal, Load, Stat
+from coda.lowering.program.memory import held_in
+from coda.lowering.program.program import Program
 
 LANES = 32
 WARPS = 4  # rows of a CTA, a warp each
@@ -75,6 +78,14 @@ def is_ragged(body: Body, width: int) -> bool:
     plain = not (epilogue.pair or epilogue.sinks or any(s.group for s in epilogue.statistics))
     whole = not _spans(epilogue) and not _patterns(epilogue)
     return plain and whole and width > _MOST and width % _MOST != 0
+
+
+def has_padded_rows(program: Program, kernel: Rowwise) -> bool:
+    """Whether a pass over rows of an odd length reads what our kernels wrote, and nothing else."""
+    tiles = kernel.body.epilogue.tiles
+    found = {n for t in tiles for n in held_in(program, kernel.body.nodes[t])}
+    theirs = {i.name for i in program.graph.inputs} - program.terms.spare
+    return is_ragged(kernel.body, kernel.mainloop.width) and not found & theirs
 
 
 def pieces_of(body: Body, width: int, padded: bool = False) -> tuple[Piece, ...]:

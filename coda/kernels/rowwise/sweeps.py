@@ -8,6 +8,7 @@ from typing import assert_never
 
 from coda.ir.monoids import MONOIDS
 from coda.kernels.lines import Lines, safe
+from coda.kernels.rowwise.mainloop import Rowwise
 from coda.kernels.rowwise.pieces import (
     LANES,
     Piece,
@@ -37,7 +38,7 @@ from coda.lowering.program.epilogue import (
     Stat,
     Statistic,
 )
-from coda.lowering.program.program import Program, RowwiseKernel
+from coda.lowering.program.program import Program
 
 INDENT = "    "
 
@@ -67,13 +68,13 @@ class Step:
 class Sweeps:
     """The text of sweeps over one row of a kernel."""
 
-    def __init__(self, program: Program, kernel: RowwiseKernel, padded: bool = False) -> None:
+    def __init__(self, program: Program, kernel: Rowwise, padded: bool = False) -> None:
         self.program, self.kernel, self.padded = program, kernel, padded
         self.epilogue: Epilogue = kernel.body.epilogue
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
         self.lanes, self.split = self.epilogue.lanes, self.epilogue.split
-        self.points = kernel.width // self.lanes
-        self.pieces: tuple[Piece, ...] = pieces_of(kernel.body, kernel.width, padded)
+        self.points = kernel.mainloop.width // self.lanes
+        self.pieces: tuple[Piece, ...] = pieces_of(kernel.body, kernel.mainloop.width, padded)
         self.vec = vector_length(self.epilogue, self.pieces)
         self.enter(self.pieces[0])
         self.groups = {s.name: s for s in self.epilogue.statistics if s.group}

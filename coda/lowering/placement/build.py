@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,9 @@ from coda.ir.graph import (
 )
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
-from coda.lowering.algebra.rewrite import substituted
+from coda.lowering.algebra.chunk import Cut
+from coda.lowering.algebra.policy import Terms
+from coda.lowering.algebra.rewrite import Step, substituted
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.draft import Draft
 from coda.lowering.placement.layout import Sink, Store, assemble
@@ -33,16 +36,8 @@ from coda.lowering.placement.values import Refused, Value
 from coda.lowering.program.access import Scalar
 from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import Acc, Operand
-from coda.lowering.program.program import (
-    Buffer,
-    Config,
-    GemmKernel,
-    Kernel,
-    Place,
-    Program,
-    RowwiseKernel,
-    TorchKernel,
-)
+from coda.lowering.program.kernel import Kernel
+from coda.lowering.program.program import Buffer, ColumnSlice, Program
 from coda.lowering.program.target import Target
 
 
@@ -58,15 +53,57 @@ class Banned(Exception):
         self.places = frozenset(places)
 
 
-def build(partition: Partition, source: Graph, target: Target) -> Program:
-    """The Program of a partition. Raises Banned where a kernel cannot be laid out."""
-    return _Build(partition, Program(source, dict(partition.sizes), target)).run()
+def build(
+    partition: Partition,
+    source: Graph,
+    *,
+    target: Target,
+    frozen: bool,
+    terms: Terms,
+    steps: Sequence[Step],
+    cuts: Sequence[Cut],
+) -> Program:
+    """The Program of a partition. Raises Banned where a kernel cannot be laid out.
+
+    Args:
+        partition: of the graph in normal form: where each node is computed.
+        source: the block as it was written.
+        target: as in `Program`; so are `frozen`, `terms`, `steps` and `cuts`.
+    """
+    names = [name for name, _ in source.outputs]
+    built = _Build(partition, tuple(zip(names, partition.graph.roots, strict=True)))
+    kernels = built.run()
+    return Program(
+        graph=source,
+        normal=partition.graph,
+        sizes=dict(partition.sizes),
+        target=target,
+        kernels=kernels,
+        buffers=built.buffers,
+        places=built.places,
+        outputs=built.outputs,
+        joined=built.joined,
+        stacked=frozenset(built.stacked),
+        weights=frozenset(partition.weights),
+        prepared=built.prepared,
+        steps=tuple(steps),
+        unfused=tuple(u for u in partition.unfused if u.node in partition.home),
+        fixed=frozenset(source.symbols) - partition.tokens,
+        frozen=frozen,
+        terms=terms,
+        cuts=tuple(cuts),
+    )
 
 
 @dataclass
 class _Build:
     partition: Partition
-    program: Program
+    outputs: tuple[tuple[str, Node], ...]
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+    places: dict[Node, ColumnSlice] = field(default_factory=dict)
+    prepared: dict[str, Node] = field(default_factory=dict)
+    joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    stacked: set[str] = field(default_factory=set)
     needed: set[Node] = field(default_factory=set)
     loaded: set[Node] = field(default_factory=set)
     folded: set[Node] = field(default_factory=set)
@@ -80,17 +117,12 @@ class _Build:
         """The outputs' nodes."""
         return self.partition.graph.roots
 
-    def run(self) -> Program:
-        partition, program = self.partition, self.program
-        program.outputs = tuple(
-            (name, root)
-            for (name, _), root in zip(program.graph.outputs, partition.graph.roots, strict=True)
-        )
-        for _, root in program.outputs:
+    def run(self) -> tuple[Kernel[Any], ...]:
+        for _, root in self.outputs:
             self.need(root)
-        kernels: list[Kernel] = []
+        kernels: list[Kernel[Any]] = []
         refusals: list[Banned] = []
-        for draft in sorted(partition.drafts, key=lambda d: d.order, reverse=True):
+        for draft in sorted(self.partition.drafts, key=lambda d: d.order, reverse=True):
             try:
                 kernel = self.kernel(draft)
             except Banned as refusal:
@@ -100,34 +132,27 @@ class _Build:
                 kernels.append(kernel)
         if refusals:  # all at once: each is a partition to make anew
             raise Banned((p for r in refusals for p in r.places), str(refusals[0]))
-        program.kernels = tuple(self.typed(k) for k in numbered(kernels[::-1]))
-        returned = {partition.storage(root) for _, root in program.outputs}
-        for node in returned & program.places.keys():
-            buffer = program.buffers[program.places[node].buffer]
+        returned = {self.partition.storage(root) for _, root in self.outputs}
+        found = tuple(self.typed(k) for k in numbered(kernels[::-1]))
+        for node in returned & self.places.keys():
+            buffer = self.buffers[self.places[node].buffer]
             if buffer.kind == "temp":
-                program.buffers[buffer.name] = Buffer(
-                    buffer.name, "output", buffer.shape, buffer.dtype
-                )
-        program.fixed = self.fixed()
-        program.weights = frozenset(self.partition.weights)
-        program.unfused = [u for u in partition.unfused if u.node in partition.home]
-        return program
+                self.buffers[buffer.name] = replace(buffer, kind="output")
+        return found
 
-    def typed(self, kernel: Kernel) -> Kernel:
+    def typed(self, kernel: Kernel[Any]) -> Kernel[Any]:
         """A kernel whose operands have the types that the kernels before it store."""
-        if isinstance(kernel, TorchKernel):
-            return kernel
         body = kernel.body
         operands: list[Operand] = []
         for operand in body.epilogue.operands:
             node = body.nodes.get(operand.name)
-            place = node and self.program.places.get(self.partition.storage(node))
+            place = node and self.places.get(self.partition.storage(node))
             if place:
-                operand = replace(operand, dtype=self.program.buffers[place.buffer].dtype)
+                operand = replace(operand, dtype=self.buffers[place.buffer].dtype)
             elif node is not None and self.is_unrounded(node):
                 operand = replace(operand, dtype=f32)
-            if isinstance(operand.access, Scalar) and isinstance(kernel, GemmKernel):
-                operand = replace(operand, dtype=f32)  # as which it is passed
+            if isinstance(operand.access, Scalar) and kernel.kind.scalars is not None:
+                operand = replace(operand, dtype=kernel.kind.scalars)
             operands.append(operand)
         epilogue = replace(body.epilogue, operands=tuple(operands))
         return replace(kernel, body=replace(body, epilogue=epilogue))
@@ -139,24 +164,19 @@ class _Build:
         prepared = under in self.partition.weights and not isinstance(under, Input)
         return prepared and under not in multiplied and node.dtype.kind == "float"
 
-    def fixed(self) -> frozenset[str]:
-        """The symbols whose sizes are built into the kernels: all but those of rows."""
-        return frozenset(self.program.graph.symbols) - self.partition.tokens
-
     def need(self, node: Node) -> None:
         """Record that a node is loaded."""
         under = self.partition.storage(node)
         if isinstance(under, Size):  # the call tells it
             return
         name = self.partition.name(under)
-        buffers = self.program.buffers
         if isinstance(under, Concat) and under in self.partition.joined:
             self.join(under)
         elif isinstance(under, Input):
-            buffers.setdefault(name, Buffer(name, "input", under.shape, under.dtype))
+            self.buffers.setdefault(name, Buffer(name, "input", under.shape, under.dtype))
         elif under in self.partition.weights:
-            buffers.setdefault(name, Buffer(name, "prepared", under.shape, under.dtype))
-            self.program.prepared.setdefault(name, under)
+            self.buffers.setdefault(name, Buffer(name, "prepared", under.shape, under.dtype))
+            self.prepared.setdefault(name, under)
         elif under not in self.partition.home:
             raise InternalError(f"nobody computes {under}")
         else:
@@ -164,54 +184,53 @@ class _Build:
 
     def join(self, node: Concat) -> None:
         """A buffer that several kernels write, each its own columns or rows."""
-        if node in self.program.places:
+        if node in self.places:
             return
         name = self.partition.name(node)
         parts = self.partition.joined[node]
         columns = node.rank - 1
         if node in self.partition.stacked:
-            self.program.stacked.add(name)
+            self.stacked.add(name)
             columns = node.rank + node.axis + 1
         rows, width = product(node.shape[:columns]), product(node.shape[columns:])
-        self.program.places[node] = Place(name, 0, width.size(self.sizes))
+        self.places[node] = ColumnSlice(name, 0, width.size(self.sizes))
         self.buffer(name, (rows, width), node.dtype)
-        self.program.joined[name] = tuple(self.partition.name(p) for p in parts)
+        self.joined[name] = tuple(self.partition.name(p) for p in parts)
         for part in parts:
             self.needed.add(part)
 
-    def kernel(self, draft: Draft) -> Kernel | None:
+    def kernel(self, draft: Draft) -> Kernel[Any] | None:
         """The kernel of a draft, or None where nobody needs it."""
         stored = [n for n in draft.homed if n in self.needed]
         sunk = [n for n in draft.sinks if n in self.folded or n in self.needed]
         if not stored and not sunk:
             return None
-        if draft.kind == "torch":
-            (node,) = draft.homed
-            total = isinstance(node, Reduce) and node.dtype.kind == "float"
-            wide = total and node.dtype.size < f32.size
-            self.buffer(self.partition.name(node), node.shape, f32 if wide else node.dtype)
-            self.program.places[node] = Place(self.partition.name(node), 0, -1)
-            for operand in node.operands:
+        mainloop = draft.kind.mainloop(draft, self.partition.name)
+        if not draft.kind.fuses:
+            for node in stored:
+                self.result(node)
+            for operand in mainloop.operands:
                 self.need(operand)
-            return TorchKernel("", node, draft.why)
+            return Kernel("", draft.kind, mainloop, nodes=tuple(stored))
         groups = self.stores(draft, stored)
         body = self.assemble(draft, groups, sunk)
         for node in (*body.nodes.values(), *body.sources.values()):
             self.need(node)
             self.loaded.add(self.partition.storage(node))
         self.folded |= set(body.folded)
+        for operand in mainloop.operands:
+            self.need(operand)
         names = tuple(tuple(n for n, _ in g) for g in groups)
-        if draft.kind == "row":
-            space = draft.space
-            nodes = self.computed(draft, [*stored, *sunk])
-            return RowwiseKernel(
-                "", body, names, body.folded, tuple(sunk), nodes, space.rows, space.width
-            )
-        for contract in draft.contracts:
-            self.need(contract.lhs)
-            self.need(contract.rhs)
         nodes = self.computed(draft, [*stored, *sunk])
-        return GemmKernel("", draft.contracts, body, names, tuple(sunk), nodes, Config(128, 128))
+        return Kernel("", draft.kind, mainloop, body, names, tuple(sunk), nodes)
+
+    def result(self, node: Node) -> None:
+        """A buffer for what a kernel without a body computes, in the node's own shape."""
+        name = self.partition.name(node)
+        total = isinstance(node, Reduce) and node.dtype.kind == "float"
+        wide = total and node.dtype.size < f32.size
+        self.buffer(name, node.shape, f32 if wide else node.dtype)
+        self.places[node] = ColumnSlice(name, 0, -1)
 
     def computed(self, draft: Draft, roots: list[Node]) -> tuple[Node, ...]:
         """The nodes that a kernel computes for those that it writes, operands first."""
@@ -243,7 +262,7 @@ class _Build:
             for i, (group, end) in enumerate(groups):
                 alone = {group[0][0], node} & self.partition.piece_of.keys()
                 same = group[0][0].dtype == node.dtype and at >= 0 and not alone
-                if same and end == at and draft.kind == "gemm":
+                if same and end == at and draft.kind.tiled:
                     group.append((node, value))
                     groups[i] = (group, at + value.count)
                     break
@@ -256,7 +275,7 @@ class _Build:
     def first_column(self, draft: Draft, node: Node) -> int:
         """The accumulator's column at which a stored node begins; -1 if it is one per pair."""
         value = draft.space.compute(node)
-        if draft.kind != "gemm" or value.slots.shape[1] == 0 or value.count == 0:
+        if not draft.kind.tiled or value.slots.shape[1] == 0 or value.count == 0:
             return -1
         pairs = value.slots[(value.slots >= 0).all(1)]
         if pairs.shape[1] == 2 and len(np.unique(pairs[:, 0])) == len(pairs) > 0:
@@ -273,7 +292,7 @@ class _Build:
         dtype = group[0][0].dtype
         at = max(first, 0)
         for node, value in group:
-            self.program.places[node] = Place(name, at, value.count)
+            self.places[node] = ColumnSlice(name, at, value.count)
             at += value.count
         width = draft.space.width if first >= 0 else at
         if any(v.narrow for _, v in group):
@@ -285,7 +304,7 @@ class _Build:
         self.buffer(name, (draft.space.rows, Dim.of(width)), dtype)
 
     def buffer(self, name: str, shape: Shape, dtype: DType) -> None:
-        self.program.buffers[name] = Buffer(name, "temp", shape, dtype)
+        self.buffers[name] = Buffer(name, "temp", shape, dtype)
 
     def assemble(
         self, draft: Draft, groups: list[list[tuple[Node, Value]]], sunk: list[Node]
@@ -311,12 +330,12 @@ class _Build:
 
     def store(self, draft: Draft, group: list[tuple[Node, Value]]) -> Store:
         """One store; columns of the accumulator that nobody asked for are written as they are."""
-        place = self.program.places[group[0][0]]
-        buffer = self.program.buffers[place.buffer]
+        place = self.places[group[0][0]]
+        buffer = self.buffers[place.buffer]
         values = [v for _, v in group]
         width = buffer.shape[1].size(self.sizes)
         covered = sum(v.count for v in values)
-        if draft.kind == "gemm" and width == draft.space.width and covered < width:
+        if draft.kind.tiled and width == draft.space.width and covered < width:
             rest = place.first + covered
             if place.first:
                 values.insert(0, draft.space.at((place.first,), Acc(0), np.arange(place.first)))
@@ -329,17 +348,17 @@ class _Build:
         name = self.partial(node)
         rows = draft.space.rows
         if isinstance(node, Pick):
-            self.program.places[node] = Place(name, 0, 1)
-            self.program.buffers[name] = Buffer(name, "temp", (rows, ONE), f32)
+            self.places[node] = ColumnSlice(name, 0, 1)
+            self.buffers[name] = Buffer(name, "temp", (rows, ONE), f32)
             index = self.partition.leaf(node.index, draft)
             return Sink(name, "pick", self.as_stored(node, draft), index)
         assert isinstance(node, Reduce)
         if node in draft.over_rows:
             shape = (ONE, product(node.shape), ONE)
-            self.program.buffers[name] = Buffer(name, "partial", shape, f32)
+            self.buffers[name] = Buffer(name, "partial", shape, f32)
             return Sink(name, node.fn, draft.sinks[node], rows=True)
         planes = Dim.of(len(MONOIDS[node.fn].planes))
-        self.program.buffers[name] = Buffer(name, "partial", (rows, ONE, planes), f32)
+        self.buffers[name] = Buffer(name, "partial", (rows, ONE, planes), f32)
         return Sink(name, node.fn, self.as_stored(node, draft))
 
     def as_stored(self, node: Reduce | Pick, draft: Draft) -> Value:
@@ -403,7 +422,6 @@ def _fits(space: Space, stores: list[Store], sinks: list[Sink], build: _Build) -
     return True
 
 
-def numbered(kernels: Iterable[Kernel]) -> list[Kernel]:
+def numbered(kernels: Iterable[Kernel[Any]]) -> list[Kernel[Any]]:
     """Names in the order of launches: gemm0, rows1, torch2."""
-    prefix = {GemmKernel: "gemm", RowwiseKernel: "rows", TorchKernel: "torch"}
-    return [replace(k, name=f"{prefix[type(k)]}{i}") for i, k in enumerate(kernels)]
+    return [replace(k, name=f"{k.kind.name}{i}") for i, k in enumerate(kernels)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -31,6 +31,7 @@ from coda.lowering.algebra.roles import (
 )
 from coda.lowering.placement.columns import Segment, Space
 from coda.lowering.placement.values import Value
+from coda.lowering.program.kernel import Kind
 from coda.lowering.program.program import Unfused
 
 Order = tuple[int, int]  # the GEMM that came last, running number
@@ -42,17 +43,17 @@ class Draft:
     """A kernel in the making.
 
     Attributes:
-        kind: "gemm", "row" or "torch".
+        kind: of kernel.
         order: its place among the kernels.
-        space: its columns (a torch kernel has none).
+        space: its columns (a kernel that fuses nothing has none).
         contracts: a GEMM's contractions.
         homed: nodes that are computed here first.
         sinks: reductions and picks that are taken in a GEMM's epilogue, with their values.
         over_rows: those of them that sum over the rows.
-        why: why a torch kernel's node is there.
+        why: why the node of a kernel that fuses nothing is there.
     """
 
-    kind: str
+    kind: Kind
     order: Order
     space: Space
     contracts: tuple[Contract, ...] = ()
@@ -60,6 +61,16 @@ class Draft:
     sinks: dict[Node, Value] = field(default_factory=dict)
     over_rows: set[Node] = field(default_factory=set)
     why: str = ""
+
+    @property
+    def rows(self) -> Dim:
+        """How many rows its points have."""
+        return self.space.rows
+
+    @property
+    def width(self) -> int:
+        """How many columns they have."""
+        return self.space.width
 
 
 Room = tuple[Draft, Segment | None]  # a kernel, and the columns of it that a node would have
@@ -72,6 +83,7 @@ class Drafts:
     Attributes:
         graph: in the normal form of the laws.
         sizes: the size of every symbol.
+        kinds: the kinds of kernel that there are.
         banned: (place, node): nodes that a kernel's layout of columns cannot take. The place is a
             GEMM's first contraction, or a pass over rows that is "shared" or taken "alone", or
             one that has it as a statistic of "groups".
@@ -92,6 +104,7 @@ class Drafts:
 
     graph: Graph
     sizes: Mapping[str, int]
+    kinds: Sequence[Kind]
     banned: frozenset[tuple[Node | str, Node]] = frozenset()
     apart: bool = False
     passing: frozenset[str] = frozenset()
@@ -120,12 +133,21 @@ class Drafts:
 
     # Kernels.
 
+    def opener(self, node: Node) -> Kind:
+        """The first kind that computes a node by itself."""
+        return next(k for k in self.kinds if k.opens(node, self.sizes))
+
+    @property
+    def rowwise(self) -> Kind:
+        """The kind of passes over rows."""
+        return next(k for k in self.kinds if k.whole_rows)
+
     def space(self, width: int, rows: Dim) -> Space:
         """The columns of a pass over rows."""
         return Space(width, rows, self.known, whole_rows=True)
 
     def open(
-        self, kind: str, index: int, space: Space, contracts: tuple[Contract, ...] = ()
+        self, kind: Kind, index: int, space: Space, contracts: tuple[Contract, ...] = ()
     ) -> Draft:
         """A new kernel, after all others behind the same GEMM."""
         self.opened += 1
@@ -147,7 +169,7 @@ class Drafts:
         return [
             d
             for d in self.drafts
-            if d.kind == "row"
+            if d.kind.whole_rows
             and d.order[0] == index
             and d.space.rows == rows
             and (width == d.space.width or 1 in (width, d.space.width))
@@ -158,7 +180,7 @@ class Drafts:
         found: list[Room] = []
         found += [(d, None) for d in self.row_drafts(index, rows, width)]
         for draft in self.drafts:
-            if draft.kind == "row" and draft.order[0] == index and draft.space.rows == rows:
+            if draft.kind.whole_rows and draft.order[0] == index and draft.space.rows == rows:
                 found += [(draft, s) for s in draft.space.segments if s[1] == width]
         return found
 
@@ -169,7 +191,7 @@ class Drafts:
         for draft in self.row_drafts(index, rows, width):
             if draft.order > behind and (draft.space.width == width or not narrow):
                 return draft
-        return self.open("row", index, self.space(width, rows))
+        return self.open(self.rowwise, index, self.space(width, rows))
 
     def hosts(self, node: Node) -> list[Draft]:
         """Kernels with a point for each element of a node, which load the arguments it needs.
@@ -182,7 +204,7 @@ class Drafts:
         node = under.arg if isinstance(under, Reduce) else node
         found: list[Draft] = []
         for draft in reversed(self.drafts):
-            fits = draft.kind != "torch" and draft.space.is_filled_by(product(node.shape))
+            fits = draft.kind.fuses and draft.space.is_filled_by(product(node.shape))
             if fits and self.loads_all_of(node, draft):
                 found.append(draft)
         return found

@@ -93,13 +93,13 @@ class Partition(Drafts):
         if isinstance(node, Reduce) and self.folds_rows(node):
             self.in_rows(node, last.order[0])
             return
-        if isinstance(node, Reduce) and last.kind != "gemm" and self.sunk(node, last):
+        if isinstance(node, Reduce) and not last.kind.tiled and self.sunk(node, last):
             return
         if isinstance(node, Concat) and self.too_wide(node, last) and self.join(node):
             return
         if isinstance(node, Concat) and stacks(node) and self.join(node, stacked=True):
             return
-        if last.kind == "gemm":
+        if last.kind.tiled:
             if isinstance(node, Reduce | Pick) and self.sink(node, last):
                 return
             why = self.absorb(node, last)
@@ -108,7 +108,7 @@ class Partition(Drafts):
             if self.only_returned(node):
                 return
             self.unfused.append(Unfused(node, why))
-        if last.kind == "row" and self.only_returned(node) and self.storage(node) is not node:
+        if last.kind.whole_rows and self.only_returned(node) and self.storage(node) is not node:
             return
         self.in_rows(node, last.order[0])
 
@@ -123,7 +123,7 @@ class Partition(Drafts):
     def too_wide(self, node: Concat, draft: Draft) -> bool:
         """Whether a concatenation along the columns has more of them than a kernel."""
         width = node.shape[-1].size(self.sizes)
-        return draft.kind != "torch" and node.axis == -1 and width > draft.space.width
+        return draft.kind.fuses and node.axis == -1 and width > draft.space.width
 
     def join(self, node: Concat, stacked: bool = False) -> bool:
         """Make a concatenation in memory, whose parts are written where they are computed.
@@ -158,8 +158,8 @@ class Partition(Drafts):
     def fills(self, node: Node) -> bool:
         """Whether a node has all columns of the GEMM that computes it, or one for each pair."""
         space = self.home[node].space
-        if self.home[node].kind != "gemm":
-            return self.home[node].kind == "row"
+        if not self.home[node].kind.tiled:
+            return self.home[node].kind.whole_rows
         value = space.compute(node)
         return value.count == space.width or (
             value.slots.shape[1] == 2 and 2 * value.count == space.width
@@ -167,8 +167,8 @@ class Partition(Drafts):
 
     def contract(self, node: Contract) -> None:
         """Open the GEMM of a contraction and its siblings; a product of batches is torch's."""
-        if node.batched:
-            self.in_torch(node, 0, "a product of batches of matrices is one operation of torch")
+        if not self.opener(node).fuses:
+            self.by_itself(node, 0, "a product of batches of matrices is one operation of torch")
             return
         group = self.siblings[node]
         for operand in (o for one in group for o in one.operands):
@@ -178,7 +178,7 @@ class Partition(Drafts):
         first: dict[Node, int] = {c: int(s) for c, s in zip(group, starts, strict=False)}
         rows = product(node.lhs.shape[:-1])
         space = Space(int(starts[-1]), rows, self.known, accumulators=first)
-        draft = self.open("gemm", index, space, group)
+        draft = self.open(self.opener(node), index, space, group)
         for one in group:
             self.home[one] = draft
             draft.homed.append(one)
@@ -188,7 +188,7 @@ class Partition(Drafts):
         if draft.contracts and (draft.contracts[0], node) in self.banned:
             return "the columns of the kernel cannot be laid out for it"
         why = ""
-        for segmented in (True, False) if draft.kind == "row" else (False,):
+        for segmented in (True, False) if draft.kind.whole_rows else (False,):
             draft.space.segmented = segmented
             try:
                 with draft.space.attempt(lambda n: self.home.get(n) is draft):
@@ -201,7 +201,7 @@ class Partition(Drafts):
             return why
         self.home[node] = draft
         draft.homed.append(node)
-        if draft.kind == "row" and draft.space.values[node].narrow:
+        if draft.kind.whole_rows and draft.space.values[node].narrow:
             self.loadable.add(node)
         return ""
 
@@ -240,7 +240,7 @@ class Partition(Drafts):
 
         Otherwise the epilogue would compute it again from the sums.
         """
-        narrow = operand.rank and operand.shape[-1] == ONE and draft.kind == "gemm"
+        narrow = operand.rank and operand.shape[-1] == ONE and draft.kind.tiled
         if operand in self.home or not narrow or isinstance(operand, Reduce):
             return
         above = [n for n in walk([operand], until=Reduce) if n not in self.weights]
@@ -259,7 +259,7 @@ class Partition(Drafts):
             return False
         if isinstance(node, Reduce) and self.sums_rows(node, draft):
             return self.sink_rows(node, draft)
-        if draft.kind != "gemm":
+        if not draft.kind.tiled:
             return False
         try:
             self.reach_all(node.arg, draft)
@@ -298,7 +298,8 @@ class Partition(Drafts):
         """Whether a reduction sums over all rows of a kernel (and over column axes after them)."""
         rows, columns = product(node.arg.shape[: node.axis + node.rank + 1]), product(node.shape)
         narrow = rows == ONE or any(d != ONE for d in node.shape[: node.axis])
-        if not MONOIDS[node.fn].is_plain_sum or narrow or draft.kind == "torch" or columns == ONE:
+        sums = MONOIDS[node.fn].is_plain_sum
+        if not sums or narrow or not draft.kind.fuses or columns == ONE:
             return False
         mine, under = draft.space.rows, summand(node)
         leading = [product(under.shape[:i]) for i in range(1, under.rank)]
@@ -312,7 +313,7 @@ class Partition(Drafts):
         under, space = summand(node), draft.space
         count = product(under.shape).size(self.sizes) // max(1, space.rows.size(self.sizes))
         spans = [None, *(s for s in space.segments if s[1] == count)]
-        for segment in spans[: 1 if draft.kind == "gemm" else None]:
+        for segment in spans[: 1 if draft.kind.tiled else None]:
             try:
                 kept = lambda n: self.home.get(n) is draft  # noqa: E731
                 with space.inside(segment), space.attempt(kept):
@@ -321,7 +322,7 @@ class Partition(Drafts):
                     first = space.place_of(value)
             except Refused:
                 continue
-            if draft.kind == "gemm" and (first, value.count) != (0, space.width):
+            if draft.kind.tiled and (first, value.count) != (0, space.width):
                 continue
             self.fold_rows(node, draft, value)
             return True
@@ -345,9 +346,9 @@ class Partition(Drafts):
         """Sum over the rows of values that a pass over rows, or a GEMM's epilogue, has at hand."""
         under = summand(node)
         homes = [self.home[o] for o in walk([under]) if o in self.home]
-        passes = [d for d in self.drafts if d.kind == "row"]
+        passes = [d for d in self.drafts if d.kind.whole_rows]
         order = [d for d in passes if self.loads_all_of(under, d)]
-        order += [d for d in self.hosts(under) if d.kind == "gemm"]
+        order += [d for d in self.hosts(under) if d.kind.tiled]
         order += [d for d in passes if d not in order]
         for draft in [] if ("shared", node) in self.banned else order:
             known = all(h is draft or h.order < draft.order for h in homes)
@@ -355,7 +356,7 @@ class Partition(Drafts):
                 return True
         for rows, columns in [] if ("alone", node) in self.banned else self.shapes(under):
             width = columns.size(self.sizes)
-            draft = self.open("row", index, self.space(width, rows))
+            draft = self.open(self.rowwise, index, self.space(width, rows))
             if width > 1 and self.sums_rows(node, draft) and self.sink_rows(node, draft):
                 return True
             self.drop(draft)
@@ -396,7 +397,7 @@ class Partition(Drafts):
             for draft, segment in [*shared, *alone]:
                 fresh = draft is None
                 if draft is None:
-                    draft = self.open("row", index, self.space(width, rows))
+                    draft = self.open(self.rowwise, index, self.space(width, rows))
                 homed = len(draft.homed)
                 old, draft.space.width = draft.space.width, max(width, draft.space.width)
                 with draft.space.inside(segment):
@@ -407,7 +408,7 @@ class Partition(Drafts):
                     draft.space.width = old
                 if fresh and self.drop(draft):
                     self.loadable |= {self.storage(o) for o in node.operands if o in self.home}
-        self.in_torch(node, index, why)
+        self.by_itself(node, index, why)
 
     def later_or_wider(self, rooms: list[Room], node: Node) -> list[Room]:
         """The passes over rows that may have a node: those that do not come before its operands.
@@ -422,18 +423,19 @@ class Partition(Drafts):
         wider = [r for r in rooms if r[0].order < last and r[0].space.width > widest]
         return found + sorted(wider, key=lambda r: r[0].order)[-NEAR:]
 
-    def in_torch(self, node: Node, index: int, why: str) -> None:
-        """One operation by torch, behind the GEMM `index` and what stores its operands."""
+    def by_itself(self, node: Node, index: int, why: str) -> None:
+        """One operation in a kernel, behind the GEMM `index` and what stores its operands."""
         for operand in node.operands:
             self.materialise(operand)
         homes = [self.home.get(self.storage(o)) for o in node.operands]
         index = max([index, *(h.order[0] for h in homes if h is not None)])
-        draft = self.open("torch", index, Space(0, ONE, self.known))
+        draft = self.open(self.opener(node), index, Space(0, ONE, self.known))
         draft.why = why
         draft.homed.append(node)
         self.home[node] = draft
         self.loadable.add(node)
-        self.unfused.append(Unfused(node, why))
+        if draft.kind.code is None:
+            self.unfused.append(Unfused(node, why))
 
     # Memory.
 
@@ -455,7 +457,7 @@ class Partition(Drafts):
             return False
         shapes = [] if ("alone", node) in self.banned else self.shapes(node)[:1]
         for rows, columns in shapes:
-            draft = self.open("row", 0, self.space(columns.size(self.sizes), rows))
+            draft = self.open(self.rowwise, 0, self.space(columns.size(self.sizes), rows))
             if not self.absorb(node, draft):
                 return True
             self.drop(draft)
@@ -464,8 +466,8 @@ class Partition(Drafts):
     def hosted(self, node: Node) -> bool:
         """Compute a node of arguments alone in a kernel that loads all that it needs anyway."""
         hosts = self.hosts(node)
-        for draft in sorted(hosts, key=lambda d: d.kind != "gemm"):
-            shared = draft.kind == "gemm" or ("shared", node) not in self.banned
+        for draft in sorted(hosts, key=lambda d: not d.kind.tiled):
+            shared = draft.kind.tiled or ("shared", node) not in self.banned
             if shared and not self.absorb(node, draft):
                 return True
         return False
@@ -479,6 +481,6 @@ class Partition(Drafts):
         homes = [self.home[o] for o in walk([node.arg]) if o in self.home]
         for draft in self.hosts(node.arg):
             known = all(h.order < draft.order for h in homes)
-            if draft.kind == "gemm" and known and self.sums_rows(node, draft):
+            if draft.kind.tiled and known and self.sums_rows(node, draft):
                 return self.sink(node, draft)
         return False

@@ -40,7 +40,7 @@ class Packed:
     numbers: NDArray[np.float64] | None = None
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Body:
     """A kernel's Epilogue and what the host prepares for it.
 
@@ -59,6 +59,9 @@ class Body:
     nodes: dict[str, Node]
     folded: tuple[Node, ...]
     spread: dict[str, Spread]
+
+
+NO_BODY = Body(Epilogue(0, (), (), (), ()), (), {}, {}, (), {})
 
 
 def paired_columns(width: int, split: int) -> Ints:

@@ -6,6 +6,7 @@ Each tensor of a kernel counts once in, once out. The peaks are those of the Pro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from coda.ir.dims import ONE, product
 from coda.ir.graph import (
@@ -27,11 +28,11 @@ from coda.ir.graph import (
     walk,
 )
 from coda.ir.scalars import SCALARS
-from coda.ir.types import bf16
 from coda.lowering.algebra.roles import stacked
 from coda.lowering.program.access import Partial
 from coda.lowering.program.epilogue import calls
-from coda.lowering.program.program import GemmKernel, Kernel, Program, RowwiseKernel, TorchKernel
+from coda.lowering.program.kernel import Kernel
+from coda.lowering.program.program import Program
 
 HELD = 16  # bytes moved in each call that a byte of memory, held between calls, is worth
 
@@ -66,7 +67,7 @@ def memory_bytes(node: Node, program: Program) -> int:
     return dtype.nbytes(elements(node, program))
 
 
-def operand_bytes(kernel: GemmKernel | RowwiseKernel, name: str, program: Program) -> int:
+def operand_bytes(kernel: Kernel[Any], name: str, program: Program) -> int:
     """What a kernel reads of an operand, repeated over the rows where it has to be."""
     node, spread = kernel.body.nodes[name], kernel.body.spread.get(name)
     if spread is None:
@@ -75,17 +76,10 @@ def operand_bytes(kernel: GemmKernel | RowwiseKernel, name: str, program: Progra
     return node.dtype.nbytes((product(spread.lead) * columns).size(program.sizes))
 
 
-def traffic(program: Program, kernel: Kernel) -> Traffic:
+def traffic(program: Program, kernel: Kernel[Any]) -> Traffic:
     """What a kernel reads and writes."""
-    if isinstance(kernel, TorchKernel):
-        reads = [(label(o, program), memory_bytes(o, program)) for o in kernel.node.operands]
-        out = program.places[kernel.node].buffer
-        return Traffic(tuple(reads), ((out, memory_bytes(kernel.node, program)),))
-    reads: list[tuple[str, int]] = []
-    if isinstance(kernel, GemmKernel):
-        reads.append((label(kernel.a, program), memory_bytes(kernel.a, program)))
-        for one in kernel.contracts:
-            reads.append((label(one.rhs, program), memory_bytes(one.rhs, program)))
+    operands = kernel.mainloop.operands
+    reads = [(label(o, program), memory_bytes(o, program)) for o in operands]
     for operand in kernel.body.epilogue.operands:
         node = kernel.body.nodes.get(operand.name)
         if node is not None:
@@ -94,9 +88,7 @@ def traffic(program: Program, kernel: Kernel) -> Traffic:
             reads.append((operand.name, program.buffers[operand.name].nbytes(program.sizes)))
     packed = [i for p in kernel.body.packed for i in (p.name, 4 * len(p.source))][1::2]
     reads += [("packed rows", int(n)) for n in packed]
-    written = [s.buffer for s in kernel.body.epilogue.stores]
-    written += [s.buffer for s in kernel.body.epilogue.sinks]
-    writes = [(b, program.buffers[b].nbytes(program.sizes)) for b in written]
+    writes = [(b, program.buffers[b].nbytes(program.sizes)) for b in kernel.writes()]
     return Traffic(tuple(reads), tuple(writes))
 
 
@@ -113,42 +105,28 @@ def label(node: Node, program: Program) -> str:
     return label(node.operands[0], program) if node.operands else "number"
 
 
-def gemm_flops(program: Program, kernel: Kernel) -> int:
+def tensor_flops(program: Program, kernel: Kernel[Any]) -> int:
     """FLOPs of the tensor cores."""
-    if isinstance(kernel, TorchKernel):
-        return _contract_flops(kernel.node, program) if isinstance(kernel.node, Contract) else 0
-    if isinstance(kernel, RowwiseKernel):
-        return 0
-    m, n, k = kernel.problem(program.sizes)
-    return 2 * m * n * k
+    return kernel.kind.flops(kernel, program.sizes).tensor
 
 
-def _contract_flops(node: Contract, program: Program) -> int:
-    return 2 * elements(node, program) * node.lhs.shape[-1].size(program.sizes)
-
-
-def scalar_flops(program: Program, kernel: Kernel) -> int:
-    """Scalar operations outside the tensor cores."""
-    if isinstance(kernel, TorchKernel):
-        return elements(kernel.node, program)
+def scalar_flops(program: Program, kernel: Kernel[Any]) -> int:
+    """Scalar operations outside the tensor cores: the mainloop's, and the body's at each point."""
     epilogue = kernel.body.epilogue
     exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
     exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
-    if isinstance(kernel, GemmKernel):
-        m, n, _ = kernel.problem(program.sizes)
-    else:
-        m, n = kernel.rows.size(program.sizes), kernel.width
-    points = m * n // epilogue.lanes
-    return points * sum(SCALARS[c.fn].flops for c in calls(exprs))
+    rows, columns = kernel.mainloop.points(program.sizes)
+    computed = rows * columns // epilogue.lanes * sum(SCALARS[c.fn].flops for c in calls(exprs))
+    return kernel.kind.flops(kernel, program.sizes).scalar + computed
 
 
-def kernel_seconds(program: Program, kernel: Kernel) -> tuple[float, str]:
+def kernel_seconds(program: Program, kernel: Kernel[Any]) -> tuple[float, str]:
     """The roofline time of a kernel without its launch, and what bounds it."""
     target = program.target
     moved = traffic(program, kernel)
     memory = (moved.read_bytes + moved.write_bytes) / target.bandwidth
-    peak = target.peak(kernel.a.dtype if isinstance(kernel, GemmKernel) else bf16)
-    compute = gemm_flops(program, kernel) / peak
+    flops = kernel.kind.flops(kernel, program.sizes)
+    compute = flops.tensor / target.peak(flops.dtype)
     return max(memory, compute), "tensor cores" if compute > memory else "memory"
 
 

@@ -31,7 +31,8 @@ from coda.lowering.program.epilogue import (
     calls,
     leaves,
 )
-from coda.lowering.program.program import Program, TorchKernel
+from coda.lowering.program.kernel import Kernel
+from coda.lowering.program.program import Program
 
 MOST = 32  # factors of a product that is flattened
 Factor = int  # a number in `_Products.atoms`
@@ -78,9 +79,7 @@ Atom = Expr | Function | Pair  # an expression is a leaf here
 def factor(program: Program) -> Program:
     """The Program with what the products of each kernel share computed once."""
 
-    def changed(kernel: Any) -> Any:
-        if isinstance(kernel, TorchKernel):
-            return kernel
+    def changed(kernel: Kernel[Any]) -> Kernel[Any]:
         body = kernel.body
         epilogue = factored_epilogue(body.epilogue)
         return replace(kernel, body=replace(body, epilogue=epilogue))

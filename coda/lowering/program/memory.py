@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Set
+from dataclasses import replace
+from typing import Any
 
 from coda.ir.dims import product
 from coda.ir.graph import Input, Node, Reshape
 from coda.lowering.program.access import Tile
 from coda.lowering.program.epilogue import Operand, StoreExpr
-from coda.lowering.program.program import GemmKernel, Kernel, Program, RowwiseKernel, TorchKernel
+from coda.lowering.program.kernel import Kernel
+from coda.lowering.program.program import Program
 
 
 def held_in(program: Program, node: Node) -> set[str]:
@@ -32,37 +35,17 @@ def held_in(program: Program, node: Node) -> set[str]:
     return found
 
 
-def nodes_read(kernel: Kernel) -> list[Node]:
-    """The values that a kernel reads."""
-    if isinstance(kernel, TorchKernel):
-        return list(kernel.node.operands)
-    nodes = [*kernel.body.nodes.values(), *kernel.body.sources.values()]
-    if isinstance(kernel, GemmKernel):
-        nodes += [kernel.a, *(c.rhs for c in kernel.contracts)]
-    return nodes
-
-
-def reads(program: Program, kernel: Kernel) -> list[str]:
+def reads(program: Program, kernel: Kernel[Any]) -> list[str]:
     """The buffers and arguments that a kernel reads; one that is read twice is there twice."""
-    found = [n for node in nodes_read(kernel) for n in held_in(program, node)]
-    if isinstance(kernel, TorchKernel):
-        return found
-    return found + kernel.body.epilogue.partials
-
-
-def writes(program: Program, kernel: Kernel) -> list[str]:
-    """The buffers that a kernel writes."""
-    if isinstance(kernel, TorchKernel):
-        return [program.places[kernel.node].buffer]
-    epilogue = kernel.body.epilogue
-    return [x.buffer for x in (*epilogue.stores, *epilogue.sinks)]
+    found = [n for node in kernel.reads() for n in held_in(program, node)]
+    return [*found, *kernel.partials()]
 
 
 def last_uses(program: Program) -> dict[str, int]:
     """For each buffer that no caller is handed, the last kernel that touches it."""
     found: dict[str, int] = {}
     for i, kernel in enumerate(program.kernels):
-        found |= dict.fromkeys((*reads(program, kernel), *writes(program, kernel)), i)
+        found |= dict.fromkeys((*reads(program, kernel), *kernel.writes()), i)
     returned = {n for _, node in program.outputs for n in held_in(program, node)}
     for whole, parts in program.joined.items():
         together = {whole, *parts}
@@ -76,19 +59,19 @@ def plan_memory(program: Program) -> Program:
     """Decide when each buffer is over, and which are written over what their kernel reads last."""
     over = last_uses(program)
     count = range(len(program.kernels))
-    program.freed = tuple(tuple(n for n, last in over.items() if last == i) for i in count)
+    freed = tuple(tuple(n for n, last in over.items() if last == i) for i in count)
     for i, kernel in enumerate(program.kernels):
         spare = program.terms.spare & set(reads(program, kernel))
         over |= dict.fromkeys(spare, i)
-    program.overwrites = {}
+    overwrites: dict[str, str] = {}
     for i, kernel in enumerate(program.kernels):
-        if isinstance(kernel, GemmKernel | RowwiseKernel):
-            _overwrite(program, kernel, {n for n, last in over.items() if last == i})
-    return program
+        overwrites |= _overwrites(program, kernel, {n for n, last in over.items() if last == i})
+    return replace(program, freed=freed, overwrites=overwrites)
 
 
-def _overwrite(program: Program, kernel: GemmKernel | RowwiseKernel, ending: Set[str]) -> None:
-    """Find for each store of a kernel a matrix that it reads at the same points, and no more."""
+def _overwrites(program: Program, kernel: Kernel[Any], ending: Set[str]) -> dict[str, str]:
+    """For each store of a kernel a matrix that it reads at the same points, and no more."""
+    found: dict[str, str] = {}
     parts = {p for whole, some in program.joined.items() for p in (whole, *some)}
     outputs = [n for o, n in program.outputs if o in program.terms.updated]
     updated = {name for node in outputs for name in held_in(program, node)}
@@ -100,14 +83,15 @@ def _overwrite(program: Program, kernel: GemmKernel | RowwiseKernel, ending: Set
         for operand in kernel.body.epilogue.operands:
             name = _matrix(program, kernel, operand, store)
             if name in free:
-                program.overwrites[store.buffer] = name
+                found[store.buffer] = name
                 free.discard(name)
                 break
+    return found
 
 
 def _matrix(
     program: Program,
-    kernel: GemmKernel | RowwiseKernel,
+    kernel: Kernel[Any],
     operand: Operand,
     store: StoreExpr,
 ) -> str:
@@ -139,7 +123,7 @@ def temporary_bytes(program: Program) -> int:
     live: set[str] = set()
     most = 0
     for kernel, ending in zip(program.kernels, program.freed, strict=True):
-        made = {n for n in writes(program, kernel) if n in over}
+        made = {n for n in kernel.writes() if n in over}
         live |= {n for n in made if n not in program.overwrites}
         most = max(most, sum(program.buffers[n].nbytes(program.sizes) for n in live))
         heirs = {old: new for new, old in program.overwrites.items()}
@@ -150,14 +134,14 @@ def temporary_bytes(program: Program) -> int:
     return most
 
 
-def soonest_freed(program: Program) -> tuple[Kernel, ...]:
+def soonest_freed(program: Program) -> tuple[Kernel[Any], ...]:
     """The kernels in an order in which what is over is over soon.
 
     Of the kernels whose operands are known, the one comes next that frees the most bytes, or else
     the first.
     """
     uses = [set(reads(program, k)) for k in program.kernels]
-    makes = [set(writes(program, k)) for k in program.kernels]
+    makes = [set(k.writes()) for k in program.kernels]
     wholes = {p: w for w, some in program.joined.items() for p in some}
     temporary = last_uses(program)
     left: Counter[str] = Counter(n for names in uses for n in names)
@@ -171,7 +155,7 @@ def soonest_freed(program: Program) -> tuple[Kernel, ...]:
         return sum(map(size, held)) - sum(map(size, over))
 
     waiting = list(range(len(program.kernels)))
-    order: list[Kernel] = []
+    order: list[Kernel[Any]] = []
     while waiting:
         ready = [i for i in waiting if not any(unmade.get(n) for n in uses[i])]
         grown = {i: growth(i) for i in ready}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import assert_never
+from pathlib import Path
+from typing import Any, assert_never
 
+from coda.errors import Where
 from coda.ir.dims import show_shape
-from coda.ir.graph import Size
+from coda.ir.graph import Node, Size
 from coda.lowering.program.access import (
     ColumnVector,
     Grouped,
@@ -20,7 +22,8 @@ from coda.lowering.program.access import (
 from coda.lowering.program.body import Body
 from coda.lowering.program.cost import describe, label
 from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load, Operand, Stat, calls
-from coda.lowering.program.program import GemmKernel, Kernel, Program, RowwiseKernel
+from coda.lowering.program.kernel import Kernel
+from coda.lowering.program.program import Program
 from coda.lowering.program.target import Config
 
 
@@ -37,19 +40,37 @@ def show_program(program: Program) -> str:
     return "\n".join([*lines, "", "  return " + ", ".join(returned)]) + "\n"
 
 
-def show_kernel(program: Program, kernel: Kernel) -> list[str]:
+def show_kernel(program: Program, kernel: Kernel[Any]) -> list[str]:
     """One kernel: what it multiplies, loads, computes and writes."""
-    if isinstance(kernel, GemmKernel):
-        weights = " | ".join(label(c.rhs, program) for c in kernel.contracts)
-        m, n, k = kernel.problem(program.sizes)
-        head = f"gemm {label(kernel.a, program)} @ [{weights}].T {m}×{n}×{k}"
-        return [f"  {kernel.name} = {head} {show_config(kernel.config)}", *_body(program, kernel)]
-    if isinstance(kernel, RowwiseKernel):
-        head = f"rows {kernel.rows} × {kernel.width}"
-        return [f"  {kernel.name} = {head}", *_body(program, kernel)]
-    args = ", ".join(label(o, program) for o in kernel.node.operands)
-    out = program.places[kernel.node].buffer
-    return [f"  {kernel.name} = torch {out} = {describe(kernel.node)} {args}  # {kernel.why}"]
+    head = kernel.kind.explain(program, kernel).head
+    return [f"  {kernel.name} = {head}", *_body(program, kernel)]
+
+
+def kernel_source(program: Program, kernel: Kernel[Any]) -> str:
+    """The module that is emitted for a kernel; of one that torch computes, why it does."""
+    kind = kernel.kind
+    if kind.code is None:
+        return f'"""{kernel.name}: {kind.name}, since {kind.explain(program, kernel).why}."""\n'
+    return kind.code.emit(program, kernel)[0].text
+
+
+def at(node: Node) -> str:
+    """A node in a word, and its line in the user's file."""
+    where = lines(node.where)
+    return f"{describe(node)} ({where})" if where else describe(node)
+
+
+def lines(where: Where | None) -> str:
+    """The block's own line, and in brackets the line of the function that it calls there."""
+    if where is None or not where.calls:
+        return _line(where)
+    file, line = where.calls[-1]
+    inner = f":{where.line}" if where.file == file else _line(where)
+    return f"{Path(file).name}:{line} ({inner})"
+
+
+def _line(where: Where | None) -> str:
+    return f"{Path(where.file).name}:{where.line}" if where else ""
 
 
 def show_config(config: Config) -> str:
@@ -58,7 +79,7 @@ def show_config(config: Config) -> str:
     return text + (" ping-pong" if config.pingpong else "")
 
 
-def _body(program: Program, kernel: GemmKernel | RowwiseKernel) -> list[str]:
+def _body(program: Program, kernel: Kernel[Any]) -> list[str]:
     body = kernel.body
     epilogue = body.epilogue
     names: dict[Expr, str] = {}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from coda.errors import InternalError
 from coda.ir.dims import product
 from coda.ir.graph import Cast, Const, Expand, Input, Iota, Node, Size
 from coda.lowering.algebra.roles import is_view
 from coda.lowering.program.access import Line, Partial
-from coda.lowering.program.memory import nodes_read, writes
-from coda.lowering.program.program import GemmKernel, Program, RowwiseKernel, TorchKernel
+from coda.lowering.program.kernel import Kernel
+from coda.lowering.program.program import Program
 
 
 def verify_program(program: Program, after: str) -> None:
@@ -30,11 +31,10 @@ class _Check:
 
     def run(self) -> None:
         for kernel in self.program.kernels:
-            for node in nodes_read(kernel):
+            for node in kernel.reads():
                 self.known(node, f"the kernel `{kernel.name}`")
-            if not isinstance(kernel, TorchKernel):
-                self.operands(kernel)
-            self.written.update(writes(self.program, kernel))
+            self.operands(kernel)
+            self.written.update(kernel.writes())
         for name, node in self.program.outputs:
             self.known(node, f"the output `{name}`")
 
@@ -55,13 +55,10 @@ class _Check:
             else:
                 raise self.fault(f"{who} reads a `{type(one).__name__}` that nobody stores")
 
-    def operands(self, kernel: GemmKernel | RowwiseKernel) -> None:
+    def operands(self, kernel: Kernel[Any]) -> None:
         """Whether each operand of an epilogue has the elements that the kernel loads."""
         sizes, who = self.program.sizes, f"the kernel `{kernel.name}`"
-        if isinstance(kernel, GemmKernel):
-            rows, width, _ = kernel.problem(sizes)
-        else:
-            rows, width = kernel.rows.size(sizes), kernel.width
+        rows, width = kernel.mainloop.points(sizes)
         lanes = kernel.body.epilogue.lanes
         for operand in kernel.body.epilogue.operands:
             name, node = operand.name, kernel.body.nodes.get(operand.name)

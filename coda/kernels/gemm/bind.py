@@ -1,0 +1,227 @@
+"""A GEMM and the tensors of a call -> what quack is given of them, and the launch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coda.ir.dims import product
+from coda.ir.monoids import MONOIDS
+from coda.kernels.gemm import quack_target
+from coda.kernels.gemm.emit import emit_gemm
+from coda.kernels.gemm.mainloop import Gemm, tiles
+from coda.kernels.gemm.source import Table
+from coda.kernels.gemm.weights import (
+    WeightRead,
+    halves,
+    one_below_another,
+    paired_rows,
+    weight_matrix,
+    weight_reads,
+)
+from coda.kernels.protocol import LaunchRun, Tensors
+from coda.kernels.tensors import aligned, in_bytes, matrix, padded, written
+from coda.lowering.program.access import ColumnVector, Periodic, Scalar, Tile
+from coda.lowering.program.program import Program
+
+
+def load(program: Program, kernel: Gemm, directory: Path) -> quack_target.Gemm:
+    """The emitted module of a GEMM, written into `directory` and imported."""
+    return quack_target.import_kernel(emit_gemm(program, kernel), tiles(kernel), directory)
+
+
+def _weight_reads(program: Program) -> dict[str, WeightRead]:
+    return {r.kernel: r for r in weight_reads(program)}
+
+
+class Binding:
+    """One launch of a GEMM."""
+
+    def __init__(self, run: LaunchRun, kernel: Gemm) -> None:
+        self.run, self.kernel = run, kernel
+        self.body, self.contracts = kernel.body, kernel.mainloop.contracts
+        self.problem = kernel.mainloop.problem(run.sizes)
+        self.gemm = run.loaded(kernel, lambda: load(run.program, kernel, run.directory))
+
+    def launch(self) -> None:
+        """Allocate what the kernel writes, bind what it reads, and launch."""
+        run, source = self.run, self.gemm.source
+        a = run.ready(run.value(self.kernel.mainloop.a), matrix)
+        stores, sinks = self.results(a.shape[0])
+        run.buffers |= stores
+        self.keep_partials(sinks)
+        if a.shape[0] == 0:
+            return
+        b = self.matrix()
+        if a.shape[1] == 0:  # a sum over no rows is one over zeros
+            a, b = (self.zeros(x) for x in (a, b))
+        operands = {**run.packed(self.kernel.name, self.body), **self.operands(), **self.tables()}
+        for masks, count in ((source.masks, b.shape[0]), (source.row_masks, a.shape[0])):
+            if masks:
+                ones = _ones(count, a.device)
+                run.constant(ones)
+                operands |= dict.fromkeys(masks, ones)
+        stores = {name: written(x) for name, x in stores.items()}
+        splits = {s.buffer: s.split for s in self.body.epilogue.stores}
+        arguments = self.gemm.arguments(operands, stores, sinks, splits, self.indices())
+        d = stores[source.d] if source.d else None
+        self.start(run.ready(a, _turned), b, d, arguments)
+
+    def start(self, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any]) -> None:
+        """Launch quack's kernel, and record it."""
+        plan = self.gemm.launch(a, b, d, arguments)
+        self.run.launched(quack_target.run_plan, (plan, a, b, d, dict(arguments)))
+
+    def results(self, rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Buffers for what the kernel stores, and for what its sinks leave."""
+        run = self.run
+        stores: dict[str, Tensor] = {}
+        for store in self.body.epilogue.stores:
+            buffer = run.program.buffers[store.buffer]
+            width = product(buffer.shape[1:]).size(run.sizes)
+            stores[store.buffer] = run.room(store.buffer, rows, width, store.dtype.torch, "padded")
+        parts = self.kernel.kind.partials(run.program, self.kernel, run.sizes)
+        sinks: dict[str, Tensor] = {}
+        for sink in self.body.epilogue.sinks:
+            if sink.rows:
+                count = parts.of_rows if rows else 0
+                sinks[sink.buffer] = run.new((count, self.problem[1]), torch.float32)
+            elif sink.monoid == "pick":
+                sinks[sink.buffer] = run.new((rows,), torch.float32, "nan")
+            else:
+                planes = len(MONOIDS[sink.monoid].planes)
+                dtype = torch.int64 if planes == 2 else torch.float32
+                sinks[sink.buffer] = run.new((rows, parts.of_columns), dtype)
+        return stores, sinks
+
+    def keep_partials(self, sinks: Tensors) -> None:
+        """Partials and picked values where later kernels find them."""
+        for sink in self.body.epilogue.sinks:
+            found = sinks[sink.buffer]
+            if sink.rows:
+                self.run.raw[sink.buffer] = self.run.summands(sink.buffer, found)
+            elif sink.monoid == "pick":
+                self.run.buffers[sink.buffer] = found.reshape(-1, 1)
+            else:
+                self.run.raw[sink.buffer] = found.view(torch.float32)
+
+    def zeros(self, x: Tensor) -> Tensor:
+        """Some columns of zeros in place of none, in the layout that `x` would have with some."""
+        turned = x.stride(0) == 1 and x.shape[0] * x.element_size() % 16 == 0
+        shape = (16, x.shape[0]) if turned else (x.shape[0], 16)
+        made = self.run.new(shape, x.dtype, "zero")
+        return made.T if turned else made
+
+    def indices(self) -> dict[str, Tensor]:
+        """What sinks pick by: an index for each row."""
+        found: dict[str, Tensor] = {}
+        for sink in self.body.epilogue.sinks:
+            if sink.index is not None:
+                index = self.run.ready(self.run.value(self.body.nodes[sink.index]), _vector)
+                found[f"{self.gemm.source.operands.get(sink.index, sink.index)}_index"] = index
+        return found
+
+    def operands(self) -> dict[str, Tensor]:
+        """Operands that are tensors of this call."""
+        found: dict[str, Tensor] = {}
+        accesses = {o.name: o.access for o in self.body.epilogue.operands}
+        for name in self.body.nodes:
+            if isinstance(accesses[name], Periodic):  # see `tables`
+                continue
+            x = in_bytes(self.run.operand(self.body, name))
+            match accesses[name]:
+                case Scalar():
+                    found[name] = self.run.ready(x, _number)
+                case ColumnVector():
+                    found[name] = self.run.ready(x, _vector)
+                case Tile():
+                    found[name] = self.run.ready(self.run.ready(x, matrix), aligned)
+                case access:
+                    raise AssertionError(access)
+        return found
+
+    def matrix(self) -> Tensor:
+        """B, [N, K]: siblings one below the other; their own memory where they lie so in it."""
+        run, kernel = self.run, self.kernel
+        roots = [c.rhs for c in self.contracts]
+        by_halves = halves(run.program, kernel) > 0
+
+        def made(*values: Tensor) -> Tensor:
+            whole = weight_matrix(kernel, dict(zip(roots, values, strict=True)))
+            whole = whole if by_halves else paired_rows(kernel, whole)
+            return aligned(whole, turned=not by_halves)
+
+        reads = run.loaded("weight reads", lambda: _weight_reads(run.program))
+        read = reads.get(kernel.name)
+        if read is None:  # of an activation
+            return run.ready(run.value(roots[0]), made)
+        whole = None if read.why else one_below_another([run.value(n) for n in roots])
+        if whole is None or aligned(whole, not by_halves) is not whole:
+            make = lambda: made(*map(run.value, roots))  # noqa: E731
+            return run.once(("matrix", kernel.name), roots, make)
+        run.in_place([run.inputs[i] for i in read.together])
+        return whole
+
+    def tables(self) -> dict[str, Tensor]:
+        """Packed periodic operands."""
+        found: dict[str, Tensor] = {}
+        rows, body = self.problem[0], self.body
+        for table in self.gemm.source.tables:
+            nodes = {o: body.nodes[o] for o in table.operands}
+
+            def make(run: LaunchRun, table: Table = table, nodes: Any = nodes) -> Tensor:
+                flat = {o: run.repeated(body, o).reshape(rows, -1) for o in nodes}
+                return quack_target.pack_table(table, flat)
+
+            name = self.kernel.name, table.name, rows
+            found[table.name] = self.run.each_call(name, nodes.values(), make)
+        return found
+
+
+class Compilation(Binding):
+    """A GEMM compiled for tensors that hold nothing, and not launched."""
+
+    def start(self, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any]) -> None:
+        self.gemm.plan(a, b, d, arguments)
+
+    def matrix(self) -> Tensor:
+        _, n, k = self.problem
+        first = self.contracts[0].rhs
+        if len(self.contracts) == 1 and not self.body.epilogue.split:
+            return aligned(self.run.value(first), turned=True)
+        return padded(n, k, first.dtype.torch, torch.device("cpu"))
+
+    def tables(self) -> dict[str, Tensor]:
+        kinds = {o.name: o for o in self.body.epilogue.operands}
+        found: dict[str, Tensor] = {}
+        for table in self.gemm.source.tables:
+            shape, dtype = (self.problem[0], table.columns), kinds[table.operands[0]].dtype
+            found[table.name] = torch.empty(shape, dtype=dtype.torch)
+        return found
+
+
+def _vector(x: Tensor) -> Tensor:
+    """A vector along the rows: GEMMs read it by four bytes, the last of which are its own too."""
+    x = x.reshape(-1).contiguous()
+    if x.nbytes % 4 == 0:
+        return x
+    return x.new_empty(-(-len(x) // 4) * 4)[: len(x)].copy_(x)
+
+
+def _number(x: Tensor) -> Tensor:
+    """A number in float32, which is how GEMMs take it."""
+    return x.reshape(-1).float()
+
+
+def _turned(x: Tensor) -> Tensor:
+    return aligned(x, turned=True)
+
+
+@lru_cache(maxsize=64)
+def _ones(count: int, device: torch.device) -> Tensor:
+    return torch.ones(count, device=device)

@@ -1,0 +1,97 @@
+"""The kind of kernels that are GEMMs with an epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from coda.ir.graph import Contract, Node
+from coda.ir.types import f32
+from coda.kernels.gemm.configs import cta_rows, ranked
+from coda.kernels.gemm.mainloop import Contractions, Gemm, tiles
+from coda.kernels.gemm.weights import paired_rows, weight_matrix
+from coda.kernels.protocol import LaunchRun, Run
+from coda.kernels.tensors import matrix
+from coda.lowering.program.cost import label
+from coda.lowering.program.kernel import (
+    Account,
+    Builder,
+    Code,
+    Flops,
+    Kind,
+    Partials,
+    Sizes,
+    Source,
+)
+from coda.lowering.program.program import Program
+from coda.lowering.program.text import show_config
+
+
+def _opens(node: Node, sizes: Sizes) -> bool:
+    return isinstance(node, Contract) and not node.batched
+
+
+def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Contractions:
+    return Contractions(builder.contracts)
+
+
+def _flops(kernel: Gemm, sizes: Sizes) -> Flops:
+    m, n, k = kernel.mainloop.problem(sizes)
+    return Flops(tensor=2 * m * n * k, dtype=kernel.mainloop.a.dtype)
+
+
+def _explain(program: Program, kernel: Gemm) -> Account:
+    weights = " | ".join(label(c.rhs, program) for c in kernel.mainloop.contracts)
+    multiplied = f"{label(kernel.mainloop.a, program)} @ [{weights}].T"
+    problem = "×".join(map(str, kernel.mainloop.problem(program.sizes)))
+    config = [show_config(kernel.config)] if kernel.config else []  # chosen after the placement
+    return Account(
+        " ".join(["gemm", multiplied, problem, *config]), ", ".join([multiplied, *config])
+    )
+
+
+def _reference(run: Run, kernel: Gemm) -> None:
+    a = matrix(run.value(kernel.mainloop.a)).to(run.compute)
+    weights = {c.rhs: run.value(c.rhs) for c in kernel.mainloop.contracts}
+    b = paired_rows(kernel, weight_matrix(kernel, weights)).to(run.compute)
+    acc = a @ b.transpose(0, 1)
+    run.body(kernel.body, acc, (acc.shape[0], acc.shape[1]), tiles(kernel).tile_n)
+
+
+def _partials(program: Program, kernel: Gemm, sizes: Sizes) -> Partials:
+    m, n, _ = kernel.mainloop.problem(sizes)
+    config = tiles(kernel)
+    rows, columns = cta_rows(config, program.target), config.tile_n
+    return Partials(max(1, -(-m // rows)), -(-n // columns), columns)
+
+
+def _emit(program: Program, kernel: Gemm) -> Sequence[Source]:
+    from coda.kernels.gemm.emit import emit_gemm
+
+    return (emit_gemm(program, kernel),)
+
+
+def _launch(run: LaunchRun, kernel: Gemm) -> None:
+    from coda.kernels.gemm.bind import Binding
+
+    Binding(run, kernel).launch()
+
+
+def _compile(run: LaunchRun, kernel: Gemm) -> None:
+    from coda.kernels.gemm.bind import Compilation
+
+    Compilation(run, kernel).launch()
+
+
+GEMM = Kind(
+    name="gemm",
+    opens=_opens,
+    mainloop=_mainloop,
+    flops=_flops,
+    explain=_explain,
+    reference=_reference,
+    configs=ranked,
+    partials=_partials,
+    code=Code(_emit, _launch, _compile),
+    tiled=True,
+    scalars=f32,
+)

@@ -1,0 +1,62 @@
+"""The mainloop of a GEMM: contractions of one activation, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from coda.ir.dims import product
+from coda.ir.graph import Contract, Node
+from coda.lowering.program.kernel import Kernel, Sizes
+from coda.lowering.program.program import Program
+from coda.lowering.program.target import Config
+
+
+@dataclass(frozen=True)
+class Contractions:
+    """A @ [B | B' | …].T: sibling contractions of one activation.
+
+    Attributes:
+        contracts: side by side in the accumulator's columns; all have the same `lhs`.
+    """
+
+    contracts: tuple[Contract, ...]
+
+    @property
+    def a(self) -> Node:
+        """The activation, [..., K]."""
+        return self.contracts[0].lhs
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        """A, then each B."""
+        return (self.a, *(c.rhs for c in self.contracts))
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Nothing: the body stores of the accumulator what is asked for."""
+        return ()
+
+    def problem(self, sizes: Sizes) -> tuple[int, int, int]:
+        """M, N and K."""
+        m = product(self.a.shape[:-1]).size(sizes)
+        n = sum(c.shape[-1].size(sizes) for c in self.contracts)
+        return m, n, self.a.shape[-1].size(sizes)
+
+    def points(self, sizes: Sizes) -> tuple[int, int]:
+        """M and N."""
+        return self.problem(sizes)[:2]
+
+
+Gemm = Kernel[Contractions]
+
+
+def gemms(program: Program) -> Iterator[Gemm]:
+    """The GEMMs of a program, in order."""
+    return (k for k in program.kernels if isinstance(k.mainloop, Contractions))
+
+
+def tiles(kernel: Gemm) -> Config:
+    """The config of a GEMM, once it is chosen."""
+    assert kernel.config is not None
+    return kernel.config

@@ -1,0 +1,92 @@
+"""A pass over rows and the tensors of a call -> arguments of its kernel, and the launch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coda.ir.dims import product
+from coda.kernels.protocol import LaunchRun, Tensors
+from coda.kernels.rowwise.emit import emit_rowwise
+from coda.kernels.rowwise.launch import Module
+from coda.kernels.rowwise.mainloop import Rowwise
+from coda.kernels.rowwise.pieces import has_padded_rows, is_ragged
+from coda.kernels.tensors import in_bytes, is_padded, written
+from coda.lowering.program.access import Partial, RowVector, Scalar
+from coda.lowering.program.program import Program
+
+
+def load(program: Program, kernel: Rowwise, directory: Path, *, padded: bool) -> Module:
+    """The emitted module of a pass over rows, `padded` ones or as they come."""
+    source = emit_rowwise(program, kernel, padded)
+    operands, once = kernel.body.epilogue.operands, (RowVector, Scalar)  # the same in every row
+    shared = {o.name for o in operands if isinstance(o.access, once)}
+    shared = tuple(name in shared for _, name, _, _ in source.parameters)
+    return Module(source, shared, program.arch, directory)
+
+
+class Binding:
+    """One launch of a pass over rows."""
+
+    def __init__(self, run: LaunchRun, kernel: Rowwise) -> None:
+        self.run, self.kernel, self.body = run, kernel, kernel.body
+        self.rows, self.width = kernel.mainloop.points(run.sizes)
+
+    def launch(self) -> None:
+        """Allocate what the kernel writes, bind what it reads, and launch."""
+        run, rows = self.run, self.rows
+        if rows and not self.width:  # what torch says of no columns at all
+            self.kernel.kind.reference(run, self.kernel)
+            return
+        tensors = dict(run.packed(self.kernel.name, self.body))
+        for operand in self.body.epilogue.operands:
+            if isinstance(operand.access, Partial):
+                tensors[operand.name] = run.raw[operand.name]
+            elif operand.name in self.body.nodes:
+                tensors[operand.name] = in_bytes(run.operand(self.body, operand.name))
+        padded = self.padded_rows(tensors)
+        for store in self.body.epilogue.stores:
+            width = product(run.program.buffers[store.buffer].shape[1:]).size(run.sizes)
+            fill = "padded" if padded and width > 1 else ""
+            found = run.room(store.buffer, rows, width, store.dtype.torch, fill)
+            run.buffers[store.buffer], tensors[store.buffer] = found, written(found)
+        for sink in self.body.epilogue.sinks:
+            parts = self.kernel.kind.partials(run.program, self.kernel, run.sizes).of_rows
+            width = sink.span.width if sink.span else self.width
+            found = run.new((parts, width), torch.float32, "" if rows else "zero")
+            tensors[sink.buffer] = found
+            run.raw[sink.buffer] = run.summands(sink.buffer, found)
+        if rows:
+            self.start(self.module(padded), tensors)
+
+    def module(self, padded: bool) -> Module:
+        """The module for such rows, loaded once."""
+        program, directory = self.run.program, self.run.directory
+        found = lambda: load(program, self.kernel, directory, padded=padded)  # noqa: E731
+        return self.run.loaded((self.kernel, padded), found)
+
+    def start(self, module: Module, tensors: dict[str, Tensor]) -> None:
+        """Launch the kernel, and record it."""
+        arguments = module.arguments(self.rows, tensors, self.run.ready)
+        compiled = module.compile()
+        compiled(*arguments)
+        self.run.launched(compiled, arguments)
+
+    def padded_rows(self, tensors: Tensors) -> bool:
+        """Whether a pass over rows of an odd length reads and writes them by vectors."""
+        if not is_ragged(self.body, self.width):
+            return False
+        tiles = [tensors[name] for name in self.body.epilogue.tiles]
+        return all(is_padded(x.reshape(self.rows, self.width)) for x in tiles)
+
+
+class Compilation(Binding):
+    """A pass over rows compiled, and not launched."""
+
+    def start(self, module: Module, tensors: dict[str, Tensor]) -> None:
+        module.compile()
+
+    def padded_rows(self, tensors: Tensors) -> bool:
+        return has_padded_rows(self.run.program, self.kernel)

@@ -1,0 +1,101 @@
+"""The kind of kernels that take whole rows: statistics of a row, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from coda.ir.graph import Node
+from coda.kernels.protocol import LaunchRun, Run
+from coda.kernels.rowwise.mainloop import Rows, Rowwise
+from coda.kernels.rowwise.pieces import has_padded_rows, row_parts
+from coda.lowering.program.kernel import (
+    Account,
+    Builder,
+    Code,
+    Flops,
+    Kind,
+    Partials,
+    Sizes,
+    Source,
+)
+from coda.lowering.program.program import Program
+from coda.lowering.program.text import at
+
+
+def _opens(node: Node, sizes: Sizes) -> bool:
+    return False  # placed where its elements can be computed at points of rows, or not at all
+
+
+def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Rows:
+    return Rows(builder.rows, builder.width)
+
+
+def _flops(kernel: Rowwise, sizes: Sizes) -> Flops:
+    return Flops()
+
+
+def _explain(program: Program, kernel: Rowwise) -> Account:
+    head = f"rows {kernel.mainloop.rows} × {kernel.mainloop.width}"
+    return Account(head, head, _reason(program, kernel))
+
+
+def _reason(program: Program, kernel: Rowwise) -> str:
+    """Why a pass over rows is a kernel of its own."""
+    epilogue, folded = kernel.body.epilogue, kernel.body.folded
+    tiled = [k for k in program.kernels if k.kind.tiled]
+    makers = [k.name for k in tiled if set(k.sunk) & set(folded)]
+    if folded and all(s.narrow for s in epilogue.stores):
+        return f"it folds what the tiles of {', '.join(makers)} left, one number for each row"
+    if folded:
+        folds = ", ".join(map(at, folded))
+        return (
+            f"{folds} of the output of {', '.join(makers)} is known only when the whole row is, "
+            "and what it writes needs it before any contraction that could take it later"
+        )
+    before = program.kernels[: program.kernels.index(kernel)]
+    if not any(k.kind.tiled for k in before):
+        return "it reads what no GEMM of the block makes"
+    if any(s.expr is not None for s in epilogue.statistics):
+        return "its statistics need whole rows of what it reads"
+    return "what it reads is not in the columns of one GEMM"
+
+
+def _reference(run: Run, kernel: Rowwise) -> None:
+    run.body(kernel.body, None, kernel.mainloop.points(run.sizes))
+
+
+def _partials(program: Program, kernel: Rowwise, sizes: Sizes) -> Partials:
+    rows, width = kernel.mainloop.points(sizes)
+    return Partials(row_parts(kernel.body, width, rows))
+
+
+def _emit(program: Program, kernel: Rowwise) -> Sequence[Source]:
+    from coda.kernels.rowwise.emit import emit_rowwise
+
+    every = {False, has_padded_rows(program, kernel)}
+    return [emit_rowwise(program, kernel, padded) for padded in sorted(every)]
+
+
+def _launch(run: LaunchRun, kernel: Rowwise) -> None:
+    from coda.kernels.rowwise.bind import Binding
+
+    Binding(run, kernel).launch()
+
+
+def _compile(run: LaunchRun, kernel: Rowwise) -> None:
+    from coda.kernels.rowwise.bind import Compilation
+
+    Compilation(run, kernel).launch()
+
+
+ROWWISE = Kind(
+    name="rows",
+    opens=_opens,
+    mainloop=_mainloop,
+    flops=_flops,
+    explain=_explain,
+    reference=_reference,
+    partials=_partials,
+    code=Code(_emit, _launch, _compile),
+    whole_rows=True,
+)

@@ -1,0 +1,83 @@
+"""The kind of kernels that are one operation of torch's: what nothing else computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from coda.ir.dims import product
+from coda.ir.evaluate import evaluate
+from coda.ir.graph import Contract, Node
+from coda.kernels.protocol import Run
+from coda.lowering.program.cost import describe, label
+from coda.lowering.program.kernel import Account, Builder, Flops, Kernel, Kind, Sizes
+from coda.lowering.program.program import Program
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One node, computed from memory to memory.
+
+    Attributes:
+        node: the operation.
+        result: the buffer that it is written to, in the node's shape.
+        why: why no kernel of coda's computes it.
+    """
+
+    node: Node
+    result: str
+    why: str
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        """The node's operands."""
+        return self.node.operands
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The one buffer."""
+        return (self.result,)
+
+    def points(self, sizes: Sizes) -> tuple[int, int]:
+        """None: there is no body."""
+        return 0, 0
+
+
+def _opens(node: Node, sizes: Sizes) -> bool:
+    return True
+
+
+def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Operation:
+    (node,) = builder.homed
+    return Operation(node, name(node), builder.why)
+
+
+def _flops(kernel: Kernel[Operation], sizes: Sizes) -> Flops:
+    node = kernel.mainloop.node
+    elements = product(node.shape).size(sizes)
+    depth = node.lhs.shape[-1].size(sizes) if isinstance(node, Contract) else 0
+    return Flops(tensor=2 * elements * depth, scalar=elements)
+
+
+def _explain(program: Program, kernel: Kernel[Operation]) -> Account:
+    one = kernel.mainloop
+    args = ", ".join(label(o, program) for o in one.operands)
+    head = f"torch {one.result} = {describe(one.node)} {args}  # {one.why}"
+    return Account(head, f"torch: {describe(one.node)}", one.why)
+
+
+def _reference(run: Run, kernel: Kernel[Operation]) -> None:
+    one = kernel.mainloop
+    known = {o: run.value(o) for o in one.operands}
+    (x,) = evaluate([one.node], known, run.sizes, run.compute)
+    run.keep(one.result, x)
+
+
+TORCH = Kind(
+    name="torch",
+    opens=_opens,
+    mainloop=_mainloop,
+    flops=_flops,
+    explain=_explain,
+    reference=_reference,
+)
