@@ -25,7 +25,9 @@ from coda.lowering.explain_training import TrainingExplanation
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
 from coda.runtime.bind import arrange, given_sizes
+from coda.runtime.bounded import Bounded
 from coda.runtime.call import (
+    CallOptions,
     block_of,
     block_op,
     choose_target,
@@ -57,9 +59,9 @@ class Block:
         self.fn = fn
         self.memory = check_memory(memory)
         self._graphs: dict[DType, Graph] = {}
-        self._programs: dict[tuple[Any, ...], Program] = {}
-        self._fixed: dict[tuple[Any, ...], tuple[str, ...]] = {}
-        self._trainings: dict[tuple[Any, ...], Training] = {}
+        self._programs: Bounded[tuple[Any, ...], Program] = Bounded()
+        self._fixed: Bounded[tuple[Any, ...], tuple[str, ...]] = Bounded()
+        self._trainings: Bounded[tuple[Any, ...], Training] = Bounded()
         self._given = graph
         self.undeclared = [False] * (len(graph.inputs) if graph else 0)
         if fn is not None:
@@ -68,7 +70,7 @@ class Block:
             self.undeclared = [isinstance(s, Spec) and s.dtype is None for s in specs]
         self.__name__ = self.graph.name
         self._multiplied = only_multiplied(self.graph)
-        self._casts: dict[str, Block] = {}
+        self._casts: Bounded[str, Block] = Bounded()
         self.handle = register(self, "" if fn is None else f"{fn.__module__}.{fn.__qualname__}")
         self._names = [name for name, _ in self.graph.outputs]
 
@@ -244,18 +246,18 @@ class Block:
             given = self.graph, self.undeclared, self._multiplied, tensors
             tensors, types = cast_arguments(*given)
             handle = f"{handle}/{types}" if types else handle
-        options = backend or "", arch or ""
         kept = self.memory if memory is None else check_memory(memory)
+        options = CallOptions(handle, (), backend or "", arch or "", memory=kept)
         if not plain and any_sharded(tensors):
             graph = block_of(handle).graph_for(tensors)
             found = call_sharded(
                 graph,
                 tensors,
                 dict(dims or {}),
-                lambda t, d: self._run(handle, t, d, *options, kept),
+                lambda t, d: self._run(t, d, options),
             )
         else:
-            found = self._run(handle, list(tensors), dims, *options, kept)
+            found = self._run(list(tensors), dims, options)
         if self._names == ["out"]:
             return found[0]
         if self._names[0] == "out0":
@@ -263,22 +265,21 @@ class Block:
         return dict(zip(self._names, found, strict=True))
 
     def _run(
-        self,
-        handle: str,
-        tensors: list[Tensor],
-        dims: Mapping[str, int] | None,
-        backend: str,
-        arch: str,
-        memory: str,
+        self, tensors: list[Tensor], dims: Mapping[str, int] | None, options: CallOptions
     ) -> Sequence[Tensor]:
         """The outputs, with a backward where torch records gradients."""
         given = given_sizes(self.graph, dims) if dims else []
-        arguments = tensors, given, backend, arch
-        if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-            return train_block(handle, *arguments, memory)[: len(self._names)]
-        frozen = memory == "speed" and not any([t.requires_grad for t in tensors])
-        run = block_op if needs_dispatch(tensors) else run_block
-        return run(handle, *arguments, frozen)
+        handle, _, backend, arch, _, memory, _ = options
+        learned = [t.requires_grad for t in tensors]
+        if torch.is_grad_enabled() and any(learned):
+            trained = CallOptions(
+                handle, tuple(given), backend, arch, False, memory, tuple(learned)
+            )
+            return train_block(tensors, trained)[: len(self._names)]
+        frozen = memory == "speed" and not any(learned)
+        if needs_dispatch(tensors):
+            return block_op(handle, tensors, given, backend, arch, frozen)
+        return run_block(tensors, CallOptions(handle, tuple(given), backend, arch, frozen))
 
     def graph_for(self, inputs: Sequence[Tensor]) -> Graph:
         """The graph for arguments of these types."""

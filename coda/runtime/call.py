@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from coda.lowering.program.program import Program
 from coda.lowering.program.target import ONE_OF_ARCHS, Target, find_target, of_device
 from coda.runtime import settings
 from coda.runtime.bind import bind_sizes, check_tensors
+from coda.runtime.bounded import Bounded
 from coda.runtime.modes import is_transformed
 from coda.runtime.reference import run_reference
 from coda.version import __version__
@@ -135,16 +136,34 @@ class Runnable(Protocol):
         ...
 
 
-LIMIT = 4096  # what is kept of one block's calls
+class CallOptions(NamedTuple):
+    """What a call says beside its tensors; equal options and shapes are one call, worked out once.
+
+    Attributes:
+        handle: of the block, from `register`.
+        dims: sizes of the graph's symbols in their order, -1 where the shapes tell them; or none.
+        backend, arch: names, or "" for the default.
+        frozen: whether weights keep their values.
+        memory: "min", "balanced" or "speed": what training saves.
+        wanted: for each argument, whether it is differentiated; empty where nothing is.
+    """
+
+    handle: str
+    dims: tuple[int, ...] = ()
+    backend: str = ""
+    arch: str = ""
+    frozen: bool = False
+    memory: str = "balanced"
+    wanted: tuple[bool, ...] = ()
+
+    def key(self) -> tuple[Any, ...]:
+        """The options with what they leave to the environment."""
+        return self, settings.BACKEND.get(), settings.ARCH.get(), simulated_arch()
 
 
-class Recent(dict[Any, Any]):
-    """A dict of at most `LIMIT` values; the oldest goes first."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key, value)
-        if len(self) > LIMIT:
-            del self[next(iter(self))]
+def shapes_of(inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The shapes, types and devices of a call's arguments."""
+    return tuple([(t.shape, t.dtype, t.device) for t in inputs])
 
 
 @dataclass(eq=False)
@@ -159,9 +178,9 @@ class Calls:
     """
 
     blocks: weakref.WeakSet[Runnable] = field(default_factory=weakref.WeakSet)
-    programs: Recent = field(default_factory=Recent)
-    plans: Recent = field(default_factory=Recent)
-    replays: Recent = field(default_factory=Recent)
+    programs: Bounded[Any, Any] = field(default_factory=Bounded)
+    plans: Bounded[Any, Any] = field(default_factory=Bounded)
+    replays: Bounded[Any, Any] = field(default_factory=Bounded)
 
 
 _calls: dict[str, Calls] = {}
@@ -226,35 +245,30 @@ def bind(handle: str, inputs: Sequence[Tensor], dims: Sequence[int]) -> tuple[Gr
     return graph, bind_sizes(graph, inputs, given)
 
 
-def run_block(
-    handle: str, inputs: list[Tensor], dims: list[int], backend: str, arch: str, frozen: bool
-) -> Sequence[Tensor]:
+def run_block(inputs: Sequence[Tensor], options: CallOptions) -> Sequence[Tensor]:
     """Run a block: what the operator does, without torch's dispatch.
 
     What follows from the arguments' shapes and types is worked out once for each of them. Outputs
     may be views of one buffer.
     """
-    environment = settings.BACKEND.get(), settings.ARCH.get(), simulated_arch()
-    options = (*dims, backend, arch, frozen, *environment)
-    calls = calls_of(handle)
-    recent = calls.replays.get(options)
+    key, calls = options.key(), calls_of(options.handle)
+    recent = calls.replays.get(key)
     if recent is not None:
         replay = recent.find(inputs)
         if replay is not None:
             return replay.run(inputs)
-    shapes = tuple([(t.shape, t.dtype, t.device) for t in inputs])
-    key = (*options, shapes)
-    known = calls.programs.get(key)
+    shaped = key, shapes_of(inputs)
+    known = calls.programs.get(shaped)
     if known is None:
-        graph, sizes = bind(handle, inputs, dims)
-        chosen = choose_backend(backend)
-        program = block_of(handle).program_for(graph, choose_target(arch), frozen, sizes)
-        known = calls.programs[key] = program, sizes, chosen
+        graph, sizes = bind(options.handle, inputs, options.dims)
+        chosen, target = choose_backend(options.backend), choose_target(options.arch)
+        program = block_of(options.handle).program_for(graph, target, options.frozen, sizes)
+        known = calls.programs[shaped] = program, sizes, chosen
     program, sizes, chosen = known
     if chosen == "cuda":
         from coda.runtime.launcher import state_of
 
-        calls.replays[options] = state_of(program).of(frozenset(), sizes)
+        calls.replays[key] = state_of(program).of(frozenset(), sizes)
     return execute(program, inputs, sizes, chosen)
 
 
@@ -299,7 +313,7 @@ def block_op(
         backend, arch: names, or "" for the default.
         frozen: whether weights keep their values.
     """
-    found = run_block(handle, inputs, dims, backend, arch, frozen)
+    found = run_block(inputs, CallOptions(handle, tuple(dims), backend, arch, frozen))
     return [t.contiguous() for t in apart(found)]
 
 

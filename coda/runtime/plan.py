@@ -14,15 +14,15 @@ from coda.ir.types import DType
 from coda.lowering.algebra.accumulate import Names, accumulating, siblings
 from coda.lowering.algebra.training import Training
 from coda.lowering.program.program import Program
-from coda.runtime import settings
 from coda.runtime.call import (
+    CallOptions,
     Sizes,
     bind,
     block_of,
     calls_of,
     choose_backend,
     choose_target,
-    simulated_arch,
+    shapes_of,
 )
 
 
@@ -149,46 +149,27 @@ class Plan:
         return siblings(self.training)
 
 
-def plan_of(
-    handle: str,
-    inputs: Sequence[Tensor],
-    dims: Sequence[int],
-    backend: str,
-    arch: str,
-    memory: str,
-    wanted: Sequence[bool],
-) -> Plan:
+def plan_of(inputs: Sequence[Tensor], options: CallOptions) -> Plan:
     """The plan for these arguments, made once for each set of shapes and types."""
-    environment = settings.BACKEND.get(), settings.ARCH.get(), simulated_arch()
-    shapes = tuple([(t.shape, t.dtype, t.device) for t in inputs])
-    key = (*dims, backend, arch, memory, *wanted, *environment, shapes)
-    plans = calls_of(handle).plans
+    key, plans = (options.key(), shapes_of(inputs)), calls_of(options.handle).plans
     if key not in plans:
-        graph, sizes = bind(handle, inputs, dims)
-        plans[key] = make_plan(handle, graph, sizes, backend, arch, memory, wanted)
+        plans[key] = make_plan(*bind(options.handle, inputs, options.dims), options)
     return plans[key]
 
 
-def make_plan(
-    handle: str,
-    graph: Graph,
-    sizes: Sizes,
-    backend: str,
-    arch: str,
-    memory: str,
-    wanted: Sequence[bool],
-) -> Plan:
+def make_plan(graph: Graph, sizes: Sizes, options: CallOptions) -> Plan:
     """The plan for a block of these sizes."""
-    block, target = block_of(handle), choose_target(arch)
-    training = block.training_for(graph, wanted_names(graph, wanted), memory, sizes)
+    block, target = block_of(options.handle), choose_target(options.arch)
+    names = wanted_names(graph, options.wanted)
+    training = block.training_for(graph, names, options.memory, sizes)
     forward = block.program_for(training.forward, target, False, sizes)
     backward = None
     if training.wanted:
         backward = block.program_for(training.backward, target, False, sizes, training.terms())
     asked = {i for i in graph.inputs if i.name in training.wanted}
     reached = tuple(bool(asked & set(walk([r]))) for _, r in graph.outputs)
-    backend, layout = choose_backend(backend), Layout.of(training)
-    return Plan(training, forward, backward, sizes, backend, reached, handle, layout)
+    backend, layout = choose_backend(options.backend), Layout.of(training)
+    return Plan(training, forward, backward, sizes, backend, reached, options.handle, layout)
 
 
 def wanted_names(graph: Graph, wanted: Sequence[bool]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coda.runtime.bounded import Bounded
 from coda.runtime.replay_code import Buffer, Event, Replay, Step, View
 from coda.runtime.weight_cache import Place, Witness
 
@@ -203,7 +204,7 @@ class Replays:
 
     def __init__(self) -> None:
         self.roles: list[Roles] = []
-        self.found: dict[tuple[int, tuple[Any, ...]], tuple[Held, Replay]] = {}
+        self.found: Bounded[tuple[int, tuple[Any, ...]], tuple[Held, Replay]] = Bounded(LIMIT)
 
     def find(self, inputs: Sequence[Tensor]) -> Replay | None:
         """The replay for these arguments, or None where they were not seen, or have changed."""
@@ -226,7 +227,5 @@ class Replays:
         over = [k for k, (w, _) in self.found.items() if any(x.is_over() for x, _ in w)]
         for key in over:
             del self.found[key]
-        if len(self.found) >= LIMIT:
-            self.found.pop(next(iter(self.found)))
         key = self.roles.index(roles), roles.key(inputs)
         self.found[key] = roles.witnesses(inputs), replay

@@ -19,20 +19,27 @@ from coda.lowering.algebra.training import Training
 from coda.lowering.program.program import Program
 from coda.runtime.accumulate import add, in_kernels, joined, kept_gradients, leaves_of
 from coda.runtime.bind import size_hint
-from coda.runtime.call import Sizes, apart, bind, block_of, execute, memory_of, needs_dispatch
+from coda.runtime.call import (
+    CallOptions,
+    Sizes,
+    apart,
+    bind,
+    block_of,
+    execute,
+    memory_of,
+    needs_dispatch,
+)
 from coda.runtime.donation import alone, given_up
 from coda.runtime.modes import is_transformed, opaque, refuse_vmap
 from coda.runtime.plan import Layout, Plan, make_plan, plan_of, wanted_names
 
 
-def train_block(
-    handle: str, inputs: list[Tensor], dims: list[int], backend: str, arch: str, memory: str
-) -> Sequence[Tensor]:
+def train_block(inputs: list[Tensor], options: CallOptions) -> Sequence[Tensor]:
     """The outputs of a block, whose gradients its derived backward gives."""
-    wanted = [t.requires_grad for t in inputs]
     if needs_dispatch(inputs) and not is_transformed():
-        return train_op(handle, inputs, dims, backend, arch, memory, wanted)
-    plan = plan_of(handle, inputs, dims, backend, arch, memory, wanted)
+        handle, dims, backend, arch, _, memory, wanted = options
+        return train_op(handle, inputs, list(dims), backend, arch, memory, list(wanted))
+    plan = plan_of(inputs, options)
     return (_Transformed if is_transformed() else _Eager).apply(plan, *inputs)
 
 
@@ -211,7 +218,8 @@ def train_op(
     wanted: list[bool],
 ) -> list[Tensor]:
     """Run a block for training: its outputs, then what is saved."""
-    plan = plan_of(handle, inputs, dims, backend, arch, memory, wanted)
+    options = CallOptions(handle, tuple(dims), backend, arch, False, memory, tuple(wanted))
+    plan = plan_of(inputs, options)
     found = execute(plan.forward, inputs, plan.sizes, plan.backend)
     return [t.contiguous() for t in apart(found)]
 
@@ -267,7 +275,8 @@ def backward_op(
     """
     graph = block_of(handle).graph_of(DTYPES[dtype])
     known = dict(zip(graph.symbols, sizes, strict=True))
-    plan = make_plan(handle, graph, known, backend, arch, memory, wanted)
+    options = CallOptions(handle, (), backend, arch, False, memory, tuple(wanted))
+    plan = make_plan(graph, known, options)
     assert plan.backward is not None
     arguments = plan.layout.typed(tensors)
     gradients = execute(plan.backward, arguments, known, plan.backend)
