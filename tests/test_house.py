@@ -134,3 +134,45 @@ def test_no_pass_names_a_function_or_a_monoid():
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
     ]
     assert not found
+
+
+def _names(node):
+    """The class names that the second argument of isinstance, or a type hint, has."""
+    return {
+        n.id if isinstance(n, ast.Name) else n.attr
+        for n in ast.walk(node)
+        if isinstance(n, ast.Name | ast.Attribute)
+    }
+
+
+def test_kinds_of_kernels_are_told_apart_in_their_folders_alone():
+    """Elsewhere no isinstance on kernels or mainloops, and no comparison of a kernel's kind."""
+    trees = {f: ast.parse(f.read_text()) for f in FILES}
+    own = [f for f in FILES if (ROOT / "coda/kernels") in f.parents]
+    mainloops = {
+        c.name
+        for f in own
+        for c in trees[f].body
+        if isinstance(c, ast.ClassDef)
+        and {"operands", "results", "points"}
+        <= {m.name for m in c.body if isinstance(m, ast.FunctionDef)}
+    }
+    assert mainloops == {"Contractions", "Rows", "Operation"}
+    kernels, values = {"Kernel", "Mainloop", *mainloops}, {"GEMM", "ROWWISE", "TORCH"}
+    wrong = []
+    for file in set(FILES) - set(own):
+        for node in ast.walk(trees[file]):
+            found = set()
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+                found = kernels & _names(node.args[1])
+            elif isinstance(node, ast.Compare):
+                found = values & _names(node)
+                sides = [node.left, *node.comparators]
+                about = [
+                    s.value for s in sides if isinstance(s, ast.Attribute) and s.attr == "kind"
+                ]
+                found |= {"kernel", "draft", "k"} & set().union(*map(_names, about), set())
+            elif isinstance(node, ast.MatchClass):
+                found = kernels & _names(node.cls)
+            wrong += [f"{file.relative_to(ROOT)}:{node.lineno} {n}" for n in sorted(found)]
+    assert not wrong

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
+from coda import kernels
 from coda.errors import CodaError, DimError, InternalError
 from coda.ir.graph import Contract, Graph, Input, Node, Pick, Reduce, Slice, walk
-from coda.kernels import KINDS
 from coda.lowering.algebra.chunk import Parted, chunk
 from coda.lowering.algebra.columns_first import columns_first
 from coda.lowering.algebra.constants import fold_constants
@@ -175,7 +175,13 @@ def _place(asked: Request, apart: bool, steps: list[Step], parted: Parted) -> Pr
     while True:
         try:
             placed = Partition(
-                parted.graph, asked.sizes, KINDS, banned, apart, asked.terms.passing, parted.part_of
+                parted.graph,
+                asked.sizes,
+                kernels.KINDS,
+                banned,
+                apart,
+                asked.terms.passing,
+                parted.part_of,
             )
             return build(
                 placed.run(),
