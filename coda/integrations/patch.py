@@ -133,7 +133,7 @@ def patch(
     checked = {k: _check(n, fresh[n], call[n], seen.get(n)) for k, n in first.items()}
     for name, module in layers.items():
         if name not in fresh:
-            report.layers.append(Patched(name, False, "its call was replaced by somebody else"))
+            report.layers.append(Patched(name, False, "its call is already replaced by other code"))
             continue
         result = checked[kinds[name]]
         same = first[kinds[name]] == name

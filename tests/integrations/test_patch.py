@@ -70,7 +70,7 @@ def test_a_layer_that_somebody_else_replaced_is_left_alone(llama):
     llama.model.layers[0].forward = llama.model.layers[0].forward
     report = coda.patch(llama)
     assert [one.replaced for one in report.layers] == [False, True]
-    assert report.layers[0].why == "its call was replaced by somebody else"
+    assert report.layers[0].why == "its call is already replaced by other code"
     with pytest.raises(UnsupportedError, match="no layer was replaced"):
         coda.patch(llama)
 

@@ -85,7 +85,7 @@ def _index(x: Tensor, dim: int, item: Any) -> Tensor:
 def _position(value: Any) -> Any:
     if isinstance(value, int | None):
         return value
-    raise refuse("a position that is known only in the call")
+    raise refuse("a position known only at run time")
 
 
 @rule(aten.slice.Tensor)
@@ -97,7 +97,7 @@ def _slice(
     start, end = _position(start), _position(end)
     size = x.shape[dim].constant
     if size is None:
-        raise refuse("a part of an axis whose size is known only in the call")
+        raise refuse("a part of an axis whose size is known only at run time")
     first, last, every = slice(start, end, _position(step)).indices(size)
     if last <= first:
         raise refuse("an empty slice")
@@ -119,7 +119,7 @@ def _narrow(result: Result, x: Tensor, dim: int, start: Any, length: Any) -> Ten
 def _split(result: Result, x: Tensor, size: Any, dim: int = 0) -> list[Tensor]:
     whole = x.shape[dim].constant
     if whole is None:
-        raise refuse("a part of an axis whose size is known only in the call")
+        raise refuse("a part of an axis whose size is known only at run time")
     step = _position(size)
     return [_index(x, dim, slice(i, min(i + step, whole))) for i in range(0, whole, step)]
 
@@ -133,7 +133,7 @@ def _split_sizes(result: Result, x: Tensor, sizes: Sequence[Any], dim: int = 0) 
 def _chunk(result: Result, x: Tensor, parts: int, dim: int = 0) -> list[Tensor]:
     whole = x.shape[dim].constant
     if whole is None:
-        raise refuse("a part of an axis whose size is known only in the call")
+        raise refuse("a part of an axis whose size is known only at run time")
     return _split(result, x, math.ceil(whole / parts), dim)
 
 
@@ -141,7 +141,7 @@ def _chunk(result: Result, x: Tensor, parts: int, dim: int = 0) -> list[Tensor]:
 def _unbind(result: Result, x: Tensor, dim: int = 0) -> list[Tensor]:
     whole = x.shape[dim].constant
     if whole is None:
-        raise refuse("a part of an axis whose size is known only in the call")
+        raise refuse("a part of an axis whose size is known only at run time")
     return [_index(x, dim, i) for i in range(whole)]
 
 

@@ -153,7 +153,7 @@ class Clocks:
     # events of a warp
 
     def tick(self, row: int) -> None:
-        """Advance a warp's own component, after a release."""
+        """Advance a warp's own component, after a release or a fence."""
         own = self.own[row]
         self.at[row, SEEN, own] += 1
         self.at[row, PAST, own] += 1
