@@ -20,6 +20,7 @@ from coda.lowering.algebra.chunk import Parted
 from coda.lowering.algebra.columns_first import columns_first
 from coda.lowering.algebra.constants import fold_constants
 from coda.lowering.algebra.laws import LAWS
+from coda.lowering.algebra.measure import falls
 from coda.lowering.algebra.pushdown import push_down
 from coda.lowering.algebra.rewrite import Step, rewrite
 from coda.lowering.program.program import Program
@@ -236,6 +237,8 @@ class Trial:
         self.steps.append(step)
         if self.check > 1:
             verify_nodes(walk([step.after]), step.law.name)
+            if not falls(step.before, step.after):
+                raise InternalError(f"after `{step.law.name}`: no measure of the graph fell")
 
 
 @dataclass

@@ -115,11 +115,20 @@ def test_what_a_stage_leaves_is_checked():
 
 def test_every_law_is_checked(monkeypatch):
     law = next(one for one in compiler.LAWS if one.name == "square_of_product")
-    wrong = replace(law)
+    wrong = replace(law, name="wrong")
     object.__setattr__(wrong, "apply", lambda node: forged().roots[0])
     monkeypatch.setattr(compiler, "LAWS", (wrong,))
     graph = block("%0 = mul %x, %x return y = %0")
-    with pytest.raises(InternalError, match="after `square_of_product`"):
+    with pytest.raises(InternalError, match="after `wrong`"):
+        lower(graph, {"M": 8}, stages=Stages(2))
+
+
+def test_a_law_by_which_nothing_falls_is_noticed(monkeypatch):
+    law = next(one for one in compiler.LAWS if one.name == "square_of_power")
+    turned = replace(law, name="turned", left=law.right, right=law.left)
+    monkeypatch.setattr(compiler, "LAWS", (turned,))
+    graph = parse("block f(%x: [M, 64] f32) { %0 = square %x return y = %0 }")
+    with pytest.raises(InternalError, match="after `turned`: no measure of the graph fell"):
         lower(graph, {"M": 8}, stages=Stages(2))
 
 

@@ -21,7 +21,6 @@ from coda.ir.types import DType, f32
 
 ANY = DType("T", torch.float32, "float", 32, 24, 8)  # stands for any element type in a pattern
 WIDE = DType("W", torch.float32, "float", 32, 24, 8)  # for those that reach as far as float32
-_FUEL = 10_000
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Law:
             if self.when is not None and not self.when(nodes):
                 continue
             with origin(node.where):
-                return _as(node, _instantiate(self.right, found, {}))
+                return _as(node, instantiate(self.right, found, {}))
         return None
 
 
@@ -185,7 +184,7 @@ def _fit(variable: Variable, node: Node, b: Bindings) -> Bindings | None:
     return new
 
 
-def _instantiate(side: Node, b: Bindings, memo: dict[Node, Node]) -> Node:
+def instantiate(side: Node, b: Bindings, memo: dict[Node, Node]) -> Node:
     """A side of a law with its variables replaced."""
     if side in memo:
         return memo[side]
@@ -195,7 +194,7 @@ def _instantiate(side: Node, b: Bindings, memo: dict[Node, Node]) -> Node:
         if side.rank == 1 and new.rank > 1:
             new = Reshape(new, new.shape[-1:])
     else:
-        operands = [_instantiate(o, b, memo) for o in side.operands]
+        operands = [instantiate(o, b, memo) for o in side.operands]
         new = side.with_operands(operands)
         if isinstance(side, Contract) and side.result is ANY:
             kinds = {o.dtype for o in operands}
@@ -248,6 +247,8 @@ def rewrite(
 ) -> tuple[Node, ...]:
     """Apply `laws` everywhere, in order, until none applies.
 
+    This ends since a measure falls with each application (`measure.py`).
+
     Args:
         roots: the outputs of a graph.
         laws: tried in order at each node, operands first.
@@ -290,7 +291,6 @@ class _Rewrite:
     tell: Callable[[Step], object]
     done: dict[Node, Node] = field(default_factory=dict)
     places: dict[Node, Place] = field(default_factory=dict)
-    fuel: int = _FUEL
 
     def run(self, roots: Sequence[Node]) -> tuple[Node, ...]:
         """What becomes of the roots."""
@@ -325,9 +325,6 @@ class _Rewrite:
         if new is None:
             self.done[node] = self.done[out] = out
             return
-        self.fuel -= 1
-        if self.fuel == 0:
-            raise InternalError("the laws do not come to an end")
         self.locate(new, self.place(out))
         stack += [(node, new), (out, new), (new, None)]
 

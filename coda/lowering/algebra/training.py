@@ -126,11 +126,18 @@ def _saved_type(node: Node, exact: Set[Node]) -> DType:
 
 
 def exchanged(gradients: list[tuple[str, Node]], forward: Graph) -> list[tuple[str, Node]]:
-    """Gradients in which sums are exchanged (law 2) where the forward has the other contraction."""
+    """Gradients in which sums are exchanged (law 2) where the forward has the other contraction.
+
+    One whose contraction the forward has stays, so that with each exchange there is one fewer over
+    a contraction that it has not: this ends.
+    """
     known = {n for n in walk(forward.roots) if isinstance(n, Contract)}
 
     def accept(law: Law, node: Node, _: object) -> bool:
         new = law.apply(node)
+        factors = node.operands[0].operands if isinstance(node, Reduce) else ()
+        if any(n in known for n in factors):
+            return False
         plain = rewrite([new], EXCHANGES, lambda *_: False) if new is not None else ()
         before = set(walk([node]))
         return any(n in known for n in walk(plain) if n not in before)
