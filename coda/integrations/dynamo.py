@@ -29,9 +29,9 @@ from coda.integrations.regions import cut, is_parameter, with_all_parts, without
 from coda.integrations.report import GraphReport, RegionReport, count_operators, keep_report
 from coda.integrations.segments import left_alone, pieces, rebuilt
 from coda.integrations.writes import hidden_writes
-from coda.ir.graph import Contract, Graph, walk
+from coda.ir.graph import Graph, walk
 from coda.ir.types import f32
-from coda.lowering.algebra.roles import row_symbols
+from coda.lowering.algebra.roles import gemms, row_symbols
 from coda.runtime import settings
 from coda.runtime.bind import bind_sizes, size_hint
 from coda.runtime.call import choose_backend, gpu_target
@@ -298,7 +298,7 @@ def _refuse_devices(imported: Imported) -> None:
     chosen = choose_backend("")
     if chosen == "cuda" and devices.pop().type != "cuda":
         raise UnsupportedError("its tensors are not on the GPU")
-    products = [n for n in walk(imported.graph.roots) if isinstance(n, Contract)]
+    products = gemms(walk(imported.graph.roots))
     if chosen != "reference" and any(f32 in (n.lhs.dtype, n.rhs.dtype) for n in products):
         raise UnsupportedError("products of float32 are not compiled for a GPU")
 

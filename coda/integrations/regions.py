@@ -5,6 +5,9 @@ one of coda's. A region is a connected set of coda's operators of one level. It 
 path from one of them through torch back to another would end at a higher level. Operators that
 neither feed nor follow a contraction (position tables, masks) are left to torch and add no level.
 
+A product of two batches of matrices would be one operation of torch in a block as well. It stays
+outside: the blocks before and after it then serve any number of tokens.
+
 Example: linear -> norm -> attention (torch's) -> linear -> add gives two regions, {linear, norm} on
 level 0 and {linear, add} on level 1, even where the last `add` also reads the first region.
 """
@@ -18,7 +21,7 @@ from torch.fx import Graph as FxGraph
 from torch.fx import Node as FxNode
 
 from coda.frontend.torch_import.aten import VIEWS
-from coda.frontend.torch_import.importer import value_of, why_not
+from coda.frontend.torch_import.importer import is_of_batches, value_of, why_not
 from coda.ir.types import from_torch
 
 
@@ -46,6 +49,8 @@ def cut(graph: FxGraph, fixed: Iterable[FxNode] = ()) -> Cut:
     calls = [n for n in graph.nodes if n.op == "call_function"]
     for node in calls:
         why = left.get(node) or why_not(node)
+        if not why and _name(node) in BATCHES and is_of_batches(node):
+            why = "a product of two batches of matrices"
         if why:
             left[node] = why
     _keep_predicates_inside(calls, left)
@@ -161,10 +166,15 @@ def _trimmed(group: list[FxNode], left: dict[FxNode, str]) -> list[FxNode]:
 
 def is_product(node: FxNode) -> bool:
     """Whether an operator is a contraction."""
-    return getattr(node.target, "__name__", "").split(".")[0] in PRODUCTS
+    return _name(node) in PRODUCTS
 
 
-PRODUCTS = ("linear", "mm", "addmm", "matmul")
+def _name(node: FxNode) -> str:
+    return getattr(node.target, "__name__", "").split(".")[0]
+
+
+PRODUCTS = ("linear", "mm", "addmm", "matmul", "einsum")
+BATCHES = ("bmm", "baddbmm", "matmul", "einsum")  # which may multiply two batches of matrices
 
 
 def _does_not_pay(nodes: Sequence[FxNode]) -> str:

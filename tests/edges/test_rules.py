@@ -135,6 +135,9 @@ OF_ROWS = {
     aten.matmul.default: lambda op, x: op(x, x[:8]),
     aten.mm.default: lambda op, x: op(x, x[:8]),
     aten.addmm.default: lambda op, x: op(x[0], x, x[:8], beta=0.3, alpha=0.1),
+    aten.bmm.default: lambda op, x: op(x[None], x[None, :8]),
+    aten.baddbmm.default: lambda op, x: op(x[None], x[None], x[None, :8], beta=0.3, alpha=0.1),
+    aten.einsum.default: lambda op, x: op("ij,kj->ik", [x, x[:3]]),
 }
 # What moves elements, or only their types.
 OF_WHOLES = {

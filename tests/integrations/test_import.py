@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from coda.frontend.torch_import.importer import import_nodes, value_of, why_not
 from coda.integrations.dynamo import _sizes
-from coda.integrations.regions import is_parameter
+from coda.integrations.regions import cut, is_parameter
 from coda.ir.dims import Dim
 from coda.ir.evaluate import evaluate
 
@@ -95,6 +95,12 @@ CASES = {
     "rms norm": (lambda x, w: F.rms_norm(x, (8,), w, 1e-5) + F.rms_norm(x, (8,)), X, B),
     "linear": (lambda x, w, b: F.linear(x, w, b) + F.linear(x, w), X, W, B),
     "matmul": (lambda x, w: x @ w + torch.matmul(x, w.T), X, W),
+    "batches": (lambda x, y: x @ y.mT + torch.matmul(x[0], y.mT) + torch.bmm(x, y.mT), X, Y),
+    "baddbmm": (lambda x, y: torch.baddbmm(x[..., :4], x, y.mT, beta=2, alpha=3), X, Y),
+    "heads": (lambda x, y: (x.view(3, 4, 2, 4).transpose(1, 2) @ y.view(3, 4, 2, 4)
+        .permute(0, 2, 3, 1)).softmax(-1), X, Y),
+    "einsum": (lambda x, y: torch.einsum("bid,bjd->bji", x, y) * 2, X, Y),
+    "einsum with a weight": (lambda x, w: torch.einsum("...d,ed->...e", x, w) * 2, X, W),
     "addmm": (lambda b, x, w: torch.addmm(b, x.view(-1, 8), w, beta=2, alpha=3), B, X, W),
     "addcmul": (lambda x, y: torch.addcmul(x, x, y, value=2), X, Y),
     "broadcast": (lambda x, r, b: x * r + b, X, ROW, B),
@@ -120,6 +126,10 @@ NAMED = (
     "sum of losses",
     "nll",
     "a part of the rows",
+    "batches",
+    "baddbmm",
+    "heads",
+    "einsum",
 )  # they name their sizes
 ANY_ROWS = [(n, True) for n in CASES if n not in NAMED]
 
@@ -202,3 +212,31 @@ def test_what_coda_has_no_rule_for_says_so():
     assert reasons["aten.exp.default"] == "float64 is torch's"
     assert reasons["aten.complex.default"] == "coda has no rule for aten.complex.default"
     assert reasons["aten.add.Tensor"] == "arithmetic on integers"
+
+
+def test_products_of_batches_whose_columns_a_call_tells_are_torch_s():
+    """Kernels beside them would be compiled for each number of tokens."""
+
+    def fn(x, y):
+        return torch.bmm(x, y.mT), torch.einsum("bid,bjd->bij", x, y), torch.einsum("bid->i", x)
+
+    for dynamic in (True, False):
+        graph = traced(fn, X, Y, dynamic=dynamic)
+        left = [why_not(n) for n in graph.nodes if "mm" in str(n.target) or "sum" in str(n.target)]
+        says = "a product of batches of matrices whose columns only the call tells"
+        assert left == ([says, says, ""] if dynamic else ["", "", ""])
+
+
+def test_regions_end_at_products_of_two_batches():
+    """A block of both sides would have that product by torch, and be for one number of tokens."""
+
+    def fn(x, w, v):
+        q, k = (F.gelu(x @ w) * 2).chunk(2, -1)
+        p = torch.einsum("bid,bjd->bij", q, k).softmax(-1)
+        return F.silu(torch.einsum("bid,ed->bie", torch.bmm(p, k), v)) + x
+
+    found = cut(traced(fn, X, W, torch.randn(8, 4, generator=G)))
+    names = [[str(n.target) for n in region] for region in found.regions]
+    assert [sum("matmul" in n or "einsum" in n for n in region) for region in names] == [1, 1]
+    left = {str(n.target) for n, why in found.left.items() if "two batches" in why}
+    assert left == {"aten.einsum.default", "aten.bmm.default"}

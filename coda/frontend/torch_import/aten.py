@@ -18,7 +18,7 @@ from coda.errors import UnsupportedError
 from coda.frontend import library, ops
 from coda.frontend.tensor import Tensor, matmul
 from coda.ir.dims import Shape
-from coda.ir.graph import Cast
+from coda.ir.graph import Cast, Contract, Input, walk
 from coda.ir.types import DType, bool_, f32, has_reciprocal
 
 aten = torch.ops.aten
@@ -382,8 +382,10 @@ def _linear(result: Result, x: Tensor, w: Tensor, b: Tensor | None = None) -> Te
 
 def _multiply(result: Result, x: Tensor, w: Tensor, b: Any = None, scale: Any = 1) -> Tensor:
     """x @ w (+ b), with operands in the dtype of the result, as under torch's autocast."""
-    if w.ndim != 2 or x.ndim < 2:
-        raise refuse("a product of two batches of matrices")
+    if w.ndim < 2 or x.ndim < 2:
+        raise refuse("a product with a vector")
+    if w.ndim > 2:
+        _columns_are_known(w)
     if result.dtype.kind != "float":
         raise refuse("a product of integers")
     y = matmul(cast(x, result.dtype), cast(w, result.dtype))
@@ -391,7 +393,16 @@ def _multiply(result: Result, x: Tensor, w: Tensor, b: Any = None, scale: Any = 
     return y if b is None else y + cast(b, result.dtype)
 
 
-@rule(aten.matmul.default, aten.mm.default)
+def _columns_are_known(*operands: Tensor) -> None:
+    """Refuse a product of batches in which a call tells the sizes of columns.
+
+    They are built into the kernels beside it, which would be compiled anew for each size.
+    """
+    if any(d.symbols for t in operands for d in t.shape[-2:]):
+        raise refuse("a product of batches of matrices whose columns only the call tells")
+
+
+@rule(aten.matmul.default, aten.mm.default, aten.bmm.default)
 def _matmul(result: Result, x: Tensor, w: Tensor) -> Tensor:
     return _multiply(result, x, w)
 
@@ -401,3 +412,25 @@ def _addmm(
     result: Result, b: Tensor, x: Tensor, w: Tensor, beta: Any = 1, alpha: Any = 1
 ) -> Tensor:
     return _multiply(result, x, w, b if beta == 1 else b * beta, alpha)
+
+
+@rule(aten.baddbmm.default)
+def _baddbmm(
+    result: Result, b: Tensor, x: Tensor, w: Tensor, *, beta: Any = 1, alpha: Any = 1
+) -> Tensor:
+    if beta == 0:  # what torch says of b then: nothing of it is read, not even a NaN
+        return _multiply(result, x, w, None, alpha)
+    return _addmm(result, b, x, w, beta, alpha)
+
+
+@rule(aten.einsum.default)
+def _einsum(result: Result, text: str, tensors: Sequence[Tensor], **_: Any) -> Tensor:
+    if result.dtype.kind != "float":
+        raise refuse("a product of integers")
+    if len(tensors) > 2:
+        raise refuse("an einsum of more than two operands")
+    y = ops.einsum(text, *(cast(t, result.dtype) for t in tensors))
+    for node in walk([y.node], until=Input):
+        if isinstance(node, Contract) and node.batched:
+            _columns_are_known(*map(Tensor, node.operands))
+    return y

@@ -79,7 +79,8 @@ def _of_sliced_weight(node: Slice) -> Node | None:
             return one
         if one.rank == 1 or all(d == ONE for d in one.shape[:-1]):
             return part(one, one.rank - 1)
-        if isinstance(one, Contract) and isinstance(_turned(one.rhs), Input):
+        matrix = isinstance(one, Contract) and not one.batched
+        if isinstance(one, Contract) and matrix and isinstance(_turned(one.rhs), Input):
             return Contract(one.lhs, part(one.rhs, 0), one.result)
         if isinstance(one, Cast):
             inner = visit(one.arg)

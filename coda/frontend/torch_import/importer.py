@@ -31,7 +31,7 @@ from coda.frontend.torch_import.heads import heads_apart
 from coda.frontend.torch_import.permutations import outward
 from coda.frontend.torch_import.row_axes import canonical, with_row_symbols
 from coda.ir.dims import Dim
-from coda.ir.graph import Graph, Input, Node, Reshape, origin
+from coda.ir.graph import Contract, Graph, Input, Node, Reshape, origin, walk
 from coda.ir.types import from_torch
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -154,6 +154,14 @@ def why_not(node: FxNode) -> str:
     except (TypeError, AttributeError, IndexError):
         return f"coda has no rule for these arguments of {node.target}"
     return ""
+
+
+def is_of_batches(node: FxNode) -> bool:
+    """Whether a node that a rule takes is a product of two batches of matrices."""
+    found = apply_rule(node, lambda n: _argument(n, n.name))
+    return isinstance(found, Tensor) and any(
+        isinstance(n, Contract) and n.batched for n in walk([found.node])
+    )
 
 
 def _argument(node: FxNode, name: str) -> Any:

@@ -126,12 +126,28 @@ class _Axes:
 
     def contract(self, node: Contract) -> None:
         last = node.rank - 1
+        if node.batched:
+            self.batches(node)
+            return
         for i in range(last):
             self.same((node.lhs, i), (node, i))
         self.rows += [(node, i) for i in range(last)]
         self.same((node.rhs, 0), (node, last))
         self.same((node.rhs, 1), (node.lhs, last))
         self.columns += [(node.rhs, 0), (node.rhs, 1)]
+
+    def batches(self, node: Contract) -> None:
+        """Batch axes and those of the left rows are rows; the right rows are columns."""
+        x, w, last = node.lhs, node.rhs, node.rank - 1
+        for operand in (x, w):
+            for i in range(operand.rank - 2):
+                if operand.shape[i] != ONE:
+                    self.same((operand, i), (node, i + node.rank - operand.rank))
+        self.same((x, x.rank - 2), (node, last - 1))
+        self.same((w, w.rank - 2), (node, last))
+        self.same((w, w.rank - 1), (x, x.rank - 1))
+        self.rows += [(node, i) for i in range(last)]
+        self.columns += [(w, w.rank - 2), (w, w.rank - 1)]
 
     def along(self, node: Reduce | Slice | Concat) -> None:
         """Unify all axes but the one of the operation."""
