@@ -155,8 +155,8 @@ def checked(
         if ours(path):
             read(path)
             if not whole(words_of(path)[-1]):
-                spoil(path, "the PTX of its cubin is missing")
-                raise Damaged(f"{path}: the PTX of its cubin is missing")
+                spoil(path, "the PTX of its cubin is lost")
+                raise Damaged(f"{path}: the PTX of its cubin is lost")
         return load(file_path, *args, **kwargs)
 
     return load_module
