@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import coda
-from coda.kernels.rowwise.launch import is_padded
-from coda.runtime.launcher import aligned, run_kernels
+from coda.kernels.tensors import aligned, is_padded
+from coda.runtime.launcher import run_kernels
 from coda.runtime.simulate import device
 from coda.runtime.weight_cache import Memo
 from tests.kernels.edges import differ, sizes_of
