@@ -23,8 +23,9 @@ from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
 from coda.runtime import settings
 from coda.runtime.cache import kernel_directory, object_directory
+from coda.runtime.environment import Environment
 from coda.runtime.prepare import packed_row
-from coda.runtime.reference import ReferenceRun
+from coda.runtime.reference import compute_body
 from coda.runtime.replay import Recording, Replays, Step
 from coda.runtime.sources import Sources
 from coda.runtime.weight_cache import Memo
@@ -70,7 +71,7 @@ def state_of(program: Program) -> State:
     return found
 
 
-class KernelRun(ReferenceRun):
+class KernelRun(Environment):
     """One call of a Program by its kernels, on tensors where a GPU (or the simulator) sees them."""
 
     def __init__(
@@ -97,7 +98,7 @@ class KernelRun(ReferenceRun):
         return value
 
     def each_call(
-        self, name: Hashable, nodes: Iterable[Node], make: Callable[[ReferenceRun], Tensor]
+        self, name: Hashable, nodes: Iterable[Node], make: Callable[[Environment], Tensor]
     ) -> Tensor:
         """A tensor made of some nodes: once, if weights alone reach them, else in each call.
 
@@ -192,12 +193,23 @@ class KernelRun(ReferenceRun):
             lambda run: run.repeated(body, name).contiguous(),
         )
 
+    def run(self) -> tuple[Tensor, ...]:
+        """The outputs."""
+        return self.each(self.kernel)
+
     def kernel(self, kernel: Kernel[Any]) -> None:
+        """Launch one kernel, or let torch compute one that has no code."""
         code = kernel.kind.code
         if code is None:
-            super().kernel(kernel)
+            kernel.kind.reference(self, kernel)
         else:
             code.launch(self, kernel)
+
+    def body(
+        self, body: Body, acc: Tensor | None, points: tuple[int, int], tile_n: int = 0
+    ) -> None:
+        """Let torch compute a body that no launch is worth."""
+        compute_body(self, body, acc, points, tile_n)
 
     @property
     def directory(self) -> Path:

@@ -7,19 +7,16 @@ without rounding it says whether the lowering kept the meaning.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
 import torch
 from torch import Tensor
 
-from coda.ir.evaluate import evaluate, pick
-from coda.ir.graph import Node, Size
+from coda.ir.evaluate import pick
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
-from coda.lowering.algebra.roles import is_view
 from coda.lowering.program.access import (
     ColumnVector,
     Grouped,
@@ -47,7 +44,8 @@ from coda.lowering.program.epilogue import (
 )
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
-from coda.runtime.prepare import folded_weights, packed_row, together
+from coda.runtime.environment import Environment
+from coda.runtime.prepare import packed_row
 
 Tensors = Mapping[str, Tensor]
 
@@ -69,145 +67,64 @@ def run_reference(
     return ReferenceRun(program, inputs, exact, sizes).run()
 
 
-class ReferenceRun:
-    """One call of a Program in torch; a backend with kernels replaces `kernel`."""
-
-    def __init__(
-        self,
-        program: Program,
-        inputs: Sequence[Tensor],
-        exact: bool,
-        sizes: Mapping[str, int] | None,
-    ) -> None:
-        self.program, self.exact = program, exact
-        wide = exact or any(t.dtype == torch.float64 for t in inputs)
-        self.compute = torch.float64 if wide else torch.float32
-        self.sizes: Mapping[str, int] = {**program.sizes, **sizes} if sizes else program.sizes
-        self.inputs: dict[Node, Tensor] = dict(zip(program.graph.inputs, inputs, strict=True))
-        self.buffers: dict[str, Tensor] = {}
-        self.parts: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
-        self.prepared = self.fold()
-
-    def fold(self) -> dict[Node, Tensor]:
-        """What is made of weights."""
-        lying = together(self.program, self.inputs)
-        rest = [n for n in self.program.prepared.values() if n not in lying]
-        return lying | self.folded(rest, self.inputs | lying)
-
-    def folded(self, nodes: Sequence[Node], known: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
-        """Values of prepared nodes that have to be computed."""
-        return folded_weights(self.program, nodes, known, self.compute, rounding=not self.exact)
+class ReferenceRun(Environment):
+    """One call of a Program in torch."""
 
     def run(self) -> tuple[Tensor, ...]:
-        for kernel, over in zip(self.program.kernels, self.program.freed, strict=True):
-            self.kernel(kernel)
-            self.release(over)
-        return tuple(self.output(node) for _, node in self.program.outputs)
+        """The outputs."""
+        return self.each(self.kernel)
 
     def kernel(self, kernel: Kernel[Any]) -> None:
         """Compute one kernel."""
         kernel.kind.reference(self, kernel)
 
-    def keep(self, buffer: str, x: Tensor) -> None:
-        """Write a buffer, rounded as it is stored."""
-        whole = self.exact or not x.is_floating_point()
-        self.buffers[buffer] = x if whole else x.to(self.program.buffers[buffer].dtype.torch)
-
-    def release(self, names: Iterable[str]) -> None:
-        """Drop buffers that are over."""
-        for name in names:
-            self.buffers.pop(name, None)
-            self.parts.pop(name, None)
-
-    def count(self, node: Size) -> Tensor:
-        """A size as a number where the tensors of the call lie."""
-        device = next(iter(self.inputs.values())).device
-        return torch.full((), node.dim.size(self.sizes), dtype=self.compute, device=device)
-
-    def value(self, node: Node) -> Tensor:
-        """A node in memory, or a view of one, in its own shape."""
-        if node in self.inputs:
-            return self.inputs[node]
-        if node in self.prepared:
-            return self.prepared[node]
-        if isinstance(node, Size):
-            return self.count(node)
-        place = self.program.places.get(node)
-        if place is not None:
-            x = self.buffer(place.buffer)
-            if place.count >= 0:
-                x = x[:, place.first : place.first + place.count]
-            return x.reshape([d.size(self.sizes) for d in node.shape])
-        known = {o: self.value(o) for o in node.operands}
-        compute = self.compute if self.exact else None
-        if is_view(node) and known[node.operands[0]].is_floating_point() and not self.exact:
-            compute = known[node.operands[0]].dtype  # as it is stored: a view does not round
-        return evaluate([node], known, self.sizes, compute)[0]
-
-    def buffer(self, name: str) -> Tensor:
-        """A buffer, or the parts that it is made of, side by side."""
-        parts = self.program.joined.get(name)
-        if parts is None or name in self.buffers:
-            return self.buffers[name]
-        return torch.cat([*map(self.buffer, parts)], 0 if name in self.program.stacked else 1)
-
-    def operand(self, body: Body, name: str) -> Tensor:
-        """What an operand loads: a value, repeated over row axes on which it does not depend."""
-        return self.repeated(body, name)
-
-    def repeated(self, body: Body, name: str) -> Tensor:
-        """What an operand loads, made anew."""
-        x = self.value(body.nodes[name])
-        spread = body.spread.get(name)
-        if spread is None:
-            return x
-        lead = [d.size(self.sizes) for d in spread.lead]
-        columns = x.shape[x.ndim - spread.columns :]
-        return x.expand(*lead, *columns).reshape(math.prod(lead), math.prod(columns))
-
-    def output(self, node: Node) -> Tensor:
-        x = self.value(node)
-        return x if self.exact else x.to(node.dtype.torch)
-
     def body(
         self, body: Body, acc: Tensor | None, points: tuple[int, int], tile_n: int = 0
     ) -> None:
-        """Compute a body at all rows and columns, and write what it stores.
+        """Compute a body at all rows and columns, and write what it stores."""
+        compute_body(self, body, acc, points, tile_n)
 
-        With an accumulator, a reduction over the columns has a partial for each `tile_n` of them.
-        """
-        rows, width = points
-        values = {n: self.value(n) for n in body.sources.values()}
-        operands: dict[str, Tensor] = {}
-        like = next(iter(self.inputs.values()))
-        like = torch.empty(0, dtype=self.compute, device=like.device)
-        for packed in body.packed:
-            operands[packed.name] = packed_row(packed, body.sources, values, like)
-        for name in body.nodes:
-            x = self.operand(body, name)
-            operands[name] = x.to(self.compute) if x.is_floating_point() else x
-        point = _Points(body.epilogue, acc, operands, rows, width, self.compute)
-        for statistic in body.epilogue.statistics:
-            point.statistic(statistic, self.parts)
-        for store in body.epilogue.stores:
-            x = point.store(store)
-            self.buffers[store.buffer] = x if self.exact else x.to(store.dtype.torch)
-        for sink in body.epilogue.sinks:
-            x = point.ordered(sink.lanes, sink.split, sink.span)
-            if sink.rows:
-                columns = self.program.buffers[sink.buffer].shape[1].size(self.sizes)
-                self.parts[sink.buffer] = _sum_of_rows(x, columns)
-            elif sink.monoid == "pick":
-                self.buffers[sink.buffer] = pick(x, operands[sink.index or ""].reshape(-1))
-            else:
-                self.parts[sink.buffer] = self.partials(sink, x, width, tile_n)
 
-    def partials(
-        self, sink: SinkExpr, x: Tensor, width: int, tile_n: int
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        tile = max(1, tile_n * x.shape[1] // max(width, 1))
-        sizes = [min(tile, x.shape[1] - i) for i in range(0, x.shape[1], tile)]
-        return MONOIDS[sink.monoid].split(x, 1, sizes)
+def compute_body(
+    run: Environment, body: Body, acc: Tensor | None, points: tuple[int, int], tile_n: int = 0
+) -> None:
+    """Compute a body at all rows and columns, and write what it stores.
+
+    With an accumulator, a reduction over the columns has a partial for each `tile_n` of them.
+    """
+    rows, width = points
+    values = {n: run.value(n) for n in body.sources.values()}
+    operands: dict[str, Tensor] = {}
+    like = next(iter(run.inputs.values()))
+    like = torch.empty(0, dtype=run.compute, device=like.device)
+    for packed in body.packed:
+        operands[packed.name] = packed_row(packed, body.sources, values, like)
+    for name in body.nodes:
+        x = run.operand(body, name)
+        operands[name] = x.to(run.compute) if x.is_floating_point() else x
+    point = _Points(body.epilogue, acc, operands, rows, width, run.compute)
+    for statistic in body.epilogue.statistics:
+        point.statistic(statistic, run.parts)
+    for store in body.epilogue.stores:
+        x = point.store(store)
+        run.buffers[store.buffer] = x if run.exact else x.to(store.dtype.torch)
+    for sink in body.epilogue.sinks:
+        x = point.ordered(sink.lanes, sink.split, sink.span)
+        if sink.rows:
+            columns = run.program.buffers[sink.buffer].shape[1].size(run.sizes)
+            run.parts[sink.buffer] = _sum_of_rows(x, columns)
+        elif sink.monoid == "pick":
+            run.buffers[sink.buffer] = pick(x, operands[sink.index or ""].reshape(-1))
+        else:
+            run.parts[sink.buffer] = _partials(sink, x, width, tile_n)
+
+
+def _partials(
+    sink: SinkExpr, x: Tensor, width: int, tile_n: int
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    tile = max(1, tile_n * x.shape[1] // max(width, 1))
+    sizes = [min(tile, x.shape[1] - i) for i in range(0, x.shape[1], tile)]
+    return MONOIDS[sink.monoid].split(x, 1, sizes)
 
 
 def _sum_of_rows(x: Tensor, columns: int, tile: int = 128) -> tuple[tuple[Tensor, ...], Tensor]:

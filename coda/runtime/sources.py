@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from coda.ir.graph import Node
-from coda.runtime.reference import ReferenceRun
+from coda.runtime.environment import Environment
 
 
 class Sources:
@@ -16,7 +16,7 @@ class Sources:
     `weights` tells whether they are made of prepared weights as well, which such a run has not.
     """
 
-    def __init__(self, run: ReferenceRun, nodes: Iterable[Node]) -> None:
+    def __init__(self, run: Environment, nodes: Iterable[Node]) -> None:
         self.program, self.sizes, self.compute = run.program, run.sizes, run.compute
         self.inputs: list[Node] = []
         self.buffers: list[str] = []
@@ -37,15 +37,15 @@ class Sources:
             elif place.buffer not in self.buffers:
                 self.buffers.append(place.buffer)
 
-    def tensors(self, run: ReferenceRun) -> list[Tensor]:
+    def tensors(self, run: Environment) -> list[Tensor]:
         """Those of a run."""
         return [*(run.inputs[n] for n in self.inputs), *(run.buffer(b) for b in self.buffers)]
 
     def run(
         self, tensors: Sequence[Tensor], prepared: Mapping[Node, Tensor] | None = None
-    ) -> ReferenceRun:
+    ) -> Environment:
         """A run in which these tensors are known, and nothing else."""
-        found = object.__new__(ReferenceRun)
+        found = object.__new__(Environment)
         found.program, found.sizes, found.compute = self.program, self.sizes, self.compute
         found.exact, found.prepared = False, dict(prepared or {})
         found.inputs = dict(zip(self.inputs, tensors, strict=False))
