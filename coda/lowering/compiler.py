@@ -15,7 +15,7 @@ from functools import partial
 from math import prod
 
 from coda import kernels
-from coda.errors import CodaError, DimError, InternalError
+from coda.errors import CodaError, DimError
 from coda.ir.graph import Contract, Graph, Input, Node, Pick, Reduce, Slice, walk
 from coda.lowering.algebra.chunk import Parted, chunk
 from coda.lowering.algebra.columns_first import columns_first
@@ -27,7 +27,7 @@ from coda.lowering.algebra.pushdown import push_down
 from coda.lowering.algebra.rewrite import Accept, Law, Place, Step, rewrite
 from coda.lowering.algebra.roles import row_symbols
 from coda.lowering.configure import configure
-from coda.lowering.placement.build import Banned, build, numbered
+from coda.lowering.placement.build import build, numbered
 from coda.lowering.placement.place import Partition
 from coda.lowering.program.cost import price
 from coda.lowering.program.factor import factor
@@ -171,31 +171,19 @@ def _chunk(graph: Graph, asked: Request) -> Parted:
 
 def _place(asked: Request, apart: bool, steps: list[Step], parted: Parted) -> Program:
     """The Program of a graph in normal form."""
-    banned: frozenset[tuple[Node | str, Node]] = frozenset()
-    while True:
-        try:
-            placed = Partition(
-                parted.graph,
-                asked.sizes,
-                kernels.KINDS,
-                banned,
-                apart,
-                asked.terms.passing,
-                parted.part_of,
-            )
-            return build(
-                placed.run(),
-                asked.graph,
-                target=asked.target,
-                frozen=asked.frozen,
-                terms=asked.terms,
-                steps=steps,
-                cuts=parted.cuts,
-            )
-        except Banned as refusal:
-            if refusal.places <= banned:
-                raise InternalError(f"the partition does not come to an end: {refusal}") from None
-            banned |= refusal.places
+    terms = asked.terms
+    placed = Partition(
+        parted.graph, asked.sizes, kernels.KINDS, apart, terms.passing, parted.part_of
+    )
+    return build(
+        placed.run(),
+        asked.graph,
+        target=asked.target,
+        frozen=asked.frozen,
+        terms=terms,
+        steps=steps,
+        cuts=parted.cuts,
+    )
 
 
 def _order(program: Program) -> Program:

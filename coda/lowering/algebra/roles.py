@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 
 from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import (
@@ -145,7 +145,7 @@ def in_order(roots: Iterable[Node]) -> list[Node]:
             wide.add(node)
     early = [n for n in nodes if n not in late]
     narrow = [n for n in nodes if n in late and n not in wide]
-    needed = {o for n in wide for o in walk(n.operands)}
+    needed = set(walk(o for n in wide for o in n.operands))
     before = [n for n in narrow if n in needed]
     after = [n for n in narrow if n not in needed]
     return [*early, *before, *(n for n in nodes if n in wide), *after]
@@ -273,14 +273,15 @@ def group_siblings(
     for one in contracts:
         if one.rhs in weights:
             by_input.setdefault((one.lhs, part_of.get(one, -1)), []).append(one)
-    reach: dict[Node, frozenset[Node]] = {}
+    reach: dict[Node, Set[Contract]] = {}
     mixed: set[Node] = set()
     joined: set[tuple[Node, Node]] = set()
+    related = {c for group in by_input.values() if len(group) > 1 for c in group}
     for node in nodes:
         if isinstance(node, Contract):
-            reach[node] = frozenset([node])
+            reach[node] = related & {node}
         elif is_pointwise(node):
-            reach[node] = frozenset().union(*(reach.get(o, frozenset()) for o in node.operands))
+            reach[node] = set[Contract]().union(*(reach.get(o, ()) for o in node.operands))
             if isinstance(node, Map) and reach[node]:
                 joined |= {(a, b) for a in reach[node] for b in reach[node]}
                 others = [o for o in node.args if not reach.get(o) and o not in weights]

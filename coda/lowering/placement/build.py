@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
-
-import numpy as np
 
 from coda.errors import InternalError
 from coda.ir.dims import ONE, Dim, Shape, product
 from coda.ir.graph import (
     Concat,
     Const,
-    Contract,
     Graph,
     Input,
     Map,
@@ -28,29 +26,17 @@ from coda.ir.types import DType, f32
 from coda.lowering.algebra.chunk import Cut
 from coda.lowering.algebra.policy import Terms
 from coda.lowering.algebra.rewrite import Step, substituted
-from coda.lowering.placement.columns import Space
 from coda.lowering.placement.draft import Draft
 from coda.lowering.placement.layout import Sink, Store, assemble
 from coda.lowering.placement.place import Partition
+from coda.lowering.placement.stores import Group, grouped
 from coda.lowering.placement.values import Refused, Value
 from coda.lowering.program.access import Scalar
 from coda.lowering.program.body import Body
-from coda.lowering.program.epilogue import Acc, Operand
+from coda.lowering.program.epilogue import Operand
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Buffer, ColumnSlice, Program
 from coda.lowering.program.target import Target
-
-
-class Banned(Exception):
-    """Kernels whose columns cannot be laid out for one of their nodes, which has to go elsewhere.
-
-    `places` are (place, node): the place is the GEMM's first contraction, or where in a pass over
-    rows: "shared" or "alone", or as a statistic of "groups" of its columns.
-    """
-
-    def __init__(self, places: Iterable[tuple[Node | str, Node]], why: str) -> None:
-        super().__init__(why)
-        self.places = frozenset(places)
 
 
 def build(
@@ -63,7 +49,7 @@ def build(
     steps: Sequence[Step],
     cuts: Sequence[Cut],
 ) -> Program:
-    """The Program of a partition. Raises Banned where a kernel cannot be laid out.
+    """The Program of a partition.
 
     Args:
         partition: of the graph in normal form: where each node is computed.
@@ -121,17 +107,10 @@ class _Build:
         for _, root in self.outputs:
             self.need(root)
         kernels: list[Kernel[Any]] = []
-        refusals: list[Banned] = []
         for draft in sorted(self.partition.drafts, key=lambda d: d.order, reverse=True):
-            try:
-                kernel = self.kernel(draft)
-            except Banned as refusal:
-                refusals.append(refusal)
-                continue
+            kernel = self.kernel(draft)
             if kernel is not None:
                 kernels.append(kernel)
-        if refusals:  # all at once: each is a partition to make anew
-            raise Banned((p for r in refusals for p in r.places), str(refusals[0]))
         returned = {self.partition.storage(root) for _, root in self.outputs}
         found = tuple(self.typed(k) for k in numbered(kernels[::-1]))
         for node in returned & self.places.keys():
@@ -160,9 +139,13 @@ class _Build:
     def is_unrounded(self, node: Node) -> bool:
         """Whether a node is prepared in float32: all floats are but the weights of contractions."""
         under = self.partition.storage(node)
-        multiplied = {c.rhs for d in self.partition.drafts for c in d.contracts}
         prepared = under in self.partition.weights and not isinstance(under, Input)
-        return prepared and under not in multiplied and node.dtype.kind == "float"
+        return prepared and under not in self.factors and node.dtype.kind == "float"
+
+    @cached_property
+    def factors(self) -> set[Node]:
+        """The right operands of contractions."""
+        return {c.rhs for d in self.partition.drafts for c in d.contracts}
 
     def need(self, node: Node) -> None:
         """Record that a node is loaded."""
@@ -212,15 +195,20 @@ class _Build:
             for operand in mainloop.operands:
                 self.need(operand)
             return Kernel("", draft.kind, mainloop, nodes=tuple(stored))
-        groups = self.stores(draft, stored)
-        body = self.assemble(draft, groups, sunk)
+        try:
+            groups, body = self.assemble(draft, stored, sunk)
+        except Refused:  # all that it is committed to fits, and not each part of it
+            for node in stored:
+                self.buffers.pop(self.places.pop(node).buffer, None)
+            stored, sunk = [n for n in draft.homed if n in draft.kept], list(draft.sinks)
+            groups, body = self.assemble(draft, stored, sunk)
         for node in (*body.nodes.values(), *body.sources.values()):
             self.need(node)
             self.loaded.add(self.partition.storage(node))
         self.folded |= set(body.folded)
         for operand in mainloop.operands:
             self.need(operand)
-        names = tuple(tuple(n for n, _ in g) for g in groups)
+        names = tuple(tuple(g.nodes) for g in groups)
         nodes = self.computed(draft, [*stored, *sunk])
         return Kernel("", draft.kind, mainloop, body, names, tuple(sunk), nodes)
 
@@ -251,97 +239,37 @@ class _Build:
 
     # Stores.
 
-    def stores(self, draft: Draft, stored: list[Node]) -> list[list[tuple[Node, Value]]]:
-        """Nodes grouped into buffers: those that lie side by side in the columns share one."""
-        groups: list[tuple[list[tuple[Node, Value]], int]] = []
-        space = draft.space
-        starts = {n: self.first_column(draft, n) for n in stored}
-        for node in sorted(stored, key=lambda n: (starts[n], stored.index(n))):
-            value = space.compute(node)
-            at = starts[node]
-            for i, (group, end) in enumerate(groups):
-                alone = {group[0][0], node} & self.partition.piece_of.keys()
-                same = group[0][0].dtype == node.dtype and at >= 0 and not alone
-                if same and end == at and draft.kind.tiled:
-                    group.append((node, value))
-                    groups[i] = (group, at + value.count)
-                    break
-            else:
-                groups.append(([(node, value)], at + value.count if at >= 0 else -1))
-        for group, end in groups:
-            self.place(draft, group, starts[group[0][0]], end)
-        return [g for g, _ in groups]
-
-    def first_column(self, draft: Draft, node: Node) -> int:
-        """The accumulator's column at which a stored node begins; -1 if it is one per pair."""
-        value = draft.space.compute(node)
-        if not draft.kind.tiled or value.slots.shape[1] == 0 or value.count == 0:
-            return -1
-        pairs = value.slots[(value.slots >= 0).all(1)]
-        if pairs.shape[1] == 2 and len(np.unique(pairs[:, 0])) == len(pairs) > 0:
-            return -1
-        for start in value.slots[0]:
-            here = np.arange(value.count)[:, None] + start
-            if start >= 0 and np.any(value.slots == here, 1).all():
-                return int(start)
-        return -1
-
-    def place(self, draft: Draft, group: list[tuple[Node, Value]], first: int, end: int) -> None:
-        """Name a buffer for values that are stored side by side."""
-        name = self.partition.name(group[0][0])
-        dtype = group[0][0].dtype
-        at = max(first, 0)
-        for node, value in group:
+    def place(self, draft: Draft, group: Group) -> Store:
+        """Name a buffer for values that are stored side by side, and store them there."""
+        name, dtype = self.partition.name(group.nodes[0]), group.nodes[0].dtype
+        at = max(group.first, 0)
+        for node, value in zip(group.nodes, group.values, strict=True):
             self.places[node] = ColumnSlice(name, at, value.count)
             at += value.count
-        width = draft.space.width if first >= 0 else at
-        if any(v.narrow for _, v in group):
-            contracts = [c for d in self.partition.drafts for c in d.contracts]
-            kept = [*self.partition.graph.roots, *(o for c in contracts for o in c.operands)]
-            narrow = dtype.kind == "float" and dtype.size < f32.size
-            typed = group[0][0] in {self.partition.storage(n) for n in kept}
-            dtype = f32 if narrow and not typed else dtype
-        self.buffer(name, (draft.space.rows, Dim.of(width)), dtype)
+        if group.narrow and group.nodes[0] not in self.multiplied:
+            dtype = self.partition.stored_type(group)
+        self.buffer(name, (draft.space.rows, Dim.of(group.width(draft.space))), dtype)
+        return group.store(draft.space, name, dtype)
+
+    @cached_property
+    def multiplied(self) -> set[Node]:
+        """What is returned, or is an operand of a contraction: its type is its own."""
+        contracts = [c for d in self.partition.drafts for c in d.contracts]
+        typed = [*self.partition.graph.roots, *(o for c in contracts for o in c.operands)]
+        return {self.partition.storage(n) for n in typed}
 
     def buffer(self, name: str, shape: Shape, dtype: DType) -> None:
         self.buffers[name] = Buffer(name, "temp", shape, dtype)
 
     def assemble(
-        self, draft: Draft, groups: list[list[tuple[Node, Value]]], sunk: list[Node]
-    ) -> Body:
-        """The epilogue of a draft; on refusal, the node that it is refused for is banned."""
-        stores = [self.store(draft, g) for g in groups]
+        self, draft: Draft, stored: list[Node], sunk: list[Node]
+    ) -> tuple[list[Group], Body]:
+        """What a kernel writes, and its body. Raises Refused where that cannot be laid out."""
+        groups = grouped(draft.space, stored, self.partition.piece_of)
+        stores = [self.place(draft, g) for g in groups]
         sinks = [self.sink(draft, n) for n in sunk]
-        try:
-            return assemble(draft.space, stores, sinks, self.operand_of, self.partial)
-        except Refused as refusal:
-            node = self.culprit(draft, groups, sunk)
-            raise Banned([(self.refused_at(draft, node), node)], str(refusal)) from refusal
-
-    def refused_at(self, draft: Draft, node: Node) -> Node | str:
-        """The place where a node cannot be: its GEMM, or the first that is left in a pass."""
-        if draft.contracts:
-            return draft.contracts[0]
-        along = isinstance(node, Reduce) and node.axis == -1
-        part = along and node.operands[0].shape[-1].size(self.sizes) < draft.space.width
-        if part and ("groups", node) not in self.partition.banned:
-            return "groups"
-        return "alone" if ("shared", node) in self.partition.banned else "shared"
-
-    def store(self, draft: Draft, group: list[tuple[Node, Value]]) -> Store:
-        """One store; columns of the accumulator that nobody asked for are written as they are."""
-        place = self.places[group[0][0]]
-        buffer = self.buffers[place.buffer]
-        values = [v for _, v in group]
-        width = buffer.shape[1].size(self.sizes)
-        covered = sum(v.count for v in values)
-        if draft.kind.tiled and width == draft.space.width and covered < width:
-            rest = place.first + covered
-            if place.first:
-                values.insert(0, draft.space.at((place.first,), Acc(0), np.arange(place.first)))
-            if rest < width:
-                values.append(draft.space.at((width - rest,), Acc(0), np.arange(rest, width)))
-        return Store(buffer.name, buffer.dtype, tuple(values))
+        operand_of = self.partition.operand_of
+        return groups, assemble(draft.space, stores, sinks, operand_of, self.partial)
 
     def sink(self, draft: Draft, node: Node) -> Sink:
         """A sink and the buffer of its partials."""
@@ -350,16 +278,15 @@ class _Build:
         if isinstance(node, Pick):
             self.places[node] = ColumnSlice(name, 0, 1)
             self.buffers[name] = Buffer(name, "temp", (rows, ONE), f32)
-            index = self.partition.leaf(node.index, draft)
-            return Sink(name, "pick", self.as_stored(node, draft), index)
+            return self.partition.sink_of(draft, node, self.as_stored(node, draft), name)
         assert isinstance(node, Reduce)
         if node in draft.over_rows:
             shape = (ONE, product(node.shape), ONE)
             self.buffers[name] = Buffer(name, "partial", shape, f32)
-            return Sink(name, node.fn, draft.sinks[node], rows=True)
+            return self.partition.sink_of(draft, node, draft.sinks[node], name)
         planes = Dim.of(len(MONOIDS[node.fn].planes))
         self.buffers[name] = Buffer(name, "partial", (rows, ONE, planes), f32)
-        return Sink(name, node.fn, self.as_stored(node, draft))
+        return self.partition.sink_of(draft, node, self.as_stored(node, draft), name)
 
     def as_stored(self, node: Reduce | Pick, draft: Draft) -> Value:
         """What a sink reduces: a function of values as they are stored, where somebody reads them.
@@ -384,42 +311,6 @@ class _Build:
         """The buffer of a reduction's partials (of a pick: of its result)."""
         name = self.partition.name(node)
         return name if isinstance(node, Pick) else name + "_parts"
-
-    def operand_of(self, name: str) -> tuple[Node, DType]:
-        """The node that an operand's name stands for, and the type it has in memory."""
-        node = self.partition.named.get(name)
-        if node is None:
-            raise InternalError(f"there is no operand {name}")
-        return node, f32 if isinstance(node, Size) else node.dtype
-
-    def culprit(
-        self, draft: Draft, groups: list[list[tuple[Node, Value]]], sunk: list[Node]
-    ) -> Node:
-        """The first node that the kernel cannot be laid out for and that may go elsewhere."""
-        space = draft.space
-        stores: list[Store] = []
-        sinks: list[Sink] = []
-        movable: list[Node] = []
-        for group in groups:
-            for i, (node, _) in enumerate(group):
-                movable += [] if isinstance(node, Contract) else [node]
-                part = self.store(draft, group[: i + 1])
-                if not _fits(space, [*stores, part], sinks, self) and movable:
-                    return movable[-1]
-            stores.append(self.store(draft, group))
-        for node in sunk:
-            sinks.append(self.sink(draft, node))
-            if not _fits(space, stores, sinks, self):
-                return node
-        return movable[-1]
-
-
-def _fits(space: Space, stores: list[Store], sinks: list[Sink], build: _Build) -> bool:
-    try:
-        assemble(space, stores, sinks, build.operand_of, build.partial)
-    except Refused:
-        return False
-    return True
 
 
 def numbered(kernels: Iterable[Kernel[Any]]) -> list[Kernel[Any]]:

@@ -9,7 +9,7 @@ only move the arrays. RoPE, gated activations and per-head norms need no case of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -52,6 +52,7 @@ from coda.lowering.placement.values import (
 from coda.lowering.program.body import Ints, Spread
 from coda.lowering.program.epilogue import Acc, Expr, Literal, Load, Stat, leaves, stat_names
 
+GROUPED = "a matrix with one element for each group of columns"
 Segment = tuple[int, int]  # the first of some columns, and how many
 
 
@@ -192,10 +193,24 @@ class Space:
         return any(product(node.shape[:i]) == self.rows for i in range(node.rank + 1))
 
     @contextmanager
+    def scratch(self) -> Iterator[None]:
+        """In no segment, and forgetting the expressions that are numbered inside."""
+        known, segment = len(self.exprs), self.segment
+        self.segment = None
+        try:
+            yield
+        finally:
+            self.segment = segment
+            for expr in self.exprs[known:]:
+                del self.index[expr]
+            del self.exprs[known:]
+
+    @contextmanager
     def attempt(self, kept: Callable[[Node], bool]) -> Iterator[None]:
         """Forget what was computed inside if it is refused, but for the nodes to be kept."""
         nodes, offsets = set(self.values), dict(self.offsets)
         statistics, segments = dict(self.statistics), dict(self.segments)
+        groups = list(self.groups)
         try:
             yield
         except Refused:
@@ -204,6 +219,7 @@ class Space:
                     del self.values[node]
             stay = set(self.values) - nodes
             self.statistics = self.needed(statistics, stay)
+            self.groups = self.read_groups(groups, stay)
             self.offsets, self.segments = offsets | self.offsets_of(stay), segments
             raise
 
@@ -218,6 +234,15 @@ class Space:
                 found[name] = one
                 values.append(one.value)
         return {name: found[name] for name in self.statistics if name in found}
+
+    def read_groups(
+        self, before: Sequence[GroupStatistic], nodes: Iterable[Node]
+    ) -> list[GroupStatistic]:
+        """The statistics of groups of before, and those that some nodes read."""
+        names = {g.name for g in before}
+        if len(self.groups) > len(before):
+            names |= stat_names(self.expressions([self.values[n] for n in nodes]))
+        return [g for g in self.groups if g.name in names]
 
     def offsets_of(self, nodes: Iterable[Node]) -> dict[str, int]:
         """Where the narrow matrices begin that some nodes, the sinks or the statistics load."""
@@ -432,7 +457,18 @@ class Space:
         sums = all(MONOIDS[s.node.fn].sums for s in self.statistics.values())
         if self.whole_rows and not sums and value.slots.shape[1] > 1:
             raise Refused("a row kernel takes sums of pairs of columns, and no other statistic")
+        if self.tables and not self.whole_rows:
+            self._check_tables(value)
         return value
+
+    def _check_tables(self, value: Value) -> None:
+        """Raise Refused where a GEMM would read a matrix with one element for each group."""
+        for leaf in np.moveaxis(value.leaves, 1, 0):
+            tables = {self.sources[s] for s in np.unique(leaf[:, 0]) if s >= 0} & self.tables.keys()
+            for period in {self.tables[t] for t in tables}:
+                group, rest = divmod(value.count, period)
+                if group > 1 and not rest and np.all(leaf[:, 1] == np.arange(value.count) // group):
+                    raise Refused(GROUPED)
 
     def _column_axes(self, node: Map) -> int:
         """The number of column axes of an elementwise result."""
@@ -544,9 +580,8 @@ class Space:
             raise Refused(f"groups of {size} columns are not parts of a tile ({TILE_PARTS})")
         if not MONOIDS[node.fn].group:
             raise Refused(f"a group statistic is a sum, not `{node.fn}`")
-        found = GroupStatistic(
-            f"g{len(self.groups)}", node.fn, self.exprs[int(value.expr[0])], size
-        )
+        name = next(n for i in count() if (n := f"g{i}") not in {g.name for g in self.groups})
+        found = GroupStatistic(name, node.fn, self.exprs[int(value.expr[0])], size)
         same = [g for g in self.groups if (g.fn, g.expr, g.size) == (found.fn, found.expr, size)]
         found = same[0] if same else found
         if not same:

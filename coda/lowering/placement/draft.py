@@ -30,6 +30,7 @@ from coda.lowering.algebra.roles import (
     symbols_of,
 )
 from coda.lowering.placement.columns import Segment, Space
+from coda.lowering.placement.layout import Layout
 from coda.lowering.placement.values import Value
 from coda.lowering.program.kernel import Kind
 from coda.lowering.program.program import Unfused
@@ -50,6 +51,8 @@ class Draft:
         homed: nodes that are computed here first.
         sinks: reductions and picks that are taken in a GEMM's epilogue, with their values.
         over_rows: those of them that sum over the rows.
+        kept: nodes that it is committed to store, if another kernel loads them.
+        layout: the points of its columns, as what it is committed to write needs them.
         why: why the node of a kernel that fuses nothing is there.
     """
 
@@ -60,6 +63,8 @@ class Draft:
     homed: list[Node] = field(default_factory=list)
     sinks: dict[Node, Value] = field(default_factory=dict)
     over_rows: set[Node] = field(default_factory=set)
+    kept: set[Node] = field(default_factory=set)
+    layout: Layout | None = None
     why: str = ""
 
     @property
@@ -84,14 +89,12 @@ class Drafts:
         graph: in the normal form of the laws.
         sizes: the size of every symbol.
         kinds: the kinds of kernel that there are.
-        banned: (place, node): nodes that a kernel's layout of columns cannot take. The place is a
-            GEMM's first contraction, or a pass over rows that is "shared" or taken "alone", or
-            one that has it as a statistic of "groups".
         apart: whether contractions whose rows are reduced have a GEMM of their own.
         passing: names of arguments that are new in every call.
         part_of: contractions of a value that is made in parts.
         home: where each node is computed first.
         drafts: the kernels, in no order.
+        behind: those of them that come after each GEMM, and before the next.
         loadable: nodes that will be in memory if somebody loads them.
         joined: nodes that are concatenations in memory, with the nodes whose kernels write their
             parts.
@@ -105,12 +108,12 @@ class Drafts:
     graph: Graph
     sizes: Mapping[str, int]
     kinds: Sequence[Kind]
-    banned: frozenset[tuple[Node | str, Node]] = frozenset()
     apart: bool = False
     passing: frozenset[str] = frozenset()
     part_of: Mapping[Node, int] = field(default_factory=dict)
     home: dict[Node, Draft] = field(default_factory=dict)
     drafts: list[Draft] = field(default_factory=list)
+    behind: dict[int, list[Draft]] = field(default_factory=dict)
     loadable: set[Node] = field(default_factory=set)
     names: dict[Node, str] = field(default_factory=dict)
     named: dict[str, Node] = field(default_factory=dict)
@@ -155,6 +158,7 @@ class Drafts:
         space.leaf = lambda n: self.leaf(n, draft)
         space.weights = self.weights
         self.drafts.append(draft)
+        self.behind.setdefault(index, []).append(draft)
         return draft
 
     def drop(self, draft: Draft) -> bool:
@@ -162,15 +166,15 @@ class Drafts:
         if draft.homed or draft.sinks:
             return False
         self.drafts.remove(draft)
+        self.behind[draft.order[0]].remove(draft)
         return True
 
     def row_drafts(self, index: int, rows: Dim, width: int) -> list[Draft]:
         """The passes over rows behind a GEMM that could take `width` columns."""
         return [
             d
-            for d in self.drafts
+            for d in self.behind.get(index, ())
             if d.kind.whole_rows
-            and d.order[0] == index
             and d.space.rows == rows
             and (width == d.space.width or 1 in (width, d.space.width))
         ]
@@ -179,8 +183,8 @@ class Drafts:
         """Passes over rows behind a GEMM that could take `width` columns, and where in theirs."""
         found: list[Room] = []
         found += [(d, None) for d in self.row_drafts(index, rows, width)]
-        for draft in self.drafts:
-            if draft.kind.whole_rows and draft.order[0] == index and draft.space.rows == rows:
+        for draft in self.behind.get(index, ()):
+            if draft.kind.whole_rows and draft.space.rows == rows:
                 found += [(draft, s) for s in draft.space.segments if s[1] == width]
         return found
 

@@ -7,8 +7,10 @@ the weight are), and the points are pairs (the pairing of the design).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +20,16 @@ from coda.ir.graph import Node, Reduce, Slice
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import AT_MOST, CHOICE, SUM
 from coda.ir.types import DType, f32
-from coda.lowering.placement.columns import RowStatistic, Space
-from coda.lowering.placement.values import LEAF, NO_LANE, Refused, Value, beside, distinct_rows
+from coda.lowering.placement.columns import GROUPED, RowStatistic, Space
+from coda.lowering.placement.values import (
+    LEAF,
+    NO_LANE,
+    UNALIKE,
+    Refused,
+    Value,
+    beside,
+    distinct_rows,
+)
 from coda.lowering.program.access import (
     Access,
     ColumnVector,
@@ -32,7 +42,7 @@ from coda.lowering.program.access import (
     Span,
     Tile,
 )
-from coda.lowering.program.body import Body, Ints, Packed, paired_columns
+from coda.lowering.program.body import Body, Ints, Packed, Spread, paired_columns
 from coda.lowering.program.epilogue import (
     Acc,
     Call,
@@ -52,10 +62,11 @@ STAGED = 24  # bytes an element that the smallest tile has for matrices loaded a
 
 @dataclass(frozen=True)
 class Store:
-    """Values to be written side by side into one buffer."""
+    """The values of some nodes, to be written side by side into one buffer."""
 
     buffer: str
     dtype: DType
+    nodes: tuple[Node, ...]
     values: tuple[Value, ...]
 
 
@@ -66,6 +77,7 @@ class Sink:
     With `rows`, it is summed over the rows.
     """
 
+    node: Node
     buffer: str
     monoid: str
     value: Value
@@ -73,35 +85,112 @@ class Sink:
     rows: bool = False
 
 
-def pairing(width: int, slots: Sequence[Ints]) -> int | None:
+def pairing(width: int, values: Iterable[Value]) -> int | None:
     """The distance between partners, None where elements read one column. Raises Refused."""
-    pairs = [s[s[:, 1] >= 0] for s in slots if s.shape[1] == 2]
-    pairs = [p for p in pairs if len(p)]
-    if not pairs:
-        return None
-    every = np.concatenate(pairs)
-    distance = every[:, 1] - every[:, 0]
-    split = int(distance[0])
-    if np.any(distance != split) or width % (2 * split) or np.any((every[:, 0] // split) % 2):
-        raise Refused("the pairs of columns that its elements read do not lie in one pattern")
+    split: int | None = None
+    for value in values:
+        distance = value.distance
+        if distance is None:
+            continue
+        split = split or distance
+        if distance != split or width % (2 * split) or np.any(value.partners[:, 0] // split % 2):
+            raise Refused(UNALIKE)
     return split
 
 
 @dataclass
-class _Assembly:
+class Layout:
+    """The points of a kernel, and what is bound to them so far.
+
+    Attributes:
+        space: where the values were computed.
+        operand_of: the node and dtype that an operand's name stands for.
+        split: the distance between the columns of a point; None where a point is one column.
+        shape: what points depend on beside the values: changed, they are another layout.
+        operands, nodes: what the points load, by name.
+        packed, lanes_used, vectors: the vectors among them.
+        spread: operands that are repeated over the rows, by name.
+        stored, sunk, statistics: what was laid out.
+    """
+
     space: Space
     operand_of: Callable[[str], tuple[Node, DType]]
     split: int | None
+    shape: tuple[int | None, int, int]
     operands: dict[str, Operand] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
     packed: list[Packed] = field(default_factory=list)
     lanes_used: dict[str, int] = field(default_factory=dict)
     vectors: dict[bytes, tuple[str, int]] = field(default_factory=dict)
+    spread: MutableMapping[str, Spread] = field(init=False)
+    stored: dict[tuple[Node, ...], StoreExpr] = field(default_factory=dict)
+    sunk: dict[Node, SinkExpr] = field(default_factory=dict)
+    statistics: dict[str, Statistic] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.spread = ChainMap({}, self.space.spread)
+
+    @staticmethod
+    def of(
+        space: Space,
+        stores: Sequence[Store],
+        sinks: Sequence[Sink],
+        operand_of: Callable[[str], tuple[Node, DType]],
+        before: Layout | None = None,
+    ) -> Layout:
+        """The layout of what a kernel writes. Raises Refused where there is none.
+
+        Args:
+            space: where the values were computed.
+            stores, sinks: what the kernel writes.
+            operand_of: the node and dtype that an operand's name stands for.
+            before: a layout of the same space, of some of the stores and sinks. It is added to
+                where its points are the same, and is spoiled where this is refused.
+        """
+        values = [v for s in stores for v in s.values] + [s.value for s in sinks]
+        values += [s.value for s in space.statistics.values()]
+        split = pairing(space.width, values)
+        shape = split, space.width, space.group_size
+        found = before
+        if found is None or found.shape != shape:
+            found = Layout(space, operand_of, split, shape)
+        found.write(stores, sinks)
+        return found
+
+    def write(self, stores: Sequence[Store], sinks: Sequence[Sink]) -> None:
+        """Lay out what a kernel writes. Raises Refused."""
+        old = self.stored
+        self.stored = {s.nodes: old.get(s.nodes) or _store(self, s) for s in stores}
+        apart, whole = self.split is not None, self.space.whole_rows
+        found = self.stored.values()
+        if apart and not whole:
+            neighbours = [s for s in found if len(s.lanes) == 2 and not s.split]
+            if sum(s.dtype.size != 2 for s in neighbours) > 1:
+                raise Refused(
+                    "an epilogue writes one matrix of neighbouring pairs of 8 or of 32 bits"
+                )
+        if not whole and any(map(_is_ragged, found)):
+            raise Refused(f"pairs of columns {self.split} apart are not stored in whole vectors")
+        if apart and not whole and any(s.rows for s in sinks):
+            raise Refused("a sum over the rows of pairs of columns")
+        self.sunk = {s.node: self.sunk.get(s.node) or _sink(self, s) for s in sinks}
+        for sink in sinks:
+            if sink.index is not None:
+                self.bind(Load(sink.index, NO_LANE), {})
+
+    def check(self) -> None:
+        """Raise Refused where the statistics cannot be laid out, or shared memory does not do."""
+        if self.space.groups or self.space.statistics:
+            roots = [e for s in (*self.stored.values(), *self.sunk.values()) for e in s.lanes]
+            _own_statistics(self, stat_names(roots))
+        if not self.space.whole_rows:
+            _check_staged(self, self.stored.values())
 
     @property
     def points(self) -> int:
         return self.space.width // (1 if self.split is None else 2)
 
+    @cached_property
     def columns(self) -> Ints:
         """[points, lanes]: the columns of each point."""
         if self.split is None:
@@ -110,7 +199,7 @@ class _Assembly:
 
     def lanes(self, value: Value) -> tuple[Expr, ...]:
         """One expression for each lane of the point, or one for a pair. Raises Refused."""
-        columns = self.columns()
+        columns = self.columns
         if value.count == self.space.width:
             return tuple(self.at(value, columns[:, i], columns) for i in range(columns.shape[1]))
         if self.split is not None and value.count == self.points:
@@ -121,35 +210,42 @@ class _Assembly:
         """Whether a value has an element for each column, or one for each pair of them."""
         if self.split is None or value.count != self.points:
             return value.count == self.space.width
-        columns = self.columns()
+        columns = self.columns
         inside = (value.slots[:, :, None] == columns[:, None, :]).any(-1) | (value.slots < 0)
         return bool(inside.all())
 
     def at(self, value: Value, element: Ints, columns: Ints) -> Expr:
         """The expression at every point, of the element that the point computes."""
-        slots, group = value.slots[element], value.group[element]
-        inside = (slots[:, :, None] == columns[:, None, :]).any(-1) | (slots < 0)
-        if not inside.all():
-            raise Refused("an element reads columns of another point")
+        if value.count == len(element) and np.array_equal(element, np.arange(value.count)):
+            slots, group, leaves, numbers = value.slots, value.group, value.leaves, value.expr
+        else:
+            slots, group = value.slots[element], value.group[element]
+            leaves, numbers = value.leaves[element], value.expr[element]
+        lane = self.lanes_at(slots, columns)
         size = self.space.group_size
         if size:
             if self.split is not None and size % (2 * self.split):
                 raise Refused("pairs of columns cross the groups of a statistic")
             if np.any((group >= 0) & (group != columns[:, 0] // size)):
                 raise Refused("an element reads the statistic of another group of columns")
-        lane = np.argmax(slots[:, :, None] == columns[:, None, :], -1)
-        lane = np.where(slots >= 0, lane, -1)
-        leaves = value.leaves[element]
         names = [self.vector(leaves[:, i]) for i in range(leaves.shape[1])]
-        kinds = np.concatenate([value.expr[element][:, None], lane], 1)
-        first, which = distinct_rows(kinds)
+        first, which = distinct_rows(np.concatenate([numbers[:, None], lane], 1))
         exprs = [
-            _place(self.space.exprs[int(k[0])], tuple(int(v) for v in k[1:]), names, {})
-            for k in kinds[first]
+            _place(self.space.exprs[int(numbers[i])], tuple(map(int, lane[i])), names, {})
+            for i in first
         ]
         memo: dict[Expr, Expr] = {}
         exprs = [self.bind(e, memo) for e in exprs]
         return self.select(exprs, which)
+
+    def lanes_at(self, slots: Ints, columns: Ints) -> Ints:
+        """Which lane of its point each slot is, -1 for none. Raises Refused for another point's."""
+        if slots.shape[1] == 0 or np.array_equal(slots, columns):
+            return np.broadcast_to(np.arange(slots.shape[1]), slots.shape)
+        same = slots[:, :, None] == columns[:, None, :]
+        if not (same.any(-1) | (slots < 0)).all():
+            raise Refused("an element reads columns of another point")
+        return np.where(slots >= 0, np.argmax(same, -1), -1)
 
     def select(self, exprs: list[Expr], which: Ints) -> Expr:
         """One expression where points have several: chosen by a row operand."""
@@ -217,7 +313,7 @@ class _Assembly:
         group, rest = divmod(len(source), period)
         if group > 1 and not rest and np.array_equal(index[used], point[used] // group):
             if not self.space.whole_rows:
-                raise Refused("a matrix with one element for each group of columns")
+                raise Refused(GROUPED)
             return self.repeated(node, Grouped(group))
         if np.any(index[used] != point[used] % period):
             node, period = self.part(node, period, point[used], index[used])
@@ -246,8 +342,8 @@ class _Assembly:
             if half and whole and np.array_equal(index, point % half * step + start):
                 found = Slice(node, -1, Dim.of(start), Dim.of(half), step)
                 known, name = self.space.leaf(node), self.space.leaf(found)
-                if name is not None and known in self.space.spread:
-                    self.space.spread[name] = self.space.spread[known]
+                if name is not None and known is not None and known in self.spread:
+                    self.spread[name] = self.spread[known]
                 return found, half
         raise Refused("a table does not repeat along the columns")
 
@@ -287,7 +383,7 @@ class _Assembly:
             raise Refused("partners of a tile operand are not neighbours in memory")
         if name not in self.space.offsets:
             return Tile()
-        spread = self.space.spread.get(name)
+        spread = self.spread.get(name)
         first = self.space.split(node) if spread is None else node.rank - spread.columns
         columns = self.space.size(product(node.shape[first:]))
         return Tile(Span(self.space.offsets[name], columns))
@@ -324,22 +420,8 @@ def assemble(
         operand_of: the node and dtype that an operand's name stands for.
         partial_of: the buffer of a reduction's partials.
     """
-    values = [v for s in stores for v in s.values] + [s.value for s in sinks]
-    values += [s.value for s in space.statistics.values()]
-    build = _Assembly(space, operand_of, pairing(space.width, [v.slots for v in values]))
-    store_exprs = tuple(_store(build, s) for s in stores)
-    if build.split is not None and not space.whole_rows:
-        neighbours = [s for s in store_exprs if len(s.lanes) == 2 and not s.split]
-        if sum(s.dtype.size != 2 for s in neighbours) > 1:
-            raise Refused("an epilogue writes one matrix of neighbouring pairs of 8 or of 32 bits")
-    if not space.whole_rows and any(_is_ragged(s) for s in store_exprs):
-        raise Refused(f"pairs of columns {build.split} apart are not stored in whole vectors")
-    if build.split is not None and not space.whole_rows and any(s.rows for s in sinks):
-        raise Refused("a sum over the rows of pairs of columns")
-    sink_exprs = tuple(_sink(build, s) for s in sinks)
-    for sink in sinks:
-        if sink.index is not None:
-            build.bind(Load(sink.index, NO_LANE), {})
+    build = Layout.of(space, stores, sinks, operand_of)
+    store_exprs, sink_exprs = tuple(build.stored.values()), tuple(build.sunk.values())
     roots = [e for s in (*store_exprs, *sink_exprs) for e in s.lanes]
     statistics, folded = _statistics(build, roots, partial_of)
     if not space.whole_rows:
@@ -357,11 +439,11 @@ def assemble(
         {i: space.sources[i] for i in sorted(used)},
         build.nodes,
         folded,
-        {n: space.spread[n] for n in build.nodes if n in space.spread},
+        {n: build.spread[n] for n in build.nodes if n in build.spread},
     )
 
 
-def _check_staged(build: _Assembly, stores: Sequence[StoreExpr]) -> None:
+def _check_staged(build: Layout, stores: Collection[StoreExpr]) -> None:
     """Raise Refused for more matrices than an epilogue has shared memory for.
 
     No kernel has float64: such a Program is laid out as in float32, and is run by the reference.
@@ -375,17 +457,12 @@ def _check_staged(build: _Assembly, stores: Sequence[StoreExpr]) -> None:
 
 
 def _statistics(
-    build: _Assembly, roots: Sequence[Expr], partial_of: Callable[[Node], str]
+    build: Layout, roots: Sequence[Expr], partial_of: Callable[[Node], str]
 ) -> tuple[tuple[Statistic, ...], tuple[Node, ...]]:
     """The statistics that the expressions need, each after those that it needs itself."""
     space = build.space
     needed = stat_names(roots)
-    rows: list[Statistic] = []
-    for name, one in reversed(space.statistics.items()):
-        if name in needed:
-            rows.insert(0, _row_statistic(build, name, one))
-            expr = rows[0].expr
-            needed |= stat_names([expr]) if expr is not None else set()
+    rows, groups = _own_statistics(build, needed)
     folds: list[Statistic] = []
     folded: list[Node] = []
     for name, node in space.folds.items():
@@ -400,15 +477,28 @@ def _statistics(
     for name, node in space.lines.items():
         if name in needed:
             folds.append(_line(build, name, node))
-    groups = [
-        Statistic(g.name, g.fn, build.bind(g.expr, {}), g.size, group=g.size)
-        for g in space.groups
-        if g.name in needed
-    ]
     return (*folds, *groups, *rows), tuple(folded)
 
 
-def _line(build: _Assembly, name: str, node: Reduce) -> Statistic:
+def _own_statistics(build: Layout, needed: set[str]) -> tuple[list[Statistic], list[Statistic]]:
+    """The statistics of rows, and of groups, that are taken here; adds to the `needed` names."""
+    rows: list[Statistic] = []
+    for name, one in reversed(build.space.statistics.items()):
+        if name in needed:
+            if name not in build.statistics:
+                build.statistics[name] = _row_statistic(build, name, one)
+            rows.insert(0, build.statistics[name])
+            expr = rows[0].expr
+            needed |= stat_names([expr]) if expr is not None else set()
+    groups = [
+        Statistic(g.name, g.fn, build.bind(g.expr, {}), g.size, group=g.size)
+        for g in build.space.groups
+        if g.name in needed
+    ]
+    return rows, groups
+
+
+def _line(build: Layout, name: str, node: Reduce) -> Statistic:
     """A reduction of what earlier kernels stored for each row."""
     source = build.space.leaf(node.arg)
     if source is None:
@@ -419,7 +509,7 @@ def _line(build: _Assembly, name: str, node: Reduce) -> Statistic:
     return Statistic(name, node.fn, None, 0, operand=source)
 
 
-def _row_statistic(build: _Assembly, name: str, one: RowStatistic) -> Statistic:
+def _row_statistic(build: Layout, name: str, one: RowStatistic) -> Statistic:
     lanes = build.lanes(one.value)
     expr = lanes[0] if len(lanes) == 1 else Call(SUM, lanes)
     if len(lanes) > 1 and not MONOIDS[one.node.fn].sums:
@@ -427,7 +517,7 @@ def _row_statistic(build: _Assembly, name: str, one: RowStatistic) -> Statistic:
     return Statistic(name, one.node.fn, expr, one.group or one.count, one.group)
 
 
-def _sink(build: _Assembly, sink: Sink) -> SinkExpr:
+def _sink(build: Layout, sink: Sink) -> SinkExpr:
     """A reduction over the columns, or a sum over the rows."""
     space = build.space
     if not space.whole_rows:
@@ -450,7 +540,7 @@ def _is_ragged(store: StoreExpr) -> bool:
     return not whole or bool(store.split * store.dtype.size % 16)
 
 
-def _store(build: _Assembly, store: Store) -> StoreExpr:
+def _store(build: Layout, store: Store) -> StoreExpr:
     """Values side by side, as one matrix; or one narrow value."""
     space = build.space
     if all(v.narrow for v in store.values) and space.width != 1:

@@ -3,8 +3,9 @@
 Nodes are taken in order, operands first. Contractions of one activation open a GEMM; every other
 node goes to the latest kernel that its operands come from, if its elements can be computed at that
 kernel's points (`columns`), else into a pass over rows after it, else to torch. A reduction over
-the columns of a GEMM becomes a sink, whose partials the row pass after it folds. Then, from the
-last kernel to the first, what somebody loads is stored, and nothing else.
+the columns of a GEMM becomes a sink, whose partials the row pass after it folds. Each kernel says
+at once what it can write (`admit`), so that no node is placed twice but one that its kernel cannot
+store. Then, from the last kernel to the first, what somebody loads is stored, and nothing else.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ from coda.lowering.algebra.roles import (
     summand,
     weight_nodes,
 )
-from coda.lowering.placement.columns import Space
-from coda.lowering.placement.draft import LAST, Draft, Drafts, Room
+from coda.lowering.placement.admit import Admission
+from coda.lowering.placement.columns import Segment, Space
+from coda.lowering.placement.draft import LAST, Draft, Room
 from coda.lowering.placement.values import LONGEST, Refused, Value
 from coda.lowering.program.program import Unfused
 
@@ -50,7 +52,7 @@ NEAR = 4  # how many passes before a node's operands are tried
 
 
 @dataclass
-class Partition(Drafts):
+class Partition(Admission):
     """One run over the nodes of a graph."""
 
     def run(self) -> Partition:
@@ -173,27 +175,35 @@ class Partition(Drafts):
         group = self.siblings[node]
         for operand in (o for one in group for o in one.operands):
             self.materialise(operand, host=True)
-        index = 1 + max((d.order[0] for d in self.drafts if d.order[0] < LAST), default=0)
+        self.open_gemm(group)
+
+    def open_gemm(self, group: tuple[Contract, ...]) -> None:
+        """Open the GEMM of some contractions, whose operands are in memory."""
+        index = 1 + max((i for i in self.behind if i < LAST), default=0)
         starts = np.cumsum([0] + [c.shape[-1].size(self.sizes) for c in group])
         first: dict[Node, int] = {c: int(s) for c, s in zip(group, starts, strict=False)}
-        rows = product(node.lhs.shape[:-1])
+        rows = product(group[0].lhs.shape[:-1])
         space = Space(int(starts[-1]), rows, self.known, accumulators=first)
-        draft = self.open(self.opener(node), index, space, group)
+        draft = self.open(self.opener(group[0]), index, space, group)
         for one in group:
             self.home[one] = draft
             draft.homed.append(one)
+            if one in self.loadable:
+                draft.kept.add(one)
 
     def absorb(self, node: Node, draft: Draft) -> str:
         """Compute a node in a kernel; the reason if it cannot be."""
-        if draft.contracts and (draft.contracts[0], node) in self.banned:
-            return "the columns of the kernel cannot be laid out for it"
-        why = ""
+        why, space = "", draft.space
         for segmented in (True, False) if draft.kind.whole_rows else (False,):
-            draft.space.segmented = segmented
+            space.segmented = segmented
             try:
-                with draft.space.attempt(lambda n: self.home.get(n) is draft):
+                with space.attempt(lambda n: self.home.get(n) is draft):
+                    before = len(space.groups), len(space.statistics)
                     self.reach_all(node, draft)
-                    draft.space.compute(node)
+                    value = space.compute(node)
+                    asked = node in self.loadable or (value.narrow and space.whole_rows)
+                    if asked or before != (len(space.groups), len(space.statistics)):
+                        self.check(draft, node if asked else None)
                 break
             except Refused as refusal:
                 why = why or str(refusal)
@@ -201,8 +211,10 @@ class Partition(Drafts):
             return why
         self.home[node] = draft
         draft.homed.append(node)
-        if draft.kind.whole_rows and draft.space.values[node].narrow:
+        if draft.kind.whole_rows and space.values[node].narrow:
             self.loadable.add(node)
+        if node in self.loadable:
+            draft.kept.add(node)
         return ""
 
     def reach_all(self, node: Node, draft: Draft, whole: bool = False) -> None:
@@ -233,7 +245,7 @@ class Partition(Drafts):
                 raise
             if home is None:
                 self.in_rows(operand, 0)
-            self.loadable.add(self.storage(operand))
+            self.offer(self.storage(operand))
 
     def settle(self, operand: Node, draft: Draft) -> None:
         """Place what a GEMM needs once a row, and what sums of arguments make, with those sums.
@@ -272,12 +284,12 @@ class Partition(Drafts):
             return False
         if isinstance(node, Pick) and self.leaf(node.index, draft) is None:
             return False
-        if (draft.contracts[0], node) in self.banned:
-            return False
         halved = value.count < draft.space.width
         row = MONOIDS[node.fn] if isinstance(node, Reduce) else None
         if halved and not (row and (row.sums or row.chosen)):
             return False  # one value for each pair: a second lane would count it again
+        if not self.admits_sink(draft, node, value):
+            return False
         if isinstance(node, Pick):
             draft.sinks[node] = value
             self.home[node] = draft
@@ -287,29 +299,20 @@ class Partition(Drafts):
         moments = self.moments(node)
         for one in moments or [node]:
             draft.space.refused[one] = "its total is known only after this kernel"
-            self.home[one] = after
-            after.homed.append(one)
-            self.loadable.add(one)
+            self.fold(one, after)
         draft.sinks[moments[-1] if moments else node] = value
         after.space.fold(moments[-1] if moments else node, moments[0] if moments else None)
         return True
 
-    def sums_rows(self, node: Reduce, draft: Draft) -> bool:
-        """Whether a reduction sums over all rows of a kernel (and over column axes after them)."""
-        rows, columns = product(node.arg.shape[: node.axis + node.rank + 1]), product(node.shape)
-        narrow = rows == ONE or any(d != ONE for d in node.shape[: node.axis])
-        sums = MONOIDS[node.fn].is_plain_sum
-        if not sums or narrow or not draft.kind.fuses or columns == ONE:
-            return False
-        mine, under = draft.space.rows, summand(node)
-        leading = [product(under.shape[:i]) for i in range(1, under.rank)]
-        return rows == mine or (mine in leading and rows in leading[leading.index(mine) :])
+    def fold(self, node: Reduce, after: Draft) -> None:
+        """Place a reduction in the pass that folds its partials."""
+        self.home[node] = after
+        after.homed.append(node)
+        after.kept.add(node)
+        self.loadable.add(node)
 
     def sink_rows(self, node: Reduce, draft: Draft) -> bool:
         """Sum over the rows in a kernel that has the values; a pass over the columns folds it."""
-        place = draft.contracts[0] if draft.contracts else "shared"
-        if (place, node) in self.banned and draft.homed:
-            return False
         under, space = summand(node), draft.space
         count = product(under.shape).size(self.sizes) // max(1, space.rows.size(self.sizes))
         spans = [None, *(s for s in space.segments if s[1] == count)]
@@ -319,10 +322,11 @@ class Partition(Drafts):
                 with space.inside(segment), space.attempt(kept):
                     self.reach_all(under, draft)
                     value = space.compute(under)
-                    first = space.place_of(value)
+                    if draft.kind.tiled and value.count != space.width:
+                        raise Refused("it does not have all columns of the kernel")
+                    space.place_of(value)
+                    self.check(draft, sink=(node, value))
             except Refused:
-                continue
-            if draft.kind.tiled and (first, value.count) != (0, space.width):
                 continue
             self.fold_rows(node, draft, value)
             return True
@@ -334,9 +338,7 @@ class Partition(Drafts):
         index = LAST if end else draft.order[0]
         after = self.row_draft(index, product(node.shape), 1, draft.order, narrow=True)
         draft.space.refused[node] = "its total is known only after this kernel"
-        self.home[node] = after
-        after.homed.append(node)
-        self.loadable.add(node)
+        self.fold(node, after)
         draft.sinks[node] = value
         draft.space.sunk.append(value)
         draft.over_rows.add(node)
@@ -350,11 +352,11 @@ class Partition(Drafts):
         order = [d for d in passes if self.loads_all_of(under, d)]
         order += [d for d in self.hosts(under) if d.kind.tiled]
         order += [d for d in passes if d not in order]
-        for draft in [] if ("shared", node) in self.banned else order:
+        for draft in order:
             known = all(h is draft or h.order < draft.order for h in homes)
             if known and self.sums_rows(node, draft) and self.sink_rows(node, draft):
                 return True
-        for rows, columns in [] if ("alone", node) in self.banned else self.shapes(under):
+        for rows, columns in self.shapes(under):
             width = columns.size(self.sizes)
             draft = self.open(self.rowwise, index, self.space(width, rows))
             if width > 1 and self.sums_rows(node, draft) and self.sink_rows(node, draft):
@@ -386,29 +388,37 @@ class Partition(Drafts):
             index = self.after_rows(node, index)
         elif isinstance(node, Reduce) and self.summed_in_pass(node, index):
             return
-        for rows, columns in self.shapes(node, ("groups", node) not in self.banned):
-            width = columns.size(self.sizes)
-            if ("alone", node) in self.banned:
-                why = "the columns of a pass over rows cannot be laid out for it"
-                break
-            shared = [] if ("shared", node) in self.banned else self.rooms(index, rows, width)
-            shared = self.later_or_wider(shared, node)
-            alone = [(None, None)] * 2  # computing the operands again, or loading them
-            for draft, segment in [*shared, *alone]:
-                fresh = draft is None
-                if draft is None:
-                    draft = self.open(self.rowwise, index, self.space(width, rows))
-                homed = len(draft.homed)
-                old, draft.space.width = draft.space.width, max(width, draft.space.width)
-                with draft.space.inside(segment):
-                    why = self.absorb(node, draft)
+        for rows, columns in self.shapes(node, groups=True):
+            width, tried = columns.size(self.sizes), set[Room]()
+            # Computing the operands again; loading what they are made of; loading them.
+            for give in (self.provide, self.keep_operands, None):
+                rooms = self.later_or_wider(self.rooms(index, rows, width), node)
+                for draft, segment in (r for r in rooms if r not in tried):
+                    tried.add((draft, segment))
+                    why = self.absorb_wide(node, draft, width, segment)
+                    if not why:
+                        return
+                draft = self.open(self.rowwise, index, self.space(width, rows))
+                why = self.absorb(node, draft)
                 if not why:
                     return
-                if len(draft.homed) == homed:  # nothing that it needs has come here meanwhile
-                    draft.space.width = old
-                if fresh and self.drop(draft):
-                    self.loadable |= {self.storage(o) for o in node.operands if o in self.home}
+                dropped = self.drop(draft)
+                given = dropped and give is not None and give(node)
+                if not given and give != self.provide:
+                    break
+                homes = [self.home.get(self.storage(o)) for o in node.operands]
+                index = max([index, *(h.order[0] for h in homes if h is not None)])
         self.by_itself(node, index, why)
+
+    def absorb_wide(self, node: Node, draft: Draft, width: int, segment: Segment | None) -> str:
+        """Compute a node in a pass over rows, which may become as wide as it is."""
+        homed = len(draft.homed)
+        old, draft.space.width = draft.space.width, max(width, draft.space.width)
+        with draft.space.inside(segment):
+            why = self.absorb(node, draft)
+        if why and len(draft.homed) == homed:  # nothing that it needs has come here meanwhile
+            draft.space.width = old
+        return why
 
     def later_or_wider(self, rooms: list[Room], node: Node) -> list[Room]:
         """The passes over rows that may have a node: those that do not come before its operands.
@@ -444,19 +454,71 @@ class Partition(Drafts):
         under = self.storage(node)
         if under in self.weights or isinstance(under, Input):
             return
-        if isinstance(under, Concat) and under not in self.home and not self.in_pass(under):
+        if under in self.home:
+            self.keep(under)
+            return
+        self.loadable.add(under)
+        if isinstance(under, Concat) and not self.in_pass(under):
             self.join(under)
         if under not in self.home and not (host and self.hosted(under)):
             below = [self.home[n].order[0] for n in walk([under]) if n in self.home]
             self.in_rows(under, max(below, default=0))
-        self.loadable.add(under)
+
+    def keep(self, node: Node) -> None:
+        """Let later kernels load a node, from a kernel of its own if need be."""
+        if node in self.loadable:
+            return
+        self.loadable.add(node)
+        why = self.commit(node)
+        if why:
+            self.move(node, why)
+
+    def provide(self, node: Node) -> bool:
+        """Let later kernels load a node's operands, or else what those are made of.
+
+        Returns:
+            Whether there is one that its kernel cannot store.
+        """
+        stack, seen, refused = list(node.operands), set[Node](), False
+        while stack:
+            under = self.storage(stack.pop())
+            if under in seen or under in self.loadable or under not in self.home:
+                continue
+            seen.add(under)
+            if self.commit(under):
+                refused = True
+                stack.extend(under.operands)
+            else:
+                self.loadable.add(under)
+        return refused
+
+    def keep_operands(self, node: Node) -> bool:
+        """Let later kernels load a node's operands; whether they could not load one before."""
+        under = {self.storage(o) for o in node.operands if o in self.home}
+        missing = [n for n in under if n not in self.loadable]
+        for one in missing:
+            self.keep(one)
+        return bool(missing)
+
+    def move(self, node: Node, why: str) -> None:
+        """Place a node anew that its kernel can compute, and cannot store.
+
+        A product that its GEMM cannot store beside the rest is computed again by one of its own.
+        """
+        home = self.home.pop(node)
+        home.homed.remove(node)
+        if home.kind.tiled:
+            self.unfused.append(Unfused(node, why))
+        if isinstance(node, Contract):
+            self.open_gemm((node,))
+        else:
+            self.in_rows(node, home.order[0])
 
     def in_pass(self, node: Node) -> bool:
         """Compute a node of arguments alone in one pass over rows."""
         if any(n in self.home for n in walk([node]) if n not in self.weights):
             return False
-        shapes = [] if ("alone", node) in self.banned else self.shapes(node)[:1]
-        for rows, columns in shapes:
+        for rows, columns in self.shapes(node)[:1]:
             draft = self.open(self.rowwise, 0, self.space(columns.size(self.sizes), rows))
             if not self.absorb(node, draft):
                 return True
@@ -467,8 +529,7 @@ class Partition(Drafts):
         """Compute a node of arguments alone in a kernel that loads all that it needs anyway."""
         hosts = self.hosts(node)
         for draft in sorted(hosts, key=lambda d: not d.kind.tiled):
-            shared = draft.kind.tiled or ("shared", node) not in self.banned
-            if shared and not self.absorb(node, draft):
+            if not self.absorb(node, draft):
                 return True
         return False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Protocol, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load
 NO_LANE = -1  # the lane of a load that is the same for all columns
 TILE_PARTS = (32, 64, 128, 256)  # widths of groups that every tile or subtile is made of
 LONGEST = 100  # operations one after the other in one kernel; what comes then is another's
+UNALIKE = "the pairs of columns that its elements read do not lie in one pattern"
 LEAF = "%"  # Load("%3") is row leaf 3 of an element: a vector that the element names itself
 
 
@@ -52,6 +53,47 @@ class Value:
     def narrow(self) -> bool:
         """Whether the value is the same for all columns."""
         return self.count == 1 and self.slots.shape[1] == 0 and self.leaves.shape[1] == 0
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether all elements have one expression."""
+        return bool(np.all(self.expr == self.expr[:1]))
+
+    @cached_property
+    def distance(self) -> int | None:
+        """How far apart the two columns of an element are; None where each reads at most one.
+
+        Raises:
+            Refused: where the distances differ.
+        """
+        pairs = self.partners
+        if len(pairs) == 0:
+            return None
+        between = pairs[:, 1] - pairs[:, 0]
+        if np.any(between != between[0]):
+            raise Refused(UNALIKE)
+        return int(between[0])
+
+    @cached_property
+    def partners(self) -> Ints:
+        """[pairs, 2]: the columns of the elements that read two."""
+        if self.slots.shape[1] < 2:
+            return self.slots[:0]
+        return self.slots[self.slots[:, 1] >= 0]
+
+    @cached_property
+    def accumulator_column(self) -> int:
+        """The accumulator's column at which a value begins; -1 if it is one per pair."""
+        if self.slots.shape[1] == 0 or self.count == 0:
+            return -1
+        pairs = self.slots[(self.slots >= 0).all(1)]
+        if pairs.shape[1] == 2 and len(np.unique(pairs[:, 0])) == len(pairs) > 0:
+            return -1
+        for start in self.slots[0]:
+            here = np.arange(self.count)[:, None] + start
+            if start >= 0 and np.any(self.slots == here, 1).all():
+                return int(start)
+        return -1
 
     def move(self, change: Callable[[NDArray], NDArray]) -> Value:
         """The elements that a view keeps, in its order; `change` acts on the column axes."""
@@ -119,9 +161,12 @@ def combine(space: Expressions, fn: str, args: Sequence[Value]) -> Value:
     slots, lanes = _union([a.slots for a in args])
     group = _same_group([a.group for a in args])
     leaves, names = _shared([a.leaves for a in args])
-    keys = np.stack([a.expr for a in args], 1)
-    kinds = np.concatenate([keys, *lanes], 1)
-    first, inverse = distinct_rows(kinds)
+    if all(a.uniform for a in args) and all(map(_is_uniform, lanes)):
+        first, inverse = np.zeros(min(1, len(group)), np.int64), np.zeros(len(group), np.int64)
+    else:
+        first, inverse = distinct_rows(
+            np.concatenate([np.stack([a.expr for a in args], 1), *lanes], 1)
+        )
     found = np.empty(len(first), np.int64)
     for i, element in enumerate(first):
         parts = []
@@ -134,6 +179,11 @@ def combine(space: Expressions, fn: str, args: Sequence[Value]) -> Value:
             raise Refused(f"more than {LONGEST} operations follow each other in the kernel")
         found[i] = space.id(folded)
     return Value(shape, found[inverse], slots, leaves, group)
+
+
+def _is_uniform(lanes: Ints) -> bool:
+    """Whether the lanes of all elements are those of the first."""
+    return lanes.shape[1] == 0 or lanes.strides[0] == 0 or bool(np.all(lanes == lanes[:1]))
 
 
 def _fold(fn: str, args: tuple[Expr, ...]) -> Expr:
@@ -149,9 +199,11 @@ def _union(slots: list[Ints]) -> tuple[Ints, list[Ints]]:
     if not used:
         return slots[0], list(slots)
     if all(s is used[0] or np.array_equal(s, used[0]) for s in used):
-        lanes = np.broadcast_to(np.arange(used[0].shape[1]), used[0].shape)
-        lanes = np.where(used[0] >= 0, lanes, -1)
-        return used[0], [lanes if s.shape[1] else s for s in slots]
+        return used[0], [_lanes(used[0]) if s.shape[1] else s for s in slots]
+    if all(s.shape[1] == 1 for s in used) and len(used[0]):
+        apart = _apart(slots)
+        if apart is not None:
+            return apart
     high = np.iinfo(np.int64).max
     every = np.concatenate(used, 1)
     every = np.sort(np.where(every < 0, high, every), 1)
@@ -167,6 +219,31 @@ def _union(slots: list[Ints]) -> tuple[Ints, list[Ints]]:
         lane = np.argmax(union[:, None, :] == s[:, :, None], -1) if s.shape[1] else s
         lanes.append(np.where(s >= 0, lane, -1))
     return union, lanes
+
+
+def _lanes(slots: Ints) -> Ints:
+    """The lanes of operands that read the same columns."""
+    lanes = np.broadcast_to(np.arange(slots.shape[1]), slots.shape)
+    return lanes if slots.size == 0 or slots.min() >= 0 else np.where(slots >= 0, lanes, -1)
+
+
+def _apart(slots: list[Ints]) -> tuple[Ints, list[Ints]] | None:
+    """The columns and lanes of two single columns, of which one always comes before the other."""
+    kinds: list[Ints] = []
+    for one in slots:
+        if one.shape[1] and not any(one is k or np.array_equal(one, k) for k in kinds):
+            kinds.append(one)
+    if len(kinds) != 2 or min(k.min() for k in kinds) < 0:
+        return None
+    low, high = kinds if kinds[0][0] < kinds[1][0] else kinds[::-1]
+    if not np.all(low < high):
+        return None
+    first, second = (np.broadcast_to(np.int64(lane), low.shape) for lane in (0, 1))
+    lanes = [
+        s if not s.shape[1] else first if s is low or np.array_equal(s, low) else second
+        for s in slots
+    ]
+    return np.concatenate([low, high], 1), lanes
 
 
 def _shared(leaves: list[Ints]) -> tuple[Ints, list[tuple[int, ...]]]:
@@ -187,8 +264,9 @@ def _shared(leaves: list[Ints]) -> tuple[Ints, list[tuple[int, ...]]]:
 
 
 def _same_group(groups: list[Ints]) -> Ints:
-    out = groups[0]
-    for g in groups[1:]:
+    some = [g for g in groups if np.any(g >= 0)]
+    out = some[0] if some else groups[0]
+    for g in some[1:]:
         if np.any((out >= 0) & (g >= 0) & (out != g)):
             raise Refused("it mixes statistics of different groups of columns")
         out = np.maximum(out, g)

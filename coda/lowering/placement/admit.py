@@ -1,0 +1,132 @@
+"""What a kernel builder is committed to write, and whether it can write more.
+
+A node that another kernel loads is stored by the kernel that computes it first. All that a kernel
+stores and reduces has one layout of columns (`layout.py`): the distance of pairs, the width of
+groups, the period of tables, the matrices that shared memory holds. A builder answers for each at
+once, with a sentence: for an output or an operand of a contraction where it is placed, for another
+node when a kernel asks to load it. The kernel that asks is refused in turn, and its node goes
+elsewhere. Where nothing else is left, the node that was asked for gets a kernel of its own.
+
+For a GEMM of 128 columns that has the mean over heads of 32 columns, one number for each head:
+
+    commit(mean)  "it has 4 columns where the kernel has 128"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from coda.errors import InternalError
+from coda.ir.dims import ONE, product
+from coda.ir.graph import Node, Pick, Reduce, Size
+from coda.ir.monoids import MONOIDS
+from coda.ir.types import DType, f32
+from coda.lowering.algebra.roles import summand
+from coda.lowering.placement.draft import Draft, Drafts
+from coda.lowering.placement.layout import Layout, Sink
+from coda.lowering.placement.stores import Group, grouped
+from coda.lowering.placement.values import Refused, Value
+
+
+class Admission(Drafts):
+    """Kernel builders that say what they can be committed to."""
+
+    def check(
+        self, draft: Draft, stored: Node | None = None, sink: tuple[Node, Value] | None = None
+    ) -> None:
+        """Lay out what a kernel is committed to, and one node more.
+
+        Args:
+            draft: the kernel; its layout is that of all this from now on.
+            stored: a node that it computes, to be stored as well.
+            sink: a reduction or a pick, with the value that it is taken of.
+
+        Raises:
+            Refused: where the columns cannot be laid out. The kernel is as before.
+        """
+        if not draft.kind.fuses:
+            return
+        nodes = [n for n in draft.homed if n in draft.kept]
+        if stored is not None and stored not in draft.kept:
+            nodes.append(stored)
+        groups = grouped(draft.space, nodes, self.piece_of)
+        taken = [*draft.sinks.items(), *([sink] if sink is not None else [])]
+        before, draft.layout = draft.layout, None
+        with draft.space.scratch(), self.unnamed() as named:
+            stores = [g.store(draft.space, "", self.stored_type(g)) for g in groups]
+            sinks = [self.sink_of(draft, n, v) for n, v in taken]
+            found = Layout.of(draft.space, stores, sinks, self.operand_of, before)
+            found.check()
+        draft.layout = None if named else found
+
+    def sink_of(self, draft: Draft, node: Node, value: Value, buffer: str = "") -> Sink:
+        """A reduction over the columns or over the rows of a kernel, or a pick."""
+        if isinstance(node, Pick):
+            return Sink(node, buffer, "pick", value, self.leaf(node.index, draft))
+        assert isinstance(node, Reduce)
+        return Sink(node, buffer, node.fn, value, rows=self.sums_rows(node, draft))
+
+    def sums_rows(self, node: Reduce, draft: Draft) -> bool:
+        """Whether a reduction sums over all rows of a kernel (and over column axes after them)."""
+        rows, columns = product(node.arg.shape[: node.axis + node.rank + 1]), product(node.shape)
+        narrow = rows == ONE or any(d != ONE for d in node.shape[: node.axis])
+        if not MONOIDS[node.fn].is_plain_sum or narrow or not draft.kind.fuses or columns == ONE:
+            return False
+        mine, under = draft.space.rows, summand(node)
+        leading = [product(under.shape[:i]) for i in range(1, under.rank)]
+        return rows == mine or (mine in leading and rows in leading[leading.index(mine) :])
+
+    def stored_type(self, group: Group) -> DType:
+        """The type of a matrix: what is not rounded for an output, it has in float32."""
+        dtype = group.nodes[0].dtype
+        narrow = group.narrow and dtype.kind == "float" and dtype.size < f32.size
+        return f32 if narrow else dtype
+
+    def operand_of(self, name: str) -> tuple[Node, DType]:
+        """The node that an operand's name stands for, and the type it has in memory."""
+        node = self.named.get(name)
+        if node is None:
+            raise InternalError(f"there is no operand {name}")
+        return node, f32 if isinstance(node, Size) else node.dtype
+
+    @contextmanager
+    def unnamed(self) -> Iterator[list[Node]]:
+        """Forget the names that are given inside, and list the nodes that had them."""
+        known, named, forgotten = len(self.names), len(self.named), list[Node]()
+        try:
+            yield forgotten
+        finally:
+            while len(self.names) > known:
+                forgotten.append(self.names.popitem()[0])
+            while len(self.named) > named:
+                self.named.popitem()
+
+    def commit(self, node: Node) -> str:
+        """Have a node stored by the kernel that computes it; the reason if that cannot be."""
+        home = self.home.get(node)
+        if home is None or node in home.kept or node in self.joined or node in home.sinks:
+            return ""
+        try:
+            self.check(home, node)
+        except Refused as refusal:
+            return str(refusal)
+        home.kept.add(node)
+        return ""
+
+    def admits_sink(self, draft: Draft, node: Reduce | Pick, value: Value) -> bool:
+        """Whether a kernel can take a reduction or a pick of a value."""
+        try:
+            self.check(draft, sink=(node, value))
+        except Refused:
+            return False
+        return True
+
+    def offer(self, node: Node) -> None:
+        """Let later kernels load a node. Raises Refused where its own cannot store it."""
+        if node in self.loadable:
+            return
+        why = self.commit(node)
+        if why:
+            raise Refused(why)
+        self.loadable.add(node)

@@ -1,0 +1,132 @@
+"""A kernel builder answers at once whether it can store a node, and says why where it cannot."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+import coda
+from coda.frontend.tensor import Tensor
+from coda.ir.dims import Dim
+from coda.ir.evaluate import evaluate
+from coda.ir.graph import Graph, Input
+from coda.ir.types import f32
+from coda.lowering import compiler
+from coda.lowering.algebra.training import derive
+from coda.lowering.compiler import lower
+from coda.lowering.placement import place
+from coda.lowering.placement.place import Partition
+from coda.runtime.reference import run_reference
+
+ROOT = Path(__file__).parents[2] / "examples"
+SIZES = {"M": 6, "D": 64, "H": 4, "d": 32}
+SMALL = {"M": 256, "D": 128, "F": 192, "H": 4, "G": 2, "d": 32}
+T = coda.Tensor
+
+
+@coda.block
+def two_distances(
+    x: T["M D"], a: T["(H d) D"], b: T["(H d) D"], cos: T["M d/2"], sin: T["M d/2"], far: T["M d"]
+):
+    q = coda.rope((x @ a.T).reshape("M (H d) -> M H d"), cos, sin)
+    k = coda.rope((x @ b.T).reshape("M (H d) -> M H/2 2*d"), far, far)
+    return q.reshape("M H d -> M (H d)"), k.reshape("M H/2 2*d -> M (H d)")
+
+
+@coda.block
+def two_tables(x: T["M D"], w: T["(H d) D"], cos: T["M d/2"], sin: T["M d/2"], near: T["M d/2"]):
+    heads = (x @ w.T).reshape("M (H d) -> M H d")
+    q = coda.rope(heads[:, : SIZES["H"] // 2], cos, sin)
+    k = coda.rope(heads[:, SIZES["H"] // 2 :], near, near)
+    return coda.concat([q, k], axis=1)
+
+
+@coda.block
+def own_store(x: T["M D"], w: T["(H d) D"]):
+    heads = (x @ w.T).reshape("M (H d) -> M H d")
+    return coda.mean(heads * heads)
+
+
+@coda.block
+def many_matrices(x: T["M D"], w: T["(H d) D"]):
+    y = (x @ w.T).cast(coda.f32)
+    return y, y * 2.0, y * 3.0, y * 4.0, y * 5.0, y * 6.0, y * 7.0
+
+
+@coda.block
+def loaded_later(x: T["M D"], w: T["(H d) D"]):
+    heads = (x @ w.T).reshape("M (H d) -> M H d")
+    energy = coda.mean(heads * heads, keepdims=True)
+    unit = heads * coda.rsqrt(energy + 1.0)
+    return unit, coda.softmax(energy.reshape("M H 1 -> M H"))
+
+
+CASES = [
+    (two_distances, "the pairs of columns that its elements read do not lie in one pattern"),
+    (two_tables, "its columns read different tables"),
+    (own_store, "it has 4 columns where the kernel has 128"),
+    (many_matrices, "shared memory does not hold 7 matrices"),
+    (loaded_later, "it has 4 columns where the kernel has 128"),
+]
+
+
+@pytest.mark.parametrize(("block", "why"), CASES, ids=[b.__name__ for b, _ in CASES])
+def test_what_a_gemm_cannot_store_is_computed_by_a_kernel_after_it(block, why):
+    sizes = {s: SIZES[s] for s in block.graph.symbols}
+    program = lower(block.graph, sizes)
+    assert why in [u.why for u in program.unfused]
+    first, *rest = program.kernels
+    assert first.kind.name == "gemm"
+    assert rest
+    assert {k.kind.name for k in rest} == {"rows"}
+    torch.manual_seed(0)
+    inputs = block.graph.inputs
+    given = [torch.randn([d.size(sizes) for d in i.shape]).to(i.dtype.torch) for i in inputs]
+    exact = evaluate(block.graph.roots, dict(zip(inputs, given, strict=True)), sizes)
+    for found, wanted in zip(run_reference(program, given, exact=True), exact, strict=True):
+        torch.testing.assert_close(found.double(), wanted.double())
+
+
+def test_a_node_that_is_stored_elsewhere_is_still_computed_where_it_is_used():
+    """The heads are normalised in the GEMM, by a statistic that it cannot store for the softmax."""
+    program = lower(loaded_later.graph, SIZES)
+    gemm, *_ = program.kernels
+    assert [s.group for s in gemm.body.epilogue.statistics] == [SIZES["d"]]
+    assert len(program.kernels) == 3
+
+
+def test_what_is_committed_is_written_where_a_part_of_it_has_no_layout(monkeypatch):
+    """Three products side by side are one matrix; without the middle one they are two."""
+    sizes = {"M": 6, "N": 32, "D": 64}
+    x = Tensor(Input("x", (Dim.of("M"), Dim.of("D")), f32))
+    a, b, c = (Tensor(Input(n, (Dim.of("N"), Dim.of("D")), f32)) for n in "abc")
+    left, middle, right = x @ a.T, x @ b.T, x @ c.T
+    outputs = [left, right, *(left + float(i) for i in range(1, 6))]
+    inputs = tuple(t.node for t in (x, a, b, c))
+    named = tuple((f"out{i}", t.node) for i, t in enumerate(outputs))
+    graph = Graph("sides", inputs, named)
+    products = tuple(t.node for t in (left, middle, right))
+    siblings, contract = place.group_siblings, Partition.contract
+    together = dict.fromkeys(products, products)
+    monkeypatch.setattr(place, "group_siblings", lambda *a: siblings(*a) | together)
+    monkeypatch.setattr(Partition, "contract", lambda p, n: (contract(p, n), p.keep(middle.node)))
+    (gemm,) = lower(graph, sizes).kernels
+    assert gemm.stored[0] == products
+    assert len(gemm.stored) == 6
+
+
+def test_nodes_are_placed_once(monkeypatch):
+    """One partition for each choice of laws, and none made anew."""
+    runs, stages = [], []
+    run, lowered = Partition.run, compiler.run_stages
+    monkeypatch.setattr(Partition, "run", lambda self: runs.append(1) or run(self))
+    monkeypatch.setattr(
+        compiler, "run_stages", lambda *a, **k: stages.append(1) or lowered(*a, **k)
+    )
+    layers = [runpy.run_path(str(p))["layer"].graph for p in sorted(ROOT.glob("*_layer.py"))]
+    qwen = runpy.run_path(str(ROOT / "qwen3_layer.py"))["layer"].graph
+    backward = derive(qwen, {s: SMALL[s] for s in qwen.symbols}, memory="min").backward
+    for graph in (*layers, backward):
+        lower(graph, {s: SMALL[s] for s in graph.symbols})
+    assert len(runs) == len(stages) > len(layers)
