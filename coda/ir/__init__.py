@@ -1,1 +1,1 @@
-"""The graph: what a block means, as nodes of primitives."""
+"""The IR: a block as a Graph of primitive nodes, with its types, text form and reference."""

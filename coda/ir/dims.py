@@ -1,7 +1,7 @@
-"""Dims: sizes as polynomials over named symbols, so that `2*F`, `H*d` and `d/2` can be compared.
+"""Symbolic sizes: a dim is a polynomial over named symbols, such as `2*F`, `H*d` or `d/2`.
 
-A dim is known by its normal form; equality of dims is equality of polynomials, which is exact for
-all sizes that the symbols may take. Coefficients may be fractions: `d/2` has a size if d is even.
+A dim is stored in normal form, so that two dims are equal exactly if they have the same size for
+all sizes of their symbols. Coefficients may be fractions: `d/2` has a size if d is even.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ def _no_number(dim: object, *_: object) -> NoReturn:
 
 @dataclass(frozen=True, eq=False)
 class Dim:
-    """A polynomial: sorted (monomial, coefficient) terms, no zero coefficients."""
+    """A polynomial: sorted (monomial, coefficient) terms without zero coefficients.
+
+    A monomial is a sorted tuple of symbol names: 2*F + 1 is (((), 1), (("F",), 2)).
+    """
 
     terms: tuple[tuple[Monomial, Coefficient], ...]
 
@@ -51,7 +54,7 @@ class Dim:
 
     @staticmethod
     def of(value: Dim | Coefficient | str) -> Dim:
-        """A dim from an int, a symbol's name, or a dim."""
+        """A dim from an int, a symbol's name, or a dim. Raises DimError for anything else."""
         if isinstance(value, Dim):
             return value
         if isinstance(value, str):
@@ -92,7 +95,7 @@ class Dim:
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Dim | int) -> Dim:
-        """The exact quotient. Raises DimError where `other` does not divide this polynomial."""
+        """The exact quotient. Raises DimError if `other` does not divide this polynomial."""
         other = Dim.of(other)
         if not other.terms:
             raise DimError("a dim is divided by zero", found=f"({self}) // 0")
@@ -116,19 +119,19 @@ class Dim:
 
     @property
     def symbols(self) -> frozenset[str]:
-        """The names that this dim depends on."""
+        """The names of the symbols that occur in this dim."""
         return frozenset(s for m, _ in self.terms for s in m)
 
     @property
     def constant(self) -> int | None:
-        """The value of a dim without symbols, else None."""
+        """The value of a dim without symbols; None for any other dim."""
         if not self.terms:
             return 0
         m, c = self.terms[0]
         return c if m == () and len(self.terms) == 1 else None  # type: ignore[return-value]
 
     def size(self, sizes: Mapping[str, int]) -> int:
-        """The value under `sizes`. Raises DimError for a symbol that has none, or a fraction."""
+        """The value under `sizes`. Raises DimError for a missing symbol or a fractional value."""
         missing = sorted(self.symbols - sizes.keys())
         if missing:
             raise DimError(
@@ -148,7 +151,11 @@ class Dim:
         return total // whole
 
     def solve(self, size: int, known: Mapping[str, int]) -> tuple[str, int] | None:
-        """The one symbol without a size, and the size that gives this dim `size`; else None."""
+        """Infer the one symbol that `known` lacks from the value `size` of this dim.
+
+        Returns (symbol, its size), or None if there is no unique whole number. (H*d).solve(4096,
+        {"d": 128}) is ("H", 32).
+        """
         (unknown, *more) = sorted(self.symbols - known.keys()) or [""]
         mine = [(m, c) for m, c in self.terms if unknown in m]
         if not unknown or more or len(mine) != 1 or mine[0][0].count(unknown) != 1:
@@ -163,7 +170,7 @@ class Dim:
         return unknown, left // factor
 
     def substitute(self, dims: Mapping[str, Dim]) -> Dim:
-        """This dim with symbols replaced."""
+        """This dim with each symbol in `dims` replaced by its dim."""
         total = Dim(())
         for m, c in self.terms:
             total = total + reduce(mul, (dims.get(s, Dim.of(s)) for s in m), Dim((((), c),)))
@@ -183,7 +190,7 @@ class Dim:
 
 
 def _plain(c: Coefficient) -> Coefficient:
-    """An int where the fraction is whole."""
+    """Convert a whole fraction to an int."""
     return c.numerator if isinstance(c, Fraction) and c.denominator == 1 else c
 
 
@@ -202,12 +209,12 @@ def _product(dims: Shape) -> Dim:
 
 
 def show_shape(shape: Shape) -> str:
-    """`[M, 2*F]`, as it is written in messages and in the text form."""
+    """The text of a shape in messages and in the text form: `[M, 2*F]`."""
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
 def broadcast(a: Shape, b: Shape) -> Shape | None:
-    """The shape of an elementwise result, aligned at the right, or None where sizes differ."""
+    """The shape of two operands broadcast, aligned at the right; None if they do not broadcast."""
     rank = max(len(a), len(b))
     a, b = (ONE,) * (rank - len(a)) + a, (ONE,) * (rank - len(b)) + b
     out: list[Dim] = []

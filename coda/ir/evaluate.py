@@ -1,4 +1,8 @@
-"""What a graph means: its nodes evaluated in torch, in float64 (the oracle) or op by op."""
+"""A graph and tensors for its inputs -> values of its nodes, computed by torch.
+
+This is the reference: in float64 it is the oracle for every kernel; op by op it is what eager torch
+computes.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +50,17 @@ def evaluate(
 
     Args:
         roots: nodes to evaluate.
-        values: tensors for nodes; evaluation stops at them. Each has the node's shape.
+        values: tensors for nodes, each of its node's shape; operands of these are not evaluated.
         sizes: the size of every symbol.
-        compute: the float type in which everything is computed, with no rounding between; None
-            evaluates op by op as torch does, each result rounded to its node's dtype.
+        compute: the float type of all computation, without intermediate rounding; None evaluates
+            op by op as eager torch does, each result rounded to its node's dtype.
+
+    Returns:
+        One tensor for each root, of the root's shape.
+
+    Raises:
+        KeyError: for an input without a value.
+        CallError: for a gather at an index outside its table (on a GPU, torch's assertion).
     """
     roots = tuple(roots)
     return _Evaluator(values, sizes, compute).run(roots)
@@ -73,7 +84,7 @@ class _Evaluator:
         return [self.known[r] for r in roots]
 
     def order(self, roots: tuple[Node, ...]) -> Iterable[Node]:
-        """Nodes to compute, operands first, stopping at the known ones."""
+        """The nodes to compute in topological order, without those of known value."""
         stack, done, out = [(r, False) for r in reversed(roots)], set(self.known), []
         while stack:
             node, ready = stack.pop()
@@ -88,7 +99,7 @@ class _Evaluator:
         return out
 
     def lift(self, x: Tensor) -> Tensor:
-        """A float tensor in the compute type; ints and predicates as they are."""
+        """Cast a float tensor to the compute type; ints and predicates are unchanged."""
         return x.to(self.compute) if self.compute and x.is_floating_point() else x
 
     def float_type(self, dtype: DType) -> torch.dtype:
@@ -143,7 +154,7 @@ class _Evaluator:
                 return args[0].expand(self.shape(to))
 
     def number(self, value: float, dtype: DType) -> Tensor:
-        """A number; op by op it keeps its precision, as Python numbers do in torch."""
+        """A 0-d tensor; op by op it is float64, since torch does not round Python numbers."""
         wide = torch.float64 if self.compute is None else self.compute
         kind = wide if dtype.kind == "float" else dtype.torch
         return torch.tensor(value, dtype=kind, device=self.device)
@@ -161,7 +172,7 @@ class _Evaluator:
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
-    """x[..., index[...]] kept with size 1; NaN (of whole numbers 0) where the index is outside."""
+    """x[..., index[...]], with size 1 on the last axis; NaN (ints: 0) if out of range."""
     width = x.shape[-1]
     inside = (index >= 0) & (index < width)
     found = x.gather(-1, index.clamp(0, width - 1).long().unsqueeze(-1))
@@ -170,7 +181,7 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _take(node: Node, table: Tensor, index: Tensor) -> Tensor:
-    """Rows of a table. Raises CallError for an index of none (on a GPU, torch's assertion)."""
+    """Gather rows of a table. Raises CallError out of range (on a GPU, torch's assertion)."""
     try:
         rows = table.index_select(0, index.reshape(-1))
     except IndexError:
@@ -184,7 +195,7 @@ def _take(node: Node, table: Tensor, index: Tensor) -> Tensor:
 
 
 def _put(x: Tensor, index: Tensor, rows: int) -> Tensor:
-    """Rows of x summed at their index, in at least float32."""
+    """Scatter-add rows of x into `rows` rows, accumulated in float32 or wider."""
     rest = x.shape[index.ndim :]
     wide = x.float() if x.dtype.itemsize < 4 else x
     out = torch.zeros((rows, *rest), dtype=wide.dtype, device=x.device)
@@ -193,7 +204,7 @@ def _put(x: Tensor, index: Tensor, rows: int) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """8-bit floats as float32: torch has no arithmetic on them."""
+    """Cast 8-bit floats to float32, since torch has no arithmetic on them."""
     return x.float() if x.is_floating_point() and x.dtype.itemsize == 1 else x
 
 
@@ -206,7 +217,11 @@ def _contract(x: Tensor, w: Tensor, compute: torch.dtype | None) -> Tensor:
 
 
 def _batched(x: Tensor, w: Tensor) -> Tensor:
-    """[*b, M, K] with [*b, N, K]. An axis that w shares becomes one of rows: w is not copied."""
+    """[*b, M, K] with [*b, N, K] -> [*b, M, N].
+
+    Inner batch axes on which w has size 1 are flattened into the rows of x, so that w is not
+    materialised for each of them.
+    """
     rows = 1
     while min(x.ndim - rows, w.ndim - 1) > 1 and w.shape[-3] == 1 != x.shape[-2 - rows]:
         w = w.squeeze(-3)

@@ -1,8 +1,13 @@
 """The graph: seventeen kinds of node over tensors with symbolic shapes. Read this file first.
 
-A node is immutable and interned: two nodes that mean the same are the same object, and `is` is
-equality. A size of 1 says that a value does not depend on that axis; elementwise operands align at
-the right, as in torch. Reductions keep the reduced axis with size 1.
+A node is immutable and interned (hash-consed): structurally equal nodes are the same object, so
+that equality is `is`. Elementwise operands broadcast from the right, as in torch; size 1 means that
+a value does not depend on that axis. Reductions keep the reduced axis with size 1.
+
+    x / rms(x):                   %s = mul %x, %x            [M, D] bf16
+                                  %m = mean %s axis -1       [M, 1] bf16
+                                  %r = rsqrt %m              [M, 1] bf16
+                                  %y = mul %x, %r            [M, D] bf16
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ _origin: ContextVar[tuple[Where | None, ...]] = ContextVar("origin", default=())
 
 @contextmanager
 def origin(where: Where | None) -> Iterator[None]:
-    """Nodes made inside stand for the user's line `where`, not for a line of coda's caller."""
+    """Give nodes that are made inside the source line `where`, in place of the caller's line."""
     token = _origin.set((where,))
     try:
         yield
@@ -38,7 +43,7 @@ def origin(where: Where | None) -> Iterator[None]:
 
 
 class _Interned(type):
-    """Make equal constructor calls return the same object, for as long as somebody holds it."""
+    """Equal constructor calls return the same object while a reference to it exists."""
 
     def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
         node: Any = type.__call__(cls, *args, **kwargs)
@@ -46,21 +51,25 @@ class _Interned(type):
 
 
 def _key(node: Any) -> tuple[object, ...]:
-    """What a node is, apart from where it was written. By repr, -0.0 is not 0.0, and NaN is NaN."""
+    """A node's structural key, without its line; by repr -0.0 differs from 0.0, NaN equals NaN."""
     values = (getattr(node, name) for name in node.identity)
     return (type(node), *(repr(v) if isinstance(v, float) else v for v in values))
 
 
 def is_interned(node: Node) -> bool:
-    """Whether the node is the one object that stands for what it means."""
+    """Whether the node is the interned object of its structural key."""
     return _interned.get(_key(node)) is node
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Node(metaclass=_Interned):
-    """A value: a tensor of `shape` and `dtype`. `where` is the user's line that wrote it first.
+    """A value: a tensor with symbolic shape.
 
-    `operands` are the nodes that it reads, in order.
+    Attributes:
+        operands: the nodes that it reads, in order.
+        shape: one dim for each axis.
+        dtype: the element type.
+        where: the user's source line that made it first; no part of its identity.
     """
 
     operands: tuple[Node, ...] = field(init=False)
@@ -80,11 +89,11 @@ class Node(metaclass=_Interned):
         object.__setattr__(self, "dtype", dtype)
 
     def __repr__(self) -> str:
-        """The kind and the type alone: written out, a value used twice is two trees."""
+        """Kind and type only: the whole expression grows exponentially with shared operands."""
         return f"<{type(self).__name__.lower()} {show_shape(self.shape)} {self.dtype}>"
 
     def infer(self) -> tuple[Shape, DType]:
-        """Shape and dtype, from the operands. Raises ShapeError or DtypeError."""
+        """Infer shape and dtype from the operands. Raises ShapeError or DtypeError."""
         raise TypeError(f"{type(self).__name__} is not a kind of node")
 
     def _operands(self) -> Iterator[Node]:
@@ -101,7 +110,7 @@ class Node(metaclass=_Interned):
         return len(self.shape)
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
-        """Size in bytes, of its own type, for sizes of the symbols."""
+        """Size in bytes in its dtype, given the sizes of the symbols."""
         return self.dtype.nbytes(product(self.shape).size(sizes))
 
     def with_operands(self, new: Iterable[Node]) -> Node:
@@ -182,7 +191,7 @@ class Map(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Reduce(Node):
-    """`%s = sum %x axis -1`: a monoid of `coda.ir.monoids` over one axis, kept with size 1."""
+    """`%s = sum %x axis -1`: a reduction of `coda.ir.monoids` over one axis, kept with size 1."""
 
     fn: str
     arg: Node
@@ -203,9 +212,9 @@ class Reduce(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Scan(Node):
-    """`%s = scan sum %x axis -1`: folds of a monoid of `coda.ir.monoids` along one axis, kept.
+    """`%s = scan sum %x axis -1`: an inclusive scan of a monoid of `coda.ir.monoids` along an axis.
 
-    Element i is the fold of elements 0 to i; with `reverse`, of elements i to the last.
+    Element i is the reduction of elements 0 to i; with `reverse`, of elements i to the last.
     """
 
     fn: str
@@ -229,11 +238,11 @@ class Scan(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Contract(Node):
-    """`%y = contract %x, %w bf16`: [..., K] with a matrix [N, K] to [..., N]; the GEMM.
+    """`%y = contract %x, %w bf16`: a GEMM, [..., K] with a matrix [N, K] -> [..., N].
 
-    With a right operand of more axes it is one of batches: [*b, M, K] with [*b, N, K] to
-    [*b, M, N]. The axes b align at the right, as those of elementwise operands; an operand that has
-    size 1 there, or no such axis, is shared.
+    If the right operand has more than two axes, the contraction is batched: [*b, M, K] with
+    [*b, N, K] -> [*b, M, N]. The batch axes b broadcast from the right, as those of elementwise
+    operands.
     """
 
     lhs: Node
@@ -242,7 +251,7 @@ class Contract(Node):
 
     @property
     def batched(self) -> bool:
-        """Whether both operands may have batch axes: the right one is not a matrix."""
+        """Whether the contraction is batched: the right operand has more than two axes."""
         return self.rhs.rank > 2
 
     def infer(self) -> tuple[Shape, DType]:
@@ -266,7 +275,7 @@ class Contract(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Cast(Node):
-    """`%y = cast %x f32`: another element type."""
+    """`%y = cast %x f32`: the same values rounded to another element type."""
 
     arg: Node
     to: DType
@@ -293,7 +302,7 @@ class Reshape(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Permute(Node):
-    """`%y = permute %x (1, 0)`: axes in another order."""
+    """`%y = permute %x (1, 0)`: axes permuted; axis i of the result is axis order[i]."""
 
     arg: Node
     order: tuple[int, ...]
@@ -339,7 +348,7 @@ class Slice(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Concat(Node):
-    """`%y = concat %a, %b axis -1`: operands one after the other along an axis."""
+    """`%y = concat %a, %b axis -1`: operands concatenated along an axis."""
 
     args: tuple[Node, ...]
     axis: int
@@ -366,7 +375,7 @@ class Concat(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Expand(Node):
-    """`%y = expand %x [M, D]`: axes of size 1 (and axes that are not there) repeated."""
+    """`%y = expand %x [M, D]`: axes of size 1, and missing leading axes, broadcast."""
 
     arg: Node
     to: Shape
@@ -382,7 +391,7 @@ class Expand(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Iota(Node):
-    """`%i = iota V i32`: 0, 1, ... V - 1."""
+    """`%i = iota V i32`: 0, 1, ... V - 1, of shape [V]."""
 
     count: Dim
     element: DType
@@ -393,7 +402,7 @@ class Iota(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Gather(Node):
-    """`%y = gather %table, %index`: rows of [V, ...] at an integer index, index shape + [...]."""
+    """`%y = gather %table, %index`: rows of a table [V, ...] at an index [*i] -> [*i, ...]."""
 
     table: Node
     index: Node
@@ -406,7 +415,7 @@ class Gather(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pick(Node):
-    """`%y = pick %x, %index`: x[..., index[...]] kept with size 1; NaN outside the axis."""
+    """`%y = pick %x, %index`: x[..., index[...]] -> [..., 1]; NaN (ints: 0) if out of range."""
 
     arg: Node
     index: Node
@@ -424,7 +433,7 @@ class Pick(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Put(Node):
-    """`%y = put %x, %index rows V`: rows of x summed at an integer index of [V, ...]; else 0."""
+    """`%y = put %x, %index rows V`: rows of x scatter-added into zeros [V, ...]."""
 
     arg: Node
     index: Node
@@ -451,9 +460,13 @@ KINDS: dict[str, type[Node]] = {kind.__name__.lower(): kind for kind in Op.__arg
 
 @dataclass(frozen=True)
 class Graph:
-    """A block: named inputs in order, and named outputs.
+    """A block.
 
-    `constants` names the inputs that are declared constant: no call differentiates by them.
+    Attributes:
+        name: the block's name.
+        inputs: its arguments, in order.
+        outputs: (name, node) of each output, in order.
+        constants: the names of inputs that are declared constant, which have no gradient.
     """
 
     name: str
@@ -468,13 +481,13 @@ class Graph:
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        """The names of all dims, sorted."""
+        """The names of all symbols of its dims, sorted."""
         nodes = [*self.inputs, *walk(self.roots)]
         dims = {d for n in nodes for d in n.shape} | {n.dim for n in nodes if isinstance(n, Size)}
         return tuple(sorted({s for d in dims for s in d.symbols}))
 
     def with_roots(self, roots: Iterable[Node]) -> Graph:
-        """The same block computing its outputs by other nodes."""
+        """The same block with `roots` as its output nodes, in order."""
         names = [name for name, _ in self.outputs]
         outputs = tuple(zip(names, roots, strict=True))
         return Graph(self.name, self.inputs, outputs, self.constants)
@@ -486,7 +499,7 @@ class Graph:
 
 
 def walk(roots: Iterable[Node], until: type | tuple[type, ...] = ()) -> Iterator[Node]:
-    """Each node once, operands first, and nothing below nodes of the kinds `until`."""
+    """Each node once in topological order; operands of nodes of the kinds `until` are skipped."""
     seen: set[Node] = set()
     stack: list[tuple[Node, bool]] = [(r, False) for r in reversed(list(roots))]
     while stack:
@@ -501,7 +514,7 @@ def walk(roots: Iterable[Node], until: type | tuple[type, ...] = ()) -> Iterator
 
 
 def transform(roots: Iterable[Node], change: Callable[[Node], Node]) -> tuple[Node, ...]:
-    """Rebuild bottom-up; `change` maps each rebuilt node to its replacement."""
+    """Rebuild the graph bottom-up; `change` maps each rebuilt node to its replacement."""
     roots = tuple(roots)
     new: dict[Node, Node] = {}
     for node in walk(roots):

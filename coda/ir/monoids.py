@@ -1,8 +1,10 @@
-"""Monoids: what a sum over an axis becomes when it is split over tiles (law 3).
+"""Monoids: a table of reductions, each with its split into partials and their merge (law 3).
 
-A reduction is `finish(fold(lift(x_i)))`, where `fold` is associative with an identity. So it may be
-taken in parts (one part per tile of an epilogue), and the parts folded by whoever needs the total.
-A part is one or more float32 planes.
+A reduction is `finish(fold(lift(x_i)))`, where `fold` is associative with an identity. So it can be
+computed as partials (one for each tile of an epilogue), which a later kernel merges. A partial is
+one or more float32 planes:
+
+    variance of x [M, N] in tiles of n columns: planes mean, m2 [M, N / n] -> merge -> m2 / N [M, 1]
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ Parts = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Warp:
-    """How the lanes of a warp fold values, by functions of kernels/rowwise/math.py.
+    """How the lanes of a warp reduce values, by functions of kernels/rowwise/math.py.
 
     Attributes:
-        start: what makes each plane of a lane's state.
+        start: the functions that return the identity, one for each plane of a lane's state.
         step: an operator or a scalar function of (state, value); a function of the same module
-            where the state has several planes.
-        merge: state of each lane -> what all have.
+            if the state has several planes.
+        merge: state of each lane -> the reduction over the warp, in all lanes.
     """
 
     start: tuple[str, ...]
@@ -38,26 +40,25 @@ class Monoid:
 
     Attributes:
         name: the reduction's name in the text form.
-        planes: names of the planes of one partial, in the order they are stored.
+        planes: names of the planes of one partial, in storage order.
         partial: values along `dim` -> planes, that dim kept with size 1.
         merge: planes stacked along `dim`, with the number of values in each part (a tensor that
             broadcasts along `dim`) -> merged planes, that dim kept with size 1.
         finish: planes and the total count -> the reduction's value.
         sums: whether zero is harmless as padding (a plain sum).
-        held: whether the result is held against the very values that it was taken of (a maximum
-            equals one of them, a logsumexp normalises them), and so must see them as stored.
-        chosen: whether the result is one of the values: its derivative asks which.
-        tiled: whether a GEMM's epilogue takes it (quack's fold of maxima loses NaN).
+        held: whether the result is later compared with the reduced values (a maximum equals one
+            of them, a logsumexp normalises them), and so must be computed from them as stored.
+        chosen: whether the result is one of the values; its derivative selects that value.
+        tiled: whether a GEMM's epilogue can compute it (quack's maximum loses NaN).
         average_of: the monoid of which this is the average over all values; "" for none.
-        counted: whether parts are merged by the number of values in each: the state of a fold is
-            (count, *planes), by which two sweeps take it.
+        counted: whether the merge needs the number of values in each partial: the state of a fold
+            is (count, *planes), and a row-wise kernel computes it in two sweeps.
         also: the monoid whose value is the first plane; "" for none.
-        sink: the op of an epilogue on quack that takes it over a tile, by the buffer's name.
-        group: the op that takes it over groups of columns before the epilogue; "" for none.
-        warp: how a warp takes it.
-        nests: whether the reduction of all is that of the reductions of parts of one length.
-        scan: values along `dim` -> the reduction of each with all before it; None where there is
-            no such operation.
+        sink: the quack epilogue op that reduces over a tile, formatted with the buffer's name.
+        group: the op that reduces over groups of columns before the epilogue; "" for none.
+        warp: how a warp computes it.
+        nests: whether reducing the reductions of parts of equal length gives the reduction of all.
+        scan: values along `dim` -> their inclusive scan; None if there is no such operation.
     """
 
     name: str
@@ -80,15 +81,19 @@ class Monoid:
 
     @property
     def is_plain_sum(self) -> bool:
-        """Whether it is the sum of the values, and nothing is done to it afterwards."""
+        """Whether it is the sum of the values, with an identity as `finish`."""
         return self.sums and not self.average_of
 
     def reduce(self, x: Tensor, dim: int) -> Tensor:
-        """The whole reduction of `x` along `dim`, that dim kept with size 1."""
+        """The reduction of `x` along `dim`, which is kept with size 1."""
         return self.finish(self.partial(x, dim), x.shape[dim])
 
     def split(self, x: Tensor, dim: int, sizes: Sequence[int]) -> tuple[Parts, Tensor]:
-        """Partials of consecutive chunks of `x` along `dim` (planes stacked there), and counts."""
+        """Partials of consecutive chunks of `x` along `dim`, of the lengths `sizes`.
+
+        Returns the planes, each with one element per chunk along `dim`, and the lengths as a tensor
+        that broadcasts with them.
+        """
         chunks = [self.partial(c, dim) for c in torch.split(x, list(sizes), dim)]
         planes = tuple(torch.cat(p, dim) for p in zip(*chunks, strict=True))
         shape = [1] * x.ndim
@@ -113,7 +118,7 @@ def _amin(x: Tensor, dim: int) -> Parts:
 
 
 def _identity(x: Tensor, dim: int, value: float) -> Tensor:
-    """The fold of no values, which torch refuses for maxima and minima."""
+    """The reduction of no values, which torch does not define for maxima and minima."""
     shape = list(x.shape)
     shape[dim] = 1
     return x.new_full(shape, value)
@@ -130,7 +135,10 @@ def _moments(x: Tensor, dim: int) -> Parts:
 
 
 def _pivot(x: Tensor, dim: int, count: int) -> Tensor | float:
-    """A first value, near which sums lose nothing; 0 where `count` of it are too large."""
+    """The first value along `dim`, as an offset: sums of x - offset do not cancel.
+
+    It is 0 if `count` times the first value would overflow.
+    """
     if not x.shape[dim]:
         return 0.0
     first = x.narrow(dim, 0, 1).detach()

@@ -1,7 +1,7 @@
-"""Scalar functions: one row each, with every fact that coda knows of it.
+"""The table of scalar functions, one row each: reference, derivative, cost and device code.
 
-A row is all that a new function needs: the reference backend, the text form, the cost model, the
-derivative's source and the generated CuTe DSL all read this table, and no pass knows a name in it.
+A new function needs a row and nothing else: the reference backend, the text form, the cost model,
+the derivative and the generated CuTe DSL read this table, and no pass matches on a name in it.
 """
 
 from __future__ import annotations
@@ -24,27 +24,26 @@ class Scalar:
     """A function of scalars.
 
     Attributes:
-        name: how it is written in the text form.
+        name: its name in the text form.
         arity: number of arguments.
-        evaluate: its meaning on torch tensors of any float dtype.
+        evaluate: the reference, on torch tensors of any float dtype.
         flops: cost of one application, in units of one fused multiply-add.
-        special: applications of the special-function unit (MUFU) among them.
+        special: instructions of the special-function unit (MUFU) among them.
         result: "float" keeps the promoted type of the arguments, "bool" is a predicate.
-        signs: of a function that is a sum of its arguments, the sign of each: (1, -1) of `a - b`.
-        powers: of a function that is a product of powers of its arguments, the power of each:
-            (1, -1) of `a / b`, (-0.5,) of `rsqrt`.
-        device: what computes it in a kernel: an operator, or a function of kernels/device_math.py;
-            "" for the function of its own name.
+        signs: if it is a sum of its arguments, the sign of each: (1, -1) for `a - b`.
+        powers: if it is a product of powers of its arguments, the power of each: (1, -1) for
+            `a / b`, (-0.5,) for `rsqrt`.
+        device: its code in a kernel: an operator, or a function of kernels/device_math.py; "" for
+            the function of the same name.
         commutes: whether the two arguments may be exchanged.
-        selects: whether the value is always one of the arguments: nothing is rounded, and a number
-            among them is a value of their type.
-        exact: whether the value follows without a rounding, too, as an argument's negative or as a
-            predicate.
-        written: whether it is a rounding that the user wrote, by a cast.
-        chooses: whether the value is one of the arguments after the first, which tells which.
-        derivative: (d, y, *arguments) -> what each argument gets of the cotangent d of the value
-            y; None for an argument without a derivative. The values compute with + - * / and
-            negation, and `x.to("exp", ...)` is another function of this table.
+        selects: whether the result is always one of the arguments: it is not rounded, and literal
+            arguments are rounded to the type of the others.
+        exact: whether the result is computed without rounding, such as a negation or a predicate.
+        written: whether it is a rounding by a cast that the user wrote.
+        chooses: whether the first argument selects one of the others as the result.
+        derivative: (d, y, *arguments) -> the cotangent of each argument, from the cotangent d of
+            the result y; None for an argument without a derivative. The operands support + - * /
+            and negation, and `x.to("exp", ...)` applies another function of this table.
     """
 
     name: str
@@ -65,21 +64,21 @@ class Scalar:
 
     @property
     def is_negation(self) -> bool:
-        """Whether it changes the sign of its argument, and does no more."""
+        """Whether it is the negation."""
         return self.signs == (-1,)
 
     @property
     def is_product(self) -> bool:
-        """Whether it is the product of its arguments."""
+        """Whether it is the product of two or more arguments."""
         return len(self.powers) > 1 and set(self.powers) == {1}
 
     @property
     def diverges_at_zero(self) -> bool:
-        """Whether it is infinite at 0, and 0 nowhere: a negative power."""
+        """Whether it is infinite at 0 and nonzero everywhere: a negative power."""
         return bool(self.powers) and max(self.powers) < 0
 
     def is_linear_in(self, chosen: Sequence[bool]) -> bool:
-        """Whether it is linear in the chosen arguments together, the others being constants."""
+        """Whether it is jointly linear in the `chosen` arguments, with the others held constant."""
         if self.signs:
             return all(chosen)
         powers = [p for p, one in zip(self.powers, chosen, strict=False) if one]
@@ -87,7 +86,7 @@ class Scalar:
 
     @property
     def unrounded(self) -> bool:
-        """Whether every kernel finds the same bits for the same arguments: nothing is rounded."""
+        """Whether the result is not rounded, and so is bitwise the same in every kernel."""
         return self.exact or self.selects
 
 
@@ -100,9 +99,10 @@ def _pow(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _half_at_ties(d: Any, other: Any, a: Any, b: Any) -> Any:
-    """What `a` gets where surely the `other` one was taken or either: torch's rule.
+    """The cotangent of `a` in a maximum or minimum, by torch's rule.
 
-    Both get all of it where either is NaN.
+    It is 0 where `other` says that b was selected, d / 2 at a tie, else d; if either argument is
+    NaN, both have d.
     """
     return other.to("where", 0.0, a.to("eq", b).to("where", d * 0.5, d))
 
@@ -112,7 +112,7 @@ def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _clamp_derivative(d: Any, y: Any, x: Any, low: Any, high: Any) -> tuple[Any, ...]:
-    """Torch's rule: x gets all at a bound and nothing as NaN; bounds that cross are the upper."""
+    """Torch's rule: x has d on the bounds, 0 if NaN; if low > high, the result is high."""
     inside = x.to("ge", low).to("where", x.to("le", high).to("where", d, 0.0), 0.0)
     crossed = high.to("lt", low)
     below = low.to("lt", high).to("where", x.to("lt", low).to("where", d, 0.0), 0.0)
@@ -318,9 +318,9 @@ _ROWS = (
 
 
 def _rounding(dtype: DType) -> Scalar:
-    """The value that is left after a store: what compilers see of a value that is read again.
+    """The rounding by a store and a load, as an explicit function of the stored value.
 
-    float64 is left alone: there a Program is held against its block.
+    float64 is not rounded, since the oracle compares a Program with its block in float64.
     """
 
     def evaluate(x: Tensor) -> Tensor:
@@ -331,14 +331,14 @@ def _rounding(dtype: DType) -> Scalar:
 
 
 def cast_to(dtype: DType) -> str:
-    """The name of the function that is left of a cast to a float type."""
+    """The name of the function that rounds as a cast to a float type does."""
     return f"cast_{dtype.name}"
 
 
 def _cast(dtype: DType) -> Scalar:
-    """The value that a type has room for, where the user cast to it and a wider type sees it.
+    """The rounding by a cast that the user wrote, if the result is then read in a wider type.
 
-    Its cotangent is cast in the same way, as torch's is.
+    Its cotangent is rounded in the same way, as in torch.
     """
     name = cast_to(dtype)
     return Scalar(
@@ -357,12 +357,12 @@ SCALARS: dict[str, Scalar] = {row.name: row for row in (*_ROWS, *_ROUNDINGS, *_C
 
 
 def _named(is_it: Callable[[Scalar], bool]) -> str:
-    """The name of the only function of a kind."""
+    """The name of the only row for which `is_it` holds."""
     (found,) = (row.name for row in _ROWS if is_it(row))
     return found
 
 
-# The functions that passes build with.
+# The functions from which passes build expressions.
 SUM = _named(lambda row: row.signs == (1, 1))
 DIFFERENCE = _named(lambda row: row.signs == (1, -1))
 NEGATION = _named(lambda row: row.is_negation)

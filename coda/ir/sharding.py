@@ -1,9 +1,12 @@
-"""A block on several ranks, one of its dims shared out among them: what does each rank have?
+"""A graph and one sharded dim -> how each output and each gradient is placed over ranks.
 
-Every rank computes the block on its own part. A value that depends on the dim is then *split*: the
-rank has its part of it. A value that does not is *full*, the same on all ranks, or *partial*: a sum
-over the dim, of which each rank has a summand. What is linear in a partial value is partial;
-anything else that reads one, or a fold over the dim other than a sum, cannot be computed apart.
+Every rank computes the block on its own shard. A value that depends on the dim is sharded ("split"
+here). Any other value is replicated ("full"), or a partial sum ("partial"): a sum over the dim, of
+which each rank has one summand. A linear function of a partial sum is a partial sum; every other
+function of one, and every reduction over the dim except a sum, needs communication and is refused.
+
+    y = x @ w.T, x [M, K], w [N, K]     over M: x, y sharded, w replicated, dw a partial sum
+                                        over K: x, w sharded, y a partial sum, dx, dw sharded
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ FULL, SPLIT, PARTIAL = "full", "split", "partial"
 
 
 class Inseparable(Exception):
-    """A node cannot be computed by ranks that have a part each; the message says why."""
+    """A node cannot be computed without communication between ranks; the message says why."""
 
     def __init__(self, node: Node, why: str) -> None:
         super().__init__(why)
@@ -50,13 +53,13 @@ class Inseparable(Exception):
 
 @dataclass(frozen=True)
 class Shared:
-    """A block with one dim shared out.
+    """A block with one sharded dim. A state is "split" (sharded), "full" (replicated) or "partial".
 
     Attributes:
-        symbol: the dim.
+        symbol: the sharded dim.
         outputs: the state of each output.
-        gradients: of each argument, by name: "split", "full" or "partial"; "" where it is full in
-            one part and partial in another.
+        gradients: the state of each argument's gradient, by name; "" if it is the sum of a
+            replicated and a partial one.
     """
 
     symbol: str
@@ -65,7 +68,7 @@ class Shared:
 
 
 def share(graph: Graph, symbol: str) -> Shared:
-    """What ranks have that share out a dim of a block. Raises Inseparable."""
+    """Propagate the sharding of a dim through a block and its backward pass. Raises Inseparable."""
     states: dict[Node, str] = {}
     for node in walk((*graph.inputs, *graph.roots)):
         states[node] = _state(node, symbol, [states[o] for o in node.operands])
@@ -84,12 +87,12 @@ def share(graph: Graph, symbol: str) -> Shared:
 
 
 def axis_of(shape: Shape, symbol: str) -> int | None:
-    """The axis whose size a dim is part of."""
+    """The first axis whose size depends on the dim; None for none."""
     return next((i for i, d in enumerate(shape) if symbol in d.symbols), None)
 
 
 def _state(node: Node, symbol: str, operands: list[str]) -> str:
-    """The state of a node, from those of its operands."""
+    """The state of a node, given the states of its operands."""
     if isinstance(node, Input):
         return SPLIT if axis_of(node.shape, symbol) is not None else FULL
     if isinstance(node, Size | Iota):
@@ -108,7 +111,7 @@ def _state(node: Node, symbol: str, operands: list[str]) -> str:
 def _sum(node: Contract | Reduce, symbol: str, operands: list[str]) -> str:
     if isinstance(node, Contract):
         axes = [d for d in (*node.shape, node.lhs.shape[-1]) if symbol in d.symbols]
-        if len(axes) > 1:  # each part of one axis meets each part of the other
+        if len(axes) > 1:  # every shard of one axis is needed with every shard of the other
             raise Inseparable(node, f"it needs all of `{symbol}`")
     summed: Dim = node.lhs.shape[-1] if isinstance(node, Contract) else node.arg.shape[node.axis]
     adds = isinstance(node, Contract) or MONOIDS[node.fn].is_plain_sum
@@ -134,7 +137,7 @@ def _map(node: Map, operands: list[str]) -> str:
 
 
 def _check_place(node: Node, symbol: str) -> None:
-    """Raise Inseparable where a view or a gather mixes the parts of the dim."""
+    """Raise Inseparable if a view or a gather reads elements of several shards."""
     match node:
         case Cast() | Permute() | Expand():
             mixed = False
@@ -159,13 +162,13 @@ def _check_place(node: Node, symbol: str) -> None:
 
 
 def _before(shape: Shape, symbol: str) -> Dim | None:
-    """How many parts of a row-major tensor come one after the other before the dim begins."""
+    """The number of elements of the axes left of the sharded one; None if none is sharded."""
     axis = axis_of(shape, symbol)
     return None if axis is None else product(shape[:axis])
 
 
 def candidates(graph: Graph, dims: Iterable[Dim]) -> list[str]:
-    """Dims that may be shared out where axes of these sizes are: they are part of each."""
+    """The symbols on which all of `dims` depend: those that can be sharded on these axes."""
     common = [d.symbols for d in dims]
     found = frozenset.intersection(*common) if common else frozenset()
     return [s for s in graph.symbols if s in found]

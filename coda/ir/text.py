@@ -1,4 +1,12 @@
-"""The text form: a graph prints as `.coda` text and parses back to the same graph."""
+"""Graph <-> `.coda` text: a graph prints as text, which parses to the same graph.
+
+    block twice(%x: [M, D] bf16) {
+      %1 = add %x, %x                               : [M, D] bf16
+      return out = %1
+    }
+
+Values are numbered in topological order.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +54,7 @@ from coda.ir.types import DTYPES, DType
 
 
 def show(graph: Graph) -> str:
-    """The graph as text; `parse` gives the same graph back."""
+    """The text of a graph; `parse` is its inverse."""
     names: dict[Node, str] = {i: f"%{i.name}" for i in graph.inputs}
     taken = set(names.values())
     numbers = (f"%{n}" for n in count(len(names)))
@@ -67,7 +75,7 @@ def show(graph: Graph) -> str:
 
 
 def show_operation(node: Node, names: dict[Node, str]) -> str:
-    """What stands right of the `=`."""
+    """The right side of a statement; `names` has the name of each operand."""
     args = ", ".join(names[o] for o in node.operands)
     match node:
         case Const(value=v, element=t):
@@ -114,7 +122,7 @@ def _parser() -> Lark:
 
 
 def parse(text: str, file: str = "<coda text>") -> Graph:
-    """The graph that a text means. Raises TextError with the line and what would work."""
+    """The graph of a text. Raises TextError with the line, what was found and what was expected."""
     if not Path(file).exists():
         lines = text.splitlines(keepends=True)
         linecache.cache[file] = (len(text), None, lines, file)
@@ -135,7 +143,7 @@ _SAID = {
 
 
 def _unexpected(e: UnexpectedInput, text: str, file: str) -> TextError:
-    """What was found where the grammar expected something else."""
+    """The error for a token that the grammar does not allow there, with those it allows."""
     names = set(getattr(e, "expected", None) or getattr(e, "allowed", None) or ())
     spelled = {t.name: t.pattern.value for t in _parser().terminals}
     expected = sorted(_SAID.get(n) or f"`{spelled.get(n, n)}`" for n in names)
@@ -157,7 +165,7 @@ def _unexpected(e: UnexpectedInput, text: str, file: str) -> TextError:
 
 
 class _Reader:
-    """Builds nodes from the tree of a text."""
+    """Builds a graph from the parse tree of a text; `file` is for source lines in errors."""
 
     def __init__(self, file: str) -> None:
         self.file = file

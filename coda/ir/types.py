@@ -1,4 +1,4 @@
-"""Element types: coda's names, torch's types and their widths in bits."""
+"""Element types: coda's names, torch's dtypes, and their widths and ranges in bits."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ class DType:
     """An element type.
 
     Attributes:
-        name: coda's name for it.
-        torch: torch's type.
+        name: coda's name, as in the text form.
+        torch: torch's dtype.
         kind: "float", "int" or "bool".
-        bits: of one element in memory.
-        digits: bits of a value without its sign (of a float: of the significand, with the hidden
-            one).
+        bits: the width of one element in memory.
+        digits: bits of the magnitude (for a float: of the significand, with the hidden bit).
         exponent: bits of a float's exponent.
-        by_bytes: whether kernels store it as bytes. They have no matrices of conditions, and GPUs
-            convert to e5m2 without its infinities, which torch has.
+        by_bytes: whether kernels store it as uint8: the DSL has no bool matrices, and a GPU's
+            conversion to e5m2 saturates where torch's gives infinity.
     """
 
     name: str
@@ -42,33 +41,33 @@ class DType:
 
     @property
     def size(self) -> int:
-        """Bytes of one element; a type of fewer than 8 bits has none of its own (`nbytes`)."""
+        """Bytes of one element; for a type of fewer than 8 bits use `nbytes`."""
         return self.bits // 8
 
     def nbytes(self, count: int) -> int:
-        """Bytes of `count` elements, one after the other, in whole bytes."""
+        """Bytes of `count` contiguous elements, rounded up."""
         return -(-count * self.bits // 8)
 
     @property
     def reaches_far(self) -> bool:
-        """Whether its range is that of float32, so that no factor takes a value out of it."""
+        """Whether its exponent range is at least that of float32."""
         return self.exponent >= 8
 
     def nearest(self, value: float) -> float:
-        """A number rounded to this type, as torch rounds a number of Python; infinite beyond it."""
+        """Round a number to this dtype as torch rounds Python numbers; infinite if out of range."""
         if self.kind != "float":
             return value
         with _disable_current_modes():  # a default device, fake tensors
             return torch.tensor(value, dtype=torch.float64, device="cpu").to(self.torch).item()
 
     def holds(self, other: DType) -> bool:
-        """Whether every value of another type is a value of this one."""
+        """Whether every value of `other` is exactly representable in this dtype."""
         reaches = self.kind == "float" or other.kind != "float"
         return reaches and self.digits >= other.digits and self.exponent >= other.exponent
 
 
 def has_reciprocal(value: float) -> bool:
-    """Whether a number and its reciprocal are normal in float32: a product then divides by it."""
+    """Whether a value and its reciprocal are normal in float32: x / v may be x * (1 / v)."""
     info = torch.finfo(torch.float32)
     return info.tiny <= abs(value) <= info.max and abs(1.0 / value) >= info.tiny
 
@@ -89,12 +88,12 @@ _RANK = (bool_, i32, i64, e5m2, e4m3, f16, bf16, f32, f64)
 
 
 def from_torch(dtype: torch.dtype) -> DType | None:
-    """The coda type of a torch dtype, or None where coda has none."""
+    """The coda type of a torch dtype; None if coda does not support it."""
     return _FROM_TORCH.get(dtype)
 
 
 def dtype_of(value: DType | torch.dtype | str) -> DType:
-    """A coda type, given as one, as torch's or by its name. Raises DtypeError."""
+    """The DType of a DType, a torch dtype or a name. Raises DtypeError for any other value."""
     found = DTYPES.get(value) if isinstance(value, str) else value
     found = from_torch(found) if isinstance(found, torch.dtype) else found
     if not isinstance(found, DType):

@@ -1,4 +1,4 @@
-"""Check a graph after a pass: every node agrees with its operands, every name is its own."""
+"""Check a graph after a pass: types follow from operands, nodes are interned, names unique."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coda.ir.types import DType
 
 
 def verify(graph: Graph, after: str) -> None:
-    """Raise InternalError where the pass `after` left a graph that is not well formed."""
+    """Raise InternalError, which names the pass `after`, if the graph is not well formed."""
     known = set(graph.inputs)
     for node in walk(graph.roots):
         if isinstance(node, Input) and node not in known:
@@ -28,7 +28,7 @@ def verify(graph: Graph, after: str) -> None:
 
 
 def verify_nodes(nodes: Iterable[Node], after: str) -> None:
-    """Raise InternalError where a node that the pass `after` left disagrees with its operands."""
+    """Raise InternalError for a node that is not interned, or whose type is not as inferred."""
     for node in nodes:
         if not is_interned(node):
             _fail(after, node, "another node means the same")
