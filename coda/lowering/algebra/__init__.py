@@ -1,1 +1,1 @@
-"""Graph -> Graph: laws of sums, the derivative, and what follows from both."""
+"""Graph -> Graph: the laws of sums, the derivative, and the passes that prepare both."""

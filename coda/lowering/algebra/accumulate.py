@@ -1,11 +1,14 @@
-"""A backward -> one whose gradients are added to what is there already.
+"""Backward graph -> backward graph whose gradients accumulate into existing tensors, in place.
 
-Adding is an operation of the graph like any other: the epilogue of the GEMM that makes a weight's
-gradient loads what is there, adds, and stores over it. No pass of its own reads the gradient again.
+The addition is an ordinary operation of the graph: the epilogue of a weight gradient's GEMM loads
+the accumulator, adds, and stores in place. No further kernel reads the gradient.
 
-Siblings (q, k and v; gate and up) have their gradients from one contraction, each some of its
-rows. Where they are added to rows of one matrix as well, that is one GEMM; where what they are
-added to lies apart, each is a contraction of its own.
+Siblings (q, k and v; gate and up) get their gradients from one contraction, each a range of its
+rows. If their accumulators are the rows of one matrix too, that stays one GEMM; if the accumulators
+are separate tensors, each gradient becomes a contraction of its own.
+
+    dq, dk, dv = rows of (dyᵀ x)    one matrix:        sum_q_k_v + dyᵀ x
+                                    separate tensors:  sum_q + dy[:, q]ᵀ x, and so for k and v
 """
 
 from __future__ import annotations
@@ -24,13 +27,13 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Accumulation:
-    """A backward that adds.
+    """A backward graph that accumulates.
 
     Attributes:
-        graph: the backward's arguments are the training's, and after them what is added to.
-        updates: its outputs that are written over an argument: a name, and the argument's.
-        held: for each such argument, the arguments of the block whose gradients are added to its
-            rows, one after the other.
+        graph: its inputs are those of the training's backward, followed by the accumulators.
+        updates: (output, input) names: outputs that are written in place over an accumulator.
+        held: for each accumulator, the block's arguments whose gradients are added to its rows, in
+            row order.
     """
 
     graph: Graph
@@ -39,7 +42,7 @@ class Accumulation:
 
 
 def siblings(training: Training) -> tuple[Names, ...]:
-    """Arguments of a block whose gradients are all rows of one matrix, in their order."""
+    """Groups of arguments whose gradients together are all rows of one matrix, in row order."""
     parts: dict[Node, list[tuple[Slice, str]]] = {}
     for name, (_, node) in zip(training.wanted, training.backward.outputs, strict=True):
         if isinstance(node, Slice) and node.axis == -2 and node.step == 1:
@@ -59,13 +62,12 @@ def siblings(training: Training) -> tuple[Names, ...]:
 def accumulating(
     training: Training, targets: Mapping[str, DType], beside: Iterable[Names] = ()
 ) -> Accumulation:
-    """The backward of a training that adds.
+    """The backward of a training, with gradients added to accumulators.
 
     Args:
-        training: of a block.
-        targets: names of arguments whose gradients are added to a tensor of the argument's shape,
-            with the element type of that tensor.
-        beside: those of `siblings(training)` that are added to rows of one matrix.
+        training: a block's forward and backward.
+        targets: argument name -> dtype of the accumulator, which has the argument's shape.
+        beside: the groups of `siblings(training)` whose accumulators are the rows of one matrix.
     """
     graph = training.backward
     places = {name: i for i, name in enumerate(training.wanted)}
@@ -90,7 +92,7 @@ def accumulating(
 
 
 def _argument(names: Sequence[str], node: Node, dtype: DType, taken: set[str]) -> Input:
-    """What gradients are added to: one, or the rows of a matrix of which each is some."""
+    """The accumulator of one gradient, or of all gradients that are rows of one matrix."""
     name = "sum_" + "_".join(names)
     while name in taken:
         name += "_"
@@ -100,7 +102,7 @@ def _argument(names: Sequence[str], node: Node, dtype: DType, taken: set[str]) -
 
 
 def _sums(gradients: Sequence[tuple[str, Node]], added: Input) -> list[tuple[str, Node]]:
-    """Gradients added to an argument, or to its rows."""
+    """(output, value) of gradients after the addition to an accumulator, or to its rows."""
     (name, first), *rest = gradients
     if not rest:
         return [(name, _sum(added, _apart(first)))]
@@ -115,9 +117,9 @@ def _sum(added: Input, gradient: Node) -> Node:
 
 
 def _apart(node: Node) -> Node:
-    """A gradient that is some rows of a contraction over rows, as a contraction of its own.
+    """(dᵀ x)[start : start + size] = (d[:, start : start + size])ᵀ x; other nodes as they are.
 
-    Several weights' gradients may be one contraction; what they are added to is not one matrix.
+    Used where several gradients share a contraction but their accumulators share no matrix.
     """
     if not (isinstance(node, Slice) and node.axis == -2 and node.step == 1):
         return node
@@ -129,7 +131,7 @@ def _apart(node: Node) -> Node:
 
 
 def _columns(node: Node, start: Dim, size: Dim) -> Node:
-    """Some columns of a node: the operand of a concatenation where they are one."""
+    """Columns [start, start + size): an operand of a concatenation if it has exactly these."""
     first = Dim.of(0)
     for arg in node.args if isinstance(node, Concat) and node.axis == -1 else ():
         if (first, arg.shape[-1]) == (start, size):

@@ -1,12 +1,12 @@
-"""The derivative of a contraction of batches: two contractions of batches.
+"""Batched contraction and its cotangent -> the cotangents of both operands, batched contractions.
 
-For y = x wᵀ, x [*b, M, K] and w [*b, N, K], with the cotangent d [*b, M, N] of y:
+For y = x wᵀ with x [*b, M, K], w [*b, N, K], and d [*b, M, N] the cotangent of y:
 
     dx = d w        dw = dᵀ x
 
-An operand that several batches share has the sum of their cotangents. The sum is part of the
-contraction, which then is over two axes; no partial cotangent is rounded. Queries [B, G, R, S, d]
-of R heads that share keys [B, G, 1, T, d] give
+If several batches share an operand, its cotangent is the sum of theirs. That sum is part of the
+contraction, which then runs over two axes, so no partial cotangent is rounded. Queries
+[B, G, R, S, d], of which R heads share the keys [B, G, 1, T, d], give
 
     dw [B, G, 1, T, d] = dᵀ as [B, G, T, (R S)]  times  x as [B, G, (R S), d]
 """
@@ -18,11 +18,11 @@ from coda.ir.graph import Contract, Expand, Node, Permute, Reshape
 
 
 def lhs_cotangent(node: Contract, d: Node) -> Node:
-    """The cotangent of the left operand of a contraction of batches.
+    """The cotangent of the left operand of a batched contraction: its shape and dtype.
 
     Args:
         node: x [*b, M, K] times w [*b, N, K].
-        d: the cotangent of its result, [*b, M, N], with all its axes.
+        d: the cotangent of its result, [*b, M, N], every axis of its full size.
     """
     return _cotangent(d, node.rhs, node.lhs)
 
@@ -39,12 +39,12 @@ def _cotangent(d: Node, other: Node, mine: Node) -> Node:
 
 
 def _shared_last(d: Node, other: Node, mine: Shape) -> tuple[Node, Node]:
-    """Operands without the shared batch axes, which are part of the axis that is summed.
+    """Move the batch axes that an operand shares into the contracted axis.
 
     Args:
         d: [*b, P, Q], with all batch axes.
-        other: [*b, Q, K], of which some batch axes may be 1, or missing.
-        mine: the shape of the operand whose cotangent is made, as `other`.
+        other: [*b, Q, K]; batch axes may be 1 or missing.
+        mine: the shape [*b, P, K] of the operand to differentiate; batch axes may be 1 or missing.
 
     Returns:
         d as [*kept, P, (shared Q)] and other as [*kept, (shared Q), K].

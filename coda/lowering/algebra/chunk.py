@@ -1,11 +1,12 @@
-"""A graph whose largest value between two kernels is made in parts, one after the other.
+"""Graph -> graph in which the largest intermediate is computed in chunks of its columns.
 
-A sum over an axis is the sum over its parts: Σ_n y w = Σ_n₁ y₁ w₁ + Σ_n₂ y₂ w₂, the law
-`contractions_together` from right to left; what depends on the axis is its parts side by side.
-Parts move down to the arguments: some columns of x wᵀ are x times some rows of w, and of an
-elementwise function they are the function of some columns. So the logits' gradient of a language
-model need not exist: for each part of the vocabulary it is made, and read for some rows of the
-weight's gradient and a summand of the activation's.
+A sum over an axis is the sum over its chunks: Σ_n y w = Σ_n₁ y₁ w₁ + Σ_n₂ y₂ w₂ (the law
+`contractions_together` from right to left). A value that keeps the axis is the concatenation of its
+chunks. Slices move down to the arguments: columns of x wᵀ are x times rows of w, and columns of an
+elementwise function are that function of the columns. So the logits' gradient d of a language model
+is never materialised whole:
+
+    dw = dᵀ x = rows [d₁ᵀ x; d₂ᵀ x]     dx = d w = d₁ w₁ + d₂ w₂     dᵢ: one chunk of the vocabulary
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ from coda.ir.scalars import SUM
 from coda.ir.types import f32
 from coda.lowering.algebra.roles import base, weight_nodes
 
-MOST = 8  # parts: each costs a pass over what is summed in parts
-SHARE = 4  # what is made for the Program alone may take this part of its arguments and outputs
-STEP = 256  # columns of a part are a multiple of it: whole tiles
+MOST = 8  # chunks at most: each reads and writes the accumulated sums once more
+SHARE = 4  # an intermediate may take 1 / SHARE of the bytes of all arguments and outputs
+STEP = 256  # columns of a chunk are a multiple of it: whole tiles
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A value that is made in parts.
+    """A value that is computed in chunks.
 
     Attributes:
         node: the value.
-        columns: of each part.
-        nbytes: what the value would take.
-        bound: what it may take.
+        columns: the number of columns of each chunk.
+        nbytes: bytes of the whole value.
+        bound: bytes that an intermediate may take.
     """
 
     node: Node
@@ -67,7 +68,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Parted:
-    """A graph in parts: the cuts that made it, and which part its contractions are of."""
+    """A chunked graph, its cuts, and contraction -> number of the chunk that it belongs to."""
 
     graph: Graph
     cuts: tuple[Cut, ...] = ()
@@ -75,11 +76,17 @@ class Parted:
 
 
 class _Whole(Exception):
-    """A node cannot be made in parts."""
+    """A node cannot be computed in chunks."""
 
 
 def chunk(graph: Graph, sizes: Mapping[str, int], passing: frozenset[str]) -> Parted:
-    """The graph with its largest value between kernels in parts, where it is too large."""
+    """The graph with its largest intermediate in chunks, if that takes more bytes than the bound.
+
+    Args:
+        graph: in normal form.
+        sizes: the size of every symbol.
+        passing: names of arguments that are new in every call, and so are no weights.
+    """
     bound = sum(n.nbytes(sizes) for n in (*graph.inputs, *graph.roots)) // SHARE
     between = _between(graph, passing)
     for node in sorted(between, key=lambda n: -n.nbytes(sizes)):
@@ -102,7 +109,7 @@ def chunk(graph: Graph, sizes: Mapping[str, int], passing: frozenset[str]) -> Pa
 
 
 def _sources(node: Node) -> list[Node]:
-    """The contractions whose columns are those of a node: what is made of them is cut with it."""
+    """The contractions that a node is an elementwise function of, or else the node itself."""
     found: dict[Node, None] = {}
     stack = [node]
     while stack:
@@ -115,7 +122,7 @@ def _sources(node: Node) -> list[Node]:
 
 
 def part_columns(columns: int, count: int) -> tuple[int, ...]:
-    """So many columns in at most `count` parts, whole tiles but for the last."""
+    """Divide columns into at most `count` chunks; all but the last are multiples of STEP."""
     count = min(count, MOST)
     each = -(-columns // (count * STEP)) * STEP
     whole, rest = divmod(columns, each)
@@ -125,7 +132,7 @@ def part_columns(columns: int, count: int) -> tuple[int, ...]:
 
 
 def _between(graph: Graph, passing: frozenset[str]) -> list[Node]:
-    """What one kernel writes for another's contraction, in order."""
+    """Intermediates that a contraction reads from memory, in graph order: no inputs, no weights."""
     nodes = list(walk(graph.roots))
     weights = weight_nodes(nodes, passing)
     factors = [base(o) for n in nodes if isinstance(n, Contract) for o in n.operands]
@@ -137,7 +144,15 @@ def _between(graph: Graph, passing: frozenset[str]) -> list[Node]:
 
 
 class _Parts:
-    """One cut: of the last axis of some nodes, and of all that depends on this axis."""
+    """One cut of the last axis of the seeds, and of every node that has this axis.
+
+    Attributes:
+        spans: (start, size) of each chunk along the axis.
+        axes: the axis of each node that is cut, counted from the end.
+        stands: a node of the graph -> its replacement.
+        memo: (node, axis, chunk) -> that chunk of the node.
+        part_of: contraction -> the chunk that it belongs to.
+    """
 
     def __init__(self, seeds: list[Node], columns: tuple[int, ...]) -> None:
         starts = [sum(columns[:i]) for i in range(len(columns))]
@@ -148,7 +163,7 @@ class _Parts:
         self.part_of: dict[Node, int] = {}
 
     def run(self, graph: Graph) -> tuple[tuple[Node, ...], dict[Node, int]]:
-        """The roots, and the contractions of each part. Raises _Whole."""
+        """The new roots, and the chunk of each contraction. Raises _Whole."""
         for node in walk(graph.roots):
             if node not in self.axes and any(o in self.axes for o in node.operands):
                 axis = self.carried(node)
@@ -164,7 +179,7 @@ class _Parts:
         return self.resolved(graph.roots), self.part_of
 
     def resolved(self, roots: tuple[Node, ...]) -> tuple[Node, ...]:
-        """Roots of nodes that are sums over parts, or parts side by side, where they are now."""
+        """The roots, rebuilt on the replacements of `stands`."""
         new: dict[Node, Node] = {}
         stack = list(roots)
         while stack:
@@ -184,10 +199,10 @@ class _Parts:
                     self.part_of[new[node]] = self.part_of[node]
         return tuple(new[r] for r in roots)
 
-    # Upwards: what depends on the axis.
+    # Upwards, to users: which nodes have the axis.
 
     def carried(self, node: Node) -> int | None:
-        """The axis of a node that is cut with its operands'; None where it sums over it."""
+        """The axis of a node that its operands' cut axis becomes; None where the node sums it."""
         found = {self.through(node, o, self.axes[o]) for o in node.operands if o in self.axes}
         if len(found) > 1:
             raise _Whole
@@ -216,7 +231,7 @@ class _Parts:
         raise _Whole
 
     def summed(self, node: Node) -> Node:
-        """A sum over the axis: of the sums over its parts, kept in float32."""
+        """A sum over the axis as the sum over its chunks; contractions give at least float32."""
         total: Node | None = None
         for part in range(len(self.spans)):
             one = self.summand(node, part)
@@ -234,14 +249,14 @@ class _Parts:
         return Reduce(node.fn, self.part(node.arg, node.axis, part), node.axis)
 
     def beside(self, root: Node) -> Node:
-        """What depends on the axis: its parts, one after the other."""
+        """A value that keeps the axis, as the concatenation of its chunks."""
         axis = self.axes[root]
         return Concat(tuple(self.part(root, axis, p) for p in range(len(self.spans))), axis)
 
-    # Downwards: a part of a node, of parts of its operands.
+    # Downwards, to operands: a chunk of a node from chunks of its operands.
 
     def part(self, node: Node, axis: int, part: int) -> Node:
-        """The columns (or whatever the axis is) of one part."""
+        """One chunk of a node along `axis`."""
         key = node, axis, part
         if key not in self.memo:
             with origin(node.where):
@@ -272,7 +287,7 @@ class _Parts:
         return Slice(node, axis, start, size, 1)
 
     def narrow(self, node: Node, axis: int, part: int) -> Node:
-        """A part of an operand, or all of it where it does not depend on the axis."""
+        """One chunk of an operand, or the whole operand if it does not have the axis."""
         inside = -axis <= node.rank and node.shape[axis] != ONE
         return self.part(node, axis, part) if inside else node
 
@@ -286,12 +301,12 @@ def _on(node: Node, operands: list[Node]) -> Node:
 
 
 def _with(shape: Shape, axis: int, size: Dim) -> Shape:
-    """A shape with another size of one axis."""
+    """A shape with axis `axis` (negative) of size `size`."""
     return tuple(size if i == axis + len(shape) else d for i, d in enumerate(shape))
 
 
 def _same_axis(before: Shape, axis: int, after: Shape) -> int:
-    """The axis of `after` that is `axis` of `before`, in the same order. Raises _Whole."""
+    """The axis of `after`, a reshape of `before`, with the elements of `axis`. Raises _Whole."""
     found = _find_axis(before, axis, after)
     if found is None:
         raise _Whole
@@ -299,7 +314,7 @@ def _same_axis(before: Shape, axis: int, after: Shape) -> int:
 
 
 def _find_axis(before: Shape, axis: int, after: Shape) -> int | None:
-    """As `_same_axis`, None where a reshape has no such axis."""
+    """As `_same_axis`, but None if the reshape has no such axis."""
     inner = product(before[len(before) + axis + 1 :])
     for other in _axes(after):
         if after[other] == before[axis] and product(after[len(after) + other + 1 :]) == inner:

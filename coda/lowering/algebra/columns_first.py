@@ -1,11 +1,11 @@
-"""A reduction over rows and columns at once -> one over the columns, then one over the rows.
+"""Graph -> graph without reductions over a flattened (rows, columns) axis.
 
-    Σ_(m k) x = Σ_m (Σ_k x)
+    Σ_(m k) x = Σ_m (Σ_k x)         sum of [M K]  ->  sum of [M, K] to [M, 1], then of [M] to [1]
 
-The inner one is a statistic of each row, the outer one folds a number for each row, of which a call
-has any number. What is computed element by element of a matrix under one axis is computed of the
-matrix. So no kernel ever has rows side by side as columns, and the lowering has no array with an
-element for each element of a matrix.
+The inner reduction is a row statistic; the outer one folds one number per row, for any number of
+rows. Elementwise operations on a flattened matrix become operations on the matrix. So no kernel has
+several rows of the block as its columns, and the per-column arrays of the lowering stay as short as
+a row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from coda.lowering.algebra.roles import gemms, row_axes
 
 
 def columns_first(graph: Graph) -> Graph:
-    """The same values, with no operation on an axis of rows and columns."""
+    """The graph with reductions of rows and columns at once split, columns first."""
     rows = row_axes(gemms(walk(graph.roots)), graph.inputs)
 
     def change(node: Node) -> Node:
@@ -36,7 +36,7 @@ def columns_first(graph: Graph) -> Graph:
 
 @dataclass(frozen=True)
 class _Merged:
-    """A reduction of axes [first, rank) of `under`, those before `columns` being rows."""
+    """A reduction over axes [first, rank) of `under`: rows [first, columns), then columns."""
 
     node: Reduce
     under: Node
@@ -44,7 +44,7 @@ class _Merged:
     columns: int
 
     def whole(self) -> Node:
-        """The reduction by way of one over the columns."""
+        """The same reduction, over the columns and then over the rows."""
         x, fn = self.under, self.node.fn
         if not MONOIDS[fn].nests:  # the variance, as it is defined
             mean = self.reduced("mean", x)
@@ -53,7 +53,7 @@ class _Merged:
         return _shaped(self.reduced(fn, x), self.node.shape)
 
     def reduced(self, fn: str, x: Node) -> Node:
-        """The reduction of `x`, which has the axes of `under`: those reduced are left with 1."""
+        """Reduce `x`, of the shape of `under`; the reduced axes stay with size 1."""
         shape = x.shape
         lead, rows = shape[: self.first], product(shape[self.first : self.columns])
         columns = product(shape[self.columns :])
@@ -63,7 +63,7 @@ class _Merged:
 
 
 def _of_matrices(node: Map | Cast, rows: Dim) -> Node:
-    """A function of matrices under one axis as that of the matrices, under one axis."""
+    """An elementwise operation on flattened matrices -> on the matrices, and then flattened."""
     wide = [o for o in node.operands if product(o.shape) != ONE]
     under = {o.arg.shape for o in wide if isinstance(o, Reshape)}
     joined = all(isinstance(o, Reshape) and o.shape == node.shape for o in wide)
@@ -79,7 +79,7 @@ def _of_matrices(node: Map | Cast, rows: Dim) -> Node:
 
 
 def _has(shape: Shape, rows: Dim) -> bool:
-    """Whether some first axes are the rows."""
+    """Whether some leading axes of a shape together have the size `rows`."""
     return any(product(shape[:i]) == rows for i in range(len(shape) + 1))
 
 
@@ -88,9 +88,10 @@ def _shaped(node: Node, shape: Shape) -> Node:
 
 
 def _merged(node: Reduce, rows: Dim) -> _Merged | None:
-    """What a reduction of rows and columns at once reduces; None for any other.
+    """The axes that a reduction over rows and columns reduces; None for any other reduction.
 
-    The rows are those of the block where a value has them, or else all axes but the last.
+    The rows are the block's if the value under the reshapes has them, otherwise all axes but the
+    last.
     """
     axis = node.rank + node.axis
     if product(node.shape[axis:]) != ONE:
@@ -110,7 +111,7 @@ def _merged(node: Reduce, rows: Dim) -> _Merged | None:
 
 
 def _apart(node: Reduce, under: Node, first: int, columns: int) -> _Merged | None:
-    """The reduction as one of rows and columns, if it has both."""
+    """The split at `columns`, if there is more than one row and more than one column."""
     rows, rest = product(under.shape[first:columns]), product(under.shape[columns:])
     both = first < columns and ONE not in (rows, rest)
     return _Merged(node, under, first, columns) if both else None

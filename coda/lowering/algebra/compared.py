@@ -1,12 +1,12 @@
-"""A maximum's derivative asks which value was taken -> what it is asked of, to be kept as it is.
+"""Graph -> the values that must be materialised so that a comparison with a maximum is exact.
 
-The backward takes the maximum again and compares it with the values. Two kernels (and two sweeps of
-one) may round a value otherwise: a product and a sum are contracted or not, products regrouped. No
-value would then equal the maximum, and the row's gradient would be lost. So values and maximum are
-made, without a rounding, of values that are in memory: of the same bits in every kernel. So is what
-a block itself compares, as in y == max y.
+The derivative of a maximum recomputes it and compares it with the values. Two kernels, or two
+sweeps of one kernel, may round a recomputed value differently (multiply and add fused or not,
+products regrouped). Then no value would equal the maximum and the row's gradient would be lost. So
+values and maximum follow, without rounding, from values in memory, which have the same bits for
+every kernel. The same holds for a comparison that a block itself makes, as in y == max y.
 
-    max |x · r · w|:  x · r · w is kept, of which |.| is a function without a rounding
+    max |x · r · w|:  x · r · w is materialised; |.| does not round
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from coda.lowering.algebra.roles import is_view
 
 
 def compared(roots: Iterable[Node]) -> set[Node]:
-    """The maxima (and minima) that meet the values that they are taken of in one function."""
+    """The maxima and minima that an exact function, such as `eq`, combines with their operand."""
     found: set[Node] = set()
     for node in walk(roots):
         if isinstance(node, Map):
@@ -44,14 +44,14 @@ def compared(roots: Iterable[Node]) -> set[Node]:
 
 
 def _spread(node: Node) -> Node:
-    """What is under other axes, or repeated along them."""
+    """The node under reshapes and expands."""
     while isinstance(node, Reshape | Expand):
         node = node.arg
     return node
 
 
 def sources(extremes: Iterable[Node]) -> set[Node]:
-    """The values that have to be in memory, so that what is compared is made without a rounding."""
+    """The values to materialise, from which the operands of `extremes` follow without rounding."""
     found: set[Node] = set()
     seen: set[Node] = set()
     stack = [n.operands[0] for n in extremes]
@@ -67,7 +67,7 @@ def sources(extremes: Iterable[Node]) -> set[Node]:
 
 
 def is_exact(node: Node) -> bool:
-    """Whether a node's elements are elements of its operands, or follow from them unrounded."""
+    """Whether a node's elements follow from those of its operands without rounding."""
     match node:
         case Map(fn=fn, args=args):
             fits = [a.dtype.nearest(a.value) == a.value for a in args if isinstance(a, Const)]

@@ -1,4 +1,4 @@
-"""A graph -> the same with functions of numbers and sizes evaluated, and choices by them made.
+"""Graph and sizes -> graph with functions of constants folded, and `where` by a constant resolved.
 
     mul (size D), 0.5        = 0.5 · D, a number once D has a size
     where (const 1), a, b    = a
@@ -17,7 +17,7 @@ from coda.lowering.algebra.roles import row_symbols
 
 
 def fold_constants(graph: Graph, sizes: Mapping[str, int]) -> Graph:
-    """The graph with every function of numbers alone replaced by its value at these sizes."""
+    """Replace every scalar function of constants and column sizes by its value at `sizes`."""
     tokens = row_symbols(walk(graph.roots))
 
     def is_number(node: Node) -> bool:

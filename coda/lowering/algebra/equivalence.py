@@ -1,7 +1,7 @@
-"""Nodes that look alike: the same operations around them, on values of the same shapes.
+"""Graph -> classes of nodes with equal neighbourhoods: same operations, shapes and dtypes.
 
-What is decided for one of them is decided for all: the layers of a model are equal, and trying
-each by itself would take the square of their number.
+The compiler decides once per class. The layers of a model are equal, and a decision for each layer
+alone would take time quadratic in their number.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Hashable, Iterable
 
 from coda.ir.graph import Input, Node, users, walk
 
-BELOW, ABOVE = 4, 3  # how many operations down and up have to agree
+BELOW, ABOVE = 4, 3  # levels of operands and of users that have to agree
 
 
 def kinds(roots: Iterable[Node]) -> dict[Node, int]:
-    """A number for each node of a graph, the same for nodes that look alike."""
+    """The number of each node's class; equal for nodes with equal neighbourhoods."""
     roots = tuple(roots)
     nodes, above = list(walk(roots)), users(roots)
     numbers: dict[Hashable, int] = {}
@@ -30,7 +30,7 @@ def kinds(roots: Iterable[Node]) -> dict[Node, int]:
 
 
 def _operation(node: Node) -> Hashable:
-    """What a node does, whatever to; arguments have no names here."""
+    """Type, shape, dtype and attributes of a node, without its operands and without names."""
     values: list[object] = []
     for name in () if isinstance(node, Input) else node.identity:
         value = getattr(node, name)

@@ -1,8 +1,10 @@
-"""The algebra: laws of sums as equations, each applied from left to right.
+"""The algebra: laws of sums as equations between graphs, each applied from left to right.
 
-`sum over k` is a contraction or a reduction. A value whose axis has size 1 does not depend on that
-axis, and so may leave the sum (law 1); a reduction over an axis is a fold of a monoid, and may be
-split over tiles (law 3, `coda.ir.monoids`). The names of layers do not occur here.
+A sum over k is a contraction or a reduction. A value of size 1 along the summed axis does not
+depend on it and may leave the sum (law 1); two sums may be exchanged (law 2); a reduction is a fold
+of a monoid and may be split over tiles (law 3, `coda.ir.monoids`). No law knows a layer's name.
+
+    Σ_k (x r) w = r Σ_k x w     RMSNorm's 1 / rms moves from the GEMM's operand to its epilogue
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ _depths: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
 
 
 def depth(node: Node) -> int:
-    """The largest number of contractions on a way from the inputs to a node."""
+    """The largest number of contractions on a path from the inputs to a node, itself included."""
     stack = [node]
     while stack:
         one = stack[-1]
@@ -83,10 +85,10 @@ def depth(node: Node) -> int:
 
 
 def factor_comes_late(nodes: Mapping[str, Node]) -> bool:
-    """Whether `r` is known only after the kernel that makes `x`, which cannot apply it then.
+    """Whether `r` becomes available only after the kernel that produces `x`.
 
-    A factor that is there from the start is known to every kernel; it leaves the sum only if no
-    kernel makes `x`.
+    A factor that is an argument is available to every kernel; it moves past the sum only if no
+    kernel produces `x`.
     """
     r, x = nodes["r"], nodes["x"]
     if depth(r) != depth(x):
@@ -95,7 +97,7 @@ def factor_comes_late(nodes: Mapping[str, Node]) -> bool:
 
 
 def both_are_computed(nodes: Mapping[str, Node]) -> bool:
-    """Whether a kernel of ours writes `x` and `y`, and so can write them side by side."""
+    """Whether kernels of the Program write `x` and `y`, and so can write both into one buffer."""
     x, y = nodes["x"], nodes["y"]
     views = Reshape | Slice | Permute
     apart = x is not y and not any(isinstance(n, Input | views) for n in (x, y))
@@ -103,36 +105,36 @@ def both_are_computed(nodes: Mapping[str, Node]) -> bool:
 
 
 def is_over_rows(x: Node, w: Node) -> bool:
-    """Whether a contraction of `x` with `w` sums over rows."""
+    """Whether a contraction of `x` with `w` sums over rows: both operands are transposed."""
     return isinstance(x, Permute) and isinstance(w, Permute)
 
 
 def has_rows(nodes: Mapping[str, Node]) -> bool:
-    """Whether `x` is more than a vector."""
+    """Whether `x` has more than one row."""
     return any(d != ONE for d in nodes["x"].shape[:-1])
 
 
 def in_memory(node: Node) -> bool:
-    """Whether a value is an argument, or a view of one."""
+    """Whether a value is an argument or a view of one."""
     while isinstance(node, Reshape | Slice | Permute):
         node = node.arg
     return isinstance(node, Input)
 
 
 def cancels_in_float32(nodes: Mapping[str, Node]) -> bool:
-    """Whether float32 holds what is left of `x` after a large mean is taken from its sums.
+    """Whether subtracting a large mean after the sum, in float32, loses no bits that `x` has.
 
-    A mean far larger than the deviation costs a sum in float32 as many bits as it costs a 16-bit
-    `x`, which has none of them to begin with; a float32 `x` would lose them.
+    A mean far larger than the deviation costs a float32 sum as many bits as it costs `x` itself. A
+    16-bit `x` does not have these bits to begin with; a float32 `x` would lose them.
     """
     return nodes["x"].dtype != f32
 
 
 def has_rounded(nodes: Mapping[str, Node]) -> bool:
-    """Whether `x` went through a 16-bit type, whose rounding is far above float32's.
+    """Whether `x` went through a 16-bit type, whose rounding error is far above float32's.
 
-    A float32 logsumexp of values near 10⁴ is known to 10⁻³, and what is subtracted from it no
-    better; the maximum is known exactly.
+    A float32 logsumexp of values near 10⁴ has an error of 10⁻³, and so has a difference from it;
+    the maximum is exact.
     """
     stack, seen = [nodes["x"]], set[Node]()
     while stack:
@@ -145,7 +147,7 @@ def has_rounded(nodes: Mapping[str, Node]) -> bool:
     return False
 
 
-# Spelling: one form for what can be written in several ways.
+# Spelling: one form for expressions that users write in several ways.
 
 
 @law(x="... K")
@@ -161,7 +163,7 @@ def square_of_power(x: Node) -> Sides:
 
 
 def reciprocal_is_normal(nodes: Mapping[str, Node]) -> bool:
-    """Whether `r`, if it is a number, has a reciprocal that float32 holds."""
+    """Whether `r`, if it is a constant, has a reciprocal that is normal in float32."""
     r = nodes["r"]
     return not isinstance(r, Const) or has_reciprocal(r.value)
 
@@ -193,7 +195,7 @@ def shifts_together(x: Node, a: Node, b: Node) -> Sides:
     return _add(_add(x, a), b), _add(x, _add(a, b))
 
 
-# Law 1, pull out: what does not depend on the summed axis leaves the sum.
+# Law 1, pull out: a factor that does not depend on the summed axis leaves the sum.
 
 
 @law(x="... K", r="... 1", w="N K", unscaled=True, when=factor_comes_late)
@@ -268,7 +270,7 @@ def sums_together(x: Node, y: Node) -> Sides:
     return _add(_over("sum", x), _over("sum", y)), _over("sum", _add(x, y))
 
 
-# Law 2, swap: two sums exchange, in a derivative, where the forward has the other contraction.
+# Law 2, swap: exchange two sums of a derivative if the forward has the other contraction.
 
 
 @law(x="... K")
@@ -284,7 +286,7 @@ def turned_twice(x: Node) -> Sides:
 
 
 def lies_straight(nodes: Mapping[str, Node]) -> bool:
-    """Whether `w` is not a transpose: the law for transposes is another."""
+    """Whether `w` is not transposed; `row_sum_exchanged_turned` is the law for transposes."""
     return not isinstance(nodes["w"], Permute)
 
 
@@ -309,7 +311,7 @@ def row_sum_exchanged_turned(x: Node, y: Node, w: Node) -> Sides:
     )
 
 
-# Law 3, split: reductions written out become folds of one monoid, which can be taken in parts.
+# Law 3, split: reductions that are spelled out become folds of one monoid, combined tile by tile.
 
 
 @law(x="... K")

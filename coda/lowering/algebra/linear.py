@@ -1,8 +1,11 @@
-"""The exchange of two sums (law 2), as a derivative needs it: ⟨Aᵀ dy, z⟩ = ⟨dy, A z⟩.
+"""Product with a row factor -> the factor's cotangent from the outputs (law 2).
 
-Where rows z = x · r go on to outputs y = A z by linear operations alone, the cotangent of the
-factor r is Σ dz · x = (Σ dz · z) / r = (Σ dy · y) / r: a sum over the outputs, which are kept
-anyway, in place of one over x, which then need not be.
+The identity is ⟨Aᵀ dy, z⟩ = ⟨dy, A z⟩. If rows z = x · r reach the outputs y = A z by linear
+operations alone, the cotangent of r is
+
+    Σ dz · x = (Σ dz · z) / r = (Σ dy · y) / r
+
+a sum over the outputs, which stay in memory anyway, instead of over x, which need not be saved.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from coda.ir.scalars import SCALARS
 
 
 def row_factor(node: Map) -> Node | None:
-    """The factor of a product that is the same for all of a row, and never 0."""
+    """The factor of a product that is constant along each row ([..., 1]) and never 0, or None."""
     if not SCALARS[node.fn].is_product:
         return None
     for factor, other in (node.args, node.args[::-1]):
@@ -42,10 +45,10 @@ def row_factor(node: Map) -> Node | None:
 def linear_outputs(
     node: Node, users: Mapping[Node, list[Node]], outputs: Mapping[Node, Node]
 ) -> list[Node] | None:
-    """The outputs that a node goes on to by linear operations; None if it goes elsewhere, too.
+    """The outputs that a node reaches by linear operations; None if it has any other use.
 
-    Each has the node's leading axes, and no linear operation reads it again. They come in the order
-    of their users, as columns that are read one after the other.
+    Each has the node's leading axes and no user inside the graph. The order is that of the node's
+    users.
     """
     reached: dict[Node, None] = {node: None}
     ends: list[Node] = []
@@ -70,7 +73,7 @@ def linear_outputs(
 
 
 def _is_linear(node: Node, inside: Collection[Node]) -> bool:
-    """Whether a node is linear in those of its operands that are inside, and has no others."""
+    """Whether a node is linear in its operands of `inside`, with all others as coefficients."""
     known = [o in inside for o in node.operands]
     match node:
         case Slice() | Reshape() | Permute() | Cast() | Concat():
@@ -83,7 +86,13 @@ def _is_linear(node: Node, inside: Collection[Node]) -> bool:
 
 
 def factor_cotangent(factor: Node, outputs: list[Node], cotangents: Mapping[Node, Node]) -> Node:
-    """(Σ dy · y) / r over all columns of the outputs."""
+    """The cotangent of a row factor, (Σ dy · y) / r over all columns of the outputs.
+
+    Args:
+        factor: r, [..., 1].
+        outputs: y, each with the leading axes of the factor.
+        cotangents: dy of each output, of its shape.
+    """
     lead = factor.shape[:-1]
     parts: list[Node] = []
     for one in outputs:

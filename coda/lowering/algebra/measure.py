@@ -1,15 +1,15 @@
-"""What falls when a law is applied: why rewriting comes to an end.
+"""Node before and after a law -> whether the measure falls: the proof that rewriting terminates.
 
-Two measures, the first before the second:
+Two measures, compared in this order:
 
-    additions   how many sums of whole matrices a graph adds: `contractions_together` takes one away
-    order       the path order of a node: an operation is larger than what is made of smaller ones
+    additions   the number of sums of two whole matrices; `contractions_together` removes one
+    order       the recursive path order of a node (Dershowitz 1982)
 
 The path order compares nodes as terms. A node is larger than each of its operands; than a node of a
 lower rank whose operands are all smaller than it; and than a node of its own rank whose operands
-are smaller as a sequence (of a contraction, whose first operand counts before its second) or as a
-multiset. It falls wherever something in a graph falls, so a law whose right side is smaller than
-its left side, whatever the variables stand for, can be applied only so often (Dershowitz 1982).
+are smaller, as a sequence (a contraction: the first operand counts before the second) or as a
+multiset. If a part of a graph falls, the whole falls. So a law whose right side is smaller than its
+left side, for all values of its variables, can be applied only finitely often.
 
     sum (x ⊙ r)  >  (sum x) ⊙ r      `sum` ranks above `mul`; sum (x ⊙ r) > sum x and > r
 """
@@ -24,10 +24,10 @@ from coda.ir.graph import Cast, Contract, Map, Node, Reduce, walk
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
 
-# From the largest; what is not named ranks below all of them.
+# From the largest; any other kind ranks below all of these.
 RANKS = (
     "contract",
-    "shift",  # a sum of a matrix and a vector that its rows have in common
+    "shift",  # the sum of a matrix and a vector that all its rows share
     "add",
     "average",
     "sum",
@@ -36,13 +36,13 @@ RANKS = (
     "power",
     "cast",
     "mul",
-    "scale",  # a product with a factor of the row
+    "scale",  # a product with a row factor
 )
 _RANK = {name: len(RANKS) - i for i, name in enumerate(RANKS)}
 
 
 def kind(node: Node) -> str:
-    """What a node is to the order: one of `RANKS`, or the name of a class or function."""
+    """A node's symbol in the path order: one of `RANKS`, or the name of its class or function."""
     match node:
         case Contract():
             return "contract"
@@ -64,12 +64,12 @@ def kind(node: Node) -> str:
 
 
 def _is_scaled(node: Map) -> bool:
-    """Whether a product has one operand for each row and one of whole rows."""
+    """Whether a product has a row factor ([..., 1]) and an operand with columns."""
     return len({a.shape[-1:] in ((), (ONE,)) for a in node.args}) == 2
 
 
 def _is_shifted(node: Map) -> bool:
-    """Whether a sum of a matrix has an operand that all rows have in common."""
+    """Whether a sum of a matrix has an operand that all rows share."""
     return _has_rows(node) and not all(_has_rows(a) for a in node.args)
 
 
@@ -78,25 +78,25 @@ def _has_rows(node: Node) -> bool:
 
 
 def additions(roots: Iterable[Node]) -> int:
-    """How many sums of two matrices of the same rows a graph has."""
+    """The number of sums of two matrices, both with several rows, in a graph."""
     nodes = [n for n in walk(list(roots)) if isinstance(n, Map) and kind(n) == "add"]
     return sum(all(_has_rows(a) for a in n.args) for n in nodes)
 
 
 def falls(before: Node, after: Node) -> bool:
-    """Whether a node that a law has made is smaller than the one that it replaces."""
+    """Whether `after`, which a law puts in the place of `before`, is smaller."""
     fewer = additions([after]) < additions([before])
     return fewer or Order().is_larger(before, after)
 
 
 class Order:
-    """The path order, with the pairs of nodes that were compared."""
+    """The recursive path order; `known` caches the compared pairs."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[Node, Node], bool] = {}
 
     def is_larger(self, a: Node, b: Node) -> bool:
-        """Whether `a` is larger than `b`."""
+        """Whether `a` is strictly larger than `b`."""
         if a is b:
             return False
         if (a, b) not in self.known:
@@ -116,20 +116,20 @@ class Order:
         return self.more(a.operands, b.operands)
 
     def first_larger(self, a: list[Node], b: list[Node]) -> bool:
-        """Whether the first pair of operands that differ falls."""
+        """Whether `a` is larger at the first pair of operands that differ."""
         for one, other in zip(a, b, strict=True):
             if one is not other:
                 return self.is_larger(one, other)
         return False
 
     def more(self, a: Iterable[Node], b: Iterable[Node]) -> bool:
-        """Whether operands are larger as a multiset: what is new is smaller than what is gone."""
+        """Whether `a` is larger as a multiset: each new operand is below one that is gone."""
         gone, new = Counter(a) - Counter(b), Counter(b) - Counter(a)
         return bool(gone) and all(any(self.is_larger(g, n) for g in gone) for n in new)
 
 
 def _ordered(node: Node) -> list[Node]:
-    """The operands, those with rows first where they may be exchanged."""
+    """The operands; those of a sum with the matrix first."""
     if isinstance(node, Contract):
         return list(node.operands)
     return sorted(node.operands, key=_has_rows, reverse=True)

@@ -1,7 +1,10 @@
-"""Contractions of one activation -> one contraction, and what follows each of them in the same way.
+"""Graph -> graph in which sibling contractions, and equal operations after them, are one.
 
-The derivative of the one contraction is then one contraction for the activation and one for the
-weights, and biases and other vectors along the columns have one gradient together.
+    gelu(x aᵀ + b), gelu(x cᵀ + d)  ->  y = gelu(x [a; c]ᵀ + [b d]);  slices of columns of y
+
+Siblings are contractions that read the same activation. The derivative of the merged contraction is
+one contraction for the activation and one for all weights, and biases and other vectors along the
+columns share one gradient.
 """
 
 from __future__ import annotations
@@ -28,14 +31,15 @@ from coda.ir.graph import (
 )
 from coda.lowering.algebra.roles import weight_nodes
 
-Lanes = tuple[Node, ...]  # nodes that are the same function of different siblings
+Lanes = tuple[Node, ...]  # nodes that are the same function, each of another sibling
 
 
 def merge_siblings(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
-    """A graph with sibling contractions as slices of one, and elementwise operations on them too.
+    """Merge sibling contractions, and equal elementwise operations on them; read slices of both.
 
-    Also gives the node of the old graph that each node of the new one stands for; what is one now
-    stands for a concatenation of what it was.
+    Returns:
+        The new graph, and for each of its nodes the value in terms of the old graph: a merged node
+        is the concatenation of the nodes that it replaces.
     """
     merge = _Merge(graph)
     merge.run()
@@ -43,7 +47,11 @@ def merge_siblings(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
 
 
 def join(nodes: Sequence[Node], axis: int, weights: Collection[Node]) -> Node | None:
-    """Values side by side along an axis, as the same function of weights side by side."""
+    """The concatenation of values along an axis, as one function of concatenated weights.
+
+    A value that all share is returned as it is if it does not have the axis. None if the values are
+    not the same function of weights.
+    """
     first = nodes[0]
     if all(n is first for n in nodes):
         narrow = -axis > first.rank or first.shape[axis] == ONE
@@ -74,7 +82,7 @@ def join(nodes: Sequence[Node], axis: int, weights: Collection[Node]) -> Node | 
 
 
 def _axis_of_operand(node: Node, number: int, axis: int) -> int | None:
-    """The operand's axis that is an axis of its node; None where it has no part in it."""
+    """The axis of operand `number` that becomes `axis` of the node; None if there is none."""
     match node:
         case Permute(order=order):
             return order[axis] - len(order)
@@ -88,7 +96,7 @@ def _axis_of_operand(node: Node, number: int, axis: int) -> int | None:
 
 
 def _last_axis_alone(nodes: Sequence[Node], axis: int) -> bool:
-    """Whether reshapes only put axes of size 1 before the last one."""
+    """Whether reshapes only insert axes of size 1 before the last one."""
     rest = [product(n.shape) == n.shape[-1] == n.operands[0].shape[-1] for n in nodes]
     return axis == -1 and all(rest)
 
@@ -100,7 +108,7 @@ def _reshaped(like: Reshape, node: Node, axis: int) -> Node:
 
 
 def same_operation(a: Node, b: Node) -> bool:
-    """Whether two nodes differ in their operands alone (a reshape: in its sizes, too)."""
+    """Whether two nodes differ in their operands alone (reshapes: in their sizes, too)."""
     if type(a) is not type(b) or len(a.operands) != len(b.operands):
         return False
     if isinstance(a, Reshape):
@@ -118,9 +126,9 @@ class _Merge:
     """One run over a graph.
 
     Attributes:
-        wide: what stands for all lanes of some siblings.
-        lane_of: the lanes that a node is one of.
-        reach: whether a contraction follows from a node.
+        wide: lanes -> the merged node that replaces them.
+        lane_of: node -> the lanes that contain it.
+        reach: node -> whether a contraction depends on it.
     """
 
     graph: Graph
@@ -138,7 +146,7 @@ class _Merge:
             self.add(lanes, Contract(lanes[0].lhs, rhs, lanes[0].result))
 
     def groups(self, nodes: list[Node]) -> list[tuple[Contract, ...]]:
-        """Contractions of one activation whose weights can lie side by side."""
+        """Groups of contractions of one activation whose weights can be stacked along rows."""
         found: list[list[Contract]] = []
         for node in nodes:
             if not isinstance(node, Contract) or node.batched or node in self.weights:
@@ -160,10 +168,10 @@ class _Merge:
         return [tuple(g) for g in found if len(g) > 1]
 
     def add(self, lanes: Lanes, wide: Node) -> None:
-        """Record lanes, and those that follow from them.
+        """Record lanes and, recursively, equal elementwise operations on them.
 
-        Where a contraction follows, its kernel gives the cotangents of the lanes one by one, and
-        each is dealt with there.
+        If a contraction depends on a lane, its kernel produces the lanes' cotangents one by one and
+        handles each there; then the operations are not merged.
         """
         self.wide[lanes] = wide
         self.lane_of |= dict.fromkeys(lanes, lanes)
@@ -180,14 +188,14 @@ class _Merge:
                     self.add(following, made)
 
     def multiplied(self, node: Node) -> bool:
-        """Whether a contraction follows from a node."""
+        """Whether a contraction depends on a node."""
         if node not in self.reach:
             above = self.users[node]
             self.reach[node] = any(isinstance(u, Contract) or self.multiplied(u) for u in above)
         return self.reach[node]
 
     def alike(self, first: Node, lane: Node) -> Node | None:
-        """The node that does to a lane what `first` does to the first one."""
+        """The user of `lane` that is the same operation as `first` is of the first lane."""
         for node in self.users[lane]:
             if node not in self.lane_of and same_operation(first, node):
                 pairs = zip(first.operands, node.operands, strict=True)
@@ -196,13 +204,13 @@ class _Merge:
         return None
 
     def parallel(self, a: Node, b: Node) -> bool:
-        """Whether two operands may be those of two lanes."""
+        """Whether two operands can be merged as operands of two lanes."""
         if a in self.lane_of:
             return self.lane_of[a] == self.lane_of.get(b)
         return join((a, b), -1, self.weights) is not None
 
     def lifted(self, lanes: Lanes) -> Node | None:
-        """The operation of some lanes on what stands for all of their operands."""
+        """The lanes' operation on their merged operands; None if some cannot be merged."""
         operands: list[Node] = []
         for each in zip(*(n.operands for n in lanes), strict=True):
             one = self.wide.get(each)
@@ -215,7 +223,7 @@ class _Merge:
             return lanes[0].with_operands(operands)
 
     def rebuilt(self) -> tuple[Graph, dict[Node, Node]]:
-        """The new graph, and what its nodes stand for."""
+        """The results of `merge_siblings`."""
         new: dict[Node, Node] = {}
         stands: dict[Node, Node] = {}
         widened: dict[Node, Node] = {}
@@ -237,7 +245,7 @@ class _Merge:
         return self.graph.with_roots(new[r] for r in self.graph.roots), stands
 
     def renewed(self, wide: Node, new: Mapping[Node, Node], done: dict[Node, Node]) -> Node:
-        """What stands for some lanes, on nodes of the new graph."""
+        """A merged node, rebuilt on nodes of the new graph."""
         if wide in done:
             return done[wide]
         if wide in new:

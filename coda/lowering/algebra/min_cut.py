@@ -1,7 +1,8 @@
-"""What must be known, and what it costs to keep each node -> the cheapest nodes to keep.
+"""Needed nodes and the cost of saving each node -> the cheapest set of nodes to save.
 
-A minimum cut between the sources of a computation and what is needed of it, by augmenting paths
-(Edmonds and Karp, 1972). Graphs have a hundred nodes.
+A minimum cut between the sources of a computation and its needed nodes, by shortest augmenting
+paths (Edmonds and Karp, 1972). Graphs have about a hundred nodes. Each node is an edge from its
+entry to its exit with its cost as capacity; data dependences are edges without a bound.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from types import MappingProxyType
 from coda.ir.graph import Input, Node, walk
 
 _ENDLESS = 1 << 62
-Point = tuple[Node, int] | str  # a node's entry (0) or exit (1), or an end
+Point = tuple[Node, int] | str  # a vertex: a node's entry (0) or exit (1), "start" or "end"
 
 
 def minimum_cut(
@@ -25,12 +26,14 @@ def minimum_cut(
 ) -> list[Node]:
     """Nodes from which all of `needed` can be computed, of the least total cost.
 
+    Of several cuts of the same cost it is the one closest to `needed`.
+
     Args:
-        needed: what has to be known.
-        free: nodes that cost nothing to compute again.
-        sources: nodes that may not be computed again; inputs are sources as well.
-        cost: of keeping a node; None where it cannot be kept.
-        again: what it costs, beside what it is made of, to compute some nodes again.
+        needed: nodes that must be available.
+        free: nodes that cost nothing to recompute.
+        sources: nodes that must not be recomputed; inputs are sources, too.
+        cost: of saving a node, in bytes; None if it cannot be saved.
+        again: cost of recomputing a node, in bytes, in addition to the cost of its operands.
     """
     needed = list(needed)
     edges: dict[Point, dict[Point, int]] = {}
@@ -60,7 +63,7 @@ def minimum_cut(
 
 
 def _augment(edges: dict[Point, dict[Point, int]]) -> bool:
-    """Push flow along a shortest path that has room; whether there was one."""
+    """Push flow along a shortest path with residual capacity; False if there is none."""
     before: dict[Point, Point] = {}
     queue: deque[Point] = deque(["start"])
     while queue and "end" not in before:
@@ -84,7 +87,7 @@ def _augment(edges: dict[Point, dict[Point, int]]) -> bool:
 
 
 def _reaching(edges: dict[Point, dict[Point, int]]) -> set[Point]:
-    """The points from which there is room to the end: the cut lies as late as it can."""
+    """The vertices with a residual path to the end: these give the latest minimum cut."""
     found: set[Point] = {"end"}
     queue: deque[Point] = deque(["end"])
     while queue:

@@ -1,4 +1,4 @@
-"""What a caller lets a Program do with memory."""
+"""Memory policy: in-place updates, donated arguments and chunking that a caller allows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ Updates = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Terms:
-    """What a caller lets a Program do with memory.
+    """The memory policy of a Program.
 
     Attributes:
-        updates: outputs that are written over an argument: a name, and the argument's.
-        spare: arguments that a call may give up: nobody reads them after the Program.
-        passing: arguments that are new in every call, as no weight is.
-        thrifty: whether what the Program makes for itself is made in parts where it is large.
+        updates: (output, argument) names: outputs that update an argument in place.
+        spare: names of donated arguments: dead after the call, so their storage may be reused.
+        passing: names of arguments that are new in every call, and so are no weights.
+        thrifty: whether large intermediates are computed in chunks.
     """
 
     updates: Updates = ()
@@ -25,7 +25,7 @@ class Terms:
 
     @property
     def updated(self) -> frozenset[str]:
-        """The outputs that are written over an argument."""
+        """The names of the outputs that update an argument in place."""
         return frozenset(name for name, _ in self.updates)
 
 

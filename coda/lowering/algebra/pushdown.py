@@ -1,11 +1,11 @@
-"""Picked columns and chosen rows go before what is computed of them.
+"""Graph -> graph with picks of columns and slices of rows moved towards the inputs.
 
-    pick(f(x, r), i) = f(pick(x, i), r)     f is a sum or a multiple, r the same for all of a row
-    (x wᵀ)[rows]     = x[rows] wᵀ           where nobody reads other rows
+    pick(f(x, r), i) = f(pick(x, i), r)     f a sum or a multiple, r constant along each row
+    (x wᵀ)[rows]     = x[rows] wᵀ           if no operation reads other rows
 
-One column of a log softmax is one logit less the logsumexp: no kernel writes the rest of it. And of
-tokens whose logits nobody wants there are none. Other functions stay below a pick: the derivative
-would read what they are functions of, once more for the column.
+A picked column of a log softmax is one logit minus the logsumexp: no kernel writes the other
+columns. Logits of tokens that are not read are not computed. A pick does not move past other
+functions: their derivative would read their operand once more, for the picked column.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from coda.ir.scalars import SCALARS
 
 
 def push_down(graph: Graph) -> Graph:
-    """The same values, with picks and slices of rows as far down as they go."""
+    """Move picks and slices of rows as close to the inputs as the two laws allow."""
     above = users(graph.roots)
     returned = set(graph.roots)
 
@@ -47,7 +47,7 @@ def push_down(graph: Graph) -> Graph:
 
 
 def _picked(arg: Node, pick: Pick) -> Node:
-    """A column of a value, for each row, from a column of what it is made of."""
+    """pick(arg, index), with the pick below the linear functions that `arg` consists of."""
     way: list[tuple[Node, Node]] = []
     while (under := _under(arg)) is not None:
         way.append((arg, under))
@@ -60,7 +60,7 @@ def _picked(arg: Node, pick: Pick) -> Node:
 
 
 def _under(node: Node) -> Node | None:
-    """What a sum, a multiple or a cast is made of, all else being the same for all of a row."""
+    """The operand with columns of a sum, multiple or cast whose other operands have none."""
     if isinstance(node, Cast):
         return node.arg if node.arg.dtype.kind == node.to.kind else None
     wide = [a for a in node.operands if a.rank and a.shape[-1] != ONE]
@@ -69,7 +69,7 @@ def _under(node: Node) -> Node | None:
 
 
 def _is_linear(node: Node, x: Node) -> bool:
-    """Whether a function of `x` is a sum with others, or a multiple by a number."""
+    """Whether a node is a sum of `x` with other values, or a multiple of it by a constant."""
     if not isinstance(node, Map):
         return False
     numbers = all(isinstance(a, Const | Size) for a in node.args if a is not x)
@@ -78,7 +78,7 @@ def _is_linear(node: Node, x: Node) -> bool:
 
 
 def _is_alone(node: Node, above: Mapping[Node, list[Node]], returned: set[Node]) -> bool:
-    """Whether a product, or a function of one alone, is read by one operation alone."""
+    """Whether a node is a product x wᵀ, or a function of one, and each has a single user."""
     if node in returned or len(above.get(node, ())) != 1:
         return False
     if isinstance(node, Cast | Map):
@@ -88,7 +88,7 @@ def _is_alone(node: Node, above: Mapping[Node, list[Node]], returned: set[Node])
 
 
 def _rows(arg: Node, cut: Slice) -> Node:
-    """Some rows of a product as a product of some rows."""
+    """(x wᵀ)[rows] -> x[rows] wᵀ, below elementwise functions."""
     with origin(arg.where):
         if isinstance(arg, Contract):
             some = Slice(arg.lhs, cut.axis, cut.start, cut.size, cut.step)

@@ -1,7 +1,8 @@
-"""The rewrite engine: laws are equations between two graphs over variables.
+"""Graph and laws -> graph to which no law applies: the rewrite engine.
 
-A law's left side is the pattern, its right side the replacement. Variables have shapes over dim
-variables: `...` stands for any leading axes, a name for an axis, 1 for "does not depend on it".
+A law is an equation between two graphs over variables: its left side is the pattern, its right side
+the replacement. A variable's shape is "... K", "N K" or "... 1": `...` matches any leading axes, a
+name binds one axis, 1 matches a value that does not depend on the axis.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from coda.ir.graph import Cast, Const, Contract, Input, Map, Node, Reduce, Resha
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, f32
 
-ANY = DType("T", torch.float32, "float", 32, 24, 8)  # stands for any element type in a pattern
-WIDE = DType("W", torch.float32, "float", 32, 24, 8)  # for those that reach as far as float32
+ANY = DType("T", torch.float32, "float", 32, 24, 8)  # matches any dtype in a pattern
+WIDE = DType("W", torch.float32, "float", 32, 24, 8)  # matches dtypes with float32's range
 
 
 @dataclass(frozen=True)
 class Variable:
-    """What a variable of a law may stand for.
+    """The shape of a variable of a law.
 
     Attributes:
-        leading: whether any leading axes may come first.
+        leading: whether any number of leading axes may come first.
         axes: names of the axes after them; "1" for an axis on which the value does not depend.
     """
 
@@ -37,14 +38,14 @@ class Variable:
 
     @staticmethod
     def parse(text: str) -> Variable:
-        """From "... K", "N K" or "K"."""
+        """Parse "... K", "N K" or "K"."""
         axes = text.split()
         leading = axes[:1] == ["..."]
         return Variable(leading, tuple(axes[leading:]))
 
     @property
     def shape(self) -> Shape:
-        """The shape under which the law itself is written: one leading axis `L`."""
+        """The shape that the variable has in the law's own two sides: one leading axis `L`."""
         return tuple(Dim.of(int(a) if a == "1" else a) for a in ("L",) * self.leading + self.axes)
 
 
@@ -59,13 +60,13 @@ class Law:
         name: the function's name.
         identity: its docstring: the equation in words and symbols.
         left, right: the two sides.
-        variables: what each variable may stand for.
+        variables: the shape of each variable.
         choice: whether the cost model decides each application.
-        loosens: how many times larger the rounding error may become; 1 for most.
-        unscaled: whether the right side has values between the variables and the result without a
-            factor or a shift that they have on the left. They may be far larger or smaller, so it
-            applies where all types reach as far as float32.
-        when: a side condition on what the variables stand for.
+        loosens: factor by which the rounding error may grow; 1 for most.
+        unscaled: whether intermediates of the right side lack a factor or a shift that they have on
+            the left. They may be far larger or smaller, so the law applies only if all dtypes have
+            the range of float32.
+        when: a side condition on the nodes that the variables are bound to.
     """
 
     name: str
@@ -79,7 +80,7 @@ class Law:
     when: Callable[[Mapping[str, Node]], bool] | None = None
 
     def apply(self, node: Node) -> Node | None:
-        """The right side in place of `node`, or None where the left side does not match."""
+        """The right side, of the node's shape and dtype; None if the left side does not match."""
         for found in _unify(self, self.left, node, {}):
             nodes = {k: v for k, v in found.items() if isinstance(v, Node)}
             if self.unscaled and not all(n.dtype.reaches_far for n in (node, *nodes.values())):
@@ -101,7 +102,10 @@ def law(
     when: Callable[[Mapping[str, Node]], bool] | None = None,
     **variables: str,
 ) -> Callable[[Callable[..., Sides]], Law]:
-    """Make a law of a function from its variables to the two sides of an equation."""
+    """Decorator: a function from variables to the two sides of an equation -> a Law.
+
+    Raises InternalError if the function has no docstring or its sides differ in shape.
+    """
 
     def make(fn: Callable[..., Sides]) -> Law:
         parsed = {name: Variable.parse(text) for name, text in variables.items()}
@@ -119,7 +123,7 @@ def law(
 
 
 def _unify(law: Law, pattern: Node, node: Node, b: Bindings) -> Iterator[Bindings]:
-    """Every way to bind the variables and axes so that the pattern equals `node`."""
+    """All bindings of variables and axes under which the pattern equals `node`."""
     if isinstance(pattern, Input):
         if pattern.name in b:
             if b[pattern.name] is node:
@@ -131,7 +135,7 @@ def _unify(law: Law, pattern: Node, node: Node, b: Bindings) -> Iterator[Binding
         return
     if type(pattern) is not type(node) or not _same_attributes(pattern, node):
         return
-    if isinstance(node, Contract) and node.batched:  # the laws are those of a matrix
+    if isinstance(node, Contract) and node.batched:  # laws hold for contractions with a matrix
         return
     if isinstance(node, Cast):
         b = {**b, "element type": node.to}
@@ -153,7 +157,7 @@ def _unify_all(
 
 
 def _same_attributes(pattern: Node, node: Node) -> bool:
-    """Whether everything but the operands agrees; the dtype ANY agrees with all."""
+    """Whether all attributes but the operands agree; ANY and WIDE match dtypes."""
     for name in pattern.identity:
         p, n = getattr(pattern, name), getattr(node, name)
         if isinstance(p, Node) or (isinstance(p, tuple) and p and isinstance(p[0], Node)):
@@ -164,7 +168,7 @@ def _same_attributes(pattern: Node, node: Node) -> bool:
 
 
 def _fit(variable: Variable, node: Node, b: Bindings) -> Bindings | None:
-    """The bindings with this node's axes, or None where it does not fit the variable."""
+    """The bindings extended by this node's axes; None if its shape does not fit the variable."""
     axes = variable.axes
     shape = node.shape
     if variable.leading and axes == ("1",) and not shape:
@@ -185,7 +189,7 @@ def _fit(variable: Variable, node: Node, b: Bindings) -> Bindings | None:
 
 
 def instantiate(side: Node, b: Bindings, memo: dict[Node, Node]) -> Node:
-    """A side of a law with its variables replaced."""
+    """A side of a law with its variables replaced by the nodes that they are bound to."""
     if side in memo:
         return memo[side]
     if isinstance(side, Input):
@@ -208,7 +212,7 @@ def instantiate(side: Node, b: Bindings, memo: dict[Node, Node]) -> Node:
 
 
 def _cast(node: Node, to: DType) -> Node:
-    """A value in another element type; a number keeps its precision, as in torch."""
+    """A value in another dtype; a constant is not rounded in between, as in torch."""
     match node:
         case Const(value=value) if to.kind == "float":
             return Const(value, to)
@@ -235,7 +239,7 @@ class Step:
     after: Node
 
 
-Place = tuple[Node | int, ...]  # a node of the graph that is rewritten, and steps from it
+Place = tuple[Node | int, ...]  # a node of the original graph, and a path from it
 Accept = Callable[[Law, Node, Place], bool]
 
 
@@ -247,14 +251,14 @@ def rewrite(
 ) -> tuple[Node, ...]:
     """Apply `laws` everywhere, in order, until none applies.
 
-    This ends since a measure falls with each application (`measure.py`).
+    Terminates because a measure falls with each application (`measure.py`).
 
     Args:
         roots: the outputs of a graph.
         laws: tried in order at each node, operands first.
-        accept: asked before an application of a law with `choice`; it is told the place of the
-            node's first operand, which is the same whatever was rewritten before.
-        tell: told of each application.
+        accept: called before a law with `choice` is applied; its third argument is the place of the
+            node's first operand, which does not depend on earlier rewrites.
+        tell: called with each application.
     """
     return _Rewrite(_by_kind(tuple(laws)), accept, tell).run(roots)
 
@@ -268,7 +272,7 @@ def _kind(node: Node) -> Kind:
 
 @lru_cache(maxsize=16)
 def _by_kind(laws: tuple[Law, ...]) -> Mapping[Kind, list[Law]]:
-    """The laws whose left side is a node of some kind, in their order."""
+    """Kind of node -> the laws whose left side is of that kind, in order."""
     found: dict[Kind, list[Law]] = {}
     for one in laws:
         found.setdefault(_kind(one.left), []).append(one)
@@ -277,13 +281,13 @@ def _by_kind(laws: tuple[Law, ...]) -> Mapping[Kind, list[Law]]:
 
 @dataclass
 class _Rewrite:
-    """One run of the engine: a stack of nodes to visit, and what became of those visited.
+    """One run of the engine.
 
     Attributes:
-        laws: by the kind of node that their left side is.
+        laws: by the kind of node of their left side.
         accept, tell: as in `rewrite`.
-        done: what became of each node.
-        places: where nodes stand that are not of the graph itself.
+        done: visited node -> its rewritten form.
+        places: the places of nodes that are not in the original graph.
     """
 
     laws: Mapping[Kind, list[Law]]
@@ -293,13 +297,13 @@ class _Rewrite:
     places: dict[Node, Place] = field(default_factory=dict)
 
     def run(self, roots: Sequence[Node]) -> tuple[Node, ...]:
-        """What becomes of the roots."""
+        """The rewritten roots, by an explicit stack of nodes to visit."""
         stack: list[tuple[Node, Node | None]] = []
         for root in roots:
             stack.append((root, None))
             while stack:
                 node, out = stack.pop()
-                if out is not None:  # `out` took the node's place, and was rewritten itself
+                if out is not None:  # `out` replaced the node, and is rewritten by now
                     self.done[node] = self.done[out]
                 elif node not in self.done:
                     waiting = [o for o in node.operands if o not in self.done]
@@ -311,7 +315,7 @@ class _Rewrite:
         return tuple(self.done[r] for r in roots)
 
     def leave(self, node: Node, stack: list[tuple[Node, Node | None]]) -> None:
-        """Rebuild a node on its operands, and apply a law to it."""
+        """Rebuild a node on its rewritten operands, and apply the first law that matches."""
         out = node
         operands = tuple(self.done[o] for o in node.operands)
         if any(a is not b for a, b in zip(operands, node.operands, strict=True)):
@@ -329,7 +333,7 @@ class _Rewrite:
         stack += [(node, new), (out, new), (new, None)]
 
     def step(self, node: Node) -> Node | None:
-        """The node after the first law that applies; None if none does."""
+        """The replacement by the first law that applies; None if none does."""
         for one in self.laws.get(_kind(node), ()):
             new = one.apply(node)
             if new is None or new is node:
@@ -341,11 +345,11 @@ class _Rewrite:
         return None
 
     def place(self, node: Node) -> Place:
-        """Where a node stands: itself, if it is of the graph."""
+        """The place of a node: the node itself, if it is in the original graph."""
         return self.places.get(node, (node,))
 
     def locate(self, new: Node, place: Place) -> None:
-        """Give places to the nodes that a law has made, by their order."""
+        """Give places to the nodes that a law has created, numbered in order of visit."""
         stack, number = [new], 0
         while stack:
             node = stack.pop()
@@ -356,7 +360,7 @@ class _Rewrite:
 
 
 def substituted(roots: Iterable[Node], stands: Mapping[Node, Node]) -> tuple[Node, ...]:
-    """Roots with nodes replaced, from the top: what lies below a replaced node is gone."""
+    """The roots with nodes replaced; the operands of a replaced node are not visited."""
     roots, new = tuple(roots), dict(stands)
     stack = [(r, False) for r in roots]
     while stack:

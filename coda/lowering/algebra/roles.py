@@ -1,4 +1,8 @@
-"""Nodes -> what they are to the partition: weights, views, siblings, and their order."""
+"""Nodes of a graph -> their roles in placement: weight, view, activation, sibling, and order.
+
+In y = (x gᵀ) · silu(x uᵀ) the inputs g and u are weights (no token dim), x is the activation, and
+the two contractions are siblings: one GEMM with paired columns computes both.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +32,19 @@ from coda.ir.graph import (
 
 
 def is_view(node: Node) -> bool:
-    """Whether a node is a view of its operand in memory."""
+    """Whether a node is a view: it aliases its operand's memory."""
     return isinstance(node, Reshape | Slice | Permute)
 
 
 def base(node: Node) -> Node:
-    """What a view looks at."""
+    """The node under all views; a node that is no view itself."""
     while is_view(node):
         node = node.operands[0]
     return node
 
 
 def keeps_order(node: Node, under: Node) -> bool:
-    """Whether a view reads what it looks at, `under`, without a permutation of its axes."""
+    """Whether a view of `under` does not permute its axes."""
     while node is not under:
         if isinstance(node, Permute):
             return False
@@ -49,17 +53,17 @@ def keeps_order(node: Node, under: Node) -> bool:
 
 
 def is_turned(node: Node) -> bool:
-    """Whether a node is the transpose of a matrix, which a GEMM reads as it lies."""
+    """Whether a node is a transposed matrix; a GEMM reads it without a copy."""
     return isinstance(node, Permute) and node.order == (1, 0)
 
 
 def as_stored(node: Node) -> Node:
-    """A matrix as it lies in memory, whether it is read so or turned."""
+    """The matrix in memory: a node without its transposition."""
     return node.operands[0] if is_turned(node) else node
 
 
 def is_pointwise(node: Node) -> bool:
-    """Whether a node may be computed again wherever it is needed."""
+    """Whether a node is elementwise, a view or a leaf: every kernel may recompute it."""
     views = Reshape | Slice | Permute | Expand
     return isinstance(node, Map | Cast | views | Const | Size | Iota | Input)
 
@@ -70,12 +74,12 @@ def over_rows(node: Contract) -> bool:
 
 
 def gemms(nodes: Iterable[Node]) -> list[Contract]:
-    """The contractions with a matrix: each is a GEMM. Those of batches are torch's."""
+    """The contractions with a matrix, each of which is a GEMM; batched ones are left to torch."""
     return [n for n in nodes if isinstance(n, Contract) and not n.batched]
 
 
 def summand(node: Reduce) -> Node:
-    """What a reduction sums, under the axes that it had before they were merged."""
+    """The operand of a reduction, under the reshapes that flatten its axes."""
     under = node.arg
     while isinstance(under, Reshape):
         under = under.arg
@@ -83,7 +87,7 @@ def summand(node: Reduce) -> Node:
 
 
 def flat(node: Concat) -> list[Node]:
-    """The operands of a concatenation, and of those among them."""
+    """The operands of a concatenation, with nested ones of the same axis flattened."""
     found: list[Node] = []
     for arg in node.args:
         nested = isinstance(arg, Concat) and arg.axis == node.axis
@@ -92,7 +96,7 @@ def flat(node: Concat) -> list[Node]:
 
 
 def stacked(node: Node) -> tuple[Input, ...]:
-    """The arguments of which a matrix is made, one below the other; none for another node."""
+    """The arguments that a matrix stacks along rows, in order; () for any other node."""
     if isinstance(node, Input):
         return (node,)
     if isinstance(node, Concat) and node.rank == 2 and node.axis == -2:
@@ -102,13 +106,13 @@ def stacked(node: Node) -> tuple[Input, ...]:
 
 
 def stacks(node: Concat) -> bool:
-    """Whether a concatenation is one of rows: nothing lies before its axis."""
+    """Whether a concatenation stacks contiguous parts: all axes before its own have size 1."""
     before = node.shape[: node.rank + node.axis]
     return all(d == ONE for d in before)
 
 
 def pointwise_leaves(node: Node, weights: Collection[Node] = ()) -> set[Node]:
-    """The arguments that a node is made of by pointwise operations, and what is made of weights."""
+    """The arguments and nodes of `weights` that a node is a function of, element by element."""
     found: set[Node] = set()
     stack, seen = [node], set[Node]()
     while stack:
@@ -124,13 +128,16 @@ def pointwise_leaves(node: Node, weights: Collection[Node] = ()) -> set[Node]:
 
 
 def leaves_of(node: Node, weights: Collection[Node] = ()) -> set[Node]:
-    """The arguments, and what is made of weights, that an operation reads, or views of them."""
+    """The arguments, and nodes of `weights`, that an operation reads directly or by views."""
     known = {o for o in node.operands if o in weights}
     return known | {n for n in map(base, node.operands) if isinstance(n, Input)}
 
 
 def in_order(roots: Iterable[Node]) -> list[Node]:
-    """All nodes, operands first; weights' gradients come after everything else, matrices first."""
+    """All nodes, operands before users, and all others before weights' gradients.
+
+    Of those gradients, contractions come before sums over rows that none of them needs.
+    """
     nodes = list(walk(roots))
     late: set[Node] = set()
     for node in nodes:
@@ -152,9 +159,14 @@ def in_order(roots: Iterable[Node]) -> list[Node]:
 
 
 def row_shapes(node: Node, mine: Dim, groups: bool = False) -> list[tuple[Dim, Dim]]:
-    """Ways to see a node as rows and columns, the rows of the program (`mine`) first.
+    """The (rows, columns) under which a node can be seen as a matrix, those of `mine` rows first.
 
-    A reduction has the columns that it reduces, or with `groups` also several groups of them.
+    A reduction has as columns the axis that it reduces; with `groups`, also several groups of it.
+
+    Args:
+        node: any node; of a reduction, the shape of its operand counts.
+        mine: the number of rows of the block.
+        groups: whether a row may hold several groups, each reduced alone (heads).
     """
     shape = node.operands[0].shape if isinstance(node, Reduce) else node.shape
     found: list[tuple[Dim, Dim]] = []
@@ -170,12 +182,11 @@ def row_shapes(node: Node, mine: Dim, groups: bool = False) -> list[tuple[Dim, D
 
 
 def row_symbols(nodes: Iterable[Node]) -> frozenset[str]:
-    """Symbols that are rows of a contraction and never its columns: tokens.
+    """The token symbols: those of rows of contractions that are never among columns.
 
-    Batch axes are rows, and so are those of the left operand of a product of batches.
-
-    In a block without contractions: those of leading axes of its matrices, and of indices, that are
-    never columns.
+    Batch axes count as rows, and so do the leading axes of a batched contraction's left operand. In
+    a block without contractions: symbols of the leading axes of its matrices, and of indices, that
+    are never among columns.
     """
     nodes = list(nodes)
     contracts = [n for n in nodes if isinstance(n, Contract)]
@@ -195,24 +206,24 @@ def row_symbols(nodes: Iterable[Node]) -> frozenset[str]:
 
 
 def _leading_symbols(nodes: list[Node]) -> frozenset[str]:
-    """The row symbols of a block without contractions."""
+    """The token symbols of a block without contractions."""
     tables = {base(n.table) for n in nodes if isinstance(n, Gather)}
     matrices = [n for n in nodes if isinstance(n, Input) and n.rank > 1 and n not in tables]
     indices = [n.index for n in nodes if isinstance(n, Gather | Pick | Put)]
     lead = [m.shape[:-1] for m in matrices] + [i.shape for i in indices]
     rows = symbols_of(d for shape in lead for d in shape)
-    narrow = {ONE, *map(product, lead)}  # so many elements are one for each row
+    narrow = {ONE, *map(product, lead)}  # element counts of values with one element per row
     wide = [n for n in nodes if n.rank > 1 and product(n.shape) not in narrow]
     return frozenset(rows - symbols_of(n.shape[-1] for n in wide))
 
 
 def symbols_of(dims: Iterable[Dim]) -> set[str]:
-    """The symbols that some sizes depend on."""
+    """All symbols of some sizes."""
     return {s for d in dims for s in d.symbols}
 
 
 def row_axes(contracts: Iterable[Contract], inputs: Iterable[Input]) -> Dim:
-    """The number of rows of a block: of the first matrix that is multiplied, or else given."""
+    """The number of rows of a block: of its first GEMM's activation, or else of a matrix input."""
     contracts = list(contracts)
     matrices = [c.lhs for c in contracts if not over_rows(c)]
     matrices += [c.lhs.operands[0] for c in contracts if over_rows(c)]
@@ -221,9 +232,11 @@ def row_axes(contracts: Iterable[Contract], inputs: Iterable[Input]) -> Dim:
 
 
 def weight_nodes(nodes: list[Node], passing: Collection[str] = ()) -> set[Node]:
-    """Nodes that no token reaches: they change only when a weight does.
+    """The weights of a graph: inputs without a token dim, and functions of them alone.
 
-    `passing` names arguments that are new in every call.
+    Args:
+        nodes: all nodes of the graph, operands first.
+        passing: names of arguments that are new in every call, and so are no weights.
     """
     tokens = row_symbols(nodes)
     if tokens:
@@ -248,7 +261,7 @@ def weight_nodes(nodes: list[Node], passing: Collection[str] = ()) -> set[Node]:
 
 
 def _activations(node: Contract) -> tuple[Node, ...]:
-    """The operands of a contraction that are no weights."""
+    """The operands of a contraction that may be activations: both of a batched one."""
     return node.operands if node.batched else (node.lhs,)
 
 
@@ -259,13 +272,20 @@ def group_siblings(
     apart: bool = False,
     part_of: Mapping[Node, int] | None = None,
 ) -> dict[Node, tuple[Contract, ...]]:
-    """Contractions of one activation that share a GEMM.
+    """For each contraction, the contractions of the same activation that share its GEMM.
 
-    Those that an elementwise operation joins (gate and up) pair their columns and stay among
-    themselves, and so does one that is joined with another matrix, which would not be as wide as
-    the kernel; the others of the activation go side by side. With `apart`, those whose rows are
-    reduced do not: the reduction is then one of whole rows of the GEMM, and so its sink. Those of
-    different parts of a value (`part_of`) stay apart.
+    Contractions that an elementwise operation combines (gate and up) pair their columns in a GEMM
+    of their own. A contraction that is combined with another matrix stays alone, since that matrix
+    is not as wide as a shared GEMM. All others of an activation share one GEMM, with their weights
+    stacked along rows.
+
+    Args:
+        contracts: the contractions to group.
+        nodes: all nodes of the graph, operands first.
+        weights: nodes that are weights; contractions with anything else stay alone.
+        apart: keep contractions whose full rows are reduced alone, so that the reduction covers
+            full rows of the GEMM and can be one of its sinks.
+        part_of: contraction -> number of its chunk; different chunks do not share a GEMM.
     """
     part_of = part_of or {}
     by_input: dict[tuple[Node, int], list[Contract]] = {}
@@ -306,7 +326,7 @@ def group_siblings(
 def _closure(
     first: Contract, among: list[Contract], joined: set[tuple[Node, Node]]
 ) -> list[Contract]:
-    """The contractions that elementwise operations tie to the first."""
+    """The contractions that elementwise operations combine with the first, transitively."""
     found = [first]
     for one in found:
         found += [c for c in among if c not in found and (one, c) in joined]

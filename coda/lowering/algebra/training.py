@@ -1,13 +1,15 @@
-"""A block -> its training: a forward graph that saves, and a backward graph that reads.
+"""Graph -> Training: a forward graph that saves activations, and a backward graph that reads them.
 
-The block is first brought to the normal form of the laws. Its derivative then is one in which a
-norm's statistics are sums over values that are at hand where the cotangent is made, and cotangents
-are scaled before they are stored, so that weight gradients read activations as they are.
+The graph is first brought to the normal form of the laws. In its derivative, a norm's statistics
+are sums over values that the cotangent's kernel computes anyway, and cotangents are scaled before
+they are stored, so that weight gradients read activations as they are in memory.
 
-What is saved is a minimum cut between the block's arguments and what the derivative reads, by
-bytes written and read. Statistics of rows, a number each, are not computed again, and contractions
-only where memory is all that counts. Of two values that take the same bytes the later one is saved,
-but none behind a special function: a tanh near 1 has no bits left for 1 − tanh².
+The saved activations are a minimum cut between the block's arguments and the nodes that the
+derivative reads; its cost is bytes written and read. Full-row statistics are never recomputed, and
+contractions only with memory="min". Of two values with equal bytes the later one is saved, but no
+result of a special function: a tanh near 1 has no bits left for 1 − tanh².
+
+    y = silu(x wᵀ)      forward: y and saved0 = x wᵀ      backward: x, w, saved0, d_y -> dx, dw
 """
 
 from __future__ import annotations
@@ -51,14 +53,15 @@ class Training:
     """A block's forward and backward.
 
     Attributes:
-        forward: the block's outputs, then what is saved.
-        backward: gradients, of arguments of the block, saved values and cotangents.
-        saved: the outputs of `forward` that are saved, by name.
-        cotangents: names of the backward's cotangents, one for each output of the block; None
-            where the backward does not read it.
-        wanted: names of the arguments whose gradients the backward gives, in order. An argument
-            that no output depends on is missing.
-        memory: how it was asked to trade memory for traffic.
+        forward: its outputs are the block's, followed by the saved activations.
+        backward: its outputs are gradients; its inputs are arguments of the block, saved
+            activations and cotangents, those that it reads.
+        saved: names of the saved activations, outputs of `forward` and inputs of `backward`.
+        cotangents: for each output of the block, the name of its cotangent; None if the backward
+            does not read it.
+        wanted: names of the arguments whose gradients the backward returns, in order. Arguments
+            that no output depends on are missing.
+        memory: the memory mode, one of `MEMORY`.
     """
 
     forward: Graph
@@ -69,7 +72,7 @@ class Training:
     memory: str = "balanced"
 
     def terms(self, updates: Updates = ()) -> Terms:
-        """What the backward may do with memory, where outputs are written over arguments."""
+        """The backward's memory policy: saved activations are donated, `updates` are in place."""
         saved = frozenset(self.saved)
         passing = saved | {name for name in self.cotangents if name}
         return Terms(updates, saved, passing, self.memory == "min")
@@ -82,16 +85,20 @@ def derive(
     given: Iterable[str] | None = None,
     memory: str = "balanced",
 ) -> Training:
-    """The training of a block.
+    """Differentiate a block.
 
     Args:
-        graph: the block as it was written.
-        sizes: of every symbol: what bytes are reckoned with.
+        graph: the block as the user wrote it.
+        sizes: the size of every symbol, by which bytes are estimated.
         wanted: names of the arguments to differentiate; by default all floats but constants.
         given: names of the outputs that have a cotangent; by default all floats.
-        memory: "min" saves arguments, statistics of rows and what maxima are taken of alone,
-            "balanced" what takes fewer bytes than computing it again, "speed" also what the forward
-            stores anyway and the backward would have to store again.
+        memory: "min" saves only arguments, full-row statistics and operands of maxima; "balanced"
+            saves values that cost fewer bytes than their recomputation; "speed" also saves values
+            that the forward stores anyway and the backward would have to store again.
+
+    Raises:
+        CallError: for a name in `wanted` that is no differentiable argument.
+        UnsupportedError: for another `memory`, or an operation without a derivative.
     """
     check_memory(memory)
     names = set(differentiated(graph, wanted))
@@ -120,16 +127,16 @@ def derive(
 
 
 def _saved_type(node: Node, exact: Set[Node]) -> DType:
-    """The type in which a value is saved: row statistics in float32."""
+    """The dtype in which a value is saved: row statistics in float32, others in their own."""
     narrow = node.shape[-1:] in ((), (ONE,)) and node.dtype.kind == "float" and node not in exact
     return f32 if narrow and node.dtype.size < f32.size else node.dtype
 
 
 def exchanged(gradients: list[tuple[str, Node]], forward: Graph) -> list[tuple[str, Node]]:
-    """Gradients in which sums are exchanged (law 2) where the forward has the other contraction.
+    """Gradients with sums exchanged (law 2) if the forward has the other contraction.
 
-    One whose contraction the forward has stays, so that with each exchange there is one fewer over
-    a contraction that it has not: this ends.
+    A sum over a contraction of the forward is not exchanged. So each exchange removes a sum over a
+    contraction that the forward does not have, and the rewriting terminates.
     """
     known = {n for n in walk(forward.roots) if isinstance(n, Contract)}
 
@@ -147,9 +154,9 @@ def exchanged(gradients: list[tuple[str, Node]], forward: Graph) -> list[tuple[s
 
 
 def differentiated(graph: Graph, wanted: Sequence[str] | None) -> list[str]:
-    """The wanted arguments in their order; None stands for all floats that are no constants.
+    """The names of the arguments to differentiate, in the graph's order.
 
-    Raises CallError for others.
+    None stands for all floats but constants. Raises CallError for any other name in `wanted`.
     """
     floats = [
         i.name for i in graph.inputs if i.dtype.kind == "float" and i.name not in graph.constants
@@ -167,7 +174,7 @@ def differentiated(graph: Graph, wanted: Sequence[str] | None) -> list[str]:
 
 
 def check_memory(memory: str) -> str:
-    """The knob as it was given. Raises UnsupportedError for a value that it does not take."""
+    """Return `memory` unchanged. Raises UnsupportedError if it is not one of `MEMORY`."""
     if memory not in MEMORY:
         raise UnsupportedError(
             "memory is traded for traffic in three ways",
@@ -196,7 +203,16 @@ def _choose(
     known: Mapping[Node, Node],
     exact: set[Node],
 ) -> list[Node]:
-    """The nodes of the forward that the backward reads; what is `exact` is not computed again."""
+    """The nodes of the forward that the backward reads: arguments and saved activations.
+
+    Args:
+        merged: the forward, siblings merged.
+        gradients: the backward's outputs, on nodes of `merged`.
+        sizes: the size of every symbol.
+        memory: one of `MEMORY`.
+        known: nodes that the forward can save, as `merge_siblings` gives them.
+        exact: nodes that must not be recomputed, since a comparison depends on their bits.
+    """
     forward = list(walk(merged.roots))
     inside = set(forward)
     chosen = compared(gradients)
@@ -211,7 +227,7 @@ def _choose(
     tokens = row_symbols(forward)
 
     def of_rows(node: Reduce) -> bool:
-        """Whether a statistic is that of whole rows: those of a row's parts are cheap."""
+        """Whether a statistic has one number per full row; per-head statistics are recomputed."""
         return all(d == ONE or d.symbols & tokens for d in node.shape)
 
     statistics = [n for n in forward if isinstance(n, Reduce)]
@@ -241,7 +257,7 @@ def _choose(
 
 
 def _bent(nodes: Iterable[Node]) -> set[Node]:
-    """What special functions are taken of on the way from a contraction, element by element."""
+    """The results of special functions, and elementwise functions of them: not preferred."""
     found: set[Node] = set()
     for node in nodes:
         if is_pointwise(node) and node.shape[-1:] != (ONE,):
@@ -252,7 +268,7 @@ def _bent(nodes: Iterable[Node]) -> set[Node]:
 
 
 def _loaded(node: Node, weights: Collection[Node]) -> Node:
-    """What a contraction's operand is in memory: under views, and gains that leave the sum."""
+    """The node that a contraction reads from memory: without views, casts, and gains."""
     while True:
         gains = [o for o in node.operands if o in weights]
         if isinstance(node, Map) and SCALARS[node.fn].is_product and len(gains) == 1:
@@ -273,7 +289,10 @@ def _split(
     taken: set[str],
     memory: str,
 ) -> Training:
-    """The two graphs, with saved values as outputs of one and inputs of the other."""
+    """The forward and backward graphs; saved activations are outputs of one, inputs of the other.
+
+    `kept` has the dtype of each saved node, `roles` the cotangent of each output.
+    """
     outputs: list[tuple[str, Node]] = []
     stands: dict[Node, Node] = {}
     inputs: list[Input] = []

@@ -1,9 +1,8 @@
-"""Outputs and their cotangents -> the cotangents of inputs, on the graph of primitives.
+"""Outputs and their cotangents -> the cotangents of inputs, as nodes of the graph.
 
-One rule for each kind of node, side by side; scalar functions have theirs in the table of
-`coda.ir.scalars`. No rule knows a layer. A cotangent may have size 1 along an axis where its node
-does not: it is then the same for all of that axis, and becomes as wide as the node only where a
-rule needs it.
+Reverse-mode differentiation with one rule per kind of node; the derivatives of scalar functions are
+in the table of `coda.ir.scalars`. A cotangent may be narrow: of size 1 along an axis of its node
+along which it is constant. It is expanded only if a rule needs all elements.
 """
 
 from __future__ import annotations
@@ -49,26 +48,27 @@ from coda.lowering.algebra.linear import factor_cotangent, linear_outputs, row_f
 def vjp(
     cotangents: Mapping[Node, Node], wanted: Iterable[Node], kept: bool = False
 ) -> dict[Node, Node]:
-    """The cotangents of `wanted` nodes, by node; one that no output depends on is missing.
+    """`wanted` node -> its cotangent, of its shape and dtype; missing if no output depends on it.
 
     Args:
-        cotangents: of output nodes, each of its node's shape and element type.
+        cotangents: output node -> cotangent, of the output's shape and dtype.
         wanted: inputs, or other nodes at which differentiation stops.
-        kept: whether the outputs are kept, so that derivatives may read them
-            (`lowering/algebra/linear.py`).
+        kept: whether derivatives may read the outputs (`lowering/algebra/linear.py`).
+
+    Raises UnsupportedError for an operation without a derivative.
     """
     wanted = tuple(dict.fromkeys(wanted))
     return _Backward(wanted, users(cotangents) if kept else {}).run(cotangents)
 
 
 def full(d: Node, shape: Shape) -> Node:
-    """A cotangent as wide as its node."""
+    """A narrow cotangent, expanded to the shape of its node."""
     return d if d.shape == shape else Expand(d, shape)
 
 
 @dataclass(frozen=True)
 class _Term:
-    """A node that computes with operators, as the table's derivatives need it."""
+    """A node with Python's operators, for the derivatives of the scalar table."""
 
     node: Node
 
@@ -107,7 +107,7 @@ def _call(fn: str, *args: Any) -> _Term:
 
 
 def _applied(fn: str, nodes: tuple[Node, ...]) -> Node:
-    """A scalar function of nodes; of numbers it is a number, and so is a choice by one."""
+    """A scalar function of nodes, folded if all are constants; so is `where` by a constant."""
     found = Map(fn, nodes)
     numbers = [torch.tensor(n.value, dtype=torch.float64) for n in nodes if isinstance(n, Const)]
     if len(numbers) == len(nodes):
@@ -132,10 +132,10 @@ class _Backward:
 
     Attributes:
         wanted: where differentiation stops.
-        users: of each node, where outputs may be read.
-        given: the cotangents of the outputs.
-        found: contributions to each node's cotangent.
-        parts: contributions by way of slices.
+        users: node -> its users; empty if derivatives may not read outputs.
+        given: output -> its cotangent.
+        found: node -> the summands of its cotangent so far.
+        parts: node -> the cotangents of its slices so far.
     """
 
     wanted: tuple[Node, ...]
@@ -169,14 +169,14 @@ class _Backward:
         return out
 
     def give(self, node: Node, d: Node) -> None:
-        """Add to a node's cotangent, in the node's element type and shape (or 1)."""
+        """Add a summand to a node's cotangent, in the node's dtype; it may be narrow."""
         if node not in self.active:
             return
         d = _unbroadcast(d, node.shape)
         self.found.setdefault(node, []).append(d if d.dtype == node.dtype else Cast(d, node.dtype))
 
     def total(self, node: Node) -> Node | None:
-        """The sum of all contributions, contractions first, so that laws find them together."""
+        """The sum of all summands; contractions come first, where a law can merge them."""
         terms = self.found.pop(node, []) + _joined(node, self.parts.pop(node, []))
         if not terms:
             return None
@@ -294,7 +294,7 @@ def _unbroadcast(d: Node, shape: Shape) -> Node:
 
 
 def _summed(d: Node, shape: Shape, whole: Shape) -> Node:
-    """What an operand of `shape` gets of a result of shape `whole`: the sum over repeated axes."""
+    """The cotangent of an operand broadcast from `shape` to `whole`: d summed over those axes."""
     rank = len(whole)
     wide = (ONE,) * (rank - len(shape)) + shape
     d = Reshape(d, (ONE,) * (rank - d.rank) + d.shape) if d.rank < rank else d
@@ -305,7 +305,7 @@ def _summed(d: Node, shape: Shape, whole: Shape) -> Node:
         if d.shape[i] == ONE:
             d = Map("mul", (d, Size(all_of, d.dtype)))
         elif i + 1 < rank and wide[i + 1] == ONE != d.shape[i + 1]:
-            together = d.shape[i] * d.shape[i + 1]  # neighbours are summed at once
+            together = d.shape[i] * d.shape[i + 1]  # one sum over two adjacent axes
             d = Reshape(d, (*d.shape[:i], ONE, together, *d.shape[i + 2 :]))
         else:
             d = Reduce("sum", d, i - rank)
@@ -313,7 +313,7 @@ def _summed(d: Node, shape: Shape, whole: Shape) -> Node:
 
 
 def _summed_together(d: Node, shape: Shape) -> tuple[int, Node]:
-    """The sum over all first axes that an operand of `shape` does not have, and their number."""
+    """The number of leading axes that `shape` lacks, and d summed over them (if at least two)."""
     axes = 0
     while axes < len(shape) and shape[axes] == ONE != d.shape[axes]:
         axes += 1
@@ -325,7 +325,7 @@ def _summed_together(d: Node, shape: Shape) -> tuple[int, Node]:
 
 
 def _reshaped(d: Node, now: Shape, before: Shape) -> Node:
-    """A cotangent under the axes that its node had before a reshape; repeated axes stay narrow."""
+    """The cotangent of a reshape's operand, from shape `now` to `before`; it stays narrow."""
     d = Reshape(d, (ONE,) * (len(now) - d.rank) + d.shape) if d.rank < len(now) else d
     target: list[Dim] = []
     i = j = 0
@@ -354,7 +354,7 @@ def _zeros(shape: Shape, dtype: DType) -> Node:
 
 
 def _joined(node: Node, parts: Sequence[tuple[Slice, Node]]) -> list[Node]:
-    """Cotangents of slices as cotangents of the whole: side by side where they tile an axis."""
+    """Cotangents of slices -> summands of the whole's, concatenated where slices tile an axis."""
     left = list(parts)
     out: list[Node] = []
     for axis in sorted({s.axis for s, _ in parts}):
@@ -370,7 +370,7 @@ def _joined(node: Node, parts: Sequence[tuple[Slice, Node]]) -> list[Node]:
 
 
 def _tiles(size: Dim, parts: list[tuple[Slice, Node]]) -> list[tuple[Slice, Node]]:
-    """Slices without steps that lie one after the other and cover the axis; else none."""
+    """Adjacent slices of step 1 that cover the axis, in order; [] if there are none."""
     at, chosen = Dim.of(0), []
     while at != size:
         here = [p for p in parts if p[0].step == 1 and p[0].start == at and p[0].size != size]
@@ -382,7 +382,7 @@ def _tiles(size: Dim, parts: list[tuple[Slice, Node]]) -> list[tuple[Slice, Node
 
 
 def _strides(size: Dim, parts: list[tuple[Slice, Node]]) -> list[tuple[Slice, Node]]:
-    """Slices of one step that take turns and cover the axis; else none."""
+    """Interleaved slices x[i::step] that cover the axis, in order; [] if there are none."""
     for step in {s.step for s, _ in parts if s.step > 1}:
         turns = {s.start.constant: (s, d) for s, d in parts if s.step == step}
         whole = all(s.size * step == size for s, _ in turns.values())
@@ -392,7 +392,7 @@ def _strides(size: Dim, parts: list[tuple[Slice, Node]]) -> list[tuple[Slice, No
 
 
 def _interleaved(parts: Sequence[Node], axis: int) -> Node:
-    """Elements of the parts in turn along an axis."""
+    """Interleave parts along an axis: a0 b0 a1 b1 ..."""
     shape = parts[0].shape
     at = len(shape) + axis + 1
     stacked = [Reshape(p, (*shape[:at], ONE, *shape[at:])) for p in parts]
@@ -401,7 +401,7 @@ def _interleaved(parts: Sequence[Node], axis: int) -> Node:
 
 
 def _padded(node: Node, part: Slice, d: Node) -> Node:
-    """The cotangent of one slice, zero elsewhere."""
+    """The cotangent of one slice, padded with zeros to the shape of `node`."""
     axis, span = part.axis, part.size
     if part.step > 1:
         zero = _zeros(d.shape, d.dtype)
@@ -423,7 +423,7 @@ def _padded(node: Node, part: Slice, d: Node) -> Node:
 
 
 def _reduce_rule(node: Reduce, d: Node) -> Node:
-    """The cotangent of what a monoid reduces; it may be narrow."""
+    """The cotangent of a reduction's operand; it may be narrow."""
     x = node.arg
     count = Size(x.shape[node.axis], d.dtype)
     match node.fn:
@@ -446,7 +446,7 @@ def _reduce_rule(node: Reduce, d: Node) -> Node:
 
 
 def _one_hot(d: Node, arg: Node, index: Node) -> Node:
-    """d at the picked columns, else 0."""
+    """The cotangent of a pick's operand: d in the picked column, 0 in all others."""
     columns = Iota(arg.shape[-1], i32)
     chosen = Map("eq", (Reshape(index, (*index.shape, ONE)), columns))
     return Map("where", (chosen, d, Const(0.0, d.dtype)))
