@@ -1,1 +1,1 @@
-"""What users write: symbolic tensors, the op library and the text form, made into a graph."""
+"""Python functions over symbolic tensors -> Graphs: tensors, operations, layers and tracing."""

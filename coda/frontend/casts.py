@@ -1,11 +1,11 @@
-"""Casts that the user wrote -> the roundings among them that a wider type sees.
+"""Casts that the user wrote -> explicit roundings, kept only if a wider type reads the result.
 
-A kernel computes in float32 and rounds where it stores, so that a cast to 16 bits alone costs
-nothing. A value that is cast down *and up again* is another matter: h.cast(bf16).cast(f32) is what
-bf16 has room for of h, and h less it is what is left. So each cast down is noted as a function of
-its own (`cast_bf16`), and when the graph is complete the note stays where a type sees the value
-that holds more than the cast's: behind a cast, in arithmetic of several types, in a comparison;
-through views and functions that do not round. Elsewhere the note goes, for a store rounds anyway.
+A kernel computes in float32 and rounds where it stores, so that a cast to 16 bits needs no rounding
+of its own. A value that is cast down *and up again* does: h.cast(bf16).cast(f32) is h rounded to
+bf16, and h minus it is the rounding error. So tracing marks each narrowing cast with a function of
+its own (`cast_bf16`). When the graph is complete, a mark is kept if the value is read in a wider
+type: by a cast, by arithmetic of mixed types or by a comparison, also through views and functions
+that do not round. All other marks are removed, since the store rounds.
 
     h.cast(bf16).cast(f32)    cast(cast_bf16(cast(h, bf16)), f32)
     h.cast(bf16) @ w.T        contract(cast(h, bf16), w)
@@ -35,17 +35,17 @@ from coda.ir.types import DType, f32
 
 
 def written(node: Node, dtype: DType) -> Node:
-    """A node in another element type, by a cast that the user wrote."""
+    """A node cast to `dtype` by the user; a narrowing cast is marked as a rounding."""
     found = Cast(node, dtype)
     if node.dtype.kind != "float" or dtype.kind != "float" or dtype.holds(node.dtype):
         return found
     if node.dtype.size < f32.size and not isinstance(node, Input):
-        found = Cast(Map(cast_to(node.dtype), (node,)), dtype)  # it is a value of its own type
+        found = Cast(Map(cast_to(node.dtype), (node,)), dtype)  # rounded to its own dtype first
     return Map(cast_to(dtype), (found,))
 
 
 def seen(roots: Sequence[Node]) -> tuple[Node, ...]:
-    """Roots with the roundings that a wider type sees, and no others."""
+    """The roots without those marked roundings that no wider type reads."""
     if not any(_is_note(n) for n in walk(roots)):
         return tuple(roots)
     plain: dict[Node, Node] = {}
@@ -76,14 +76,14 @@ def _on(node: Node, operands: Iterable[Node]) -> Node:
 
 
 def _sees(node: Node, operand: Node) -> bool:
-    """Whether a node reads a value in a type that holds more than the value's own."""
+    """Whether a node reads a float operand in a type wider than the operand's dtype."""
     if operand.dtype.kind != "float" or not isinstance(node, Map | Cast | Concat):
         return False
     return not operand.dtype.holds(node.dtype) or node.dtype.kind == "bool"
 
 
 def _carries(node: Node) -> bool:
-    """Whether a node's elements are elements of its operands: roundings come before or after."""
+    """Whether each element is an element of an operand: a rounding commutes with the node."""
     if isinstance(node, Map):
         return SCALARS[node.fn].unrounded
     return isinstance(node, Cast | Reshape | Permute | Slice | Concat | Expand | Gather | Pick)

@@ -1,11 +1,11 @@
-"""Contractions as users write them -> nodes: `@` with torch's broadcasting, and einsum.
+"""`@` with torch's broadcasting, and einsum -> Contract nodes.
 
-An einsum of two operands is one contraction. Each axis of the text is a batch axis (in both
-operands and in the result), summed (in both, not in the result), or one of rows or columns (in one
-operand and in the result). The operands are permuted to [*batch, rows, summed] and [*batch,
-columns, summed]:
+An einsum of two operands is one contraction. Each of its axes is a batch axis (in both operands and
+in the result), contracted (in both, not in the result), or a row or column axis (in one operand and
+in the result). The operands are permuted to [*batch, *rows, *contracted] and [*batch, *columns,
+*contracted]:
 
-    "b i h d, b j h d -> b h i j"    batch b h, summed d, rows i, columns j
+    "b i h d, b j h d -> b h i j"    batch b h, contracted d, rows i, columns j
         lhs = permute q (0, 2, 1, 3)    [b, h, i, d]
         rhs = permute k (0, 2, 1, 3)    [b, h, j, d]
         contract lhs, rhs               [b, h, i, j]
@@ -28,7 +28,7 @@ Names = tuple[str, ...]
 
 
 def multiplied(x: Node, w: Node) -> Node:
-    """x [..., M, K] @ w [..., K, N] by torch.matmul's rules. Raises ShapeError and DtypeError."""
+    """x [..., M, K] @ w [..., K, N], as torch.matmul. Raises ShapeError and DtypeError."""
     batch = broadcast(x.shape[:-2], w.shape[:-2])
     if w.rank < 2 or x.rank < 1 or x.shape[-1] != w.shape[-2] or batch is None:
         batches = ", or batches [..., M, K] and [..., K, N]" if w.rank > 2 else ""
@@ -45,7 +45,7 @@ def multiplied(x: Node, w: Node) -> Node:
 
 
 def check_types(name: str, x: Node, w: Node) -> None:
-    """Raise DtypeError where two operands of a contraction are not of one float type."""
+    """Raise DtypeError unless both operands of a contraction have the same float type."""
     if x.dtype != w.dtype:
         raise DtypeError(
             f"`{name}` takes operands of one element type",
@@ -61,7 +61,7 @@ def _contract(x: Node, w: Node) -> Node:
 
 
 def _fitting(x: Node, w: Node) -> str:
-    """What would work where two operands of `@` do not fit."""
+    """The help text for operands of `@` with shapes that do not match."""
     if w.rank == 1:
         return "coda.sum(x * w) is the product with a vector"
     if x.rank and w.rank >= 2 and x.shape[-1] == w.shape[-1] != w.shape[-2]:
@@ -79,7 +79,7 @@ def _fitting(x: Node, w: Node) -> str:
 
 @dataclass(frozen=True)
 class Equation:
-    """An einsum's text: the names of each operand's axes, and of the result's."""
+    """A parsed einsum: the axis names of each operand and of the result."""
 
     operands: tuple[Names, ...]
     result: Names
@@ -89,13 +89,13 @@ def einsum_of(text: str, operands: Sequence[Node]) -> Node:
     """The node of an einsum of one or two operands.
 
     Args:
-        text: "b i d, b j d -> b i j" (names apart), or as torch has it: "bid,bjd->bij", where the
-            result may be left out, and "..." stands for leading axes that broadcast.
-        operands: floats of one element type.
+        text: "b i d, b j d -> b i j" (names separated by spaces), or torch's "bid,bjd->bij". The
+            result may be omitted, as in torch; "..." stands for leading axes that broadcast.
+        operands: of one float type.
 
     Raises:
-        ShapeError: for a text that cannot be read, or that does not fit the operands.
-        DtypeError: for operands of several types, or that are no floats.
+        ShapeError: for a text that cannot be parsed or does not match the operands.
+        DtypeError: for operands of different types, or of a type that is not a float.
     """
     if not isinstance(text, str):
         raise TraceError("an einsum begins with its text", found=repr(text), help=_EXAMPLE)
@@ -119,7 +119,7 @@ def einsum_of(text: str, operands: Sequence[Node]) -> Node:
 
 
 def _parsed(text: str, operands: Sequence[Node]) -> Equation:
-    """The axes of a text. Raises ShapeError where it cannot be read."""
+    """Parse a text for these operands. Raises ShapeError."""
     left, arrow, right = text.partition("->")
     terms = [*left.split(","), *([right] if arrow else [])]
     spelled = any(len(t.split()) > 1 for t in terms)
@@ -153,7 +153,7 @@ def _parsed(text: str, operands: Sequence[Node]) -> Equation:
 
 
 def _names(text: str, term: str, spelled: bool) -> Names:
-    """The names in a term: words, or single letters."""
+    """The axis names of a term: words if `spelled`, else single letters."""
     found = re.findall(r"\.\.\.|\w+" if spelled else r"\.\.\.|[^\W\d_]", term)
     rest = re.sub(r"\.\.\.|\w+|\s" if spelled else r"\.\.\.|[^\W\d_]|\s", "", term)
     if rest or found.count("...") > 1:
@@ -167,7 +167,7 @@ def _names(text: str, term: str, spelled: bool) -> Names:
 
 
 def _with_leading(names: Names, lead: int) -> Names:
-    """Names with one for each of `lead` axes that "..." stands for, counted from the right."""
+    """Names with "..." replaced by `lead` of them, numbered from the right: "...1", "...0"."""
     if "..." not in names:
         return names
     at = names.index("...")
@@ -175,7 +175,7 @@ def _with_leading(names: Names, lead: int) -> Names:
 
 
 def _check_names(text: str, inputs: Sequence[Names], result: Names) -> None:
-    """Raise ShapeError for an axis that is in a term twice, or in the result alone."""
+    """Raise ShapeError for a repeated axis in a term, or one that only the result has."""
     for term in (*inputs, result):
         twice = sorted({n for n in term if term.count(n) > 1})
         if twice:
@@ -194,7 +194,7 @@ def _check_names(text: str, inputs: Sequence[Names], result: Names) -> None:
 
 
 def _sizes(text: str, equation: Equation, operands: Sequence[Node]) -> dict[str, Dim]:
-    """The size of each axis. Raises ShapeError where two operands have different ones."""
+    """The size of each axis by name. Raises ShapeError if operands disagree."""
     sizes: dict[str, Dim] = {}
     for names, node in zip(equation.operands, operands, strict=True):
         for name, dim in zip(names, node.shape, strict=True):
@@ -211,13 +211,13 @@ def _sizes(text: str, equation: Equation, operands: Sequence[Node]) -> dict[str,
 
 @dataclass(frozen=True)
 class Term:
-    """An operand, and the names of its axes, all of which are wider than 1."""
+    """An operand with the names of its axes, none of which has size 1."""
 
     names: Names
     node: Node
 
     def under(self, names: Names) -> Node:
-        """The operand with its axes in another order."""
+        """The operand permuted to this order of its axes."""
         if names == self.names:
             return self.node
         return permuted(self.node, [self.names.index(n) for n in names])
@@ -231,18 +231,22 @@ class Term:
 
 
 def _wide(names: Names, node: Node) -> Term:
-    """An operand without axes of size 1: it does not depend on them."""
+    """An operand with its axes of size 1 dropped, since it does not depend on them."""
     kept = [i for i, d in enumerate(node.shape) if d != ONE]
     node = _reshaped(node, tuple(node.shape[i] for i in kept))
     return Term(tuple(names[i] for i in kept), node)
 
 
 def _product(a: Term, b: Term, result: Names) -> Term:
-    """Two operands multiplied, and summed over what both have and the result has not."""
+    """Two operands multiplied, and summed over the axes that the result does not have.
+
+    With contracted axes and row or column axes it is a contraction; without row and column axes a
+    product and a sum; without contracted axes a product alone.
+    """
     summed = tuple(n for n in a.names if n in b.names and n not in result)
     batch = tuple(n for n in result if n in a.names and n in b.names)
     alone = [n for n in result if (n in a.names) != (n in b.names)]
-    if alone and alone[0] in b.names:  # then the result has its axes in the other order
+    if alone and alone[0] in b.names:  # its axes come first in the result
         a, b = b, a
     rows, columns = (tuple(n for n in alone if n in t.names) for t in (a, b))
     names = (*batch, *rows, *columns)
@@ -260,16 +264,16 @@ def _product(a: Term, b: Term, result: Names) -> Term:
 
 
 def _contracted(left: Node, right: Node, batch: int, summed: int) -> Node:
-    """[*batch, *rows, *summed] with [*batch, *columns, *summed] to [*batch, *rows, *columns].
+    """[*batch, *rows, *summed] with [*batch, *columns, *summed] -> [*batch, *rows, *columns].
 
     Args:
         left, right: the operands.
-        batch: how many batch axes there are, which come first.
-        summed: how many axes are summed, which come last.
+        batch: the number of batch axes, which come first.
+        summed: the number of contracted axes, which come last.
     """
     lead, total = left.shape[:batch], product(left.shape[left.rank - summed :])
     rows, columns = (n.shape[batch : n.rank - summed] for n in (left, right))
-    mine = (product(rows),) if batch else rows  # without batches a left operand has any axes
+    mine = (product(rows),) if batch else rows  # unbatched: lhs of any rank
     x = _reshaped(left, (*lead, *mine, total))
     w = _reshaped(right, (*lead, product(columns), total))
     return _reshaped(_contract(x, w), (*lead, *rows, *columns))

@@ -1,7 +1,8 @@
-"""Layers as plain functions over the primitives; nothing below the frontend knows their names.
+"""Layers as plain functions of symbolic tensors, composed of primitives.
 
-A layer of your own is written in the same way, in your own file. `x` is [..., D] and a row is its
-last axis; weights of `linear` are [N, K], as torch has them.
+The compiler does not know their names: a layer of your own is written in the same way, in your own
+file. `x` is [..., D] and a row is its last axis; weights of `linear` are [N, K], as in torch.
+Elementwise functions return the shape of their operands broadcast.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from coda.ir.dims import Dim, Shape, product, show_shape
 
 
 def rms_norm(x: Tensor, w: Tensor | None = None, eps: float = 1e-6, shift: float = 0.0) -> Tensor:
-    """x / sqrt(mean x² + eps) · (shift + w), after Zhang and Sennrich (2019).
+    """x / sqrt(mean x² + eps) · (shift + w), after Zhang and Sennrich (2019); [..., D].
 
-    `w` is [D]; `shift=1` for models that store w − 1 (Gemma).
+    `w` is [D]; `shift=1` is for models that store the gain minus 1 (Gemma).
     """
     y = x * inverse_rms(x, eps)
     if w is None:
@@ -54,7 +55,7 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 def layer_norm(
     x: Tensor, w: Tensor | None = None, b: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """(x − mean x) / sqrt(var x + eps) · w + b, after Ba, Kiros and Hinton (2016)."""
+    """(x − mean x) / sqrt(var x + eps) · w + b, with w, b [D]; Ba, Kiros and Hinton (2016)."""
     deviation = x - mean(x, keepdims=True)
     y = deviation * rsqrt(mean(square(deviation), keepdims=True) + eps)
     y = y if w is None else y * w
@@ -62,34 +63,34 @@ def layer_norm(
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(Σ x² + eps)."""
+    """x / sqrt(Σ x² + eps) for each row."""
     return x * rsqrt(sum(x * x, keepdims=True) + eps)
 
 
 def softmax(x: Tensor) -> Tensor:
-    """exp(x − max x) / Σ exp(x − max x)."""
+    """exp(x − max x) / Σ exp(x − max x) for each row."""
     e = exp(x - max(x, keepdims=True))
     return e / sum(e, keepdims=True)
 
 
 def log_softmax(x: Tensor) -> Tensor:
-    """log softmax(x), without overflow."""
+    """log softmax(x) for each row, without overflow."""
     shifted = x - max(x, keepdims=True)
     return shifted - log(sum(exp(shifted), keepdims=True))
 
 
 def relu(x: Tensor) -> Tensor:
-    """max(x, 0), whose derivative at 0 is 0."""
+    """max(x, 0), with derivative 0 at 0; NaN stays NaN."""
     return where(x <= 0.0, 0.0, x)
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp x), by log1p of what is at most 1: exact to the last digits on both sides."""
+    """log(1 + exp x) = max(x, 0) + log1p(exp(−|x|)), accurate for all x without overflow."""
     return maximum(x, 0.0) + log1p(exp(-abs(x)))
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
-    """log sigmoid(x), as exact as `softplus`."""
+    """log sigmoid(x) = −softplus(−x), as accurate as `softplus`."""
     return minimum(x, 0.0) - log1p(exp(-abs(x)))
 
 
@@ -99,7 +100,10 @@ def silu(x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """x · Φ(x), by erf or (approximate="tanh") by tanh; Hendrycks and Gimpel (2016)."""
+    """x · Φ(x) by erf, or approximated by tanh; Hendrycks and Gimpel (2016).
+
+    `approximate` is "none" or "tanh"; raises CodaError for any other value.
+    """
     if approximate == "none":
         half = 0.5 * x
         return half + half * erf(x * math.sqrt(0.5))
@@ -153,9 +157,18 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
 
     Args:
         x: [M, H, d] or [B, M, H, d], heads of d columns.
-        cos, sin: [M, r/2] or [B, M, r/2], of the angles of r ≤ d rotated columns; the others pass.
-        interleaved: partners are columns 2j and 2j + 1 (Llama's own weights), else j and j + r/2
-            (Hugging Face's and NeoX's).
+        cos, sin: [M, r/2] or [B, M, r/2], one angle for each pair of the r ≤ d rotated columns;
+            columns from r on are unchanged.
+        interleaved: column pairs are (2j, 2j + 1), as in Llama's own weights, else (j, j + r/2),
+            as in Hugging Face's and NeoX's.
+
+    Returns:
+        The shape of x. Columns (a, b) of a pair become (a cos − b sin, b cos + a sin): with d = 4
+        and not interleaved, [x0, x1, x2, x3] -> [x0 c0 − x2 s0, x1 c1 − x3 s1, x2 c0 + x0 s0,
+        x3 c1 + x1 s1].
+
+    Raises:
+        ShapeError: for tables that do not match x.
     """
     if x.ndim < 3 or cos.shape != sin.shape or not 2 <= cos.ndim < x.ndim:
         raise ShapeError(
@@ -185,7 +198,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
 
 
 def _is_negative(dim: Dim) -> bool:
-    """Whether a dim is below zero for all sizes of its symbols."""
+    """Whether all coefficients are negative: the dim is below 0 for all sizes of its symbols."""
     return bool(dim.terms) and all(c < 0 for _, c in dim.terms)
 
 
@@ -197,12 +210,19 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """logsumexp(logits) − logits[target] for each row of [..., V], with torch's options.
+    """logsumexp(logits) − logits[target] for each row, with torch's options.
 
-    `target` is [...], of whole numbers. A row whose target is `ignore_index` counts nothing; one
-    whose target is no class at all has the loss NaN.
-    `reduction` is "mean" (over the rows that count), "sum" or "none" ([...]). `z_loss` adds
-    z_loss · logsumexp².
+    Args:
+        logits: [..., V].
+        target: [...], ints. A target outside [0, V) gives the loss NaN.
+        ignore_index: rows with this target have loss 0 and are not counted in the mean.
+        reduction: "mean" (over the rows that are not ignored) or "sum", both []; "none", [...].
+        label_smoothing: the weight, from 0 to 1, of the mean loss over all classes.
+        z_loss: the weight of an added logsumexp².
+
+    Raises:
+        ShapeError: for a target that does not match the logits.
+        CodaError: for an option out of range.
     """
     if not 0 <= label_smoothing <= 1:
         raise CodaError("label_smoothing is a share, from 0 to 1", found=str(label_smoothing))
@@ -220,13 +240,13 @@ def cross_entropy(
 def nll_loss(
     log_probabilities: Tensor, target: Tensor, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
-    """−log_probabilities[target] for each row of [..., V]; all else is as in `cross_entropy`."""
+    """−log_probabilities[target] for each row of [..., V]; arguments as in `cross_entropy`."""
     x, target, lead = _rows_and_classes("nll_loss", log_probabilities, target)
     return _reduced(-pick(x, target), target, lead, ignore_index, reduction)
 
 
 def _rows_and_classes(name: str, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Shape]:
-    """Rows [N, V], the class of each, and the axes that were its rows. Raises ShapeError."""
+    """Flatten [..., V] and [...] to [N, V] and [N]; also the leading axes. Raises ShapeError."""
     if target.dtype.kind != "int" or x.ndim < 2 or target.shape != x.shape[:-1]:
         raise ShapeError(
             f"{name} takes logits [..., V] and the number of a class for each row",
@@ -242,7 +262,7 @@ def _rows_and_classes(name: str, x: Tensor, target: Tensor) -> tuple[Tensor, Ten
 def _reduced(
     loss: Tensor, target: Tensor, lead: Shape, ignore_index: int, reduction: str
 ) -> Tensor:
-    """The losses [N, 1] of the rows that count: each, their sum or their mean."""
+    """Reduce the losses [N, 1] of the rows that are not ignored; `lead` is the shape for "none"."""
     counts = target[:, None] != ignore_index
     loss = where(counts, loss, 0.0)[:, 0]
     if reduction == "none":

@@ -1,4 +1,9 @@
-"""The primitives as functions: what a block can say beside the operators of its tensors."""
+"""The primitives as functions of symbolic tensors, in addition to the operators of `Tensor`.
+
+Elementwise functions broadcast as in torch; all operands have one element type, which numbers
+adopt. They raise DtypeError for other types, ShapeError for shapes that do not match, and
+TraceError for operands of any other kind.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +30,7 @@ def exp(x: Tensor) -> Tensor:
 
 
 def expm1(x: Tensor) -> Tensor:
-    """e to the x, minus 1: exact near 0, too."""
+    """e to the x, minus 1, without cancellation near 0."""
     return apply("expm1", x)
 
 
@@ -40,7 +45,7 @@ def log(x: Tensor) -> Tensor:
 
 
 def log1p(x: Tensor) -> Tensor:
-    """The natural logarithm of 1 + x: exact near 0, too."""
+    """The natural logarithm of 1 + x, without cancellation near 0."""
     return apply("log1p", x)
 
 
@@ -90,47 +95,47 @@ def square(x: Tensor) -> Tensor:
 
 
 def maximum(a: Any, b: Any) -> Tensor:
-    """The larger of two values; NaN if either is. Equal ones get half of the derivative each."""
+    """The larger of two values; NaN if either is NaN. At a tie each has half the cotangent."""
     return apply("maximum", a, b)
 
 
 def minimum(a: Any, b: Any) -> Tensor:
-    """The smaller of two values; NaN if either is. Equal ones get half of the derivative each."""
+    """The smaller of two values; NaN if either is NaN. At a tie each has half the cotangent."""
     return apply("minimum", a, b)
 
 
 def clamp(x: Tensor, low: Any = -math.inf, high: Any = math.inf) -> Tensor:
-    """min(max(x, low), high); NaN if any is. Its derivative is 1 at the bounds."""
+    """min(max(x, low), high); NaN if any is NaN. The derivative by x is 1 on the bounds."""
     return apply("clamp", x, low, high)
 
 
 def sum(x: Tensor, axis: int = -1, keepdims: bool = False) -> Tensor:
-    """The sum over an axis."""
+    """The sum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
     return reduce("sum", x, axis, keepdims)
 
 
 def mean(x: Tensor, axis: int = -1, keepdims: bool = False) -> Tensor:
-    """The mean over an axis."""
+    """The mean over an axis, which is dropped, or kept with size 1 by `keepdims`."""
     return reduce("mean", x, axis, keepdims)
 
 
 def max(x: Tensor, axis: int = -1, keepdims: bool = False) -> Tensor:
-    """The maximum over an axis."""
+    """The maximum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
     return reduce("max", x, axis, keepdims)
 
 
 def min(x: Tensor, axis: int = -1, keepdims: bool = False) -> Tensor:
-    """The minimum over an axis."""
+    """The minimum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
     return reduce("min", x, axis, keepdims)
 
 
 def logsumexp(x: Tensor, axis: int = -1, keepdims: bool = False) -> Tensor:
-    """log Σ exp over an axis, without overflow."""
+    """log Σ exp(x) over an axis, without overflow."""
     return reduce("logsumexp", x, axis, keepdims)
 
 
 def cumsum(x: Tensor, axis: int = -1, reverse: bool = False) -> Tensor:
-    """Sums along an axis up to each element; with `reverse`, from each element on."""
+    """The inclusive cumulative sum along an axis; with `reverse`, from its end to its start."""
     (node,) = _nodes("cumsum", x)
     if node.dtype.kind == "bool":
         raise DtypeError("`cumsum` takes numbers", found="bool", help="x.cast(coda.f32)")
@@ -138,7 +143,7 @@ def cumsum(x: Tensor, axis: int = -1, reverse: bool = False) -> Tensor:
 
 
 def iota(count: int | Dim, dtype: DType = i32) -> Tensor:
-    """0, 1, … count - 1, of the type `dtype`: positions along an axis."""
+    """0, 1, … count - 1 as a tensor [count] of `dtype`."""
     if isinstance(count, bool) or not isinstance(count, int | Dim) or Dim.of(count) == Dim.of(0):
         raise ShapeError("an iota has a size", found=repr(count), help="coda.iota(x.shape[0])")
     if not isinstance(dtype, DType) or dtype.kind == "bool":
@@ -150,38 +155,38 @@ def einsum(text: str, *tensors: Tensor) -> Tensor:
     """A contraction of two tensors, or sums and a permutation of one, by the names of their axes.
 
     Args:
-        text: "b i h d, b j h d -> b h i j": names with spaces between them, or torch's single
-            letters ("bihd,bjhd->bhij"). Axes in both operands and in the result are batches, axes
-            in both and not in the result are summed, and so are axes of one operand alone.
+        text: "b i h d, b j h d -> b h i j": names separated by spaces, or torch's single letters
+            ("bihd,bjhd->bhij"). An axis of both operands and the result is a batch axis; an axis
+            that the result does not have is summed over.
         tensors: one or two, of one float type.
 
     Raises:
-        ShapeError: for a text that cannot be read or does not fit.
-        DtypeError: for operands of several types, or that are no floats.
+        ShapeError: for a text that cannot be parsed or does not match the tensors.
+        DtypeError: for operands of different types, or of a type that is not a float.
     """
     return Tensor(einsum_of(text, _nodes("einsum", *tensors)))
 
 
 def permute(x: Tensor, *order: int) -> Tensor:
-    """The axes in another order, as torch's permute."""
+    """Permute axes as torch does: axis i of the result is axis order[i] of x."""
     _nodes("permute", x)
     return x.permute(*order)
 
 
 def cast(x: Tensor, dtype: DType) -> Tensor:
-    """The same values in another element type."""
+    """The same values rounded to another element type."""
     _nodes("cast", x)
     return x.cast(dtype)
 
 
 def reshape(x: Tensor, *shape: str | int | Dim) -> Tensor:
-    """The same elements under other axes: "M (H d) -> M H d", or dims."""
+    """Reshape in row-major order: by "M (H d) -> M H d", or by dims, one of which may be -1."""
     _nodes("reshape", x)
     return x.reshape(*shape)
 
 
 def split(x: Tensor, parts: int | Sequence[int | Dim], axis: int = -1) -> tuple[Tensor, ...]:
-    """Consecutive parts of an axis: so many equal ones, or of these sizes."""
+    """Split an axis into consecutive parts: `parts` equal ones, or parts of these sizes."""
     (node,) = _nodes("split", x)
     at = _axis("split", node.shape, axis)
     size = node.shape[at]
@@ -209,13 +214,13 @@ def split(x: Tensor, parts: int | Sequence[int | Dim], axis: int = -1) -> tuple[
 
 
 def concat(tensors: Sequence[Tensor], axis: int = -1) -> Tensor:
-    """Tensors one after the other along an axis."""
+    """Concatenate tensors of one element type along an existing axis."""
     nodes = _listed("concat", tensors)
     return Tensor(Concat(nodes, _axis("concat", nodes[0].shape, axis)))
 
 
 def stack(tensors: Sequence[Tensor], axis: int = -1) -> Tensor:
-    """Tensors of one shape along a new axis."""
+    """Stack tensors of one shape along a new axis."""
     nodes = _listed("stack", tensors)
     if len({n.shape for n in nodes}) > 1:
         raise ShapeError(
@@ -231,7 +236,7 @@ def stack(tensors: Sequence[Tensor], axis: int = -1) -> Tensor:
 
 
 def _nodes(name: str, *values: Any) -> tuple[Node, ...]:
-    """The nodes of tensors. Raises TraceError for anything else."""
+    """The nodes of tensors. Raises TraceError for any other value."""
     if not all(isinstance(v, Tensor) for v in values):
         raise TraceError(
             f"coda.{name} takes tensors of the block",
@@ -241,7 +246,7 @@ def _nodes(name: str, *values: Any) -> tuple[Node, ...]:
 
 
 def _axis(name: str, shape: Shape, axis: Any) -> int:
-    """An axis counted from the right. Raises ShapeError where it is not there."""
+    """The axis as a negative index. Raises ShapeError if it is out of range."""
     if not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
         raise ShapeError(
             f"a {name} along an axis that is not there", found=f"axis {axis} of {show_shape(shape)}"
@@ -250,7 +255,7 @@ def _axis(name: str, shape: Shape, axis: Any) -> int:
 
 
 def _listed(name: str, tensors: Any) -> tuple[Node, ...]:
-    """The nodes of a list of tensors of one type."""
+    """The nodes of a list of tensors. Raises DtypeError for different element types."""
     if not isinstance(tensors, list | tuple) or not tensors:
         raise TraceError(
             f"coda.{name} takes a list of tensors of the block",
@@ -268,10 +273,10 @@ def _listed(name: str, tensors: Any) -> tuple[Node, ...]:
 
 
 def take(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of `table` [V, ...] at an integer tensor `index` [...]."""
+    """Gather rows of `table` [V, ...] at an integer tensor `index` [*i]: [*i, ...]."""
     return Tensor(Gather(*_nodes("take", table, index)))
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
-    """x[..., index[...]], one column for each row: [..., 1]; NaN where the index is outside."""
+    """x[..., index[...]], one column for each row: [..., 1]; NaN if out of range."""
     return Tensor(Pick(*_nodes("pick", x, index)))

@@ -1,7 +1,7 @@
-"""The shape language: text such as "M (H d)" -> dims.
+"""Shape text -> dims: "M (H d)" is the shape [M, H*d].
 
-Axes are separated by spaces. An axis is a number, a name, or a sum or product of them without
-spaces around the sign's operands being split: `M 2*F d/2`. `(H d)` is one axis of H*d.
+Axes are separated by spaces. An axis is a number, a symbol, or an expression of them with + - * /:
+"M 2*F d/2". Brackets join axes into one: "(H d)" is one axis of size H*d.
 """
 
 from __future__ import annotations
@@ -69,12 +69,15 @@ def _parse(text: str, start: str) -> Any:
 
 
 def parse_shape(text: str) -> Shape:
-    """The dims of a shape. Raises DimError where the text cannot be read."""
+    """The dims of a shape text. Raises DimError if it cannot be parsed."""
     return tuple(product(axis) for axis in _parse(text, "shape"))
 
 
 def parse_rearrangement(text: str) -> tuple[Axes, Axes]:
-    """Both sides of "M (H d) -> M H d", each axis as the dims that it is a product of."""
+    """Both sides of "M (H d) -> M H d", each axis as its factors: ((M,), (H, d)) on the left.
+
+    A text without "->" is the right side; the left one is then (). Raises DimError.
+    """
     if "->" not in text:
         axes = _parse(text, "shape")
         return (), axes

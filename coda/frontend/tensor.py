@@ -1,7 +1,9 @@
-"""The symbolic tensor that a block is traced with: torch's operators, writing nodes of the graph.
+"""Torch-like operators on symbolic tensors -> nodes of the graph.
 
-`Tensor["M D"]` is an annotation; inside a block, an argument is a `Tensor` around a node. Shapes
-and element types are checked as the operators are written, with the user's line in the message.
+`Tensor["M D"]` is an annotation; inside a block, an argument is a `Tensor` that wraps a node. Each
+operator checks shapes and element types when it is called; errors have the user's line.
+
+    x: Tensor["M D"], w: Tensor["N D"]    x @ w.T  ->  contract %x, %w    [M, N]
 """
 
 from __future__ import annotations
@@ -37,9 +39,12 @@ Operand = "Tensor | float | Dim"
 
 @dataclass(frozen=True)
 class Spec:
-    """What an argument is declared to be: axes, and an element type (None: the block's default).
+    """The declaration of an argument.
 
-    A `constant` one is not differentiated by.
+    Attributes:
+        shape: one dim for each axis.
+        dtype: the element type; None for the block's default.
+        constant: whether it has no gradient.
     """
 
     shape: Shape
@@ -47,7 +52,7 @@ class Spec:
     constant: bool = False
 
 
-# What torch's methods and functions are called here.
+# torch's methods and functions -> their equivalents in coda, for error messages.
 INSTEAD = {
     **dict.fromkeys(("float", "half", "bfloat16", "to", "type", "double"), "x.cast(coda.f32)"),
     **dict.fromkeys(("view", "flatten", "unflatten", "squeeze"), 'x.reshape("M (H d) -> M H d")'),
@@ -85,10 +90,10 @@ class _Annotated(type):
 
 
 class Tensor(metaclass=_Annotated):
-    """A value of a block while it is traced.
+    """A symbolic value of a block that is being traced.
 
-    As an annotation, `Tensor["M D"]` or `Tensor["M D", coda.f32]`. As a value it has torch's
-    operators, `shape` (of dims), `dtype`, `.T`, slicing, `reshape` and `cast`.
+    As an annotation: `Tensor["M D"]` or `Tensor["M D", coda.f32]`. As a value it has torch's
+    operators, `shape` (of dims), `dtype`, `.T`, slicing, `reshape` and `cast`. It holds no data.
     """
 
     __slots__ = ("node",)
@@ -105,7 +110,7 @@ class Tensor(metaclass=_Annotated):
 
     @property
     def shape(self) -> Shape:
-        """The axes, as dims that can be computed with."""
+        """The size of each axis, as a dim; dims support arithmetic."""
         return self.node.shape
 
     @property
@@ -180,7 +185,7 @@ class Tensor(metaclass=_Annotated):
 
     __hash__ = object.__hash__
 
-    # Conditions: as the numbers 0 and 1.
+    # Logical operators on conditions, which are computed as the numbers 0 and 1.
 
     def __and__(self, other: Any) -> Tensor:
         return _conditions("&", "minimum", self, other)
@@ -206,24 +211,24 @@ class Tensor(metaclass=_Annotated):
 
     @property
     def T(self) -> Tensor:
-        """The transpose of a matrix."""
+        """A matrix [M, N] transposed: [N, M]. Raises ShapeError for any other rank."""
         return Tensor(transposed(self.node))
 
     @property
     def mT(self) -> Tensor:
-        """The transpose of each matrix of a batch [..., M, N]: [..., N, M]."""
+        """Each matrix of a batch [..., M, N] transposed: [..., N, M]."""
         return Tensor(transposed(self.node, batches=True))
 
     def permute(self, *order: int) -> Tensor:
-        """The axes in another order, as torch's: axis i of the result is axis order[i] of this."""
+        """Permute axes as torch does: axis i of the result is axis order[i]. Raises ShapeError."""
         return Tensor(permuted(self.node, order))
 
     def reshape(self, *shape: str | int | Dim) -> Tensor:
-        """The same elements under other axes: "M (H d) -> M H d", or dims."""
+        """Reshape in row-major order: by "M (H d) -> M H d", or by dims, one of which may be -1."""
         return Tensor(reshaped(self.node, shape))
 
     def cast(self, dtype: DType) -> Tensor:
-        """The same values in another element type, rounded to it."""
+        """The same values rounded to another element type."""
         if not isinstance(dtype, DType):
             raise DtypeError(
                 "a cast takes an element type of coda", found=repr(dtype), help="coda.f32"
@@ -236,22 +241,22 @@ class Tensor(metaclass=_Annotated):
     # Reductions, as methods.
 
     def sum(self, axis: int = -1, keepdims: bool = False) -> Tensor:
-        """The sum over an axis."""
+        """The sum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
         return reduce("sum", self, axis, keepdims)
 
     def mean(self, axis: int = -1, keepdims: bool = False) -> Tensor:
-        """The mean over an axis."""
+        """The mean over an axis, which is dropped, or kept with size 1 by `keepdims`."""
         return reduce("mean", self, axis, keepdims)
 
     def max(self, axis: int = -1, keepdims: bool = False) -> Tensor:
-        """The maximum over an axis."""
+        """The maximum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
         return reduce("max", self, axis, keepdims)
 
     def min(self, axis: int = -1, keepdims: bool = False) -> Tensor:
-        """The minimum over an axis."""
+        """The minimum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
         return reduce("min", self, axis, keepdims)
 
-    # What a block cannot mean.
+    # Operations that need a value, which a block does not have: each raises TraceError.
 
     def __bool__(self) -> NoReturn:
         raise TraceError(
@@ -298,7 +303,7 @@ class Tensor(metaclass=_Annotated):
         )
 
     def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Tensor:
-        """A number of numpy's on the left of an operator is a number; all else is refused."""
+        """Take a numpy scalar as a left operand; raise TraceError for any other ufunc call."""
         name = {"multiply": "mul", "subtract": "sub", "divide": "div", "power": "pow"}.get(
             ufunc.__name__, ufunc.__name__
         )
@@ -324,7 +329,7 @@ class Tensor(metaclass=_Annotated):
 
 
 def lift(value: Any, like: DType) -> Node:
-    """A number as a node of the element type `like`; tensors as their nodes."""
+    """The node of a tensor, a number or a dim; numbers get the element type `like`."""
     if isinstance(value, Tensor):
         return _retyped(value.node, like) if _is_number(value) else value.node
     if isinstance(value, Dim):
@@ -349,14 +354,14 @@ def _foreign(value: Any) -> TraceError:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is made of numbers and dims alone: it takes the type of what it meets."""
+    """Whether a 0-d value is computed of numbers and dims only: it adopts the others' dtype."""
     if not isinstance(value, Tensor) or value.ndim:
         return False
     return all(isinstance(n, Const | Size | Map) for n in walk([value.node]))
 
 
 def _retyped(node: Node, like: DType) -> Node:
-    """The same number in another float type."""
+    """Rebuild an expression of numbers in another float type; ints are unchanged."""
     if like.kind != "float" or node.dtype.kind != "float":
         return node
     match node:
@@ -367,14 +372,18 @@ def _retyped(node: Node, like: DType) -> Node:
     return node.with_operands(_retyped(o, like) for o in node.operands)
 
 
-# Functions of whole numbers that are whole numbers.
+# Functions that map ints to ints, or to conditions.
 _OF_INTS = {"add", "sub", "mul", "neg", "abs", "square", "maximum", "minimum", "clamp", "where"}
 _OF_INTS |= {"eq", "ne", "lt", "le", "gt", "ge"}
-_ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}  # powers that are functions, as torch takes them
+_ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}  # powers that torch computes by these functions
 
 
 def apply(fn: str, *args: Any) -> Tensor:
-    """A scalar function, elementwise. Raises DtypeError where the operands' types differ."""
+    """Apply the scalar function `fn` elementwise; tensors and numbers broadcast.
+
+    Raises DtypeError for operands of different types, TraceError for anything but tensors, numbers
+    and dims, ShapeError for shapes that do not broadcast.
+    """
     values = args[1:] if fn == "where" else args
     if fn == "where" and not _is_condition(args[0]):
         raise DtypeError("`where` takes a condition", found=_described(args[0]), help="x > 0")
@@ -401,7 +410,7 @@ def apply(fn: str, *args: Any) -> Tensor:
 
 
 def _rounded(node: Node) -> Node:
-    """A number as a value of its type: torch compares tensors of that type with no other."""
+    """Round a number to its dtype, since torch compares in the dtype of the tensor."""
     if isinstance(node, Const):
         return Const(node.dtype.nearest(node.value), node.dtype)
     name = f"rounded_{node.dtype.name}"
@@ -419,7 +428,7 @@ def _described(value: Any) -> str:
 
 
 def kind(value: Any) -> str:
-    """What a value is, for a message: `torch.Tensor`, `float`."""
+    """The type of a value, for a message: `torch.Tensor`, `float`."""
     if isinstance(value, Tensor):
         return repr(value)
     module = type(value).__module__.split(".")[0]
@@ -427,7 +436,7 @@ def kind(value: Any) -> str:
 
 
 def _conditions(sign: str, fn: str, *args: Any) -> Tensor:
-    """A logical operation on conditions, by a function of their numbers that is 0 for false."""
+    """A logical operation on conditions as 0 and 1: true where `fn` of them is not 0."""
     if not all(_is_condition(a) or isinstance(a, float) for a in args):
         raise DtypeError(
             f"`{sign}` takes conditions",
@@ -443,14 +452,18 @@ def _kinds(values: Iterable[Any]) -> str:
 
 
 def matmul(x: Any, w: Any) -> Tensor:
-    """x [..., M, K] @ w [..., K, N], leading axes broadcast; `w.mT` is read as it is in memory."""
+    """x [..., M, K] @ w [..., K, N] -> [..., M, N]; leading axes broadcast.
+
+    A transposed operand (`w.T`, `w.mT`) is read in its stored layout, without a copy. Raises
+    ShapeError and DtypeError.
+    """
     if not isinstance(x, Tensor) or not isinstance(w, Tensor):
         raise TraceError("`@` takes two tensors of the block", found=_kinds((x, w)))
     return Tensor(multiplied(x.node, w.node))
 
 
 def reduce(fn: str, x: Any, axis: int, keepdims: bool) -> Tensor:
-    """A reduction over one axis."""
+    """The reduction `fn` over one axis; floats only. Raises ShapeError and DtypeError."""
     if not isinstance(x, Tensor):
         raise TraceError(f"coda.{fn} takes a tensor of the block", found=kind(x))
     if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim:
@@ -470,9 +483,9 @@ def reduce(fn: str, x: Any, axis: int, keepdims: bool) -> Tensor:
 
 
 class Constant(Tensor):
-    """An argument that no call differentiates by, as a table of RoPE: `Constant["M d/2"]`.
+    """An argument without a gradient, such as a RoPE table: `Constant["M d/2"]`.
 
-    Declared as `Tensor` is; a call whose constant argument requires a gradient is refused.
+    It is declared as a `Tensor` is. A call is refused if the argument has requires_grad set.
     """
 
     __slots__ = ()

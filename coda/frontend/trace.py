@@ -1,4 +1,13 @@
-"""A Python function -> a Graph: the function is called once with symbolic tensors."""
+"""A Python function -> a Graph, by one call of the function with symbolic tensors.
+
+    def scale(x: coda.Tensor["M D"]):     block scale(%x: [M, D] bf16) {
+        return {"y": x * 2.0}        ->     %1 = const 2.0 bf16
+                                            %2 = mul %x, %1
+                                            return y = %2
+                                          }
+
+The outputs of a tuple are named out0, out1, ...; a single tensor is named out.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +27,16 @@ from coda.ir.types import DType
 
 
 def trace(fn: Callable[..., Any], default: DType) -> Graph:
-    """The graph of a block.
+    """Trace a block.
 
     Args:
         fn: a function whose arguments are annotated `coda.Tensor[...]`. It returns a tensor, a
             tuple of tensors, or a dict from names to tensors.
         default: the element type of arguments that are declared without one.
+
+    Raises:
+        TraceError: if `fn` cannot be traced, or returns anything else.
+        CodaError: of the kind of each mistake in the body of `fn`, with the user's line.
     """
     where = _place(fn)
     inputs = _inputs(fn, default, where)
@@ -32,13 +45,13 @@ def trace(fn: Callable[..., Any], default: DType) -> Graph:
     except TypeError as e:
         raise _misused(e) from None
     outputs = _outputs(values, where)
-    name = fn.__name__ if fn.__name__.isidentifier() else "unnamed"  # as a lambda is
+    name = fn.__name__ if fn.__name__.isidentifier() else "unnamed"  # for a lambda
     constants = frozenset(n for n, spec in declared(fn).items() if spec.constant)
     return Graph(name, tuple(inputs), outputs, constants)
 
 
 def call_in_order(fn: Callable[..., Any], given: Sequence[Any]) -> Any:
-    """Call a function with all of its arguments in order, keyword-only ones by their names."""
+    """Call a function with all arguments in signature order, keyword-only ones by name."""
     parameters = inspect.signature(fn).parameters.values()
     named = {p.name: g for p, g in zip(parameters, given, strict=True) if p.kind is p.KEYWORD_ONLY}
     return fn(*given[: len(given) - len(named)], **named)
@@ -50,7 +63,7 @@ def _place(fn: Callable[..., Any]) -> Where | None:
 
 
 def declared(fn: Callable[..., Any]) -> dict[str, Any]:
-    """The annotation of each argument of a function. Raises TraceError where there are none."""
+    """The annotation of each argument by name, None without one. Raises TraceError."""
     if not inspect.isfunction(fn):
         raise TraceError(
             "a block is made of a function",
@@ -61,7 +74,7 @@ def declared(fn: Callable[..., Any]) -> dict[str, Any]:
     try:
         hints = typing.get_type_hints(fn)
     except CodaError as e:
-        where = _place(fn)  # typing has evaluated it elsewhere
+        where = _place(fn)  # typing evaluated it in a frame of its own
         raise type(e)(e.message, found=e.found, help=e.help, where=where) from None
     except Exception as e:  # an annotation may hold any expression
         raise TraceError(
@@ -74,7 +87,7 @@ def declared(fn: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _check_signature(fn: Callable[..., Any]) -> None:
-    """Raise TraceError where a function is not called once, with one tensor for each argument."""
+    """Raise TraceError unless a plain function takes a fixed list of arguments without defaults."""
     where = _place(fn)
     if (
         inspect.iscoroutinefunction(fn)
@@ -116,7 +129,7 @@ OPTIONS = ("backend", "arch", "dims", "memory")  # of `Block.__call__`
 
 
 def _misused(error: TypeError) -> Exception:
-    """A call that Python refused in the block's own lines: an argument that is not there."""
+    """The TraceError of a TypeError that was raised on a line of the block; else the TypeError."""
     step = error.__traceback__
     while step is not None and step.tb_next is not None:
         step = step.tb_next
@@ -130,7 +143,7 @@ def _misused(error: TypeError) -> Exception:
 
 
 def _shown_parameters(fn: Callable[..., Any]) -> Iterator[str]:
-    """`x`, `axis=-1`: the parameters of a function as they are written in a call."""
+    """The parameters of a function as written in a call: `x`, `axis=-1`."""
     for name, p in inspect.signature(fn).parameters.items():
         if name != "self":
             yield name if p.default is p.empty else f"{name}={p.default!r}"

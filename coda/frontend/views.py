@@ -1,4 +1,11 @@
-"""Views of a node: what `reshape` and `permute` ask for, and torch's basic indexing."""
+"""Arguments of `reshape`, `permute` and basic indexing -> view nodes: Reshape, Permute, Slice.
+
+    x[:, 1::2]  ->  slice x axis -1 from 1 size D/2 step 2    [M, D] -> [M, D/2]
+    x[0]        ->  slice x axis -2 from 0 size 1 step 1      [M, D] -> [1, D]
+                    reshape                                   [1, D] -> [D]
+
+Whether a view is materialised is decided when kernels are placed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +22,10 @@ Index = int | Dim | slice | EllipsisType | None
 
 
 def reshaped(node: Node, shape: Sequence[str | int | Dim]) -> Node:
-    """The same elements under other axes: "M (H d) -> M H d", or dims, one of which may be -1."""
+    """Reshape in row-major order: by "M (H d) -> M H d", or by dims, one of which may be -1.
+
+    Raises ShapeError, or DimError for a symbol that the node's shape does not have.
+    """
     if len(shape) == 1 and isinstance(shape[0], str):
         return Reshape(node, _rearranged(node.shape, shape[0]))
     for size in shape:
@@ -57,7 +67,7 @@ def _rearranged(shape: Shape, text: str) -> Shape:
 
 
 def _check_order(left: Axes, right: Axes, text: str) -> None:
-    """Raise ShapeError where axes change places: their elements would have to move."""
+    """Raise ShapeError if a text changes the order of axes: that is a permutation."""
     before, after = ([d for axis in side for d in axis] for side in (left, right))
     both = {d for d in before if d.symbols and before.count(d) == after.count(d) == 1}
     if [d for d in before if d in both] != [d for d in after if d in both]:
@@ -69,7 +79,7 @@ def _check_order(left: Axes, right: Axes, text: str) -> None:
 
 
 def permuted(node: Node, order: Sequence[int]) -> Node:
-    """The axes in another order, counted from either end. Raises ShapeError."""
+    """Permute axes, which may be negative: axis i of the result is order[i]. Raises ShapeError."""
     whole = all(isinstance(i, int) and -node.rank <= i < node.rank for i in order)
     at = tuple(i % node.rank for i in order) if whole else ()
     if sorted(at) != list(range(node.rank)):
@@ -84,7 +94,7 @@ def permuted(node: Node, order: Sequence[int]) -> Node:
 
 
 def transposed(node: Node, batches: bool = False) -> Node:
-    """A matrix transposed; with `batches`, each matrix of [..., M, N]. Raises ShapeError."""
+    """Transpose a matrix, or with `batches` each matrix of [..., M, N]. Raises ShapeError."""
     if node.rank < 2 or (node.rank > 2 and not batches):
         raise ShapeError(
             "`.mT` takes matrices" if batches else "`.T` takes a matrix",
@@ -96,7 +106,10 @@ def transposed(node: Node, batches: bool = False) -> Node:
 
 
 def sliced(node: Node, index: tuple[Index, ...]) -> Node:
-    """torch's basic indexing: ints, dims, slices with positive steps, `...` and None."""
+    """torch's basic indexing: ints, dims, slices with positive steps, `...` and None.
+
+    Raises ShapeError for an index outside the shape, TraceError for any other kind of index.
+    """
     given = sum(i is not None and i is not ... for i in index)
     if given > node.rank:
         raise ShapeError(f"{given} indices into {node.rank} axes", found=show_shape(node.shape))
@@ -146,7 +159,7 @@ def _take(node: Node, axis: int, item: Any) -> Node:
 
 
 def _inside(at: Any, size: Dim) -> Dim:
-    """A position that counts from the front."""
+    """A position in [0, size], counted from the front. Raises ShapeError or TraceError."""
     if not isinstance(at, int | Dim) or isinstance(at, bool):
         raise TraceError("a position is an int or a dim", found=type(at).__name__)
     at = Dim.of(at)
@@ -159,6 +172,6 @@ def _inside(at: Any, size: Dim) -> Dim:
 
 
 def _steps(span: Dim, step: int) -> Dim:
-    """How many elements `step` apart lie in `span`, whose symbolic part `step` must divide."""
+    """ceil(span / step); `step` must divide the symbolic part of `span`. Raises DimError."""
     constant = dict(span.terms).get((), 0)
     return (span - constant) // step + -(-constant // step)
