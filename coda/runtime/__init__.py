@@ -1,1 +1,1 @@
-"""From a Program to launched kernels: compile, cache, launch, torch operators."""
+"""A Program and tensors -> outputs: compile, cache, launch and replay kernels; autograd."""

@@ -1,8 +1,8 @@
-"""Gradients of weights, added where they are kept by the kernels that compute them.
+"""A backward's weight gradients -> added in place to `.grad` or `main_grad` by their kernels.
 
-Torch adds what a backward returns to `.grad` in a pass of its own, which reads the new gradient and
-the old one and writes the sum. Inside `accumulate_gradients()` the epilogue of the weight's GEMM
-does it: it loads the old gradient, adds in float32, and stores over it.
+Torch adds the result of a backward to `.grad` in a separate kernel, which reads the new and the old
+gradient and writes the sum. Inside `accumulate_gradients()` the epilogue of the weight's GEMM does
+this: it loads the old gradient, adds in float32, and stores the sum in place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from coda.ir.types import DType, from_torch
 
 _lock = threading.Lock()
-_depth = 0  # of the whole process: autograd runs backwards on threads of its own
+_depth = 0  # open contexts of the process: autograd runs backwards on its own threads
 
 Leaves = Sequence["weakref.ref[Tensor] | None"]
 
@@ -27,14 +27,14 @@ Leaves = Sequence["weakref.ref[Tensor] | None"]
 def accumulate_gradients() -> Iterator[None]:
     """Let backwards of blocks add weights' gradients in place: `with ...: loss.backward()`.
 
-    The gradient of a parameter goes to its `main_grad`, if it has that attribute (a tensor of the
-    parameter's shape, in float32 or the parameter's type), else to its `.grad`. Kernels that
-    compute the gradient of a matrix add it there. A parameter with neither gets its `.grad` as
-    always, and so does one with hooks, which see its gradient.
+    The gradient of a parameter is added to its `main_grad`, if it has that attribute (a tensor of
+    the parameter's shape, in float32 or the parameter's dtype), else to its `.grad`. Kernels that
+    compute the gradient of a contiguous matrix add it themselves. A parameter that has neither gets
+    its `.grad` from torch as usual, and so does a parameter with hooks, which see its gradient.
 
-    `torch.autograd.grad` gives no gradients of such parameters inside, and data-parallel wrappers
-    do not see them: use it where gradients are not reduced (`no_sync()`). Blocks under
-    `torch.compile` are not concerned. The context is that of the process.
+    `torch.autograd.grad` returns no gradient of such a parameter inside the context, and
+    data-parallel wrappers do not see one: use it where gradients are not reduced (`no_sync()`).
+    Blocks under `torch.compile` are not affected. The context applies to the whole process.
     """
     global _depth
     with _lock:
@@ -47,12 +47,12 @@ def accumulate_gradients() -> Iterator[None]:
 
 
 def leaves_of(inputs: Sequence[Tensor]) -> Leaves:
-    """The parameters among a call's arguments."""
+    """Weak references to the parameters among a call's arguments, None for other arguments."""
     return [weakref.ref(t) if t.requires_grad and t.is_leaf else None for t in inputs]
 
 
 def kept_gradients(names: Sequence[str], leaves: Leaves) -> dict[str, Tensor]:
-    """Tensors to which gradients are added in this backward, by the argument's name."""
+    """The tensors that this backward adds gradients to, by argument name."""
     if not _depth:
         return {}
     found: dict[str, Tensor] = {}
@@ -65,7 +65,7 @@ def kept_gradients(names: Sequence[str], leaves: Leaves) -> dict[str, Tensor]:
 
 
 def _kept(leaf: Tensor) -> Tensor | None:
-    """Where a parameter's gradient is added, or None where torch has to see it."""
+    """The tensor that accumulates a parameter's gradient; None if torch has to see the gradient."""
     if leaf._backward_hooks or leaf._post_accumulate_grad_hooks:
         return None
     held = getattr(leaf, "main_grad", None)
@@ -78,7 +78,7 @@ def _kept(leaf: Tensor) -> Tensor | None:
 
 
 def in_kernels(kept: Mapping[str, Tensor]) -> dict[str, DType]:
-    """The element types of those that a GEMM's epilogue adds to: contiguous matrices, each once."""
+    """Element types of the tensors that GEMM epilogues add to: contiguous matrices, each once."""
     found: dict[str, DType] = {}
     seen: set[int] = set()
     for name, held in kept.items():
@@ -90,9 +90,10 @@ def in_kernels(kept: Mapping[str, Tensor]) -> dict[str, DType]:
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Contiguous matrices as rows of one, where they lie one behind the other in one memory.
+    """Contiguous matrices [N_i, K], adjacent in one storage -> one view [sum N_i, K]; else None.
 
-    So lie gradients of siblings (q, k and v) that a backward has given: rows of one product.
+    A backward returns the gradients of siblings (q, k and v) in this form: row slices of one
+    product.
     """
     first, rows = tensors[0], sum(t.shape[0] for t in tensors)
     end, memory = first.data_ptr(), first.untyped_storage().data_ptr()
@@ -106,9 +107,10 @@ def joined(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def add(held: Tensor, gradient: Tensor, summed: bool) -> None:
-    """Leave a gradient where it is kept. `summed`: it is the sum already, in memory or on its way.
+    """Store a gradient in the tensor that accumulates it.
 
-    Kernels write behind torch's back, so its count of changes is moved on by hand.
+    With `summed`, `gradient` already includes `held`: a kernel has added it, perhaps in place.
+    Torch does not see what kernels write, so the version of `held` is incremented by hand.
     """
     if not summed:
         held.add_(gradient)

@@ -1,4 +1,4 @@
-"""Arguments of a call -> the size of every symbol, checked against what the block declares."""
+"""A call's arguments -> the size of every symbol, checked against the block's declarations."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from coda.ir.graph import Graph, Input
 
 
 def check_tensors(graph: Graph, inputs: Sequence[Tensor], undeclared: Sequence[bool] = ()) -> None:
-    """Raise CallError where the arguments are not the tensors that the block declares.
+    """Raise CallError if the arguments are not the tensors that the block declares.
 
-    `undeclared` tells which of them are declared without an element type: they have that of the
-    first of them.
+    Checks their number, layout, rank, dtype and device. `undeclared` says for each argument whether
+    it is declared without an element type: all such arguments have the dtype of the first of them.
     """
     declared = graph.inputs
     names = ", ".join(i.name for i in declared)
@@ -43,7 +43,7 @@ def check_tensors(graph: Graph, inputs: Sequence[Tensor], undeclared: Sequence[b
 def arrange(
     graph: Graph, tensors: Sequence[Tensor], named: Mapping[str, Tensor]
 ) -> tuple[Tensor, ...]:
-    """The arguments in order, some of them given by name. Raises CallError."""
+    """The arguments in order, where some are given by name. Raises CallError."""
     names = [i.name for i in graph.inputs]
     rest = names[len(tensors) :]
     wrong = [n for n in named if n not in rest] + [n for n in rest if n not in named]
@@ -104,10 +104,10 @@ def bind_sizes(
     Args:
         graph: the block.
         inputs: its arguments in order.
-        given: sizes that the shapes alone do not tell (heads and their width, say).
+        given: sizes that the shapes do not determine (number and width of heads, for instance).
 
     Raises:
-        CallError: where a shape does not fit, or a size cannot be told.
+        CallError: if a shape does not fit, or a size is not determined.
     """
     facts = [
         (node, axis, dim, size)
@@ -142,14 +142,14 @@ def bind_sizes(
     return sizes
 
 
-UNKNOWN = 4096  # what a size that torch knows only in the call is taken for
+UNKNOWN = 4096  # assumed for a size that torch knows only at run time
 
 
 def size_hint(size: int | torch.SymInt) -> int:
-    """A size as it is in the call that torch compiles, where it holds the size open.
+    """A number for a size that torch keeps symbolic: its value in the call that torch compiles.
 
-    Of a size that torch knows only in the call, such as the number of rows that a mask picks, one
-    that it may have: choices between Programs go by it, and no Program depends on it.
+    A size that is known only at run time, such as the number of rows that a mask selects, gives
+    `UNKNOWN`. The number decides between Programs; no Program depends on it.
     """
     if not isinstance(size, torch.SymInt):
         return size

@@ -1,7 +1,7 @@
-"""The one rule by which coda forgets: a table of at most so many values, the oldest goes first.
+"""The one eviction rule of coda: a dict of at most `limit` values drops the oldest first.
 
-What is kept for an object is kept by it, or in a weak table, and ends with it; what is kept by a
-key that users vary without end (shapes, options) is in a `Bounded`.
+What belongs to an object is stored on it, or in a weak table, and is freed with it. What is stored
+by a key that users vary without bound (shapes, options) is in a `Bounded`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LIMIT = 4096  # values: calls of a block by their shapes, its Programs
 
 
 class Bounded(dict[K, V]):
-    """A dict of at most `limit` values: a new one drops the one that was set first."""
+    """A dict of at most `limit` values: inserting one more drops the value inserted first."""
 
     def __init__(self, limit: int = LIMIT) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept between processes, and how large that may become."""
+"""The directories of compiled kernels that persist between processes, and their size limit."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from coda.runtime import settings
 from coda.sim.host.kept import discard, refusal
 
 PARTS = ("kernels", "objects", "sim")
-LIMIT = 2 << 30  # bytes; the oldest objects go first
+LIMIT = 2 << 30  # bytes; the objects used longest ago are deleted first
 
 
 def cache_directory() -> Path:
     """`CODA_CACHE_DIR`, else the user's cache directory; private to the user (0700).
 
-    One that others may write to, that belongs to another user or that cannot be written is not
-    used: what is loaded from it is run. A temporary directory takes its place, with a warning.
+    A directory that others can write to, that another user owns, or that cannot be written is
+    refused, since files loaded from it are executed. A temporary directory replaces it, with a
+    warning.
     """
     return _usable(_chosen())
 
@@ -33,7 +34,7 @@ def _chosen() -> Path:
 
 
 def why_refused() -> str:
-    """Why the chosen directory cannot keep kernels, with its name; "" where it can."""
+    """Why the chosen directory cannot keep kernels, with its path; "" if it can."""
     path = _chosen()
     why = next(filter(None, (refusal(p) for p in (path, *(path / n for n in PARTS)))), "")
     return why and f"{path} {why}"
@@ -41,7 +42,7 @@ def why_refused() -> str:
 
 @cache
 def _usable(path: Path) -> Path:
-    """The directory, or a temporary one with one warning where it cannot keep files safely."""
+    """The directory; if it is refused, a temporary one, with one warning."""
     why = why_refused()
     if why:
         warnings.warn(
@@ -56,7 +57,7 @@ def _usable(path: Path) -> Path:
 
 @cache
 def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """A directory that ends with the process."""
+    """A temporary directory, deleted when the process exits."""
     return tempfile.TemporaryDirectory(prefix="coda-")
 
 
@@ -66,17 +67,17 @@ def kernel_directory() -> Path:
 
 
 def object_directory() -> Path:
-    """Compiled objects."""
+    """Compiled objects (quack's store)."""
     return cache_directory() / "objects"
 
 
 def simulator_directory() -> Path:
-    """What simulated devices keep: their kernels, and the PTX of each."""
+    """The simulator's compiled kernels, and the PTX of each."""
     return cache_directory() / "sim"
 
 
 def prune(limit: int = LIMIT) -> int:
-    """Delete the objects used longest ago until the rest is at most `limit` bytes; how many."""
+    """Delete the objects used longest ago until at most `limit` bytes remain; returns how many."""
     found = objects()
     total, deleted = sum(o.size for o in found), 0
     for one in found:
@@ -89,7 +90,13 @@ def prune(limit: int = LIMIT) -> int:
 
 @dataclass(frozen=True, order=True)
 class Object:
-    """A compiled kernel in the cache: when it was last used (seconds since 1970), its bytes."""
+    """A compiled kernel in the cache.
+
+    Attributes:
+        used: when it was last used, in seconds since 1970.
+        size: in bytes.
+        path: of the file.
+    """
 
     used: float
     size: int
@@ -109,7 +116,7 @@ def objects() -> list[Object]:
 
 
 def clear() -> None:
-    """Delete all that coda keeps between processes."""
+    """Delete everything that coda keeps between processes."""
     for name in PARTS:
         shutil.rmtree(cache_directory() / name, ignore_errors=True)
         (cache_directory() / name).mkdir(mode=0o700, exist_ok=True)

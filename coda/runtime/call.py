@@ -1,4 +1,4 @@
-"""A Program and torch tensors -> outputs: backends behind one interface, one torch operator."""
+"""A Program and torch tensors -> outputs: the backends, and the torch operator `coda::block`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from coda.runtime.reference import run_reference
 from coda.version import __version__
 
 Sizes = Mapping[str, int]
-Given = frozenset[str]  # arguments that a call gives up: its kernels may write over them
+Given = frozenset[str]  # names of donated arguments: kernels may write over them
 Backend = Callable[[Program, Sequence[Tensor], Sizes, Given], tuple[Tensor, ...]]
 
 
@@ -41,7 +41,7 @@ def _reference(
 def _cuda(
     program: Program, inputs: Sequence[Tensor], sizes: Sizes, given: Given
 ) -> tuple[Tensor, ...]:
-    """The kernels, on the GPU. quack and the DSL are imported here, when they are needed."""
+    """Run the kernels on the GPU. quack and the DSL are imported here, on first use."""
     from coda.runtime.launcher import run_kernels
 
     return run_kernels(program, inputs, sizes, given)
@@ -50,7 +50,7 @@ def _cuda(
 def _sim(
     program: Program, inputs: Sequence[Tensor], sizes: Sizes, given: Given
 ) -> tuple[Tensor, ...]:
-    """The kernels, executed from their PTX."""
+    """Run the kernels on a simulated GPU, from their PTX."""
     from coda.runtime.simulate import run_simulated
 
     return run_simulated(program, inputs, sizes, given)
@@ -60,14 +60,17 @@ BACKENDS: dict[str, Backend] = {"reference": _reference, "sim": _sim, "cuda": _c
 
 
 def simulated_arch() -> str | None:
-    """The arch of the simulated GPU that is active, if one is."""
-    sim = sys.modules.get("coda.sim")  # whoever made one has imported it
+    """The arch of the active simulated GPU, or None."""
+    sim = sys.modules.get("coda.sim")  # a simulated GPU exists only if it is imported
     gpu = sim.active() if sim is not None else None
     return None if gpu is None else gpu.arch
 
 
 def gpu_target() -> Target | None:
-    """The row of the GPU, where it is one that coda compiles for."""
+    """The Target of the GPU.
+
+    None if coda does not compile for the GPU, there is none, or a simulated one is active.
+    """
     if simulated_arch() or not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties()
@@ -75,7 +78,12 @@ def gpu_target() -> Target | None:
 
 
 def choose_backend(name: str) -> str:
-    """The backend asked for, that of the environment, or the best that works here."""
+    """The backend of this name, else that of `CODA_BACKEND`, else the best that works here.
+
+    Raises:
+        UnsupportedError: for an unknown name.
+        ArchError: for "cuda" without a Hopper or Blackwell GPU.
+    """
     chosen = name or settings.BACKEND.get()
     if not chosen:
         chosen = "sim" if simulated_arch() else "cuda" if gpu_target() else "reference"
@@ -93,9 +101,9 @@ def choose_backend(name: str) -> str:
 
 
 def choose_target(arch: str) -> Target:
-    """The target asked for, the (simulated) GPU, or the default one of the environment's arch.
+    """The Target of this arch, else that of the (simulated) GPU, else that of `CODA_ARCH`.
 
-    Raises ArchError for an arch that is none.
+    Raises ArchError for an unknown arch.
     """
     if not isinstance(arch, str):
         raise ArchError("an arch is a name", found=repr(arch), help=ONE_OF_ARCHS)
@@ -104,7 +112,7 @@ def choose_target(arch: str) -> Target:
 
 
 class Runnable(Protocol):
-    """What the operator needs of a block."""
+    """The part of a block that the torch operators use."""
 
     @property
     def undeclared(self) -> Sequence[bool]:
@@ -116,36 +124,36 @@ class Runnable(Protocol):
         ...
 
     def under_autocast(self, types: str) -> Runnable:
-        """The block as autocast has it, for arguments of some types."""
+        """The block with autocast's element types; `types` as in `Block.under_autocast`."""
         ...
 
     def graph_for(self, inputs: Sequence[Tensor]) -> Graph:
-        """The graph for arguments of these types."""
+        """The graph for arguments with the dtypes of these."""
         ...
 
     def program_for(
         self, graph: Graph, target: Target, frozen: bool, sizes: Sizes, terms: Terms = NO_TERMS
     ) -> Program:
-        """A Program of the block, or of a part of its training, that serves these sizes."""
+        """A Program of the block, or of its training's forward or backward, for these sizes."""
         ...
 
     def training_for(
         self, graph: Graph, wanted: tuple[str, ...], memory: str, sizes: Sizes
     ) -> Training:
-        """The graphs of the forward that saves and of the backward."""
+        """The graphs of the forward, which also returns what is saved, and of the backward."""
         ...
 
 
 class CallOptions(NamedTuple):
-    """What a call says beside its tensors; equal options and shapes are one call, worked out once.
+    """The options of a call. Calls with equal options and shapes share one Program and its sizes.
 
     Attributes:
         handle: of the block, from `register`.
-        dims: sizes of the graph's symbols in their order, -1 where the shapes tell them; or none.
+        dims: sizes of the graph's symbols in their order, -1 where the shapes give them; or empty.
         backend, arch: names, or "" for the default.
         frozen: whether weights keep their values.
         memory: "min", "balanced" or "speed": what training saves.
-        wanted: for each argument, whether it is differentiated; empty where nothing is.
+        wanted: for each argument, whether its gradient is computed; empty without a backward.
     """
 
     handle: str
@@ -157,24 +165,25 @@ class CallOptions(NamedTuple):
     wanted: tuple[bool, ...] = ()
 
     def key(self) -> tuple[Any, ...]:
-        """The options with what they leave to the environment."""
+        """The options, with the settings of the environment that complete them."""
         return self, settings.BACKEND.get(), settings.ARCH.get(), simulated_arch()
 
 
 def shapes_of(inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    """The shapes, types and devices of a call's arguments."""
+    """The shape, dtype and device of each argument."""
     return tuple([(t.shape, t.dtype, t.device) for t in inputs])
 
 
 @dataclass(eq=False)
 class Calls:
-    """What is known of the calls of a handle; dropped with the last block that has the handle.
+    """What is cached for the calls of a handle; dropped with the last block that has the handle.
 
     Attributes:
-        blocks: equal blocks, any of which serves.
-        programs: (Program, sizes, backend) by a call's options and its arguments' shapes and types.
-        plans: how a call trains, by the same and the arguments to differentiate.
-        replays: of the Program that ran last, by a call's options.
+        blocks: equal blocks; any of them can serve a call.
+        programs: (Program, sizes, backend), by options and the arguments' shapes, dtypes and
+            devices.
+        plans: the Plan of a call that trains, by the same key.
+        replays: those of the Program that ran last, by options.
     """
 
     blocks: weakref.WeakSet[Runnable] = field(default_factory=weakref.WeakSet)
@@ -187,10 +196,11 @@ _calls: dict[str, Calls] = {}
 
 
 def register(block: Runnable, origin: str) -> str:
-    """A handle for a block: the operator's first argument.
+    """A handle for a block: the first argument of the torch operators.
 
-    Torch keeps what it compiled between processes, so a handle says what the block means: equal
-    blocks of one `origin` (where the function was written) have one handle, others never.
+    Torch keeps compiled code between processes, so a handle is a digest of the block's meaning:
+    equal blocks of one `origin` (module and name of the function) have the same handle, others
+    never do.
     """
     content = __version__, origin, show(block.graph_of(bf16)), tuple(block.undeclared)
     handle = hashlib.sha256(repr(content).encode()).hexdigest()[:24]
@@ -199,7 +209,7 @@ def register(block: Runnable, origin: str) -> str:
 
 
 def _enter(handle: str, block: Runnable) -> Calls:
-    """Let a block serve the calls of a handle for as long as it lives."""
+    """Let a block serve the calls of a handle as long as it is alive."""
     calls = _calls.setdefault(handle, Calls())
     calls.blocks.add(block)
     weakref.finalize(block, _forget, handle).atexit = False
@@ -207,16 +217,16 @@ def _enter(handle: str, block: Runnable) -> Calls:
 
 
 def _forget(handle: str) -> None:
-    """Drop what is known of a handle's calls where no block has it any more."""
+    """Drop what is cached for a handle if no block has it any more."""
     calls = _calls.get(handle)
     if calls is not None and next(iter(calls.blocks), None) is None:
         del _calls[handle]
 
 
 def calls_of(handle: str) -> Calls:
-    """What is known of the calls of a handle, which may end in types as autocast has them.
+    """What is cached for the calls of a handle, which may end in autocast's element types.
 
-    Raises CallError where no block has it any more.
+    Raises CallError if no block that is alive has the handle.
     """
     calls = _calls.get(handle)
     block, _, types = handle.partition("/")
@@ -232,12 +242,12 @@ def calls_of(handle: str) -> Calls:
 
 
 def block_of(handle: str) -> Runnable:
-    """A block that a handle stands for. Raises CallError where there is none any more."""
+    """A block with this handle. Raises CallError if none is alive."""
     return next(iter(calls_of(handle).blocks))
 
 
 def bind(handle: str, inputs: Sequence[Tensor], dims: Sequence[int]) -> tuple[Graph, Sizes]:
-    """The graph for these arguments and the size of every symbol. Raises CallError."""
+    """The graph for these arguments, and the size of every symbol. Raises CallError."""
     block = block_of(handle)
     graph = block.graph_for(inputs)
     check_tensors(graph, inputs, block.undeclared)
@@ -246,10 +256,10 @@ def bind(handle: str, inputs: Sequence[Tensor], dims: Sequence[int]) -> tuple[Gr
 
 
 def run_block(inputs: Sequence[Tensor], options: CallOptions) -> Sequence[Tensor]:
-    """Run a block: what the operator does, without torch's dispatch.
+    """Run a block: the body of the operator, without torch's dispatch.
 
-    What follows from the arguments' shapes and types is worked out once for each of them. Outputs
-    may be views of one buffer.
+    The Program and the sizes are found once for each set of shapes and dtypes. Outputs may be views
+    of one buffer.
     """
     key, calls = options.key(), calls_of(options.handle)
     recent = calls.replays.get(key)
@@ -279,10 +289,10 @@ def execute(
     backend: str,
     given: Given = frozenset(),
 ) -> Sequence[Tensor]:
-    """Run a Program. Outputs share memory with no argument but the one that they are written over.
+    """Run a Program. An output aliases no argument, except the argument that it updates in place.
 
-    `given` names arguments that nobody reads after the call: kernels may write over them.
-    What torch computes within is computed in the types that the Program says, also under autocast.
+    `given` names donated arguments: nothing reads them after the call, so kernels may write over
+    them. Autocast is off inside: torch computes in the types that the Program has.
     """
     device = inputs[0].device.type
     if torch.is_autocast_enabled(device):
@@ -296,7 +306,7 @@ def execute(
 
 
 def memory_of(tensor: Tensor) -> int:
-    """Where the memory begins in which a tensor lies, or a part of it."""
+    """The address of a tensor's storage."""
     return tensor.untyped_storage().data_ptr()
 
 
@@ -309,7 +319,7 @@ def block_op(
     Args:
         handle: from `register`.
         inputs: the block's arguments.
-        dims: sizes of the graph's symbols in their order, -1 where the shapes tell them; or none.
+        dims: sizes of the graph's symbols in their order, -1 where the shapes give them; or empty.
         backend, arch: names, or "" for the default.
         frozen: whether weights keep their values.
     """
@@ -318,7 +328,7 @@ def block_op(
 
 
 def apart(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same values, no two in one memory: what torch asks of an operator's outputs."""
+    """The same values, no two in one storage: torch requires this of an operator's outputs."""
     seen: set[int] = set()
     out: list[Tensor] = []
     for tensor in tensors:
@@ -332,12 +342,15 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_plain(tensors: Sequence[Any]) -> bool:
-    """Whether all are tensors of torch's own two classes."""
+    """Whether all are `Tensor` or `nn.Parameter` themselves, not subclasses."""
     return all([type(t) in PLAIN for t in tensors])
 
 
 def needs_dispatch(inputs: Sequence[Tensor]) -> bool:
-    """Whether torch has to see the call: it compiles or transforms, or a mode is active."""
+    """Whether torch has to see the call.
+
+    It does if it compiles or transforms, a dispatch mode is active, or a tensor is of a subclass.
+    """
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0

@@ -1,7 +1,7 @@
 """A Program -> compiled kernels, in worker processes, for any arch and without a GPU.
 
 A worker is a fresh process with the arch in its environment, since quack and the DSL read it once.
-It gets the block as text, lowers it again, and compiles one kernel on tensors that hold nothing.
+It gets the block as text, lowers it again, and compiles one kernel on uninitialised tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from coda.runtime.settings import given
 from coda.runtime.workers import run_all
 from coda.sim.host import kept
 
-WORTH_IT = 6  # kernels: a process takes as long to start as four or five do to compile
+WORTH_IT = 6  # kernels: starting a process takes as long as compiling four or five
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled kernel: its files, and what the cubin says of it (None without cuobjdump)."""
+    """One compiled kernel: its files, and its resources (None without cuobjdump)."""
 
     kernel: str
     source: Path
@@ -60,17 +60,17 @@ class Compiled:
 
 
 def compile_program(program: Program, jobs: int = 0) -> Iterator[Compiled]:
-    """Compile all kernels of a program, as many at once as there are cores; as they are done."""
+    """Compile all kernels of a Program in parallel, one a core; yields each when it is done."""
     work = [job for _, job in _jobs(program)]
     yield from run_all(compile_job, work, _workers_environment(program.target), jobs)
     prune()
 
 
 def compile_ahead(programs: Sequence[Program]) -> list[Compiled]:
-    """Compile what is new in some Programs for one arch, each kernel once and side by side.
+    """Compile in parallel the kernels of some Programs of one arch that the cache does not have.
 
-    What this cache had before is known by its files. A few kernels are not worth the processes'
-    start: they are left to the calls that need them. On a terminal, there is progress to see.
+    Each kernel is compiled once. Fewer than `WORTH_IT` are left to their first call, since starting
+    processes would take longer. On a terminal, shows progress.
     """
     fresh: dict[Path, Job] = {}
     for program in programs:
@@ -96,7 +96,7 @@ def _jobs(program: Program) -> Iterator[tuple[Kernel[Any], Job]]:
 
 
 def compiling_environment(target: Target) -> dict[str, str]:
-    """The variables that a process starts with that compiles for a GPU, which it need not see."""
+    """The variables of a process that compiles for a GPU, which need not be there."""
     return {
         **given(),
         "CUTE_DSL_ARCH": target.arch,
@@ -107,7 +107,7 @@ def compiling_environment(target: Target) -> dict[str, str]:
 
 
 def _workers_environment(target: Target) -> dict[str, str]:
-    """The variables of a worker: it sees no GPU, so that no library begins to use one."""
+    """The variables of a worker. It sees no GPU, so that no library initialises one."""
     return {**compiling_environment(target), "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -137,12 +137,12 @@ def compile_kernel(program: Program, kernel: Kernel[Any]) -> Compiled:
 
 
 def beside(base: Path, ending: str) -> Path:
-    """The file of a kernel with this ending."""
+    """The file of a kernel with this suffix."""
     return base.with_name(base.name + ending)
 
 
 def base_of(program: Program, kernel: Kernel[Any]) -> Path:
-    """Where what is compiled of a kernel is written, without an ending."""
+    """The path of a kernel's compiled files, without a suffix."""
     assert kernel.kind.code is not None
     name = kernel.kind.code.emit(program, kernel)[-1].name
     return kernel_directory() / f"{name}.{program.arch}"
@@ -151,7 +151,7 @@ def base_of(program: Program, kernel: Kernel[Any]) -> Path:
 class captured:
     """Write the PTX and the cubin of what is compiled inside to `base`.ptx and `base`.cubin.
 
-    An object that was kept is compiled again where these are not there.
+    A cached object is compiled again if these files are missing.
     """
 
     def __init__(self, base: Path) -> None:
@@ -180,7 +180,7 @@ class captured:
 
 
 def show_progress(found: Iterable[Compiled], total: int) -> list[Compiled]:
-    """Collect compiled kernels; on a terminal, say how far it is."""
+    """Collect compiled kernels, with a progress bar on a terminal."""
     done: list[Compiled] = []
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("compiling", total=total)
@@ -191,7 +191,7 @@ def show_progress(found: Iterable[Compiled], total: int) -> list[Compiled]:
 
 
 def usage_table(arch: str, done: Iterable[Compiled]) -> Table:
-    """What each kernel takes, for people."""
+    """The resources of each kernel, as a table."""
     table = Table(title=f"compiled for {arch}", title_justify="left")
     for column in ("kernel", "registers", "spilled bytes", "static shared", "instructions"):
         table.add_column(column, justify="left" if column == "kernel" else "right")

@@ -1,7 +1,7 @@
-"""Saved tensors of a backward -> those that it may write over.
+"""Saved tensors of a backward -> those that are donated, which the backward may write over.
 
-Torch keeps what is saved if the graph is to be run again; and whoever looks at a saved tensor, or a
-hook that packs it, may hold it. A tensor is given up only where nobody but this backward has it.
+Torch keeps saved tensors if the graph is to be run again; user code, or a hook that packs a saved
+tensor, may hold a reference to it. A tensor is donated only if this backward holds the last ones.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Holders = tuple[int, int, int]
 
 
 def _holders(tensors: Sequence[Tensor], place: int) -> Holders:
-    """How many hold a tensor's memory, the tensor itself, and its Python object."""
+    """Reference counts: of a tensor's storage, of the tensor itself, of its Python object."""
     tensor = tensors[place]
     memory = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
     return memory, tensor._use_count(), sys.getrefcount(tensor)  # type: ignore[attr-defined]
 
 
 class _Probe(torch.autograd.Function):
-    """Counts the holders of a saved tensor that nobody else has."""
+    """Counts the references to a saved tensor that has no other holders."""
 
     found: Holders = (0, 0, 0)
 
@@ -46,10 +46,10 @@ class _Probe(torch.autograd.Function):
 
 @lru_cache(maxsize=1)
 def alone() -> Holders:
-    """The counts of a saved tensor that nobody else has, as this Python and torch count.
+    """The counts of a saved tensor that has no other holders, in this Python and torch.
 
-    They are taken in a thread of their own: hooks and modes of the caller (a checkpoint counts what
-    is saved inside of it) are those of its thread.
+    They are measured on a new thread, where the caller's hooks and modes are not active (a
+    checkpoint counts what is saved inside it).
     """
     probe = Thread(target=lambda: _Probe.apply(torch.zeros(1, requires_grad=True)).backward())
     probe.start()
@@ -58,10 +58,12 @@ def alone() -> Holders:
 
 
 def given_up(ctx: Any, kept: Sequence[Tensor], places: Sequence[int]) -> frozenset[int]:
-    """Those of some places in `kept` whose tensors only this backward has, and for the last time.
+    """Those of `places` in `kept` that are donated to this backward.
 
-    `kept` is `ctx.saved_tensors`, held by one name. Raises CallError where an earlier backward,
-    which did not come to its end, wrote over them.
+    Only this backward holds them, and the graph is not run again.
+
+    `kept` is `ctx.saved_tensors`, referenced by one name, since each reference counts. Raises
+    CallError if an earlier backward, which failed, has written over them.
     """
     if getattr(ctx, "spent", False):
         raise CallError(

@@ -1,4 +1,4 @@
-"""A kernel of a Program -> compiled, by a run on tensors that hold nothing; no GPU is asked."""
+"""A kernel of a Program -> its compiled object, by a run on uninitialised tensors without a GPU."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from coda.sim.host.patches import Patches
 def dry_run(program: Program, kernel: Kernel[Any]) -> None:
     """Compile one kernel as a call of the Program would, into quack's store.
 
-    The Program's target answers what a driver would be asked: the number of clusters, which no
-    kernel is built with (it is an argument of each launch).
+    The Program's Target answers in place of a driver: the number of clusters, which is an argument
+    of each launch and built into no kernel.
     """
     quack_target.use_cache(object_directory(), enabled=True)
     free = {s: min(n, 128) for s, n in program.sizes.items() if s not in program.fixed}
@@ -43,7 +43,7 @@ def dry_run(program: Program, kernel: Kernel[Any]) -> None:
 
 @contextmanager
 def without_driver(target: Target) -> Iterator[None]:
-    """Answer for the driver inside, whether there is one or not, and forget the answers after."""
+    """Answer in place of a driver inside, and clear the answers afterwards."""
     patches = Patches()
     for owner, name, answer in driver_answers(target.multiprocessors, target.l2):
         patches.set(owner, name, answer)
@@ -55,7 +55,7 @@ def without_driver(target: Target) -> Iterator[None]:
 
 
 class DryRun(KernelRun):
-    """Allocates and compiles, and launches nothing."""
+    """A call that allocates and compiles, and launches nothing."""
 
     def fold(self) -> dict[Node, Tensor]:
         return {}
@@ -78,7 +78,7 @@ class DryRun(KernelRun):
 
 
 class _Partials(dict[str, Tensor]):
-    """Partials of any GEMM, made when asked for."""
+    """Partials of any GEMM, uninitialised, allocated on access."""
 
     def __init__(self, program: Program, sizes: dict[str, int]) -> None:
         super().__init__()

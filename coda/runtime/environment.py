@@ -1,6 +1,6 @@
-"""A call of a Program -> the values of its nodes: arguments, prepared weights, and buffers.
+"""A call of a Program -> the values of its nodes: arguments, prepacked weights, and buffers.
 
-What the reference backend and the kernels have in common is here, and neither is made of the other.
+The base of both the reference backend and the launcher of kernels; neither depends on the other.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Environment:
     """The values of one call of a Program.
 
     Attributes:
-        program: what is run.
-        exact: whether values are in float64 and are never rounded.
-        compute: the float type of what is computed.
+        program: the Program that is run.
+        exact: whether values are in float64 and never rounded.
+        compute: the float dtype in which values are computed.
         sizes: of every symbol in this call.
-        inputs, prepared: arguments and what is made of weights, by their nodes.
-        buffers: what kernels have written, by name.
-        parts: partials of split reductions: planes and counts, by the name of their buffer.
+        inputs, prepared: arguments and prepacked weights, by their nodes.
+        buffers: matrices that kernels have written, by name.
+        parts: partials of split reductions, as (planes, counts), by the name of their buffer.
     """
 
     def __init__(
@@ -51,40 +51,40 @@ class Environment:
         self.prepared = self.fold()
 
     def fold(self) -> dict[Node, Tensor]:
-        """What is made of weights."""
+        """The prepacked weights: views of arguments that are adjacent in memory, else computed."""
         lying = together(self.program, self.inputs)
         rest = [n for n in self.program.prepared.values() if n not in lying]
         return lying | self.folded(rest, self.inputs | lying)
 
     def folded(self, nodes: Sequence[Node], known: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
-        """Values of prepared nodes that have to be computed."""
+        """Values of the prepacked nodes that have to be computed."""
         return folded_weights(self.program, nodes, known, self.compute, rounding=not self.exact)
 
     def each(self, compute: Callable[[Kernel[Any]], None]) -> tuple[Tensor, ...]:
-        """The outputs, once each kernel was computed in its order."""
+        """Call `compute` for each kernel in order, and return the outputs."""
         for kernel, over in zip(self.program.kernels, self.program.freed, strict=True):
             compute(kernel)
             self.release(over)
         return tuple(self.output(node) for _, node in self.program.outputs)
 
     def keep(self, buffer: str, x: Tensor) -> None:
-        """Write a buffer, rounded as it is stored."""
+        """Store a value in a buffer, rounded to the buffer's dtype."""
         whole = self.exact or not x.is_floating_point()
         self.buffers[buffer] = x if whole else x.to(self.program.buffers[buffer].dtype.torch)
 
     def release(self, names: Iterable[str]) -> None:
-        """Drop buffers that are over."""
+        """Drop dead buffers."""
         for name in names:
             self.buffers.pop(name, None)
             self.parts.pop(name, None)
 
     def count(self, node: Size) -> Tensor:
-        """A size as a number where the tensors of the call lie."""
+        """A size as a tensor of rank 0, on the device of the call."""
         device = next(iter(self.inputs.values())).device
         return torch.full((), node.dim.size(self.sizes), dtype=self.compute, device=device)
 
     def value(self, node: Node) -> Tensor:
-        """A node in memory, or a view of one, in its own shape."""
+        """The tensor of a node that is stored or a view of stored nodes, in the node's shape."""
         if node in self.inputs:
             return self.inputs[node]
         if node in self.prepared:
@@ -100,22 +100,22 @@ class Environment:
         known = {o: self.value(o) for o in node.operands}
         compute = self.compute if self.exact else None
         if is_view(node) and known[node.operands[0]].is_floating_point() and not self.exact:
-            compute = known[node.operands[0]].dtype  # as it is stored: a view does not round
+            compute = known[node.operands[0]].dtype  # the stored dtype: a view does not round
         return evaluate([node], known, self.sizes, compute)[0]
 
     def buffer(self, name: str) -> Tensor:
-        """A buffer, or the parts that it is made of, side by side."""
+        """A buffer; if it is stored in parts, these are concatenated."""
         parts = self.program.joined.get(name)
         if parts is None or name in self.buffers:
             return self.buffers[name]
         return torch.cat([*map(self.buffer, parts)], 0 if name in self.program.stacked else 1)
 
     def operand(self, body: Body, name: str) -> Tensor:
-        """What an operand loads: a value, repeated over row axes on which it does not depend."""
+        """The tensor that an operand loads, repeated over row axes on which it does not depend."""
         return self.repeated(body, name)
 
     def repeated(self, body: Body, name: str) -> Tensor:
-        """What an operand loads, made anew."""
+        """The tensor that an operand loads, computed without a cache."""
         x = self.value(body.nodes[name])
         spread = body.spread.get(name)
         if spread is None:

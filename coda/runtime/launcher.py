@@ -1,4 +1,4 @@
-"""A Program run by its own kernels: prepare what they load, allocate what they write, launch."""
+"""A Program and tensors -> outputs, by its kernels: prepare operands, allocate buffers, launch."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from coda.runtime.weight_cache import Memo
 
 @dataclass
 class State:
-    """What a program keeps between calls: loaded kernels, and what they load of the weights.
+    """What is kept between calls of a Program: loaded kernels, prepacked operands, and replays.
 
-    `untold` are the symbols that no argument has as an axis of its own.
+    `untold` are the symbols that are not a dim of an argument by themselves.
     """
 
     loaded: dict[Hashable, Any]
@@ -44,9 +44,10 @@ class State:
     found: dict[tuple[frozenset[str], tuple[int, ...]], Replays] = field(default_factory=dict)
 
     def of(self, given: frozenset[str], sizes: Mapping[str, int]) -> Replays:
-        """The replays of calls that give up these arguments, and have these sizes.
+        """The replays of calls that donate these arguments and have these sizes.
 
-        Arguments' shapes tell most sizes, but not how a product of two is made up.
+        The arguments' shapes determine most sizes, but not the factors of a product such as `(H
+        d)`.
         """
         key = given, tuple(sizes.get(s, -1) for s in self.untold)
         if key not in self.found:
@@ -60,7 +61,7 @@ _states: weakref.WeakKeyDictionary[Program, State] = weakref.WeakKeyDictionary()
 
 
 def state_of(program: Program) -> State:
-    """The emitted sources and loaded kernels of a program."""
+    """The State of a Program, made on first use."""
     found = _states.get(program)
     if found is None:
         graph = program.graph
@@ -72,7 +73,7 @@ def state_of(program: Program) -> State:
 
 
 class KernelRun(Environment):
-    """One call of a Program by its kernels, on tensors where a GPU (or the simulator) sees them."""
+    """One call of a Program by its kernels, on tensors that a GPU (or the simulator) can access."""
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class KernelRun(Environment):
         self.given = {name: named[name] for name in given if name in named}
 
     def once(self, name: Hashable, roots: Iterable[Node], make: Callable[[], T]) -> T:
-        """A value made of some nodes that only weights and tables reach; kept until they change."""
+        """A value computed from weights and tables alone; cached until one of them changes."""
         inputs = [self.inputs[n] for n in walk(roots) if isinstance(n, Input)]
         value = self.memo.get(name, inputs, make)
         self.recording.constant(value, inputs)
@@ -100,10 +101,10 @@ class KernelRun(Environment):
     def each_call(
         self, name: Hashable, nodes: Iterable[Node], make: Callable[[Environment], Tensor]
     ) -> Tensor:
-        """A tensor made of some nodes: once, if weights alone reach them, else in each call.
+        """A tensor computed from nodes: once if they depend on weights alone, else in each call.
 
-        What is made of arguments alone is kept until these change: the layers of a model are given
-        one table.
+        A tensor that is computed from arguments alone is cached until they change: all layers of a
+        model get the same table.
         """
         nodes = list(nodes)
         if all(self.program.is_weight(n) for n in walk(nodes) if isinstance(n, Input)):
@@ -141,14 +142,20 @@ class KernelRun(Environment):
         return x
 
     def ready(self, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """A tensor as a kernel can read it: changed in each call, where it has to be."""
+        """A tensor in the form that a kernel can read; if `change` copies it, each call does."""
         y = change(x)
         if not self.recording.knows(y):
             self.recording.computed(y, change, [x])
         return y
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, fill: str = "") -> Tensor:
-        """Memory for what a kernel writes: "padded" rows for TMA, "zero", "nan", or as it comes."""
+        """Memory for the output of a kernel.
+
+        Args:
+            shape, dtype: of the tensor; a matrix if padded.
+            fill: "padded": rows aligned for TMA; "zero" or "nan": filled with it; "":
+                uninitialised.
+        """
         device = next(iter(self.inputs.values())).device
         if fill == "padded":
             made = padded(shape[0], shape[1], dtype, device)
@@ -159,7 +166,7 @@ class KernelRun(Environment):
         return made if start is None else made.fill_(start)
 
     def updated(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Arguments, by their names, that a buffer of the program is written over."""
+        """The arguments that output buffers update in place, by the buffer's name."""
         found: dict[str, Tensor] = {}
         for name, node in self.program.outputs:
             if name not in self.program.updates:
@@ -198,7 +205,7 @@ class KernelRun(Environment):
         return self.each(self.kernel)
 
     def kernel(self, kernel: Kernel[Any]) -> None:
-        """Launch one kernel, or let torch compute one that has no code."""
+        """Launch one kernel; one without code is computed by torch."""
         code = kernel.kind.code
         if code is None:
             kernel.kind.reference(self, kernel)
@@ -208,7 +215,7 @@ class KernelRun(Environment):
     def body(
         self, body: Body, acc: Tensor | None, points: tuple[int, int], tile_n: int = 0
     ) -> None:
-        """Let torch compute a body that no launch is worth."""
+        """Compute a body by torch, for kernels that are not worth a launch."""
         compute_body(self, body, acc, points, tile_n)
 
     @property
@@ -217,18 +224,18 @@ class KernelRun(Environment):
         return kernel_directory()
 
     def loaded(self, key: Hashable, load: Callable[[], T]) -> T:
-        """What is loaded once for the Program, as a module."""
+        """A module, or another value, that is loaded once for the Program."""
         found = self.state.loaded
         if key not in found:
             found[key] = load()
         return found[key]
 
     def constant(self, x: Tensor) -> None:
-        """Let replays keep a tensor, whatever their arguments."""
+        """Record a tensor that replays keep, for any arguments."""
         self.recording.constant(x, [])
 
     def in_place(self, tensors: Sequence[Tensor]) -> None:
-        """Record of which arguments a launch reads the memory itself."""
+        """Record the arguments whose memory a launch reads directly."""
         self.recording.in_place(tensors)
 
     def launched(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -236,12 +243,16 @@ class KernelRun(Environment):
         self.recording.launched(Step(function, arguments))
 
     def summands(self, buffer: str, found: Tensor) -> Tensor:
-        """Partials of sums over rows, [columns, parts]; some columns of a kernel may be parts."""
+        """Partials of sums over rows, [columns, parts]; some kernel columns may be parts."""
         columns = self.program.buffers[buffer].shape[1].size(self.sizes)
         return found.reshape(-1, columns).T
 
     def room(self, name: str, rows: int, width: int, dtype: torch.dtype, fill: str = "") -> Tensor:
-        """A matrix to store into: its own, an argument, or some columns of a wider buffer."""
+        """The matrix [rows, width] that a kernel stores into.
+
+        It is an argument that is updated in place, a dead buffer that is reused, a slice of a wider
+        buffer that several kernels write, or new memory.
+        """
         if name in self.targets:
             return self.targets[name]
         old = self.overwritten(name, (rows, width), dtype, fill)
@@ -266,7 +277,7 @@ class KernelRun(Environment):
     def overwritten(
         self, name: str, shape: tuple[int, int], dtype: torch.dtype, fill: str
     ) -> Tensor | None:
-        """The matrix that a buffer is written over, if one is, and if it is this call's to give."""
+        """The dead buffer or donated argument whose memory a buffer reuses, or None."""
         source = self.program.overwrites.get(name, "")
         old = self.buffers.get(source, self.given.get(source))
         if old is None or old.dtype != dtype or old.numel() != shape[0] * shape[1]:
@@ -281,7 +292,7 @@ class KernelRun(Environment):
         return self.buffers[name]
 
     def packed(self, name: str, body: Body) -> dict[str, Tensor]:
-        """The packed row operands of the kernel `name`."""
+        """The packed row vectors of the kernel `name`."""
         like = next(iter(self.inputs.values()))
         empty = torch.empty(0, dtype=torch.float32, device=like.device)
 
@@ -294,7 +305,7 @@ class KernelRun(Environment):
 
 @lru_cache(maxsize=64)
 def _number_of(count: int, device: torch.device) -> Tensor:
-    """A size as kernels take it; replays of calls with it keep it."""
+    """A size as a float32 tensor of rank 0, for kernels; replays with this size keep it."""
     return torch.full((), count, dtype=torch.float32, device=device)
 
 
@@ -306,8 +317,8 @@ def run_kernels(
 ) -> tuple[Tensor, ...]:
     """The outputs of a Program, computed by its kernels.
 
-    The first call with arguments of some shapes prepares and launches; later ones replay it.
-    Kernels may write over the arguments that are `given` up.
+    The first call with arguments of some shapes prepares and launches; later calls replay it.
+    Kernels may write over the donated arguments, `given`.
     """
     replays = state_of(program).of(given, sizes)
     found = replays.find(inputs)

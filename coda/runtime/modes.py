@@ -1,4 +1,7 @@
-"""What torch's modes make of a call: autocast, `torch.func`, forward-mode derivatives."""
+"""A call under torch's modes -> its arguments and types under autocast, or a refusal.
+
+`torch.func.vmap` and forward-mode derivatives are refused.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from coda.ir.graph import Graph
 
 
 def opaque(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, at which torch's compiler breaks its graph.
+    """The same function; torch's compiler breaks its graph at a call of it.
 
-    `torch.compiler.disable` imports the compiler, which takes longer than the rest of coda; this
-    imports it when the function is first called.
+    `torch.compiler.disable` does the same, but imports the compiler at once, which takes longer
+    than the rest of coda. Here it is imported when the function is first called.
     """
     return _disable_dynamo(fn)
 
@@ -32,19 +35,20 @@ def cast_arguments(
 ) -> tuple[tuple[Tensor, ...], str]:
     """A call's arguments under autocast, and the types in which the block is to be computed.
 
-    Arguments that are declared with a type get it. Of the others, those that only contractions read
-    get autocast's type here, and for the rest the block is computed as `autocast_graph` has it.
-    What torch does not cast (float64, whatever is not a float) is left alone.
+    Arguments that are declared with a type are cast to it. Of the others, those that only
+    contractions read are cast to autocast's type; for the rest, `autocast_graph` chooses the types
+    inside the block. Tensors that torch does not cast (float64, and types that are no floats) are
+    left alone.
 
     Args:
         graph: the block, with any type for arguments declared without one.
-        undeclared: for each argument, whether it is such.
+        undeclared: for each argument, whether it is declared without a type.
         multiplied: for each argument, whether only contractions read it.
         tensors: the arguments.
 
     Returns:
-        The arguments, and names of types as `Block.under_autocast` takes them: autocast's, then one
-        for each argument, "-" where it is declared; "" where autocast changes nothing.
+        The arguments, and type names as `Block.under_autocast` takes them: autocast's type, then
+        one for each argument, "-" where it is declared; "" where autocast changes nothing.
     """
     if len(tensors) != len(graph.inputs):
         return tuple(tensors), ""
@@ -62,7 +66,7 @@ def cast_arguments(
     return tuple(cast), " ".join([NAMES[narrow], *types]) if chosen else ""
 
 
-NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}  # what torch casts
+NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}  # cast by torch
 
 
 def is_transformed() -> bool:
@@ -73,7 +77,7 @@ def is_transformed() -> bool:
 
 
 def refuse_transforms(tensors: Sequence[Tensor]) -> None:
-    """Raise UnsupportedError under transforms of a call that coda has no Program for."""
+    """Raise UnsupportedError under transforms for which coda has no Program."""
     if torch.compiler.is_compiling():
         return
     if is_transformed():
@@ -88,7 +92,7 @@ def refuse_transforms(tensors: Sequence[Tensor]) -> None:
 
 
 def refuse_vmap(tensors: Sequence[Tensor]) -> None:
-    """Raise UnsupportedError where a tensor is a batch that `torch.func.vmap` hides."""
+    """Raise UnsupportedError if a tensor has a batch axis that `torch.func.vmap` hides."""
     for tensor in tensors:
         if functorch.is_legacy_batchedtensor(tensor):
             _refuse_hidden_axis("torch.autograd.grad(..., is_grads_batched=True)")

@@ -1,4 +1,4 @@
-"""How a call trains: Programs of its forward and backward, and what goes from one to the other."""
+"""A call that trains -> its Plan: forward and backward Programs, and the values passed between."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from coda.runtime.call import (
 
 @dataclass(frozen=True)
 class Layout:
-    """Where values go from a call to its backward, by position.
+    """The positions of values that pass from a call to its backward.
 
     Attributes:
-        kept: what the backward reads but cotangents, among the arguments and after them the
-            forward's outputs.
-        read: each argument of the backward: a position in `kept`, or a cotangent and -1 - its own.
-        inputs: the backward's arguments themselves.
-        gradients: for each argument of the block, which of the backward's outputs, or -1.
+        kept: the values that the backward reads, without cotangents: positions in the arguments
+            followed by the forward's outputs.
+        read: for each argument of the backward, a position in `kept`, or -1 - i for cotangent i.
+        inputs: the nodes of the backward's arguments.
+        gradients: for each argument of the block, the position of its gradient in the backward's
+            outputs, or -1.
     """
 
     kept: tuple[int, ...]
@@ -62,14 +63,14 @@ class Layout:
         )
 
     def saved(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors that the backward reads, without the cotangents."""
+        """The tensors that the backward reads, without cotangents."""
         every = (*inputs, *outputs)
         return [every[p] for p in self.kept]
 
     def tracked(self, saved: Sequence[Tensor]) -> list[Tensor]:
-        """What was saved, with computed values as torch's own would be: they require gradients.
+        """The saved tensors, where computed ones require gradients, as torch's own would.
 
-        Or the second derivative by what they were computed of would be 0 without a word.
+        Otherwise a second derivative with respect to their sources would silently be 0.
         """
         computed = [p >= len(self.gradients) for p in self.kept]
         return [
@@ -80,7 +81,7 @@ class Layout:
     def arguments(
         self, sizes: Sizes, kept: Sequence[Tensor], given: Sequence[Tensor | None]
     ) -> list[Tensor]:
-        """The backward's arguments, with zeros for cotangents that nobody gave."""
+        """The backward's arguments, with zeros for missing cotangents."""
         out: list[Tensor] = []
         for node, position in zip(self.inputs, self.read, strict=True):
             found = kept[position] if position >= 0 else given[-1 - position]
@@ -92,12 +93,12 @@ class Layout:
         return out
 
     def typed(self, arguments: Sequence[Tensor]) -> list[Tensor]:
-        """The backward's arguments in the types that it declares."""
+        """The backward's arguments, cast to the types that it declares."""
         pairs = zip(arguments, self.inputs, strict=True)
         return [t if t.dtype == i.dtype.torch else t.to(i.dtype.torch) for t, i in pairs]
 
     def spare(self, program: Program) -> dict[int, str]:
-        """Saved values that a backward may write over: places in `kept`, and their names."""
+        """Saved values that a backward may write over: positions in `kept`, and names."""
         pairs = zip(self.inputs, self.read, strict=True)
         over = program.terms.spare & set(program.overwrites.values())
         return {p: i.name for i, p in pairs if p >= 0 and i.name in over}
@@ -113,12 +114,12 @@ class Plan:
 
     Attributes:
         training: the two graphs.
-        forward, backward: their Programs; no backward where no wanted argument is reached.
+        forward, backward: their Programs; `backward` is None if no gradient is to be computed.
         sizes: of every symbol of the block.
-        backend: by its name.
-        reached: for each output of the block, whether a wanted argument reaches it.
+        backend: its name.
+        reached: for each output of the block, whether it depends on a differentiated argument.
         handle: of the block.
-        layout: where values go from one graph to the other.
+        layout: the positions of values that pass from one Program to the other.
     """
 
     training: Training
@@ -133,10 +134,15 @@ class Plan:
     def accumulating(
         self, targets: Mapping[str, DType], beside: Sequence[Names]
     ) -> tuple[Program, tuple[Names, ...]]:
-        """The backward that adds gradients of these arguments to tensors of these types.
+        """The backward that adds gradients to tensors in place.
 
-        `beside` are siblings that are added to the rows of one matrix. Also tells for each tensor
-        that the program is given after the backward's arguments whose gradients it holds.
+        Args:
+            targets: the element type of each such tensor, by the argument whose gradient it holds.
+            beside: siblings whose gradients are added to the rows of one matrix.
+
+        Returns:
+            The Program, and for each tensor that it takes after the backward's arguments, the names
+            of the arguments whose gradients the tensor holds.
         """
         found = accumulating(self.training, targets, beside)
         terms = self.training.terms(found.updates)
@@ -145,12 +151,12 @@ class Plan:
 
     @cached_property
     def siblings(self) -> tuple[Names, ...]:
-        """Arguments whose gradients are all rows of one matrix, in their order."""
+        """Arguments whose gradients are row slices of one matrix, in order."""
         return siblings(self.training)
 
 
 def plan_of(inputs: Sequence[Tensor], options: CallOptions) -> Plan:
-    """The plan for these arguments, made once for each set of shapes and types."""
+    """The Plan for these arguments, made once for each set of shapes and types."""
     key, plans = (options.key(), shapes_of(inputs)), calls_of(options.handle).plans
     if key not in plans:
         plans[key] = make_plan(*bind(options.handle, inputs, options.dims), options)
@@ -158,7 +164,7 @@ def plan_of(inputs: Sequence[Tensor], options: CallOptions) -> Plan:
 
 
 def make_plan(graph: Graph, sizes: Sizes, options: CallOptions) -> Plan:
-    """The plan for a block of these sizes."""
+    """The Plan for a block of these sizes."""
     block, target = block_of(options.handle), choose_target(options.arch)
     names = wanted_names(graph, options.wanted)
     training = block.training_for(graph, names, options.memory, sizes)
@@ -173,7 +179,7 @@ def make_plan(graph: Graph, sizes: Sizes, options: CallOptions) -> Plan:
 
 
 def wanted_names(graph: Graph, wanted: Sequence[bool]) -> tuple[str, ...]:
-    """The names of the floats among the wanted arguments. Raises CallError for a constant."""
+    """The names of the differentiated float arguments. Raises CallError for a constant."""
     pairs = zip(graph.inputs, wanted, strict=True)
     names = tuple(i.name for i, asked in pairs if asked and i.dtype.kind == "float")
     for name in names:

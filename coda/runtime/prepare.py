@@ -1,8 +1,8 @@
-"""Weights -> what the kernels load of them: views, or copies that are merged, folded and packed.
+"""Weights -> the tensors that kernels load: views, or copies that are merged, folded and packed.
 
-A prepared tensor depends on weights alone. It is made when a kernel first needs it, and again when
-one of those weights has changed (torch counts the versions of a tensor). Weights that lie one below
-the other in one memory are one matrix as they are.
+A prepacked tensor depends on weights alone. It is computed when a kernel first needs it, and again
+after one of those weights has changed (torch counts the versions of a tensor). Weights that are
+stacked along rows in one storage are used as one matrix, without a copy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from coda.lowering.program.program import Program
 
 
 def together(program: Program, tensors: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
-    """Prepared nodes that are arguments one below the other, where these lie so in memory."""
+    """Prepacked nodes whose arguments are already stacked along rows in one storage."""
     found: dict[Node, Tensor] = {}
     for node in program.prepared.values():
         whole = one_below_another([tensors[i] for i in stacked(node)])
@@ -38,10 +38,10 @@ def folded_weights(
     compute: torch.dtype,
     rounding: bool,
 ) -> dict[Node, Tensor]:
-    """Values of some prepared nodes; those that a GEMM reads as one matrix lie so in memory.
+    """Values of some prepacked nodes; weights that one GEMM reads are row slices of one matrix.
 
-    Weights of contractions come first, rounded as they are stored: sums over them must see the
-    same rounded values, or a large mean would not cancel.
+    Weights of contractions come first, rounded to the type in which they are stored: sums over them
+    must see the same rounded values, or a large mean would not cancel.
     """
     known, nodes = dict(tensors), list(nodes)
     factors = [[c.rhs for c in k.mainloop.contracts] for k in gemms(program)]
@@ -61,7 +61,7 @@ def folded_weights(
 def packed_row(
     packed: Packed, sources: Mapping[int, Node], values: Mapping[Node, Tensor], like: Tensor
 ) -> Tensor:
-    """One packed row operand, a vector of the compute type of `like`."""
+    """One packed row vector, [columns], of the dtype and device of `like`."""
     numbers = packed.numbers if packed.numbers is not None else packed.index * 0.0
     row = torch.from_numpy(numbers.copy()).to(like.device, like.dtype)
     source = torch.from_numpy(packed.source).to(like.device)

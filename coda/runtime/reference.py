@@ -1,8 +1,8 @@
-"""The reference backend: a Program run kernel by kernel in torch, on any device.
+"""The reference backend: a Program -> its outputs, kernel by kernel in torch, on any device.
 
-It follows the kernels closely: weights in the kernel's order, expressions at points and pairs,
-statistics as partials of tiles that are folded, one rounding where a tensor is stored. In float64
-without rounding it says whether the lowering kept the meaning.
+It follows the kernels closely: weights in the order in which the kernel reads them, expressions for
+each element or column pair, statistics as partials of tiles that are folded, one rounding for each
+stored tensor. In float64 without rounding it checks that lowering kept the block's meaning.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def run_reference(
     """The outputs of a Program.
 
     Args:
-        program: what to run.
+        program: the Program to run.
         inputs: the block's arguments in order.
         exact: compute in float64 and never round, instead of float32 with stored tensors rounded.
-        sizes: of the symbols in this call, where they differ from those it was lowered for.
+        sizes: of the symbols in this call, where they differ from those of the lowering.
     """
     return ReferenceRun(program, inputs, exact, sizes).run()
 
@@ -81,16 +81,22 @@ class ReferenceRun(Environment):
     def body(
         self, body: Body, acc: Tensor | None, points: tuple[int, int], tile_n: int = 0
     ) -> None:
-        """Compute a body at all rows and columns, and write what it stores."""
+        """Compute a body for all rows and columns, and store its results."""
         compute_body(self, body, acc, points, tile_n)
 
 
 def compute_body(
     run: Environment, body: Body, acc: Tensor | None, points: tuple[int, int], tile_n: int = 0
 ) -> None:
-    """Compute a body at all rows and columns, and write what it stores.
+    """Compute a body for all rows and columns, and store its results.
 
-    With an accumulator, a reduction over the columns has a partial for each `tile_n` of them.
+    Args:
+        run: the call, with the values that operands load.
+        body: what to compute.
+        acc: the accumulator, [rows, columns]; None if the kernel has no contraction.
+        points: the numbers of rows and columns of the kernel.
+        tile_n: columns of a tile: with an accumulator, a reduction over columns has a partial for
+            each tile.
     """
     rows, width = points
     values = {n: run.value(n) for n in body.sources.values()}
@@ -128,7 +134,7 @@ def _partials(
 
 
 def _sum_of_rows(x: Tensor, columns: int, tile: int = 128) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Sums over the rows of each tile of rows, [columns, parts]; some of x's columns are parts."""
+    """Sums over each tile of rows, [columns, parts]; some of x's columns may be parts."""
     sums = [t.sum(0) for t in torch.split(x, tile)] or [x.sum(0)]
     parts = torch.stack(sums).reshape(-1, columns).T
     return (parts,), torch.ones((1, parts.shape[1]), dtype=x.dtype, device=x.device)
@@ -136,7 +142,10 @@ def _sum_of_rows(x: Tensor, columns: int, tile: int = 128) -> tuple[tuple[Tensor
 
 @dataclass
 class _Points:
-    """The points of one kernel, all at once: [rows, points] tensors, one for each lane."""
+    """All elements (or column pairs) of one kernel at once: a [rows, points] tensor for each lane.
+
+    A kernel with pairs has two lanes, and half as many points as columns.
+    """
 
     epilogue: Epilogue
     acc: Tensor | None
@@ -159,7 +168,7 @@ class _Points:
         return self.width // self.lanes
 
     def evaluate(self, expr: Expr) -> Tensor:
-        """An expression at all points, broadcastable to [rows, points]."""
+        """An expression for all elements or pairs, broadcastable to [rows, points]."""
         if expr not in self.memo:
             self.memo[expr] = self._evaluate(expr)
         return self.memo[expr]
@@ -200,7 +209,7 @@ class _Points:
                 assert_never(never)
 
     def lane_of_tile(self, x: Tensor, span: Span | None, lane: int) -> Tensor:
-        """One column of each point of a matrix, 0 where the matrix has no columns."""
+        """One lane of a matrix, [rows, points]; 0 in columns that the matrix does not have."""
         if span:
             x = torch.nn.functional.pad(x, (span.first, self.width - span.end))
         split = self.epilogue.split
@@ -210,18 +219,18 @@ class _Points:
         return x.reshape(self.rows, self.points)
 
     def columns(self, lanes: Sequence[Expr]) -> Tensor:
-        """Both lanes side by side in the order of the kernel's columns, [rows, columns]."""
+        """The lanes interleaved in the order of the kernel's columns, [rows, columns]."""
         values = [self.evaluate(e).expand(self.rows, self.points) for e in lanes]
         return torch.stack(values, -1).reshape(self.rows, len(lanes) * self.points)
 
     def store(self, store: StoreExpr) -> Tensor:
-        """What a store writes, in the order of the buffer."""
+        """The tensor that a store writes, in the column order of the buffer."""
         if store.narrow:
             return self.evaluate(store.lanes[0]).expand(self.rows, 1)
         return self.ordered(store.lanes, store.split, store.span)
 
     def ordered(self, lanes: Sequence[Expr], split: int, span: Span | None) -> Tensor:
-        """Columns in the order of a buffer: lanes `split` apart, and only those of a span."""
+        """Columns in a buffer's order: lanes of a pair `split` apart, the columns of `span`."""
         x = self.columns(lanes)
         if split:
             blocks = self.width // (2 * split)
@@ -232,7 +241,7 @@ class _Points:
     def statistic(
         self, stat: Statistic, parts: Mapping[str, tuple[tuple[Tensor, ...], Tensor]]
     ) -> None:
-        """The value of a statistic at all points."""
+        """Compute a statistic for all elements, and keep it in `stats`."""
         monoid = MONOIDS[stat.monoid]
         if stat.operand in self.kinds and isinstance(self.kinds[stat.operand].access, Line):
             x = self.operands[stat.operand]
@@ -257,7 +266,7 @@ class _Points:
             self.stats[stat.name] = x.repeat_interleave(points, 1) if stat.group else x
 
     def group(self, stat: Statistic) -> Tensor:
-        """A statistic of groups of columns, at each point of the group."""
+        """A statistic of groups of columns, repeated for each element of its group."""
         assert stat.expr is not None
         assert self.acc is not None
         single = _Points(

@@ -1,9 +1,9 @@
 """Launches of one call -> the same launches of later calls, on other tensors of the same shapes.
 
-A call is recorded as steps whose arguments are views of the arguments, of buffers made in the call,
-or of memory that does not change (prepared weights). A replay makes the buffers and views anew and
-launches. What torch has to make of a call's own tensors (a table packed for a kernel, a copy whose
-rows are aligned) is a step as well.
+A call is recorded as steps whose arguments are views of the call's arguments, of buffers that it
+allocates, or of constant memory (prepacked weights). A replay allocates the buffers, makes the
+views and launches. What torch computes from a call's own tensors (a table packed for a kernel, a
+copy with aligned rows) is a step as well.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from coda.runtime.bounded import Bounded
 from coda.runtime.replay_code import Buffer, Event, Replay, Step, View
 from coda.runtime.weight_cache import Place, Witness
 
-LIMIT = 1024  # replays kept for one program: layers, and shapes that alternate
+LIMIT = 1024  # replays of one Program: one for each layer and each set of shapes
 
 
 @dataclass(frozen=True)
 class Roles:
-    """What the arguments of a call are to its replay, by position.
+    """How a replay identifies the arguments of a call, by position.
 
     Attributes:
-        sources: kept memory was made of them: they are known by identity and version.
-        placed: weights that are read where they lie: known by identity and address.
-        others: known by shape, strides, type and alignment.
+        sources: arguments that constant memory was computed from: by identity and version.
+        placed: weights whose memory is read directly: by identity and address.
+        others: by shape, strides, dtype and alignment.
     """
 
     sources: tuple[int, ...]
@@ -37,7 +37,7 @@ class Roles:
     others: tuple[int, ...]
 
     def key(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-        """What of the arguments is built into a replay."""
+        """The properties of the arguments that are built into a replay."""
         found: list[Any] = [id(inputs[i]) for i in self.sources + self.placed]
         for i in self.others:
             t = inputs[i]
@@ -45,7 +45,7 @@ class Roles:
         return tuple(found)
 
     def witnesses(self, inputs: Sequence[Tensor]) -> Held:
-        """How the arguments are now that are known by identity, and which they are."""
+        """Witnesses of the arguments that are known by identity, with their positions."""
         held: list[Witness] = [Witness(inputs[i]) for i in self.sources]
         held += [Place(inputs[i]) for i in self.placed]
         return list(zip(held, self.sources + self.placed, strict=True))
@@ -55,12 +55,12 @@ Held = list[tuple[Witness, int]]
 
 
 class _Unknown(Exception):
-    """A launch took a tensor that was made in the call in a way that is not recorded."""
+    """A launch took a tensor whose origin is not recorded."""
 
 
 @dataclass(frozen=True)
 class _Base:
-    """Where a tensor of a call lies, without the tensor."""
+    """The memory of a tensor of a call, without a reference to the tensor."""
 
     place: int
     address: int
@@ -71,12 +71,12 @@ class _Base:
 
     @staticmethod
     def of(place: int, x: Tensor) -> _Base:
-        """What is known of tensor `place` of a call."""
+        """The memory of tensor `place` of a call."""
         start = int(x.storage_offset()) * x.element_size()
         return _Base(place, x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, start)
 
     def view(self, x: Tensor) -> View:
-        """A tensor as a view of this one."""
+        """A tensor in the same storage, as a View of this one."""
         same = (self.size, self.stride, self.dtype) == (tuple(x.shape), x.stride(), x.dtype)
         offset = int(x.storage_offset()) - self.offset // x.element_size()
         shape = tuple(x.shape), x.stride()
@@ -84,9 +84,10 @@ class _Base:
 
 
 class Recording:
-    """What happens in one call: launches, memory that is made, memory that does not change.
+    """The events of one call: launches, allocations, and the use of constant memory.
 
-    It holds no memory that the call makes, which may be over before the call is.
+    Holds no reference to the buffers that the call allocates, so recording does not extend their
+    lifetime.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
@@ -104,7 +105,7 @@ class Recording:
         self.own = set(self.bases)
 
     def made(self, buffer: Tensor, start: float | None = None) -> None:
-        """Memory that the call makes, and the number that it starts with."""
+        """Record a buffer that the call allocates, and its initial value, if it has one."""
         place = len(self.inputs) + self.count
         self.count += 1
         shape = tuple(buffer.shape), buffer.stride()
@@ -112,7 +113,7 @@ class Recording:
         self.bases.setdefault(_memory(buffer), []).append(_Base.of(place, buffer))
 
     def keep_only(self, buffers: Iterable[Tensor]) -> None:
-        """Of the memory that the call made, all but that of these buffers is over."""
+        """Record that all buffers of the call except these are dead."""
         kept = {_memory(b) for b in buffers} | self.own
         for memory in self.bases.keys() - kept:
             self.events += [(base.place, None) for base in self.bases.pop(memory)]
@@ -121,36 +122,36 @@ class Recording:
     def computed(
         self, value: Tensor, make: Callable[..., Tensor], made_of: Sequence[Tensor]
     ) -> None:
-        """A tensor that torch makes of others in each call, by `make(*made_of)`."""
+        """Record a tensor that torch computes in each call, by `make(*made_of)`."""
         place = len(self.inputs) + self.count
         self.count += 1
         self.launched(Step(make, tuple(made_of), place))
-        self.derived.append(value)  # so that no other memory is taken for it
+        self.derived.append(value)  # alive until then, so that its address is not reused
         if _memory(value) not in self.bases:
             self.bases[_memory(value)] = [_Base.of(place, value)]
 
     def knows(self, tensor: Tensor) -> bool:
-        """Whether a replay finds the memory of a tensor."""
+        """Whether a replay can find the storage of a tensor."""
         return _memory(tensor) in self.constants or _memory(tensor) in self.bases
 
     def constant(self, value: Any, made_of: Sequence[Tensor]) -> None:
-        """Memory that lives until one of the arguments `made_of` changes."""
+        """Record memory that stays valid until one of the arguments `made_of` changes."""
         tensors = value.values() if isinstance(value, dict) else [value]
         self.constants |= {_memory(t) for t in tensors} - self.own
         self.sources |= {i for i, t in enumerate(self.inputs) if any(t is m for m in made_of)}
 
     def in_place(self, tensors: Sequence[Tensor]) -> None:
-        """Arguments of which a launch reads the memory itself, several perhaps as one."""
+        """Record arguments whose memory a launch reads directly, several perhaps as one matrix."""
         self.placed |= {i for i, t in enumerate(self.inputs) if any(t is one for one in tensors)}
 
     def roles(self) -> Roles:
-        """What each argument is to a replay."""
+        """How a replay identifies each argument."""
         placed = self.placed - self.sources
         others = set(range(len(self.inputs))) - self.sources - placed
         return Roles(tuple(sorted(self.sources)), tuple(sorted(placed)), tuple(sorted(others)))
 
     def launched(self, step: Step) -> None:
-        """A launch, as it is recorded: without the tensors of this call."""
+        """Record a launch, without the tensors of this call."""
         try:
             arguments = tuple(map(self.view, step.arguments))
             self.events.append(Step(step.function, arguments, step.place))
@@ -175,9 +176,10 @@ class Recording:
         outputs: Sequence[Tensor],
         updated: Sequence[bool] = (),
     ) -> Replay | None:
-        """The launches as a replay; None where one of them took a tensor of unknown origin.
+        """The launches as a Replay; None if one of them took a tensor of unknown origin.
 
-        `updated` tells which outputs are arguments that the call writes over.
+        `updated` says for each output whether it is an argument that the call updates in place. A
+        call that returns another argument has no replay either.
         """
         try:
             returned = [self.view(o) for o in outputs]
@@ -197,9 +199,9 @@ def _memory(x: Tensor) -> int:
 
 
 class Replays:
-    """Replays of one program, by its weights' identities and the other arguments' shapes.
+    """Replays of one Program, by the weights' identities and the other arguments' shapes.
 
-    Weights may be copied in some calls and read as they lie in others: `roles` has each such case.
+    Weights may be copied in some calls and read directly in others: `roles` has each such case.
     """
 
     def __init__(self) -> None:
@@ -207,7 +209,7 @@ class Replays:
         self.found: Bounded[tuple[int, tuple[Any, ...]], tuple[Held, Replay]] = Bounded(LIMIT)
 
     def find(self, inputs: Sequence[Tensor]) -> Replay | None:
-        """The replay for these arguments, or None where they were not seen, or have changed."""
+        """The replay for these arguments; None if they are new, or have changed."""
         for number, roles in enumerate(self.roles):
             held = self.found.get((number, roles.key(inputs)))
             if held is not None and all([w.holds(inputs[i]) for w, i in held[0]]):
@@ -217,7 +219,7 @@ class Replays:
     def keep(
         self, recording: Recording, outputs: Sequence[Tensor], updated: Sequence[bool] = ()
     ) -> None:
-        """Remember a call, if its launches can be replayed."""
+        """Keep the replay of a call, if its launches can be replayed."""
         replay = recording.replay(outputs, updated)
         if replay is None:
             return

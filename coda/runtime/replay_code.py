@@ -1,7 +1,13 @@
-"""Recorded launches -> one Python function without branches, which launches them again.
+"""Recorded launches -> one Python function without branches, which repeats them.
 
-A warm call is Python alone, so what it does in a step is written out: one line makes a buffer, one
-looks at a view, one launches.
+A warm call runs Python alone, so each step is written out as a line, which allocates a buffer,
+makes a view, or launches. One kernel that reads two arguments and writes a buffer becomes
+
+    def replay(inputs):
+        t0, t1, = inputs
+        t2 = k0()
+        k1(t0, t1, t2)
+        return (t2, )
 """
 
 from __future__ import annotations
@@ -17,9 +23,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Step:
-    """One launch: a function that is called with some arguments.
+    """One launch: a function and its arguments.
 
-    Or a tensor, `place` of the call, that a function makes of others.
+    Or a computation by torch: the function returns tensor number `place` of the call.
     """
 
     function: Callable[..., Any]
@@ -29,7 +35,14 @@ class Step:
 
 @dataclass(frozen=True)
 class View:
-    """A tensor as a view of tensor `base` of a call: an argument, or a buffer after them."""
+    """A view of tensor `base` of a call: an argument, or a buffer, numbered after the arguments.
+
+    Attributes:
+        base: the number of the tensor.
+        dtype: of the view.
+        size, stride, offset: in elements; the offset is relative to the base.
+        whole: whether the view is the base itself.
+    """
 
     base: int
     dtype: torch.dtype
@@ -39,14 +52,20 @@ class View:
     whole: bool
 
     def of(self, base: Tensor) -> Tensor:
-        """The view of that tensor in this call."""
+        """The view, of the base tensor of this call."""
         base = base if base.dtype == self.dtype else base.view(self.dtype)
         return base.as_strided(self.size, self.stride, base.storage_offset() + self.offset)
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Memory that a call makes: elements, type, and what it starts with, if that is read."""
+    """A buffer that a call allocates.
+
+    Attributes:
+        size, stride: in elements.
+        dtype, device: of the tensor.
+        start: the value that it is filled with; None if it is uninitialised.
+    """
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -55,23 +74,23 @@ class Buffer:
     start: float | None
 
     def make(self) -> Callable[[], Tensor]:
-        """A function that gives new memory."""
+        """A function that allocates the buffer."""
         place = {"dtype": self.dtype, "device": self.device}
         empty = partial(torch.empty_strided, self.size, self.stride, **place)
         start = self.start
         return empty if start is None else lambda: empty().fill_(start)
 
 
-Event = Step | tuple[int, Buffer | None]  # a launch; or memory that is made, or over
+Event = Step | tuple[int, Buffer | None]  # a launch; or a buffer that is allocated, or dead (None)
 
 
 class Replay:
-    """The launches of a call, and between them what memory is made and is over.
+    """The launches of a call, and between them the allocation and release of buffers.
 
     Attributes:
-        events: what was recorded; arguments of steps are views of the call's tensors: its
-            arguments, and then what is made, by number.
-        text: the function that `run` is: the same on other arguments.
+        events: as recorded. Arguments of steps are views of the call's tensors, which are numbered:
+            the arguments first, then the buffers.
+        text: the source of `run`.
     """
 
     def __init__(
@@ -97,7 +116,7 @@ class Replay:
 
 
 class _Code:
-    """Lines of a function, and what they name."""
+    """The lines of the function, and the constants that they name."""
 
     def __init__(self, inputs: int) -> None:
         self.lines: list[str] = []
@@ -111,7 +130,7 @@ class _Code:
         self.lines.append(text)
 
     def memory(self, place: int, buffer: Buffer | None) -> None:
-        """Make memory, or let go of it and of all views of it."""
+        """Allocate a buffer, or drop it and all views of it."""
         if buffer is not None:
             self.buffers[place] = buffer
             self.line(f"t{place} = {self.constant(buffer.make())}()")
@@ -121,13 +140,13 @@ class _Code:
         self.line(" = ".join(names) + " = None")
 
     def constant(self, value: Any) -> str:
-        """A name for a value that does not change."""
+        """A name for a constant."""
         name = f"k{len(self.constants)}"
         self.constants[name] = value
         return name
 
     def value(self, x: Any) -> str:
-        """An argument, or what is returned."""
+        """The text of an argument, or of an output."""
         if isinstance(x, dict):
             return "{" + ", ".join(f"{k!r}: {self.value(v)}" for k, v in x.items()) + "}"
         if not isinstance(x, View):

@@ -1,4 +1,4 @@
-"""What a cubin says of its kernel: registers, spills, shared memory, instructions."""
+"""A cubin -> the resources of its kernel: registers, spills, shared memory, instructions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Usage:
-    """Resources of a kernel: registers of a thread, bytes, machine instructions.
+    """Resources of a kernel.
 
-    `stack` and `local` are bytes of a thread in local memory: anything but 0 is a spill.
+    Attributes:
+        registers: of a thread.
+        stack, local: bytes of a thread in local memory; other than 0 means spills.
+        shared: bytes of static shared memory.
+        instructions: machine instructions in the code.
     """
 
     registers: int

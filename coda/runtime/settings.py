@@ -26,7 +26,7 @@ class Variable:
     default: str = ""
 
     def get(self) -> str:
-        """The value now. Raises CodaError for one that it does not take."""
+        """The current value. Raises CodaError if it is not one of `values`."""
         value = _given.get().get(self.name) or os.environ.get(self.name) or self.default
         if self.values and value not in self.values:
             raise CodaError(
@@ -37,9 +37,10 @@ class Variable:
 
     @contextmanager
     def as_given(self, value: str) -> Iterator[None]:
-        """The variable with another value for whoever this thread calls inside; "" changes nothing.
+        """Override the variable for calls inside, on this thread; "" changes nothing.
 
-        The environment itself stays as it is. Processes that are started get it by `given`.
+        The environment itself is not changed. Processes that are started get overrides from
+        `given`.
         """
         token = _given.set({**_given.get(), self.name: value} if value else _given.get())
         try:
@@ -52,7 +53,7 @@ _given: ContextVar[Mapping[str, str]] = ContextVar("given", default=MappingProxy
 
 
 def given() -> dict[str, str]:
-    """What `as_given` says at this point, by the names of variables."""
+    """The overrides that are active, by the names of variables."""
     return dict(_given.get())
 
 

@@ -1,9 +1,9 @@
-"""DTensor arguments -> a call on each rank's part, and DTensor outputs.
+"""DTensor arguments -> a call on each rank's local tensors, and DTensor outputs.
 
-On each mesh axis one dim of the block is shared out, or none: rows of activations (data and
-sequence parallel), or columns and rows of weights (tensor parallel). `coda.ir.sharding` says what
-each rank then has of the outputs and of the gradients; nothing is sent but where a gradient is
-summed.
+On each mesh axis at most one dim of the block is sharded: rows of activations (data and sequence
+parallel), or columns and rows of weights (tensor parallel). `coda.ir.sharding` says what each rank
+then has of outputs and gradients: a shard, a replica or a partial sum. The only communication is
+the sum of a gradient.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from coda.runtime.modes import opaque
 
 def any_sharded(tensors: Sequence[Tensor]) -> bool:
     """Whether an argument is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
+    module = sys.modules.get("torch.distributed.tensor")  # a DTensor exists only if it is imported
     return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
 
 
@@ -44,16 +44,16 @@ def _call_sharded(
     dims: dict[str, int],
     call: Callable[[list[Tensor], dict[str, int]], Sequence[Tensor]],
 ) -> list[Tensor]:
-    """The outputs of a block, of arguments that are DTensors.
+    """The outputs of a block whose arguments are DTensors.
 
     Args:
         graph: the block.
         tensors: its arguments.
-        dims: global sizes that the shapes do not tell.
+        dims: global sizes that the shapes do not determine.
         call: runs the block on local tensors, with local sizes.
 
     Raises:
-        CallError: for placements under which ranks cannot compute their parts alone.
+        CallError: for placements under which ranks cannot compute their parts independently.
     """
     from torch.distributed.tensor import DTensor
 
@@ -79,12 +79,12 @@ def _call_sharded(
     return found
 
 
-# What torch compiles breaks its graph here: the analysis is not for tracing.
+# torch.compile breaks its graph here: the analysis cannot be traced.
 call_sharded: Callable[..., list[Tensor]] = opaque(_call_sharded)
 
 
 def _mesh_of(graph: Graph, tensors: Sequence[Any]) -> Any:
-    """The mesh of all arguments. Raises CallError where one has none, or another."""
+    """The mesh of all arguments. Raises CallError if one is no DTensor, or is on another mesh."""
     from torch.distributed.tensor import DTensor
 
     if len(tensors) != len(graph.inputs):
@@ -107,7 +107,7 @@ def _mesh_of(graph: Graph, tensors: Sequence[Any]) -> Any:
 
 
 def _shared(graph: Graph, tensors: Sequence[Any], axis: int) -> Shared | None:
-    """The dim that is shared out on a mesh axis, and what that makes of the block."""
+    """The dim that is sharded on a mesh axis, and the states of outputs and gradients."""
     split: list[tuple[Input, int]] = []
     for node, t in zip(graph.inputs, tensors, strict=True):
         place = t.placements[axis]
@@ -136,7 +136,7 @@ def _shared(graph: Graph, tensors: Sequence[Any], axis: int) -> Shared | None:
 
 
 def _check_places(graph: Graph, tensors: Sequence[Any], axis: int, symbol: str) -> None:
-    """Raise CallError for an argument that is not split as the dim is."""
+    """Raise CallError for an argument that is not sharded as the dim is."""
     for node, t in zip(graph.inputs, tensors, strict=True):
         wanted, place = axis_of(node.shape, symbol), t.placements[axis]
         found = place.dim % node.rank if place.is_shard() else None
@@ -164,7 +164,7 @@ def _refusal(symbol: str, e: Inseparable) -> CallError:
 
 
 def _local(node: Input, tensor: Any, kinds: Sequence[str | None]) -> Tensor:
-    """This rank's part of an argument, whose gradient comes back as the argument lies."""
+    """This rank's part of an argument; the gradient comes back with the argument's placements."""
     from torch.distributed.tensor import Partial
 
     if tensor.requires_grad and torch.is_grad_enabled() and "" in kinds:
@@ -181,7 +181,7 @@ def _local(node: Input, tensor: Any, kinds: Sequence[str | None]) -> Tensor:
 
 
 class _Whole(torch.autograd.Function):
-    """A tensor whose gradient is summed over ranks as soon as it is there."""
+    """A tensor whose gradient is summed over ranks as soon as it is computed."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Any) -> Any:
@@ -194,7 +194,7 @@ class _Whole(torch.autograd.Function):
 
 
 def _placement(shape: Any, state: str | None, plan: Shared | None) -> Any:
-    """How an output lies on one mesh axis."""
+    """The placement of an output on one mesh axis."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     if plan is None or state == FULL:

@@ -1,9 +1,9 @@
-"""Matrices that kernels read as one -> slices of one buffer: parameters become views of it.
+"""Matrices that kernels read as one -> row slices of one buffer, which the parameters alias.
 
-A parameter stays the object that it is, with its name, hooks, gradient and the state that
-optimisers have for it: only the memory behind it is another. Nothing is moved that somebody else
-may have a hold of: a tensor that is a part of a larger memory (flattened, or tied by a view), one
-that others look at (sharded training's buffers, a graph of autograd), none of a kind of its own.
+A parameter stays the same object, with its name, hooks, gradient and optimizer state; only its
+storage is replaced. Nothing is moved that other code may reference: a tensor that is part of a
+larger storage (flattened, or tied by a view), a storage with other references (buffers of sharded
+training, a graph of autograd), or a tensor of a subclass.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from coda.errors import CallError
 from coda.runtime.prepare import one_below_another
 
-ALONE = 2  # a tensor, and torch's Python object for its memory
+ALONE = 2  # references to a storage: its tensor, and torch's Python object for it
 
 
 def share_weights(*weights: nn.Parameter) -> None:
-    """Put matrices one below the other into one buffer, so that kernels read them as one.
+    """Stack matrices along rows in one buffer, so that kernels read them as one matrix.
 
     Args:
-        weights: parameters [N, K] of one K, type and device, in the order in which a block takes
-            them: q, k and v; gate and up. They stay the objects that they are, and hold the same
-            values. A module's `.to()` and a deep copy take them apart again.
+        weights: contiguous parameters [N_i, K] of one K, dtype and device, in the order in which a
+            block takes them: q, k and v; gate and up. They stay the same objects and keep their
+            values. A module's `.to()` and a deep copy separate them again.
 
     Raises:
-        CallError: where one of them cannot be moved.
+        CallError: if one of them cannot be moved.
     """
     why = share(weights)
     if why:
@@ -40,7 +40,7 @@ def share_weights(*weights: nn.Parameter) -> None:
 
 
 def share(weights: Sequence[Tensor]) -> str:
-    """Move matrices into one buffer, if they do not lie in one; why they cannot be, or ""."""
+    """Move matrices into one buffer, if they are not in one; returns why they cannot be, or ""."""
     if lie_together(weights):
         return ""
     why = why_apart(weights)
@@ -56,7 +56,7 @@ def share(weights: Sequence[Tensor]) -> str:
 
 
 def lie_together(weights: Sequence[Tensor]) -> bool:
-    """Whether matrices lie one below the other in one memory."""
+    """Whether matrices are stacked along rows in one storage."""
     plain = all(type(w) in (Tensor, nn.Parameter) and w.layout == torch.strided for w in weights)
     return plain and all(not w.is_meta for w in weights) and one_below_another(weights) is not None
 
@@ -100,7 +100,7 @@ def _why_fixed(weight: Tensor) -> str:
 
 
 def shared_groups(weights: Iterable[tuple[str, Tensor]]) -> list[tuple[str, ...]]:
-    """Names of those tensors that lie one below the other in one memory, in that order."""
+    """Names of the tensors that are stacked along rows in one storage, in that order."""
     by_memory: dict[int, list[tuple[str, Tensor]]] = {}
     for name, weight in weights:
         if type(weight) is nn.Parameter and weight.ndim == 2 and weight.numel():

@@ -1,4 +1,4 @@
-"""Backend sim: the kernels of a Program, executed from their PTX on the CPU."""
+"""Backend sim: a Program and tensors -> outputs, by executing the kernels' PTX on the CPU."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def run_simulated(
     sizes: Mapping[str, int],
     given: frozenset[str] = frozenset(),
 ) -> tuple[Tensor, ...]:
-    """The outputs of a Program, whose kernels may write over the arguments that are `given` up.
+    """The outputs of a Program, whose kernels may write over the donated arguments, `given`.
 
-    Inside `with coda.sim.device(...)` the kernels run there. Elsewhere they run on a device of
-    their own, which stops at the first bug that a check finds.
+    Inside `with coda.sim.device(...)` the kernels run on that device. Elsewhere they run on a
+    temporary device, which stops at the first bug that a check finds.
 
     Raises:
-        ArchError: where the active device is of another arch than the Program.
-        coda.sim.SimError: for what a kernel does wrong.
+        ArchError: if the active device is of another arch than the Program.
+        coda.sim.SimError: for an error of a kernel.
     """
     gpu = sim.active()
     if gpu is None:

@@ -1,4 +1,4 @@
-"""What some nodes are made of in a call, so that a later call makes them of its own tensors."""
+"""Nodes of a call -> the arguments and buffers they are computed from, for use in a replay."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from coda.runtime.environment import Environment
 
 
 class Sources:
-    """The arguments and buffers that some nodes are made of, and a run on others like them.
+    """The arguments and buffers that some nodes are computed from.
 
-    `weights` tells whether they are made of prepared weights as well, which such a run has not.
+    `weights` says whether they depend on prepacked weights as well, which `run` has only if it is
+    given them.
     """
 
     def __init__(self, run: Environment, nodes: Iterable[Node]) -> None:
@@ -38,13 +39,13 @@ class Sources:
                 self.buffers.append(place.buffer)
 
     def tensors(self, run: Environment) -> list[Tensor]:
-        """Those of a run."""
+        """Their tensors in a call: arguments, then buffers."""
         return [*(run.inputs[n] for n in self.inputs), *(run.buffer(b) for b in self.buffers)]
 
     def run(
         self, tensors: Sequence[Tensor], prepared: Mapping[Node, Tensor] | None = None
     ) -> Environment:
-        """A run in which these tensors are known, and nothing else."""
+        """A call in which these tensors are known, and nothing else."""
         found = object.__new__(Environment)
         found.program, found.sizes, found.compute = self.program, self.sizes, self.compute
         found.exact, found.prepared = False, dict(prepared or {})

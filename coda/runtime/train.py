@@ -1,7 +1,7 @@
-"""A block, called where torch records gradients -> outputs, and a backward by the derived Program.
+"""A block's call where torch records gradients -> outputs, and a backward by a derived Program.
 
-Eager calls are autograd functions; what torch compiles is two operators. Both run the same two
-Programs, and keep of the arguments only what the backward reads.
+An eager call is an autograd function; a compiled call is two operators. Both run the same two
+Programs, and save only those arguments that the backward reads.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from coda.runtime.plan import Layout, Plan, make_plan, plan_of, wanted_names
 
 
 def train_block(inputs: list[Tensor], options: CallOptions) -> Sequence[Tensor]:
-    """The outputs of a block, whose gradients its derived backward gives."""
+    """The outputs of a block; their gradients are computed by its derived backward."""
     if needs_dispatch(inputs) and not is_transformed():
         handle, dims, backend, arch, _, memory, wanted = options
         return train_op(handle, inputs, list(dims), backend, arch, memory, list(wanted))
@@ -53,7 +53,7 @@ def _refuse_second_order(*_: Any) -> Any:
 
 
 def _owned(tensor: Tensor) -> Tensor:
-    """The same memory as a view of nothing: callers may change it in place."""
+    """The same memory, not as a view: callers may change it in place."""
     if not tensor._is_view():
         return tensor
     own = tensor.new_empty(0)
@@ -63,9 +63,9 @@ def _owned(tensor: Tensor) -> Tensor:
 
 
 def _witnessed(kept: Sequence[Tensor], returned: Sequence[Tensor]) -> list[Tensor]:
-    """What is saved, and after it the outputs that share memory with it.
+    """The saved tensors, followed by the outputs that share storage with them.
 
-    Torch then notices where somebody changes such an output in place before the backward.
+    Torch then detects if such an output is changed in place before the backward.
     """
     same = {(t.data_ptr(), t.dtype, t.shape, t.stride()): t for t in returned}
     saved = [same.get((t.data_ptr(), t.dtype, t.shape, t.stride()), t) for t in kept]
@@ -113,7 +113,7 @@ class _Eager(torch.autograd.Function):
 
 
 class _Transformed(torch.autograd.Function):
-    """A call inside a transform of `torch.func`: what is saved is among its outputs."""
+    """A call inside a transform of `torch.func`: the saved values are among its outputs."""
 
     @staticmethod
     def forward(plan: Plan, *inputs: Tensor) -> Any:
@@ -158,7 +158,7 @@ def _run_backward(ctx: Any, given: Sequence[Tensor | None]) -> Any:
 def _adding(
     plan: Plan, held: Mapping[str, Tensor], targets: Mapping[str, DType]
 ) -> tuple[Program, list[Tensor]]:
-    """The backward that adds to tensors of these types, and the tensors as it takes them."""
+    """The backward that adds to tensors of these types, and the tensors in its order."""
     matrices = {s: joined([held[n] for n in s]) for s in plan.siblings if targets.keys() >= {*s}}
     beside = [names for names, matrix in matrices.items() if matrix is not None]
     program, order = plan.accumulating(targets, beside)
@@ -174,7 +174,7 @@ def _computed(
     targets: Collection[str],
     spare: frozenset[str],
 ) -> list[Tensor | None]:
-    """The wanted gradients, None for those that were added to what is held."""
+    """The gradients of differentiated arguments, None for those that were added in place."""
     count = len(plan.layout.inputs)
     typed = [*plan.layout.typed(arguments[:count]), *arguments[count:]]
     gradients = execute(program, typed, plan.sizes, plan.backend, spare)
@@ -186,11 +186,11 @@ def _computed(
     return found
 
 
-_opaque_backward = opaque(_run_backward)  # to whoever compiles a backward
+_opaque_backward = opaque(_run_backward)  # to a compiler of backwards
 
 
 class _Backward(torch.autograd.Function):
-    """The backward of such a call, where torch records what it computes."""
+    """The backward as an autograd function, for calls whose backward torch records."""
 
     @staticmethod
     def forward(plan: Plan, *arguments: Tensor) -> Any:
@@ -217,7 +217,7 @@ def train_op(
     memory: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """Run a block for training: its outputs, then what is saved."""
+    """Run a block for training: its outputs, followed by the saved values."""
     options = CallOptions(handle, tuple(dims), backend, arch, False, memory, tuple(wanted))
     plan = plan_of(inputs, options)
     found = execute(plan.forward, inputs, plan.sizes, plan.backend)
@@ -227,7 +227,7 @@ def train_op(
 def _training(
     handle: str, graph: Graph, sizes: Sizes, memory: str, wanted: Sequence[bool]
 ) -> Training:
-    """The training of a call whose sizes torch may hold open."""
+    """The training of a call whose sizes torch may keep symbolic."""
     known = {s: size_hint(d) for s, d in sizes.items()}
     return block_of(handle).training_for(graph, wanted_names(graph, wanted), memory, known)
 
@@ -264,7 +264,7 @@ def backward_op(
     memory: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """The gradients of a block's wanted arguments.
+    """The gradients of a block's differentiated arguments.
 
     Args:
         handle: from `register`.

@@ -1,7 +1,7 @@
-"""Values made of tensors that seldom change: made again only when one of those tensors has.
+"""Values computed from tensors that seldom change -> cached until one of those tensors changes.
 
-A tensor is known by its identity and torch's count of its changes in place. Entries die with the
-tensors that they were made of.
+A tensor is identified by its object and by its version, torch's count of changes in place. An entry
+is dropped with the tensors that it was computed from.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-_steps = 0  # of all optimizers
+_steps = 0  # taken so far, of all optimizers
 
 
 @cache
 def _count_steps() -> None:
-    """Have every step of every optimizer counted from now on."""
+    """Count every step of every optimizer from now on."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     def count(*_: object) -> None:
@@ -32,7 +32,7 @@ def _count_steps() -> None:
     register_optimizer_step_post_hook(count)
 
 
-_written: dict[int, int] = {}  # how often tensors, by their ids, changed without torch's counting
+_written: dict[int, int] = {}  # changes that torch does not count, by id of the tensor
 
 
 def note_write(tensor: Tensor) -> None:
@@ -44,11 +44,11 @@ def note_write(tensor: Tensor) -> None:
 
 
 class Witness:
-    """A tensor as it was: the object, where its memory is, its strides, and its version.
+    """The state of a tensor: the object, its address, strides and version.
 
-    Torch does not count the changes of a tensor made in inference mode, so no witness holds for it.
-    Nor does it count those of whoever writes parameters past it, as sharded training does, so none
-    holds for a parameter over the step of an optimizer.
+    Torch does not count the changes of a tensor made in inference mode, so no witness of it holds.
+    Torch also misses changes by code that writes to parameters directly, as sharded training does,
+    so no witness of a parameter holds after a step of an optimizer.
     """
 
     __slots__ = ("address", "reference", "step", "stride", "version", "written")
@@ -75,7 +75,10 @@ class Witness:
         )
 
     def is_over(self) -> bool:
-        """Whether the tensor is gone, or its memory is, as that of a parameter is between uses."""
+        """Whether the tensor or its storage is freed, or an optimizer has taken a step.
+
+        Sharded training frees the storage of a parameter between uses.
+        """
         tensor = self.reference()
         if tensor is None or self.step not in (None, _steps):
             return True
@@ -83,7 +86,7 @@ class Witness:
 
 
 class Place(Witness):
-    """A tensor where it was, whatever its values are now."""
+    """A tensor at its address, for any values."""
 
     __slots__ = ()
 
@@ -97,30 +100,30 @@ class Place(Witness):
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor was changed in place; None where torch does not count."""
+    """How often a tensor was changed in place; None if torch does not count."""
     return None if tensor.is_inference() else tensor._version
 
 
 @dataclass
 class Entry:
-    """A value, and the tensors that it was made of."""
+    """A value, and witnesses of the tensors that it was computed from."""
 
     witnesses: list[Witness]
     value: Any
 
     def fresh(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the value was made of these tensors as they are now."""
+        """Whether the value was computed from these tensors in their current state."""
         return all(w.holds(t) for w, t in zip(self.witnesses, tensors, strict=True))
 
 
 class Memo:
-    """Values by a name and the tensors that they are made of."""
+    """Values by a name and the tensors that they are computed from."""
 
     def __init__(self) -> None:
         self.entries: dict[tuple[Any, ...], Entry] = {}
 
     def get(self, name: Hashable, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
-        """The value of `make()`, made now or before."""
+        """The value of `make()`, cached while the tensors do not change."""
         key = (name, *map(id, tensors))
         entry = self.entries.get(key)
         if entry is None or not entry.fresh(tensors):
@@ -131,7 +134,7 @@ class Memo:
         return entry.value
 
     def sweep(self) -> None:
-        """Forget what was made of tensors that have no memory any more."""
+        """Drop the entries of tensors whose memory is freed."""
         over = [k for k, e in self.entries.items() if any(w.is_over() for w in e.witnesses)]
         for key in over:
             self.entries.pop(key, None)

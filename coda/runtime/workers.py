@@ -1,7 +1,7 @@
-"""Kernels compiled side by side, by processes that get a job at a time and say what became of it.
+"""Jobs -> their results, computed in parallel by worker processes that take one job at a time.
 
-A worker begins with nothing but coda: it does not import the user's program, as a process of
-`multiprocessing` does, which a script without `if __name__ == "__main__"` would not survive.
+A worker imports coda alone. It does not import the user's main module, as a process of
+`multiprocessing` does, which fails for a script without `if __name__ == "__main__"`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def run_all(
     environment: Mapping[str, str],
     count: int = 0,
 ) -> Iterator[Any]:
-    """What `function` makes of each job, as it is done, in as many processes as there are cores.
+    """Apply a function to each job, in parallel processes; yields each result when it is done.
 
     Args:
-        function: of a module, found there by its name.
-        jobs: what can be pickled.
-        environment: variables that the processes have beside this one's.
-        count: of processes, at most.
+        function: a function of a module, found there by its name.
+        jobs: arguments of the function, which can be pickled.
+        environment: variables of the processes, added to those of this one.
+        count: the largest number of processes; 0 for one a core.
 
     Raises:
-        InternalError: where a job fails, or a process ends before it is done.
+        InternalError: if a job fails, or a process ends before its job is done.
     """
     own = threading.local()
     started: list[subprocess.Popen[bytes]] = []
@@ -62,7 +62,7 @@ def run_all(
             yield result(*done.result())
     except BaseException:
         for process in started:
-            process.kill()  # nobody waits for the others any more
+            process.kill()  # their results are not needed
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -71,7 +71,7 @@ def run_all(
 
 
 def _ask(process: subprocess.Popen[bytes], question: Any) -> tuple[bool, Any]:
-    """Whether a worker did its job, and its answer: a result, or what went wrong."""
+    """Whether a worker did its job, with the result, or with the error's text."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -92,13 +92,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> None:
-    """Answer until nobody asks."""
+    """Answer jobs until the input ends."""
     import signal
     import traceback
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-c ends it; the caller tells
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-c ends the worker; the caller reports it
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries print to stderr, so that stdout has answers alone
     while True:
         try:
             function, job = pickle.load(sys.stdin.buffer)
