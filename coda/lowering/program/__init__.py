@@ -1,1 +1,1 @@
-"""The Program: kernels over buffers, what they cost, when their memory is free."""
+"""The Program: kernels over buffers, with cost model, liveness, checks and text form."""

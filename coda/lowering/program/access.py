@@ -1,13 +1,13 @@
-"""How a kernel reads a tensor beside its main operands: which elements belong to which point.
+"""`Access`: the index map from an element of a kernel to an element of an epilogue operand.
 
-A point of a kernel is one row and one column, or one row and a pair of columns (two *lanes*). An
-`Access` maps a point to elements of the tensor. Where a kernel has M rows and N columns, a
-`Periodic(64)` of a kernel of single columns is a matrix [M, 64]; the element at row i and column j
-is [i, j % 64].
+A kernel of M rows and N columns computes its body at each *point*: an element (row i, column j), or
+a column pair (row i, two columns, the *lanes* 0 and 1). So a row has N points, or N / 2 of pairs.
+Example: in a kernel of single columns, a `Periodic(64)` operand is a matrix [M, 64], and the
+element (i, j) loads [i, j % 64].
 
-`PointAccess` is what a `Load` reads at its point, `FoldAccess` is what a `Statistic` folds. There
-are no others: code that tells members apart does so by `match` and `assert_never`, so that a type
-checker lists what a new member has to be added to.
+A `Load` reads a `PointAccess`; a `Statistic` folds a `FoldAccess`. The unions are closed: code
+distinguishes members by `match` and `assert_never`, so that a type checker lists all places that a
+new member has to be added to.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class Span(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The column behind the last."""
+        """The first column after the span."""
         return self.first + self.width
 
 
 @dataclass(frozen=True)
 class RowVector:
-    """[N], one element for each column, the same in every row.
+    """[N], one element per column, the same in every row.
 
-    In a kernel of pairs the two columns of a pair are neighbours: [N / 2, 2], contiguous.
+    In a kernel of column pairs it is [N / 2, 2], contiguous: the columns of a pair are adjacent.
     """
 
     word: ClassVar[str] = "row"
@@ -46,7 +46,7 @@ class RowVector:
 
 @dataclass(frozen=True)
 class ColumnVector:
-    """[M] or [M, 1], one element for each row, the same in every column."""
+    """[M] or [M, 1], one element per row, the same in every column."""
 
     word: ClassVar[str] = "col"
     varies_with_row: ClassVar[bool] = True
@@ -59,14 +59,14 @@ class ColumnVector:
 
 @dataclass(frozen=True)
 class Tile:
-    """[M, N], one element for each row and column.
+    """[M, N], one element per row and column.
 
-    In a kernel of pairs its columns are in the order of the buffer: the two columns of a pair are
-    as far apart as the epilogue says.
+    In a kernel of column pairs its columns keep the order of the buffer: the two columns of a pair
+    are `Epilogue.distance` apart.
 
     Attributes:
-        span: the columns of the kernel that it has, where it has no others: [M, span.width].
-            Row-wise kernels alone have it.
+        span: the kernel's columns that the operand [M, span.width] covers; None for all of them.
+            Only row-wise kernels have spans.
     """
 
     span: Span | None = None
@@ -81,9 +81,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Periodic:
-    """[M, period], one element for each row and point, repeating every `period` points.
+    """[M, period], one element per row and point, repeated every `period` points.
 
-    A table of RoPE is [M, d / 2] in a kernel of pairs; it repeats every d columns.
+    RoPE's table is [M, d / 2] in a kernel of column pairs: it repeats every d / 2 pairs, which are
+    the d columns of one head.
     """
 
     period: int
@@ -98,9 +99,9 @@ class Periodic:
 
 @dataclass(frozen=True)
 class Grouped:
-    """[M, points / size], one element for each aligned group of `size` points of a row.
+    """[M, points / size], one element per aligned group of `size` points of a row.
 
-    A statistic of each head is one. Row-wise kernels alone read it.
+    A per-head statistic is one. Only row-wise kernels read it.
     """
 
     size: int
@@ -115,7 +116,7 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Scalar:
-    """[] or [1], one number."""
+    """[] or [1], one element for the whole kernel."""
 
     word: ClassVar[str] = "scalar"
     varies_with_row: ClassVar[bool] = False
@@ -128,14 +129,14 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Line:
-    """[M, any number], values that earlier kernels stored for each row; each row is reduced."""
+    """[M, any number], values that earlier kernels stored per row; each row is reduced."""
 
     word: ClassVar[str] = "line"
 
 
 @dataclass(frozen=True)
 class Partial:
-    """Partials of a split reduction, [M, parts] for each of the `planes` of its monoid."""
+    """Partials of a split reduction: `planes` float32 matrices [M, parts]."""
 
     planes: int
     word: ClassVar[str] = "partial"

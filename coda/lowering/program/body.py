@@ -1,4 +1,4 @@
-"""What a kernel computes at an element, and what the host prepares for it."""
+"""`Body`: an Epilogue, the nodes that its operands load, and how the host prepares operands."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Spread:
-    """How an operand that depends on some row axes is repeated over all of them.
+    """How an operand that lacks some row axes is expanded over all of them.
 
     Attributes:
-        lead: the row axes.
-        columns: how many of the operand's last axes are columns.
+        lead: the row axes of the kernel.
+        columns: the number of the operand's trailing axes that are columns.
     """
 
     lead: Shape
@@ -29,9 +29,15 @@ class Spread:
 
 @dataclass(eq=False)
 class Packed:
-    """A row operand put together from vectors: column c is element `index[c]` of `source[c]`.
+    """A row vector gathered from vectors: element c is element `index[c]` of source `source[c]`.
 
-    A source of -1 is the constant in `numbers`.
+    Two biases q [64] and k [32] of one GEMM: source 0 × 64, 1 × 32; index 0 … 63, 0 … 31.
+
+    Attributes:
+        name: the operand's name.
+        source: [columns] int64, a key of `Body.sources`; -1 for the constant in `numbers`.
+        index: [columns] int64, the element of that source.
+        numbers: [columns] float64, the constants of columns whose source is -1.
     """
 
     name: str
@@ -42,15 +48,15 @@ class Packed:
 
 @dataclass(frozen=True, eq=False)
 class Body:
-    """A kernel's Epilogue and what the host prepares for it.
+    """A kernel's Epilogue and its operands.
 
     Attributes:
-        epilogue: what happens at a point.
-        packed: row operands to be packed from `sources`.
-        sources: the nodes whose vectors are packed, by number.
-        nodes: the node that each other operand loads, by name.
+        epilogue: the scalar program of one element or column pair.
+        packed: row vectors to be packed from `sources`.
+        sources: number -> node whose vector is packed.
+        nodes: name of any other operand -> node that it loads.
         folded: reductions whose partials the kernel folds.
-        spread: operands that are repeated over row axes on which they do not depend, by name.
+        spread: name -> expansion of an operand that lacks some of the row axes.
     """
 
     epilogue: Epilogue
@@ -65,7 +71,10 @@ NO_BODY = Body(Epilogue(0, (), (), (), ()), (), {}, {}, (), {})
 
 
 def paired_columns(width: int, split: int) -> Ints:
-    """[width / 2, 2]: columns `split` apart, beside each other."""
+    """[width / 2, 2] int64: the two columns of each pair, which are `split` apart.
+
+    paired_columns(8, 2) is [[0, 2], [1, 3], [4, 6], [5, 7]]: two heads of 4 columns.
+    """
     p = np.arange(width // 2)
     low = p // split * 2 * split + p % split
     return np.stack([low, low + split], 1)

@@ -1,6 +1,8 @@
-"""What a Program costs: FLOPs, bytes that cross global memory, and the time of the roofline.
+"""Program -> FLOPs, global-memory bytes and roofline time, per kernel and in total.
 
-Each tensor of a kernel counts once in, once out. The peaks are those of the Program's target.
+Each tensor that a kernel reads or writes counts once. Peaks and bandwidth are the target's:
+
+    seconds = max(bytes / bandwidth, tensor-core FLOPs / peak)
 """
 
 from __future__ import annotations
@@ -34,12 +36,12 @@ from coda.lowering.program.epilogue import calls
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
 
-HELD = 16  # bytes moved in each call that a byte of memory, held between calls, is worth
+HELD = 16  # price of a byte resident between calls, in bytes of traffic per call
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What crosses global memory: (tensor, bytes) read and written."""
+    """Global-memory traffic of a kernel: (tensor, bytes) of each read and write."""
 
     reads: tuple[tuple[str, int], ...]
     writes: tuple[tuple[str, int], ...]
@@ -61,14 +63,14 @@ def elements(node: Node, program: Program) -> int:
 
 
 def memory_bytes(node: Node, program: Program) -> int:
-    """What a node takes in memory."""
+    """Bytes that a node takes in memory, in the dtype of its buffer."""
     place = program.places.get(node)
     dtype = node.dtype if place is None else program.buffers[place.buffer].dtype
     return dtype.nbytes(elements(node, program))
 
 
 def operand_bytes(kernel: Kernel[Any], name: str, program: Program) -> int:
-    """What a kernel reads of an operand, repeated over the rows where it has to be."""
+    """Bytes that a kernel reads of an operand, expanded over the rows if it has to be."""
     node, spread = kernel.body.nodes[name], kernel.body.spread.get(name)
     if spread is None:
         return memory_bytes(node, program)
@@ -77,7 +79,7 @@ def operand_bytes(kernel: Kernel[Any], name: str, program: Program) -> int:
 
 
 def traffic(program: Program, kernel: Kernel[Any]) -> Traffic:
-    """What a kernel reads and writes."""
+    """The global-memory traffic of a kernel."""
     operands = kernel.mainloop.operands
     reads = [(label(o, program), memory_bytes(o, program)) for o in operands]
     for operand in kernel.body.epilogue.operands:
@@ -93,7 +95,7 @@ def traffic(program: Program, kernel: Kernel[Any]) -> Traffic:
 
 
 def label(node: Node, program: Program) -> str:
-    """A name for a tensor, for people."""
+    """A readable name of a tensor: the argument's, or its buffer's."""
     if isinstance(node, Input):
         return node.name
     place = program.places.get(node)
@@ -106,12 +108,12 @@ def label(node: Node, program: Program) -> str:
 
 
 def tensor_flops(program: Program, kernel: Kernel[Any]) -> int:
-    """FLOPs of the tensor cores."""
+    """FLOPs on tensor cores."""
     return kernel.kind.flops(kernel, program.sizes).tensor
 
 
 def scalar_flops(program: Program, kernel: Kernel[Any]) -> int:
-    """Scalar operations outside the tensor cores: the mainloop's, and the body's at each point."""
+    """FLOPs outside the tensor cores: the mainloop's, and the body's at all elements."""
     epilogue = kernel.body.epilogue
     exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
     exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
@@ -121,7 +123,7 @@ def scalar_flops(program: Program, kernel: Kernel[Any]) -> int:
 
 
 def kernel_seconds(program: Program, kernel: Kernel[Any]) -> tuple[float, str]:
-    """The roofline time of a kernel without its launch, and what bounds it."""
+    """The roofline time of a kernel without its launch, and its bound."""
     target = program.target
     moved = traffic(program, kernel)
     memory = (moved.read_bytes + moved.write_bytes) / target.bandwidth
@@ -131,9 +133,9 @@ def kernel_seconds(program: Program, kernel: Kernel[Any]) -> tuple[float, str]:
 
 
 def prepare_bytes(program: Program) -> int:
-    """Bytes moved to make what is computed of weights, once for each version of them.
+    """Bytes moved to prepack functions of weights, once for each version of the weights.
 
-    Arguments one below the other are as they lie.
+    Weights that are only stacked along rows cost nothing: they alias one matrix.
     """
     known = set(program.prepared.values())
     total = 0
@@ -146,23 +148,22 @@ def prepare_bytes(program: Program) -> int:
 
 
 def held_bytes(program: Program) -> int:
-    """Bytes of matrices that are computed of weights and kept beside them."""
+    """Bytes of prepacked matrices that stay resident in addition to the weights."""
     made = [n for n in program.prepared.values() if not stacked(n)]
     return sum(memory_bytes(n, program) for n in made if product(n.shape[:-1]) != ONE)
 
 
 def hbm_bytes(program: Program) -> int:
-    """Bytes that cross global memory in one call, weights prepared before."""
+    """Global-memory bytes of one call, with weights prepacked."""
     moved = [traffic(program, k) for k in program.kernels]
     return sum(t.read_bytes + t.write_bytes for t in moved)
 
 
 def price(program: Program) -> float:
-    """What the laws' choices are decided by: bytes and launches, in seconds.
+    """The objective by which laws with a choice are decided: bytes and launches, in seconds.
 
-    FLOPs of the tensor cores are the same for all programs of a block. Weights that may change are
-    prepared in each call, and a matrix that is made of them takes as much memory as the weight, for
-    as long as the model runs. For weights that are frozen neither counts.
+    Tensor-core FLOPs are left out: they are equal for all Programs of a block. Unless weights are
+    frozen, prepacking counts in each call, and a resident prepacked matrix counts by its bytes.
     """
     target, moved = program.target, hbm_bytes(program)
     if not program.frozen:
@@ -172,19 +173,19 @@ def price(program: Program) -> float:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The same block run in another way."""
+    """Launches and global-memory bytes of the same block, executed in another way."""
 
     launches: int
     hbm_bytes: int
 
 
 def is_free(node: Node) -> bool:
-    """Whether torch moves nothing for a node."""
+    """Whether torch moves no bytes for a node: a leaf or a view."""
     return isinstance(node, Input | Const | Size | Iota | Expand | Reshape | Permute | Slice)
 
 
 def eager(graph: Graph, program: Program) -> Baseline:
-    """The block op by op, as torch runs it."""
+    """The baseline of torch in eager mode: one launch per operation."""
     launches = total = 0
     for node in walk(graph.roots):
         if is_free(node):
@@ -203,9 +204,10 @@ def _eager_bytes(node: Node, program: Program) -> int:
 
 
 def pointwise_fused(graph: Graph, program: Program) -> Baseline:
-    """GEMMs apart, and between them one kernel for each connected group of the other operations.
+    """The baseline of perfect elementwise fusion without GEMM epilogues.
 
-    That is what a compiler does that fuses pointwise operations and norms, and does it perfectly.
+    Each contraction is one kernel, and so is each connected group of other operations between two
+    contractions.
     """
     nodes = [n for n in walk(graph.roots) if not isinstance(n, Input | Const | Size)]
     depth: dict[Node, int] = {}
@@ -253,7 +255,7 @@ def _storage(node: Node) -> Node:
 
 
 def describe(node: Node) -> str:
-    """A node in a word or two, for people."""
+    """A short readable name of a node's operation."""
     match node:
         case Map(fn=fn) | Reduce(fn=fn):
             return fn

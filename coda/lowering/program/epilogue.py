@@ -1,9 +1,11 @@
-"""The scalar program of one kernel: what is computed at one element, and where it goes.
+"""`Epilogue`: the scalar program that a kernel runs at each element or column pair.
 
-A GEMM's epilogue and a row kernel are the same thing here: expressions at a *point*, which is one
-row and one column, or one row and a *pair* of columns. Leaves are the accumulator, loads and
-statistics; results are stores and sinks. `columns` makes it from a kernel of the Program, and the
-emitters turn it into CuTe DSL.
+A GEMM's epilogue and a row-wise kernel have the same form: expressions at a *point*, which is one
+element (row, column) or one column pair (row, two columns). Leaves are the accumulator, loads and
+statistics; results are stores and sinks. The placement constructs it, and the emitters translate it
+into CuTe DSL.
+
+    silu(x wᵀ + b) · r      load b row, r col;  y = mul(silu(add(acc, b)), r);  store y
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from coda.lowering.program.access import Access, Line, Partial, Span, Tile
 
 @dataclass(frozen=True)
 class Acc:
-    """The float32 accumulator at this point: column lane 0, or lane 1 of a pair."""
+    """The float32 accumulator: of the element, or of column `lane` (0 or 1) of a pair."""
 
     lane: int = 0
 
 
 @dataclass(frozen=True)
 class Load:
-    """An operand at this point; `lane` picks the column of a pair (row and tile operands)."""
+    """An operand's element at this point; of row and tile operands, `lane` is the pair's column."""
 
     operand: str
     lane: int = 0
@@ -35,10 +37,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Stat:
-    """The finished value of a statistic of the row (or of the column group) of this point.
+    """The value of a statistic for this row, or for this row's column group.
 
-    `plane` picks a plane for monoids of several planes (the mean of "variance" is plane 0).
-    A statistic named by its plane alone is the finished one: `plane=None`.
+    With `plane`, a plane of the monoid (of "variance", "mean"); with None, the finished value.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Stat:
 
 @dataclass(frozen=True, eq=False)
 class Literal:
-    """A number of the user's program. By repr, -0.0 is not 0.0, and NaN is NaN."""
+    """A constant. Compared by repr: -0.0 differs from 0.0, and NaN equals NaN."""
 
     value: float
 
@@ -59,7 +60,7 @@ class Literal:
 
 
 class _Interned(type):
-    """Make equal calls one object, so that a value that is used twice is not two trees."""
+    """Intern calls: equal calls are one object, so an expression is a graph with shared nodes."""
 
     def __call__(cls, fn: str, args: tuple[Expr, ...]) -> Any:
         found = _interned.get((fn, args))
@@ -75,9 +76,9 @@ _interned: weakref.WeakValueDictionary[tuple[str, tuple[Expr, ...]], Call] = (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Call(metaclass=_Interned):
-    """A scalar function of `coda.ir.scalars`, by name; equality is identity.
+    """A call of a scalar function of `coda.ir.scalars`, by name. Interned: equality is identity.
 
-    `depth` is the number of calls on the longest way down.
+    `depth` is the number of calls on the longest path to a leaf.
     """
 
     fn: str
@@ -97,7 +98,7 @@ Expr = Acc | Load | Stat | Literal | Call
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that the kernel reads beside its main operands: dtype, and which elements where."""
+    """A tensor that the body loads: its dtype in memory, and the access (shape and index map)."""
 
     name: str
     dtype: DType
@@ -106,15 +107,21 @@ class Operand:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A reduction over columns whose finished value the same kernel uses again.
+    """A reduction over columns whose value the same kernel reads.
 
-    In a row kernel: over `width` columns of the row, `expr` being 0 in all others, or over each
-    aligned group of `group` of them; of `expr`, or by folding `operand`
-    (partials of a split reduction, `count` values in each part, the last part ragged). Partials of
-    sums over rows, and lines of values of rows, have any number of parts: `count` and, over rows
-    whose number a call tells, `width` are 0.
-    In a GEMM's epilogue: over aligned groups of `group` columns of the tile (a head), taken from
-    the accumulator before the main pass.
+    In a row-wise kernel: of `expr` over `width` columns of the row (it is 0 in all others) or over
+    each aligned group of `group` columns, or the fold of the partials in `operand`, each of `count`
+    values, the last one perhaps of fewer. In a GEMM's epilogue: of the accumulator over each
+    aligned group of `group` columns of the tile (a head), before the main pass over the tile.
+
+    Attributes:
+        name: by which `Stat` reads it.
+        monoid: a row of `coda.ir.monoids`.
+        expr: the reduced expression; None if `operand` is folded.
+        width: the number of reduced values; 0 if only the call knows it.
+        group: columns of a group; 0 for full rows.
+        operand: the folded Partial or Line operand, by name.
+        count: values per partial; 0 for partials of sums over rows and for lines.
     """
 
     name: str
@@ -128,13 +135,17 @@ class Statistic:
 
 @dataclass(frozen=True)
 class StoreExpr:
-    """A matrix written element by element.
+    """A matrix that is written element by element.
 
-    `lanes` has one expression (element mode, or one value for each pair: half the columns) or two
-    (pair mode, both columns). `split` tells where the two columns of a pair lie in the buffer:
-    0 for adjacent, else the distance between them (half a head: column j and j + split).
-    `narrow` marks a value without columns, [M, 1], of a row kernel; `span` one that has only some
-    of its columns.
+    Attributes:
+        buffer: its name.
+        dtype: the dtype in memory, to which float32 values are rounded.
+        lanes: one expression (of an element; or one per column pair: half the columns), or two
+            (both columns of a pair).
+        split: the distance between the two columns of a pair in the buffer (j and j + split, half a
+            head); 0 for adjacent columns.
+        narrow: whether the value is [M, 1], in a row-wise kernel.
+        span: the kernel's columns that it covers; None for all.
     """
 
     buffer: str
@@ -147,14 +158,19 @@ class StoreExpr:
 
 @dataclass(frozen=True)
 class SinkExpr:
-    """A reduction over the columns, written as one partial per tile: planes of shape [M, parts].
+    """A reduction whose partials the kernel writes, in float32.
 
-    With `rows`, a sum over the rows instead: one partial for each tile of rows, [N, parts]. In a
-    pass over rows, `split` and `span` say what they say of a store.
+    Over columns: one partial per tile of columns, planes [M, parts]. With `rows`, a sum over rows:
+    one partial per tile of rows, [N, parts].
 
-    `monoid` names a row of `coda.ir.monoids`, or is "pick": the element whose column equals the
-    integer col operand `index` (a row without such a column is left as it was).
-    In pair mode both lanes' expressions are reduced together.
+    Attributes:
+        buffer: the name of the partials.
+        monoid: a row of `coda.ir.monoids`, or "pick": the element whose column equals the integer
+            operand `index` (rows without such a column stay unchanged).
+        lanes: the reduced expressions; both columns of a pair are reduced together.
+        index: the column-vector operand of a pick, by name.
+        rows: whether the reduction is over rows.
+        split, span: in a row-wise kernel, as for a store.
     """
 
     buffer: str
@@ -168,16 +184,16 @@ class SinkExpr:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """All that happens at a point, in the order: loads, statistics, stores and sinks.
+    """The scalar program of a kernel, in this order: loads, statistics, stores and sinks.
 
     Attributes:
-        distance: 0 where points are single columns; else how far apart the two columns of each
-            point are, 1 for neighbours. Such columns are brought beside each other: the kernel has
-            them in another order than its buffers have.
-        operands: what is read, each once.
-        statistics: what is reduced first.
-        stores: what is written element by element.
-        sinks: what is reduced into partials.
+        distance: 0 for a kernel of single columns; otherwise the distance of the two columns of a
+            pair in the buffers, 1 for adjacent ones. Inside the kernel a pair's columns are always
+            adjacent, so the kernel's column order differs from that of its buffers.
+        operands: the loaded tensors, each once.
+        statistics: reductions that the expressions read; computed first.
+        stores: matrices that are written element by element.
+        sinks: reductions that are written as partials.
     """
 
     distance: int
@@ -188,49 +204,49 @@ class Epilogue:
 
     @property
     def pair(self) -> bool:
-        """Whether points are pairs of columns."""
+        """Whether the body is computed per column pair."""
         return self.distance > 0
 
     @property
     def lanes(self) -> int:
-        """Columns of a point."""
+        """Columns of a point: 1, or 2 for a column pair."""
         return 2 if self.distance else 1
 
     @property
     def split(self) -> int:
-        """How far apart columns are that the kernel has side by side; 0 where none moved."""
+        """The distance of a pair's columns in the buffers; 0 if the kernel keeps their order."""
         return self.distance if self.distance > 1 else 0
 
     @property
     def tiles(self) -> list[str]:
-        """The operands that are matrices with an element for each row and column."""
+        """The names of the operands with one element per row and column."""
         return [o.name for o in self.operands if isinstance(o.access, Tile)]
 
     @property
     def partials(self) -> list[str]:
-        """The operands that are partials of split reductions, by the names of their buffers."""
+        """The names of the operands that are partials, which are those of their buffers."""
         return [o.name for o in self.operands if isinstance(o.access, Partial)]
 
     @property
     def lines(self) -> list[str]:
-        """The operands that are values of rows, to be reduced."""
+        """The names of the operands with values per row that are reduced."""
         return [o.name for o in self.operands if isinstance(o.access, Line)]
 
 
 def held(epilogue: Epilogue) -> int:
-    """How many values an epilogue has at a point at once: matrices loaded or stored, and sums."""
+    """Values live at once at an element, for register pressure: tiles, stores, and sinks."""
     matrices = len(epilogue.tiles) + len(epilogue.stores)
     return matrices + sum(s.monoid != "pick" for s in epilogue.sinks)
 
 
 def conditions(epilogue: Epilogue) -> int:
-    """How many conditions an epilogue computes for an element."""
+    """The number of predicates that an epilogue computes at an element."""
     lanes = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
     return sum(SCALARS[c.fn].result == "bool" for c in calls(lanes) if c.fn in SCALARS)
 
 
 def leaves(exprs: Iterable[Expr]) -> set[Expr]:
-    """What expressions are made of at the bottom."""
+    """All leaves of some expressions."""
     found: set[Expr] = set()
     seen: set[Expr] = set()
     stack = list(exprs)
@@ -247,7 +263,7 @@ def leaves(exprs: Iterable[Expr]) -> set[Expr]:
 
 
 def calls(exprs: Iterable[Expr]) -> list[Call]:
-    """Each distinct call of some expressions, operands first."""
+    """Each distinct call in some expressions, arguments first."""
     found: dict[Call, None] = {}
 
     def visit(expr: Expr) -> None:
@@ -262,5 +278,5 @@ def calls(exprs: Iterable[Expr]) -> list[Call]:
 
 
 def stat_names(exprs: Iterable[Expr]) -> set[str]:
-    """The statistics that expressions read."""
+    """The names of the statistics that expressions read."""
     return {e.name for e in leaves(exprs) if isinstance(e, Stat)}

@@ -1,12 +1,13 @@
-"""Scalar expressions -> the same with fewer operations at each element: products, taken apart.
+"""Epilogue -> equal Epilogue with fewer operations per element, by factoring products.
 
-A derivative is a sum of products, and the same factors occur in many of them: x·r in one, g·x·r·r
-in another. Products are flattened, a factor of both terms of a sum (and of both values of a choice)
-is taken out of it, and what most products have in common is computed once and first. What depends
-on the row alone (a norm's factor, numbers) is multiplied together before it meets an element, so
-that it costs nothing for each.
+A derivative is a sum of products with common factors: x·r in one, g·x·r·r in another. Products are
+flattened; a common factor of both terms of a sum, or of both values of a choice, is factored out;
+pairs of factors that several products share are computed once. Row factors and constants are
+multiplied with each other first, once per row instead of once per element.
 
-All is float32, in which the order of a product makes no difference but in its last bits.
+    a·r·s + b·r·s  ->  (a + b) · (r·s)
+
+All values are float32: reordering a product changes its last bits alone.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Factor = int  # a number in `_Products.atoms`
 
 @dataclass(frozen=True)
 class Product:
-    """A number times some factors, in the order in which they were met."""
+    """A constant times some factors, in the order of their occurrence."""
 
     number: float
     factors: tuple[Factor, ...]
@@ -50,7 +51,7 @@ class Product:
         return Product(self.number * other.number, self.factors + other.factors)
 
     def without(self, factors: Iterable[Factor]) -> Product:
-        """What is left of a product without some of its factors."""
+        """The product without some of its factors."""
         left = list(self.factors)
         for factor in factors:
             left.remove(factor)
@@ -59,7 +60,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Function:
-    """A function of products that is no product itself."""
+    """A scalar function, other than a product, of products."""
 
     fn: str
     args: tuple[Product, ...]
@@ -67,7 +68,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two factors that are multiplied once for all products that have both."""
+    """The product of two factors, computed once for all products that contain both."""
 
     first: Factor
     second: Factor
@@ -77,7 +78,7 @@ Atom = Expr | Function | Pair  # an expression is a leaf here
 
 
 def factor(program: Program) -> Program:
-    """The Program with what the products of each kernel share computed once."""
+    """The Program with every kernel's epilogue factored."""
 
     def changed(kernel: Kernel[Any]) -> Kernel[Any]:
         body = kernel.body
@@ -107,10 +108,10 @@ def factored_epilogue(epilogue: Epilogue) -> Epilogue:
 
 
 def factored(exprs: Sequence[Expr], once: Callable[[Expr], bool]) -> list[Expr]:
-    """Expressions with the same values, their products taken apart and put together anew.
+    """Expressions of the same values, factored; unchanged if that is not less work.
 
     Args:
-        exprs: of one kernel, at one point.
+        exprs: the results of one kernel at one element or column pair.
         once: whether a leaf has one value for a whole row.
     """
     products = _Products(once)
@@ -121,7 +122,7 @@ def factored(exprs: Sequence[Expr], once: Callable[[Expr], bool]) -> list[Expr]:
 
 
 def work(exprs: Iterable[Expr], once: Callable[[Expr], bool]) -> int:
-    """What some expressions cost at each element; a sign costs nothing."""
+    """FLOPs per element of some expressions; negations and row values cost nothing."""
     total = 0
     for call in calls(exprs):
         row, below = SCALARS[call.fn], leaves([call])
@@ -143,16 +144,16 @@ class _Products:
     made: dict[Product, Expr] = field(default_factory=dict)
     rows: dict[Factor, bool] = field(default_factory=dict)
 
-    # Taking apart.
+    # From expressions to products.
 
     def product(self, expr: Expr) -> Product:
-        """An expression as a product."""
+        """An expression as a product of factors."""
         if expr not in self.known:
             self.known[expr] = self.same(self.taken_apart(expr))
         return self.known[expr]
 
     def same(self, product: Product) -> Product:
-        """The first product that was met with the same factors in any order."""
+        """The first known product with the same constant and factors, in any order."""
         key = product.number, frozenset(Counter(product.factors).items())
         return self.canonical.setdefault(key, product)
 
@@ -178,7 +179,7 @@ class _Products:
     def of_powers(
         self, powers: Sequence[float], exprs: Sequence[Expr], args: Sequence[Product]
     ) -> Product | None:
-        """A product of whole powers, or None: of numbers alone a power may be -1."""
+        """A product of powers 1 and 2 (and -1 of constants) as factors; None for other powers."""
         found = Product(1.0, ())
         for power, expr, arg in zip(powers, exprs, args, strict=True):
             if power == -1 and isinstance(expr, Literal) and has_reciprocal(expr.value):
@@ -191,13 +192,13 @@ class _Products:
         return found if len(found.factors) <= MOST else None
 
     def sum(self, sign: int, a: Product, b: Product) -> Product:
-        """a + b or, by the sign, a - b; the factors that both have are taken out of it."""
+        """a + b or, by the sign, a - b, with common factors taken out."""
         if b.number < 0:
             sign, b = -sign, Product(-b.number, b.factors)
         return self.taken_out(SUM if sign > 0 else DIFFERENCE, a, b)
 
     def taken_out(self, fn: str, a: Product, b: Product, before: Sequence[Product] = ()) -> Product:
-        """A function of two products (and of others before them), common factors outside."""
+        """fn(*before, a, b) with the common factors of `a` and `b` taken out."""
         both = Counter(a.factors) & Counter(b.factors)
         common = [f for f in dict.fromkeys(a.factors) for _ in range(both[f])]
         rest = self.same(a.without(common)), self.same(b.without(common))
@@ -228,7 +229,7 @@ class _Products:
         return self.rows[factor]
 
     def share(self, roots: Iterable[Product]) -> None:
-        """Compute first what most products have in common: two factors at a time."""
+        """Replace the pair of factors that most products share by one factor, until none recurs."""
         self.left = {p: p for p in self.computed(roots)}
         while True:
             counts: Counter[Pair] = Counter()
@@ -246,7 +247,7 @@ class _Products:
                 self.left[key] = _replaced(product, best, shared)
 
     def computed(self, roots: Iterable[Product]) -> list[Product]:
-        """The products that are computed: those of roots and of other operations' arguments."""
+        """All products to compute: the roots, and the arguments of functions in them."""
         found: dict[Product, None] = {}
         stack = list(roots)
         while stack:
@@ -260,7 +261,7 @@ class _Products:
         return list(found)
 
     def pairs(self, product: Product) -> Counter[Pair]:
-        """The pairs of a product's factors that cost an operation, and how often it has them."""
+        """The pairs of a product's factors that cost an operation per element, with counts."""
         count = Counter(product.factors)
         found: Counter[Pair] = Counter()
         for a, b in combinations(sorted(count), 2):
@@ -271,10 +272,10 @@ class _Products:
                 found[Pair(a, a)] = n // 2
         return found
 
-    # Putting together.
+    # From products to expressions.
 
     def expr(self, product: Product) -> Expr:
-        """The expression of a product."""
+        """The expression that computes a product."""
         if product not in self.made:
             self.made[product] = self.put_together(self.left.get(product, product))
         return self.made[product]
@@ -293,7 +294,7 @@ class _Products:
         return Call(NEGATION, (whole,)) if number == -1.0 else whole
 
     def atom(self, factor: Factor) -> Expr:
-        """The expression of a factor."""
+        """The expression that computes a factor."""
         match self.atoms[factor]:
             case Function(fn=fn, args=args):
                 return Call(fn, tuple(self.expr(p) for p in args))
@@ -304,7 +305,7 @@ class _Products:
 
 
 def _multiplied(exprs: Sequence[Expr]) -> Expr:
-    """A product, from left to right."""
+    """The product of expressions, from left to right; x·x as a square."""
     out = exprs[0]
     for expr in exprs[1:]:
         out = Call(SQUARE, (out,)) if expr == out else Call(PRODUCT, (out, expr))
@@ -312,7 +313,7 @@ def _multiplied(exprs: Sequence[Expr]) -> Expr:
 
 
 def _replaced(product: Product, pair: Pair, shared: Factor) -> Product:
-    """A product with a pair of its factors as one, as often as it has the pair."""
+    """A product with every occurrence of a pair of factors replaced by `shared`."""
     factors = list(product.factors)
     while True:
         left = list(factors)

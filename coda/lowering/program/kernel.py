@@ -1,9 +1,9 @@
-"""One Kernel for every kind, and what a kind of kernel is: data and at most ten functions.
+"""`Kernel`, one class for every launch, and `Kind`: a kind's data and at most ten functions.
 
-A kernel is a mainloop, which is its kind's (contractions side by side, the rows of a matrix, one
-operation), and a body, which is the same for all: what is computed at each point, loaded for it and
-stored of it. What a kernel reads and writes follows from both, so no pass asks of which kind it is:
-what differs is data of the kind, or one of its functions.
+A kernel is a mainloop, whose class depends on the kind (contractions with stacked weights, the rows
+of a matrix, one operation), and a body, which has one form for all kinds: an Epilogue and its
+operands. Reads and writes follow from mainloop and body, so no pass tests the kind: everything that
+differs is data of the kind or one of its functions.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ Sizes = Mapping[str, int]
 
 
 class Mainloop(Protocol):
-    """What a kernel does before its body, or in place of one; each kind has a frozen class."""
+    """The part of a kernel before its body, or all of it; a frozen class per kind."""
 
     @property
     def operands(self) -> tuple[Node, ...]:
-        """The nodes that it reads from memory, in order, beside those of the body."""
+        """The nodes that the mainloop reads from memory, in order; without the body's."""
         ...
 
     @property
     def results(self) -> tuple[str, ...]:
-        """The buffers that it writes itself, beside the body's stores and sinks."""
+        """The buffers that the mainloop writes; without the body's stores and sinks."""
         ...
 
     def points(self, sizes: Sizes) -> tuple[int, int]:
-        """The rows and the columns that the body is computed for; (0, 0) without a body."""
+        """(rows, columns) of the matrix over which the body is computed; (0, 0) without a body."""
         ...
 
 
@@ -47,17 +47,17 @@ M = TypeVar("M", bound=Mainloop, covariant=True)
 
 @dataclass(frozen=True, eq=False)
 class Kernel(Generic[M]):
-    """One launch: a mainloop, and what is computed at each point of its result.
+    """One launch: a mainloop, and a body that is computed at each element of its result.
 
     Attributes:
-        name: unique in the program: the kind's name and the number of the launch.
-        kind: what differs between kinds, as data and functions.
-        mainloop: what the kernel does before its body.
-        body: what is computed at a point.
-        stored: nodes written, in the order of the body's stores: one tuple for each store.
-        sunk: reductions written as partials, in the order of the body's sinks.
+        name: unique in the Program: the kind's name and a number, such as "gemm0".
+        kind: data and functions of the kind.
+        mainloop: of the class that belongs to the kind.
+        body: the epilogue and its operands.
+        stored: for each store of the body, in order, the nodes that it writes.
+        sunk: for each sink of the body, in order, the reduction whose partials it writes.
         nodes: all nodes that the kernel computes.
-        config: tiles, if the kind has a choice of them.
+        config: the tile config; None if the kind has no choice.
     """
 
     name: str
@@ -70,12 +70,12 @@ class Kernel(Generic[M]):
     config: Config | None = None
 
     def reads(self) -> tuple[Node, ...]:
-        """The nodes that the kernel reads from memory, one that is read twice twice."""
+        """The nodes that the kernel reads from memory, once for each read."""
         body = self.body
         return (*body.nodes.values(), *body.sources.values(), *self.mainloop.operands)
 
     def partials(self) -> tuple[str, ...]:
-        """The buffers of partials that the kernel folds: these are no value of any node."""
+        """The buffers of partials that the kernel folds; no node stands for them."""
         return tuple(self.body.epilogue.partials)
 
     def writes(self) -> tuple[str, ...]:
@@ -86,36 +86,36 @@ class Kernel(Generic[M]):
 
 
 class Builder(Protocol):
-    """What a kernel builder of the placement tells the kind that makes a mainloop of it."""
+    """The view of a kernel builder (placement) from which a kind constructs its mainloop."""
 
     @property
     def contracts(self) -> tuple[Contract, ...]:
-        """The contractions that opened it, side by side in its columns."""
+        """The contractions that opened the kernel, concatenated along its columns."""
         ...
 
     @property
     def homed(self) -> Sequence[Node]:
-        """The nodes that it computes."""
+        """The nodes that the kernel computes."""
         ...
 
     @property
     def why(self) -> str:
-        """Why a kernel that computes one operation does: what the kernels that fuse said."""
+        """The refusals of the kinds that fuse, for a kernel that computes a single operation."""
         ...
 
     @property
     def rows(self) -> Dim:
-        """How many rows its points have."""
+        """The number of rows of the kernel."""
         ...
 
     @property
     def width(self) -> int:
-        """How many columns they have."""
+        """The number of columns of the kernel."""
         ...
 
 
 class Source(Protocol):
-    """An emitted Python module: its text, and a name that belongs to this text alone."""
+    """An emitted Python module: its text, and a name that is unique to this text."""
 
     @property
     def text(self) -> str: ...
@@ -126,7 +126,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of a mainloop: of the tensor cores, which multiply elements of `dtype`, and others."""
+    """FLOPs of a mainloop: on tensor cores, with operands of `dtype`, and elsewhere."""
 
     tensor: int = 0
     scalar: int = 0
@@ -135,12 +135,12 @@ class Flops:
 
 @dataclass(frozen=True)
 class Partials:
-    """In how many parts a kernel takes its sinks.
+    """The number of partials that a kernel's sinks write.
 
     Attributes:
-        of_rows: partial sums of each column, if it sums over the rows.
-        of_columns: partial results of each row, if it reduces over the columns.
-        columns: how many columns each of those has, the last one perhaps fewer.
+        of_rows: partials per column of a sum over rows.
+        of_columns: partials per row of a reduction over columns.
+        columns: columns of each of those; the last one may have fewer.
     """
 
     of_rows: int = 1
@@ -150,12 +150,12 @@ class Partials:
 
 @dataclass(frozen=True)
 class Account:
-    """What a kernel is, in words.
+    """A kernel described in words.
 
     Attributes:
-        head: its first line in the text of a Program, behind its name.
-        what: the same for the table of `explain`.
-        why: why it is a kernel of its own; "" where its mainloop is reason enough.
+        head: its first line in the text of a Program, after its name.
+        what: its entry in the table of `explain`.
+        why: the reason that it is a separate kernel; "" if it follows from its mainloop.
     """
 
     head: str
@@ -165,13 +165,13 @@ class Account:
 
 @dataclass(frozen=True)
 class Code:
-    """How a kind's kernels are written as CuTe DSL, compiled and launched.
+    """Emission, compilation and launch of a kind's kernels in CuTe DSL.
 
     Attributes:
-        emit: (program, kernel) -> its modules: first that for memory of any layout, last that
-            for memory as the program's own kernels lay it out, which is compiled ahead of calls.
+        emit: (program, kernel) -> its modules: the first takes tensors of any strides, the last
+            takes those of the Program's own buffers and is compiled ahead of calls.
         launch: (run, kernel): bind the tensors of a call and launch.
-        compile: (run, kernel): compile what `launch` would, on tensors that hold nothing.
+        compile: (run, kernel): compile the kernel that `launch` needs, on tensors without data.
     """
 
     emit: Callable[[Program, Kernel[Any]], Sequence[Source]]
@@ -191,27 +191,26 @@ def _one_partial(program: Program, kernel: Kernel[Any], sizes: Sizes) -> Partial
 class Kind:
     """A kind of kernel. A new one is a folder of `coda/kernels` and a row of its list of kinds.
 
-    Data, which the placement asks:
-        name: kernels are called by it: gemm0, rows1.
-        tiled: the points are those of contractions, and a CTA sees a tile of columns: what is
-            reduced over them leaves the kernel as partials.
-        whole_rows: the points are rows of memory, and a warp sees a whole row: its statistics
-            are known to it.
-        scalars: the type in which a body's operand of one element is passed; None: as it is stored.
+    Data, which the placement reads:
+        name: the prefix of its kernels' names: gemm0, rows1.
+        tiled: a CTA holds a tile of the result of contractions: reductions over columns leave the
+            kernel as partials.
+        whole_rows: a warp holds a whole row from memory: row statistics are available to the body.
+        scalars: the dtype in which an operand of one element is passed; None for its own.
 
     A kind that is neither tiled nor of whole rows computes one node from memory to memory, and has
     no body.
 
     Functions:
-        opens: (node, sizes) -> whether a kernel of this kind computes this node from operands in
-            memory. A node that nothing fuses goes to the first kind that opens it.
-        mainloop: (builder, name of a node's buffer) -> the mainloop.
+        opens: (node, sizes) -> whether a kernel of this kind can compute this node from operands in
+            memory. A node that no kernel fuses goes to the first kind that opens it.
+        mainloop: (builder, node -> name of its buffer) -> the mainloop.
         flops: (kernel, sizes) -> FLOPs of the mainloop.
         explain: (program, kernel) -> the kernel in words.
         reference: (run, kernel): compute it in torch; `run` is a `kernels.protocol.Run`.
-        configs: (program, kernel) -> the configs that fit, from that which a model ranks first.
-        partials: (program, kernel, sizes) -> how it takes its sinks.
-        code: emission, launch and compilation; None: the reference computes it on every backend.
+        configs: (program, kernel) -> the configs that fit, the best by the kind's model first.
+        partials: (program, kernel, sizes) -> the number of partials of its sinks.
+        code: emission, compilation and launch; None if every backend runs the reference.
     """
 
     name: str
@@ -229,5 +228,5 @@ class Kind:
 
     @property
     def fuses(self) -> bool:
-        """Whether its kernels have points, at which a body is computed."""
+        """Whether its kernels have a body, into which other nodes can be fused."""
         return self.tiled or self.whole_rows

@@ -1,7 +1,9 @@
-"""Kernels in order -> when the memory of a buffer is over, and what is written over another.
+"""Program -> Program with liveness: buffers dead after each kernel, and stores that run in place.
 
-A kernel that reads a matrix for the last time, each element at the point at which it writes one of
-its own, writes over it: no memory is made for the result.
+A kernel stores in place of an operand if this is the operand's last use and both are accessed at
+the same index. The store then needs no memory of its own.
+
+    rows1: load a tile; store y tile = f(a)     a dead after rows1:  overwrites = {"y": "a"}
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from coda.lowering.program.program import Program
 
 
 def held_in(program: Program, node: Node) -> set[str]:
-    """The buffers and arguments in which a value, or what it is a view of, lies."""
+    """The buffers and arguments that hold a value, or the value that it is a view of."""
     found: set[str] = set()
     stack = [node]
     while stack:
@@ -36,13 +38,16 @@ def held_in(program: Program, node: Node) -> set[str]:
 
 
 def reads(program: Program, kernel: Kernel[Any]) -> list[str]:
-    """The buffers and arguments that a kernel reads; one that is read twice is there twice."""
+    """The buffers and arguments that a kernel reads, once for each read."""
     found = [n for node in kernel.reads() for n in held_in(program, node)]
     return [*found, *kernel.partials()]
 
 
 def last_uses(program: Program) -> dict[str, int]:
-    """For each buffer that no caller is handed, the last kernel that touches it."""
+    """Temporary buffer -> index of the last kernel that reads or writes it.
+
+    Outputs and arguments are not in it. A joined buffer and its parts are live together.
+    """
     found: dict[str, int] = {}
     for i, kernel in enumerate(program.kernels):
         found |= dict.fromkeys((*reads(program, kernel), *kernel.writes()), i)
@@ -56,7 +61,10 @@ def last_uses(program: Program) -> dict[str, int]:
 
 
 def plan_memory(program: Program) -> Program:
-    """Decide when each buffer is over, and which are written over what their kernel reads last."""
+    """Fill in `freed` (buffers dead after each kernel) and `overwrites` (stores in place).
+
+    A donated argument may be overwritten in its last read; it is not in `freed`.
+    """
     over = last_uses(program)
     count = range(len(program.kernels))
     freed = tuple(tuple(n for n, last in over.items() if last == i) for i in count)
@@ -70,7 +78,13 @@ def plan_memory(program: Program) -> Program:
 
 
 def _overwrites(program: Program, kernel: Kernel[Any], ending: Set[str]) -> dict[str, str]:
-    """For each store of a kernel a matrix that it reads at the same points, and no more."""
+    """Buffer of a store -> dying operand of the same kernel, read once and at the same index.
+
+    Args:
+        program: the Program.
+        kernel: one of its kernels.
+        ending: names of buffers and donated arguments whose last use is this kernel.
+    """
     found: dict[str, str] = {}
     parts = {p for whole, some in program.joined.items() for p in (whole, *some)}
     outputs = [n for o, n in program.outputs if o in program.terms.updated]
@@ -95,7 +109,10 @@ def _matrix(
     operand: Operand,
     store: StoreExpr,
 ) -> str:
-    """What an operand reads, where it lies in memory as a store of the same type would; else ""."""
+    """The buffer that an operand reads, if a store can alias it; otherwise "".
+
+    Both need the same dtype, access and number of elements.
+    """
     node = kernel.body.nodes.get(operand.name)
     if node is None or operand.name in kernel.body.spread:
         return ""
@@ -115,9 +132,9 @@ def _matrix(
 
 
 def temporary_bytes(program: Program) -> int:
-    """The most memory that a call has at once for what it does not return.
+    """Peak bytes of temporary buffers in a call.
 
-    What is written over an argument that is given up takes none.
+    Outputs do not count, nor do buffers that reuse the storage of a donated argument.
     """
     over = last_uses(program)
     live: set[str] = set()
@@ -135,10 +152,10 @@ def temporary_bytes(program: Program) -> int:
 
 
 def soonest_freed(program: Program) -> tuple[Kernel[Any], ...]:
-    """The kernels in an order in which what is over is over soon.
+    """The kernels in a topological order that frees temporary buffers early.
 
-    Of the kernels whose operands are known, the one comes next that frees the most bytes, or else
-    the first.
+    Greedy: of the ready kernels, the next one is that which frees the most bytes, if any does not
+    increase the live bytes; otherwise the first in the present order.
     """
     uses = [set(reads(program, k)) for k in program.kernels]
     makes = [set(k.writes()) for k in program.kernels]

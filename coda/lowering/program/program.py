@@ -1,6 +1,8 @@
-"""The Program: an ordered list of kernels over buffers. It is built once, complete, and frozen.
+"""`Program`: kernels in launch order over named buffers; frozen, and complete when it is built.
 
-A pass over a Program returns another one.
+    y = silu(x wᵀ)      kernels (gemm0,);  buffers x, w "input", y "output"
+
+A pass over a Program returns a new one.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from coda.lowering.program.target import Target
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor of the program.
+    """A tensor of the Program.
 
     kind:
         "input"    an argument of the block.
-        "prepared" made from weights alone, once for each version of them.
+        "prepared" prepacked: a function of weights alone, computed once per version of them.
         "temp"     written by one kernel, read by later ones.
-        "output"   written by a kernel, returned (a view of it may be).
-        "partial"  planes of a split reduction, one partial for each tile of columns.
+        "output"   written by a kernel and returned, itself or a view of it.
+        "partial"  planes of a split reduction, float32, one partial per tile.
     """
 
     name: str
@@ -45,7 +47,7 @@ class Buffer:
 class ColumnSlice:
     """A column slice of a buffer: `buffer[:, first : first + count]`.
 
-    A count of -1 is the whole buffer, in the shape of its node.
+    A count of -1 stands for the whole buffer, in the shape of its node.
     """
 
     buffer: str
@@ -55,7 +57,7 @@ class ColumnSlice:
 
 @dataclass(frozen=True)
 class Unfused:
-    """An operation that could not go where it would have been cheapest, and why."""
+    """An operation that could not be fused where it would be cheapest, and the reason."""
 
     node: Node
     why: str
@@ -66,28 +68,27 @@ class Program:
     """Kernels in order, over buffers. A pass returns another Program, made by `replace`.
 
     Attributes:
-        graph: the block as it was written.
-        normal: the graph after the laws, of which the kernels compute the nodes.
-        sizes: the size of every symbol; the rows among them are only an estimate.
+        graph: the block as the user wrote it.
+        normal: the graph in normal form, whose nodes the kernels compute.
+        sizes: the size of every symbol; for token symbols it is only an estimate.
         target: the GPU that it is lowered for.
-        kernels: in the order of launches.
+        kernels: in launch order.
         buffers: by name.
-        places: where each node that is in memory lies.
-        outputs: each output's name and its node (a view of a node in memory, or itself there).
-        joined: buffers that are made of others side by side, each written by its own kernel.
-        stacked: those of them whose parts are rows, one below the other.
-        weights: arguments that no token reaches.
-        prepared: nodes of weights alone that are computed once, by buffer name.
-        steps: the laws that were applied.
-        unfused: what could not be fused, and why.
-        fixed: symbols whose sizes are built into the kernels; the others may change from call to
-            call.
-        frozen: whether weights keep their values, so that what is made of them is made once.
-        terms: what the caller lets it do with memory.
-        cuts: values that are made in parts.
-        overwrites: buffers that are written over one that is over then, or over an argument if the
-            call gives it up. The memory plan tells them; without one there are none.
-        freed: for each kernel, the buffers that are over once it is done; of the memory plan.
+        places: node -> column slice of a buffer, for each materialised node.
+        outputs: (name, node) of each output; the node is materialised or a view of one that is.
+        joined: buffer -> its parts, each written by its own kernel, concatenated.
+        stacked: those joined buffers whose parts are concatenated along rows, not columns.
+        weights: inputs without a token dim.
+        prepared: buffer name -> function of weights alone that is prepacked.
+        steps: the applications of laws.
+        unfused: operations that could not be fused, with reasons.
+        fixed: symbols whose sizes are compiled into the kernels; others may change between calls.
+        frozen: whether weights keep their values, so that prepacking happens once.
+        terms: the memory policy.
+        cuts: values that are computed in chunks.
+        overwrites: output buffer -> dead buffer, or donated argument, whose storage it reuses. Set
+            by the memory plan; empty before it.
+        freed: for each kernel, the buffers that are dead after it. Set by the memory plan.
     """
 
     graph: Graph
@@ -113,36 +114,36 @@ class Program:
 
     @property
     def arch(self) -> str:
-        """What its kernels are compiled for."""
+        """The arch that its kernels are compiled for, such as "sm_90a"."""
         return self.target.arch
 
     @property
     def updates(self) -> dict[str, str]:
-        """Outputs that are written over an argument: a name, and the argument's."""
+        """Output name -> name of the argument that it updates in place."""
         return dict(self.terms.updates)
 
     def is_weight(self, node: Node) -> bool:
-        """Whether a node is an argument that no token reaches, or is made of such arguments."""
+        """Whether a node is a weight, prepacked, or a view of either."""
         while isinstance(node, Reshape | Slice | Permute):
             node = node.arg
         return node in self.weights or node in self.prepared.values()
 
     @property
     def hbm_bytes(self) -> int:
-        """Bytes that cross global memory in one call, weights prepared before."""
+        """Global-memory bytes of one call, with weights prepacked."""
         from coda.lowering.program.cost import hbm_bytes
 
         return hbm_bytes(self)
 
     @property
     def flops(self) -> int:
-        """FLOPs of the tensor cores and of the scalar units."""
+        """FLOPs of one call, on tensor cores and scalar units."""
         from coda.lowering.program.cost import scalar_flops, tensor_flops
 
         return sum(tensor_flops(self, k) + scalar_flops(self, k) for k in self.kernels)
 
     def text(self) -> str:
-        """The program as text: kernels, what they load, compute and write."""
+        """The Program as text: each kernel's loads, expressions, stores and sinks."""
         from coda.lowering.program.text import show_program
 
         return show_program(self)
@@ -150,7 +151,7 @@ class Program:
     __str__ = text
 
     def source(self) -> str:
-        """The generated CuTe DSL of all kernels, one module after the other; each text once."""
+        """The generated CuTe DSL modules of all kernels, concatenated; equal modules once."""
         from coda.lowering.program.text import kernel_source
 
         return "\n\n".join(dict.fromkeys(kernel_source(self, k) for k in self.kernels))

@@ -1,11 +1,9 @@
-"""The GPUs that coda compiles for: an arch or a GPU's name -> one row of figures.
+"""An arch or a GPU's name -> `Target`: resources, peaks, GEMM configs and capabilities of a GPU.
 
-A `Target` is all that is known of a GPU before a kernel runs on it: what it has, what its kernels
-are costed with, which tiles its GEMMs may take, and what its arch can do. Passes ask for a figure
-or a capability of the target, never which arch it is. A new GPU is a row here.
+Passes ask the target for a figure or a capability, never for its arch. A new GPU is a new row here.
 
 Users name an arch, which stands for its first row (`find_target("sm_90a")` is the H100 SXM), or a
-row by its name. Where a GPU is there, its row is chosen by what it says of itself (`of_device`).
+GPU. For a GPU in the machine, `of_device` chooses the row by the driver's answers.
 """
 
 from __future__ import annotations
@@ -19,9 +17,9 @@ from coda.ir.types import DType
 
 @dataclass(frozen=True)
 class Config:
-    """How a GEMM is tiled: CTA tiles of `tile_m` × `tile_n`, `cluster` = (m, n) CTAs.
+    """A GEMM config: CTA tiles of `tile_m` × `tile_n` elements, clusters of (m, n) CTAs.
 
-    With `pingpong`, two warpgroups of a CTA take tiles in turn (sm_90a).
+    With `pingpong`, two consumer warpgroups of a CTA alternate between tiles (sm_90a).
     """
 
     tile_m: int
@@ -32,25 +30,25 @@ class Config:
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU, by which Programs are lowered, costed and compiled.
+    """A GPU, for which Programs are lowered, costed and compiled.
 
     Attributes:
-        name: the GPU's, for people; its first word is a word of what the driver calls the GPU.
-        arch: what its kernels are compiled for.
+        name: the GPU's name; its first word occurs in the driver's name of the GPU.
+        arch: the arch that its kernels are compiled for.
         capability: CUDA's compute capability, (major, minor).
-        multiprocessors: how many it has.
-        shared_memory: bytes of shared memory that one block may have.
-        registers: 32-bit registers of one multiprocessor.
+        multiprocessors: the number of SMs.
+        shared_memory: bytes of shared memory per CTA at most.
+        registers: 32-bit registers per SM.
         l2: bytes of the L2 cache.
-        peaks: FLOP/s of the tensor cores by the bits of an operand's element, dense.
-        bandwidth: bytes/s of global memory.
-        launch: seconds that a launch takes at least.
-        configs: (config, efficiency) of its GEMMs, from the larger tile to the smaller. The
+        peaks: (bits of an operand's element, FLOP/s of the tensor cores), dense.
+        bandwidth: of global memory, bytes/s.
+        launch: least time of a launch, seconds.
+        configs: (config, efficiency) of its GEMMs, from the largest tile to the smallest. The
             efficiency is the mainloop's speed as a fraction of the best config's.
-        cta_pairs: whether two CTAs of a cluster may share one tile of a GEMM.
-        tensor_memory: whether accumulators are in tensor memory, from which a thread of an
-            epilogue takes 32 columns at once.
-        sources: where each figure is from, by the name of its field.
+        cta_pairs: whether two CTAs of a cluster can share one tile of a GEMM.
+        tensor_memory: whether accumulators are in tensor memory, from which an epilogue's thread
+            loads 32 columns at once.
+        sources: (field, source) of each figure.
     """
 
     name: str
@@ -69,15 +67,15 @@ class Target:
     sources: tuple[tuple[str, str], ...] = field(repr=False)
 
     def peak(self, dtype: DType) -> float:
-        """FLOP/s of the tensor cores for operands of a type.
+        """FLOP/s of the tensor cores for operands of a dtype.
 
-        Contractions of types wider than 16 bits are torch's: they are costed as those of 16 bits.
+        Torch computes contractions of dtypes wider than 16 bits; they are costed as 16-bit ones.
         """
         return dict(self.peaks)[8 if dtype.size == 1 else 16]
 
 
-# (config, efficiency). Those that spill registers with heavy epilogues are left out, among them
-# quack's own default for Hopper (128×192 ping-pong).
+# (config, efficiency). Configs that spill registers with heavy epilogues are left out, among them
+# quack's default for Hopper (128×192 ping-pong).
 HOPPER_CONFIGS = (
     (Config(128, 256, (2, 1)), 1.0),
     (Config(256, 128, (2, 1)), 0.98),
@@ -201,12 +199,12 @@ def find_target(name: str) -> Target:
 
 
 def of_device(name: str, capability: tuple[int, int], multiprocessors: int) -> Target | None:
-    """The row of a GPU by what its driver says of it; None where coda does not compile for it.
+    """The row of the GPU that a driver reports; None if coda does not compile for it.
 
     Args:
-        name: as in "NVIDIA H200" or "NVIDIA H100 80GB HBM3".
+        name: the driver's name, such as "NVIDIA H200" or "NVIDIA H100 80GB HBM3".
         capability: (major, minor).
-        multiprocessors: a part of a GPU (MIG), and a variant of one, has fewer than the row says.
+        multiprocessors: the number of SMs; it replaces the row's (MIG slices have fewer).
     """
     alike = [t for t in TARGETS if t.capability == capability]
     words = re.split(r"\W+", name)

@@ -1,4 +1,12 @@
-"""A Program as text: one paragraph for each kernel, its epilogue in single assignments."""
+"""Program -> text: one paragraph per kernel, with its epilogue in single-assignment form.
+
+An epilogue that adds a bias:
+
+    gemm0 = ...
+      load b row bf16
+      %0 = add acc, b
+      store y [M, N] bf16 = %0
+"""
 
 from __future__ import annotations
 
@@ -41,13 +49,13 @@ def show_program(program: Program) -> str:
 
 
 def show_kernel(program: Program, kernel: Kernel[Any]) -> list[str]:
-    """One kernel: what it multiplies, loads, computes and writes."""
+    """The lines of one kernel: head, loads, statistics, expressions, stores and sinks."""
     head = kernel.kind.explain(program, kernel).head
     return [f"  {kernel.name} = {head}", *_body(program, kernel)]
 
 
 def kernel_source(program: Program, kernel: Kernel[Any]) -> str:
-    """The module that is emitted for a kernel; of one that torch computes, why it does."""
+    """The module emitted for a kernel; for a kernel that torch computes, the reason."""
     kind = kernel.kind
     if kind.code is None:
         return f'"""{kernel.name}: {kind.name}, since {kind.explain(program, kernel).why}."""\n'
@@ -55,13 +63,13 @@ def kernel_source(program: Program, kernel: Kernel[Any]) -> str:
 
 
 def at(node: Node) -> str:
-    """A node in a word, and its line in the user's file."""
+    """A node's operation and its line in the user's file."""
     where = lines(node.where)
     return f"{describe(node)} ({where})" if where else describe(node)
 
 
 def lines(where: Where | None) -> str:
-    """The block's own line, and in brackets the line of the function that it calls there."""
+    """The line in the block, and in brackets the line in the function that it calls there."""
     if where is None or not where.calls:
         return _line(where)
     file, line = where.calls[-1]

@@ -1,4 +1,4 @@
-"""Check a Program: what a kernel reads is in memory by then, and as wide as it reads it."""
+"""Program -> InternalError if a kernel reads a buffer before it is written, or of a wrong size."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from coda.lowering.program.program import Program
 
 
 def verify_program(program: Program, after: str) -> None:
-    """Raise InternalError where a kernel reads what no earlier one has written, or part of it.
+    """Raise InternalError if a kernel or an output reads a value that is not in memory.
 
-    `after` names the stage that left the Program so.
+    Checks that every value read is an argument, prepacked, or written by an earlier kernel, and
+    that every operand has as many elements as the kernel loads. `after` names the last stage.
     """
     _Check(program, after, set(program.prepared.values())).run()
 
@@ -39,7 +40,7 @@ class _Check:
             self.known(node, f"the output `{name}`")
 
     def known(self, node: Node, who: str) -> None:
-        """Whether a value is in memory, or a view of something that is."""
+        """Check that a value is in memory, or a view, cast or expansion of one that is."""
         stack = [node]
         while stack:
             one = stack.pop()
@@ -56,7 +57,7 @@ class _Check:
                 raise self.fault(f"{who} reads a `{type(one).__name__}` that nobody stores")
 
     def operands(self, kernel: Kernel[Any]) -> None:
-        """Whether each operand of an epilogue has the elements that the kernel loads."""
+        """Check that each operand of an epilogue has as many elements as the kernel loads."""
         sizes, who = self.program.sizes, f"the kernel `{kernel.name}`"
         rows, width = kernel.mainloop.points(sizes)
         lanes = kernel.body.epilogue.lanes
