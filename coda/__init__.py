@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from coda.integrations.patch import patch, unpatch
     from coda.integrations.report import last_report
 
-# Torch's compiler takes seconds to import: what needs it is imported when it is asked for.
+# Torch's compiler takes seconds to import: names that need it are imported on first access.
 _LATE = {
     "last_report": "coda.integrations.report",
     "nn": "coda.nn",
@@ -84,7 +84,7 @@ _LATE = {
 
 
 def __getattr__(name: str) -> Any:
-    """What is imported when it is asked for."""
+    """Import a name of `_LATE` on first access. Raises AttributeError for unknown names."""
     if name not in _LATE:
         help = f"; write {INSTEAD[name]}" if name in INSTEAD else ""
         text = f"module 'coda' has no attribute {name!r}{help}"

@@ -1,4 +1,4 @@
-"""The face: `@coda.block` ties tracing, lowering and running together."""
+"""A Python function, or a text, -> a Block, whose calls are traced, lowered and run."""
 
 from __future__ import annotations
 
@@ -45,9 +45,13 @@ from coda.runtime.train import train_block
 class Block:
     """A block of mathematics: traced once for each element type, lowered for each set of sizes.
 
-    Call it with torch tensors. `fn` (and `__wrapped__`) is the traced function, None for a block
-    that was written as text; `graph` is what it means, by which `handle` names it to torch's
-    compiler; `memory` is how it trains, where a call does not say.
+    Call it with torch tensors.
+
+    Attributes:
+        fn: the traced function (also `__wrapped__`); None for a block that was written as text.
+        memory: how calls train by default: "min", "balanced" or "speed".
+        undeclared: for each argument, whether it is declared without an element type.
+        handle: a digest of the graph, by which torch's operators name the block.
     """
 
     def __init__(
@@ -90,11 +94,11 @@ class Block:
         return self._graphs[dtype]
 
     def under_autocast(self, types: str) -> Block:
-        """The block as autocast has it.
+        """The block with the element types that autocast gives it.
 
         Args:
-            types: names of types: autocast's, then for each argument its own, "-" where it is
-                declared with one.
+            types: names of types, separated by spaces: autocast's, then one for each argument: its
+                dtype, or "-" if it is declared with one.
         """
         if types not in self._casts:
             narrow, *given = (DTYPES.get(name) for name in types.split())
@@ -128,11 +132,15 @@ class Block:
 
         Args:
             arch: "sm_90a", "sm_100a" or "sm_103a", or a GPU by its name in docs/targets.md; by
-                default the GPU that is there, else `CODA_ARCH`.
+                default that of the GPU, else `CODA_ARCH`.
             dims: the size of every symbol.
             dtype: of arguments that are declared without a type.
-            frozen: whether weights keep their values, and what is made of them may be kept beside
-                them: what calls with `memory="speed"` run where nothing requires a gradient.
+            frozen: whether weights keep their values, so that copies derived from them may stay in
+                memory: what calls with `memory="speed"` run if nothing requires a gradient.
+
+        Raises:
+            ArchError: for an unknown arch.
+            DimError: for a missing, superfluous or non-positive size.
         """
         target, graph = choose_target(arch or ""), self.graph_of(dtype)
         key = (graph, target, frozen, "lower", tuple(sorted((dims or {}).items())))
@@ -147,7 +155,11 @@ class Block:
         frozen: bool = False,
         **dims: int,
     ) -> Explanation:
-        """What the Program does and why; `print` it, or take its `.json()`."""
+        """The Program's kernels, traffic and decisions; `print` it, or use its `.json()`.
+
+        Args:
+            arch, dtype, frozen, dims: as in `lower`.
+        """
         return Explanation(self.lower(arch, dims, dtype, frozen))
 
     def explain_training(
@@ -158,7 +170,7 @@ class Block:
         memory: str | None = None,
         **dims: int,
     ) -> TrainingExplanation:
-        """What forward and backward do, and what is kept between them, as `explain` tells it.
+        """The kernels of forward and backward, and the bytes saved between them, as in `explain`.
 
         Args:
             arch, dtype, dims: as in `explain`.
@@ -175,14 +187,18 @@ class Block:
         wanted: Sequence[str] | None = None,
         memory: str | None = None,
     ) -> tuple[Program, Program]:
-        """The Programs of the forward that saves and of the backward.
+        """The Programs of the forward, which also returns what is saved, and of the backward.
 
         Args:
             arch, dims, dtype: as in `lower`.
-            wanted: names of the arguments to differentiate; by default all floats but constants.
-            memory: "min" saves arguments and statistics of rows alone, "balanced" what takes fewer
-                bytes than computing it again, "speed" also what the forward stores anyway and the
-                backward would have to store again; by default the block's.
+            wanted: names of the arguments to differentiate; by default all floats except constants.
+            memory: "min" saves arguments and row statistics alone; "balanced" also values that take
+                fewer bytes to write and read than to recompute; "speed" also values that the
+                forward stores anyway and the backward would have to store again. By default the
+                block's.
+
+        Raises:
+            UnsupportedError: for another `memory`.
         """
         target, graph = choose_target(arch or ""), self.graph_of(dtype)
         sizes = check_dims(graph, dims or {})
@@ -200,7 +216,7 @@ class Block:
         frozen: bool = False,
         **dims: int,
     ) -> str:
-        """The generated CuTe DSL, readable."""
+        """The generated CuTe DSL code. Arguments as in `lower`."""
         return self.lower(arch, dims, dtype, frozen).source()
 
     def __call__(
@@ -219,16 +235,17 @@ class Block:
         declares stay, and float64 is left alone.
 
         Args:
-            tensors, named: the arguments; inside another block, tensors of that block.
-            backend: "reference", "sim" or "cuda".
-            arch: to lower for, where the backend leaves it open.
-            dims: sizes that the tensors' shapes do not tell.
+            tensors, named: the arguments, in order and by name; inside another block, its tensors.
+            backend: "reference", "sim" or "cuda"; by default `CODA_BACKEND`, else the best that
+                works.
+            arch: to lower for, if the backend does not determine it.
+            dims: sizes that the tensors' shapes do not determine.
             memory: what is saved for the backward, "min", "balanced" or "speed", as in
-                `lower_training`; by default what `coda.block` was given. Without gradients, "speed"
-                lets norms' gains go into copies of the weights.
+                `lower_training`; by default the block's. Without gradients, "speed" lets the gains
+                of norms be folded into copies of the weights.
 
         Raises:
-            CallError: where the tensors do not fit the block.
+            CallError: if the tensors do not fit the block.
             UnsupportedError: under `torch.func.vmap` and forward-mode derivatives.
         """
         if named:
@@ -267,7 +284,7 @@ class Block:
     def _run(
         self, tensors: list[Tensor], dims: Mapping[str, int] | None, options: CallOptions
     ) -> Sequence[Tensor]:
-        """The outputs, with a backward where torch records gradients."""
+        """The outputs, with a backward if torch records gradients."""
         given = given_sizes(self.graph, dims) if dims else []
         handle, _, backend, arch, _, memory, _ = options
         learned = [t.requires_grad for t in tensors]
@@ -282,7 +299,7 @@ class Block:
         return run_block(tensors, CallOptions(handle, tuple(given), backend, arch, frozen))
 
     def graph_for(self, inputs: Sequence[Tensor]) -> Graph:
-        """The graph for arguments of these types."""
+        """The graph for arguments with the dtypes of these."""
         for tensor, free in zip(inputs, self.undeclared, strict=False):
             if free:
                 return self.graph_of(from_torch(tensor.dtype) or bf16)
@@ -296,9 +313,14 @@ class Block:
         sizes: Mapping[str, int],
         terms: Terms = NO_TERMS,
     ) -> Program:
-        """A Program that serves these sizes: one for all sizes of symbols that are not built in.
+        """A Program that serves these sizes; it serves all sizes of symbols that are not built in.
 
-        `graph` is the block's, or one of its training; `terms` are what it may do with memory.
+        Args:
+            graph: the block's, or the forward or backward of its training.
+            target: the GPU.
+            frozen: whether weights keep their values.
+            sizes: of every symbol.
+            terms: the memory policy of the Program.
         """
         variant = (graph, target, frozen, terms)
         fixed = self._fixed.get(variant)
@@ -317,7 +339,8 @@ class Block:
     ) -> Training:
         """The graphs of the forward that saves and of the backward, for any number of rows.
 
-        What is saved is decided once, by the rows of the first call, and serves all others.
+        What is saved is decided once, for the number of rows of the first call, and holds for all
+        others.
         """
         tokens = row_symbols(walk(graph.roots))
         fixed = [(s, int(sizes[s])) for s in graph.symbols if s not in tokens] if tokens else []
@@ -342,9 +365,9 @@ def block(
 
     Args:
         fn: the function; or use `@coda.block(memory=...)`.
-        memory: what a call that trains saves for its backward. "min" saves arguments and
-            statistics of rows, and computes the rest again, "balanced" saves what takes fewer
-            bytes than computing it again, "speed" also what the forward stores anyway and the
+        memory: what a call that trains saves for its backward. "min" saves arguments and row
+            statistics, and recomputes the rest; "balanced" saves what takes fewer bytes to write
+            and read than to recompute; "speed" also saves what the forward stores anyway and the
             backward would have to store again.
 
     Raises:
@@ -355,7 +378,7 @@ def block(
 
 
 def parse(text: str, file: str = "<text>") -> Block:
-    """A block from its text form. Raises TextError where it cannot be read."""
+    """A block from its text form. Raises TextError if it cannot be read."""
     from coda.ir.text import parse as parse_graph
 
     return Block(None, parse_graph(text, file))

@@ -1,7 +1,7 @@
-"""What is typed on the command line -> values that can be served, or one CodaError.
+"""Command-line input -> checked values, or one CodaError.
 
-Files, numbers and Python code come from outside: whatever is wrong with them is told here, with
-what was found and what would work, so that the commands behind may trust what they get.
+Files, numbers and Python code come from outside. Whatever is wrong with them is reported here, with
+what was found and what would work, so that commands can rely on the values that they get.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from coda.sim.host.kept import refusal
 
 P = ParamSpec("P")
 R = TypeVar("R")
-LARGEST = 2**63 - 1  # of sizes and seeds
-UNREAD = 141  # what shells say of a process that writes to a pipe that nobody reads
+LARGEST = 2**63 - 1  # size or seed
+UNREAD = 141  # the shell's exit code of a process that writes to a closed pipe
 
 
 def described(error: BaseException) -> str:
-    """Type and first line of an exception of somebody else's code."""
+    """The type, and the first line of the message, of an exception from foreign code."""
     try:
         text = str(error).strip()
     except Exception:
@@ -46,11 +46,11 @@ def described(error: BaseException) -> str:
 
 
 def told(command: Callable[P, R]) -> Callable[P, R]:
-    """A command that ends in nothing but its result, a CodaError, or what the shell asks for.
+    """Wrap a command, so that all its failures are CodaErrors or exits that the shell expects.
 
     Raises:
-        CodaError: where memory is not enough.
-        InternalError: for any other exception, which is a fault of coda.
+        CodaError: if there is not enough memory, or a file cannot be accessed.
+        InternalError: for any other exception, which is a bug of coda.
     """
 
     @functools.wraps(command)
@@ -89,7 +89,7 @@ def _no_memory(error: BaseException) -> CodaError:
 
 
 def discard_output() -> None:
-    """Let what is still to be printed on stdout go nowhere."""
+    """Send what is still to be printed on stdout to /dev/null."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -97,7 +97,7 @@ def discard_output() -> None:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; names that no file can have are those of none."""
+    """Whether the file exists; False also for a path that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -105,7 +105,7 @@ def is_file(path: Path) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file. Raises TextError where it is no text or cannot be read."""
+    """The text of a file. Raises TextError if it is not text or cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
@@ -115,7 +115,7 @@ def read_text(path: Path) -> str:
 
 
 def names_model(target: str) -> bool:
-    """Whether a target is a model rather than a file with blocks. Raises CodaError."""
+    """Whether a target is a model rather than a file with blocks. Raises CodaError if empty."""
     file, _, name = target.partition(":")
     path = Path(file)
     if not file:
@@ -156,14 +156,14 @@ def load_block(target: str) -> Block:
 
 
 def traced(block: Block, dtype: DType) -> Block:
-    """The block, traced for an element type: its function runs, which may fail by itself."""
+    """The block, traced for an element type. Raises CodaError if its function fails."""
     with foreign(f"`{block.__name__}` cannot be traced for {dtype}", "the function's own error"):
         block.graph_of(dtype)
     return block
 
 
 def run_file(path: Path) -> dict[str, Any]:
-    """What a Python file defines. What it prints goes to stderr. Raises CodaError."""
+    """The globals of a Python file that was run; it prints to stderr. Raises CodaError."""
     sys.path.insert(0, str(path.parent))
     with foreign(f"{path} does not run", f"python {path} shows the same", path):
         return runpy.run_path(str(path))
@@ -171,9 +171,9 @@ def run_file(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def foreign(message: str, help: str, path: Path | None = None) -> Iterator[None]:
-    """Run somebody else's code: whatever it raises but ctrl-c is a CodaError, also `sys.exit`.
+    """Run foreign code: its exceptions, except ctrl-c, become a CodaError, and so does `sys.exit`.
 
-    What it prints goes to stderr.
+    It prints to stderr.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -192,7 +192,7 @@ def foreign(message: str, help: str, path: Path | None = None) -> Iterator[None]
 
 
 def _place(error: BaseException, path: Path | None) -> Where | None:
-    """The innermost line of a file that an error was raised in."""
+    """The innermost line of a file at which an error was raised."""
     if isinstance(error, SyntaxError) and error.lineno and error.filename == str(path):
         return Where(str(path), error.lineno, max((error.offset or 1) - 1, 0))
     steps = [s for s, _ in traceback.walk_tb(error.__traceback__)]
@@ -228,7 +228,7 @@ def check_seed(seed: int) -> int:
 
 
 def check_memory(block: Block, dtype: DType, sizes: Mapping[str, int]) -> None:
-    """Raise CallError where arguments and the largest value do not fit into memory, in float64."""
+    """Raise CallError if the arguments and the largest value, in float64, exceed the memory."""
     graph = block.graph_of(dtype)
     shapes = [[d.size(sizes) for d in n.shape] for n in graph.inputs]
     largest = max((math.prod(d.size(sizes) for d in n.shape) for n in walk(graph.roots)), default=0)
@@ -246,7 +246,7 @@ def check_memory(block: Block, dtype: DType, sizes: Mapping[str, int]) -> None:
 
 
 def check_training(backward: bool, memory: str, wanted: str, frozen: bool = False) -> None:
-    """Raise CodaError for options that do not go together."""
+    """Raise CodaError for options that contradict each other."""
     if (memory or wanted) and not backward:
         raise CodaError("--memory and --wanted belong to --backward", found=memory or wanted)
     if backward and frozen:
@@ -254,14 +254,14 @@ def check_training(backward: bool, memory: str, wanted: str, frozen: bool = Fals
 
 
 def names_of(wanted: str) -> list[str] | None:
-    """The names of "x,w", None for all."""
+    """The names in "x,w"; None if the text is empty."""
     return [n.strip() for n in wanted.split(",")] if wanted else None
 
 
 def arguments_of(
     block: Block, element: DType, sizes: dict[str, int], file: str, seed: int
 ) -> list[Tensor]:
-    """The arguments that a file has, or random ones. Raises CodaError."""
+    """The arguments from a file, or random ones if there is none. Raises CodaError."""
     graph = block.graph_of(element)
     if file:
         return load_inputs(graph, Path(file))
@@ -273,7 +273,7 @@ def arguments_of(
 
 
 def check_kept(out: str) -> str:
-    """The directory of --out, absolute, or ""; raises CodaError where kernels would be lost."""
+    """The absolute path of --out, or "". Raises CodaError if kernels cannot be kept there."""
     if not out:
         check_cache()
         return ""
@@ -288,7 +288,7 @@ def check_kept(out: str) -> str:
 
 
 def check_cache() -> None:
-    """Raise CodaError where the cache of kernels is refused: they would end with the process."""
+    """Raise CodaError if the kernel cache is refused: kernels would be lost with the process."""
     why = cache.why_refused()
     if why:
         raise CodaError(f"the cache {why}", help="set CODA_CACHE_DIR to a directory of your own")
@@ -298,7 +298,7 @@ def check_cache() -> None:
 
 
 def plain(value: Any) -> Any:
-    """Data for JSON, which has no numbers that are infinite or none: null."""
+    """Data for JSON, with null for infinities and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

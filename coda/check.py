@@ -1,15 +1,16 @@
-"""A block and arguments -> each of its kernels held against float64, on every backend that is here.
+"""A block and arguments -> the error of each of its kernels against float64, on every backend.
 
-A Program runs once on a backend, with every value that a kernel stores returned beside its outputs.
-Each stored value is then compared with float64, evaluated from what the kernel *read*: the
-arguments, and the values that kernels before it stored, as that backend stored them. An error of
-one kernel is thus not charged to those after it, and the first kernel that leaves its bound is the
-one at fault. The bound follows from the error of torch op by op, from the same values, in the same
-types: `NORM` times that over a whole value, `WORST` times that at its worst element, and what one
-rounding to the stored type is, for values that torch happens to compute exactly.
+A Program runs once on a backend, and returns every value that a kernel stores beside its outputs.
+Each stored value is compared with float64, evaluated from what the kernel *read*: the arguments,
+and the values that earlier kernels stored, as that backend stored them. So the error of one kernel
+is not charged to later ones, and the first kernel that exceeds its bound is the wrong one.
 
-Partials of a reduction are no value of the block: they are seen through the kernel that folds them,
-and both kernels are named.
+The bound is relative to the error of torch op by op, from the same values in the same dtypes:
+`NORM` times that error over a whole value, `WORST` times that error at its worst element. One
+rounding to the stored type is added, for values that torch happens to compute exactly.
+
+Partials of a reduction are not values of the block. They are checked through the kernel that folds
+them, and both kernels are named.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ from coda.lowering.program.program import Program
 from coda.runtime.call import BACKENDS, gpu_target
 from coda.sim.host.device import ARCHES as SIMULATED
 
-NORM, WORST = 1.5, 4.0  # times the error of torch op by op
-LEAST = 1e-6  # relative to the values: of sums in float32, in another order
+NORM, WORST = 1.5, 4.0  # factors of the error of torch op by op
+LEAST = 1e-6  # relative error: float32 sums in another order
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a stored value is from float64.
+    """The error of a stored value against float64.
 
     Attributes:
-        norm: ‖y − y64‖ / ‖y64‖; of conditions and whole numbers, the share that differ.
-        worst: max |y − y64| / max |y64| over the elements; infinite where one is NaN or infinite
-            and the other is not.
-        at: the index of that element.
+        norm: ‖y − y64‖ / ‖y64‖; for booleans and integers, the share of elements that differ.
+        worst: max |y − y64| / max |y64| over the elements; infinite if one is NaN or infinite and
+            the other is not.
+        at: the index of the worst element.
     """
 
     norm: float
@@ -63,12 +64,12 @@ class Checked:
     Attributes:
         part: "forward" or "backward" of training, else "".
         kernel: its name in the Program.
-        folds: kernels whose partials it folds.
+        folds: the kernels whose partials it folds.
         value: the buffer, as `explain` names it.
-        backend: on which it ran.
-        unit: the largest relative error of one rounding to the stored type; 0 of whole numbers.
+        backend: the backend that computed it.
+        unit: the largest relative error of one rounding to the stored type; 0 for integers.
         shape: of the value.
-        coda, torch: the kernel's deviation, and that of torch op by op.
+        coda, torch: the error of the kernel, and that of torch op by op.
     """
 
     part: str
@@ -84,13 +85,13 @@ class Checked:
     @property
     def good(self) -> bool:
         """Whether the value is within its bound."""
-        few = max(math.prod(self.shape), 1) ** -0.5  # of n elements a norm is known to 1/√n
+        few = max(math.prod(self.shape), 1) ** -0.5  # the norm of n elements varies by 1/√n
         norm = (NORM + few) * self.torch.norm + few * self.unit + LEAST
         worst = WORST * self.torch.worst + self.unit + LEAST
         return self.coda.norm <= norm and self.coda.worst <= worst
 
     def name(self) -> str:
-        """The kernel, and those whose partials are seen through it."""
+        """The kernel, and the kernels whose partials it folds."""
         whole = f"{self.part} {self.kernel}".strip()
         return f"{whole} (which folds partials of {', '.join(self.folds)})" if self.folds else whole
 
@@ -102,7 +103,13 @@ class Checked:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `coda check` prints."""
+    """The report of `coda check`.
+
+    Attributes:
+        block, arch: names.
+        sizes: of every symbol.
+        values: in the order of launches.
+    """
 
     block: str
     arch: str
@@ -111,7 +118,7 @@ class CheckReport:
 
     @property
     def wrong(self) -> Checked | None:
-        """The first value, in the order of launches, that is out of its bound on some backend."""
+        """The first value, in the order of launches, that exceeds its bound on some backend."""
         return next((v for v in self.values if not v.good), None)
 
     def verdict(self) -> str:
@@ -135,7 +142,7 @@ class CheckReport:
         }
 
     def table(self) -> Table:
-        """For people."""
+        """As a table."""
         sizes = " ".join(f"{k}={v}" for k, v in self.sizes.items())
         title = f"{self.block} on {self.arch}, {sizes}: errors against float64"
         table = Table(title=title, title_justify="left")
@@ -150,7 +157,7 @@ class CheckReport:
 
 
 def backends_here(arch: str) -> list[str]:
-    """The backends that can run a Program for an arch, the slowest last."""
+    """The backends that can run a Program for an arch, from fast to slow."""
     import shutil
 
     compiler = shutil.which("cc") or shutil.which("gcc")
@@ -169,7 +176,7 @@ def check_kernels(
     arch: str = "",
     backends: Sequence[str] = (),
 ) -> CheckReport:
-    """Hold each kernel of a block's Program against float64.
+    """Compare each kernel of a block's Program with float64.
 
     Args:
         block: the block.
@@ -180,7 +187,7 @@ def check_kernels(
         backends: to run on; by default all that can run the Program.
 
     Raises:
-        CodaError: where a kernel stops in the simulator, with the kernel's name.
+        CodaError: if a kernel stops in the simulator, with the kernel's name.
     """
     program = block.lower(arch, sizes, element)
     values = check_program(program, inputs, sizes, backends or backends_here(program.arch))
@@ -199,15 +206,18 @@ def check_gradients(
     memory: str | None = None,
     seed: int = 0,
 ) -> CheckReport:
-    """Hold each kernel of a block's forward and backward against float64.
+    """Compare each kernel of a block's forward and backward with float64.
 
-    Cotangents are random. What the forward saves is what the first backend computed.
+    Cotangents are random. The backward reads what the first backend saved.
 
     Args:
         block, inputs, sizes, element, arch, backends: as in `check_kernels`.
-        wanted: names of the arguments to differentiate; by default all floats but constants.
+        wanted: names of the arguments to differentiate; by default all floats except constants.
         memory: "min", "balanced" or "speed", as in a call.
         seed: of the cotangents.
+
+    Raises:
+        CodaError: as in `check_kernels`.
     """
     forward, backward = block.lower_training(arch, sizes, element, wanted, memory)
     names = backends or backends_here(forward.arch)
@@ -233,7 +243,7 @@ def check_program(
     backends: Sequence[str],
     part: str = "",
 ) -> list[Checked]:
-    """Each value that a Program's kernels store, on each backend, in the order of launches."""
+    """Each value that the Program's kernels store, on each backend, in the order of launches."""
     watched = observed(program)
     found: list[list[Checked]] = []
     for backend in backends:
@@ -245,9 +255,9 @@ def check_program(
 
 
 def observed(program: Program) -> Program:
-    """The same kernels, with all that they store and all that is made of weights as outputs.
+    """The same kernels, with all stored values and all prepacked weights as outputs.
 
-    No memory is freed and nothing is written over, so that each value is there at the end.
+    No buffer is freed or reused, so that each value is available at the end.
     """
     extra = [*program.places, *program.prepared.values()]
     outputs = (*program.outputs, *((f"value{i}", n) for i, n in enumerate(extra)))
@@ -261,7 +271,7 @@ def run_on(
     """The outputs of a Program on a backend, on the CPU.
 
     Raises:
-        CodaError: where the simulator stops, with the kernel's name.
+        CodaError: if the simulator stops, with the kernel's name.
     """
     nothing: frozenset[str] = frozenset()
     if backend == "cuda":
@@ -292,7 +302,7 @@ def _held(
     backend: str,
     part: str,
 ) -> Iterator[Checked]:
-    """The values of one run, each beside float64."""
+    """The values of one run, each compared with float64."""
     makers: dict[str, Kernel[Any]] = {}
     given = {n: values[n] for n in (*program.graph.inputs, *program.prepared.values())}
     for kernel in program.kernels:
@@ -321,7 +331,7 @@ def _held(
 def _folded(
     program: Program, kernel: Kernel[Any], makers: Mapping[str, Kernel[Any]]
 ) -> list[Kernel[Any]]:
-    """The kernels whose partials a kernel folds, directly or through others."""
+    """The kernels whose partials a kernel folds, directly or through other kernels."""
     found: dict[Kernel[Any], None] = {}
     stack = [kernel]
     while stack:
@@ -335,16 +345,16 @@ def _folded(
 
 
 def _described(node: Node) -> str:
-    """An operation and the line of the user's that it comes from."""
+    """An operation, and the user's line that it comes from."""
     where = f" ({Path(node.where.file).name}:{node.where.line})" if node.where else ""
     return f"{describe(node)}{where}"
 
 
 def deviation(found: Tensor, exact: Tensor) -> Deviation:
-    """How far a tensor is from float64.
+    """The error of a tensor against float64.
 
     Args:
-        found, exact: of one shape; NaN and infinities are equal where both have them.
+        found, exact: tensors of one shape; NaNs and infinities in the same places are equal.
     """
     x, y = found.double().reshape(-1), exact.double().reshape(-1)
     if not y.numel():

@@ -85,7 +85,7 @@ Frozen = Annotated[bool, typer.Option(help="weights keep their values (inference
 
 
 class _Output(Console):
-    """Tables on stdout; a closed pipe is left to `main`."""
+    """Tables on stdout; `main` handles a closed pipe."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -197,7 +197,7 @@ def stage(
 def _explain_model(
     target: str, sizes: dict[str, int], arch: str, dtype: DType, training: bool, as_json: bool
 ) -> None:
-    """What coda makes of a model."""
+    """Print the graph breaks, blocks and rest of a model."""
     unknown = sizes.keys() - {"B", "S"}
     if unknown:
         raise CodaError(
@@ -309,7 +309,7 @@ def check(
 def _simulate(
     call: Callable[[], Report], arch: str, schedule: str, seed: int
 ) -> tuple[Report, Any]:
-    """Measure a block on a simulated GPU: the errors, and what the simulator saw."""
+    """Measure a block on a simulated GPU: the errors, and the simulator's report."""
     from coda.runtime.simulate import device
     from coda.sim import SimError
 
@@ -366,7 +366,7 @@ def compile_(
 
 
 def _compile(program: Program, which: str) -> list[Compiled]:
-    """The kernels of a Program in its order; their names begin with `which` it is."""
+    """The compiled kernels of a Program in its order, with `which` before their names."""
     found = {c.kernel: c for c in show_progress(compile_program(program), len(program.kernels))}
     done = [found[k.name] for k in program.kernels if k.name in found]
     return [replace(c, kernel=f"{which} {c.kernel}".strip()) for c in done]
@@ -419,8 +419,8 @@ def doctor(as_json: Json = False) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The console script.
 
-    Exit codes: 0; 1 where coda itself or the installation is at fault; 2 for a wrong call; 130
-    after ctrl-c and 141 where nobody reads what is printed, as shells count.
+    Exit codes: 0 for success; 1 for a bug of coda or a broken installation; 2 for a wrong call; 130
+    after ctrl-c and 141 for a closed pipe, as in shells.
     """
     for name in ("stdout", "stderr"):  # None where the shell has closed it
         if getattr(sys, name) is None:

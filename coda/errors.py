@@ -1,4 +1,4 @@
-"""The catalogue of errors: what the user did, where, what was found, and what would work."""
+"""The catalogue of errors: each says where, what was found, and what would work."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _SKIPPED = (_PACKAGE, str(Path(torch.__file__).parent), contextlib.__file__, "<s
 class Where:
     """A place in the user's source: file, line (from 1) and a range of columns (from 0).
 
-    `calls` are the lines of the user's functions that led here, innermost first: a function that a
-    block calls twice is in two places.
+    `calls` are the (file, line) pairs of the user's functions that called it, innermost first: a
+    function that a block calls twice gives two places.
     """
 
     file: str
@@ -36,7 +36,7 @@ class Where:
     def caller() -> Where | None:
         """The innermost expression outside coda and torch that is being evaluated now.
 
-        None where that is no line of the user's: the command line was called, not a function.
+        None if there is no user code: the command line was called.
         """
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename.startswith(_SKIPPED):
@@ -61,7 +61,7 @@ class Where:
         return self.file.startswith(_SKIPPED)
 
     def snippet(self) -> str:
-        """The source line with the range underlined, as rustc shows it."""
+        """The source line with the range underlined, in the format of rustc."""
         text = linecache.getline(self.file, self.line).rstrip()
         head = f"  --> {self.file}:{self.line}:{self.column + 1}"
         if not text:
@@ -73,18 +73,18 @@ class Where:
 
 
 def _user_lines(frame: FrameType | None) -> Iterator[tuple[str, int]]:
-    """Lines of the callers, up to coda's own call of the traced function."""
+    """Lines of the callers, up to coda's call of the traced function."""
     while frame is not None and not frame.f_code.co_filename.startswith(_SKIPPED):
         yield frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
 
 
 class CodaError(Exception):
-    """A mistake that the user can mend: a message, where it is, what was found and what would work.
+    """A mistake that the user can correct: message, place, what was found, and what would work.
 
     Attributes:
         message: one sentence.
-        found: the shapes, dtypes or values that were there, or "".
+        found: the shapes, dtypes or values that were found, or "".
         help: what to write instead.
         where: the place in the user's source, or None.
     """
@@ -109,7 +109,7 @@ class ShapeError(CodaError):
 
 
 class DtypeError(CodaError):
-    """Element types do not fit together, or an operation does not take them."""
+    """Element types do not fit together, or an operation does not accept them."""
 
 
 class DimError(CodaError):
@@ -117,7 +117,7 @@ class DimError(CodaError):
 
 
 class TraceError(CodaError):
-    """The block does something that cannot be written as a graph."""
+    """The block contains an operation that cannot be written as a graph."""
 
 
 class TextError(CodaError):
@@ -125,11 +125,11 @@ class TextError(CodaError):
 
 
 class UnsupportedError(CodaError):
-    """Something that coda does not do."""
+    """A feature that coda does not support."""
 
 
 class ArchError(CodaError):
-    """An architecture, tile configuration or device that does not fit."""
+    """An architecture, tile configuration or device that is unknown, or is not available."""
 
 
 class CallError(CodaError):
