@@ -1,1 +1,1 @@
-"""From a graph to a Program of kernels, and from a kernel to its source."""
+"""Graph -> Program: algebra, placement into kernels, tile configs, memory, and the reports."""

@@ -2,9 +2,9 @@
 
     graph ── laws … chunks ──▶ normal form ── place ──▶ Program ── factor … memory ──▶ Program
 
-`run_stages` has the stages one after the other; `lowering/stages.py` says what each requires. The
-laws with a choice are decided by the cost model: the graph is lowered with and without each, and
-the cheaper Program is kept. Places of a graph that look alike are decided together.
+`run_stages` lists the stages in order; `lowering/stages.py` has the precondition of each. The cost
+model decides each application of a law with a choice: the graph is lowered with and without it, and
+the cheaper Program is kept. Applications in equal layers are decided together.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from coda.lowering.stages import PROGRAM, STAGES, Stages, Trial, Value
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be lowered, and how, as `lower` has it."""
+    """The checked arguments of `lower`."""
 
     graph: Graph
     sizes: dict[str, int]
@@ -57,22 +57,21 @@ def lower(
     *,
     stages: Stages | None = None,
 ) -> Program:
-    """The cheapest Program that we find for a graph.
+    """Lower a graph to the cheapest Program found, by the cost model.
 
     Args:
         graph: a block.
-        dims: the size of every symbol. Kernels serve any number of rows; the size given for those
-            symbols is what costs are estimated with.
-        target: the GPU, or what `find_target` finds it by: an arch or its name.
-        frozen: whether weights keep their values (inference), so that what is made of them is
-            made once.
-        terms: what the Program may do with memory.
+        dims: the size of every symbol. Kernels serve any number of rows: the sizes of token symbols
+            are only used to estimate costs.
+        target: a GPU, or an arch or a GPU's name for `find_target`.
+        frozen: whether weights keep their values (inference), so that prepacking happens once.
+        terms: the memory policy.
         stages: checks, shows and records the stages.
 
     Raises:
-        ArchError: for a target that is none.
-        DimError: for a missing, superfluous or non-positive size.
-        InternalError: where a stage leaves what is not well formed.
+        ArchError: for an unknown target.
+        DimError: for a missing, unknown or negative size, or one at which a tensor has no columns.
+        InternalError: if the result of a stage is not well formed.
     """
     asked = request(graph, dims, target, frozen, terms)
     with stages or Stages() as record:
@@ -87,13 +86,20 @@ def lower(
 def request(
     graph: Graph, dims: Mapping[str, int], target: Target | str, frozen: bool, terms: Terms
 ) -> Request:
-    """A request whose target and sizes are checked. Raises ArchError and DimError."""
+    """Check target and sizes. Raises ArchError and DimError."""
     target = target if isinstance(target, Target) else find_target(target)
     return Request(graph, check_dims(graph, dims), target, frozen, terms)
 
 
 def run_stages(asked: Request, accept: Accept, apart: bool, stage: Trial) -> Program:
-    """One lowering, with one choice of laws; with `apart`, what is reduced has its own GEMM."""
+    """One lowering, for one choice of laws.
+
+    Args:
+        asked: the graph, sizes, target and memory policy.
+        accept: decides each application of a law with a choice.
+        apart: give contractions whose full rows are reduced a GEMM of their own.
+        stage: runs, checks and records each stage.
+    """
     graph = stage("laws", partial(_apply_laws, accept, stage), asked.graph)
     graph = stage("pushdown", push_down, graph)
     graph = stage("columns", columns_first, graph)
@@ -107,13 +113,13 @@ def run_stages(asked: Request, accept: Accept, apart: bool, stage: Trial) -> Pro
 
 
 def run_stage(name: str, asked: Request) -> Value:
-    """What one stage alone makes of a graph, checked before and after.
+    """Run a single stage on a graph, with checks before and after.
 
-    A stage that takes a Program is given that of the stages from "chunks" on. Laws with a choice
-    are applied wherever they can be.
+    For a stage that takes a Program, the stages from "chunks" on run before it. Laws with a choice
+    are applied wherever they match.
 
     Raises:
-        CodaError: where the graph is not what the stage requires.
+        CodaError: if the graph does not meet the stage's precondition.
     """
     only = PROGRAM[: PROGRAM.index(name) + 1] if name in PROGRAM else (name,)
     missing = STAGES[only[0]].missing(asked.graph)
@@ -127,11 +133,11 @@ def run_stage(name: str, asked: Request) -> Value:
 
 
 def decide(graph: Graph, lowered: Callable[[Accept, bool], Program]) -> Program:
-    """The cheapest Program over the choices that laws leave, one after the other.
+    """The cheapest Program over all choices, which are decided greedily in order of occurrence.
 
     Args:
-        graph: whose nodes the choices are about.
-        lowered: the Program by what is accepted, and whether what is reduced is kept apart.
+        graph: the block.
+        lowered: (accept, apart) -> Program, as `run_stages`.
     """
     chosen: set[tuple[int, ...]] = set()
     candidates: list[tuple[int, ...]] = []
@@ -164,13 +170,13 @@ def _apply_laws(accept: Accept, trial: Trial, graph: Graph) -> Graph:
 
 
 def _chunk(graph: Graph, asked: Request) -> Parted:
-    """The graph in parts where memory is all that counts."""
+    """Chunk the largest intermediate, if the memory policy asks for it."""
     terms = asked.terms
     return chunk(graph, asked.sizes, terms.passing) if terms.thrifty else Parted(graph)
 
 
 def _place(asked: Request, apart: bool, steps: list[Step], parted: Parted) -> Program:
-    """The Program of a graph in normal form."""
+    """Place the nodes of a graph in normal form, and build the Program."""
     terms = asked.terms
     placed = Partition(
         parted.graph, asked.sizes, kernels.KINDS, apart, terms.passing, parted.part_of
@@ -187,14 +193,14 @@ def _place(asked: Request, apart: bool, steps: list[Step], parted: Parted) -> Pr
 
 
 def _order(program: Program) -> Program:
-    """The Program in an order that frees memory soon, where a value is made in parts."""
+    """Reorder the kernels of a chunked Program so that memory is freed early."""
     if not program.cuts:
         return program
     return replace(program, kernels=tuple(numbered(soonest_freed(program))))
 
 
 def check_dims(graph: Graph, dims: Mapping[str, int]) -> dict[str, int]:
-    """The size of every symbol of a graph, checked."""
+    """Return the sizes of all symbols of a graph. Raises DimError if they do not fit the graph."""
     symbols = graph.symbols
     missing = [s for s in symbols if s not in dims]
     unknown = [s for s in dims if s not in symbols]
@@ -222,7 +228,7 @@ def check_dims(graph: Graph, dims: Mapping[str, int]) -> dict[str, int]:
 
 
 def _check_elements(node: Node, dims: Mapping[str, int]) -> None:
-    """Raise DimError for a tensor whose elements 63 bits cannot count."""
+    """Raise DimError for a tensor of 2^63 elements or more."""
     if prod(d.size(dims) for d in node.shape) >= 2**63:
         what = f"`{node.name}`" if isinstance(node, Input) else "a value"
         raise DimError(
@@ -234,7 +240,7 @@ def _check_elements(node: Node, dims: Mapping[str, int]) -> None:
 
 
 def _check_columns(node: Input | Contract, dims: Mapping[str, int], tokens: frozenset[str]) -> None:
-    """Raise DimError for a matrix without columns; one without rows is as good as any."""
+    """Raise DimError for a matrix without columns. A matrix may have no rows."""
     columns = node.shape[-1]
     if columns.size(dims) == 0 and not columns.symbols & tokens:
         what = f"`{node.name}`" if isinstance(node, Input) else "a product"
@@ -247,7 +253,7 @@ def _check_columns(node: Input | Contract, dims: Mapping[str, int], tokens: froz
 
 
 def _check_slice(node: Slice, dims: Mapping[str, int]) -> None:
-    """Raise DimError where a slice leaves its axis at these sizes."""
+    """Raise DimError for a slice that is out of bounds at these sizes."""
     axis = node.arg.shape[node.axis]
     first, count, size = node.start.size(dims), node.size.size(dims), axis.size(dims)
     if first < 0 or count < 1 or first + (count - 1) * node.step >= size:

@@ -1,4 +1,7 @@
-"""A Program -> the same with tile configs and, which follows from them, the sizes of partials."""
+"""Program -> Program with a tile config for each GEMM, and the sizes of partials that follow.
+
+A row statistic of a GEMM of 4096 columns in tiles of 128: partials [planes, M, 32], count 128.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from coda.lowering.program.program import Buffer, Program
 
 
 def configure(program: Program) -> Program:
-    """Choose a config for every kernel that has a choice, and size the partials."""
+    """Give each kernel its kind's best config, if the kind has configs, and size the partials."""
     kernels: list[Kernel[Any]] = []
     for kernel in program.kernels:
         configs = kernel.kind.configs(program, kernel)
@@ -25,10 +28,10 @@ def configure(program: Program) -> Program:
 
 
 def size_partials(program: Program) -> Program:
-    """Fill in how many partials each split reduction has, and of how many values."""
+    """Set the shape of each buffer of partials, and the number of values per partial in folds."""
     kernels: list[Kernel[Any]] = []
     shapes: dict[str, Shape] = {}
-    parts_of: dict[str, tuple[int, Partials]] = {}  # the columns of a maker, and its parts
+    parts_of: dict[str, tuple[int, Partials]] = {}  # columns and partials of the producer kernel
     for kernel in program.kernels:
         kernel = replace(kernel, body=_counted(kernel.body, parts_of))
         kernels.append(kernel)
@@ -49,14 +52,17 @@ def size_partials(program: Program) -> Program:
 
 
 def _of_rows(program: Program, sink: SinkExpr, parts: Partials, width: int) -> Shape:
-    """The shape of the partials of a sum over rows: a column may be a part of another's sum."""
+    """The shape [1, columns, parts] of the partials of a sum over rows.
+
+    If the sum also runs over column axes, several columns of the kernel are parts of one sum.
+    """
     columns = program.buffers[sink.buffer].shape[1]
     each = (sink.span.width if sink.span else width) // columns.size(program.sizes)
     return ONE, columns, Dim.of(parts.of_rows * each)
 
 
 def _counted(body: Body, parts_of: Mapping[str, tuple[int, Partials]]) -> Body:
-    """Folds with the number of values in each partial."""
+    """A body whose folds have the number of values per partial."""
 
     def count(statistic: Statistic) -> Statistic:
         made = parts_of.get(statistic.operand or "")

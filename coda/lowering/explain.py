@@ -1,4 +1,4 @@
-"""A Program -> what it does and why: kernels, bytes, rooflines, baselines, where each op went."""
+"""Program -> report: kernels, bytes, roofline times, baselines, and the kernels of each op."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from coda.lowering.program.text import at, lines, show_config
 
 @dataclass(frozen=True)
 class Placed:
-    """Where an op of the source went: `op` as the user wrote it, kernels, or a reason."""
+    """An op of the source, its line, and the kernels that compute it, or why none does."""
 
     op: str
     where: Where | None
@@ -43,7 +43,7 @@ class Placed:
 
 
 class Explanation:
-    """What `explain` tells: `str()` is a report for people, `.json()` the same for programs."""
+    """The result of `explain`: `str()` is a readable report, `.json()` the same as plain data."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -52,7 +52,7 @@ class Explanation:
         self.placed: list[Placed] = list(place_ops(program))
 
     def json(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """The report as plain data; sizes in bytes, times in µs."""
         program = self.program
         return {
             "arch": program.arch,
@@ -76,7 +76,7 @@ class Explanation:
         }
 
     def _passes(self) -> Iterable[tuple[Kernel[Any], str, int, float]]:
-        """Each pass over rows, why it is a kernel of its own, its bytes and seconds."""
+        """(kernel, reason that it is separate, bytes, seconds) of each row-wise kernel."""
         for kernel in self.program.kernels:
             if kernel.kind.whole_rows:
                 moved = traffic(self.program, kernel)
@@ -154,7 +154,7 @@ class Explanation:
             console.print("nothing was left unfused")
 
     def print_weights(self, console: Console) -> None:
-        """Write which weights are read from a copy, and which are if they lie apart."""
+        """Print the weights that a GEMM reads from a copy, or in place if they share a buffer."""
         for read in weight_reads(self.program):
             what = f"{read.kernel} reads {', '.join(read.weights)} ({read.nbytes / 1e6:.1f} MB)"
             if read.why:
@@ -163,14 +163,14 @@ class Explanation:
                 console.print(f"{what} in place if they share a buffer (coda.share_weights)")
 
     def print_passes(self, console: Console) -> None:
-        """Write what is made in parts, and what each pass over rows costs, and why there is one."""
+        """Print the chunked values, and cost and reason of each row-wise kernel."""
         for cut in self.program.cuts:
             console.print(f"{at(cut.node)} is made in {cut}")
         for kernel, why, moved, time in self._passes():
             console.print(f"{kernel.name} costs {moved / 1e6:.1f} MB, {time * 1e6:.1f} µs: {why}")
 
     def _ops(self) -> Table:
-        """Where each op went: those of one line that went the same way in one row."""
+        """The kernels of each op; ops of one line with the same kernels share a row."""
         ops = Table(title="where each op went", title_justify="left")
         for column in ("op", "source", "went to"):
             ops.add_column(column, overflow="fold")
@@ -182,7 +182,7 @@ class Explanation:
         return ops
 
     def kernels(self, title: str = "kernels") -> Table:
-        """Numbers of each kernel, and below them what it loads and writes."""
+        """The table of kernels: cost, loads and writes of each."""
         table = Table(title=title, title_justify="left")
         for column in ("kernel", "what", "GFLOP", "MB in", "MB out", "µs", "bound by"):
             right = column in ("GFLOP", "MB in", "MB out", "µs")
@@ -227,7 +227,7 @@ def _pair(baseline: Baseline) -> tuple[int, int]:
 
 
 def place_ops(program: Program) -> Iterable[Placed]:
-    """Where each op of the source went."""
+    """For each op of the source, the kernels that compute it, or the law that removed it."""
     direct: dict[Node, list[str]] = {}
     by_place: dict[Where, list[str]] = {}
     for kernel in program.kernels:

@@ -1,4 +1,4 @@
-"""A lowering's record -> what each stage did: nodes or kernels before and after, laws, seconds."""
+"""Record of a lowering -> table of stages: sizes before and after, seconds, and effect of each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from coda.lowering.stages import Ran, Stages, Trial, Value
 def training_graphs(
     graph: Graph, sizes: Mapping[str, int], wanted: Sequence[str] | None, memory: str
 ) -> list[tuple[Graph, Terms]]:
-    """A block's forward that saves and its backward, with what each may do with memory."""
+    """A block's training forward and backward, each with its memory policy.
+
+    Raises CallError, DimError and UnsupportedError, as `derive` and `check_dims`.
+    """
     training = derive(graph, check_dims(graph, sizes), wanted, memory=memory)
     return [(training.forward, NO_TERMS), (training.backward, training.terms())]
 
@@ -38,7 +41,10 @@ def record_stages(
     check: int,
     show: Iterable[str],
 ) -> dict[str, Stages]:
-    """The records of lowering some graphs, by their names; stages in `show` are printed."""
+    """Lower some graphs; graph name -> record. The stages in `show` are printed.
+
+    `check` is 0, 1 or 2, as in `Stages`.
+    """
     found: dict[str, Stages] = {}
     for graph, terms in graphs:
         record = found[graph.name] = Stages(check, show)
@@ -48,7 +54,7 @@ def record_stages(
 
 
 def passes_table(title: str, stages: Stages) -> Table:
-    """The stages of the lowering that was chosen, as a table."""
+    """The stages of the chosen lowering, as a table; times in ms."""
     table = Table(title=title, title_justify="left")
     for column in ("stage", "before", "after", "ms", "what it did"):
         right = column not in ("stage", "what it did")
@@ -63,13 +69,13 @@ def passes_table(title: str, stages: Stages) -> Table:
 
 
 def ordinal(number: int) -> str:
-    """1st, 2nd, 3rd, 4th."""
+    """A number as an ordinal: 1st, 2nd, 3rd, 4th."""
     teen = number % 100 in (11, 12, 13)
     return f"{number}{'th' if teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
 def pass_facts(stages: Stages) -> dict[str, Any]:
-    """The stages of the lowering that was chosen, as plain data; times in seconds."""
+    """The stages of the chosen lowering, as plain data; times in seconds."""
     kept = stages.kept
     assert kept is not None
     return {
@@ -91,7 +97,7 @@ def pass_facts(stages: Stages) -> dict[str, Any]:
 
 
 def size(value: Value) -> str:
-    """How large a value is: "41 nodes" or "3 kernels"."""
+    """The size of a stage's input or result: "41 nodes" or "3 kernels"."""
     if isinstance(value, Program):
         return f"{len(value.kernels)} kernels"
     return f"{len(_nodes(value))} nodes"
@@ -102,7 +108,7 @@ def _nodes(value: Graph | Parted) -> list[Any]:
 
 
 def did(ran: Ran, trial: Trial) -> str:
-    """What a stage changed, in a line; "nothing" where it left what it was given."""
+    """The effect of a stage, in a line; "nothing" if it returned its input."""
     match ran.stage.name, ran.after:
         case "laws", _:
             counts = Counter(s.law.name for s in trial.steps)
@@ -130,7 +136,7 @@ def did(ran: Ran, trial: Trial) -> str:
 
 
 def _operations(value: Value) -> int:
-    """How many operations the kernels of a Program compute at a point."""
+    """Scalar operations per element or column pair, summed over all kernels."""
     assert isinstance(value, Program)
     total = 0
     for kernel in value.kernels:

@@ -1,7 +1,7 @@
-"""A block's two Programs -> what its training does, and what is kept between them.
+"""A block's forward and backward Programs -> report of its training and its saved activations.
 
-What eager torch keeps is what the derivative of each operation of the block, as it was written,
-reads of it; full checkpointing keeps the arguments alone.
+Two baselines: eager torch saves every value that the derivative of an operation, as the user wrote
+it, reads; full checkpointing saves the arguments alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from coda.lowering.program.program import Program
 
 @dataclass(frozen=True)
 class Saved:
-    """A tensor that is kept from the forward to the backward: an argument, or a stored value."""
+    """A saved activation: its name, its bytes, and whether it is an argument of the block."""
 
     name: str
     nbytes: int
@@ -35,11 +35,11 @@ class Saved:
 
 
 class TrainingExplanation:
-    """What training a block does: `str()` is a report for people, `.json()` for programs.
+    """The result of `explain_training`: `str()` is a readable report, `.json()` plain data.
 
     Args:
-        graph: the block as it was written.
-        forward, backward: its Programs, as `Block.lower_training` gives them.
+        graph: the block as the user wrote it.
+        forward, backward: its Programs, as `Block.lower_training` returns them.
     """
 
     def __init__(self, graph: Graph, forward: Program, backward: Program) -> None:
@@ -63,7 +63,7 @@ class TrainingExplanation:
 
     @cached_property
     def saved(self) -> tuple[Saved, ...]:
-        """What is kept from the forward to the backward, weights apart; each buffer once."""
+        """The saved activations, without weights; each buffer once."""
         program = self.forward.program
         read = {i.name for i in self.backward.program.graph.inputs}
         found: dict[str, Saved] = {}
@@ -82,11 +82,11 @@ class TrainingExplanation:
 
     @property
     def differentiated(self) -> tuple[str, ...]:
-        """The arguments whose gradients the backward gives."""
+        """The names of the arguments whose gradients the backward returns."""
         return tuple(name[1:] for name, _ in self.backward.program.outputs)
 
     def _others(self) -> str:
-        """The other arguments that are floats, and which of them are constant."""
+        """The other float arguments: constants, and those without a gradient."""
         names = [i.name for i in self.graph.inputs if i.dtype.kind == "float"]
         rest = [n for n in names if n not in self.differentiated]
         constant = [n for n in rest if n in self.graph.constants]
@@ -96,7 +96,7 @@ class TrainingExplanation:
 
     @cached_property
     def eager_bytes(self) -> int:
-        """What torch keeps where the block is run op by op: what each derivative reads."""
+        """Bytes that eager torch saves: every value that an operation's derivative reads."""
         wanted = self.differentiated
         roots = [r for r in dict.fromkeys(self.graph.roots) if r.dtype.kind == "float"]
         cotangents: dict[Node, Node] = {
@@ -109,11 +109,11 @@ class TrainingExplanation:
 
     @cached_property
     def checkpointed_bytes(self) -> int:
-        """What full checkpointing keeps: the arguments."""
+        """Bytes that full checkpointing saves: the arguments, without weights."""
         return self._kept(self.graph.inputs)
 
     def _kept(self, nodes: Iterable[Node]) -> int:
-        """Bytes of what lies under some nodes, weights apart."""
+        """Bytes of the tensors that hold some nodes, under views and expands, without weights."""
         weights = weight_nodes(list(walk(self.graph.roots)))
         under = {base(n) for n in nodes}
         while any(isinstance(n, Expand) for n in under):
@@ -125,7 +125,7 @@ class TrainingExplanation:
 
     @property
     def saved_bytes(self) -> dict[str, int]:
-        """Bytes kept between forward and backward: coda's, eager torch's, checkpointing's."""
+        """Bytes saved between forward and backward: by coda, eager torch, full checkpointing."""
         return {
             "coda": sum(s.nbytes for s in self.saved),
             "eager": self.eager_bytes,
@@ -133,7 +133,7 @@ class TrainingExplanation:
         }
 
     def json(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """The report as plain data; sizes in bytes, times in µs."""
         return {
             "forward": self.forward.json(),
             "backward": self.backward.json(),

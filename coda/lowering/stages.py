@@ -1,9 +1,9 @@
-"""The stages of a lowering: their names, what each requires, and a record of what each did.
+"""The stages of a lowering: their names, preconditions, and a record of each run.
 
-A lowering calls `trial(name, run, value, ...)` for each stage in turn, which gives `run(value,
-...)`. On the way it is checked (`CODA_CHECK=2`: what the stage requires before, and what it left
-after), timed, and recorded. A block with choices is lowered several times, each a `Trial`; the one
-that is kept is shown.
+A lowering calls `trial(name, run, value, ...)` for each stage, which returns `run(value, ...)`. The
+call is checked (`CODA_CHECK=2`: the stage's precondition before, and well-formedness after), timed
+and recorded. A block with choices is lowered several times; each lowering is a `Trial`, and the
+chosen one is shown.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Value = Graph | Parted | Program
 
 
 def verified(value: Value, after: str) -> None:
-    """Raise InternalError where the stage `after` left what is not well formed."""
+    """Raise InternalError if the result of the stage `after` is not well formed."""
     if isinstance(value, Program):
         verify_program(value, after)
     else:
@@ -93,10 +93,10 @@ class Stage:
     """A stage of the lowering.
 
     Attributes:
-        name: how it is shown and asked for.
-        does: what it does, in a line.
+        name: as users write it, in `--stop-after` for example.
+        does: its effect, in a line.
         requires: its precondition, in a line.
-        missing: what is missing of the precondition in a value; "" where it holds.
+        missing: input -> how the input violates the precondition; "" if it holds.
     """
 
     name: str
@@ -170,11 +170,11 @@ STAGES: dict[str, Stage] = {
         ),
     )
 }
-PROGRAM = ("chunks", "place", "factor", "order", "configure", "memory")  # make a graph a Program
+PROGRAM = ("chunks", "place", "factor", "order", "configure", "memory")  # Graph -> Program
 
 
 def stage_names(text: str, what: str) -> tuple[str, ...]:
-    """The stages of "laws,place". Raises CodaError for a name that is none; `what` was asked."""
+    """Parse "laws,place". Raises CodaError, which begins with `what`, for an unknown stage."""
     names = tuple(n.strip() for n in text.split(",") if n.strip())
     for name in names:
         if name not in STAGES:
@@ -184,7 +184,7 @@ def stage_names(text: str, what: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Ran:
-    """A stage that ran: what it was given, what it left, and how long it took."""
+    """One run of a stage: its input, its result, and its time in seconds."""
 
     stage: Stage
     before: Value
@@ -197,10 +197,10 @@ class Trial:
     """One lowering, stage by stage.
 
     Attributes:
-        check: 2 to check each stage and each law, else 0.
-        only: the stages to run; the others leave what they are given. None for all.
+        check: 2 to check each stage and each law.
+        only: names of the stages to run; others return their input. None for all.
         ran: the stages that ran so far.
-        steps: the laws that were applied so far.
+        steps: the applications of laws so far.
     """
 
     check: int = 0
@@ -223,7 +223,7 @@ class Trial:
         return found
 
     def required(self, stage: Stage, value: Any) -> None:
-        """Raise InternalError where the precondition of a stage does not hold."""
+        """Raise InternalError if the precondition of a stage does not hold."""
         missing = stage.missing(value)
         if missing:
             raise InternalError(
@@ -233,7 +233,7 @@ class Trial:
             )
 
     def law(self, step: Step) -> None:
-        """Record the application of a law. Raises InternalError."""
+        """Record the application of a law. Raises InternalError if a check of it fails."""
         self.steps.append(step)
         if self.check > 1:
             verify_nodes(walk([step.after]), step.law.name)
@@ -243,14 +243,15 @@ class Trial:
 
 @dataclass
 class Stages:
-    """How a lowering is checked and shown.
+    """Options and record of the lowering of one block.
 
     Attributes:
-        check: 0 for no checks, 1 for the block before and the Program after, 2 also before and
-            after every stage and after every law.
+        check: 0 for no checks; 1 to check the block and the final Program; 2 to check also before
+            and after every stage, and after every law.
         show: names of the stages whose results are shown.
-        tell: takes the lines that are shown.
-        trials: the lowerings so far; `kept` is the one that was chosen.
+        tell: called with the text to show.
+        trials: the lowerings so far.
+        kept: the lowering whose Program was chosen.
     """
 
     check: int = 1
@@ -260,17 +261,17 @@ class Stages:
     kept: Trial | None = None
 
     def begin(self, graph: Graph) -> None:
-        """Check the block. Raises InternalError."""
+        """Check the block. Raises InternalError if it is not well formed."""
         if self.check:
             verify(graph, "trace")
 
     def trial(self) -> Trial:
-        """The record of another lowering."""
+        """Begin the record of another lowering."""
         self.trials.append(Trial(self.check))
         return self.trials[-1]
 
     def keep(self, program: Program) -> Program:
-        """The Program that was chosen, checked. Raises InternalError."""
+        """Check and return the chosen Program. Raises InternalError if it is not well formed."""
         self.kept = next(t for t in self.trials if t.ran[-1].after is program)
         if self.check:
             verify(program.normal, "chunks")
@@ -281,7 +282,7 @@ class Stages:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Show what was asked for: of the lowering that was chosen, or of one that failed."""
+        """Show the stages of `show`: of the chosen lowering, or of the one that failed."""
         shown = self.kept or (self.trials[-1] if self.trials else None)
         for ran in shown.ran if shown else ():
             if ran.stage.name in self.show:
@@ -289,7 +290,7 @@ class Stages:
 
 
 def show_value(value: Value) -> str:
-    """What a stage left, as text."""
+    """The result of a stage, as text."""
     if isinstance(value, Program):
         dead = zip(value.kernels, value.freed, strict=False)
         notes = [f"  dead after {k.name}: {', '.join(names)}" for k, names in dead if names]
