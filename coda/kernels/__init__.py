@@ -1,7 +1,8 @@
-"""The kinds of kernel: what each takes, costs and computes, and how it is emitted and launched.
+"""The kinds of kernel: each has its facets (admission, cost, reference, code) in one folder.
 
-`KINDS` is the only list of them. A node that nothing fuses goes to the first that opens it, so
-that the last takes what no other does. What a kind needs of quack and the DSL, it imports late.
+`KINDS` is the only list of them. A node that is fused into no kernel opens one of the first kind
+that admits it; the last kind, torch, admits every node. quack and the DSL are imported only when a
+kernel is emitted or launched.
 """
 
 from coda.kernels.gemm.kind import GEMM

@@ -1,7 +1,7 @@
-"""Scalar functions for emitted epilogues, over every value that quack hands to one.
+"""Scalar functions called by emitted kernels: DSL values -> DSL values, in float32.
 
-A value is a float32, or two of them: `F2` (packed on Blackwell) and `Pair` (two columns). Only
-`+ - *` and negation work on all three by themselves; everything else is taken lane by lane here.
+A value is a float32 or a tuple of two: quack's `F2` (packed, Blackwell) or `Pair` (a column pair).
+All three support `+ - *` and negation; every other function is applied here to each lane.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _TYPES = {
 }
 _LOG2_E = 1.4426950408889634
 _LN_2 = 0.6931471805599453
-# 2/π in binary, behind two zeros.
+# The binary digits of 2/π after two zeros, in words of 32 bits.
 _TWO_OVER_PI = (0x28BE60DB, 0x9391054A, 0x7F09D5F4, 0x7D4D3770, 0x36D8A566, 0x4F10E410)
-_FACTORS = 8  # so many are cheaper than a power, and as exact
+_FACTORS = 8  # up to this exponent, products are cheaper than a power, and as exact
 
 
 def lanes(fn: Callable[..., Any], *args: Any) -> Any:
-    """`fn` of scalars, or of each lane of tuples; scalars among tuples are shared."""
+    """Apply `fn` to scalars, or to each lane of tuples; scalars are broadcast to both lanes."""
     wide = [a for a in args if isinstance(a, tuple)]
     if not wide:
         return fn(*args)
@@ -39,7 +39,7 @@ def lanes(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def _like(a: Any, low: Any, high: Any) -> Any:
-    """Two numbers as a value like another: what was loaded with 16 bits becomes an F2, too."""
+    """Two scalars as a tuple of the type of `a`; a subclass of F2 (16-bit loads) becomes an F2."""
     return (F2 if isinstance(a, F2) else type(a))._make((low, high))
 
 
@@ -49,15 +49,15 @@ def div(a: Any, b: Any) -> Any:
 
 
 def recip(a: Any) -> Any:
-    """1 / a, rounded."""
+    """1 / a, correctly rounded."""
     return lanes(lambda x: Float32(1.0) / x, a)
 
 
 def rounded_bf16(a: Any) -> Any:
-    """The value that is left after a store in bf16.
+    """Round to bf16.
 
-    Numbers go by two at once: where the same two are stored, one instruction serves both, and one
-    alone would be converted by the unit for special functions, which has exponentials to take.
+    Values are converted in pairs: a pair that is also stored shares the instruction, and a single
+    conversion would run on the special-function unit, which is needed for exponentials.
     """
     low, high = a if isinstance(a, tuple) else (a, a)
     bits = cute.recast_tensor(_neighbours(low, high, "bf16"), Int32)[0]
@@ -68,20 +68,17 @@ def rounded_bf16(a: Any) -> Any:
 
 
 def rounded_f16(a: Any) -> Any:
-    """The value that is left after a store in f16."""
+    """Round to f16."""
     return _rounded(a, "f16")
 
 
 def rounded_e4m3(a: Any) -> Any:
-    """The value that is left after a store in e4m3."""
+    """Round to e4m3."""
     return _rounded(a, "e4m3")
 
 
 def rounded_e5m2(a: Any) -> Any:
-    """The value that is left after a store in e5m2.
-
-    It is infinite from 61440 on, where a GPU's conversion gives the largest finite number.
-    """
+    """Round to e5m2; infinite from 61440 on, where a GPU's conversion saturates."""
     return lanes(_to_infinity, a, _rounded(a, "e5m2"))
 
 
@@ -91,7 +88,7 @@ def _to_infinity(x: Any, rounded: Any) -> Any:
 
 
 def byte_e5m2(a: Any) -> Any:
-    """The number of the byte that a value is in e5m2: the upper half of its 16 bits in f16."""
+    """The byte of a value in e5m2, as a float32 number: the upper byte of its f16 encoding."""
     return lanes(_upper_half, rounded_e5m2(a))
 
 
@@ -105,17 +102,17 @@ def _rounded(a: Any, to: str) -> Any:
     return lanes(lambda x: x.to(_TYPES[to]).to(Float32), a)
 
 
-# Casts that the user wrote: to torch's values.
+# Casts that the user wrote, with torch's results.
 cast_bf16, cast_f16, cast_e4m3, cast_e5m2 = rounded_bf16, rounded_f16, rounded_e4m3, rounded_e5m2
 
 
 def cast_f32(a: Any) -> Any:
-    """The same value: all are float32."""
+    """Return `a` unchanged: values are float32."""
     return a
 
 
 def word(a: Any, b: Any, to: str) -> Any:
-    """Two numbers as the neighbours of 16 bits that a float32 has room for."""
+    """Pack two values, rounded to the 16-bit type `to`, into the bits of one float32."""
     return cute.recast_tensor(_neighbours(a, b, to), Float32)[0]
 
 
@@ -153,7 +150,7 @@ def log(a: Any) -> Any:
 
 
 def _horner(z: Any, *coefficients: float) -> Any:
-    """A polynomial; the coefficient of the highest power comes first."""
+    """A polynomial in z by Horner's rule; the coefficient of the highest power comes first."""
     value = Float32(coefficients[0])
     for one in coefficients[1:]:
         value = cute.math.fma(z, value, Float32(one))
@@ -161,16 +158,17 @@ def _horner(z: Any, *coefficients: float) -> Any:
 
 
 def _power_of_two(n: Any) -> Any:
-    """2^n of a whole number from -126 to 127, by its bits."""
+    """2^n for an integer n from -126 to 127, by its exponent bits."""
     bits = cute.make_rmem_tensor(1, Int32)
     bits[0] = (n.to(Int32) + Int32(127)) << Int32(23)
     return cute.recast_tensor(bits, Float32)[0]
 
 
 def _expm1(x: Any) -> Any:
-    """2^n (e^r - 1) + (2^n - 1) with |r| <= ln 2 / 2, to 1.6 ulp; above 88 it is e^x.
+    """e^x - 1 = 2^n (e^r - 1) + (2^n - 1) with |r| <= ln 2 / 2, to 1.6 ulp; e^x above 88.
 
-    r is taken in two parts (Cody and Waite, 1980), e^r - 1 is r + r² P(r), P fitted for float32.
+    r = x - n ln 2 by a two-part ln 2 (Cody and Waite, 1980); e^r - 1 = r + r² P(r), with P fitted
+    for float32.
     """
     n = cute.math.roundeven(x * Float32(_LOG2_E))
     r = cute.math.fma(-n, Float32(0.693145751953125), x)
@@ -188,9 +186,9 @@ def expm1(a: Any) -> Any:
 
 
 def _log1p(x: Any) -> Any:
-    """2 artanh s with s = x / (2 + x) for -1/2 < x < 1, to 1.3 ulp; elsewhere log(1 + x).
+    """log(1 + x) = 2 artanh s, s = x / (2 + x), for -1/2 < x < 1, to 1.3 ulp; else by log.
 
-    The sum is taken as in fdlibm (Sun Microsystems, 1993): x - (x²/2 - s (x²/2 + R(s²))).
+    Summed as in fdlibm (Sun Microsystems, 1993): x - (x²/2 - s (x²/2 + R(s²))).
     """
     s = x / (x + Float32(2.0))
     z, half = s * s, x * x * Float32(0.5)
@@ -222,7 +220,7 @@ def tanh(a: Any) -> Any:
 
 
 def sigmoid(a: Any) -> Any:
-    """1 / (1 + e^-a) = (1 + tanh(a / 2)) / 2: one special function."""
+    """1 / (1 + e^-a) = (1 + tanh(a / 2)) / 2, by one instruction of the special-function unit."""
     half = lanes(lambda x: cute.math.tanh(x, fastmath=True), a * 0.5)
     return half * 0.5 + 0.5
 
@@ -233,9 +231,9 @@ def erf(a: Any) -> Any:
 
 
 def _quarters(x: Any) -> tuple[Any, Any]:
-    """The nearest whole number of quarter turns to x radians, modulo 4, and what is left.
+    """Reduce x = n π/2 + r with |r| <= π/4: the integer n and r, for |x| < 2²³.
 
-    π/2 is taken away in three parts (Cody and Waite, 1980), which is exact enough to 2²³.
+    π/2 is subtracted in three parts (Cody and Waite, 1980).
     """
     number = cute.math.roundeven(x * Float32(0.6366197723675814))
     r = cute.math.fma(-number, Float32(1.5707963705062866), x)
@@ -245,17 +243,17 @@ def _quarters(x: Any) -> tuple[Any, Any]:
 
 
 def _quarters_of_large(x: Any) -> tuple[Any, Any]:
-    """The same for whole numbers m · 2^shift with m < 2²⁴, after Payne and Hanek (1983).
+    """As `_quarters`, for |x| = m · 2^shift >= 2²³ with m < 2²⁴, by Payne and Hanek (1983).
 
-    Of 2/π only the bits from 2¹ to 2⁻⁶² are multiplied that are left of it after the shift:
-    those above give whole turns.
+    n is modulo 4. Only the bits 2¹ to 2⁻⁶² of 2^shift · 2/π are multiplied by m: higher bits
+    contribute whole turns.
     """
     single = cute.make_rmem_tensor(1, Float32)
     single[0] = x
     bits = cute.recast_tensor(single, Uint32)[0]
     shift = ((bits >> 23) & Uint32(255)) - Uint32(150)
     words = [Uint32(w) for w in _TWO_OVER_PI]
-    for step in (64, 32):  # words that begin so many bits further on
+    for step in (64, 32):  # skip so many bits
         skip, rest = step // 32, len(words) - step // 32
         far = (shift & Uint32(step)) != Uint32(0)
         words = [cutlass.select_(far, words[i + skip], words[i]) for i in range(rest)]
@@ -271,10 +269,10 @@ def _quarters_of_large(x: Any) -> tuple[Any, Any]:
 
 
 def _turned(x: Any, quarter: int) -> Any:
-    """sin(x + quarter · π/2), to an error of 2⁻²³, by polynomials for |r| ≤ π/4.
+    """sin(x + quarter · π/2), with an error of 2⁻²³, by polynomials for |r| ≤ π/4.
 
-    The polynomials are those of Moshier's Cephes. The library's own function keeps a table for
-    larger arguments in local memory.
+    The polynomials are those of Moshier's Cephes. The library's own function needs local memory
+    for the table with which it reduces large arguments.
     """
     near, r = _quarters(x)
     size = cute.math.abs(x)
@@ -304,9 +302,9 @@ def cos(a: Any) -> Any:
 
 
 def power(a: Any, b: Any) -> Any:
-    """a^b as C defines it: a negative `a` has powers of whole `b` alone, and anything^0 is 1.
+    """a^b as in C: NaN for a negative `a` and a fractional `b`; 1 for b = 0.
 
-    Small whole numbers are known when the kernel is written: a few multiplications.
+    A small literal integer `b` is expanded into multiplications when the kernel is compiled.
     """
     if isinstance(b, int | float) and abs(b) <= _FACTORS and b == int(b):
         return _product(recip(a) if b < 0 else a, abs(int(b)))
@@ -328,23 +326,23 @@ def _nan_first(x: Any, y: Any, larger: Any) -> Any:
 
 
 def maximum(a: Any, b: Any) -> Any:
-    """The larger; NaN if either is."""
+    """The larger of two values; NaN if either is NaN."""
     return lanes(lambda x, y: _nan_first(x, y, cute.arch.fmax(x, y)), _f(a), _f(b))
 
 
 def minimum(a: Any, b: Any) -> Any:
-    """The smaller; NaN if either is."""
+    """The smaller of two values; NaN if either is NaN."""
     return lanes(lambda x, y: _nan_first(x, y, cute.arch.fmin(x, y)), _f(a), _f(b))
 
 
 def clamp(a: Any, low: Any, high: Any) -> Any:
-    """min(max(a, low), high); NaN if any is."""
+    """min(max(a, low), high); NaN if any is NaN."""
     a = a if _is_infinite(low) else maximum(a, low)
     return a if _is_infinite(high) else minimum(a, high)
 
 
 def _is_infinite(bound: Any) -> bool:
-    """Whether a bound is a number that bounds nothing; one that crosses is none that is written."""
+    """Whether a bound is a literal infinity, which needs no comparison."""
     return isinstance(bound, float) and math.isinf(bound)
 
 
@@ -353,7 +351,7 @@ def _f(a: Any) -> Any:
 
 
 def choose(fn: Callable[[Any, Any], Any], a: Any, b: Any, yes: Any, no: Any) -> Any:
-    """`yes` where fn(a, b) holds, else `no`."""
+    """Select `yes` where fn(a, b) holds, else `no`."""
     return lanes(lambda x, y, p, q: cutlass.select_(fn(x, y), p, q), _f(a), _f(b), _f(yes), _f(no))
 
 
@@ -388,14 +386,15 @@ def ge(a: Any, b: Any) -> Any:
 
 
 def where(condition: Any, yes: Any, no: Any) -> Any:
-    """`yes` where the condition is not 0, else `no`."""
+    """Select `yes` where the condition is not 0, else `no`."""
     return choose(lambda x, y: x != y, condition, 0.0, yes, no)
 
 
 def moments_merge(a: tuple[Any, Any, Any], b: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-    """(count, mean, Σ(x − mean)²) of two parts, after Chan, Golub and LeVeque (1983).
+    """Merge (count, mean, Σ(x − mean)²) of two parts, by Chan, Golub and LeVeque (1983).
 
-    Means whose difference is no number are weighed instead: that of a part may be infinite.
+    If the difference of the means is not finite, since one of them is infinite, the mean is their
+    weighted sum.
     """
     total = a[0] + b[0]
     share = b[0] / cute.arch.fmax(total, Float32(1.0))
@@ -406,6 +405,6 @@ def moments_merge(a: tuple[Any, Any, Any], b: tuple[Any, Any, Any]) -> tuple[Any
 
 
 def pivot(first: Any, count: int) -> Any:
-    """A row's first value, near which sums lose nothing; 0 where `count` of it are too large."""
+    """The first value of a row, as an offset against cancellation; 0 if `count` of it overflow."""
     near = cute.math.abs(first) < Float32(2.0**127 / count)
     return cutlass.select_(near, first, Float32(0.0))

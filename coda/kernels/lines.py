@@ -1,4 +1,11 @@
-"""Scalar expressions -> lines of Python: single assignments, each value computed once."""
+"""Scalar expressions -> lines of Python in single-assignment form; shared values appear once.
+
+    silu(acc) · acc    ->    v0 = sigmoid(acc)
+                             v1 = acc * v0
+                             v2 = v1 * acc
+
+The functions that lines call are those of `kernels/device_math.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +23,14 @@ RESERVED = {"acc", "c", "D", "epilogue", "pause", "prepass", "KERNEL"}
 
 @dataclass
 class Lines:
-    """Assignments for expressions, in order.
+    """Assignments that compute expressions.
 
     Attributes:
-        leaf: what an accumulator, load or statistic is called.
-        imported: names of the functions that the lines call.
+        leaf: the name of an accumulator, a load or a statistic.
+        lines: the assignments, in order.
+        imported: the names of the functions that the lines call.
+        names: the variable of each expression that is assigned.
+        prefix: how variable names begin.
     """
 
     leaf: Callable[[Expr], str]
@@ -30,7 +40,7 @@ class Lines:
     prefix: str = "v"
 
     def assign(self, exprs: Iterable[Expr]) -> list[str]:
-        """Write what is missing for `exprs`; the names of their values."""
+        """Append the assignments that `exprs` still need; the text of each value."""
         exprs = list(exprs)
         for call in calls(exprs):
             if call not in self.names:
@@ -40,7 +50,7 @@ class Lines:
         return [self.name(e) for e in exprs]
 
     def name(self, expr: Expr) -> str:
-        """What the value of an expression is called."""
+        """The text of an expression's value: a literal or a name."""
         if isinstance(expr, Literal):
             return number(expr.value)
         return self.names[expr] if isinstance(expr, Call) else self.leaf(expr)
@@ -53,13 +63,13 @@ class Lines:
             self.imported.add(name)
             return f"{name}({', '.join(args)})"
         numbers = [isinstance(a, Literal) for a in call.args]
-        if row.commutes and numbers == [True, False]:  # a number on the right
+        if row.commutes and numbers == [True, False]:  # a literal on the right
             args.reverse()
         return f"{args[0]} {name} {args[1]}" if len(args) > 1 else f"{name}{args[0]}"
 
 
 def stored(value: str, dtype: DType, imported: set[str]) -> str:
-    """A value as a kernel stores it: as the number of its byte, where it stores the type so."""
+    """The text of a value as it is stored: the number of its byte for a dtype stored as uint8."""
     if not dtype.by_bytes or dtype.kind != "float":
         return value
     imported.add(f"byte_{dtype.name}")
@@ -67,12 +77,12 @@ def stored(value: str, dtype: DType, imported: set[str]) -> str:
 
 
 def number(value: float) -> str:
-    """A number as Python writes it."""
+    """The Python text of a float."""
     if math.isfinite(value):
         return repr(float(value))
     return f'float("{value}")'
 
 
 def safe(name: str) -> str:
-    """A name that an emitted function may use."""
+    """A name that is neither reserved in emitted functions nor a keyword of Python."""
     return name + "_" if name in RESERVED or keyword.iskeyword(name) else name

@@ -1,4 +1,4 @@
-"""Emitted texts -> imported Python modules."""
+"""Emitted source texts -> imported Python modules."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from coda.sim.host import kept
 
 
 def load_module(text: str, name: str, directory: Path) -> ModuleType:
-    """Write an emitted module as a file of its own, and import it.
+    """Write `text` to `directory`/`name`.py and import it; a module of that name is imported once.
 
-    A real file keeps tracebacks and debuggers working, and gives quack's kernel identity (which
-    hashes the source that `inspect` finds) a text that belongs to this kernel alone.
+    A real file is needed for tracebacks and debuggers, and for quack's kernel identity, which is a
+    hash of the source that `inspect` finds.
     """
     if name in sys.modules:
         return sys.modules[name]
@@ -41,7 +41,7 @@ def load_module(text: str, name: str, directory: Path) -> ModuleType:
 
 
 class _Text(SourceFileLoader):
-    """Runs the text that was emitted, whatever bytecode a file of an earlier process holds."""
+    """A loader that runs the emitted text, and ignores cached bytecode of earlier processes."""
 
     def __init__(self, text: str, name: str, path: Path) -> None:
         super().__init__(name, str(path))

@@ -1,7 +1,7 @@
-"""What a kind is given of one call of a Program: to compute a kernel in torch, or to launch it.
+"""The interface between kinds of kernel and one call of a Program.
 
-`Run` is what every backend has, and all that the reference of a kind may ask for. `LaunchRun` is
-the same on a device, where what a call does is recorded, so that later calls replay it.
+`Run` is offered by every backend, and is all that a kind's reference uses. `LaunchRun` extends it
+on a device, where the launches of a call are recorded, so that later calls replay them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Run(Protocol):
     """One call of a Program, kernel by kernel.
 
     Attributes:
-        program: what is run.
-        sizes: of its symbols in this call.
-        compute: the float type in which the call computes.
+        program: the Program that runs.
+        sizes: the size of each symbol in this call.
+        compute: the float type of all computation.
     """
 
     program: Program
@@ -35,23 +35,23 @@ class Run(Protocol):
     compute: torch.dtype
 
     def value(self, node: Node) -> Tensor:
-        """A node in memory, or a view of one, in its own shape."""
+        """The tensor of a materialised node, or of a view of one, in the node's shape."""
         ...
 
     def keep(self, buffer: str, x: Tensor) -> None:
-        """Write a buffer, rounded as it is stored."""
+        """Write `x` to a buffer, rounded to the buffer's dtype."""
         ...
 
     def body(
         self, body: Body, acc: Tensor | None, points: tuple[int, int], tile_n: int = 0
     ) -> None:
-        """Compute a body and write what it stores.
+        """Compute a body and write its stores and sinks.
 
         Args:
-            body: of a kernel.
-            acc: the accumulator [rows, columns], if the kernel has one.
-            points: rows and columns.
-            tile_n: how many columns a partial reduction over the columns has.
+            body: the body of a kernel.
+            acc: the accumulator [rows, columns]; None for a kernel without one.
+            points: the numbers of rows and columns.
+            tile_n: the columns of each partial reduction over columns.
         """
         ...
 
@@ -60,9 +60,9 @@ class LaunchRun(Run, Protocol):
     """One call of a Program by its kernels.
 
     Attributes:
-        inputs: the arguments, by their nodes.
-        buffers: what kernels have written, by name.
-        raw: partials as kernels write them, by name.
+        inputs: the arguments, by input node.
+        buffers: the buffers that kernels have written, by name.
+        raw: partial reductions in the layout that kernels write, by buffer name.
     """
 
     inputs: dict[Node, Tensor]
@@ -71,61 +71,61 @@ class LaunchRun(Run, Protocol):
 
     @property
     def directory(self) -> Path:
-        """Where emitted modules are written."""
+        """The directory of emitted modules."""
         ...
 
     def operand(self, body: Body, name: str) -> Tensor:
-        """What an operand of a body loads, repeated over the row axes where it has to be."""
+        """The tensor of a body's operand, broadcast over row axes that it does not have."""
         ...
 
     def repeated(self, body: Body, name: str) -> Tensor:
-        """The same, made anew."""
+        """As `operand`, but never from a cache."""
         ...
 
     def packed(self, name: str, body: Body) -> dict[str, Tensor]:
-        """The packed row operands of the kernel `name`."""
+        """The packed row operands [N] of the kernel `name`, by operand name."""
         ...
 
     def once(self, name: Hashable, roots: Iterable[Node], make: Callable[[], T]) -> T:
-        """A value made of nodes that only weights and tables reach; kept until they change."""
+        """A value that `make` computes of weights and tables alone; cached until they change."""
         ...
 
     def each_call(
         self, name: Hashable, nodes: Iterable[Node], make: Callable[[Any], Tensor]
     ) -> Tensor:
-        """A tensor that `make(run)` makes of nodes: once if weights alone reach them."""
+        """`make(run)`, which reads `nodes`: cached if they depend on weights alone."""
         ...
 
     def ready(self, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """A tensor as a kernel can read it: `change(x)`, also in replays of the call."""
+        """`change(x)`, a layout that the kernel can read; replays of the call apply it too."""
         ...
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, fill: str = "") -> Tensor:
-        """Memory for what a kernel writes: "padded" rows for TMA, "zero", "nan", or as it comes."""
+        """Allocate a result: `fill` is "padded" (rows for TMA), "zero", "nan" or "" (as it is)."""
         ...
 
     def room(self, name: str, rows: int, width: int, dtype: torch.dtype, fill: str = "") -> Tensor:
-        """A matrix to store the buffer `name` into: its own, or memory that it reuses."""
+        """The matrix [rows, width] for the buffer `name`: new, or storage that the plan reuses."""
         ...
 
     def summands(self, buffer: str, found: Tensor) -> Tensor:
-        """Partials of sums over rows, [columns, parts]; some columns of a kernel may be parts."""
+        """Partial sums over rows, [parts, width] -> [columns, partials of each column]."""
         ...
 
     def loaded(self, key: Hashable, load: Callable[[], T]) -> T:
-        """What is loaded once for the Program, as a module: `load()` of the first call."""
+        """`load()` of the first call, such as an imported module; cached for the Program."""
         ...
 
     def constant(self, x: Tensor) -> None:
-        """Tell that a replay may keep a tensor, whatever its arguments."""
+        """Declare that a tensor does not depend on the arguments, so that replays may reuse it."""
         ...
 
     def in_place(self, tensors: Sequence[Tensor]) -> None:
-        """Tell of which arguments a launch reads the memory itself."""
+        """Declare arguments whose memory a launch reads directly, without a copy."""
         ...
 
     def launched(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        """Record a launch: replays call `function` with their own tensors in place of these."""
+        """Record a launch; replays call `function` with the tensors of their own call."""
         ...
 
 

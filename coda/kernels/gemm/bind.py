@@ -1,4 +1,4 @@
-"""A GEMM and the tensors of a call -> what quack is given of them, and the launch."""
+"""A GEMM and the tensors of a call -> quack's arguments, and the launch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Binding:
         self.gemm = run.loaded(kernel, lambda: load(run.program, kernel, run.directory))
 
     def launch(self) -> None:
-        """Allocate what the kernel writes, bind what it reads, and launch."""
+        """Allocate the results, bind the operands, and launch."""
         run, source = self.run, self.gemm.source
         a = run.ready(run.value(self.kernel.mainloop.a), matrix)
         stores, sinks = self.results(a.shape[0])
@@ -58,7 +58,7 @@ class Binding:
         if a.shape[0] == 0:
             return
         b = self.matrix()
-        if a.shape[1] == 0:  # a sum over no rows is one over zeros
+        if a.shape[1] == 0:  # K = 0: contract over zeros instead
             a, b = (self.zeros(x) for x in (a, b))
         operands = {**run.packed(self.kernel.name, self.body), **self.operands(), **self.tables()}
         for masks, count in ((source.masks, b.shape[0]), (source.row_masks, a.shape[0])):
@@ -78,7 +78,7 @@ class Binding:
         self.run.launched(quack_target.run_plan, (plan, a, b, d, dict(arguments)))
 
     def results(self, rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Buffers for what the kernel stores, and for what its sinks leave."""
+        """Matrices for the kernel's stores and partials for its sinks, by buffer name."""
         run = self.run
         stores: dict[str, Tensor] = {}
         for store in self.body.epilogue.stores:
@@ -100,7 +100,7 @@ class Binding:
         return stores, sinks
 
     def keep_partials(self, sinks: Tensors) -> None:
-        """Partials and picked values where later kernels find them."""
+        """Register partials and picked values for the kernels that read them."""
         for sink in self.body.epilogue.sinks:
             found = sinks[sink.buffer]
             if sink.rows:
@@ -111,14 +111,14 @@ class Binding:
                 self.run.raw[sink.buffer] = found.view(torch.float32)
 
     def zeros(self, x: Tensor) -> Tensor:
-        """Some columns of zeros in place of none, in the layout that `x` would have with some."""
+        """16 columns of zeros in place of none, contiguous or transposed as `x`."""
         turned = x.stride(0) == 1 and x.shape[0] * x.element_size() % 16 == 0
         shape = (16, x.shape[0]) if turned else (x.shape[0], 16)
         made = self.run.new(shape, x.dtype, "zero")
         return made.T if turned else made
 
     def indices(self) -> dict[str, Tensor]:
-        """What sinks pick by: an index for each row."""
+        """The index vectors [M] of sinks that pick a column, by emitted name."""
         found: dict[str, Tensor] = {}
         for sink in self.body.epilogue.sinks:
             if sink.index is not None:
@@ -127,7 +127,7 @@ class Binding:
         return found
 
     def operands(self) -> dict[str, Tensor]:
-        """Operands that are tensors of this call."""
+        """Operands other than tables, in the layouts of their accesses, by name."""
         found: dict[str, Tensor] = {}
         accesses = {o.name: o.access for o in self.body.epilogue.operands}
         for name in self.body.nodes:
@@ -146,7 +146,7 @@ class Binding:
         return found
 
     def matrix(self) -> Tensor:
-        """B, [N, K]: siblings one below the other; their own memory where they lie so in it."""
+        """B [N, K], the siblings stacked along rows: an alias of the arguments if possible."""
         run, kernel = self.run, self.kernel
         roots = [c.rhs for c in self.contracts]
         by_halves = halves(run.program, kernel) > 0
@@ -158,7 +158,7 @@ class Binding:
 
         reads = run.loaded("weight reads", lambda: _weight_reads(run.program))
         read = reads.get(kernel.name)
-        if read is None:  # of an activation
+        if read is None:  # B is an activation
             return run.ready(run.value(roots[0]), made)
         whole = None if read.why else one_below_another([run.value(n) for n in roots])
         if whole is None or aligned(whole, not by_halves) is not whole:
@@ -168,7 +168,7 @@ class Binding:
         return whole
 
     def tables(self) -> dict[str, Tensor]:
-        """Packed periodic operands."""
+        """Packed tables of periodic operands, by emitted name."""
         found: dict[str, Tensor] = {}
         rows, body = self.problem[0], self.body
         for table in self.gemm.source.tables:
@@ -184,7 +184,7 @@ class Binding:
 
 
 class Compilation(Binding):
-    """A GEMM compiled for tensors that hold nothing, and not launched."""
+    """A GEMM that is compiled for empty tensors of the right layout, and not launched."""
 
     def start(self, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any]) -> None:
         self.gemm.plan(a, b, d, arguments)
@@ -206,7 +206,7 @@ class Compilation(Binding):
 
 
 def _vector(x: Tensor) -> Tensor:
-    """A vector along the rows: GEMMs read it by four bytes, the last of which are its own too."""
+    """A contiguous vector whose allocation ends at a multiple of the 4 bytes that GEMMs read."""
     x = x.reshape(-1).contiguous()
     if x.nbytes % 4 == 0:
         return x
@@ -214,7 +214,7 @@ def _vector(x: Tensor) -> Tensor:
 
 
 def _number(x: Tensor) -> Tensor:
-    """A number in float32, which is how GEMMs take it."""
+    """A scalar operand as float32 [1], as GEMMs read it."""
     return x.reshape(-1).float()
 
 

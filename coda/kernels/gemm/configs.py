@@ -1,7 +1,7 @@
-"""GEMMs -> tile configs.
+"""A GEMM of a Program -> its legal tile configs, ranked by estimated time.
 
-The configs of the Program's target are ranked by a model: waves of tiles over the multiprocessors,
-each tile's time by its efficiency.
+The estimate is the number of waves of tiles over the multiprocessors, times the area of a tile,
+divided by the config's relative efficiency.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from coda.lowering.program.target import Config, Target
 
 
 def cta_rows(config: Config, target: Target) -> int:
-    """The rows of a tile that one CTA has: half where two share it."""
+    """The rows of a tile that one CTA computes: half of them if a CTA pair shares the tile."""
     shared = target.cta_pairs and config.cluster[0] % 2 == 0 and config.tile_m in (128, 256)
     return config.tile_m // 2 if shared else config.tile_m
 
 
 def legal(config: Config, kernel: Gemm) -> str:
-    """Why a config does not fit a kernel, or ""."""
+    """The reason why a config is illegal for a kernel; "" if it is legal."""
     epilogue = kernel.body.epilogue
     for statistic in epilogue.statistics:
         if statistic.group and config.tile_n % statistic.group:
@@ -41,7 +41,7 @@ def legal(config: Config, kernel: Gemm) -> str:
 
 
 def ranked(program: Program, kernel: Gemm) -> tuple[Config, ...]:
-    """The legal configs, from the one that the model ranks first; the smallest if none is."""
+    """The legal configs by increasing estimated time; the smallest config if none is legal."""
     m, n, _ = kernel.mainloop.problem(program.sizes)
     target = program.target
     legal_ones = [(c, e) for c, e in target.configs if not legal(c, kernel)]

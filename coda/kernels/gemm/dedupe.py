@@ -1,6 +1,6 @@
-"""GEMMs that differ in nothing but names and sizes -> one emitted module for all of them.
+"""GEMMs that differ only in names and sizes -> the one whose emitted module all of them use.
 
-The parts of one value are made by the same kernel, on other rows of a weight.
+The chunks of one value are such GEMMs: the same kernel on different rows of a weight.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from coda.lowering.program.program import Program
 
 
 def names_of(epilogue: Epilogue) -> list[str]:
-    """The names of operands and buffers, each once, in their order."""
+    """The names of operands and written buffers, each once, in order of occurrence."""
     written = [x.buffer for x in (*epilogue.stores, *epilogue.sinks)]
     return list(dict.fromkeys([*(o.name for o in epilogue.operands), *written]))
 
 
 def renamed(epilogue: Epilogue, names: Mapping[str, str]) -> Epilogue:
-    """An epilogue with other names for operands and buffers."""
+    """An epilogue with operands and buffers renamed (old -> new)."""
     memo: dict[Expr, Expr] = {}
 
     def expr(one: Expr) -> Expr:
@@ -47,7 +47,7 @@ def renamed(epilogue: Epilogue, names: Mapping[str, str]) -> Epilogue:
 
 
 def first_alike(program: Program, kernel: Gemm) -> tuple[Gemm, dict[str, str]]:
-    """The first GEMM of a program that is this one but for names, and its names in this one."""
+    """The first GEMM that equals this one up to renaming, and the renaming (its name -> ours)."""
     mine = kernel.body.epilogue
     for other in gemms(program):
         theirs = other.body.epilogue
@@ -60,6 +60,6 @@ def first_alike(program: Program, kernel: Gemm) -> tuple[Gemm, dict[str, str]]:
 
 
 def _layout(program: Program, kernel: Gemm) -> tuple[int, int]:
-    """How the rows of the weight are read; of pairs, their number is part of it."""
+    """The key of the weight's row layout: (split, N) for paired rows, else (0, 0)."""
     split = halves(program, kernel)
     return split, kernel.mainloop.problem(program.sizes)[1] if split else 0

@@ -1,4 +1,4 @@
-"""A GEMM kernel -> a Python module: a readable epilogue on quack's `gemm_epilogue`."""
+"""A GEMM kernel -> the Python source of its epilogue, a module on quack's `gemm_epilogue`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from coda.lowering.program.epilogue import (
 from coda.lowering.program.program import Program
 
 COMPILED = {bf16, f16, e4m3, e5m2}
-PAUSE = 4  # points, or two columns each, between pauses
+PAUSE = 4  # elements or column pairs between pauses
 OURS = {
     "ops": {"GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "PairStore"}
     | {"Select", "SplitStore"},
@@ -55,12 +55,12 @@ OURS = {
 
 
 def is_sum(sink: SinkExpr) -> bool:
-    """Whether a sink adds up what it takes, so that 0 is harmless."""
+    """Whether a sink is a sum, so that 0 is its identity."""
     return sink.monoid in MONOIDS and MONOIDS[sink.monoid].sums
 
 
 def emit_gemm(program: Program, kernel: Gemm) -> Source:
-    """The module of a GEMM kernel of a program: that of the first one that is alike."""
+    """The module of a GEMM, shared with those equal up to renaming. Raises UnsupportedError."""
     kinds = {o.dtype for o in kernel.mainloop.operands}
     if len(kinds) > 1 or not kinds <= COMPILED:
         raise UnsupportedError(
@@ -99,14 +99,14 @@ class _Emitter:
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
         self.tables = self.pack_tables()
         self.classes: set[str] = set()
-        # Where an element takes many values, several columns of them exceed the registers.
+        # Many values per element, for several columns at once, exceed the registers.
         several = len(self.epilogue.stores) > 1 and any(s.rows for s in self.epilogue.sinks)
         crowded = held(self.epilogue) + conditions(self.epilogue) > 5
         self.pauses = program.target.tensor_memory and (crowded or several)
         self.masked = self.rows_masked = False
 
     def pack_tables(self) -> tuple[Table, ...]:
-        """Periodic operands, two to a table where the points are pairs."""
+        """Tables of periodic operands of one period: two in each in a kernel of pairs."""
         found: list[Table] = []
         lanes = self.epilogue.lanes
         by_period: dict[int, list[str]] = {}
@@ -147,7 +147,7 @@ class _Emitter:
                 assert_never(never)
 
     def single(self, expr: Expr) -> str:
-        """A leaf of the prepass, where a value is whole: a column, or both of a pair."""
+        """The name of a leaf in the prepass, where values are not unpacked into lanes."""
         match expr:
             case Acc():
                 return "acc"
@@ -175,7 +175,7 @@ class _Emitter:
         return Source(text, name, d, stored, passed, self.tables, sinks, masks, rows, numbers)
 
     def passed(self) -> list[Operand]:
-        """Operands that the kernel loads under their own names."""
+        """Operands that are parameters of the epilogue, not lanes of a table."""
         chosen = [s.index for s in self.epilogue.sinks if s.index]
         used = _loads(self.epilogue)
         own = [o for o in self.epilogue.operands if not isinstance(o.access, Periodic | Partial)]
@@ -215,13 +215,13 @@ class _Emitter:
         return d, outputs
 
     def by_gemm(self) -> StoreExpr | None:
-        """The store that is the GEMM's own: of whole rows, and if it can be of 32 bits or of 8."""
+        """The store by the GEMM itself: of all columns; of pairs, preferably not 16 bits."""
         whole = [s for s in self.epilogue.stores if len(s.lanes) == 1 + self.pair and not s.split]
         odd = [s for s in whole if self.pair and s.dtype.size != 2]
         return next(iter(odd or whole), None)
 
     def packed(self, values: list[str]) -> str:
-        """One value, or both of a pair."""
+        """The text of one value, or of a column pair."""
         return f"pack({', '.join(values)})" if len(values) == 2 else values[0]
 
     def sinks(self, body: Lines, returned: list[tuple[str, str]]) -> dict[str, str]:
@@ -240,11 +240,11 @@ class _Emitter:
         return found
 
     def in_turn(self, sink: SinkExpr) -> bool:
-        """Whether a sum over the rows is taken as the columns are computed."""
+        """Whether a sum over rows is an op that reduces columns as they are computed."""
         return sink.rows and self.pauses and not self.pair
 
     def inside(self, sink: SinkExpr, expr: Expr) -> Expr:
-        """What a sink takes: sums of columns outside the matrix must vanish."""
+        """The value of a sink, masked to 0 in padding for sums that need it."""
         if sink.rows:
             return self.inside_rows(expr)
         if not (is_sum(sink) and self.ragged) or vanishes(expr, self.kinds):
@@ -254,7 +254,7 @@ class _Emitter:
         return Call(CHOICE, (Load("inside"), expr, Literal(0.0)))
 
     def inside_rows(self, expr: Expr) -> Expr:
-        """What a sum over the rows takes: it must vanish in the rows outside the matrix."""
+        """The value of a sum over rows, masked to 0 in padding rows if it is not 0 there."""
         if vanishes(expr, self.kinds, rows=True):
             return expr
         self.rows_masked = True
@@ -302,7 +302,7 @@ class _Emitter:
         return "\n".join([*title, *imports, "", "", *lines, "", "", *definition]) + "\n"
 
     def notes(self) -> list[str]:
-        """What the kernel loads and writes, for the reader."""
+        """The operands and results, for the module's docstring."""
         notes = [f"    {o.name}: {o.access.word} {o.dtype}" for o in self.epilogue.operands]
         for store in self.epilogue.stores:
             buffer = self.program.buffers[store.buffer]
@@ -312,12 +312,12 @@ class _Emitter:
         return notes
 
     def unpacked(self, parameters: list[str]) -> list[str]:
-        """Both lanes of every paired value."""
+        """Lines that unpack every value that is a column pair into its lanes."""
         self.used = {"pack"} if self.pair else set()
         if not self.pair:
             return []
         self.used.add("unpack")
-        lanes = RowVector | Tile  # what has an element for each lane
+        lanes = RowVector | Tile  # accesses with an element for each lane
         paired = {safe(o.name) for o in self.passed() if isinstance(o.access, lanes)}
         paired |= {t.name for t in self.tables} | {"inside"}
         paired |= {s.name for s in self.epilogue.statistics if s.group}
@@ -344,7 +344,7 @@ class _Emitter:
     ) -> list[str]:
         lines = ["KERNEL = gemm_epilogue("]
         if self.halves:
-            # Rows of the weight in pairs: groups of two halves, so many rows apart.
+            # Paired rows of the weight: groups of 2 · split rows.
             lines.append("    split={}, groups={},".format(*self.halves))
         stores = {s.buffer: s for s in self.epilogue.stores}
         shown = [self.output(name, stores[buffer], lane) for name, buffer, lane in outputs]
@@ -386,7 +386,7 @@ class _Emitter:
         return self.make(f"HalfStore({name!r})") if half else repr(name)
 
     def operators(self) -> list[tuple[str, str]]:
-        """The operator of every operand."""
+        """(name, constructor) of the op of every parameter."""
         found = [(safe(o.name), f"{self.operator(o)}({safe(o.name)!r})") for o in self.passed()]
         found += [(t.name, self.table(t)) for t in self.tables]
         for stat in self.epilogue.statistics:
@@ -401,7 +401,7 @@ class _Emitter:
         return found + [("inside_rows", 'ColVecLoad("inside_rows")')] * self.rows_masked
 
     def operator(self, operand: Operand) -> str:
-        """The class that loads an operand under its own name."""
+        """The class of the op that loads an operand."""
         match operand.access:
             case RowVector():
                 return "RowInTurn" if self.pauses and not self.pair else "RowVecLoad"
@@ -417,12 +417,12 @@ class _Emitter:
                 assert_never(never)
 
     def table(self, table: Table) -> str:
-        """Tables of whole subtiles go through TMA, narrower ones are read as they are."""
+        """The op of a table: by TMA if it is whole subtiles of 64 columns, else by plain loads."""
         tma = "" if table.columns % 64 == 0 else ", tma=False"
         return f"rotary_cos_sin_load({table.name!r}{tma})"
 
     def make(self, text: str) -> str:
-        """Remember the class that a constructor's text names."""
+        """Return a constructor's text, and record its class for the imports."""
         self.classes.add(text.split("(", 1)[0])
         return text
 
@@ -441,7 +441,7 @@ def _mentions(lines: Lines, name: str) -> bool:
 
 
 def _loads(epilogue: Epilogue) -> set[str]:
-    """Names of the operands that expressions load."""
+    """The names of the operands that an epilogue's expressions load."""
     exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
     exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
     return {e.operand for e in leaves(exprs) if isinstance(e, Load)}

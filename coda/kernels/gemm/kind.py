@@ -1,4 +1,4 @@
-"""The kind of kernels that are GEMMs with an epilogue."""
+"""The kind of kernel for GEMMs with a fused epilogue; it admits contractions without batches."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _explain(program: Program, kernel: Gemm) -> Account:
     weights = " | ".join(label(c.rhs, program) for c in kernel.mainloop.contracts)
     multiplied = f"{label(kernel.mainloop.a, program)} @ [{weights}].T"
     problem = "×".join(map(str, kernel.mainloop.problem(program.sizes)))
-    config = [show_config(kernel.config)] if kernel.config else []  # chosen after the placement
+    config = [show_config(kernel.config)] if kernel.config else []  # chosen after placement
     return Account(
         " ".join(["gemm", multiplied, problem, *config]), ", ".join([multiplied, *config])
     )

@@ -1,4 +1,4 @@
-"""The mainloop of a GEMM: contractions of one activation, side by side."""
+"""The mainloop of a GEMM: sibling contractions of one activation, concatenated along columns."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from coda.lowering.program.target import Config
 
 @dataclass(frozen=True)
 class Contractions:
-    """A @ [B | B' | …].T: sibling contractions of one activation.
+    """A [M, K] @ [B; B'; …].T -> accumulator [M, N]: sibling contractions of one activation.
 
     Attributes:
-        contracts: side by side in the accumulator's columns; all have the same `lhs`.
+        contracts: in the order of the accumulator's columns; all have the same `lhs`.
     """
 
     contracts: tuple[Contract, ...]
 
     @property
     def a(self) -> Node:
-        """The activation, [..., K]."""
+        """The activation [..., K], whose leading axes are the rows."""
         return self.contracts[0].lhs
 
     @property
@@ -34,17 +34,17 @@ class Contractions:
 
     @property
     def results(self) -> tuple[str, ...]:
-        """Nothing: the body stores of the accumulator what is asked for."""
+        """(): the body stores the accumulator if it is needed."""
         return ()
 
     def problem(self, sizes: Sizes) -> tuple[int, int, int]:
-        """M, N and K."""
+        """(M, N, K)."""
         m = product(self.a.shape[:-1]).size(sizes)
         n = sum(c.shape[-1].size(sizes) for c in self.contracts)
         return m, n, self.a.shape[-1].size(sizes)
 
     def points(self, sizes: Sizes) -> tuple[int, int]:
-        """M and N."""
+        """(M, N): the rows and columns of the accumulator."""
         return self.problem(sizes)[:2]
 
 
@@ -57,6 +57,6 @@ def gemms(program: Program) -> Iterator[Gemm]:
 
 
 def tiles(kernel: Gemm) -> Config:
-    """The config of a GEMM, once it is chosen."""
+    """The config of a GEMM, which must be chosen already."""
     assert kernel.config is not None
     return kernel.config

@@ -1,7 +1,7 @@
-"""Epilogue operators that quack does not have: group totals, moments, stores of pairs.
+"""Epilogue ops that quack does not have: group statistics, moments, stores of column pairs.
 
-And two of quack's that are right at the edges: a log Σ exp that survives +inf, and a choice of a
-column that takes no index for another one.
+Two more correct quack's: a log Σ exp that is +inf and not NaN for +inf, and a selection by column
+index that is NaN for an index out of range.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from quack.epilogue.ops import (
 
 from coda.kernels.device_math import moments_merge, pivot
 
-_F16_NAN = 0x7FFF  # what no index equals
+_F16_NAN = 0x7FFF  # equals no index
 
 
 class GroupSum(GroupedColStatsBase):
-    """The sum over aligned groups of columns (a head), taken before the main pass."""
+    """The sum over aligned groups of columns (heads), computed before the main pass."""
 
     @cute.jit
     def stat_value(self, total: Any, group_cols: Any) -> Any:
@@ -38,7 +38,7 @@ class GroupSum(GroupedColStatsBase):
 
 
 class GroupMean(GroupedColStatsBase):
-    """The mean over aligned groups of columns (a head), taken before the main pass."""
+    """The mean over aligned groups of columns (heads), computed before the main pass."""
 
     @cute.jit
     def stat_value(self, total: Any, group_cols: Any) -> Any:
@@ -46,7 +46,7 @@ class GroupMean(GroupedColStatsBase):
 
 
 class LogSumExp(OnlineLSEReduce):
-    """log Σ exp over the columns of a tile; +inf where a value is, as torch has it, and not NaN."""
+    """log Σ exp over the columns of a tile; +inf if a value is +inf, as in torch (quack: NaN)."""
 
     @cute.jit
     def _guard_neg_inf(self, m_new: Any) -> Any:
@@ -55,11 +55,11 @@ class LogSumExp(OnlineLSEReduce):
 
 
 class Select(ColVecSelect):
-    """The value of each row at the column that its index names: nothing for an index of no column.
+    """The value of each row at its column index [M]; rows with an index out of range stay NaN.
 
-    quack compares the low 32 bits of an index, also with the columns between the matrix and the
-    end of its last tile, and takes −inf for "not found". Here the whole index, of 32 or 64 bits,
-    has to be one of the matrix's columns, and "not found" is NaN, which the result begins with.
+    quack compares the low 32 bits of an index, also with padding columns of the last tile, and uses
+    −inf for "not found". Here the whole index, of 32 or 64 bits, must be a column of the matrix,
+    and "not found" is NaN, with which the host fills the result.
     """
 
     def begin(self, gemm: Any, param: Any, smem_tensor: Any, ctx: Any) -> Any:
@@ -77,7 +77,7 @@ class Select(ColVecSelect):
     def _select_packed16(
         self, frag: Any, result: Any, slot: Any, row: Any, near: Any, offs: Any, count: Any
     ) -> None:
-        """Store the value whose column, one of `offs` + 1, is `near`, if the index is a column."""
+        """Store the value whose column, one of `offs` + 1, equals `near`, if in range."""
         packed = _dup_s16sat_from_s32(near)
         value = Float32(math.nan)
         for j in cutlass.range_constexpr(0, count, 2):
@@ -94,9 +94,9 @@ class Select(ColVecSelect):
 class Moments(ColVecReduce):
     """Mean and Σ(x − mean)² over the columns of a tile, as one 64-bit word: (mean, M2) in float32.
 
-    Each thread takes its fragment in two passes (mean, then squares of deviations) and merges it
-    with what it has after Chan, Golub and LeVeque (1983); so do lanes and warps. No difference of
-    large sums occurs, whatever the mean.
+    Each thread reduces its fragment in two passes (mean, then squared deviations), and fragments,
+    lanes and warps are merged by Chan, Golub and LeVeque (1983). So large sums are never
+    subtracted, whatever the mean.
     """
 
     reduce_planes = 3
@@ -174,7 +174,7 @@ class Moments(ColVecReduce):
 
 
 class HalfStore(TileStore):
-    """One value for each pair of columns, of any number of pairs."""
+    """A store of one value for each column pair, [M, N / 2], with any number of pairs."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, gated=True)
@@ -187,17 +187,17 @@ class HalfStore(TileStore):
 
 
 class PairStore(TileStore):
-    """Both lanes of every pair, as neighbours: a second matrix beside the GEMM's own.
+    """A store of adjacent column pairs, [M, N], in addition to the GEMM's own store.
 
-    The epilogue gives both as the two halves of one word. The host passes the first half of the
-    columns, since quack takes a store in pair mode for one value for each pair; on the device this
+    The epilogue passes both values packed into one 32-bit word. quack assumes one value per pair
+    for a store in pair mode, so the host passes the first half of the columns; on the device this
     is a store of all columns.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.whole = TileStore(name)
-        self.gated = True  # what quack asks of a store in pair mode
+        self.gated = True  # required by quack of a store in pair mode
 
     def host_fake_arg(self, key: Any, fctx: Any) -> Any:
         return HalfStore(self.name).host_fake_arg(key, fctx)
@@ -217,10 +217,11 @@ class PairStore(TileStore):
 
 
 class SplitStore(HalfStore):
-    """One lane of every pair, stored `split` columns apart from the other.
+    """A store of one lane of each column pair; the lanes are `split` columns apart in the buffer.
 
-    Pair p of the kernel is column (p // split) · 2 · split + p % split of the buffer for lane 0,
-    and `split` further for lane 1. The host passes the buffer from that lane's first column on.
+    Pair p is column (p // split) · 2 · split + p % split of the buffer for lane 0, and `split`
+    further for lane 1: with split = 2, pairs 0 1 2 3 are columns 0 1 4 5 and 2 3 6 7. The host
+    passes the buffer from the lane's first column on.
     """
 
     def __init__(self, name: str, split: int) -> None:
@@ -241,7 +242,7 @@ class SplitStore(HalfStore):
 
 
 class _Replaced:
-    """Arguments with one of them replaced."""
+    """A view of `args` with the attribute `name` replaced by `value`."""
 
     def __init__(self, args: Any, name: str, value: Any) -> None:
         self._args, self._name, self._value = args, name, value

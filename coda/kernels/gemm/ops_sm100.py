@@ -1,7 +1,7 @@
-"""What keeps the points of a thread in turn, where much is at hand at each (sm_100a).
+"""Epilogue ops that bound register pressure by ordering a thread's columns (sm_100a).
 
-ptxas would rather compute a thread's columns step by step, side by side; with several matrices to
-load and to store that is more than 255 registers, and the rest spills.
+ptxas schedules each step for all columns of a thread together. With several matrices to load and
+store, that needs more than 255 registers, and values spill.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import cutlass.cute as cute
 from cutlass import Float32, const_expr
 from quack.epilogue.ops import EpiOp, RowVecLoad, RowVecReduce
 
-COLUMNS = 8  # reduced together: each lane is left with the sum of one of them
-SHARED = 4  # lanes that are left with the same sum
+COLUMNS = 8  # reduced together over a warp; each lane holds the sum of one of them
+SHARED = 4  # lanes that hold the same sum
 LANES = 32
 
 
 class Pause(EpiOp):
-    """A boundary between every few points: a fence of the block, which ptxas works up to."""
+    """A CTA fence after every few elements, across which ptxas does not schedule."""
 
     fn_port = "apply"
 
@@ -56,9 +56,9 @@ class Pause(EpiOp):
 
 
 class RowInTurn(RowVecLoad):
-    """A float32 vector along the columns, read from shared memory where a point needs it.
+    """A float32 row vector [N], each element read from shared memory where it is used.
 
-    quack's own is read whole before the first point: a register for each column of a thread.
+    quack's RowVecLoad reads all columns of a thread first, which takes a register for each.
     """
 
     @cute.jit
@@ -68,12 +68,12 @@ class RowInTurn(RowVecLoad):
 
 
 class SumInTurn(RowVecReduce):
-    """A sum over the rows: one partial for each tile of them, [tiles, N].
+    """A sum over rows, with one partial for each tile of rows: [tiles, N].
 
-    The epilogue calls it with each value. quack's own sink keeps a thread's values of all columns
-    until the last is computed, and reduces them over the lanes then: a register for each column.
-    Here every eight columns are reduced at once, and a thread keeps one number for them. A thread
-    has one row of the tile, and its columns in order, two of them at each point.
+    The epilogue calls it with each value. quack's own sink holds a thread's values of all columns
+    until the last is computed, and then reduces over lanes: a register for each column. This one
+    reduces eight columns over the warp as soon as they are computed, and a thread keeps one number
+    for them. A thread has one row of the tile and its columns in order, two in each call.
     """
 
     fn_port = "apply"
@@ -104,7 +104,7 @@ class SumInTurn(RowVecReduce):
 
     @cute.jit
     def reduced(self, held: Any) -> Any:
-        """The sum over the warp of one of the columns: `column_of` tells which a lane has."""
+        """Transposing reduction: 8 columns of 32 lanes -> in each lane the sum of one column."""
         lane = cute.arch.lane_idx()
         for step in cutlass.range_constexpr(3):
             half = const_expr(COLUMNS >> (step + 1))
@@ -128,7 +128,7 @@ class SumInTurn(RowVecReduce):
         tiled_copy_r2s: Any,
         tidx: Any,
     ) -> Any:
-        """The warps but the first write theirs: each lane for one of four groups of columns."""
+        """Warps but the first write to shared memory; lanes with equal sums write one each."""
         sums, smem, columns = state[0], state[2], state[3]
         mine = columns[None, None, None, epi_coord[0], epi_coord[1]]
         lane = cute.arch.lane_idx()
@@ -151,7 +151,7 @@ class SumInTurn(RowVecReduce):
     def end_loop_finish(
         self, gemm: Any, param: Any, staged: Any, tile_coord_mnkl: Any, varlen_manager: Any
     ) -> None:
-        """The first warp adds what the others have, and writes."""
+        """The first warp adds the sums of the other warps, and writes the partial."""
         found, smem, warp = staged
         width = gemm.cta_tile_shape_mnk[1]
         others = const_expr(self._smem_warps(gemm.epi_smem_warp_shape_mnk()))

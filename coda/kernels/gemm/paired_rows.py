@@ -1,7 +1,10 @@
-"""quack's `gemm_epilogue` for a weight whose rows are wanted in pairs, read as it lies.
+"""quack's `gemm_epilogue` for a B whose rows are pairs of the weight's rows, read without a copy.
 
-Row 2p + lane of the kernel's B is row (p // split) · 2 · split + p % split + lane · split of the
-weight: a layout of three modes, which TMA's boxes follow.
+Row 2p + lane of B is row (p // split) · 2 · split + p % split + lane · split of the weight. This is
+a layout of three modes, which TMA boxes can traverse. With split = 2:
+
+    weight rows    0 1 2 3 | 4 5 6 7
+    B rows         0 2 1 3 | 4 6 5 7    as rows (2, 2, 2) with strides (2, 1, 4)
 """
 
 from __future__ import annotations
@@ -15,12 +18,12 @@ from quack.epilogue.frontend import EpiMod
 
 
 def gemm_epilogue(split: int, groups: int, **options: Any) -> Callable[[Any], EpiMod]:
-    """As quack's, for a B of `groups` groups of rows, each with its partners `split` rows apart."""
+    """As quack's, for a B [groups · 2 · split, K] whose row pairs are `split` rows apart."""
     return lambda fn: _ByHalves(fn, split, groups, **options)
 
 
 class _ByHalves(EpiMod):
-    """An epilogue whose kernels see B under another layout."""
+    """An epilogue module whose kernels read B through the layout of `by_halves`."""
 
     def __init__(self, fn: Any, split: int, groups: int, **options: Any) -> None:
         super().__init__(fn, **options)
@@ -39,7 +42,7 @@ class _ByHalves(EpiMod):
 
 
 class _Halves:
-    """A GEMM that views B so before it makes the tensor map."""
+    """A mixin of a GEMM class that applies `by_halves` to B before the tensor map is made."""
 
     halves: tuple[int, int]
 
@@ -49,7 +52,7 @@ class _Halves:
 
 
 def by_halves(b: Any, split: int, groups: int) -> Any:
-    """B [N, K, L] with its rows as (2, split, groups); as (2, split) where there is one group."""
+    """B [N, K, L] -> [(2, split, groups), K, L], an alias; [(2, split), K, L] for one group."""
     step = b.stride[0]
     rows: Any = (2, cute.size(b, mode=[0]) // 2)
     steps: Any = (split * step, step)

@@ -1,6 +1,6 @@
-"""Emitted GEMM modules -> compiled kernels and launches: the one module that touches quack.
+"""Emitted GEMM modules -> compiled kernels and launches, through quack's runtime.
 
-quack is imported here alone, and here late: importing it takes seconds and patches the DSL.
+quack is imported inside the functions that need it: its import takes seconds and patches the DSL.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from coda.sim.host.kept import checked, recorded
 
 @dataclass(frozen=True)
 class Gemm:
-    """One GEMM kernel: its emitted module and its tiles."""
+    """A GEMM kernel: its emitted source, its tile config and the imported module."""
 
     source: Source
     config: Config
@@ -39,7 +39,15 @@ class Gemm:
         splits: Mapping[str, int],
         indices: Mapping[str, Tensor],
     ) -> dict[str, Any]:
-        """quack's `epi_args`: every operand and result by its emitted name."""
+        """quack's `epi_args`: every operand and result by its emitted name.
+
+        Args:
+            operands: tensors by operand name; tables and masks by their emitted names.
+            stores: matrices by buffer name.
+            sinks: partials by buffer name.
+            splits: for each store, how far apart its column pairs are in the buffer; 0 if adjacent.
+            indices: index vectors by emitted name.
+        """
         source = self.source
         found: dict[str, Any] = {n: operands[o] for o, n in source.operands.items()}
         for table in source.tables:
@@ -57,11 +65,11 @@ class Gemm:
         return found | dict(indices)
 
     def plan(self, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any]) -> Any:
-        """Compile for tensors like these (any number of rows), or find it compiled."""
+        """Compile for tensors of these layouts, with any number of rows, or load from the cache."""
         return self._gemm(a, b, d, arguments, launch=False)
 
     def launch(self, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any]) -> Any:
-        """Run the kernel; the plan, which `run_plan` runs again for tensors like these."""
+        """Launch the kernel; returns the plan, which `run_plan` launches for other tensors."""
         return self._gemm(a, b, d, arguments, launch=True)
 
     def _gemm(
@@ -84,7 +92,7 @@ class Gemm:
 
 
 def check_alignment(tensors: Mapping[str, Any]) -> None:
-    """Raise CallError for a tensor that TMA cannot address: 16-byte bases and row strides."""
+    """Raise CallError if a base address or a row stride is no multiple of 16 bytes (TMA)."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             continue
@@ -106,14 +114,17 @@ def check_alignment(tensors: Mapping[str, Any]) -> None:
 def run_plan(
     plan: Any, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any]
 ) -> None:
-    """Launch a plan."""
+    """Launch a plan for tensors of the layouts for which it was made."""
     from quack.gemm_runtime.host import run_gemm_epi_plan
 
     run_gemm_epi_plan(plan, a, b, d, None, arguments)
 
 
 def pack_table(table: Table, values: Mapping[str, Tensor]) -> Tensor:
-    """Periodic operands side by side, [M, lanes · period] with lanes neighbouring."""
+    """Interleave periodic operands [M, period] as the lanes of one table [M, lanes · period].
+
+    cos [c0, c1], sin [s0, s1]  ->  [c0, s0, c1, s1]
+    """
     parts = [values[name] for name in table.operands]
     if table.lanes == 1:
         return parts[0].contiguous()
@@ -122,11 +133,11 @@ def pack_table(table: Table, values: Mapping[str, Tensor]) -> Tensor:
 
 
 def use_cache(directory: Path, enabled: bool) -> None:
-    """Keep compiled kernels in `directory`.
+    """Cache compiled kernels in `directory`, by quack's cache, for GEMMs and row-wise kernels.
 
-    quack's own store does it for GEMMs and row kernels alike: one object file for each key (the
-    emitted text, tensor metadata, config, versions and sources of the generators), compiled under
-    a file lock, renamed into place, and compiled again where it is not what was written.
+    It has one object file for each key (emitted text, tensor metadata, config, versions and sources
+    of the generators). A file is compiled under a file lock and renamed into place; a damaged file
+    is compiled again.
     """
     import quack.cache
 
@@ -137,18 +148,18 @@ def use_cache(directory: Path, enabled: bool) -> None:
 
 
 _kept_in: set[Path] = set()
-needed: list[Path] = []  # files without which an object is compiled again
+needed: list[Path] = []  # an object is compiled again if one of these files is damaged
 
 
 def _verify_objects(directory: Path) -> None:
-    """Let libraries load no object of `directory` that is not what was written."""
+    """Patch the object loader to reject files of `directory` that have changed on disk."""
     from cutlass.cute import runtime
     from cutlass.cutlass_dsl.tvm_ffi_provider import TVMFFIJitCompiledFunctionBase as Compiled
 
     vars(sys.modules["quack.cache.jit"])["print"] = kept.print_on_stderr
     _kept_in.add(directory)
     found: Any = runtime.load_module
-    while found is not None:  # a simulated device may have put its own around it
+    while found is not None:  # a simulated device may have wrapped it
         if getattr(found, "ours", None) is _is_kept:
             return
         found = getattr(found, "__wrapped__", None)
@@ -163,7 +174,7 @@ def _is_kept(path: Path) -> bool:
 
 
 def cover_our_sources() -> None:
-    """Let the keys of quack's store depend on coda's epilogue operators, which kernels inline."""
+    """Add the sources of coda's epilogue ops, which kernels inline, to quack's cache keys."""
     import quack.cache
 
     ours = Path(__file__).parents[1]
@@ -172,5 +183,5 @@ def cover_our_sources() -> None:
 
 
 def import_kernel(source: Source, config: Config, directory: Path) -> Gemm:
-    """The kernel of an emitted source."""
+    """Import an emitted source, written into `directory`, as a kernel."""
     return Gemm(source, config, load_module(source.text, source.name, directory))

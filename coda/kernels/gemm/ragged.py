@@ -1,4 +1,11 @@
-"""What is 0 outside the matrix: tiles at its edges are computed whole, and sums take them whole."""
+"""Epilogue expressions -> whether they are 0 in the padding of edge tiles.
+
+Tiles at the edges of the matrix are computed whole, and a sum over a tile includes its padding. The
+sum needs a mask unless its expression is 0 there.
+
+    acc · gain[column]    0 · 0 = 0     no mask
+    exp(acc)              e^0 = 1       masked
+"""
 
 from __future__ import annotations
 
@@ -13,15 +20,15 @@ from coda.ir.scalars import SCALARS
 from coda.lowering.program.access import Access, Line, Partial
 from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load, Operand, calls
 
-FINITE = (0.0, 1.0, -1.0, 1e4, -1e4)  # what stands for a number that is finite, else unknown
+FINITE = (0.0, 1.0, -1.0, 1e4, -1e4)  # sample values of a finite number that is not known
 
 
 def vanishes(expr: Expr, kinds: Mapping[str, Operand], *, rows: bool = False) -> bool:
-    """Whether an expression is surely 0 in columns outside the matrix, or with `rows` in rows.
+    """Whether an expression is always 0 in padding columns, or with `rows` in padding rows.
 
     There the accumulator is 0, and so is every operand that varies with the column (the row).
-    Vectors along the columns (gains, biases) are taken as finite in the rows outside: the sum over
-    the rows of a column whose gain is infinite is infinite or NaN in any case.
+    Row vectors (gains, biases) are assumed finite in padding rows: if a gain is infinite, the sum
+    over its column is infinite or NaN in any case.
     """
     known = _Outside(kinds, rows)
     for call in calls([expr]):
@@ -31,11 +38,11 @@ def vanishes(expr: Expr, kinds: Mapping[str, Operand], *, rows: bool = False) ->
 
 @dataclass
 class _Outside:
-    """What expressions may be outside the matrix: in columns, or with `rows` in rows.
+    """The possible values of expressions in padding columns, or with `rows` in padding rows.
 
-    A value is the numbers that stand for it: one number, `FINITE` ones, or none where nothing is
-    known: 0 times such a value is NaN where it is infinite. Each expression is looked at once,
-    after its arguments.
+    A value is represented by sample numbers: one if it is known, `FINITE` if it is known to be
+    finite, none if it may be infinite (then 0 times it may be NaN). Each expression is evaluated
+    once, after its arguments.
     """
 
     kinds: Mapping[str, Operand]
@@ -43,7 +50,7 @@ class _Outside:
     known: dict[Call, tuple[float, ...]] = field(default_factory=dict)
 
     def value(self, expr: Expr) -> tuple[float, ...]:
-        """The numbers, in float32, that stand for an expression there."""
+        """The sample numbers, in float32, of an expression in the padding."""
         match expr:
             case Acc():
                 return (0.0,)
@@ -58,7 +65,7 @@ class _Outside:
         return ()
 
     def loaded(self, access: Access) -> tuple[float, ...]:
-        """The numbers that stand for a load."""
+        """The sample numbers of a load."""
         if isinstance(access, Line | Partial):
             return ()
         if access.varies_with_row if self.rows else access.varies_with_column:
@@ -66,7 +73,7 @@ class _Outside:
         return FINITE if self.rows and access.varies_with_column else ()
 
     def computed(self, call: Call) -> tuple[float, ...]:
-        """The numbers that stand for a function of its arguments."""
+        """The sample numbers of a call, from those of its arguments."""
         row, args = SCALARS[call.fn], [self.value(a) for a in call.args]
         if all(args):
             every = itertools.product(*(map(torch.tensor, a) for a in args))

@@ -1,16 +1,16 @@
-"""An emitted GEMM module: its text, and what the one who launches it passes under which name."""
+"""An emitted GEMM module: its text, and the names under which a launch passes tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-WHOLE, PAIRS = -1, -2  # how a store is passed that is not one lane of pairs
+WHOLE, PAIRS = -1, -2  # in place of a lane number: see `Source.outputs`
 
 
 @dataclass(frozen=True)
 class Table:
-    """Periodic operands side by side: lanes of one table [M, columns], columns = lanes · period."""
+    """A table [M, columns] whose lanes are periodic operands; columns = lanes · period."""
 
     name: str
     operands: tuple[str, ...]
@@ -24,17 +24,17 @@ class Source:
 
     Attributes:
         text: the Python source; `KERNEL` is its `EpiMod`.
-        name: a module name that belongs to this text alone.
-        d: the buffer that the GEMM's own store writes, or None.
-        outputs: (emitted name, buffer, lane) of the other stores; WHOLE for one value at a point,
-            PAIRS for both lanes as neighbours.
-        operands: emitted names of operands that are passed as they are.
+        name: the module's name, with a hash of the text.
+        d: the buffer that the GEMM's own store writes; None if there is none.
+        outputs: (emitted name, buffer, lane) of the other stores. The lane is 0 or 1 for one column
+            of each pair, WHOLE for one value per element or pair, PAIRS for adjacent column pairs.
+        operands: operand name -> emitted name, for operands that are passed unpacked.
         tables: packed periodic operands.
-        sinks: emitted names of the sinks' buffers.
-        masks: emitted names of row operands that are 1 inside the matrix and 0 outside.
-        row_masks: emitted names of column operands that are 1 inside the matrix and 0 outside.
-        numbers: emitted names of operators that take a number: the width of a group's statistic,
-            or how often a kernel pauses.
+        sinks: emitted name -> buffer of each sink.
+        masks: emitted names of row vectors that are 1 in the matrix and 0 in padding columns.
+        row_masks: emitted names of column vectors that are 1 in the matrix and 0 in padding rows.
+        numbers: emitted name -> constant of an op: the width of a statistic's group, or the number
+            of elements between pauses.
     """
 
     text: str
@@ -49,7 +49,7 @@ class Source:
     numbers: dict[str, int]
 
     def renamed(self, names: Mapping[str, str]) -> Source:
-        """The same module for a kernel whose operands and buffers have other names."""
+        """The same module for a kernel with other operand and buffer names (old -> new)."""
         return replace(
             self,
             d=self.d and names[self.d],

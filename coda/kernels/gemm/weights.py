@@ -1,9 +1,12 @@
-"""How GEMMs read their weights: as they lie in memory, or from a copy, and then why.
+"""A GEMM's weights -> its operand B [N, K]: an alias of the arguments, or a copy and the reason.
 
-B of a GEMM is a matrix [N, K] whose rows may be those of several weights, one below the other, and
-whose rows may be wanted in another order: partners of a pair beside each other, that lie `split`
-rows apart in the weight. Such an order is a layout, rows as (2, split, N / 2 split) at distances
-(split, 1, 2 split): the mainloop's TMA boxes take tiles of it from the weight as it is.
+B may be several weights stacked along rows, and its rows may be paired: the rows of a column pair,
+which are `split` rows apart in the weight, are adjacent in B. This order is the layout of rows
+(2, split, N / (2 · split)) with strides (split, 1, 2 · split), which the mainloop's TMA boxes read
+from the weight without a copy. With split = 2:
+
+    weight rows    0 1 2 3 | 4 5 6 7
+    B rows         0 2 1 3 | 4 6 5 7
 """
 
 from __future__ import annotations
@@ -27,12 +30,12 @@ class WeightRead:
     """How a GEMM reads its weights.
 
     Attributes:
-        kernel: its name.
-        weights: what they are called.
-        together: arguments that the kernel reads as one matrix, from the first one down: without a
-            copy where they lie so in memory.
-        nbytes: of the matrix.
-        why: why it is a copy wherever the arguments lie; "" where it is none.
+        kernel: the kernel's name.
+        weights: the names of the weights.
+        together: the arguments that are stacked along rows, in order; they are read without a copy
+            if they are adjacent in one allocation.
+        nbytes: the bytes of B.
+        why: the reason why B is always a copy; "" if it can be an alias.
     """
 
     kernel: str
@@ -43,25 +46,25 @@ class WeightRead:
 
 
 def weight_reads(program: Program) -> tuple[WeightRead, ...]:
-    """How each GEMM of a program that multiplies with weights reads them."""
+    """How each GEMM of a program whose B is a weight reads it."""
     kernels = [k for k in gemms(program) if program.is_weight(k.mainloop.contracts[0].rhs)]
     return tuple(_read(program, k) for k in kernels)
 
 
 def siblings(program: Program) -> tuple[tuple[Input, ...], ...]:
-    """The arguments that are read without a copy if they lie one below the other in one buffer."""
+    """Groups of arguments that are read without a copy if stacked along rows in one allocation."""
     every = [r.together for r in weight_reads(program) if len(r.together) > 1 and not r.why]
     return tuple(dict.fromkeys(every))
 
 
 def halves(program: Program, kernel: Gemm) -> int:
-    """How far apart partners lie in B that the mainloop reads as it lies; 0 for plain rows."""
+    """The `split` of paired rows that the mainloop reads by layout; 0 for plain or copied rows."""
     split = kernel.body.epilogue.split
     return 0 if _scattered(program, kernel) else split
 
 
 def _scattered(program: Program, kernel: Gemm) -> str:
-    """Why rows of B have to be copied into the kernel's order, or ""."""
+    """The reason why paired rows must be copied into the kernel's order; "" if not."""
     split, pairs = kernel.body.epilogue.split, tiles(kernel).tile_n // 2
     if not split:
         return ""
@@ -86,7 +89,7 @@ def _read(program: Program, kernel: Gemm) -> WeightRead:
 
 
 def _why(program: Program, kernel: Gemm, roots: Sequence[Node], together: Sequence[Input]) -> str:
-    """Why a matrix is a copy, or ""."""
+    """The reason why B is a copy; "" if it can be an alias."""
     under = [as_stored(r) for r in roots]
     made = [u for u in under if u in program.prepared.values() and not stacked(u)]
     if made:
@@ -103,7 +106,7 @@ def _why(program: Program, kernel: Gemm, roots: Sequence[Node], together: Sequen
 
 
 def _is_rows(node: Node) -> bool:
-    """Whether a node is some neighbouring rows of an argument."""
+    """Whether a node is an argument or a slice of consecutive rows of one."""
     rows = isinstance(node, Slice) and node.rank == 2 and node.axis == -2 and node.step == 1
     return isinstance(node.operands[0], Input) if rows else isinstance(node, Input)
 
@@ -117,9 +120,10 @@ def _names(node: Node, program: Program) -> list[str]:
 
 
 def one_below_another(parts: Sequence[Tensor]) -> Tensor | None:
-    """Matrices as the one that they are parts of, from the first one down; None if they are not.
+    """The matrix [Σ rows, K] whose consecutive row slices are `parts`, as an alias; else None.
 
-    They are, if they lie in one memory, rows at one distance, each after the one before.
+    The parts must have one storage, dtype, width and strides, each beginning where the previous one
+    ends.
     """
     if len(parts) == 1:
         return parts[0]
@@ -139,14 +143,14 @@ def one_below_another(parts: Sequence[Tensor]) -> Tensor | None:
 
 
 def weight_matrix(kernel: Gemm, values: Mapping[Node, Tensor]) -> Tensor:
-    """The GEMM's B, [N, K]: siblings one below the other, a copy where they do not lie so."""
+    """B [N, K], the siblings stacked along rows: an alias if they are adjacent, else a copy."""
     parts = [values[c.rhs] for c in kernel.mainloop.contracts]
     whole = one_below_another(parts)
     return torch.cat(parts) if whole is None else whole
 
 
 def paired_rows(kernel: Gemm, whole: Tensor) -> Tensor:
-    """B with its rows in the kernel's order of columns: partners beside each other."""
+    """B [N, K] with the rows of each column pair adjacent: a copy, unless rows are plain."""
     split = kernel.body.epilogue.split
     if not split:
         return whole

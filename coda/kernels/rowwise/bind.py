@@ -1,4 +1,4 @@
-"""A pass over rows and the tensors of a call -> arguments of its kernel, and the launch."""
+"""A row-wise kernel and the tensors of a call -> arguments of the kernel, and the launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from coda.lowering.program.program import Program
 
 
 def load(program: Program, kernel: Rowwise, directory: Path, *, padded: bool) -> Module:
-    """The emitted module of a pass over rows, `padded` ones or as they come."""
+    """The emitted module of a row-wise kernel, for `padded` rows or contiguous ones."""
     source = emit_rowwise(program, kernel, padded)
     operands, once = kernel.body.epilogue.operands, (RowVector, Scalar)  # the same in every row
     shared = {o.name for o in operands if isinstance(o.access, once)}
@@ -28,16 +28,16 @@ def load(program: Program, kernel: Rowwise, directory: Path, *, padded: bool) ->
 
 
 class Binding:
-    """One launch of a pass over rows."""
+    """One launch of a row-wise kernel."""
 
     def __init__(self, run: LaunchRun, kernel: Rowwise) -> None:
         self.run, self.kernel, self.body = run, kernel, kernel.body
         self.rows, self.width = kernel.mainloop.points(run.sizes)
 
     def launch(self) -> None:
-        """Allocate what the kernel writes, bind what it reads, and launch."""
+        """Allocate the results, bind the operands, and launch."""
         run, rows = self.run, self.rows
-        if rows and not self.width:  # what torch says of no columns at all
+        if rows and not self.width:  # no columns: torch defines the results
             self.kernel.kind.reference(run, self.kernel)
             return
         tensors = dict(run.packed(self.kernel.name, self.body))
@@ -62,7 +62,7 @@ class Binding:
             self.start(self.module(padded), tensors)
 
     def module(self, padded: bool) -> Module:
-        """The module for such rows, loaded once."""
+        """The module for `padded` or contiguous rows, cached."""
         program, directory = self.run.program, self.run.directory
         found = lambda: load(program, self.kernel, directory, padded=padded)  # noqa: E731
         return self.run.loaded((self.kernel, padded), found)
@@ -75,7 +75,7 @@ class Binding:
         self.run.launched(compiled, arguments)
 
     def padded_rows(self, tensors: Tensors) -> bool:
-        """Whether a pass over rows of an odd length reads and writes them by vectors."""
+        """Whether a ragged kernel can read and write its rows by vectors."""
         if not is_ragged(self.body, self.width):
             return False
         tiles = [tensors[name] for name in self.body.epilogue.tiles]
@@ -83,7 +83,7 @@ class Binding:
 
 
 class Compilation(Binding):
-    """A pass over rows compiled, and not launched."""
+    """A row-wise kernel that is compiled and not launched."""
 
     def start(self, module: Module, tensors: dict[str, Tensor]) -> None:
         module.compile()

@@ -1,11 +1,13 @@
-"""A pass over rows -> a Python module: a CuTe DSL kernel in which a warp takes a row.
+"""A row-wise kernel -> the source of a Python module: a CuTe DSL kernel with a warp for each row.
 
-Statistics come first, those that do not need each other in one sweep of the row, then one sweep
-that stores. A row is read again for each sweep (from the cache), so that no width spills registers.
+Statistics come first, independent ones in one sweep over the row, then a sweep that stores. Each
+sweep reads the row again (from cache), so that no width spills registers.
 
-A kernel that sums over rows takes a block of them: the warps first take their statistics, row by
-row, and then columns, with the sums in registers and one partial for the block. A kernel that only
-folds such partials has a row in each lane: those of neighbouring rows are neighbours in memory.
+In a kernel that sums over rows, a CTA has a block of rows: its warps first compute the statistics,
+row by row; then each warp has some columns, with the sums in registers, and writes a partial. A
+kernel that only merges such partials has a row in each lane, so that loads coalesce.
+
+    x / rms(x)    sweep 1: Σ x² over the row    sweep 2: store x · rsqrt(mean)
 """
 
 from __future__ import annotations
@@ -39,13 +41,13 @@ class RowSource:
 
     Attributes:
         text: the Python source; `launch` is its host function.
-        name: a module name that belongs to this text alone.
+        name: the module's name, with a hash of the text.
         parameters: (emitted name, operand or buffer, columns, whether it is written), in order.
-            Sums over the rows of an earlier kernel have any number of parts: 0 columns. Lines of
-            values of rows have any number of them, side by side: -1 columns.
-        types: the element type of each parameter, as coda names it.
-        padded: matrices whose rows begin at multiples of 16 bytes, whatever their length.
+            Columns are 0 for partial sums over rows, transposed, with any number of partials, and
+            -1 for lines of values of rows, contiguous, of any length.
+        types: coda's name of each parameter's dtype; "byte" for one that is stored as uint8.
         partials: the buffers of sums over rows, which have a row for each partial.
+        padded: matrices whose rows begin at multiples of 16 bytes, whatever their width.
     """
 
     text: str
@@ -57,9 +59,9 @@ class RowSource:
 
 
 def emit_rowwise(program: Program, kernel: Rowwise, padded: bool = False) -> RowSource:
-    """The module of a pass over rows.
+    """The module of a row-wise kernel.
 
-    With `padded`, rows of matrices begin at multiples of 16 bytes although they have other lengths.
+    With `padded`, rows of matrices begin at multiples of 16 bytes, whatever their width.
     """
     return _Emitter(program, kernel, padded).emit()
 
@@ -113,10 +115,10 @@ class _Emitter(Folds):
             for _, source, _, written in parameters
         )
 
-    # What a warp does to one row.
+    # The work of a warp on one row.
 
     def row(self) -> list[str]:
-        """Statistics of one row."""
+        """Lines that compute the statistics of one row."""
         every = [e for s in (*self.epilogue.stores, *self.epilogue.sinks) for e in s.lanes]
         body = self.once_loaded([*every, *(s.expr for s in self.epilogue.statistics)])
         for fold in [s for s in self.epilogue.statistics if s.operand]:
@@ -135,13 +137,13 @@ class _Emitter(Folds):
         return out
 
     def inside(self, item: StoreExpr | SinkExpr, piece: Piece) -> bool:
-        """Whether a store or a sink has the columns of a piece."""
+        """Whether a store or a sink covers the columns of a piece."""
         first = self.begin(item.span)
         count = item.span.width // self.lanes if item.span else self.points
         return first <= piece.first < first + count
 
     def stored(self, piece: Piece, sinks: Sequence[SinkExpr] = ()) -> Step:
-        """What is stored of a piece, and added to sums over the rows."""
+        """The step that computes the stores of a piece, and adds to the sums over rows."""
         items = [s for s in (*self.wide_stores(), *sinks) if self.inside(s, piece)]
         exprs = [[piece.special(e) for e in s.lanes] for s in items]
         step = Step([e for many in exprs for e in many], [])
@@ -155,7 +157,7 @@ class _Emitter(Folds):
         return step
 
     def keep(self, store: StoreExpr, values: list[str], piece: Piece, step: Step) -> None:
-        """Room, assignments and the write of one wide store."""
+        """Append registers, assignments and the write of one wide store to a step."""
         name = f"{safe(store.buffer)}_out"
         values = [stored(v, store.dtype, self.math) for v in values]
         self.rows |= {"vector", "store"}
@@ -173,14 +175,14 @@ class _Emitter(Folds):
         step.after.append(f"store({name}, row, {at}, {name}_v)")
 
     def narrow(self) -> list[str]:
-        """Write the values that a row has once."""
+        """Lines that write the values of single columns."""
         computed, written = self.narrow_lines()
         return [*computed, "if lane == 0:", *indented(written)] if written else []
 
-    # What a block of warps does to a block of rows, where sums over them are taken.
+    # The work of a CTA on a block of rows, in kernels that sum over rows.
 
     def block(self) -> list[str]:
-        """Statistics of the rows by warps in turn, then the columns with their sums."""
+        """Row statistics, rows distributed over warps; then columns with their sums over rows."""
         wide = [e for s in self.wide_stores() for e in s.lanes]
         wide += [e for s in self.epilogue.sinks for e in s.lanes]
         kept = self.stat_names(wide)
@@ -199,7 +201,7 @@ class _Emitter(Folds):
         return out
 
     def columns(self, piece: Piece, kept: list[str]) -> list[str]:
-        """The columns of a piece: a warp takes vectors of them, through the rows of the block."""
+        """The columns of a piece: a warp has vectors of them, and loops over the rows."""
         sinks = [s for s in self.epilogue.sinks if self.inside(s, piece)]
         step = self.stored(piece, sinks)
         if not step.exprs:
@@ -209,7 +211,7 @@ class _Emitter(Folds):
         return self.through_rows(piece, step, sinks, own)
 
     def add(self, sink: SinkExpr, values: list[str], step: Step) -> None:
-        """Add values to a sum over the rows."""
+        """Append the additions of values to a sum over rows."""
         name = f"{safe(sink.buffer)}_out"
         if sink.split:
             into = [f"{name}_{i}[j]" for i in (0, 1)]
@@ -220,7 +222,7 @@ class _Emitter(Folds):
         step.inner += [f"{x} = {x} + {v}" for x, v in zip(into, values, strict=True)]
 
     def rooms(self, sink: SinkExpr, piece: Piece) -> tuple[list[str], list[str]]:
-        """Room for a sum over the rows, and its write."""
+        """Lines that make the registers of a sum over rows, and lines that write it."""
         name = f"{safe(sink.buffer)}_out"
         self.rows |= {"zeros", "store"}
         at = self.shifted("index", piece, self.begin(sink.span))
@@ -304,7 +306,7 @@ class _Emitter(Folds):
         return "\n".join(lines) + "\n"
 
     def block_shape(self) -> tuple[int, int, list[str]]:
-        """Warps of a block and its rows, and lines that tell a warp which are its own."""
+        """Warps of a CTA, rows of a CTA, and lines that compute a warp's indices."""
         if self.epilogue.sinks:
             return TALL_WARPS, TALL_ROWS, ["warp = thread // LANES"]
         if self.is_total():

@@ -1,8 +1,9 @@
-"""Folds in a pass over rows: of partials that earlier kernels left, and of values of rows.
+"""Statistics of a row-wise kernel that merge partials of earlier kernels -> lines of source.
 
-A row's partials of columns are taken by the lanes of its warp in turn. A kernel that only folds
-partials of sums over rows has a row in each lane: those of neighbouring rows are neighbours in
-memory. One that only folds into one number has all its warps at each of them.
+The partials of a row [M, parts] are merged by the lanes of its warp: lane l takes partials l,
+l + 32, ..., then the warp reduces. A kernel that only merges partial sums over rows, [columns,
+parts] stored transposed, has a row in each lane, so that loads coalesce. A kernel that only reduces
+to a single row has one CTA, all of whose warps share the partials.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from coda.kernels.rowwise.sweeps import INDENT, Sweeps, indented
 from coda.lowering.program.access import ColumnVector, Line, Partial, Scalar
 from coda.lowering.program.epilogue import Statistic, StoreExpr
 
-TOTAL_WARPS = LANES  # warps of a CTA that folds into one number: each lane has one's result
+TOTAL_WARPS = LANES  # warps of a CTA that reduces to one row; a lane of the first merges each
 Fold = tuple[list[str], list[str], list[str]]  # start, step and end
 
 
 class Folds(Sweeps):
-    """The text of statistics that are folded from an operand."""
+    """The source of statistics that are merged from an operand."""
 
     def fold(self, stat: Statistic) -> list[str]:
-        """A statistic of an operand: lanes take its parts in turn, then the warp merges."""
+        """A statistic of an operand: lanes merge its parts at a stride of 32, then the warp."""
         source = safe(stat.operand or "")
         if not stat.count:
             count, steps = f"{source}.shape[1]", f"cute.ceil_div({source}.shape[1], 32)"
@@ -42,11 +43,11 @@ class Folds(Sweeps):
         return [*start, *loop, *indented(inner, 2), *end]
 
     def parts(self, stat: Statistic) -> int:
-        """How many tiles of columns a statistic has partials of."""
+        """The number of partials of a statistic: one for each tile of columns."""
         return self.program.buffers[stat.operand or ""].shape[-1].size(self.program.sizes)
 
     def of_tiles(self, stat: Statistic) -> Fold:
-        """A fold of partials of tiles of columns, the last of which may be narrower."""
+        """A merge of partials of column tiles, the last of which may be narrower."""
         source = safe(stat.operand or "")
         if not MONOIDS[stat.monoid].counted:
             return self.accumulate(stat, f"{source}[row, part]")
@@ -57,7 +58,7 @@ class Folds(Sweeps):
         return self.moments(stat, f"({count}, {two})", f"* {1.0 / stat.width!r}")
 
     def of_parts(self, stat: Statistic) -> Fold:
-        """A fold of any number of parts, or of values of rows."""
+        """A merge of any number of partials, or a reduction of values of rows."""
         value = f"{safe(stat.operand or '')}[row, part]"
         value += ".to(Float32)" if stat.operand in self.lines else ""
         if not MONOIDS[stat.monoid].counted:
@@ -65,7 +66,7 @@ class Folds(Sweeps):
         return self.moments(stat, f"(Float32(1.0), {value}, zero())", f"/ {stat.name}_n")
 
     def moments(self, stat: Statistic, state: str, share: str) -> Fold:
-        """A fold of (count, mean, Σ(x − mean)²), the last of which becomes the variance."""
+        """A merge of (count, mean, Σ(x − mean)²), whose last plane becomes the variance."""
         name = stat.name
         self.rows |= {"moments_merge", "warp_moments", "zero"}
         start = [f"{name}_s = (zero(), zero(), zero())"]
@@ -76,7 +77,7 @@ class Folds(Sweeps):
         return start, [f"{name}_s = moments_merge({name}_s, {state})"], end
 
     def wide_stores(self) -> list[StoreExpr]:
-        """The stores of whole rows."""
+        """The stores with more than one column."""
         return [s for s in self.epilogue.stores if not self.once(s)]
 
     def once(self, store: StoreExpr) -> bool:
@@ -84,7 +85,7 @@ class Folds(Sweeps):
         return store.narrow or self.kernel.mainloop.width == 1
 
     def narrow_lines(self) -> tuple[list[str], list[str]]:
-        """How values that a row has once are computed, and written."""
+        """Lines that compute the values of single columns, and lines that write them."""
         stores = [s for s in self.epilogue.stores if self.once(s)]
         exprs = [s.lanes[0] for s in stores]
         lines, values = self.assigned(exprs, "w")
@@ -100,10 +101,10 @@ class Folds(Sweeps):
             written.append(f"{target}[row, 0] = Float32({shown}).to({target}.element_type)")
         return [*loads, *(line.replace("[j]", "[0]") for line in lines)], written
 
-    # What a block of warps does that only folds what earlier kernels left of rows.
+    # CTAs that only merge partials over rows.
 
     def only_folds(self) -> bool:
-        """Whether all that a row needs are such folds and values that it has once."""
+        """Whether a row needs merged partials over rows and values of single columns only."""
         read = (Line, Partial, ColumnVector, Scalar)
         few = all(isinstance(o.access, read) for o in self.epilogue.operands)
         folded = all(s.operand in self.tall for s in self.epilogue.statistics)
@@ -111,7 +112,7 @@ class Folds(Sweeps):
         return bool(self.tall) and plain and (not self.lines or self.kernel.mainloop.rows == ONE)
 
     def folds(self) -> list[str]:
-        """Warps take parts in turn, a lane those of its row; the first warp adds what they have."""
+        """A lane has a row, whose parts the warps share; the first warp adds their sums."""
         self.rows |= {"room", "zero"}
         warps = fold_warps(self.kernel.mainloop.rows.size(self.program.sizes))
         folded = [(s.name, safe(s.operand or "")) for s in self.epilogue.statistics]
@@ -141,11 +142,11 @@ class Folds(Sweeps):
         return [*out, "cute.arch.sync_threads()", "if warp == 0 and row < rows:", *rest]
 
     def is_total(self) -> bool:
-        """Whether a kernel only folds values of rows, into one number each."""
+        """Whether a kernel only reduces values of rows, each to one number."""
         return bool(self.lines) and self.only_folds()
 
     def total(self) -> list[str]:
-        """Threads take values in turn; the first warp folds what the warps have."""
+        """Threads take values in turn; the first warp merges the results of the warps."""
         self.rows.add("room")
         out, merged = list[str](), list[str]()
         for stat in self.epilogue.statistics:

@@ -1,4 +1,4 @@
-"""The kind of kernels that take whole rows: statistics of a row, and what is made of them."""
+"""The kind of row-wise kernels: statistics of whole rows, and elementwise results of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from coda.lowering.program.text import at
 
 
 def _opens(node: Node, sizes: Sizes) -> bool:
-    return False  # placed where its elements can be computed at points of rows, or not at all
+    return False  # placed where its elements can be computed row-wise, or not at all
 
 
 def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Rows:
@@ -40,7 +40,7 @@ def _explain(program: Program, kernel: Rowwise) -> Account:
 
 
 def _reason(program: Program, kernel: Rowwise) -> str:
-    """Why a pass over rows is a kernel of its own."""
+    """The reason why a row-wise kernel is not fused into another kernel."""
     epilogue, folded = kernel.body.epilogue, kernel.body.folded
     tiled = [k for k in program.kernels if k.kind.tiled]
     makers = [k.name for k in tiled if set(k.sunk) & set(folded)]

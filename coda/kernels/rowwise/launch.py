@@ -1,4 +1,4 @@
-"""Emitted row kernels -> compiled kernels and launches."""
+"""Emitted row-wise kernels -> compiled kernels and the arguments of launches."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _TYPES = {
 
 @jit_cache
 def _compile(source: RowSource, shared: tuple[bool, ...], arch: str) -> Any:
-    """The compiled `launch` of a source that is loaded: one for any number of rows.
+    """Compile `launch` of an imported source, for any number of rows.
 
-    The arguments are the key of what is kept between processes: no directory is among them, so
-    that kernels that were shipped are found wherever they are.
+    The arguments are the key of quack's disk cache. They contain no path, so that shipped kernels
+    are found in any directory.
     """
     module = sys.modules[source.name]
     rows = cute.sym_int()
@@ -52,7 +52,12 @@ def _compile(source: RowSource, shared: tuple[bool, ...], arch: str) -> Any:
 
 
 def _fake(dtype: Any, rows: Any, columns: int, padded: bool) -> Any:
-    """A tensor as the kernel takes it: whole vectors of 16 bytes, rows any such distance apart."""
+    """A placeholder of the layout that the kernel reads.
+
+    `columns` 0 is a transposed matrix [rows, any], -1 a matrix [rows, any]. Any other matrix has a
+    row stride of any multiple of 16 bytes if its rows are whole vectors of 16 bytes or `padded`,
+    else contiguous rows.
+    """
     size = dtype.width // 8
     if columns == 0:
         shape, stride = (rows, cute.sym_int()), (1, cute.sym_int64())
@@ -71,7 +76,7 @@ def _fake(dtype: Any, rows: Any, columns: int, padded: bool) -> Any:
 
 
 def _laid_out(x: Tensor, rows: int, columns: int, padded: bool = False) -> Tensor:
-    """A tensor as the kernel takes it, copied where it lies otherwise."""
+    """A tensor in the layout of `_fake`; a copy if it has another one."""
     if columns == 0:
         return x
     if columns == -1:
@@ -89,7 +94,14 @@ def _laid_out(x: Tensor, rows: int, columns: int, padded: bool = False) -> Tenso
 
 @dataclass(frozen=True)
 class Module:
-    """One row kernel: its emitted module, and which parameters have one row for all."""
+    """A row-wise kernel.
+
+    Attributes:
+        source: the emitted module.
+        shared: for each parameter, whether it has one row for all rows of the kernel.
+        arch: the architecture, such as "sm_90a".
+        directory: where the module is written.
+    """
 
     source: RowSource
     shared: tuple[bool, ...]
@@ -97,7 +109,7 @@ class Module:
     directory: Path
 
     def compile(self) -> Any:
-        """Compile, or find it compiled."""
+        """The compiled kernel, from the cache if possible."""
         load_module(self.source.text, self.source.name, self.directory)
         return _compile(self.source, self.shared, self.arch)
 
@@ -107,9 +119,12 @@ class Module:
         tensors: Mapping[str, Tensor],
         ready: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor],
     ) -> tuple[Any, ...]:
-        """What the compiled kernel takes; `tensors` holds operands and results by name.
+        """The arguments of the compiled kernel.
 
-        `ready(x, change)` gives `change(x)`, and sees to it that later calls do the same.
+        Args:
+            rows: the number of rows.
+            tensors: operands and results by name.
+            ready: ready(x, change) is `change(x)`, recorded for replays.
         """
         kept = self.source.partials
         found = [
@@ -123,5 +138,5 @@ class Module:
         return (*found, rows)
 
     def layout(self, name: str, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
-        """What lays out a parameter of so many rows and columns."""
+        """The function that lays out a parameter of so many rows and columns."""
         return partial(_laid_out, rows=rows, columns=columns, padded=name in self.source.padded)

@@ -1,4 +1,4 @@
-"""The mainloop of a row-wise kernel: whole rows of matrices, one after the other."""
+"""The mainloop of a row-wise kernel: an index space of rows × columns, without an accumulator."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from coda.lowering.program.kernel import Kernel, Sizes
 
 @dataclass(frozen=True)
 class Rows:
-    """The points of one fused pass over rows.
+    """The index space of a row-wise kernel.
 
     Attributes:
-        rows: how many there are; a call tells their number.
-        width: the columns of each.
+        rows: the number of rows, which is known in a call.
+        width: the number of columns.
     """
 
     rows: Dim
@@ -23,16 +23,16 @@ class Rows:
 
     @property
     def operands(self) -> tuple[Node, ...]:
-        """Nothing: all that is loaded is the body's."""
+        """(): all operands are the body's."""
         return ()
 
     @property
     def results(self) -> tuple[str, ...]:
-        """Nothing: all that is stored is the body's."""
+        """(): all results are the body's."""
         return ()
 
     def points(self, sizes: Sizes) -> tuple[int, int]:
-        """Rows and columns."""
+        """(rows, columns)."""
         return self.rows.size(sizes), self.width
 
 

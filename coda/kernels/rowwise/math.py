@@ -1,4 +1,4 @@
-"""What emitted row kernels are made of: vector loads and stores, and reductions over a warp."""
+"""Functions that emitted row-wise kernels call: vector loads and stores, warp reductions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEG_INF = -math.inf
 
 
 def load(x: Any, row: Any, index: Any, count: int) -> Any:
-    """`count` neighbours of row `row` from vector `index` on, as float32."""
+    """Load vector `index` of row `row`: `count` contiguous elements, as float32 in registers."""
     part = cute.local_tile(x[row, None], (count,), (index,))
     held = cute.make_rmem_tensor(part.layout, part.element_type)
     cute.autovec_copy(part, held)
@@ -26,7 +26,7 @@ def load(x: Any, row: Any, index: Any, count: int) -> Any:
 
 
 def store(x: Any, row: Any, index: Any, values: Any) -> None:
-    """Write a vector of float32 as vector `index` of row `row`, rounded to the type of `x`."""
+    """Store a float32 vector as vector `index` of row `row`, rounded to the dtype of `x`."""
     part = cute.local_tile(x[row, None], (cute.size(values),), (index,))
     held = cute.make_rmem_tensor(part.layout, part.element_type)
     held.store(values.load().to(part.element_type))
@@ -34,19 +34,19 @@ def store(x: Any, row: Any, index: Any, values: Any) -> None:
 
 
 def vector(count: int) -> Any:
-    """Room for `count` values of float32."""
+    """Registers for `count` float32 values, uninitialised."""
     return cute.make_rmem_tensor(cute.make_layout(count), Float32)
 
 
 def zeros(count: int) -> Any:
-    """`count` zeros of float32."""
+    """Registers with `count` float32 zeros."""
     made = vector(count)
     made.fill(0.0)
     return made
 
 
 def room(count: int) -> Any:
-    """`count` values of float32 in the shared memory of the block."""
+    """Allocate `count` float32 values in shared memory."""
     allocator = cutlass.utils.SmemAllocator()
     return allocator.allocate_tensor(Float32, cute.make_layout(count), 16)
 
@@ -71,17 +71,17 @@ def lanes_sum(x: Any, lanes: int) -> Any:
 
 
 def warp_max(x: Any) -> Any:
-    """The maximum over the lanes of a warp; NaN if any is."""
+    """The maximum over the lanes of a warp; NaN if any is NaN."""
     return _over_lanes((x,), lambda a, b: (maximum(a[0], b[0]),))[0]
 
 
 def warp_min(x: Any) -> Any:
-    """The minimum over the lanes of a warp; NaN if any is."""
+    """The minimum over the lanes of a warp; NaN if any is NaN."""
     return _over_lanes((x,), lambda a, b: (minimum(a[0], b[0]),))[0]
 
 
 def lse_merge(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
-    """(max, Σ exp(x − max)) of two parts."""
+    """Merge (max, Σ exp(x − max)) of two parts."""
     top = maximum(a[0], b[0])
     base = cutlass.select_(top == Float32(NEG_INF), Float32(0.0), top)
     return top, a[1] * _exp(a[0] - base) + b[1] * _exp(b[0] - base)
@@ -92,12 +92,12 @@ def _exp(x: Any) -> Any:
 
 
 def lse_step(state: tuple[Any, Any], x: Any) -> tuple[Any, Any]:
-    """(max, Σ exp(x − max)) with one more value."""
+    """Add a value to a state (max, Σ exp(x − max))."""
     return lse_merge(state, (x, Float32(1.0)))
 
 
 def warp_lse(state: tuple[Any, Any]) -> Any:
-    """log Σ exp over the lanes of a warp."""
+    """log Σ exp over the lanes of a warp, from their states (max, Σ exp(x − max))."""
     top, total = _over_lanes(state, lse_merge)
     return cutlass.select_(top == Float32(math.inf), top, top + cute.math.log(total, fastmath=True))
 

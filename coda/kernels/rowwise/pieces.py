@@ -1,4 +1,9 @@
-"""The columns of a pass over rows -> pieces with one formula each, and how threads take them."""
+"""The columns of a row-wise kernel -> pieces with one formula each, and their split over threads.
+
+A kernel of 192 columns with a row vector that is 0.125 in the first 64 columns and 1 in the others:
+
+    Piece(0, 64, {load: 0.125}), Piece(64, 128, {load: 1.0})
+"""
 
 from __future__ import annotations
 
@@ -30,23 +35,29 @@ from coda.lowering.program.memory import held_in
 from coda.lowering.program.program import Program
 
 LANES = 32
-WARPS = 4  # rows of a CTA, a warp each
-TALL_WARPS = 8  # warps of a CTA that sums over rows: more would have too few registers each
+WARPS = 4  # rows of a CTA, one for each warp
+TALL_WARPS = 8  # warps of a CTA that sums over rows; more would have too few registers
 TALL_ROWS = 64  # rows of such a CTA
-FOLD_WARPS = 8  # warps of a CTA that folds sums over rows, which share the parts of 32 of them
+FOLD_WARPS = 8  # warps of a CTA that merges partial sums of 32 rows
 _MOST = 8
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some neighbouring points; `numbers` are the loads that are one number there."""
+    """Consecutive columns (or column pairs) with one formula.
+
+    Attributes:
+        first: the first column or pair.
+        count: how many there are.
+        numbers: the loads that are constant in the piece, with their values.
+    """
 
     first: int
     count: int
     numbers: Mapping[Load, float]
 
     def special(self, expr: Expr, memo: dict[Expr, Expr] | None = None) -> Expr:
-        """An expression as it is in this piece: choices by segment number are made."""
+        """Specialise an expression to this piece: fold constant loads, and choices by them."""
         memo = {} if memo is None else memo
         if expr not in memo:
             memo[expr] = self._special(expr, memo)
@@ -70,9 +81,9 @@ class Piece:
 
 
 def is_ragged(body: Body, width: int) -> bool:
-    """Whether vectors would cover all columns of a pass over rows but the last few.
+    """Whether the width is no multiple of a vector, but most columns could be read by vectors.
 
-    Its rows are then read and written by vectors if they lie at multiples of 16 bytes.
+    Rows that begin at multiples of 16 bytes are then read and written by vectors.
     """
     epilogue = body.epilogue
     plain = not (epilogue.pair or epilogue.sinks or any(s.group for s in epilogue.statistics))
@@ -81,7 +92,7 @@ def is_ragged(body: Body, width: int) -> bool:
 
 
 def has_padded_rows(program: Program, kernel: Rowwise) -> bool:
-    """Whether a pass over rows of an odd length reads what our kernels wrote, and nothing else."""
+    """Whether a ragged row-wise kernel reads only tiles of coda's kernels or donated arguments."""
     tiles = kernel.body.epilogue.tiles
     found = {n for t in tiles for n in held_in(program, kernel.body.nodes[t])}
     theirs = {i.name for i in program.graph.inputs} - program.terms.spare
@@ -89,7 +100,7 @@ def has_padded_rows(program: Program, kernel: Rowwise) -> bool:
 
 
 def pieces_of(body: Body, width: int, padded: bool = False) -> tuple[Piece, ...]:
-    """The pieces of a pass over rows, in order; the last few columns of `padded` rows apart."""
+    """The pieces of a row-wise kernel, in order; the tail of `padded` rows is one."""
     epilogue = body.epilogue
     lanes = epilogue.lanes
     points = width // lanes
@@ -111,14 +122,14 @@ def pieces_of(body: Body, width: int, padded: bool = False) -> tuple[Piece, ...]
 
 
 def _spans(epilogue: Epilogue) -> list[Span]:
-    """The columns of what is read and written that has only some of them."""
+    """The spans of operands and results that have only some of the columns."""
     found = [o.access.span for o in epilogue.operands if isinstance(o.access, Tile)]
     found += [x.span for x in (*epilogue.stores, *epilogue.sinks)]
     return [span for span in found if span is not None]
 
 
 def _patterns(epilogue: Epilogue) -> list[int]:
-    """The lengths, in points, of what repeats or is shared along the columns."""
+    """The periods and group sizes of operands along the columns, in columns or column pairs."""
     found: list[int] = []
     for operand in epilogue.operands:
         match operand.access:
@@ -132,7 +143,7 @@ def _patterns(epilogue: Epilogue) -> list[int]:
 
 
 def vector_length(epilogue: Epilogue, pieces: Sequence[Piece]) -> int:
-    """Points that a lane takes at once: a power of two that every pattern divides by."""
+    """Columns (or pairs) of a vector: the largest power of two up to 8 that divides all lengths."""
     lanes = epilogue.lanes
     lengths = [8]
     lengths += [n for p in pieces for n in (p.first, p.count)]
@@ -143,7 +154,7 @@ def vector_length(epilogue: Epilogue, pieces: Sequence[Piece]) -> int:
 
 
 def teams(pieces: tuple[Piece, ...], vector: int) -> int:
-    """How many warps of a CTA that sums over rows take the same columns, each some of the rows."""
+    """How many warps of a CTA that sums over rows share the same columns, with different rows."""
     chunks = max(-(-p.count // (vector * LANES)) for p in pieces)
     found = 1
     while found * 2 * chunks <= TALL_WARPS:
@@ -152,7 +163,7 @@ def teams(pieces: tuple[Piece, ...], vector: int) -> int:
 
 
 def row_parts(body: Body, width: int, rows: int) -> int:
-    """How many partials a sum over the rows of a pass over rows has."""
+    """The number of partials of a sum over the rows of a row-wise kernel."""
     pieces = pieces_of(body, width)
     blocks = -(-rows // TALL_ROWS)
     return max(1, blocks * teams(pieces, vector_length(body.epilogue, pieces)))
@@ -169,7 +180,7 @@ def loads_of(exprs: list[Expr]) -> set[str]:
 
 
 def leaves_of_kind(expr: Expr | None, kind: type) -> list:
-    """The leaves of one kind, each once."""
+    """The leaves of an expression that are of one kind, each once."""
     found: dict[Expr, None] = {}
     stack, seen = [expr], set()
     while stack:
@@ -185,5 +196,5 @@ def leaves_of_kind(expr: Expr | None, kind: type) -> list:
 
 
 def fold_warps(rows: int) -> int:
-    """Warps of a CTA that folds sums over rows: four times as many where few CTAs have work."""
+    """Warps of a CTA that merges sums over rows: four times as many if there are few CTAs."""
     return FOLD_WARPS if rows > 32 * LANES else 4 * FOLD_WARPS

@@ -1,4 +1,4 @@
-"""Sweeps of a row: what a warp loads, reduces and writes, piece by piece of the columns."""
+"""The sweeps of a warp over a row -> lines of source that load, reduce and store each piece."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ INDENT = "    "
 
 
 def indented(lines: Iterable[str], depth: int = 1) -> list[str]:
-    """Lines further to the right."""
+    """Lines indented by `depth` levels."""
     return [INDENT * depth + line for line in lines]
 
 
 @dataclass
 class Step:
-    """What is done at the points of a vector.
+    """The work on one vector of columns (or column pairs).
 
     Attributes:
-        exprs: what is loaded for it.
-        rooms: vectors that it fills.
-        inner: for each point `j`.
-        after: once the vector is done.
+        exprs: the expressions whose loads it needs.
+        inner: lines for each element `j` of the vector.
+        rooms: lines that make registers for its results.
+        after: lines after the last element.
     """
 
     exprs: list[Expr]
@@ -66,7 +66,7 @@ class Step:
 
 
 class Sweeps:
-    """The text of sweeps over one row of a kernel."""
+    """The source of sweeps over one row of a kernel."""
 
     def __init__(self, program: Program, kernel: Rowwise, padded: bool = False) -> None:
         self.program, self.kernel, self.padded = program, kernel, padded
@@ -113,14 +113,14 @@ class Sweeps:
                 assert_never(never)
 
     def assigned(self, exprs: Sequence[Expr], prefix: str) -> tuple[list[str], list[str]]:
-        """Lines that compute expressions, and the names of the values."""
+        """Lines that compute expressions, and the texts of their values."""
         lines = Lines(self.leaf, prefix=prefix)
         values = lines.assign(exprs)
         self.math |= lines.imported
         return lines.lines, values
 
     def reads(self, exprs: Iterable[Expr | None]) -> set[str]:
-        """The statistics that expressions read, also by way of those of groups."""
+        """The statistics that expressions read, directly or through statistics of groups."""
         found: set[str] = set()
         stack = [s for e in exprs for s in stats_of(e)]
         while stack:
@@ -132,7 +132,7 @@ class Sweeps:
         return found
 
     def once_loaded(self, exprs: Iterable[Expr | None]) -> list[str]:
-        """Values that a row has once."""
+        """Lines that load the column vectors and scalars that expressions read."""
         names = loads_of([e for e in exprs if e is not None])
         lines = []
         for o in self.epilogue.operands:
@@ -142,40 +142,40 @@ class Sweeps:
         return lines
 
     def with_groups(self, exprs: Iterable[Expr | None]) -> list[Expr | None]:
-        """Expressions and those of the groups' statistics that they read."""
+        """Expressions, and the expressions of the group statistics that they read."""
         exprs = list(exprs)
         return [*exprs, *(g.expr for n, g in self.groups.items() if n in self.reads(exprs))]
 
     # Vectors.
 
     def enter(self, piece: Piece) -> None:
-        """Go on with the vectors of a piece; they differ where the last columns are a piece."""
+        """Set the vector length for a piece; in `padded` rows the tail has shorter vectors."""
         if self.padded:
             self.vec = vector_length(self.epilogue, [piece])
 
     def shifted(self, index: str, piece: Piece, first: int = 0) -> str:
-        """The vector of a tensor whose points begin at `first`."""
+        """The vector index in a tensor whose columns begin at `first`."""
         shift = (piece.first - first) // self.vec
         return f"({index} + {shift})" if shift else index
 
     def apart(self, index: str, split: int, lane: int) -> str:
-        """The vector of one lane where lanes lie `split` columns apart."""
+        """The vector index of one lane, if lanes are `split` columns apart."""
         block = split // self.vec
         if block == 1:
             return f"{index} * 2 + {lane}"
         return f"{index} // {block} * {2 * block} + {index} % {block} + {lane * block}"
 
     def begin(self, span: Span | None) -> int:
-        """The first point of a tensor."""
+        """The first column (or column pair) of a tensor with a span."""
         return span.first // self.lanes if span else 0
 
     def loads(self, exprs: Sequence[Expr], index: str, piece: Piece) -> list[str]:
-        """The vectors that some expressions read."""
+        """Lines that load the vectors that expressions read."""
         lines = []
         for name in sorted(loads_of(list(exprs))):
             x, vec, at = safe(name), self.vec, self.shifted(index, piece)
             match self.kinds[name].access:
-                case ColumnVector() | Scalar():  # a row has it once
+                case ColumnVector() | Scalar():  # loaded once for the row
                     continue
                 case RowVector():
                     lines.append(f"{x}_v = load({x}, 0, {at}, {self.lanes * vec})")
@@ -199,13 +199,13 @@ class Sweeps:
         return lines
 
     def needed_groups(self, exprs: Sequence[Expr], piece: Piece) -> list[tuple[Statistic, Expr]]:
-        """The groups' statistics that expressions read in a piece, each after those it reads."""
+        """The group statistics that expressions read in a piece, in order of dependence."""
         names = self.reads(exprs)
         chosen = [s for n, s in self.groups.items() if n in names and s.expr is not None]
         return [(s, piece.special(s.expr)) for s in chosen if s.expr is not None]
 
     def group_lines(self, groups: Sequence[tuple[Statistic, Expr]]) -> list[str]:
-        """Statistics of the groups of columns that some lanes of the warp have in their vectors."""
+        """Lines that compute group statistics over the lanes that share each group."""
         out: list[str] = []
         for stat, expr in groups:
             name = stat.name
@@ -222,7 +222,7 @@ class Sweeps:
         return out
 
     def step(self, step: Step, index: str, piece: Piece, inside: str) -> list[str]:
-        """The body of a loop over vectors; without divergence where lanes work together."""
+        """The body of a loop over vectors; lanes do not diverge before reductions over lanes."""
         groups = self.needed_groups(step.exprs, piece)
         exprs = [*step.exprs, *(e for _, e in groups)]
         loaded = [*self.loads(exprs, index, piece), *self.group_lines(groups)]
@@ -231,7 +231,7 @@ class Sweeps:
         return [*loaded, *([f"if {inside}:", *indented(rest)] if inside else rest)]
 
     def loop(self, piece: Piece, step: Step) -> list[str]:
-        """A sweep of a piece: its vectors by lanes in turn, and their values one by one."""
+        """A sweep over a piece: lanes take vectors in turn, and loop over their elements."""
         vectors = piece.count // self.vec
         head = f"for step in cutlass.range({-(-vectors // LANES)}):"
         if self.needed_groups(step.exprs, piece) and vectors % LANES:
@@ -241,14 +241,14 @@ class Sweeps:
         return [head, *indented(lines), *indented(self.step(step, "index", piece, ""), 2)]
 
     def clamped(self, at: str, vectors: int) -> list[str]:
-        """The vector of a lane, the last one for lanes beyond it."""
+        """Lines that compute a lane's vector index, clamped to the last vector."""
         last = f"cutlass.Int32({vectors - 1})"
         return [f"at = {at}", f"index = cutlass.select_(at < {vectors}, at, {last})"]
 
     # Statistics of the row.
 
     def levels(self) -> list[list[Statistic]]:
-        """Statistics of the row, those of one list independent of each other."""
+        """Statistics of the row in levels; those of one level are independent of each other."""
         own = [s for s in self.epilogue.statistics if s.expr is not None and not s.group]
         known = {s.name for s in self.epilogue.statistics if s.operand} | self.groups.keys()
         left, found = own, list[list[Statistic]]()
@@ -260,11 +260,11 @@ class Sweeps:
         return found
 
     def length(self, stat: Statistic) -> str:
-        """How many values of rows a statistic is taken of."""
+        """The text of the number of row values that a statistic reduces."""
         return f"Float32({safe(stat.operand or '')}.shape[1])"
 
     def accumulate(self, stat: Statistic, value: str) -> tuple[list[str], list[str], list[str]]:
-        """Start, step and end of a fold over the lanes' values."""
+        """Start, step and end lines of a reduction over the lanes' values."""
         name, monoid = stat.name, MONOIDS[stat.monoid]
         warp = monoid.warp
         self.rows |= {*warp.start, warp.merge}
@@ -283,7 +283,7 @@ class Sweeps:
         return [f"{name}_s = {start}"], [f"{name}_s = {step}"], [f"{name} = {end}"]
 
     def sweep(self, level: list[Statistic]) -> list[str]:
-        """One sweep of the row for some statistics, and a second one for their variances."""
+        """One sweep over the row for the statistics of a level, and a second one for variances."""
         pivots = {(s.expr, MONOIDS[s.monoid].also): s.name for s in level}
         starts: list[str] = []
         ends: list[str] = []
@@ -307,7 +307,7 @@ class Sweeps:
         return out + self.deviations([s for s in level if MONOIDS[s.monoid].counted])
 
     def reduced(self, level: list[Statistic], steps: dict[str, str], prefix: str) -> list[str]:
-        """Loops over the pieces, with a step for each statistic that has values there."""
+        """Loops over the pieces, each with a step for every statistic that is not 0 there."""
         out: list[str] = []
         for piece in self.pieces:
             self.enter(piece)
@@ -327,7 +327,7 @@ class Sweeps:
         return out
 
     def pivot(self, stat: Statistic) -> list[str]:
-        """The row's first value, near which sums lose nothing."""
+        """Lines that load the row's first value, the offset of sums (`device_math.pivot`)."""
         assert stat.expr is not None
         self.enter(self.pieces[0])
         expr = self.pieces[0].special(stat.expr)
@@ -342,7 +342,7 @@ class Sweeps:
         return [line.replace("[j]", "[0]").replace("2 * j", "0") for line in out]
 
     def deviations(self, variances: list[Statistic]) -> list[str]:
-        """Σ(x − mean)² in a sweep of its own."""
+        """The sweep that computes Σ(x − mean)² for variances."""
         if not variances:
             return []
         steps: dict[str, str] = {}
@@ -356,7 +356,7 @@ class Sweeps:
         return [*starts, *self.reduced(variances, steps, "b"), *ends]
 
     def stat_names(self, exprs: Iterable[Expr | None]) -> list[str]:
-        """What statistics of the row are called that expressions read."""
+        """The variables of the row statistics that expressions read."""
         found: dict[str, None] = {}
         for expr in self.with_groups(exprs):
             for stat in leaves_of_kind(expr, Stat):

@@ -1,1 +1,1 @@
-"""Single operations that torch computes, since no kernel of coda's does."""
+"""Single nodes that are computed by torch, since no kernel of coda computes them."""

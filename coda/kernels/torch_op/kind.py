@@ -1,4 +1,4 @@
-"""The kind of kernels that are one operation of torch's: what nothing else computes."""
+"""The kind of kernel for single nodes that torch computes; it admits every node."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from coda.lowering.program.program import Program
 
 @dataclass(frozen=True)
 class Operation:
-    """One node, computed from memory to memory.
+    """One node that torch computes, with all operands and the result materialised.
 
     Attributes:
         node: the operation.
-        result: the buffer that it is written to, in the node's shape.
-        why: why no kernel of coda's computes it.
+        result: the buffer of its result, in the node's shape.
+        why: the reason why no kernel of coda computes it.
     """
 
     node: Node
@@ -38,11 +38,11 @@ class Operation:
 
     @property
     def results(self) -> tuple[str, ...]:
-        """The one buffer."""
+        """The buffer of the result."""
         return (self.result,)
 
     def points(self, sizes: Sizes) -> tuple[int, int]:
-        """None: there is no body."""
+        """(0, 0): there is no body."""
         return 0, 0
 
 
@@ -78,9 +78,9 @@ def _reference(run: Run, kernel: Kernel[Operation]) -> None:
 
 
 def _adds_in_float32(node: Node, operands: Iterable[Tensor]) -> bool:
-    """Whether torch's product of batches adds in float32 though its operands are narrower.
+    """Whether torch's contraction of narrow operands accumulates in float32.
 
-    Tensor cores do, for a result of the type of the operands.
+    Tensor cores do, if the result has the dtype of the operands.
     """
     narrow = all(x.is_cuda and x.dtype == node.dtype.torch for x in operands)
     return isinstance(node, Contract) and narrow
