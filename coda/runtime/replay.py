@@ -126,7 +126,7 @@ class Recording:
         place = len(self.inputs) + self.count
         self.count += 1
         self.launched(Step(make, tuple(made_of), place))
-        self.derived.append(value)  # alive until then, so that its address is not reused
+        self.derived.append(value)  # alive for now, so that no other tensor gets its address
         if _memory(value) not in self.bases:
             self.bases[_memory(value)] = [_Base.of(place, value)]
 
