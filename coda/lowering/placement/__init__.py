@@ -1,1 +1,1 @@
-"""A graph in normal form -> the kernels that compute its nodes."""
+"""Graph in normal form -> Program: which kernel computes and stores which node."""

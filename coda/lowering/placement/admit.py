@@ -1,13 +1,13 @@
-"""What a kernel builder is committed to write, and whether it can write more.
+"""Kernel builder and one more store or sink -> admitted, or refused with a reason.
 
-A node that another kernel loads is stored by the kernel that computes it first. All that a kernel
-stores and reduces has one layout of columns (`layout.py`): the distance of pairs, the width of
-groups, the period of tables, the matrices that shared memory holds. A builder answers for each at
-once, with a sentence: for an output or an operand of a contraction where it is placed, for another
-node when a kernel asks to load it. The kernel that asks is refused in turn, and its node goes
-elsewhere. Where nothing else is left, the node that was asked for gets a kernel of its own.
+A node that another kernel loads is stored by its producer kernel. All stores and sinks of a kernel
+share one layout of columns (`layout.py`): pair distance, group width, table period, and the shared
+memory for staged matrices. A builder decides at once whether the layout still exists: for outputs
+and operands of contractions when they are placed, for other nodes when a consumer wants to load
+them. If the store is refused, so is the consumer, and its node is placed elsewhere. As a last
+resort the refused node gets a kernel of its own.
 
-For a GEMM of 128 columns that has the mean over heads of 32 columns, one number for each head:
+A GEMM of 128 columns computes a mean over heads of 32 columns, one number per head:
 
     commit(mean)  "it has 4 columns where the kernel has 128"
 """
@@ -30,20 +30,20 @@ from coda.lowering.placement.values import Refused, Value
 
 
 class Admission(Drafts):
-    """Kernel builders that say what they can be committed to."""
+    """Kernel builders that decide whether they can store or reduce one more node."""
 
     def check(
         self, draft: Draft, stored: Node | None = None, sink: tuple[Node, Value] | None = None
     ) -> None:
-        """Lay out what a kernel is committed to, and one node more.
+        """Lay out a kernel's commitments together with one more node.
 
         Args:
-            draft: the kernel; its layout is that of all this from now on.
+            draft: the kernel builder; it keeps the new layout.
             stored: a node that it computes, to be stored as well.
-            sink: a reduction or a pick, with the value that it is taken of.
+            sink: a reduction or a pick, with the value that it reduces.
 
         Raises:
-            Refused: where the columns cannot be laid out. The kernel is as before.
+            Refused: if there is no such layout. The commitments are unchanged.
         """
         if not draft.kind.fuses:
             return
@@ -61,14 +61,14 @@ class Admission(Drafts):
         draft.layout = None if named else found
 
     def sink_of(self, draft: Draft, node: Node, value: Value, buffer: str = "") -> Sink:
-        """A reduction over the columns or over the rows of a kernel, or a pick."""
+        """The sink of a pick, or of a reduction over the columns or rows of a kernel."""
         if isinstance(node, Pick):
             return Sink(node, buffer, "pick", value, self.leaf(node.index, draft))
         assert isinstance(node, Reduce)
         return Sink(node, buffer, node.fn, value, rows=self.sums_rows(node, draft))
 
     def sums_rows(self, node: Reduce, draft: Draft) -> bool:
-        """Whether a reduction sums over all rows of a kernel (and over column axes after them)."""
+        """Whether a reduction is a sum over all rows of a kernel, perhaps over column axes too."""
         rows, columns = product(node.arg.shape[: node.axis + node.rank + 1]), product(node.shape)
         narrow = rows == ONE or any(d != ONE for d in node.shape[: node.axis])
         if not MONOIDS[node.fn].is_plain_sum or narrow or not draft.kind.fuses or columns == ONE:
@@ -78,13 +78,13 @@ class Admission(Drafts):
         return rows == mine or (mine in leading and rows in leading[leading.index(mine) :])
 
     def stored_type(self, group: Group) -> DType:
-        """The type of a matrix: what is not rounded for an output, it has in float32."""
+        """The dtype of a stored matrix: float32 for floats with one value per row."""
         dtype = group.nodes[0].dtype
         narrow = group.narrow and dtype.kind == "float" and dtype.size < f32.size
         return f32 if narrow else dtype
 
     def operand_of(self, name: str) -> tuple[Node, DType]:
-        """The node that an operand's name stands for, and the type it has in memory."""
+        """Operand name -> its node, and its dtype in memory."""
         node = self.named.get(name)
         if node is None:
             raise InternalError(f"there is no operand {name}")
@@ -92,7 +92,7 @@ class Admission(Drafts):
 
     @contextmanager
     def unnamed(self) -> Iterator[list[Node]]:
-        """Forget the names that are given inside, and list the nodes that had them."""
+        """Discard the names that are given inside; yields the list of nodes that had them."""
         known, named, forgotten = len(self.names), len(self.named), list[Node]()
         try:
             yield forgotten
@@ -103,7 +103,7 @@ class Admission(Drafts):
                 self.named.popitem()
 
     def commit(self, node: Node) -> str:
-        """Have a node stored by the kernel that computes it; the reason if that cannot be."""
+        """Commit a node's producer kernel to store it; the reason if it refuses, otherwise ""."""
         home = self.home.get(node)
         if home is None or node in home.kept or node in self.joined or node in home.sinks:
             return ""
@@ -115,7 +115,7 @@ class Admission(Drafts):
         return ""
 
     def admits_sink(self, draft: Draft, node: Reduce | Pick, value: Value) -> bool:
-        """Whether a kernel can take a reduction or a pick of a value."""
+        """Whether a kernel can have a reduction or a pick of a value as a sink."""
         try:
             self.check(draft, sink=(node, value))
         except Refused:
@@ -123,7 +123,7 @@ class Admission(Drafts):
         return True
 
     def offer(self, node: Node) -> None:
-        """Let later kernels load a node. Raises Refused where its own cannot store it."""
+        """Let later kernels load a node. Raises Refused if its producer cannot store it."""
         if node in self.loadable:
             return
         why = self.commit(node)

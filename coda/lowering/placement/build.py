@@ -1,4 +1,10 @@
-"""Placed nodes -> the Program: from the last kernel to the first, store what somebody loads."""
+"""Placement -> Program, by a backward walk over the kernel builders.
+
+Each kernel stores exactly the values that a later kernel loads or that are returned; a kernel of
+which nothing is needed is dropped. The walk creates buffers, bodies and mainloops.
+
+    builders gemm0 (a, b), rows1 (c reads a); c returned:  rows1 stores c, gemm0 stores a, not b
+"""
 
 from __future__ import annotations
 
@@ -49,12 +55,15 @@ def build(
     steps: Sequence[Step],
     cuts: Sequence[Cut],
 ) -> Program:
-    """The Program of a partition.
+    """Build the Program of a placement.
 
     Args:
-        partition: of the graph in normal form: where each node is computed.
-        source: the block as it was written.
-        target: as in `Program`; so are `frozen`, `terms`, `steps` and `cuts`.
+        partition: the placement of the graph in normal form.
+        source: the block as the user wrote it.
+        target, frozen, terms, steps, cuts: as in `Program`.
+
+    Raises:
+        InternalError: if a value is needed that no kernel computes.
     """
     names = [name for name, _ in source.outputs]
     built = _Build(partition, tuple(zip(names, partition.graph.roots, strict=True)))
@@ -100,7 +109,7 @@ class _Build:
 
     @property
     def roots(self) -> tuple[Node, ...]:
-        """The outputs' nodes."""
+        """The nodes of the outputs."""
         return self.partition.graph.roots
 
     def run(self) -> tuple[Kernel[Any], ...]:
@@ -120,7 +129,7 @@ class _Build:
         return found
 
     def typed(self, kernel: Kernel[Any]) -> Kernel[Any]:
-        """A kernel whose operands have the types that the kernels before it store."""
+        """A kernel whose operands have the dtypes that earlier kernels store."""
         body = kernel.body
         operands: list[Operand] = []
         for operand in body.epilogue.operands:
@@ -137,7 +146,7 @@ class _Build:
         return replace(kernel, body=replace(body, epilogue=epilogue))
 
     def is_unrounded(self, node: Node) -> bool:
-        """Whether a node is prepared in float32: all floats are but the weights of contractions."""
+        """Whether a node is prepacked in float32: all floats but contractions' right operands."""
         under = self.partition.storage(node)
         prepared = under in self.partition.weights and not isinstance(under, Input)
         return prepared and under not in self.factors and node.dtype.kind == "float"
@@ -148,9 +157,9 @@ class _Build:
         return {c.rhs for d in self.partition.drafts for c in d.contracts}
 
     def need(self, node: Node) -> None:
-        """Record that a node is loaded."""
+        """Record that a node is loaded or returned, and create the buffers of arguments."""
         under = self.partition.storage(node)
-        if isinstance(under, Size):  # the call tells it
+        if isinstance(under, Size):  # known from the call
             return
         name = self.partition.name(under)
         if isinstance(under, Concat) and under in self.partition.joined:
@@ -166,7 +175,7 @@ class _Build:
             self.needed.add(under)
 
     def join(self, node: Concat) -> None:
-        """A buffer that several kernels write, each its own columns or rows."""
+        """Create the buffer of a concatenation, of which each part's producer writes a slice."""
         if node in self.places:
             return
         name = self.partition.name(node)
@@ -183,7 +192,7 @@ class _Build:
             self.needed.add(part)
 
     def kernel(self, draft: Draft) -> Kernel[Any] | None:
-        """The kernel of a draft, or None where nobody needs it."""
+        """The kernel of a builder; None if no later kernel and no output needs it."""
         stored = [n for n in draft.homed if n in self.needed]
         sunk = [n for n in draft.sinks if n in self.folded or n in self.needed]
         if not stored and not sunk:
@@ -197,7 +206,7 @@ class _Build:
             return Kernel("", draft.kind, mainloop, nodes=tuple(stored))
         try:
             groups, body = self.assemble(draft, stored, sunk)
-        except Refused:  # all that it is committed to fits, and not each part of it
+        except Refused:  # the layout exists for all commitments together, but not for this subset
             for node in stored:
                 self.buffers.pop(self.places.pop(node).buffer, None)
             stored, sunk = [n for n in draft.homed if n in draft.kept], list(draft.sinks)
@@ -213,7 +222,7 @@ class _Build:
         return Kernel("", draft.kind, mainloop, body, names, tuple(sunk), nodes)
 
     def result(self, node: Node) -> None:
-        """A buffer for what a kernel without a body computes, in the node's own shape."""
+        """Create the buffer of a kernel without a body, in the node's shape."""
         name = self.partition.name(node)
         total = isinstance(node, Reduce) and node.dtype.kind == "float"
         wide = total and node.dtype.size < f32.size
@@ -221,7 +230,7 @@ class _Build:
         self.places[node] = ColumnSlice(name, 0, -1)
 
     def computed(self, draft: Draft, roots: list[Node]) -> tuple[Node, ...]:
-        """The nodes that a kernel computes for those that it writes, operands first."""
+        """The nodes that a kernel computes in order to write `roots`, operands first."""
         found: dict[Node, None] = {}
 
         def visit(node: Node) -> None:
@@ -240,7 +249,7 @@ class _Build:
     # Stores.
 
     def place(self, draft: Draft, group: Group) -> Store:
-        """Name a buffer for values that are stored side by side, and store them there."""
+        """Create the buffer of a group, record its nodes' column slices, and return its Store."""
         name, dtype = self.partition.name(group.nodes[0]), group.nodes[0].dtype
         at = max(group.first, 0)
         for node, value in zip(group.nodes, group.values, strict=True):
@@ -253,7 +262,7 @@ class _Build:
 
     @cached_property
     def multiplied(self) -> set[Node]:
-        """What is returned, or is an operand of a contraction: its type is its own."""
+        """Outputs and operands of contractions: they are stored in their own dtype."""
         contracts = [c for d in self.partition.drafts for c in d.contracts]
         typed = [*self.partition.graph.roots, *(o for c in contracts for o in c.operands)]
         return {self.partition.storage(n) for n in typed}
@@ -264,7 +273,7 @@ class _Build:
     def assemble(
         self, draft: Draft, stored: list[Node], sunk: list[Node]
     ) -> tuple[list[Group], Body]:
-        """What a kernel writes, and its body. Raises Refused where that cannot be laid out."""
+        """A kernel's groups of stores, and its body. Raises Refused if there is no layout."""
         groups = grouped(draft.space, stored, self.partition.piece_of)
         stores = [self.place(draft, g) for g in groups]
         sinks = [self.sink(draft, n) for n in sunk]
@@ -272,7 +281,7 @@ class _Build:
         return groups, assemble(draft.space, stores, sinks, operand_of, self.partial)
 
     def sink(self, draft: Draft, node: Node) -> Sink:
-        """A sink and the buffer of its partials."""
+        """Create the buffer of a sink's partials (of a pick: its result), and return the Sink."""
         name = self.partial(node)
         rows = draft.space.rows
         if isinstance(node, Pick):
@@ -289,11 +298,12 @@ class _Build:
         return self.partition.sink_of(draft, node, self.as_stored(node, draft), name)
 
     def as_stored(self, node: Reduce | Pick, draft: Draft) -> Value:
-        """What a sink reduces: a function of values as they are stored, where somebody reads them.
+        """The value that a sink reduces, computed from rounded values where those are stored.
 
-        A maximum that no stored value equals, or a logsumexp of other values than those that it
-        normalises, would be wrong by more than a rounding; what else is reduced of the same values
-        will meet it. What is returned may be read later, as by a backward.
+        A maximum that equals no stored value, or a logsumexp of other values than those that it
+        normalises, would be wrong by more than a rounding. Other sinks of the same values are
+        combined with it, so they read the same values. Returned values count as read: a backward
+        may read them.
         """
         together = [n for n in draft.sinks if isinstance(n, Reduce | Pick) and n.arg == node.arg]
         if not any(isinstance(n, Pick) or MONOIDS[n.fn].held for n in together):
@@ -308,11 +318,11 @@ class _Build:
         return draft.space.compute(arg)
 
     def partial(self, node: Node) -> str:
-        """The buffer of a reduction's partials (of a pick: of its result)."""
+        """The name of the buffer of a reduction's partials (of a pick: of its result)."""
         name = self.partition.name(node)
         return name if isinstance(node, Pick) else name + "_parts"
 
 
 def numbered(kernels: Iterable[Kernel[Any]]) -> list[Kernel[Any]]:
-    """Names in the order of launches: gemm0, rows1, torch2."""
+    """Rename kernels by kind and launch order: gemm0, rows1, torch2."""
     return [replace(k, name=f"{k.kind.name}{i}") for i, k in enumerate(kernels)]

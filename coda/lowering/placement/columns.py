@@ -1,10 +1,16 @@
-"""Nodes -> values at the columns of one kernel: which columns does an element of a node read?
+"""Node -> `Value`: for each element of a row, its scalar expression and the columns that it reads.
 
-A kernel computes at points: a row and a column of its *space* (the accumulator's columns, or those
-of the tiles that a row kernel loads). A node is computable there if each of its elements needs one
-row, and at most two columns. So for each element of a node we keep its scalar expression and the
-columns that it reads, as integer arrays over the node's own columns; views (slices, heads, concat)
-only move the arrays. RoPE, gated activations and per-head norms need no case of their own.
+The *space* of a kernel is the set of its columns: the accumulator's, or those of the row that a
+row-wise kernel loads. A node can be computed in a kernel if each of its elements reads one row and
+at most two columns. Arrays over the elements record this, and views only index them, so RoPE, gated
+activations and per-head norms need no case of their own. RoPE of one head, with x [M, 4] the
+accumulator and tables cos, sin [M, 2]; acc.i is at column slots[:, i], %i is leaves[:, i]:
+
+    before, x:  expr e0 e0 e0 e0   slots [0] [1] [2] [3]   e0 = acc.0
+    after, y = concat(x[:, :2]·cos − x[:, 2:]·sin, x[:, 2:]·cos + x[:, :2]·sin):
+                expr e1 e1 e2 e2   slots [0 2] [1 3] [0 2] [1 3]
+                leaves %0: cos 0, cos 1, cos 0, cos 1    %1: sin 0, sin 1, sin 0, sin 1
+                e1 = acc.0 · %0 − acc.1 · %1             e2 = acc.1 · %0 + acc.0 · %1
 """
 
 from __future__ import annotations
@@ -53,23 +59,23 @@ from coda.lowering.program.body import Ints, Spread
 from coda.lowering.program.epilogue import Acc, Expr, Literal, Load, Stat, leaves, stat_names
 
 GROUPED = "a matrix with one element for each group of columns"
-Segment = tuple[int, int]  # the first of some columns, and how many
+Segment = tuple[int, int]  # columns of a kernel: (first, number)
 
 
 @lru_cache(maxsize=100_000)
 def at_sizes(dim: Dim, sizes: tuple[tuple[str, int], ...]) -> Dim:
-    """A dim with the sizes of some of its symbols."""
+    """A dim with the sizes of some symbols substituted."""
     return dim.substitute({symbol: Dim.of(size) for symbol, size in sizes})
 
 
 def is_number(node: Node) -> bool:
-    """Whether a node has one element, whatever the sizes are."""
+    """Whether all axes of a node are 1."""
     return all(d == ONE for d in node.shape)
 
 
 @dataclass(frozen=True)
 class GroupStatistic:
-    """A reduction over groups of `size` columns of the space, of a per-column expression."""
+    """A reduction of a per-column expression over aligned groups of `size` columns (GEMM)."""
 
     name: str
     fn: str
@@ -79,9 +85,9 @@ class GroupStatistic:
 
 @dataclass(frozen=True)
 class RowStatistic:
-    """A reduction in a pass over rows: of `value`, which is 0 outside the `count` columns reduced.
+    """A reduction in a row-wise kernel of `value`, which is 0 outside its `count` columns.
 
-    `group` is the width of the groups that are reduced apart, or 0.
+    `group` is the width of the groups that are reduced separately; 0 for the whole row.
     """
 
     node: Reduce
@@ -92,30 +98,31 @@ class RowStatistic:
 
 @dataclass
 class Space:
-    """The columns of one kernel and the nodes that were computed there.
+    """The columns of one kernel, and the values of nodes computed there.
 
     Attributes:
-        width: number of columns.
-        rows: number of rows, as a dim.
-        sizes: the size of every symbol that columns may depend on.
-        leaf: what a node is called that the kernel loads, or None where it does not.
-        weights: nodes that are known before the call.
-        accumulators: contractions of this kernel, with the first column of each.
-        whole_rows: whether a reduction over all columns can be used again (row kernels).
-        segmented: whether a concatenation is taken part by part, each in its own columns.
-        refused: nodes that are not computed here, and why.
-        statistics: reductions of whole rows, or of groups of their columns, by name.
-        folds: reductions by name whose partials this kernel folds.
-        lines: reductions by name that this kernel takes of what earlier ones stored for each row.
-        leads: the row axes under which values were seen, as [B, S] for rows of B·S.
-        spread: operands that depend on some of the row axes only, by name.
-        tables: sources that depend on the rows, with their number of columns.
-        segment: the columns (first, count) in which narrower matrices are loaded now: a pass over
-            rows takes a concatenation part by part.
-        segments: all such columns so far.
-        offsets: the first column of each matrix that is narrower than the kernel.
+        width: the number of columns.
+        rows: the number of rows.
+        sizes: the sizes of all symbols on which columns may depend.
+        leaf: node -> name under which the kernel loads it; None if it does not.
+        weights: the weights of the graph, known before the call.
+        accumulators: contraction of this GEMM -> its first column.
+        whole_rows: whether the kernel is row-wise, so that it can read its own row statistics.
+        segmented: whether the parts of a concatenation are each loaded at their own columns.
+        values, refused: node -> its value; node that must not be computed here -> the reason.
+        exprs, index, sources: expressions by number, their numbers, and sources of row leaves.
+        groups: statistics of column groups, in a GEMM.
+        statistics: name -> statistic of full rows or of column groups, in a row-wise kernel.
+        folds: name -> reduction whose partials this kernel folds.
+        lines: name -> reduction over rows of values that earlier kernels stored per row.
+        leads: the row axes of computed nodes, such as [B, S] for B·S rows.
+        spread: name -> expansion of an operand that depends on some of the row axes only.
+        tables: source that depends on the rows -> its number of columns.
+        segment: the columns at which narrower matrices are loaded now; None for no restriction.
+        segments: all segments so far.
+        offsets: operand narrower than the kernel -> its first column.
         sunk: values that are summed over the rows.
-        nested: how many computations have asked for the one that goes on now.
+        nested: the present depth of recursion of `compute`.
     """
 
     width: int
@@ -145,14 +152,14 @@ class Space:
     nested: int = 0
 
     def size(self, dim: Dim) -> int:
-        """The size of some columns. Raises Refused where they are rows."""
+        """The size of a column axis. Raises Refused if it depends on the number of rows."""
         if dim.symbols - self.sizes.keys():
             raise Refused("its columns are rows, of which a call has any number")
         return dim.size(self.sizes)
 
     @contextmanager
     def inside(self, segment: Segment | None) -> Iterator[None]:
-        """Load matrices as wide as the segment at its columns; None changes nothing."""
+        """Inside, load matrices that are as wide as the segment at its columns. None: no change."""
         before = self.segment
         self.segment = segment or before
         try:
@@ -161,7 +168,7 @@ class Space:
             self.segment = before
 
     def parts(self, node: Node) -> list[tuple[Node, Segment | None]]:
-        """The operands of a node, with the columns of those that lie side by side."""
+        """The operands of a node; those of a concatenation along the columns with their segment."""
         plain: list[tuple[Node, Segment | None]] = [(o, None) for o in node.operands]
         if not (self.whole_rows and self.segmented and isinstance(node, Concat)):
             return plain
@@ -178,23 +185,23 @@ class Space:
         return found
 
     def matches(self, elements: Dim) -> bool:
-        """Whether a matrix of so many elements fills the kernel, or the segment."""
+        """Whether a matrix of so many elements has the kernel's width, or the segment's."""
         part = self.segment is not None and self.is_filled_by(elements, self.segment[1])
         return part or self.is_filled_by(elements)
 
     def is_filled_by(self, elements: Dim, width: int | None = None) -> bool:
-        """Whether so many elements are those of so many columns, of all by default."""
+        """Whether `elements` = rows · width, by default the kernel's width."""
         known = tuple(self.sizes.items())
         whole = at_sizes(self.rows, known) * (self.width if width is None else width)
         return at_sizes(elements, known) == whole
 
     def has_rows(self, node: Node) -> bool:
-        """Whether the rows are some leading axes of a node."""
+        """Whether some leading axes of a node are the rows."""
         return any(product(node.shape[:i]) == self.rows for i in range(node.rank + 1))
 
     @contextmanager
     def scratch(self) -> Iterator[None]:
-        """In no segment, and forgetting the expressions that are numbered inside."""
+        """Inside there is no segment, and expressions that get numbers are discarded at the end."""
         known, segment = len(self.exprs), self.segment
         self.segment = None
         try:
@@ -207,7 +214,7 @@ class Space:
 
     @contextmanager
     def attempt(self, kept: Callable[[Node], bool]) -> Iterator[None]:
-        """Forget what was computed inside if it is refused, but for the nodes to be kept."""
+        """Roll back the values computed inside if Refused is raised, except for `kept` nodes."""
         nodes, offsets = set(self.values), dict(self.offsets)
         statistics, segments = dict(self.statistics), dict(self.segments)
         groups = list(self.groups)
@@ -226,7 +233,7 @@ class Space:
     def needed(
         self, before: Mapping[str, RowStatistic], nodes: Iterable[Node]
     ) -> dict[str, RowStatistic]:
-        """The statistics of before, and those that some nodes or sinks read, or that these need."""
+        """The statistics of `before`, and those on which some nodes or sinks depend."""
         values = [self.values[n] for n in nodes] + self.sunk
         found = dict(before)
         for name, one in reversed(self.statistics.items()):
@@ -238,25 +245,25 @@ class Space:
     def read_groups(
         self, before: Sequence[GroupStatistic], nodes: Iterable[Node]
     ) -> list[GroupStatistic]:
-        """The statistics of groups of before, and those that some nodes read."""
+        """The group statistics of `before`, and those that some nodes read."""
         names = {g.name for g in before}
         if len(self.groups) > len(before):
             names |= stat_names(self.expressions([self.values[n] for n in nodes]))
         return [g for g in self.groups if g.name in names]
 
     def offsets_of(self, nodes: Iterable[Node]) -> dict[str, int]:
-        """Where the narrow matrices begin that some nodes, the sinks or the statistics load."""
+        """The offsets of the narrower matrices that some nodes, sinks or statistics load."""
         values = [self.values[n] for n in nodes] + self.sunk
         values += [s.value for s in self.statistics.values()]
         read = {e.operand for e in leaves(self.expressions(values)) if isinstance(e, Load)}
         return {name: first for name, first in self.offsets.items() if name in read}
 
     def expressions(self, values: Iterable[Value]) -> list[Expr]:
-        """The expressions of some values."""
+        """The distinct expressions of each value."""
         return [self.exprs[i] for v in values for i in np.unique(v.expr)]
 
     def place_of(self, value: Value) -> int:
-        """The column at which a value begins. Raises Refused where nothing tells."""
+        """The column of a value's first element. Raises Refused if columns are not consecutive."""
         if value.count == self.width:
             return 0
         first = first_column(value)
@@ -267,7 +274,7 @@ class Space:
         return first
 
     def widened(self, value: Value) -> Value:
-        """A value that is 0 in all columns that it does not have. Raises Refused."""
+        """A value padded with 0 to the kernel's width. Raises Refused, as `place_of`."""
         first = self.place_of(value)
         rest = self.width - first - value.count
         zeros = [self.at((n,), Literal(0.0), None) for n in (first, rest)]
@@ -275,19 +282,19 @@ class Space:
 
     @property
     def group_size(self) -> int:
-        """The width of the groups of columns that have statistics of their own, or 0."""
+        """The width of the column groups of statistics; 0 if there are none."""
         sizes = [g.size for g in self.groups]
         return next(iter(sizes + [s.group for s in self.statistics.values() if s.group]), 0)
 
     def id(self, expr: Expr) -> int:
-        """The index of an expression."""
+        """The number of an expression."""
         if expr not in self.index:
             self.index[expr] = len(self.exprs)
             self.exprs.append(expr)
         return self.index[expr]
 
     def compute(self, node: Node) -> Value:
-        """The value of a node whose operands were computed here, or are loaded. Raises Refused."""
+        """The value of a node, whose operands are loaded or computed as well. Raises Refused."""
         if node not in self.values:
             if self.nested == LONGEST:
                 raise Refused(f"it is more than {LONGEST} operations away from what is known here")
@@ -299,9 +306,9 @@ class Space:
         return self.values[node]
 
     def fold(self, node: Reduce, mean: Reduce | None = None) -> None:
-        """Take a reduction's total from partials that an earlier kernel left.
+        """Compute a reduction by folding partials that an earlier kernel stored.
 
-        `mean` is the reduction of the same values that is the first plane of this one.
+        `mean` is a reduction of the same values whose result is the first plane of this one's.
         """
         name = f"f{len(self.folds)}"
         self.folds[name] = node
@@ -310,7 +317,7 @@ class Space:
             self.values[mean] = self.at(self.columns(mean), Stat(name, MONOIDS[node.fn].also), None)
 
     def split(self, node: Node) -> int:
-        """How many of the node's leading axes are the rows. Raises Refused."""
+        """The number of leading axes of a node that are the rows. Raises Refused if none are."""
         if self.rows != ONE and is_number(node):
             return 0
         total = ONE
@@ -334,7 +341,7 @@ class Space:
         raise Refused("its leading axes are not the rows of the kernel")
 
     def over_rows(self, name: str, node: Node, columns: int) -> bool:
-        """Whether an operand depends on the rows; on some of their axes, it is to be spread."""
+        """Whether an operand depends on the rows; one of some row axes is recorded in `spread`."""
         axes = node.shape[: max(0, node.rank - columns)]
         if product(axes) in (ONE, self.rows):
             return product(axes) != ONE
@@ -388,7 +395,7 @@ class Space:
     # Leaves.
 
     def operand(self, node: Node, columns: int) -> Value:
-        """A node as an operand of an elementwise operation on values with `columns` column axes."""
+        """The value of an operand of an elementwise operation with `columns` column axes."""
         name = self.leaf(node)
         if isinstance(node, Const | Size) and name is None:
             value = node.value if isinstance(node, Const) else self.size(node.dim)
@@ -417,7 +424,7 @@ class Space:
         return self._source(shape, node)
 
     def anchored(self, name: str) -> int:
-        """The first column of a matrix that is as wide as the segment. Raises Refused."""
+        """The first column of a matrix of the segment's width. Raises Refused if it has another."""
         assert self.segment is not None
         if self.offsets.setdefault(name, self.segment[0]) != self.segment[0]:
             raise Refused("a matrix is read at two places of the kernel's columns")
@@ -435,7 +442,7 @@ class Space:
         )
 
     def _source(self, shape: tuple[int, ...], node: Node) -> Value:
-        """A vector or a table narrower than the space: each element names its own column of it."""
+        """A vector or a table of another width than the kernel: element i is a row leaf of it."""
         if np.prod(shape) > 16 * self.width + 65536:
             raise Refused("an operand is larger than the rows of the kernel")
         if self.rows == ONE and isinstance(base(node), Input) and node not in self.weights:
@@ -462,7 +469,7 @@ class Space:
         return value
 
     def _check_tables(self, value: Value) -> None:
-        """Raise Refused where a GEMM would read a matrix with one element for each group."""
+        """Raise Refused if a GEMM would read a matrix with one element per column group."""
         for leaf in np.moveaxis(value.leaves, 1, 0):
             tables = {self.sources[s] for s in np.unique(leaf[:, 0]) if s >= 0} & self.tables.keys()
             for period in {self.tables[t] for t in tables}:
@@ -489,7 +496,7 @@ class Space:
         return value
 
     def _axis(self, node: Node, axis: int) -> int:
-        """An axis as an index into the column axes, from the right."""
+        """Return a negative axis unchanged. Raises Refused if it is no column axis."""
         if -axis > node.rank - self.split(node):
             raise Refused("it crosses the rows")
         return axis
@@ -522,7 +529,7 @@ class Space:
         return self.compute(node.arg).move(lambda a: a.transpose(order))
 
     def _line(self, node: Reduce) -> Value:
-        """A reduction over rows of values in memory, of which each has one."""
+        """A reduction over rows of values in memory, one per row."""
         if not self.whole_rows or self.leaf(node.arg) is None or product(node.shape) != self.rows:
             raise Refused(f"`{node.fn}` over rows of what is not in memory")
         name = f"r{len(self.lines)}"
@@ -548,13 +555,13 @@ class Space:
         return self.at(self.columns(node), Stat(self._statistic(node, value, 0)), None)
 
     def _statistic(self, node: Reduce, value: Value, group: int) -> str:
-        """A name for a statistic of the row, or of groups of its columns."""
+        """Add a statistic of the row, or of groups of its columns; return its name."""
         name = next(n for i in count() if (n := f"s{i}") not in self.statistics)
         self.statistics[name] = RowStatistic(node, self.widened(value), value.count, group)
         return name
 
     def _group_of_row(self, node: Reduce, value: Value, axis: int) -> Value:
-        """A statistic of aligned groups of columns in a pass over rows."""
+        """A statistic of aligned column groups in a row-wise kernel."""
         size, first = value.shape[axis], self.place_of(value)
         sizes = {s.group for s in self.statistics.values() if s.group} | {size}
         if axis != -1 or first % size or size not in TILE_PARTS or len(sizes) > 1:
@@ -566,7 +573,7 @@ class Space:
         return out
 
     def _group(self, node: Reduce, value: Value, axis: int) -> Value:
-        """A statistic of aligned groups of columns (a head), from the accumulator."""
+        """A statistic of aligned column groups (heads) of a GEMM's accumulator."""
         size = value.shape[axis]
         moved = value.move(lambda a: np.moveaxis(a, axis, -1))
         columns = moved.slots.reshape(-1, size) if moved.slots.shape[1] == 1 else None

@@ -1,4 +1,8 @@
-"""Kernels in the making: what is placed in them so far, and what each will find in memory."""
+"""`Draft`, a kernel builder, and `Drafts`, the state of a placement: nodes, builders and memory.
+
+A builder's kernel is in the order (GEMM, number): row-wise kernels after the third GEMM are (3, 7),
+(3, 9). A kernel can load a node if the node is loadable and its producer kernel has a lower order.
+"""
 
 from __future__ import annotations
 
@@ -35,25 +39,25 @@ from coda.lowering.placement.values import Value
 from coda.lowering.program.kernel import Kind
 from coda.lowering.program.program import Unfused
 
-Order = tuple[int, int]  # the GEMM that came last, running number
-LAST = 1 << 30  # behind all GEMMs: sums that are only returned are folded together
+Order = tuple[int, int]  # the number of the last GEMM before the kernel, a running number
+LAST = 1 << 30  # after all GEMMs: sums that are only returned are folded together
 
 
 @dataclass(eq=False)
 class Draft:
-    """A kernel in the making.
+    """A kernel builder.
 
     Attributes:
-        kind: of kernel.
-        order: its place among the kernels.
-        space: its columns (a kernel that fuses nothing has none).
-        contracts: a GEMM's contractions.
-        homed: nodes that are computed here first.
-        sinks: reductions and picks that are taken in a GEMM's epilogue, with their values.
-        over_rows: those of them that sum over the rows.
-        kept: nodes that it is committed to store, if another kernel loads them.
-        layout: the points of its columns, as what it is committed to write needs them.
-        why: why the node of a kernel that fuses nothing is there.
+        kind: the kind of kernel.
+        order: its position among the kernels.
+        space: its columns and the values computed there (width 0 for a kind that does not fuse).
+        contracts: a GEMM's contractions, concatenated along the columns.
+        homed: nodes of which this is the producer kernel.
+        sinks: reductions and picks that it writes as sinks, with the values that they reduce.
+        over_rows: those of them that sum over rows.
+        kept: nodes that it is committed to store if another kernel loads them.
+        layout: the layout of all its commitments; None before the first, or if it must be redone.
+        why: for a kernel of one operation, the reason that no kernel fuses it.
     """
 
     kind: Kind
@@ -69,40 +73,39 @@ class Draft:
 
     @property
     def rows(self) -> Dim:
-        """How many rows its points have."""
+        """The number of rows of the kernel."""
         return self.space.rows
 
     @property
     def width(self) -> int:
-        """How many columns they have."""
+        """The number of columns of the kernel."""
         return self.space.width
 
 
-Room = tuple[Draft, Segment | None]  # a kernel, and the columns of it that a node would have
+Room = tuple[Draft, Segment | None]  # a kernel builder, and the columns for a node; None: all
 
 
 @dataclass
 class Drafts:
-    """The state of one run over the nodes of a graph, and what follows from it.
+    """The state of one placement, and questions about it.
 
     Attributes:
-        graph: in the normal form of the laws.
+        graph: in normal form.
         sizes: the size of every symbol.
-        kinds: the kinds of kernel that there are.
-        apart: whether contractions whose rows are reduced have a GEMM of their own.
-        passing: names of arguments that are new in every call.
-        part_of: contractions of a value that is made in parts.
-        home: where each node is computed first.
-        drafts: the kernels, in no order.
-        behind: those of them that come after each GEMM, and before the next.
-        loadable: nodes that will be in memory if somebody loads them.
-        joined: nodes that are concatenations in memory, with the nodes whose kernels write their
-            parts.
-        piece_of: those parts, with the concatenation.
-        stacked: concatenations whose parts are rows.
-        waiting: how many operations deep a node of arguments alone is that is not placed yet.
+        kinds: all kinds of kernel, in order of preference.
+        apart: whether contractions whose full rows are reduced have a GEMM of their own.
+        passing: names of arguments that are new in every call, and so are no weights.
+        part_of: contraction of a chunked value -> number of its chunk.
+        home: node -> its producer kernel.
+        drafts: all kernel builders, unordered.
+        behind: number of a GEMM -> the builders after it and before the next GEMM.
+        loadable: nodes that are materialised if some kernel loads them.
+        joined: materialised concatenation -> the nodes whose producers write its parts.
+        piece_of: each of those nodes -> its concatenation.
+        stacked: those concatenations whose parts are rows.
+        waiting: node of arguments alone, not placed yet -> its depth in operations.
         rows: the number of rows of the block.
-        tokens: symbols of rows. A call tells their sizes: no kernel is laid out by them.
+        tokens: the token symbols. Calls determine their sizes, so no layout depends on them.
     """
 
     graph: Graph
@@ -131,28 +134,28 @@ class Drafts:
 
     @property
     def known(self) -> dict[str, int]:
-        """The sizes that kernels are laid out by."""
+        """The sizes on which layouts may depend: all but those of token symbols."""
         return {s: n for s, n in self.sizes.items() if s not in self.tokens}
 
     # Kernels.
 
     def opener(self, node: Node) -> Kind:
-        """The first kind that computes a node by itself."""
+        """The first kind that can compute a node from memory."""
         return next(k for k in self.kinds if k.opens(node, self.sizes))
 
     @property
     def rowwise(self) -> Kind:
-        """The kind of passes over rows."""
+        """The row-wise kind."""
         return next(k for k in self.kinds if k.whole_rows)
 
     def space(self, width: int, rows: Dim) -> Space:
-        """The columns of a pass over rows."""
+        """The empty space of a row-wise kernel."""
         return Space(width, rows, self.known, whole_rows=True)
 
     def open(
         self, kind: Kind, index: int, space: Space, contracts: tuple[Contract, ...] = ()
     ) -> Draft:
-        """A new kernel, after all others behind the same GEMM."""
+        """Open a kernel builder, ordered after all others behind the GEMM `index`."""
         self.opened += 1
         draft = Draft(kind, (index, self.opened), space, contracts)
         space.leaf = lambda n: self.leaf(n, draft)
@@ -162,7 +165,7 @@ class Drafts:
         return draft
 
     def drop(self, draft: Draft) -> bool:
-        """Forget a kernel that was opened in vain, unless something on the way stays in it."""
+        """Remove a kernel builder without nodes; False if it has some."""
         if draft.homed or draft.sinks:
             return False
         self.drafts.remove(draft)
@@ -170,7 +173,7 @@ class Drafts:
         return True
 
     def row_drafts(self, index: int, rows: Dim, width: int) -> list[Draft]:
-        """The passes over rows behind a GEMM that could take `width` columns."""
+        """The row-wise builders behind a GEMM whose width allows `width` columns."""
         return [
             d
             for d in self.behind.get(index, ())
@@ -180,7 +183,7 @@ class Drafts:
         ]
 
     def rooms(self, index: int, rows: Dim, width: int) -> list[Room]:
-        """Passes over rows behind a GEMM that could take `width` columns, and where in theirs."""
+        """The row-wise builders behind a GEMM, with the segments, that allow `width` columns."""
         found: list[Room] = []
         found += [(d, None) for d in self.row_drafts(index, rows, width)]
         for draft in self.behind.get(index, ()):
@@ -191,16 +194,19 @@ class Drafts:
     def row_draft(
         self, index: int, rows: Dim, width: int, behind: Order, narrow: bool = False
     ) -> Draft:
-        """A pass over rows behind a kernel; `narrow` ones have so many columns now."""
+        """A row-wise builder ordered after `behind`, opened if there is none.
+
+        With `narrow`, only builders of exactly `width` columns are reused.
+        """
         for draft in self.row_drafts(index, rows, width):
             if draft.order > behind and (draft.space.width == width or not narrow):
                 return draft
         return self.open(self.rowwise, index, self.space(width, rows))
 
     def hosts(self, node: Node) -> list[Draft]:
-        """Kernels with a point for each element of a node, which load the arguments it needs.
+        """The builders, last first, that have the elements of a node and load its arguments.
 
-        Of what is made of one reduction, for each element that this reduces.
+        For a reduction, or a cast of one, it is the elements of the reduction's operand.
         """
         under = node
         while isinstance(under, Cast | Reshape):
@@ -214,7 +220,7 @@ class Drafts:
         return found
 
     def loads_all_of(self, node: Node, draft: Draft) -> bool:
-        """Whether a kernel loads the arguments that a node is made of, as large as the node."""
+        """Whether a kernel loads all arguments of a node that are at least as large as the node."""
         elements = product(node.shape).size(self.sizes)
         leaves = pointwise_leaves(node, self.weights)
         needed = {n for n in leaves if product(n.shape).size(self.sizes) >= elements}
@@ -224,16 +230,16 @@ class Drafts:
     # Rows.
 
     def counts_rows(self, dim: Dim) -> bool:
-        """Whether a size depends on the number of rows, which is known at the call."""
+        """Whether a size depends on the number of tokens, which only the call determines."""
         return bool(dim.symbols & self.tokens)
 
     def folds_rows(self, node: Reduce) -> bool:
-        """Whether a reduction is one over rows of what each of them has once."""
+        """Whether a reduction folds one number per row, over the rows."""
         axis = node.rank + node.axis
         return self.counts_rows(node.arg.shape[axis]) and product(node.shape[axis:]) == ONE
 
     def shapes(self, node: Node, groups: bool = False) -> list[tuple[Dim, Dim]]:
-        """Ways to see a node as rows and columns, of which none depends on the number of rows."""
+        """The (rows, columns) of a node as a matrix whose columns have no token symbol."""
         if isinstance(node, Reduce) and self.folds_rows(node):
             return [(product(node.shape), ONE)]
         found = row_shapes(node, self.rows, groups)
@@ -244,7 +250,7 @@ class Drafts:
         return found
 
     def waiting_folds(self, node: Node) -> list[Reduce]:
-        """The folds of rows that a node needs and that are not placed yet, operands first."""
+        """The folds over rows that a node depends on and that are not placed yet."""
         found: list[Reduce] = []
         stack, seen = list(node.operands), set[Node]()
         while stack:
@@ -259,7 +265,7 @@ class Drafts:
         return found
 
     def comes_last(self, node: Node) -> bool:
-        """Whether nothing but numbers that are returned is made of a number."""
+        """Whether all users of a node, transitively, are elementwise and of its size."""
         stack = list(self.users[node])
         while stack:
             one = stack.pop()
@@ -271,7 +277,7 @@ class Drafts:
     # Memory.
 
     def leaf(self, node: Node, draft: Draft) -> str | None:
-        """The name under which a kernel loads a node, or None."""
+        """The name under which a kernel loads a node; None if it cannot load it."""
         if isinstance(node, Const) or (isinstance(node, Size) and not self.counts_rows(node.dim)):
             return None
         if isinstance(node, Input | Size):
@@ -288,12 +294,12 @@ class Drafts:
         return None if fills else self.name(node)
 
     def in_memory(self, node: Node, draft: Draft) -> bool:
-        """Whether a node is (or can be) stored by an earlier kernel."""
+        """Whether a node is, or can be, stored by an earlier kernel."""
         home = self.home.get(node)
         return node in self.loadable and home is not None and home.order < draft.order
 
     def storage(self, node: Node) -> Node:
-        """The node in memory that a view looks at; itself where it has to be stored as it is."""
+        """The node whose memory a view aliases; the view itself if it needs its own memory."""
         while is_view(node):
             under = base(node)
             free = isinstance(under, Input) or isinstance(node, Reshape) or is_turned(node)
@@ -304,7 +310,7 @@ class Drafts:
         return node
 
     def only_in_batches(self, node: Node) -> bool:
-        """Whether products of batches alone read a view: torch takes them under any axes."""
+        """Whether only batched contractions read a view; torch accepts any strides there."""
         above = self.users.get(node, []) if is_view(node) else []
         multiplied = [isinstance(u, Contract) and u.batched for u in above]
         return bool(above) and all(
@@ -312,7 +318,7 @@ class Drafts:
         )
 
     def known_before(self, node: Node, view: Slice) -> bool:
-        """Whether a node is in memory, no later than a view of it that a kernel stores."""
+        """Whether a node is materialised, and not later than a stored view of it."""
         node = self.storage(node)
         if node not in self.loadable:
             return False
@@ -321,18 +327,18 @@ class Drafts:
         return not (late and view in self.loadable)
 
     def only_returned(self, node: Node) -> bool:
-        """Whether a view is only returned: then it is a view of what is stored."""
+        """Whether a view is only returned, so that it can alias its operand's memory."""
         return is_view(node) and all(self.only_returned(u) for u in self.users[node])
 
     def name(self, node: Node) -> str:
-        """A name for a node in memory."""
+        """The name of a materialised node, given at the first call."""
         if node not in self.names:
             self.names[node] = node.name if isinstance(node, Input) else self.new_name(node)
             self.named[self.names[node]] = node
         return self.names[node]
 
     def new_name(self, node: Node) -> str:
-        """An output's own name, else t1, t2 and so on."""
+        """The output's name for an output, otherwise t1, t2 and so on."""
         for name, root in self.graph.outputs:
             if root is node:
                 return f"{name}_out" if name in self.named else name

@@ -1,8 +1,16 @@
-"""Values at a kernel's columns -> its Epilogue, the order of its columns, and packed row operands.
+"""Values of a kernel's stores and sinks -> its Epilogue, column order, and packed row vectors.
 
-If no element reads two columns, the points are single columns. If some do, all pairs must lie the
-same distance apart; then the columns are put in an order in which partners are neighbours (rows of
-the weight are), and the points are pairs (the pairing of the design).
+If no element reads two columns, the kernel's points are single columns. Otherwise the points are
+column pairs: all pairs must have the same distance in the buffers, and the kernel's columns (the
+rows of its weight) are permuted so that the columns of a pair are adjacent.
+
+RoPE of one head of 4 columns, whose arrays are at the head of `columns.py`:
+
+    before, 4 elements:   expr     e1 e1 e2 e2          slots  [0 2] [1 3] [0 2] [1 3]
+    after, 2 points:      columns  [0 2] [1 3]          lanes  (e1, e2) (e1, e2)
+
+The distance is 2. Both points have the same two expressions, and point p loads cos[p] and sin[p] as
+Periodic(2). The store has two lanes and split 2, so the buffer keeps its column order.
 """
 
 from __future__ import annotations
@@ -57,12 +65,12 @@ from coda.lowering.program.epilogue import (
     stat_names,
 )
 
-STAGED = 24  # bytes an element that the smallest tile has for matrices loaded and stored
+STAGED = 24  # bytes of shared memory per element, in the smallest tile, for loads and stores
 
 
 @dataclass(frozen=True)
 class Store:
-    """The values of some nodes, to be written side by side into one buffer."""
+    """The values of some nodes, to be stored into one buffer, concatenated along the columns."""
 
     buffer: str
     dtype: DType
@@ -72,9 +80,9 @@ class Store:
 
 @dataclass(frozen=True)
 class Sink:
-    """A value to be reduced over the columns; `index` names the operand of a pick.
+    """A value to be reduced over the columns or, with `rows`, summed over the rows.
 
-    With `rows`, it is summed over the rows.
+    `index` is the name of a pick's operand, `buffer` that of the partials.
     """
 
     node: Node
@@ -86,7 +94,10 @@ class Sink:
 
 
 def pairing(width: int, values: Iterable[Value]) -> int | None:
-    """The distance between partners, None where elements read one column. Raises Refused."""
+    """The distance of column pairs in the buffers; None if every element reads one column at most.
+
+    Raises Refused if distances differ or pairs do not tile the columns.
+    """
     split: int | None = None
     for value in values:
         distance = value.distance
@@ -100,17 +111,19 @@ def pairing(width: int, values: Iterable[Value]) -> int | None:
 
 @dataclass
 class Layout:
-    """The points of a kernel, and what is bound to them so far.
+    """The points of a kernel, and the operands, stores and sinks laid out so far.
 
     Attributes:
-        space: where the values were computed.
-        operand_of: the node and dtype that an operand's name stands for.
-        split: the distance between the columns of a point; None where a point is one column.
-        shape: what points depend on beside the values: changed, they are another layout.
-        operands, nodes: what the points load, by name.
-        packed, lanes_used, vectors: the vectors among them.
-        spread: operands that are repeated over the rows, by name.
-        stored, sunk, statistics: what was laid out.
+        space: the space in which the values were computed.
+        operand_of: operand name -> node and dtype in memory.
+        split: the distance of the columns of a pair in the buffers; None for single columns.
+        shape: (split, width, group width): another shape is another layout.
+        operands, nodes: operand name -> its declaration, and the node that it loads.
+        packed: the packed row vectors.
+        lanes_used: name of a packed vector -> number of its lanes in use.
+        vectors: contents of a vector, as bytes -> its operand and lane.
+        spread: operand name -> expansion over the row axes.
+        stored, sunk, statistics: the stores, sinks and statistics that are laid out.
     """
 
     space: Space
@@ -138,14 +151,14 @@ class Layout:
         operand_of: Callable[[str], tuple[Node, DType]],
         before: Layout | None = None,
     ) -> Layout:
-        """The layout of what a kernel writes. Raises Refused where there is none.
+        """The layout of a kernel's stores and sinks. Raises Refused if there is none.
 
         Args:
-            space: where the values were computed.
-            stores, sinks: what the kernel writes.
-            operand_of: the node and dtype that an operand's name stands for.
-            before: a layout of the same space, of some of the stores and sinks. It is added to
-                where its points are the same, and is spoiled where this is refused.
+            space: the space in which the values were computed.
+            stores, sinks: all that the kernel writes.
+            operand_of: operand name -> node and dtype in memory.
+            before: a layout of some of the stores and sinks in the same space. It is extended in
+                place if its shape is the same; after a refusal it must not be used again.
         """
         values = [v for s in stores for v in s.values] + [s.value for s in sinks]
         values += [s.value for s in space.statistics.values()]
@@ -158,7 +171,7 @@ class Layout:
         return found
 
     def write(self, stores: Sequence[Store], sinks: Sequence[Sink]) -> None:
-        """Lay out what a kernel writes. Raises Refused."""
+        """Lay out stores and sinks. Raises Refused if the kernel cannot write them together."""
         old = self.stored
         self.stored = {s.nodes: old.get(s.nodes) or _store(self, s) for s in stores}
         apart, whole = self.split is not None, self.space.whole_rows
@@ -179,7 +192,7 @@ class Layout:
                 self.bind(Load(sink.index, NO_LANE), {})
 
     def check(self) -> None:
-        """Raise Refused where the statistics cannot be laid out, or shared memory does not do."""
+        """Raise Refused if statistics cannot be laid out, or shared memory does not suffice."""
         if self.space.groups or self.space.statistics:
             roots = [e for s in (*self.stored.values(), *self.sunk.values()) for e in s.lanes]
             _own_statistics(self, stat_names(roots))
@@ -192,13 +205,16 @@ class Layout:
 
     @cached_property
     def columns(self) -> Ints:
-        """[points, lanes]: the columns of each point."""
+        """[points, lanes] int64: the columns of each point, in the order of the buffers."""
         if self.split is None:
             return np.arange(self.space.width)[:, None]
         return paired_columns(self.space.width, self.split)
 
     def lanes(self, value: Value) -> tuple[Expr, ...]:
-        """One expression for each lane of the point, or one for a pair. Raises Refused."""
+        """One expression per lane, or a single one for a value with one element per pair.
+
+        Raises Refused for a value of any other width.
+        """
         columns = self.columns
         if value.count == self.space.width:
             return tuple(self.at(value, columns[:, i], columns) for i in range(columns.shape[1]))
@@ -207,7 +223,7 @@ class Layout:
         raise Refused(f"it has {value.count} columns where the kernel has {self.space.width}")
 
     def is_filled_by(self, value: Value) -> bool:
-        """Whether a value has an element for each column, or one for each pair of them."""
+        """Whether a value has one element per column, or one per column pair."""
         if self.split is None or value.count != self.points:
             return value.count == self.space.width
         columns = self.columns
@@ -215,7 +231,13 @@ class Layout:
         return bool(inside.all())
 
     def at(self, value: Value, element: Ints, columns: Ints) -> Expr:
-        """The expression at every point, of the element that the point computes."""
+        """The expression, common to all points, of one element per point.
+
+        Args:
+            value: the value.
+            element: [points], the element that each point computes.
+            columns: [points, lanes], as `self.columns`.
+        """
         if value.count == len(element) and np.array_equal(element, np.arange(value.count)):
             slots, group, leaves, numbers = value.slots, value.group, value.leaves, value.expr
         else:
@@ -239,7 +261,7 @@ class Layout:
         return self.select(exprs, which)
 
     def lanes_at(self, slots: Ints, columns: Ints) -> Ints:
-        """Which lane of its point each slot is, -1 for none. Raises Refused for another point's."""
+        """Slots [points, k] -> lanes of the same point, -1 for none. Raises Refused for others."""
         if slots.shape[1] == 0 or np.array_equal(slots, columns):
             return np.broadcast_to(np.arange(slots.shape[1]), slots.shape)
         same = slots[:, :, None] == columns[:, None, :]
@@ -248,8 +270,13 @@ class Layout:
         return np.where(slots >= 0, np.argmax(same, -1), -1)
 
     def select(self, exprs: list[Expr], which: Ints) -> Expr:
-        """One expression where points have several: chosen by a row operand."""
-        kinds = list(dict.fromkeys(exprs)) or [Literal(0.0)]  # without elements nobody asks
+        """One expression for points with several: a choice by the segment number of the column.
+
+        Args:
+            exprs: the distinct expressions.
+            which: [points], the index of each point's expression.
+        """
+        kinds = list(dict.fromkeys(exprs)) or [Literal(0.0)]  # a value without elements
         if len(kinds) == 1:
             return kinds[0]
         if len(kinds) > 8:
@@ -265,7 +292,7 @@ class Layout:
     # Row operands.
 
     def vector(self, leaf: NDArray) -> Load:
-        """The load of a vector with one element for each point."""
+        """The load of `leaf` [points, 2], the (source, index) of one vector element per point."""
         source, index = leaf[:, 0], leaf[:, 1]
         sources = self.space.sources
         tables = {s for s in np.unique(source) if s >= 0 and sources[s] in self.space.tables}
@@ -277,7 +304,7 @@ class Layout:
         return Load(*self.vectors[key])
 
     def constant(self, numbers: NDArray[np.float64]) -> Load:
-        """The load of a vector of numbers."""
+        """The load of a packed vector of constants, [points]."""
         key = b"numbers" + numbers.tobytes()
         if key not in self.vectors:
             none = np.full(len(numbers), -1)
@@ -285,7 +312,7 @@ class Layout:
         return Load(*self.vectors[key])
 
     def lane_of_row(self, part: Packed) -> tuple[str, int]:
-        """A free lane of a packed row operand for the vector `part`."""
+        """Put a vector into a free lane of a packed row operand: (operand, lane)."""
         lanes = 1 if self.split is None else 2
         last = self.packed[-1] if self.packed else None
         if last is None or self.lanes_used[last.name] == lanes:
@@ -303,7 +330,10 @@ class Layout:
         return last.name, lane
 
     def table(self, source: Ints, index: Ints, tables: set[int]) -> Load:
-        """The load of a table that repeats along the columns, or has an element for each group."""
+        """The load of a table that repeats along the columns, or has one element per group.
+
+        `source` and `index` [points] are those of each point's element; `tables` are the sources.
+        """
         used = source >= 0
         if len(tables) > 1 or np.any(source[used] != next(iter(tables))):
             raise Refused("its columns read different tables")
@@ -324,7 +354,7 @@ class Layout:
         return self.repeated(node, Periodic(period))
 
     def repeated(self, node: Node, access: Periodic | Grouped) -> Load:
-        """The load of a matrix with fewer columns than the kernel has points."""
+        """The load of a matrix by a Periodic or Grouped access."""
         name = self.space.leaf(node)
         if name is None:
             raise Refused("a table that is not in memory")
@@ -335,7 +365,7 @@ class Layout:
         return Load(name, 0)
 
     def part(self, node: Node, period: int, point: Ints, index: Ints) -> tuple[Node, int]:
-        """Every second column of a table, or one half of it, that repeats along the pairs."""
+        """A slice of a table that repeats along the pairs: one half, or every second column."""
         half = period // 2
         whole = node.rank and self.space.size(node.shape[-1]) == period
         for start, step in ((0, 1), (half, 1), (0, 2), (1, 2)):
@@ -378,7 +408,7 @@ class Layout:
         self.nodes[name] = node
 
     def tile(self, name: str, node: Node) -> Tile:
-        """The access to a matrix: to all columns of the kernel, or to those that it has."""
+        """The access to a matrix: to all columns of the kernel, or to a span of them."""
         if self.split not in (None, 1) and not self.space.whole_rows:
             raise Refused("partners of a tile operand are not neighbours in memory")
         if name not in self.space.offsets:
@@ -390,7 +420,7 @@ class Layout:
 
 
 def _place(expr: Expr, lanes: tuple[int, ...], names: list[Load], memo: dict[Call, Expr]) -> Expr:
-    """An expression at a point: slots become lanes, row leaves become loads."""
+    """An element's expression at a point: slots become lanes, row leaves become loads."""
     match expr:
         case Acc(lane=lane):
             return Acc(lanes[lane])
@@ -412,13 +442,13 @@ def assemble(
     operand_of: Callable[[str], tuple[Node, DType]],
     partial_of: Callable[[Node], str],
 ) -> Body:
-    """The Epilogue of a kernel. Raises Refused where its points cannot be laid out.
+    """The Body of a kernel. Raises Refused if its stores and sinks have no common layout.
 
     Args:
-        space: where the values were computed.
-        stores, sinks: what the kernel writes.
-        operand_of: the node and dtype that an operand's name stands for.
-        partial_of: the buffer of a reduction's partials.
+        space: the space in which the values were computed.
+        stores, sinks: all that the kernel writes.
+        operand_of: operand name -> node and dtype in memory.
+        partial_of: reduction -> name of the buffer of its partials.
     """
     build = Layout.of(space, stores, sinks, operand_of)
     store_exprs, sink_exprs = tuple(build.stored.values()), tuple(build.sunk.values())
@@ -444,9 +474,9 @@ def assemble(
 
 
 def _check_staged(build: Layout, stores: Collection[StoreExpr]) -> None:
-    """Raise Refused for more matrices than an epilogue has shared memory for.
+    """Raise Refused if the loaded and stored matrices exceed an epilogue's shared memory.
 
-    No kernel has float64: such a Program is laid out as in float32, and is run by the reference.
+    Kernels have no float64: such a Program is laid out as in float32, and the reference runs it.
     """
     loads = [o for o in build.operands.values() if isinstance(o.access, Tile)]
     lanes = 1 if build.split is None else 2
@@ -459,7 +489,7 @@ def _check_staged(build: Layout, stores: Collection[StoreExpr]) -> None:
 def _statistics(
     build: Layout, roots: Sequence[Expr], partial_of: Callable[[Node], str]
 ) -> tuple[tuple[Statistic, ...], tuple[Node, ...]]:
-    """The statistics that the expressions need, each after those that it needs itself."""
+    """The statistics that expressions read, in order of dependence, and the folded reductions."""
     space = build.space
     needed = stat_names(roots)
     rows, groups = _own_statistics(build, needed)
@@ -481,7 +511,7 @@ def _statistics(
 
 
 def _own_statistics(build: Layout, needed: set[str]) -> tuple[list[Statistic], list[Statistic]]:
-    """The statistics of rows, and of groups, that are taken here; adds to the `needed` names."""
+    """The statistics of rows and of groups that this kernel computes; extends `needed`."""
     rows: list[Statistic] = []
     for name, one in reversed(build.space.statistics.items()):
         if name in needed:
@@ -499,7 +529,7 @@ def _own_statistics(build: Layout, needed: set[str]) -> tuple[list[Statistic], l
 
 
 def _line(build: Layout, name: str, node: Reduce) -> Statistic:
-    """A reduction of what earlier kernels stored for each row."""
+    """The fold of values that earlier kernels stored, one per row."""
     source = build.space.leaf(node.arg)
     if source is None:
         raise Refused("the rows that are reduced are not in memory")
@@ -518,7 +548,7 @@ def _row_statistic(build: Layout, name: str, one: RowStatistic) -> Statistic:
 
 
 def _sink(build: Layout, sink: Sink) -> SinkExpr:
-    """A reduction over the columns, or a sum over the rows."""
+    """The SinkExpr of a reduction over the columns, or of a sum over the rows."""
     space = build.space
     if not space.whole_rows:
         lanes = build.lanes(sink.value)
@@ -530,18 +560,18 @@ def _sink(build: Layout, sink: Sink) -> SinkExpr:
 
 
 def _span(space: Space, value: Value) -> Span | None:
-    """The columns that a value has, where it has not all of them."""
+    """The kernel's columns that a value covers; None for all."""
     return None if value.count == space.width else Span(space.place_of(value), value.count)
 
 
 def _is_ragged(store: StoreExpr) -> bool:
-    """Whether a GEMM cannot store two lanes apart: its stores are tiles of 32 columns, by TMA."""
+    """Whether a GEMM cannot store two lanes `split` apart: TMA stores tiles of 32 columns."""
     whole = store.split % 32 == 0 or 32 % store.split == 0 if store.split else True
     return not whole or bool(store.split * store.dtype.size % 16)
 
 
 def _store(build: Layout, store: Store) -> StoreExpr:
-    """Values side by side, as one matrix; or one narrow value."""
+    """The StoreExpr of values concatenated to one matrix, or of one value per row."""
     space = build.space
     if all(v.narrow for v in store.values) and space.width != 1:
         (value,) = store.values

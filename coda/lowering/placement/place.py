@@ -1,11 +1,12 @@
-"""A graph in normal form -> kernels: where is each node computed, and what is stored?
+"""Graph in normal form -> placement: the producer kernel of each node, and the loadable nodes.
 
-Nodes are taken in order, operands first. Contractions of one activation open a GEMM; every other
-node goes to the latest kernel that its operands come from, if its elements can be computed at that
-kernel's points (`columns`), else into a pass over rows after it, else to torch. A reduction over
-the columns of a GEMM becomes a sink, whose partials the row pass after it folds. Each kernel says
-at once what it can write (`admit`), so that no node is placed twice but one that its kernel cannot
-store. Then, from the last kernel to the first, what somebody loads is stored, and nothing else.
+Nodes are placed greedily, operands first. Contractions of one activation open a GEMM. Any other
+node goes to the last producer of its operands if that kernel can compute it (`columns`), otherwise
+to a row-wise kernel after it, otherwise to torch. A reduction over a GEMM's columns becomes a sink,
+whose partials a row-wise kernel folds. Kernel builders decide at once what they can store
+(`admit`), so a node is placed a second time only if its first kernel cannot store it.
+
+    z = x wᵀ, y = silu(z / rms z)    gemm0: store z, sink z²    rows1: fold, scale, silu, store y
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ from coda.lowering.placement.draft import LAST, Draft, Room
 from coda.lowering.placement.values import LONGEST, Refused, Value
 from coda.lowering.program.program import Unfused
 
-NEAR = 4  # how many passes before a node's operands are tried
+NEAR = 4  # row-wise kernels before a node's operands that are tried
 
 
 @dataclass
 class Partition(Admission):
-    """One run over the nodes of a graph."""
+    """The placement of a graph: `run` places all nodes."""
 
     def run(self) -> Partition:
-        """Place every node."""
+        """Place every node, and make outputs and operands of contractions loadable."""
         nodes = in_order(self.graph.roots)
         self.users = users(self.graph.roots)
         self.named = {i.name: i for i in self.graph.inputs}
@@ -79,14 +80,14 @@ class Partition(Admission):
     # Placing.
 
     def place(self, node: Node) -> None:
-        """Decide where a node is computed."""
+        """Choose the producer kernel of a node."""
         if node in self.home or self.only_in_batches(node):
             return
         if isinstance(node, Contract):
             self.contract(node)
             return
         homes = [self.home[o] for o in node.operands if o in self.home]
-        if not homes:  # of inputs alone: placed when somebody asks for it, or when it grows long
+        if not homes:  # of inputs alone: placed when a kernel needs it, or at half of LONGEST
             self.waiting[node] = 1 + max((self.waiting.get(o, 0) for o in node.operands), default=0)
             if self.waiting[node] == LONGEST // 2:
                 self.materialise(node)
@@ -115,7 +116,7 @@ class Partition(Admission):
         self.in_rows(node, last.order[0])
 
     def store_first(self, node: Node) -> None:
-        """Let a maximum that is compared with its values be taken of what is in memory."""
+        """Materialise the values whose maximum is compared with them, before the maximum."""
         for source in sources([node]) - self.weights:
             self.materialise(source)
             home = self.home.get(self.storage(source))
@@ -123,14 +124,14 @@ class Partition(Admission):
                 home.space.refused[node] = "its values are compared with it as they are in memory"
 
     def too_wide(self, node: Concat, draft: Draft) -> bool:
-        """Whether a concatenation along the columns has more of them than a kernel."""
+        """Whether a concatenation along the columns is wider than a kernel."""
         width = node.shape[-1].size(self.sizes)
         return draft.kind.fuses and node.axis == -1 and width > draft.space.width
 
     def join(self, node: Concat, stacked: bool = False) -> bool:
-        """Make a concatenation in memory, whose parts are written where they are computed.
+        """Materialise a concatenation: each part's producer kernel writes its slice of one buffer.
 
-        Parts are columns, or `stacked` rows.
+        Parts are columns or, with `stacked`, rows. False if some part cannot be written so.
         """
         parts = [self.storage(a) for a in flat(node)]
         whole = [
@@ -143,7 +144,7 @@ class Partition(Admission):
             return False
         for part in parts:
             self.materialise(part)
-        if any(p not in self.home for p in parts):  # one is a view of what is in memory by now
+        if any(p not in self.home for p in parts):  # a part became a view of another value
             return False
         rows = [a.shape[node.axis] if stacked else product(node.shape[:-1]) for a in flat(node)]
         spaces = [self.home[p].space for p in parts]
@@ -158,7 +159,7 @@ class Partition(Admission):
         return True
 
     def fills(self, node: Node) -> bool:
-        """Whether a node has all columns of the GEMM that computes it, or one for each pair."""
+        """Whether a node has all columns of its producer GEMM, or one per column pair."""
         space = self.home[node].space
         if not self.home[node].kind.tiled:
             return self.home[node].kind.whole_rows
@@ -168,7 +169,7 @@ class Partition(Admission):
         )
 
     def contract(self, node: Contract) -> None:
-        """Open the GEMM of a contraction and its siblings; a product of batches is torch's."""
+        """Open the GEMM of a contraction and its siblings; leave a batched one to torch."""
         if not self.opener(node).fuses:
             self.by_itself(node, 0, "a product of batches of matrices is one operation of torch")
             return
@@ -178,7 +179,7 @@ class Partition(Admission):
         self.open_gemm(group)
 
     def open_gemm(self, group: tuple[Contract, ...]) -> None:
-        """Open the GEMM of some contractions, whose operands are in memory."""
+        """Open one GEMM for contractions of one activation, whose operands are in memory."""
         index = 1 + max((i for i in self.behind if i < LAST), default=0)
         starts = np.cumsum([0] + [c.shape[-1].size(self.sizes) for c in group])
         first: dict[Node, int] = {c: int(s) for c, s in zip(group, starts, strict=False)}
@@ -192,7 +193,7 @@ class Partition(Admission):
                 draft.kept.add(one)
 
     def absorb(self, node: Node, draft: Draft) -> str:
-        """Compute a node in a kernel; the reason if it cannot be."""
+        """Place a node in a kernel; the reason if the kernel refuses, otherwise ""."""
         why, space = "", draft.space
         for segmented in (True, False) if draft.kind.whole_rows else (False,):
             space.segmented = segmented
@@ -218,15 +219,16 @@ class Partition(Admission):
         return ""
 
     def reach_all(self, node: Node, draft: Draft, whole: bool = False) -> None:
-        """Make the operands of a node available in a kernel, each in its columns."""
+        """Make the operands of a node available in a kernel, each at its columns."""
         for operand, segment in draft.space.parts(node):
             with draft.space.inside(segment):
                 self.reach(operand, draft, whole)
 
     def reach(self, operand: Node, draft: Draft, whole: bool = False) -> None:
-        """Make an operand available in a kernel: loaded, computed again, or else stored for it.
+        """Make an operand available in a kernel: loaded, recomputed, or stored by its producer.
 
-        What cannot be computed again goes to a pass over rows `whole`, with all that it is made of.
+        A node without a producer that cannot be recomputed here gets a row-wise kernel, `whole`:
+        with all operations below it. Raises Refused.
         """
         self.settle(operand, draft)
         home = self.home.get(operand)
@@ -248,9 +250,9 @@ class Partition(Admission):
             self.offer(self.storage(operand))
 
     def settle(self, operand: Node, draft: Draft) -> None:
-        """Place what a GEMM needs once a row, and what sums of arguments make, with those sums.
+        """Place a row factor made of sums of arguments in the row-wise kernel of those sums.
 
-        Otherwise the epilogue would compute it again from the sums.
+        Otherwise the epilogue of the GEMM that reads the factor would recompute it from the sums.
         """
         narrow = operand.rank and operand.shape[-1] == ONE and draft.kind.tiled
         if operand in self.home or not narrow or isinstance(operand, Reduce):
@@ -266,7 +268,10 @@ class Partition(Admission):
                 self.place(node)
 
     def sink(self, node: Reduce | Pick, draft: Draft) -> bool:
-        """Take a reduction over all columns in a GEMM's epilogue; its fold comes after."""
+        """Make a reduction over all columns, or a pick, a sink of a GEMM; False if it cannot be.
+
+        A row-wise kernel after it folds the partials. Sums over rows go to `sink_rows`.
+        """
         if isinstance(node, Reduce) and not MONOIDS[node.fn].tiled:
             return False
         if isinstance(node, Reduce) and self.sums_rows(node, draft):
@@ -287,7 +292,7 @@ class Partition(Admission):
         halved = value.count < draft.space.width
         row = MONOIDS[node.fn] if isinstance(node, Reduce) else None
         if halved and not (row and (row.sums or row.chosen)):
-            return False  # one value for each pair: a second lane would count it again
+            return False  # one value per pair: the second lane would count it twice
         if not self.admits_sink(draft, node, value):
             return False
         if isinstance(node, Pick):
@@ -305,14 +310,14 @@ class Partition(Admission):
         return True
 
     def fold(self, node: Reduce, after: Draft) -> None:
-        """Place a reduction in the pass that folds its partials."""
+        """Place a reduction in the row-wise kernel that folds its partials."""
         self.home[node] = after
         after.homed.append(node)
         after.kept.add(node)
         self.loadable.add(node)
 
     def sink_rows(self, node: Reduce, draft: Draft) -> bool:
-        """Sum over the rows in a kernel that has the values; a pass over the columns folds it."""
+        """Make a sum over rows a sink of a kernel; a later kernel folds it. False if refused."""
         under, space = summand(node), draft.space
         count = product(under.shape).size(self.sizes) // max(1, space.rows.size(self.sizes))
         spans = [None, *(s for s in space.segments if s[1] == count)]
@@ -333,7 +338,7 @@ class Partition(Admission):
         return False
 
     def fold_rows(self, node: Reduce, draft: Draft, value: Value) -> None:
-        """Record a sum over the rows, and the pass that folds its partials."""
+        """Record a sum over rows as a sink, and the kernel that folds its partials."""
         end = all(self.only_returned(u) for u in self.users[node])
         index = LAST if end else draft.order[0]
         after = self.row_draft(index, product(node.shape), 1, draft.order, narrow=True)
@@ -345,7 +350,7 @@ class Partition(Admission):
         after.space.fold(node)
 
     def summed_in_pass(self, node: Reduce, index: int) -> bool:
-        """Sum over the rows of values that a pass over rows, or a GEMM's epilogue, has at hand."""
+        """Make a sum over rows a sink of a kernel that has its values, or of a new row-wise one."""
         under = summand(node)
         homes = [self.home[o] for o in walk([under]) if o in self.home]
         passes = [d for d in self.drafts if d.kind.whole_rows]
@@ -365,13 +370,13 @@ class Partition(Admission):
         return False
 
     def moments(self, node: Reduce) -> list[Reduce]:
-        """A reduction and one that gives it, too, of one value: one sink gives both."""
+        """Two reductions of one value that one sink computes (mean and variance), or []."""
         same = [u for u in self.users[node.arg] if isinstance(u, Reduce) and u.axis == node.axis]
         both = [(u, v) for v in same for u in same if u.fn == MONOIDS[v.fn].also]
         return next((list(pair) for pair in both if node in pair), [])
 
     def after_rows(self, node: Reduce, index: int) -> int:
-        """Store what a reduction over rows reads; the GEMM after which the reduction comes."""
+        """Materialise the operand of a fold over rows; the number of the GEMM before the fold."""
         self.materialise(node.arg, host=True)
         if self.comes_last(node):
             return LAST
@@ -379,7 +384,7 @@ class Partition(Admission):
         return max(index, home.order[0] if home else 0)
 
     def in_rows(self, node: Node, index: int) -> None:
-        """Place a node in a pass over rows after the GEMM `index`, or give it to torch."""
+        """Place a node in a row-wise kernel after the GEMM `index`, or in a kernel of its own."""
         why = "no kernel computes it"
         for one in self.waiting_folds(node):
             if one not in self.home:  # placed with another
@@ -390,7 +395,7 @@ class Partition(Admission):
             return
         for rows, columns in self.shapes(node, groups=True):
             width, tried = columns.size(self.sizes), set[Room]()
-            # Computing the operands again; loading what they are made of; loading them.
+            # First recompute the operands; then load the operands' operands; last, the operands.
             for give in (self.provide, self.keep_operands, None):
                 rooms = self.later_or_wider(self.rooms(index, rows, width), node)
                 for draft, segment in (r for r in rooms if r not in tried):
@@ -411,20 +416,20 @@ class Partition(Admission):
         self.by_itself(node, index, why)
 
     def absorb_wide(self, node: Node, draft: Draft, width: int, segment: Segment | None) -> str:
-        """Compute a node in a pass over rows, which may become as wide as it is."""
+        """Place a node in a row-wise kernel, which widens to the node's width if it is narrower."""
         homed = len(draft.homed)
         old, draft.space.width = draft.space.width, max(width, draft.space.width)
         with draft.space.inside(segment):
             why = self.absorb(node, draft)
-        if why and len(draft.homed) == homed:  # nothing that it needs has come here meanwhile
+        if why and len(draft.homed) == homed:  # no operand was placed here meanwhile
             draft.space.width = old
         return why
 
     def later_or_wider(self, rooms: list[Room], node: Node) -> list[Room]:
-        """The passes over rows that may have a node: those that do not come before its operands.
+        """The row-wise kernels to try for a node: first those not before its operands' producers.
 
-        Then a few that do, if they are wider than those of the operands, as for a concatenation of
-        what are parts of one matrix: the operands are computed again there.
+        Then a few earlier ones that are wider than the producers, which recompute the operands; a
+        concatenation of parts of one matrix is placed so.
         """
         homes = [self.home[o] for o in node.operands if o in self.home]
         last = max((h.order for h in homes), default=(0, 0))
@@ -434,7 +439,7 @@ class Partition(Admission):
         return found + sorted(wider, key=lambda r: r[0].order)[-NEAR:]
 
     def by_itself(self, node: Node, index: int, why: str) -> None:
-        """One operation in a kernel, behind the GEMM `index` and what stores its operands."""
+        """Place a node in a kernel of its own, after the GEMM `index` and its operands' kernels."""
         for operand in node.operands:
             self.materialise(operand)
         homes = [self.home.get(self.storage(o)) for o in node.operands]
@@ -450,7 +455,10 @@ class Partition(Admission):
     # Memory.
 
     def materialise(self, node: Node, host: bool = False) -> None:
-        """See to it that a node will be in memory; with `host`, behind all kernels so far."""
+        """Make a node loadable; place it if it has no producer.
+
+        With `host`, a node of arguments alone may be placed in an existing kernel.
+        """
         under = self.storage(node)
         if under in self.weights or isinstance(under, Input):
             return
@@ -465,7 +473,7 @@ class Partition(Admission):
             self.in_rows(under, max(below, default=0))
 
     def keep(self, node: Node) -> None:
-        """Let later kernels load a node, from a kernel of its own if need be."""
+        """Let later kernels load a node; if its producer refuses, it gets a kernel of its own."""
         if node in self.loadable:
             return
         self.loadable.add(node)
@@ -474,10 +482,10 @@ class Partition(Admission):
             self.move(node, why)
 
     def provide(self, node: Node) -> bool:
-        """Let later kernels load a node's operands, or else what those are made of.
+        """Let later kernels load a node's operands or, if one is refused, its operands in turn.
 
         Returns:
-            Whether there is one that its kernel cannot store.
+            Whether a producer refused to store an operand.
         """
         stack, seen, refused = list(node.operands), set[Node](), False
         while stack:
@@ -493,7 +501,7 @@ class Partition(Admission):
         return refused
 
     def keep_operands(self, node: Node) -> bool:
-        """Let later kernels load a node's operands; whether they could not load one before."""
+        """Let later kernels load all operands of a node; whether one was not loadable before."""
         under = {self.storage(o) for o in node.operands if o in self.home}
         missing = [n for n in under if n not in self.loadable]
         for one in missing:
@@ -501,9 +509,9 @@ class Partition(Admission):
         return bool(missing)
 
     def move(self, node: Node, why: str) -> None:
-        """Place a node anew that its kernel can compute, and cannot store.
+        """Place a node again that its producer can compute but not store, for the reason `why`.
 
-        A product that its GEMM cannot store beside the rest is computed again by one of its own.
+        A contraction gets a GEMM of its own.
         """
         home = self.home.pop(node)
         home.homed.remove(node)
@@ -515,7 +523,7 @@ class Partition(Admission):
             self.in_rows(node, home.order[0])
 
     def in_pass(self, node: Node) -> bool:
-        """Compute a node of arguments alone in one pass over rows."""
+        """Place a node of arguments alone in one new row-wise kernel; False if it refuses."""
         if any(n in self.home for n in walk([node]) if n not in self.weights):
             return False
         for rows, columns in self.shapes(node)[:1]:
@@ -526,7 +534,7 @@ class Partition(Admission):
         return False
 
     def hosted(self, node: Node) -> bool:
-        """Compute a node of arguments alone in a kernel that loads all that it needs anyway."""
+        """Place a node of arguments alone in a kernel that loads them anyway; False if refused."""
         hosts = self.hosts(node)
         for draft in sorted(hosts, key=lambda d: not d.kind.tiled):
             if not self.absorb(node, draft):
@@ -534,11 +542,11 @@ class Partition(Admission):
         return False
 
     def sunk(self, node: Reduce, last: Draft) -> bool:
-        """Take a sum over the rows as a sink of a kernel."""
+        """Make a sum over rows a sink of some kernel; False if all refuse."""
         return self.sunk_late(node) or self.summed_in_pass(node, last.order[0])
 
     def sunk_late(self, node: Reduce) -> bool:
-        """Take a sum over a weight's rows in the GEMM that gives the weight's gradient."""
+        """Make a sum over a weight's rows a sink of the GEMM of the weight's gradient."""
         homes = [self.home[o] for o in walk([node.arg]) if o in self.home]
         for draft in self.hosts(node.arg):
             known = all(h.order < draft.order for h in homes)

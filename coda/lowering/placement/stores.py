@@ -1,7 +1,9 @@
-"""Nodes that a kernel writes -> the matrices that it writes them into.
+"""Nodes that a kernel stores -> the matrices (buffers) that hold them.
 
-Values that lie side by side in the columns of a GEMM are one matrix; columns of it that nobody
-asked for are written as the accumulator has them.
+Values that are adjacent in a GEMM's columns share one matrix. It is as wide as the GEMM; the other
+columns are stored as in the accumulator (acc). In a GEMM with the columns of q, k and v:
+
+    store q, k  ->  [q k acc]             store q, v  ->  [q acc acc], [acc acc v]
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from coda.lowering.program.epilogue import Acc
 
 @dataclass
 class Group:
-    """The nodes of one matrix, from the left to the right.
+    """The nodes of one stored matrix, in column order.
 
     Attributes:
-        nodes, values: what it holds.
-        first: the accumulator's column at which it begins; -1 where it has one value per pair, or
-            is written by a row-wise kernel.
-        end: the column after its last, or -1.
+        nodes, values: the nodes and their values, concatenated along the columns.
+        first: the accumulator column of the first; -1 for one value per column pair, and in a
+            row-wise kernel.
+        end: the column after the last, or -1.
     """
 
     nodes: list[Node]
@@ -37,20 +39,20 @@ class Group:
 
     @property
     def count(self) -> int:
-        """The number of columns of its values."""
+        """The total number of columns of the values."""
         return sum(v.count for v in self.values)
 
     @property
     def narrow(self) -> bool:
-        """Whether it has values that are the same for all columns."""
+        """Whether some value is constant along the columns."""
         return any(v.narrow for v in self.values)
 
     def width(self, space: Space) -> int:
-        """The number of columns of its matrix: all of the accumulator's, or its own."""
+        """The number of columns of the matrix: the accumulator's, or that of the values."""
         return space.width if self.first >= 0 else self.count
 
     def store(self, space: Space, buffer: str, dtype: DType) -> Store:
-        """What is written into its buffer."""
+        """The Store into `buffer`, filled up with accumulator columns to the matrix's width."""
         values, width, first = list(self.values), self.width(space), max(self.first, 0)
         if not space.whole_rows and width == space.width and self.count < width:
             rest = first + self.count
@@ -62,7 +64,10 @@ class Group:
 
 
 def grouped(space: Space, stored: Sequence[Node], alone: Collection[Node]) -> list[Group]:
-    """The matrices that a kernel writes for `stored` nodes; those of `alone` have one each."""
+    """The matrices for `stored` nodes; each node of `alone` has a matrix of its own.
+
+    Raises Refused for a node that the kernel cannot compute.
+    """
     groups: list[Group] = []
     values = {n: space.compute(n) for n in stored}
     starts = {n: -1 if space.whole_rows else v.accumulator_column for n, v in values.items()}

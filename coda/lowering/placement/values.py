@@ -1,4 +1,7 @@
-"""A node's elements at the columns of one kernel: integer arrays, and scalar functions of them."""
+"""`Value`: a node as integer arrays over its columns, and elementwise functions of values.
+
+The head of `columns.py` has an example: the arrays of RoPE before and after the rotation.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,29 @@ from coda.ir.scalars import SCALARS
 from coda.lowering.program.body import Ints
 from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load
 
-NO_LANE = -1  # the lane of a load that is the same for all columns
-TILE_PARTS = (32, 64, 128, 256)  # widths of groups that every tile or subtile is made of
-LONGEST = 100  # operations one after the other in one kernel; what comes then is another's
+NO_LANE = -1  # the lane of a load that is constant along the columns
+TILE_PARTS = (32, 64, 128, 256)  # group widths that align with every tile and subtile
+LONGEST = 100  # dependent operations in one kernel at most; later ones go to another kernel
 UNALIKE = "the pairs of columns that its elements read do not lie in one pattern"
-LEAF = "%"  # Load("%3") is row leaf 3 of an element: a vector that the element names itself
+LEAF = "%"  # Load("%3") is row leaf 3: the vector element `leaves[:, 3]` of each element
 
 
 class Refused(Exception):
-    """A node cannot be computed at the points of a kernel; the message says why, for `explain`."""
+    """A node cannot be computed in a kernel; the message is the reason that `explain` shows."""
 
 
 @dataclass(eq=False)
 class Value:
-    """A node at the columns of a kernel.
+    """One row of a node, as arrays over its n elements in row-major order, all int64.
 
     Attributes:
-        shape: the node's column axes.
-        expr: for each element (row-major) an index into the space's expressions, in which lane i
-            of Acc and of tile loads stands for `slots[:, i]`.
-        slots: columns of the space that an element reads, ascending, -1 for none.
-        leaves: (source, index) of each row leaf of an element, -1 for none.
-        group: the column group whose statistic an element reads, -1 for none.
+        shape: the sizes of the node's column axes, of product n.
+        expr: [n], index into the space's expressions, in which lane i of Acc and of tile loads
+            stands for column `slots[:, i]`.
+        slots: [n, 0 to 2], the kernel's columns that an element reads, ascending; -1 for none.
+        leaves: [n, row leaves, 2], (source, index) of each vector element that it reads; -1 for
+            none.
+        group: [n], the column group whose statistic an element reads; -1 for none.
     """
 
     shape: tuple[int, ...]
@@ -46,25 +50,25 @@ class Value:
 
     @property
     def count(self) -> int:
-        """The number of elements in a row."""
+        """The number n of elements in a row."""
         return len(self.expr)
 
     @property
     def narrow(self) -> bool:
-        """Whether the value is the same for all columns."""
+        """Whether the value is constant along the columns."""
         return self.count == 1 and self.slots.shape[1] == 0 and self.leaves.shape[1] == 0
 
     @cached_property
     def uniform(self) -> bool:
-        """Whether all elements have one expression."""
+        """Whether all elements have the same expression."""
         return bool(np.all(self.expr == self.expr[:1]))
 
     @cached_property
     def distance(self) -> int | None:
-        """How far apart the two columns of an element are; None where each reads at most one.
+        """The distance of the two columns that an element reads; None if all read at most one.
 
         Raises:
-            Refused: where the distances differ.
+            Refused: if the distances of elements differ.
         """
         pairs = self.partners
         if len(pairs) == 0:
@@ -76,14 +80,14 @@ class Value:
 
     @cached_property
     def partners(self) -> Ints:
-        """[pairs, 2]: the columns of the elements that read two."""
+        """[pairs, 2] int64: the columns of each element that reads two."""
         if self.slots.shape[1] < 2:
             return self.slots[:0]
         return self.slots[self.slots[:, 1] >= 0]
 
     @cached_property
     def accumulator_column(self) -> int:
-        """The accumulator's column at which a value begins; -1 if it is one per pair."""
+        """The accumulator's column of the first element; -1 for one element per column pair."""
         if self.slots.shape[1] == 0 or self.count == 0:
             return -1
         pairs = self.slots[(self.slots >= 0).all(1)]
@@ -96,7 +100,7 @@ class Value:
         return -1
 
     def move(self, change: Callable[[NDArray], NDArray]) -> Value:
-        """The elements that a view keeps, in its order; `change` acts on the column axes."""
+        """The value of a view; `change` does to an array of the column axes what the view does."""
         index = change(np.arange(self.count).reshape(self.shape))
         flat = index.reshape(-1)
         return Value(
@@ -105,7 +109,7 @@ class Value:
 
 
 def beside(values: Sequence[Value]) -> Value:
-    """Values one after the other along the columns."""
+    """The concatenation of values along the columns."""
     if len(values) == 1:
         return values[0]
     slots = max(v.slots.shape[1] for v in values)
@@ -120,7 +124,10 @@ def beside(values: Sequence[Value]) -> Value:
 
 
 def first_column(value: Value) -> int:
-    """The column at which a value lies, one element after the other; -1 if nothing tells."""
+    """The kernel's column of a value's first element, if elements are at consecutive columns.
+
+    -1 if they are not, or if no element reads a column.
+    """
     used = np.flatnonzero((value.slots >= 0).any(1))
     if len(used) == 0:
         return -1
@@ -130,7 +137,7 @@ def first_column(value: Value) -> int:
 
 
 class Expressions(Protocol):
-    """Expressions by number."""
+    """A numbered list of expressions."""
 
     exprs: list[Expr]
 
@@ -140,7 +147,7 @@ class Expressions(Protocol):
 
 
 def pad(a: NDArray, width: int) -> NDArray:
-    """More slots or leaves, all -1."""
+    """`a` [n, k, ...] with -1 appended along axis 1 up to `width`."""
     missing = width - a.shape[1]
     if missing == 0:
         return a
@@ -155,7 +162,10 @@ def spread(value: Value, shape: tuple[int, ...]) -> Value:
 
 
 def combine(space: Expressions, fn: str, args: Sequence[Value]) -> Value:
-    """A scalar function of values, element by element."""
+    """A scalar function of values, elementwise, with broadcasting.
+
+    Raises Refused if an element would read more than two columns, or be too deep an expression.
+    """
     shape = np.broadcast_shapes(*(a.shape for a in args))
     args = [spread(a, shape) for a in args]
     slots, lanes = _union([a.slots for a in args])
@@ -182,19 +192,22 @@ def combine(space: Expressions, fn: str, args: Sequence[Value]) -> Value:
 
 
 def _is_uniform(lanes: Ints) -> bool:
-    """Whether the lanes of all elements are those of the first."""
+    """Whether all elements have the same lanes."""
     return lanes.shape[1] == 0 or lanes.strides[0] == 0 or bool(np.all(lanes == lanes[:1]))
 
 
 def _fold(fn: str, args: tuple[Expr, ...]) -> Expr:
-    """A call, or the literal that it is."""
+    """A call; the negation of a literal is folded."""
     if SCALARS[fn].is_negation and isinstance(args[0], Literal):
         return Literal(-args[0].value)
     return Call(fn, args)
 
 
 def _union(slots: list[Ints]) -> tuple[Ints, list[Ints]]:
-    """The columns that any operand reads, and each operand's lanes among them."""
+    """Slots [n, k] of several operands -> their union, and each operand's lanes [n, k] in it.
+
+    Raises Refused if an element reads more than two columns.
+    """
     used = [s for s in slots if s.shape[1]]
     if not used:
         return slots[0], list(slots)
@@ -222,13 +235,13 @@ def _union(slots: list[Ints]) -> tuple[Ints, list[Ints]]:
 
 
 def _lanes(slots: Ints) -> Ints:
-    """The lanes of operands that read the same columns."""
+    """The lanes of an operand whose slots are the union itself."""
     lanes = np.broadcast_to(np.arange(slots.shape[1]), slots.shape)
     return lanes if slots.size == 0 or slots.min() >= 0 else np.where(slots >= 0, lanes, -1)
 
 
 def _apart(slots: list[Ints]) -> tuple[Ints, list[Ints]] | None:
-    """The columns and lanes of two single columns, of which one always comes before the other."""
+    """`_union` for operands of two different single columns, one left of the other everywhere."""
     kinds: list[Ints] = []
     for one in slots:
         if one.shape[1] and not any(one is k or np.array_equal(one, k) for k in kinds):
@@ -247,7 +260,7 @@ def _apart(slots: list[Ints]) -> tuple[Ints, list[Ints]] | None:
 
 
 def _shared(leaves: list[Ints]) -> tuple[Ints, list[tuple[int, ...]]]:
-    """Row leaves of all operands, equal ones once; and what each operand's leaves are called."""
+    """The distinct row leaves of all operands, and each operand's leaves as indices into them."""
     kept: list[Ints] = []
     names: list[tuple[int, ...]] = []
     for one in leaves:
@@ -274,7 +287,7 @@ def _same_group(groups: list[Ints]) -> Ints:
 
 
 def distinct_rows(kinds: Ints) -> tuple[Ints, Ints]:
-    """Elements that represent the distinct rows of `kinds`, and each row's representative."""
+    """Distinct rows of an integer matrix: the index of one of each, and each row's class."""
     if len(kinds) == 0 or np.all(kinds == kinds[0]):
         return np.zeros(min(1, len(kinds)), np.int64), np.zeros(len(kinds), np.int64)
     code = np.zeros(len(kinds), np.int64)
