@@ -1,4 +1,4 @@
-"""Graph and sizes -> graph with functions of constants folded, and `where` by a constant resolved.
+"""Graph and sizes -> graph with functions of constants and choices by constants folded.
 
     mul (size D), 0.5        = 0.5 · D, a number once D has a size
     where (const 1), a, b    = a

@@ -101,8 +101,7 @@ class Space:
     """The columns of one kernel, and the values of nodes computed there.
 
     Attributes:
-        width: the number of columns.
-        rows: the number of rows.
+        width, rows: the numbers of columns and of rows.
         sizes: the sizes of all symbols on which columns may depend.
         leaf: node -> name under which the kernel loads it; None if it does not.
         weights: the weights of the graph, known before the call.
@@ -111,15 +110,13 @@ class Space:
         segmented: whether the parts of a concatenation are each loaded at their own columns.
         values, refused: node -> its value; node that must not be computed here -> the reason.
         exprs, index, sources: expressions by number, their numbers, and sources of row leaves.
-        groups: statistics of column groups, in a GEMM.
-        statistics: name -> statistic of full rows or of column groups, in a row-wise kernel.
+        groups, statistics: of column groups in a GEMM; of rows or groups in a row-wise kernel.
         folds: name -> reduction whose partials this kernel folds.
         lines: name -> reduction over rows of values that earlier kernels stored per row.
         leads: the row axes of computed nodes, such as [B, S] for B·S rows.
         spread: name -> expansion of an operand that depends on some of the row axes only.
         tables: source that depends on the rows -> its number of columns.
-        segment: the columns at which narrower matrices are loaded now; None for no restriction.
-        segments: all segments so far.
+        segment, segments: the columns at which narrower matrices are loaded now; all so far.
         offsets: operand narrower than the kernel -> its first column.
         sunk: values that are summed over the rows.
         nested: the present depth of recursion of `compute`.
@@ -306,10 +303,7 @@ class Space:
         return self.values[node]
 
     def fold(self, node: Reduce, mean: Reduce | None = None) -> None:
-        """Compute a reduction by folding partials that an earlier kernel stored.
-
-        `mean` is a reduction of the same values whose result is the first plane of this one's.
-        """
+        """Compute a reduction, and `mean`, its first plane, by folding a kernel's partials."""
         name = f"f{len(self.folds)}"
         self.folds[name] = node
         self.values[node] = self.at(self.columns(node), Stat(name), None)
