@@ -511,9 +511,13 @@ class Partition(Admission):
     def move(self, node: Node, why: str) -> None:
         """Place a node again that its producer can compute but not store, for the reason `why`.
 
-        A contraction gets a GEMM of its own.
+        A product takes the place of a value that its GEMM stores; only where there is none that a
+        later kernel can compute, the product is computed again by a GEMM of its own.
         """
-        home = self.home.pop(node)
+        home = self.home[node]
+        if isinstance(node, Contract) and self.make_room(node, home, why):
+            return
+        del self.home[node]
         home.homed.remove(node)
         if home.kind.tiled:
             self.unfused.append(Unfused(node, why))
@@ -521,6 +525,35 @@ class Partition(Admission):
             self.open_gemm((node,))
         else:
             self.in_rows(node, home.order[0])
+
+    def make_room(self, product: Contract, home: Draft, why: str) -> bool:
+        """Store a product in the place of the last value that no other kernel loads yet."""
+        for node in reversed(home.homed):
+            if node not in home.kept or isinstance(node, Contract) or node in self.piece_of:
+                continue
+            if self.is_used_outside(node, home):
+                continue
+            home.kept.remove(node)
+            if self.commit(product):
+                home.kept.add(node)
+                continue
+            del self.home[node]
+            home.homed.remove(node)
+            self.unfused.append(Unfused(node, why))
+            self.in_rows(node, home.order[0])
+            return True
+        return False
+
+    def is_used_outside(self, node: Node, home: Draft) -> bool:
+        """Whether a kernel other than `home` computes something of a node, or of a view of it."""
+        stack = list(self.users[node])
+        while stack:
+            user = stack.pop()
+            if user not in self.home:
+                stack.extend(self.users[user])
+            elif self.home[user] is not home:
+                return True
+        return False
 
     def in_pass(self, node: Node) -> bool:
         """Place a node of arguments alone in one new row-wise kernel; False if it refuses."""
