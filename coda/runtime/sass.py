@@ -30,7 +30,7 @@ class Usage:
 
 @cache
 def tool(name: str) -> str | None:
-    """The path of cuobjdump or nvdisasm, from its PyPI package or the search path."""
+    """The path of cuobjdump, nvdisasm or ptxas, from its PyPI package or the search path."""
     import shutil
 
     for root in sys.path:

@@ -4,12 +4,11 @@ import random
 import re
 import subprocess
 from collections import defaultdict
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from coda.runtime.sass import tool
 from coda.sim.alu.opcodes import define
 from coda.sim.alu.table import TABLE, lookup
 from tests.sim.scalar import reference
@@ -161,8 +160,7 @@ def refused(ops, arch):
     head += [".reg .pred %p<9>; .reg .b8 %b<9>; .reg .b16 %h<9>; .reg .b32 %r<9>; .reg .b64 %d<9>;"]
     head += [".reg .f32 %f<9>; .reg .f64 %e<9>;"]
     text = "\n".join([*head, *(statement(op, TABLE[op]) for op in ops), "ret;", "}"])
-    tool = Path(find_spec("triton").origin).parent / "backends/nvidia/bin/ptxas-blackwell"
-    command = [tool, f"-arch={arch}", "-O0", "-o", "/dev/null", "-"]
+    command = [tool("ptxas"), f"-arch={arch}", "-O0", "-o", "/dev/null", "-"]
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     lines = [int(x) for x in re.findall(r"line (\d+); *error", done.stderr)]
     assert lines or done.returncode == 0, done.stderr
