@@ -234,7 +234,7 @@ def test_the_structure_that_the_laws_must_find(example):
     block, dims, *_ = example
     program = block.lower("sm_90a", dims)
     assert not program.unfused
-    folded = {n for k in program.kernels for n in getattr(k, "folds", ())}
+    folded = {n for k in program.kernels for n in k.body.folded}
     sunk = {
         n for k in program.kernels if k.kind is GEMM for n in k.sunk if type(n).__name__ == "Reduce"
     }

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from coda.lowering import compiler as pipeline
+from coda.lowering import compiler
 from tests.integrations.zoo import FAMILIES
 from tests.test_cli import run
 
@@ -21,8 +21,10 @@ def llama(tmp_path):
 
 
 def test_a_configuration(capsys, llama, monkeypatch):
-    lowered, original = [], pipeline._lower
-    monkeypatch.setattr(pipeline, "_lower", lambda *a, **k: lowered.append(1) or original(*a, **k))
+    lowered, original = [], compiler.run_stages
+    monkeypatch.setattr(
+        compiler, "run_stages", lambda *a, **k: lowered.append(1) or original(*a, **k)
+    )
     code, out, _ = run(capsys, "explain", llama, "--dims", "B=2,S=24", "--json")
     found = json.loads(out)
     assert (code, found["graph_breaks"], found["whole"]) == (0, 0, [])

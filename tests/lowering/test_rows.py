@@ -13,7 +13,6 @@ from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.algebra.policy import NO_TERMS
 from coda.lowering.algebra.training import MEMORY, derive
 from coda.lowering.compiler import lower
-from coda.lowering.program.memory import writes
 from coda.runtime.reference import run_reference
 from coda.runtime.simulate import run_simulated
 
@@ -197,7 +196,7 @@ def serves(program, rows):
 def test_one_program_serves_any_number_of_rows(block):
     for program in programs(block):
         assert not program.fixed & {"M", "B", "S"}
-        written = [name for kernel in program.kernels for name in writes(program, kernel)]
+        written = [name for kernel in program.kernels for name in kernel.writes()]
         assert len(written) == len(set(written)), "a kernel has each result once"
         for rows in ({}, *ROWS):
             serves(program, rows)
