@@ -71,7 +71,12 @@ def slope(x: T["M K"], w: T["N K"], z: T["M N"]):
     return {"d": d, "y": z * coda.sigmoid(z), "db": coda.sum(d, axis=0)}
 
 
-@pytest.mark.parametrize("tile_n", [64, 128, 256])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "tile_n", [64, pytest.param(128, marks=SLOW), pytest.param(256, marks=SLOW)]
+)
 def test_sums_over_rows_in_tiles_of_any_width(tile_n):
     """A thread has 32 or 64 columns at once: each lane is left with one sum or with two."""
     sizes = {"M": 300, "N": 520, "K": 64}

@@ -444,12 +444,10 @@ def test_targets_that_are_no_class():
         (None, "min"),
         (None, "balanced"),
         (None, "speed"),
-        ("sm_90a", "balanced"),
         *(
             pytest.param(arch, memory, marks=pytest.mark.slow)
             for arch in ("sm_90a", "sm_100a")
             for memory in MEMORY
-            if (arch, memory) != ("sm_90a", "balanced")
         ),
     ],
 )
