@@ -225,3 +225,4 @@ _ROWS = (
 )
 
 MONOIDS: dict[str, Monoid] = {row.name: row for row in _ROWS}
+(PLAIN_SUM,) = (row.name for row in _ROWS if row.is_plain_sum)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, assert_never
 
 from coda.ir.dims import ONE, Dim, Shape, product
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import f32
 from coda.lowering.program.body import Body
-from coda.lowering.program.epilogue import SinkExpr, Statistic
+from coda.lowering.program.epilogue import PickColumn, ReduceColumns, Statistic, SumRows
 from coda.lowering.program.kernel import Kernel, Partials
 from coda.lowering.program.program import Buffer, Program
 
@@ -40,18 +40,23 @@ def size_partials(program: Program) -> Program:
         width = kernel.mainloop.points(program.sizes)[1]
         parts = kernel.kind.partials(program, kernel, program.sizes)
         for sink in kernel.body.epilogue.sinks:
-            if sink.rows:
-                shapes[sink.buffer] = _of_rows(program, sink, parts, width)
-            elif sink.monoid != "pick":
-                parts_of[sink.buffer] = width, parts
-                planes = Dim.of(len(MONOIDS[sink.monoid].planes))
-                rows = product(program.buffers[sink.buffer].shape[:1])
-                shapes[sink.buffer] = planes, rows, Dim.of(parts.of_columns)
+            match sink:
+                case PickColumn():
+                    pass
+                case SumRows(buffer=name):
+                    shapes[name] = _of_rows(program, sink, parts, width)
+                case ReduceColumns(buffer=name, monoid=monoid):
+                    parts_of[name] = width, parts
+                    planes = Dim.of(len(MONOIDS[monoid].planes))
+                    rows = product(program.buffers[name].shape[:1])
+                    shapes[name] = planes, rows, Dim.of(parts.of_columns)
+                case _ as never:
+                    assert_never(never)
     sized = {name: Buffer(name, "partial", shape, f32) for name, shape in shapes.items()}
     return replace(program, kernels=tuple(kernels), buffers={**program.buffers, **sized})
 
 
-def _of_rows(program: Program, sink: SinkExpr, parts: Partials, width: int) -> Shape:
+def _of_rows(program: Program, sink: SumRows, parts: Partials, width: int) -> Shape:
     """The shape [1, columns, parts] of the partials of a sum over rows.
 
     If the sum also runs over column axes, several columns of the kernel are parts of one sum.

@@ -23,6 +23,7 @@ from coda.lowering.algebra.laws import LAWS
 from coda.lowering.algebra.measure import falls
 from coda.lowering.algebra.pushdown import push_down
 from coda.lowering.algebra.rewrite import Step, rewrite
+from coda.lowering.program.epilogue import ReduceColumns
 from coda.lowering.program.program import Program
 from coda.lowering.program.verify import verify_program
 
@@ -80,7 +81,7 @@ def _memory_is_open(program: Program) -> str:
 
 def _partials_sized(program: Program) -> str:
     sinks = [s for k in program.kernels for s in k.body.epilogue.sinks]
-    made = {s.buffer for s in sinks if not s.rows}
+    made = {s.buffer for s in sinks if isinstance(s, ReduceColumns)}
     for kernel in program.kernels:
         for one in kernel.body.epilogue.statistics:
             if one.operand in made and not one.count:

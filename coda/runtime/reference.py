@@ -37,10 +37,12 @@ from coda.lowering.program.epilogue import (
     Literal,
     Load,
     Operand,
-    SinkExpr,
+    PickColumn,
+    ReduceColumns,
     Stat,
     Statistic,
     StoreExpr,
+    SumRows,
 )
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
@@ -115,18 +117,20 @@ def compute_body(
         x = point.store(store)
         run.buffers[store.buffer] = x if run.exact else x.to(store.dtype.torch)
     for sink in body.epilogue.sinks:
-        x = point.ordered(sink.lanes, sink.split, sink.span)
-        if sink.rows:
-            columns = run.program.buffers[sink.buffer].shape[1].size(run.sizes)
-            run.parts[sink.buffer] = _sum_of_rows(x, columns)
-        elif sink.monoid == "pick":
-            run.buffers[sink.buffer] = pick(x, operands[sink.index or ""].reshape(-1))
-        else:
-            run.parts[sink.buffer] = _partials(sink, x, width, tile_n)
+        match sink:
+            case SumRows(buffer=name, span=span):
+                columns = run.program.buffers[name].shape[1].size(run.sizes)
+                run.parts[name] = _sum_of_rows(point.ordered(sink, span), columns)
+            case PickColumn(buffer=name, index=index, lanes=lanes):
+                run.buffers[name] = pick(point.columns(lanes), operands[index].reshape(-1))
+            case ReduceColumns(buffer=name, lanes=lanes):
+                run.parts[name] = _partials(sink, point.columns(lanes), width, tile_n)
+            case _ as never:
+                assert_never(never)
 
 
 def _partials(
-    sink: SinkExpr, x: Tensor, width: int, tile_n: int
+    sink: ReduceColumns, x: Tensor, width: int, tile_n: int
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     tile = max(1, tile_n * x.shape[1] // max(width, 1))
     sizes = [min(tile, x.shape[1] - i) for i in range(0, x.shape[1], tile)]
@@ -225,13 +229,17 @@ class _Points:
 
     def store(self, store: StoreExpr) -> Tensor:
         """The tensor that a store writes, in the column order of the buffer."""
-        if store.narrow:
-            return self.evaluate(store.lanes[0]).expand(self.rows, 1)
-        return self.ordered(store.lanes, store.split, store.span)
+        match store.access:
+            case ColumnVector():
+                return self.evaluate(store.lanes[0]).expand(self.rows, 1)
+            case Tile(span=span):
+                return self.ordered(store, span)
+            case _ as never:
+                assert_never(never)
 
-    def ordered(self, lanes: Sequence[Expr], split: int, span: Span | None) -> Tensor:
-        """Columns in a buffer's order: lanes of a pair `split` apart, the columns of `span`."""
-        x = self.columns(lanes)
+    def ordered(self, result: StoreExpr | SumRows, span: Span | None) -> Tensor:
+        """Columns in a buffer's order: the lanes of a pair put apart, the columns of `span`."""
+        x, split = self.columns(result.lanes), self.epilogue.apart(result)
         if split:
             blocks = self.width // (2 * split)
             x = x.reshape(self.rows, blocks, split, 2).transpose(2, 3)

@@ -15,6 +15,7 @@ from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.algebra.training import derive
 from coda.lowering.compiler import lower
 from coda.lowering.program.access import Periodic, Tile
+from coda.lowering.program.epilogue import SumRows
 from coda.runtime.reference import run_reference
 
 ROOT = Path(__file__).parents[2] / "examples"
@@ -79,10 +80,10 @@ def test_a_norms_backward_lies_in_the_gemms(block, statistics):
     assert not passes(backward)
     assert not any(k.kind is TORCH for k in backward.kernels)
     maker, dgrad, *_ = gemms(backward)
-    along_rows = [s for s in maker.body.epilogue.sinks if not s.rows]
+    along_rows = [s for s in maker.body.epilogue.sinks if not isinstance(s, SumRows)]
     assert len(along_rows) == statistics
     assert any(s.buffer == "dx" for s in dgrad.body.epilogue.stores)
-    assert any(s.rows for k in gemms(backward) for s in k.body.epilogue.sinks)
+    assert any(isinstance(s, SumRows) for k in gemms(backward) for s in k.body.epilogue.sinks)
 
 
 def test_the_weight_gradient_reads_the_raw_activation():
@@ -105,7 +106,7 @@ def test_rope_of_q_k_and_v_is_one_pass_backward():
     tiles = [o for o in one.body.epilogue.operands if isinstance(o.access, Tile)]
     spans = {o.name: o.access.span for o in tiles if o.access.span}
     assert {spans["d_q"], spans["d_k"], spans["d_v"]} == {(0, 128), (128, 64), (192, 64)}
-    (stored,) = [s for s in one.body.epilogue.stores if not s.narrow]
+    (stored,) = [s for s in one.body.epilogue.stores if isinstance(s.access, Tile)]
     assert not stored.span
     assert len(one.body.epilogue.statistics) == 1
     assert not passes(forward)
@@ -128,7 +129,7 @@ def test_qk_norms_backward_is_part_of_that_pass():
     (one,) = passes(backward)
     epilogue = one.body.epilogue
     assert {s.group for s in epilogue.statistics} == {0, SMALL["d"]}
-    assert [s.rows for s in epilogue.sinks] == [True, True]
+    assert [isinstance(s, SumRows) for s in epilogue.sinks] == [True, True]
 
 
 @coda.block
@@ -143,7 +144,7 @@ def test_a_gain_of_heads_is_summed_in_that_pass_for_a_batch_of_sequences_too():
     _, _, backward = trained(normed_heads, sizes)
     assert not any(k.kind is TORCH for k in backward.kernels)
     (one,) = passes(backward)
-    assert [s.rows for s in one.body.epilogue.sinks] == [True]
+    assert [isinstance(s, SumRows) for s in one.body.epilogue.sinks] == [True]
 
 
 def test_biases_of_siblings_have_one_gradient():

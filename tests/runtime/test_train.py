@@ -161,10 +161,12 @@ def test_the_backward_reads_no_argument_that_it_does_not_need():
 def test_halves_of_any_width_are_stored(f):
     """Gate and up lie F columns apart in what is saved: kernels store them in whole vectors."""
     forward, _ = mlp.lower_training("sm_90a", {"M": 40, "D": 64, "F": f})
-    splits = [s.split for g in gemms(forward) for s in g.body.epilogue.stores]
+    every = [g.body.epilogue for g in gemms(forward)]
+    splits = [e.apart(s) for e in every for s in e.stores]
     assert f not in splits
     wide, _ = mlp.lower_training("sm_90a", {"M": 40, "D": 64, "F": 96})
-    assert 96 in [s.split for g in gemms(wide) for s in g.body.epilogue.stores]
+    every = [g.body.epilogue for g in gemms(wide)]
+    assert 96 in [e.apart(s) for e in every for s in e.stores]
 
 
 @pytest.mark.slow

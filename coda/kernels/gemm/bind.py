@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from coda.kernels.gemm.weights import (
 from coda.kernels.protocol import LaunchRun, Tensors
 from coda.kernels.tensors import aligned, in_bytes, matrix, padded, written
 from coda.lowering.program.access import ColumnVector, Periodic, Scalar, Tile
+from coda.lowering.program.epilogue import PickColumn, ReduceColumns, SumRows
 from coda.lowering.program.program import Program
 
 
@@ -67,7 +68,7 @@ class Binding:
                 run.constant(ones)
                 operands |= dict.fromkeys(masks, ones)
         stores = {name: written(x) for name, x in stores.items()}
-        splits = {s.buffer: s.split for s in self.body.epilogue.stores}
+        splits = {s.buffer: self.body.epilogue.apart(s) for s in self.body.epilogue.stores}
         arguments = self.gemm.arguments(operands, stores, sinks, splits, self.indices())
         d = stores[source.d] if source.d else None
         self.start(run.ready(a, _turned), b, d, arguments)
@@ -88,27 +89,33 @@ class Binding:
         parts = self.kernel.kind.partials(run.program, self.kernel, run.sizes)
         sinks: dict[str, Tensor] = {}
         for sink in self.body.epilogue.sinks:
-            if sink.rows:
-                count = parts.of_rows if rows else 0
-                sinks[sink.buffer] = run.new((count, self.problem[1]), torch.float32)
-            elif sink.monoid == "pick":
-                sinks[sink.buffer] = run.new((rows,), torch.float32, "nan")
-            else:
-                planes = len(MONOIDS[sink.monoid].planes)
-                dtype = torch.int64 if planes == 2 else torch.float32
-                sinks[sink.buffer] = run.new((rows, parts.of_columns), dtype)
+            match sink:
+                case SumRows(buffer=name):
+                    count = parts.of_rows if rows else 0
+                    sinks[name] = run.new((count, self.problem[1]), torch.float32)
+                case PickColumn(buffer=name):
+                    sinks[name] = run.new((rows,), torch.float32, "nan")
+                case ReduceColumns(buffer=name, monoid=monoid):
+                    planes = len(MONOIDS[monoid].planes)
+                    dtype = torch.int64 if planes == 2 else torch.float32
+                    sinks[name] = run.new((rows, parts.of_columns), dtype)
+                case _ as never:
+                    assert_never(never)
         return stores, sinks
 
     def keep_partials(self, sinks: Tensors) -> None:
         """Register partials and picked values for the kernels that read them."""
         for sink in self.body.epilogue.sinks:
             found = sinks[sink.buffer]
-            if sink.rows:
-                self.run.raw[sink.buffer] = self.run.summands(sink.buffer, found)
-            elif sink.monoid == "pick":
-                self.run.buffers[sink.buffer] = found.reshape(-1, 1)
-            else:
-                self.run.raw[sink.buffer] = found.view(torch.float32)
+            match sink:
+                case SumRows(buffer=name):
+                    self.run.raw[name] = self.run.summands(name, found)
+                case PickColumn(buffer=name):
+                    self.run.buffers[name] = found.reshape(-1, 1)
+                case ReduceColumns(buffer=name):
+                    self.run.raw[name] = found.view(torch.float32)
+                case _ as never:
+                    assert_never(never)
 
     def zeros(self, x: Tensor) -> Tensor:
         """16 columns of zeros in place of none, contiguous or transposed as `x`."""
@@ -121,7 +128,7 @@ class Binding:
         """The index vectors [M] of sinks that pick a column, by emitted name."""
         found: dict[str, Tensor] = {}
         for sink in self.body.epilogue.sinks:
-            if sink.index is not None:
+            if isinstance(sink, PickColumn):
                 index = self.run.ready(self.run.value(self.body.nodes[sink.index]), _vector)
                 found[f"{self.gemm.source.operands.get(sink.index, sink.index)}_index"] = index
         return found

@@ -36,9 +36,12 @@ from coda.lowering.program.epilogue import (
     Literal,
     Load,
     Operand,
+    PickColumn,
+    ReduceColumns,
     SinkExpr,
     Stat,
     StoreExpr,
+    SumRows,
     conditions,
     held,
     leaves,
@@ -100,7 +103,7 @@ class _Emitter:
         self.tables = self.pack_tables()
         self.classes: set[str] = set()
         # Many values per element, for several columns at once, exceed the registers.
-        several = len(self.epilogue.stores) > 1 and any(s.rows for s in self.epilogue.sinks)
+        several = len(self.epilogue.stores) > 1 and bool(self.epilogue.row_sums)
         crowded = held(self.epilogue) + conditions(self.epilogue) > 5
         self.pauses = program.target.tensor_memory and (crowded or several)
         self.masked = self.rows_masked = False
@@ -176,7 +179,7 @@ class _Emitter:
 
     def passed(self) -> list[Operand]:
         """Operands that are parameters of the epilogue, not lanes of a table."""
-        chosen = [s.index for s in self.epilogue.sinks if s.index]
+        chosen = [s.index for s in self.epilogue.sinks if isinstance(s, PickColumn)]
         used = _loads(self.epilogue)
         own = [o for o in self.epilogue.operands if not isinstance(o.access, Periodic | Partial)]
         return [o for o in own if o.name in used or o.name not in chosen]
@@ -197,7 +200,7 @@ class _Emitter:
         for store in self.epilogue.stores:
             values = [stored(v, store.dtype, body.imported) for v in body.assign(store.lanes)]
             name = safe(store.buffer)
-            if store.split:
+            if self.epilogue.apart(store):
                 for lane, value in enumerate(values):
                     outputs.append((f"{name}_{lane}", store.buffer, lane))
                     returned.append((f"{name}_{lane}", value))
@@ -216,7 +219,8 @@ class _Emitter:
 
     def by_gemm(self) -> StoreExpr | None:
         """The store by the GEMM itself: of all columns; of pairs, preferably not 16 bits."""
-        whole = [s for s in self.epilogue.stores if len(s.lanes) == 1 + self.pair and not s.split]
+        stores, lanes = self.epilogue.stores, self.epilogue.lanes
+        whole = [s for s in stores if len(s.lanes) == lanes and not self.epilogue.split]
         odd = [s for s in whole if self.pair and s.dtype.size != 2]
         return next(iter(odd or whole), None)
 
@@ -241,11 +245,11 @@ class _Emitter:
 
     def in_turn(self, sink: SinkExpr) -> bool:
         """Whether a sum over rows is an op that reduces columns as they are computed."""
-        return sink.rows and self.pauses and not self.pair
+        return isinstance(sink, SumRows) and self.pauses and not self.pair
 
     def inside(self, sink: SinkExpr, expr: Expr) -> Expr:
         """The value of a sink, masked to 0 in padding for sums that need it."""
-        if sink.rows:
+        if isinstance(sink, SumRows):
             return self.inside_rows(expr)
         if not (is_sum(sink) and self.ragged) or vanishes(expr, self.kinds):
             return expr
@@ -357,14 +361,18 @@ class _Emitter:
         extra = []
         for sink in self.epilogue.sinks:
             name = safe(sink.buffer)
-            if sink.monoid == "pick" and sink.index:
-                chosen = f'ColVecLoad("{safe(sink.index)}_index")'
-                reduced.append(f"{name!r}: {self.make(f'Select({name!r}, {chosen})')}")
-                extra.append(self.make(chosen))
-            elif sink.rows and not self.in_turn(sink):
-                reduced.append(f"{name!r}: {self.make(f'RowVecReduce({name!r})')}")
-            elif not sink.rows:
-                reduced.append(f"{name!r}: {self.make(MONOIDS[sink.monoid].sink.format(name))}")
+            match sink:
+                case PickColumn(index=index):
+                    chosen = f'ColVecLoad("{safe(index)}_index")'
+                    reduced.append(f"{name!r}: {self.make(f'Select({name!r}, {chosen})')}")
+                    extra.append(self.make(chosen))
+                case SumRows():
+                    if not self.in_turn(sink):
+                        reduced.append(f"{name!r}: {self.make(f'RowVecReduce({name!r})')}")
+                case ReduceColumns(monoid=monoid):
+                    reduced.append(f"{name!r}: {self.make(MONOIDS[monoid].sink.format(name))}")
+                case _ as never:
+                    assert_never(never)
         if reduced:
             lines += ["    outs={", *(f"        {r}," for r in reduced), "    },"]
         if extra:
@@ -379,7 +387,7 @@ class _Emitter:
 
     def output(self, name: str, store: StoreExpr, lane: int) -> str:
         if lane >= 0:
-            return self.make(f"SplitStore({name!r}, {store.split})")
+            return self.make(f"SplitStore({name!r}, {self.epilogue.split})")
         if lane == PAIRS:
             return self.make(f"PairStore({name!r})")
         half = self.pair and len(store.lanes) == 1

@@ -52,7 +52,7 @@ class Binding:
             fill = "padded" if padded and width > 1 else ""
             found = run.room(store.buffer, rows, width, store.dtype.torch, fill)
             run.buffers[store.buffer], tensors[store.buffer] = found, written(found)
-        for sink in self.body.epilogue.sinks:
+        for sink in self.body.epilogue.row_sums:
             parts = self.kernel.kind.partials(run.program, self.kernel, run.sizes).of_rows
             width = sink.span.width if sink.span else self.width
             found = run.new((parts, width), torch.float32, "" if rows else "zero")

@@ -31,7 +31,7 @@ from coda.kernels.rowwise.pieces import (
 )
 from coda.kernels.rowwise.sweeps import INDENT, Step, indented
 from coda.lowering.program.access import Line, Partial
-from coda.lowering.program.epilogue import SinkExpr, StoreExpr
+from coda.lowering.program.epilogue import StoreExpr, SumRows
 from coda.lowering.program.program import Program
 
 
@@ -101,7 +101,7 @@ class _Emitter(Folds):
             shape = self.program.buffers[store.buffer].shape
             columns = product(shape[1:]).size(self.program.sizes)
             found.append((safe(store.buffer) + "_out", store.buffer, columns, True))
-        for sink in self.epilogue.sinks:
+        for sink in self.epilogue.row_sums:
             columns = sink.span.width if sink.span else self.kernel.mainloop.width
             found.append((safe(sink.buffer) + "_out", sink.buffer, columns, True))
         return tuple(found)
@@ -136,13 +136,13 @@ class _Emitter(Folds):
             out += self.loop(piece, step) if step.exprs else []
         return out
 
-    def inside(self, item: StoreExpr | SinkExpr, piece: Piece) -> bool:
+    def inside(self, item: StoreExpr | SumRows, piece: Piece) -> bool:
         """Whether a store or a sink covers the columns of a piece."""
         first = self.begin(item.span)
         count = item.span.width // self.lanes if item.span else self.points
         return first <= piece.first < first + count
 
-    def stored(self, piece: Piece, sinks: Sequence[SinkExpr] = ()) -> Step:
+    def stored(self, piece: Piece, sinks: Sequence[SumRows] = ()) -> Step:
         """The step that computes the stores of a piece, and adds to the sums over rows."""
         items = [s for s in (*self.wide_stores(), *sinks) if self.inside(s, piece)]
         exprs = [[piece.special(e) for e in s.lanes] for s in items]
@@ -162,11 +162,11 @@ class _Emitter(Folds):
         values = [stored(v, store.dtype, self.math) for v in values]
         self.rows |= {"vector", "store"}
         at = self.shifted("index", piece, self.begin(store.span))
-        if store.split:
+        if self.epilogue.apart(store):
             step.rooms += [f"{name}_{i} = vector({self.vec})" for i in (0, 1)]
             step.inner += [f"{name}_{i}[j] = {v}" for i, v in enumerate(values)]
             for i in (0, 1):
-                where = self.apart(at, store.split, i)
+                where = self.apart(at, self.split, i)
                 step.after.append(f"store({name}, row, {where}, {name}_{i})")
             return
         step.rooms.append(f"{name}_v = vector({len(values) * self.vec})")
@@ -202,7 +202,7 @@ class _Emitter(Folds):
 
     def columns(self, piece: Piece, kept: list[str]) -> list[str]:
         """The columns of a piece: a warp has vectors of them, and loops over the rows."""
-        sinks = [s for s in self.epilogue.sinks if self.inside(s, piece)]
+        sinks = [s for s in self.epilogue.row_sums if self.inside(s, piece)]
         step = self.stored(piece, sinks)
         if not step.exprs:
             return []
@@ -210,10 +210,10 @@ class _Emitter(Folds):
         own += [f"{n} = {n}_of[row - first]" for n in kept]
         return self.through_rows(piece, step, sinks, own)
 
-    def add(self, sink: SinkExpr, values: list[str], step: Step) -> None:
+    def add(self, sink: SumRows, values: list[str], step: Step) -> None:
         """Append the additions of values to a sum over rows."""
         name = f"{safe(sink.buffer)}_out"
-        if sink.split:
+        if self.epilogue.apart(sink):
             into = [f"{name}_{i}[j]" for i in (0, 1)]
         elif len(values) == 1:
             into = [f"{name}_v[j]"]
@@ -221,20 +221,20 @@ class _Emitter(Folds):
             into = [f"{name}_v[2 * j]", f"{name}_v[2 * j + 1]"]
         step.inner += [f"{x} = {x} + {v}" for x, v in zip(into, values, strict=True)]
 
-    def rooms(self, sink: SinkExpr, piece: Piece) -> tuple[list[str], list[str]]:
+    def rooms(self, sink: SumRows, piece: Piece) -> tuple[list[str], list[str]]:
         """Lines that make the registers of a sum over rows, and lines that write it."""
         name = f"{safe(sink.buffer)}_out"
         self.rows |= {"zeros", "store"}
         at = self.shifted("index", piece, self.begin(sink.span))
-        if sink.split:
-            where = [self.apart(at, sink.split, i) for i in (0, 1)]
+        if self.epilogue.apart(sink):
+            where = [self.apart(at, self.split, i) for i in (0, 1)]
             made = [f"{name}_{i} = zeros({self.vec})" for i in (0, 1)]
             return made, [f"store({name}, part, {w}, {name}_{i})" for i, w in enumerate(where)]
         made = [f"{name}_v = zeros({len(sink.lanes) * self.vec})"]
         return made, [f"store({name}, part, {at}, {name}_v)"]
 
     def through_rows(
-        self, piece: Piece, step: Step, sinks: Sequence[SinkExpr], own: list[str]
+        self, piece: Piece, step: Step, sinks: Sequence[SumRows], own: list[str]
     ) -> list[str]:
         """Loops over the vectors of a piece, and over the rows of the block for each."""
         rooms = [self.rooms(s, piece) for s in sinks]

@@ -82,7 +82,7 @@ class Folds(Sweeps):
 
     def once(self, store: StoreExpr) -> bool:
         """Whether a store has one column."""
-        return store.narrow or self.kernel.mainloop.width == 1
+        return isinstance(store.access, ColumnVector) or self.kernel.mainloop.width == 1
 
     def narrow_lines(self) -> tuple[list[str], list[str]]:
         """Lines that compute the values of single columns, and lines that write them."""

@@ -8,6 +8,7 @@ from coda.ir.graph import Node
 from coda.kernels.protocol import LaunchRun, Run
 from coda.kernels.rowwise.mainloop import Rows, Rowwise
 from coda.kernels.rowwise.pieces import has_padded_rows, row_parts
+from coda.lowering.program.access import ColumnVector
 from coda.lowering.program.kernel import (
     Account,
     Builder,
@@ -44,7 +45,7 @@ def _reason(program: Program, kernel: Rowwise) -> str:
     epilogue, folded = kernel.body.epilogue, kernel.body.folded
     tiled = [k for k in program.kernels if k.kind.tiled]
     makers = [k.name for k in tiled if set(k.sunk) & set(folded)]
-    if folded and all(s.narrow for s in epilogue.stores):
+    if folded and all(isinstance(s.access, ColumnVector) for s in epilogue.stores):
         return f"it folds what the tiles of {', '.join(makers)} left, one number for each row"
     if folded:
         folds = ", ".join(map(at, folded))

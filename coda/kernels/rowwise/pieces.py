@@ -124,7 +124,7 @@ def pieces_of(body: Body, width: int, padded: bool = False) -> tuple[Piece, ...]
 def _spans(epilogue: Epilogue) -> list[Span]:
     """The spans of operands and results that have only some of the columns."""
     found = [o.access.span for o in epilogue.operands if isinstance(o.access, Tile)]
-    found += [x.span for x in (*epilogue.stores, *epilogue.sinks)]
+    found += [x.span for x in (*epilogue.stores, *epilogue.row_sums)]
     return [span for span in found if span is not None]
 
 

@@ -59,9 +59,12 @@ from coda.lowering.program.epilogue import (
     Literal,
     Load,
     Operand,
+    PickColumn,
+    ReduceColumns,
     SinkExpr,
     Statistic,
     StoreExpr,
+    SumRows,
     stat_names,
 )
 
@@ -177,12 +180,12 @@ class Layout:
         apart, whole = self.split is not None, self.space.whole_rows
         found = self.stored.values()
         if apart and not whole:
-            neighbours = [s for s in found if len(s.lanes) == 2 and not s.split]
+            neighbours = [s for s in found if len(s.lanes) == 2 and self.split == 1]
             if sum(s.dtype.size != 2 for s in neighbours) > 1:
                 raise Refused(
                     "an epilogue writes one matrix of neighbouring pairs of 8 or of 32 bits"
                 )
-        if not whole and any(map(_is_ragged, found)):
+        if not whole and any(_is_ragged(self.split, s) for s in found):
             raise Refused(f"pairs of columns {self.split} apart are not stored in whole vectors")
         if apart and not whole and any(s.rows for s in sinks):
             raise Refused("a sum over the rows of pairs of columns")
@@ -552,11 +555,13 @@ def _sink(build: Layout, sink: Sink) -> SinkExpr:
     space = build.space
     if not space.whole_rows:
         lanes = build.lanes(sink.value)
-        return SinkExpr(sink.buffer, sink.monoid, lanes, sink.index, sink.rows)
+        if sink.rows:
+            return SumRows(sink.buffer, lanes)
+        if sink.index is not None:
+            return PickColumn(sink.buffer, sink.index, lanes)
+        return ReduceColumns(sink.buffer, sink.monoid, lanes)
     lanes = build.lanes(space.widened(sink.value))
-    split = build.split if build.split is not None and build.split > 1 else 0
-    span = _span(space, sink.value)
-    return SinkExpr(sink.buffer, sink.monoid, lanes, rows=True, split=split, span=span)
+    return SumRows(sink.buffer, lanes, _span(space, sink.value))
 
 
 def _span(space: Space, value: Value) -> Span | None:
@@ -564,10 +569,11 @@ def _span(space: Space, value: Value) -> Span | None:
     return None if value.count == space.width else Span(space.place_of(value), value.count)
 
 
-def _is_ragged(store: StoreExpr) -> bool:
+def _is_ragged(split: int | None, store: StoreExpr) -> bool:
     """Whether a GEMM cannot store two lanes `split` apart: TMA stores tiles of 32 columns."""
-    whole = store.split % 32 == 0 or 32 % store.split == 0 if store.split else True
-    return not whole or bool(store.split * store.dtype.size % 16)
+    if split is None or split == 1 or len(store.lanes) == 1:
+        return False
+    return (split % 32 != 0 and 32 % split != 0) or split * store.dtype.size % 16 != 0
 
 
 def _store(build: Layout, store: Store) -> StoreExpr:
@@ -576,10 +582,9 @@ def _store(build: Layout, store: Store) -> StoreExpr:
     if all(v.narrow for v in store.values) and space.width != 1:
         (value,) = store.values
         expr = build.bind(_place(space.exprs[int(value.expr[0])], (), [], {}), {})
-        return StoreExpr(store.buffer, store.dtype, (expr,), narrow=True)
+        return StoreExpr(store.buffer, store.dtype, (expr,), ColumnVector())
     value, span = beside(store.values), None
     if space.whole_rows and not build.is_filled_by(value):
         value, span = space.widened(value), _span(space, value)
     lanes = build.lanes(value)
-    split = build.split if build.split is not None and len(lanes) == 2 else 0
-    return StoreExpr(store.buffer, store.dtype, lanes, 0 if split == 1 else (split or 0), span=span)
+    return StoreExpr(store.buffer, store.dtype, lanes, Tile(span))

@@ -13,11 +13,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from coda.ir.monoids import PLAIN_SUM
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType
-from coda.lowering.program.access import Access, Line, Partial, Span, Tile
+from coda.lowering.program.access import Access, ColumnVector, Line, Partial, Span, Tile
 
 
 @dataclass(frozen=True)
@@ -142,44 +143,69 @@ class StoreExpr:
         dtype: the dtype in memory, to which float32 values are rounded.
         lanes: one expression (of an element; or one per column pair: half the columns), or two
             (both columns of a pair).
-        split: the distance between the two columns of a pair in the buffer (j and j + split, half a
-            head); 0 for adjacent columns.
-        narrow: whether the value is [M, 1], in a row-wise kernel.
-        span: the kernel's columns that it covers; None for all.
+        access: a Tile for [M, columns], whose span tells which of the kernel's columns it covers;
+            a ColumnVector for [M, 1], in a row-wise kernel.
     """
 
     buffer: str
     dtype: DType
     lanes: tuple[Expr, ...]
-    split: int = 0
-    narrow: bool = False
-    span: Span | None = None
+    access: Tile | ColumnVector = Tile()  # noqa: RUF009, an immutable value
+
+    @property
+    def span(self) -> Span | None:
+        """The kernel's columns that it covers; None for all."""
+        return self.access.span if isinstance(self.access, Tile) else None
 
 
 @dataclass(frozen=True)
-class SinkExpr:
-    """A reduction whose partials the kernel writes, in float32.
-
-    Over columns: one partial per tile of columns, planes [M, parts]. With `rows`, a sum over rows:
-    one partial per tile of rows, [N, parts].
+class ReduceColumns:
+    """A reduction over columns: one float32 partial per tile of columns, planes [M, parts].
 
     Attributes:
         buffer: the name of the partials.
-        monoid: a row of `coda.ir.monoids`, or "pick": the element whose column equals the integer
-            operand `index` (rows without such a column stay unchanged).
+        monoid: a row of `coda.ir.monoids`.
         lanes: the reduced expressions; both columns of a pair are reduced together.
-        index: the column-vector operand of a pick, by name.
-        rows: whether the reduction is over rows.
-        split, span: in a row-wise kernel, as for a store.
     """
 
     buffer: str
     monoid: str
     lanes: tuple[Expr, ...]
-    index: str | None = None
-    rows: bool = False
-    split: int = 0
+
+
+@dataclass(frozen=True)
+class PickColumn:
+    """One element of each row, [M] float32: the one whose column equals the row's index.
+
+    Attributes:
+        buffer: the name of the elements; rows without such a column stay unchanged.
+        index: the integer column-vector operand, by name.
+        lanes: the expressions to choose from; for a column pair, of both its columns.
+    """
+
+    buffer: str
+    index: str
+    lanes: tuple[Expr, ...]
+    monoid: ClassVar[str] = "pick"
+
+
+@dataclass(frozen=True)
+class SumRows:
+    """A sum over rows: one float32 partial per tile of rows, [N, parts].
+
+    Attributes:
+        buffer: the name of the partials.
+        lanes: the summed expressions, as for a store.
+        span: in a row-wise kernel, the kernel's columns that it covers; None for all.
+    """
+
+    buffer: str
+    lanes: tuple[Expr, ...]
     span: Span | None = None
+    monoid: ClassVar[str] = PLAIN_SUM
+
+
+SinkExpr = ReduceColumns | PickColumn | SumRows
 
 
 @dataclass(frozen=True)
@@ -217,6 +243,15 @@ class Epilogue:
         """The distance of a pair's columns in the buffers; 0 if the kernel keeps their order."""
         return self.distance if self.distance > 1 else 0
 
+    def apart(self, result: StoreExpr | SumRows) -> int:
+        """The distance in its buffer of a result's two lanes; 0 for one lane, or adjacent ones."""
+        return self.split if len(result.lanes) == 2 else 0
+
+    @property
+    def row_sums(self) -> list[SumRows]:
+        """The sinks that sum over the rows."""
+        return [s for s in self.sinks if isinstance(s, SumRows)]
+
     @property
     def tiles(self) -> list[str]:
         """The names of the operands with one element per row and column."""
@@ -236,7 +271,7 @@ class Epilogue:
 def held(epilogue: Epilogue) -> int:
     """Values live at once at an element, for register pressure: tiles, stores, and sinks."""
     matrices = len(epilogue.tiles) + len(epilogue.stores)
-    return matrices + sum(s.monoid != "pick" for s in epilogue.sinks)
+    return matrices + sum(not isinstance(s, PickColumn) for s in epilogue.sinks)
 
 
 def conditions(epilogue: Epilogue) -> int:

@@ -117,8 +117,8 @@ def _matrix(
     if node is None or operand.name in kernel.body.spread:
         return ""
     lanes = kernel.body.epilogue.lanes
-    same = isinstance(operand.access, Tile) and operand.access.span == store.span
-    if not same or (operand.dtype, lanes) != (store.dtype, len(store.lanes)) or store.narrow:
+    same = isinstance(operand.access, Tile) and operand.access == store.access
+    if not same or (operand.dtype, lanes) != (store.dtype, len(store.lanes)):
         return ""
     while isinstance(node, Reshape):
         node = node.arg

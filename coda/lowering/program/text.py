@@ -29,7 +29,17 @@ from coda.lowering.program.access import (
 )
 from coda.lowering.program.body import Body
 from coda.lowering.program.cost import describe, label
-from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load, Operand, Stat, calls
+from coda.lowering.program.epilogue import (
+    Acc,
+    Call,
+    Expr,
+    Literal,
+    Load,
+    Operand,
+    PickColumn,
+    Stat,
+    calls,
+)
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Config
@@ -107,14 +117,15 @@ def _body(program: Program, kernel: Kernel[Any]) -> list[str]:
     for store in epilogue.stores:
         buffer = program.buffers[store.buffer]
         values = ", ".join(_name(e, names) for e in store.lanes)
-        apart = f" {store.split} apart" if store.split else ""
+        split = epilogue.apart(store)
+        apart = f" {split} apart" if split else ""
         shape = show_shape(buffer.shape)
         old = program.overwrites.get(store.buffer)
         over = f" over {old}" if old else ""
         lines.append(f"    store {store.buffer} {shape} {store.dtype} = {values}{apart}{over}")
     for sink in epilogue.sinks:
         values = ", ".join(_name(e, names) for e in sink.lanes)
-        at = f" at {sink.index}" if sink.index else ""
+        at = f" at {sink.index}" if isinstance(sink, PickColumn) else ""
         lines.append(f"    sink {sink.buffer} = {sink.monoid} {values}{at}")
     return lines
 
