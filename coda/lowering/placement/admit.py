@@ -24,8 +24,8 @@ from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
 from coda.lowering.algebra.roles import summand
 from coda.lowering.placement.draft import Draft, Drafts
-from coda.lowering.placement.layout import Layout, Sink
-from coda.lowering.placement.stores import Group, grouped
+from coda.lowering.placement.layout import Layout
+from coda.lowering.placement.stores import Group, Sink, grouped
 from coda.lowering.placement.values import Refused, Value
 
 

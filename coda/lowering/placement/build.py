@@ -33,9 +33,9 @@ from coda.lowering.algebra.chunk import Cut
 from coda.lowering.algebra.policy import Terms
 from coda.lowering.algebra.rewrite import Step, substituted
 from coda.lowering.placement.draft import Draft
-from coda.lowering.placement.layout import Sink, Store, assemble
+from coda.lowering.placement.layout import assemble
 from coda.lowering.placement.place import Partition
-from coda.lowering.placement.stores import Group, grouped
+from coda.lowering.placement.stores import Group, Sink, Store, grouped
 from coda.lowering.placement.values import Refused, Value
 from coda.lowering.program.access import Scalar
 from coda.lowering.program.body import Body

@@ -29,6 +29,7 @@ from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import AT_MOST, CHOICE, SUM
 from coda.ir.types import DType, f32
 from coda.lowering.placement.columns import GROUPED, RowStatistic, Space
+from coda.lowering.placement.stores import Sink, Store
 from coda.lowering.placement.values import (
     LEAF,
     NO_LANE,
@@ -69,31 +70,6 @@ from coda.lowering.program.epilogue import (
 )
 
 STAGED = 24  # bytes of shared memory per element, in the smallest tile, for loads and stores
-
-
-@dataclass(frozen=True)
-class Store:
-    """The values of some nodes, to be stored into one buffer, concatenated along the columns."""
-
-    buffer: str
-    dtype: DType
-    nodes: tuple[Node, ...]
-    values: tuple[Value, ...]
-
-
-@dataclass(frozen=True)
-class Sink:
-    """A value to be reduced over the columns or, with `rows`, summed over the rows.
-
-    `index` is the name of a pick's operand, `buffer` that of the partials.
-    """
-
-    node: Node
-    buffer: str
-    monoid: str
-    value: Value
-    index: str | None = None
-    rows: bool = False
 
 
 def pairing(width: int, values: Iterable[Value]) -> int | None:

@@ -16,9 +16,33 @@ import numpy as np
 from coda.ir.graph import Node
 from coda.ir.types import DType
 from coda.lowering.placement.columns import Space
-from coda.lowering.placement.layout import Store
 from coda.lowering.placement.values import Value
 from coda.lowering.program.epilogue import Acc
+
+
+@dataclass(frozen=True)
+class Store:
+    """The values of some nodes, to be stored into one buffer, concatenated along the columns."""
+
+    buffer: str
+    dtype: DType
+    nodes: tuple[Node, ...]
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A value to be reduced over the columns or, with `rows`, summed over the rows.
+
+    `index` is the name of a pick's operand, `buffer` that of the partials.
+    """
+
+    node: Node
+    buffer: str
+    monoid: str
+    value: Value
+    index: str | None = None
+    rows: bool = False
 
 
 @dataclass
