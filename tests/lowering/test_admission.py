@@ -17,6 +17,7 @@ from coda.lowering.algebra.training import derive
 from coda.lowering.compiler import lower
 from coda.lowering.placement import place
 from coda.lowering.placement.place import Partition
+from coda.lowering.program.epilogue import PickColumn
 from coda.runtime.reference import run_reference
 
 ROOT = Path(__file__).parents[2] / "examples"
@@ -86,6 +87,31 @@ def test_what_a_gemm_cannot_store_is_computed_by_a_kernel_after_it(block, why):
     exact = evaluate(block.graph.roots, dict(zip(inputs, given, strict=True)), sizes)
     for found, wanted in zip(run_reference(program, given, exact=True), exact, strict=True):
         torch.testing.assert_close(found.double(), wanted.double())
+
+
+@coda.block
+def picked(x: T["M D"], w: T["V D"], y: T["M", coda.i64]):
+    return coda.pick(x @ w.T, y)
+
+
+@coda.block
+def diagonal(x: T["M D"], w: T["V D"]):
+    logits = x @ w.T
+    return coda.pick(logits, coda.iota(logits.shape[0]))
+
+
+@pytest.mark.parametrize(("block", "count"), [(picked, 1), (diagonal, 0)])
+def test_an_epilogue_picks_by_an_index_in_memory_alone(block, count):
+    sizes = {"M": 6, "D": 32, "V": 40}
+    program = lower(block.graph, sizes)
+    (gemm,) = [k for k in program.kernels if k.kind.name == "gemm"]
+    assert [type(s) for s in gemm.body.epilogue.sinks] == [PickColumn] * count
+    torch.manual_seed(0)
+    x, w = torch.randn(6, 32).bfloat16(), torch.randn(40, 32).bfloat16()
+    y = torch.tensor([3, 39, 0, 7, 7, 20]) if count else torch.arange(6)
+    (found,) = run_reference(program, [x, w, y][: 2 + count], exact=True)
+    wanted = (x.double() @ w.double().T).gather(1, y[:, None])
+    torch.testing.assert_close(found.double(), wanted)
 
 
 def test_a_node_that_is_stored_elsewhere_is_still_computed_where_it_is_used():

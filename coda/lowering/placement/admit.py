@@ -25,7 +25,7 @@ from coda.ir.types import DType, f32
 from coda.lowering.algebra.roles import summand
 from coda.lowering.placement.draft import Draft, Drafts
 from coda.lowering.placement.layout import Layout
-from coda.lowering.placement.stores import Group, Sink, grouped
+from coda.lowering.placement.stores import Group, Picked, Reduced, Sink, Summed, grouped
 from coda.lowering.placement.values import Refused, Value
 
 
@@ -33,7 +33,10 @@ class Admission(Drafts):
     """Kernel builders that decide whether they can store or reduce one more node."""
 
     def check(
-        self, draft: Draft, stored: Node | None = None, sink: tuple[Node, Value] | None = None
+        self,
+        draft: Draft,
+        stored: Node | None = None,
+        sink: tuple[Reduce | Pick, Value] | None = None,
     ) -> None:
         """Lay out a kernel's commitments together with one more node.
 
@@ -60,12 +63,20 @@ class Admission(Drafts):
             found.check()
         draft.layout = None if named else found
 
-    def sink_of(self, draft: Draft, node: Node, value: Value, buffer: str = "") -> Sink:
-        """The sink of a pick, or of a reduction over the columns or rows of a kernel."""
+    def sink_of(self, draft: Draft, node: Reduce | Pick, value: Value, buffer: str = "") -> Sink:
+        """The sink of a pick, or of a reduction over columns or rows. Raises Refused."""
         if isinstance(node, Pick):
-            return Sink(node, buffer, "pick", value, self.leaf(node.index, draft))
-        assert isinstance(node, Reduce)
-        return Sink(node, buffer, node.fn, value, rows=self.sums_rows(node, draft))
+            return Picked(node, buffer, value, self.index_of(node, draft))
+        if self.sums_rows(node, draft):
+            return Summed(node, buffer, value)
+        return Reduced(node, buffer, value)
+
+    def index_of(self, node: Pick, draft: Draft) -> str:
+        """The name under which a kernel loads the index of a pick. Raises Refused."""
+        index = self.leaf(node.index, draft)
+        if index is None:
+            raise Refused("the index that it picks by is not in memory")
+        return index
 
     def sums_rows(self, node: Reduce, draft: Draft) -> bool:
         """Whether a reduction is a sum over all rows of a kernel, perhaps over column axes too."""

@@ -271,7 +271,7 @@ class _Build:
         self.buffers[name] = Buffer(name, "temp", shape, dtype)
 
     def assemble(
-        self, draft: Draft, stored: list[Node], sunk: list[Node]
+        self, draft: Draft, stored: list[Node], sunk: list[Reduce | Pick]
     ) -> tuple[list[Group], Body]:
         """A kernel's groups of stores, and its body. Raises Refused if there is no layout."""
         groups = grouped(draft.space, stored, self.partition.piece_of)
@@ -280,7 +280,7 @@ class _Build:
         operand_of = self.partition.operand_of
         return groups, assemble(draft.space, stores, sinks, operand_of, self.partial)
 
-    def sink(self, draft: Draft, node: Node) -> Sink:
+    def sink(self, draft: Draft, node: Reduce | Pick) -> Sink:
         """Create the buffer of a sink's partials (of a pick: its result), and return the Sink."""
         name = self.partial(node)
         rows = draft.space.rows
@@ -288,7 +288,6 @@ class _Build:
             self.places[node] = ColumnSlice(name, 0, 1)
             self.buffers[name] = Buffer(name, "temp", (rows, ONE), f32)
             return self.partition.sink_of(draft, node, self.as_stored(node, draft), name)
-        assert isinstance(node, Reduce)
         if node in draft.over_rows:
             shape = (ONE, product(node.shape), ONE)
             self.buffers[name] = Buffer(name, "partial", shape, f32)
@@ -305,7 +304,7 @@ class _Build:
         combined with it, so they read the same values. Returned values count as read: a backward
         may read them.
         """
-        together = [n for n in draft.sinks if isinstance(n, Reduce | Pick) and n.arg == node.arg]
+        together = [n for n in draft.sinks if n.arg == node.arg]
         if not any(isinstance(n, Pick) or MONOIDS[n.fn].held for n in together):
             return draft.sinks[node]
         read = self.loaded | {self.partition.storage(r) for r in self.roots}

@@ -18,6 +18,7 @@ from coda.ir.graph import (
     Graph,
     Input,
     Node,
+    Pick,
     Reduce,
     Reshape,
     Size,
@@ -65,7 +66,7 @@ class Draft:
     space: Space
     contracts: tuple[Contract, ...] = ()
     homed: list[Node] = field(default_factory=list)
-    sinks: dict[Node, Value] = field(default_factory=dict)
+    sinks: dict[Reduce | Pick, Value] = field(default_factory=dict)
     over_rows: set[Node] = field(default_factory=set)
     kept: set[Node] = field(default_factory=set)
     layout: Layout | None = None

@@ -19,6 +19,7 @@ from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import AT_MOST, CHOICE, SUM
 from coda.ir.types import DType, f32
 from coda.lowering.placement.columns import GROUPED, RowStatistic, Space
-from coda.lowering.placement.stores import Sink, Store
+from coda.lowering.placement.stores import Picked, Reduced, Sink, Store, Summed
 from coda.lowering.placement.values import (
     LEAF,
     NO_LANE,
@@ -163,11 +164,11 @@ class Layout:
                 )
         if not whole and any(_is_ragged(self.split, s) for s in found):
             raise Refused(f"pairs of columns {self.split} apart are not stored in whole vectors")
-        if apart and not whole and any(s.rows for s in sinks):
+        if apart and not whole and any(isinstance(s, Summed) for s in sinks):
             raise Refused("a sum over the rows of pairs of columns")
         self.sunk = {s.node: self.sunk.get(s.node) or _sink(self, s) for s in sinks}
         for sink in sinks:
-            if sink.index is not None:
+            if isinstance(sink, Picked):
                 self.bind(Load(sink.index, NO_LANE), {})
 
     def check(self) -> None:
@@ -527,17 +528,19 @@ def _row_statistic(build: Layout, name: str, one: RowStatistic) -> Statistic:
 
 
 def _sink(build: Layout, sink: Sink) -> SinkExpr:
-    """The SinkExpr of a reduction over the columns, or of a sum over the rows."""
-    space = build.space
-    if not space.whole_rows:
-        lanes = build.lanes(sink.value)
-        if sink.rows:
-            return SumRows(sink.buffer, lanes)
-        if sink.index is not None:
-            return PickColumn(sink.buffer, sink.index, lanes)
-        return ReduceColumns(sink.buffer, sink.monoid, lanes)
-    lanes = build.lanes(space.widened(sink.value))
-    return SumRows(sink.buffer, lanes, _span(space, sink.value))
+    """The SinkExpr of a reduction over columns, a pick, or a sum over rows. Raises Refused."""
+    space, value = build.space, sink.value
+    match sink:
+        case Reduced(node=node):
+            return ReduceColumns(sink.buffer, node.fn, build.lanes(value))
+        case Picked(index=index):
+            return PickColumn(sink.buffer, index, build.lanes(value))
+        case Summed():
+            if not space.whole_rows:
+                return SumRows(sink.buffer, build.lanes(value))
+            return SumRows(sink.buffer, build.lanes(space.widened(value)), _span(space, value))
+        case _ as never:
+            assert_never(never)
 
 
 def _span(space: Space, value: Value) -> Span | None:

@@ -281,13 +281,13 @@ class Partition(Admission):
         try:
             self.reach_all(node.arg, draft)
             value = draft.space.compute(node.arg)
+            if isinstance(node, Pick):
+                self.index_of(node, draft)
         except Refused:
             return False
         whole = value.count == value.shape[-1] and value.slots.shape[1] > 0
         along = not isinstance(node, Reduce) or node.axis == -1
         if not (whole and along and value.count in (draft.space.width, draft.space.width // 2)):
-            return False
-        if isinstance(node, Pick) and self.leaf(node.index, draft) is None:
             return False
         halved = value.count < draft.space.width
         row = MONOIDS[node.fn] if isinstance(node, Reduce) else None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coda.ir.graph import Node
+from coda.ir.graph import Node, Pick, Reduce
 from coda.ir.types import DType
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.values import Value
@@ -31,18 +31,34 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Sink:
-    """A value to be reduced over the columns or, with `rows`, summed over the rows.
+class Reduced:
+    """A value to be reduced over its columns; `buffer` is the name of the partials."""
 
-    `index` is the name of a pick's operand, `buffer` that of the partials.
-    """
-
-    node: Node
+    node: Reduce
     buffer: str
-    monoid: str
     value: Value
-    index: str | None = None
-    rows: bool = False
+
+
+@dataclass(frozen=True)
+class Picked:
+    """A value of which each row's element at the operand named `index` is to be written."""
+
+    node: Pick
+    buffer: str
+    value: Value
+    index: str
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A value to be summed over the rows; `buffer` is the name of the partials."""
+
+    node: Reduce
+    buffer: str
+    value: Value
+
+
+Sink = Reduced | Picked | Summed
 
 
 @dataclass
