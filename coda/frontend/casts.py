@@ -27,9 +27,9 @@ from coda.ir.graph import (
     Pick,
     Reshape,
     Slice,
-    origin,
     walk,
 )
+from coda.ir.node import origin
 from coda.ir.scalars import SCALARS, cast_to
 from coda.ir.types import DType, f32
 

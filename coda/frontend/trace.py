@@ -22,7 +22,8 @@ from coda.errors import CodaError, DimError, TraceError, Where
 from coda.frontend import library
 from coda.frontend.casts import seen
 from coda.frontend.tensor import Spec, Tensor
-from coda.ir.graph import Graph, Input, Node, origin, walk
+from coda.ir.graph import Graph, Input, Node, walk
+from coda.ir.node import origin
 from coda.ir.types import DType
 
 

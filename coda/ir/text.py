@@ -43,10 +43,10 @@ from coda.ir.graph import (
     Scan,
     Size,
     Slice,
-    origin,
     walk,
 )
 from coda.ir.monoids import MONOIDS
+from coda.ir.node import origin
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DTYPES, DType
 

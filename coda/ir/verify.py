@@ -7,7 +7,8 @@ from typing import NoReturn
 
 from coda.errors import CodaError, InternalError
 from coda.ir.dims import Shape, show_shape
-from coda.ir.graph import Graph, Input, Node, is_interned, walk
+from coda.ir.graph import Graph, Input, Node, walk
+from coda.ir.node import is_interned
 from coda.ir.text import show_operation
 from coda.ir.types import DType
 

@@ -4,7 +4,8 @@ import threading
 
 from coda.errors import Where
 from coda.ir.dims import Dim
-from coda.ir.graph import Input, Map, origin
+from coda.ir.graph import Input, Map
+from coda.ir.node import origin
 from coda.ir.types import f32
 
 

@@ -36,11 +36,11 @@ from coda.ir.graph import (
     Scan,
     Size,
     Slice,
-    origin,
     users,
     walk,
 )
 from coda.ir.monoids import MONOIDS
+from coda.ir.node import origin
 from coda.ir.types import DType, f32, promote
 
 

@@ -31,7 +31,8 @@ from coda.frontend.torch_import.heads import heads_apart
 from coda.frontend.torch_import.permutations import outward
 from coda.frontend.torch_import.row_axes import canonical, with_row_symbols
 from coda.ir.dims import Dim
-from coda.ir.graph import Contract, Graph, Input, Node, Reshape, origin, walk
+from coda.ir.graph import Contract, Graph, Input, Node, Reshape, walk
+from coda.ir.node import origin
 from coda.ir.types import from_torch
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')

@@ -28,9 +28,9 @@ from coda.ir.graph import (
     Reshape,
     Size,
     Slice,
-    origin,
     walk,
 )
+from coda.ir.node import origin
 
 
 def rebuild(

@@ -28,10 +28,10 @@ from coda.ir.graph import (
     Reduce,
     Reshape,
     Slice,
-    origin,
     walk,
 )
 from coda.ir.monoids import MONOIDS
+from coda.ir.node import origin
 from coda.ir.scalars import SUM
 from coda.ir.types import f32
 from coda.lowering.algebra.roles import base, weight_nodes

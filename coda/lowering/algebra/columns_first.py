@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coda.ir.dims import ONE, Dim, Shape, product
-from coda.ir.graph import Cast, Graph, Map, Node, Reduce, Reshape, origin, transform, walk
+from coda.ir.graph import Cast, Graph, Map, Node, Reduce, Reshape, transform, walk
 from coda.ir.monoids import MONOIDS
+from coda.ir.node import origin
 from coda.lowering.algebra.roles import gemms, row_axes
 
 

@@ -25,10 +25,10 @@ from coda.ir.graph import (
     Reduce,
     Reshape,
     Slice,
-    origin,
     users,
     walk,
 )
+from coda.ir.node import origin
 from coda.lowering.algebra.roles import weight_nodes
 
 Lanes = tuple[Node, ...]  # nodes that are the same function, each of another sibling

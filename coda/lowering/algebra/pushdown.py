@@ -23,10 +23,10 @@ from coda.ir.graph import (
     Pick,
     Size,
     Slice,
-    origin,
     transform,
     users,
 )
+from coda.ir.node import origin
 from coda.ir.scalars import SCALARS
 
 

@@ -16,7 +16,8 @@ import torch
 
 from coda.errors import InternalError
 from coda.ir.dims import ONE, Dim, Shape, product
-from coda.ir.graph import Cast, Const, Contract, Input, Map, Node, Reduce, Reshape, Size, origin
+from coda.ir.graph import Cast, Const, Contract, Input, Map, Node, Reduce, Reshape, Size
+from coda.ir.node import origin
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, f32
 

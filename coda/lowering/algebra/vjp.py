@@ -35,10 +35,10 @@ from coda.ir.graph import (
     Scan,
     Size,
     Slice,
-    origin,
     users,
     walk,
 )
+from coda.ir.node import origin
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, i32
 from coda.lowering.algebra.batches import lhs_cotangent, rhs_cotangent

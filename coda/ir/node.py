@@ -1,0 +1,119 @@
+"""What every node of the graph has: operands, shape, element type, source line, one identity.
+
+Nodes are interned: a constructor called with equal arguments returns the same object. The kinds are
+in `coda.ir.graph`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from coda.errors import Where
+from coda.ir.dims import Shape, product, show_shape
+from coda.ir.types import DType
+
+T = TypeVar("T")
+
+
+_interned: weakref.WeakValueDictionary[tuple[object, ...], Any] = weakref.WeakValueDictionary()
+_origin: ContextVar[tuple[Where | None, ...]] = ContextVar("origin", default=())
+
+
+@contextmanager
+def origin(where: Where | None) -> Iterator[None]:
+    """Give nodes that are made inside the source line `where`, in place of the caller's line."""
+    token = _origin.set((where,))
+    try:
+        yield
+    finally:
+        _origin.reset(token)
+
+
+class _Interned(type):
+    """Equal constructor calls return the same object while a reference to it exists."""
+
+    def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
+        node: Any = type.__call__(cls, *args, **kwargs)
+        return _interned.setdefault(_key(node), node)
+
+
+def _key(node: Any) -> tuple[object, ...]:
+    """A node's structural key, without its line; by repr -0.0 differs from 0.0, NaN equals NaN."""
+    values = (getattr(node, name) for name in node.identity)
+    return (type(node), *(repr(v) if isinstance(v, float) else v for v in values))
+
+
+def is_interned(node: Node) -> bool:
+    """Whether the node is the interned object of its structural key."""
+    return _interned.get(_key(node)) is node
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Node(metaclass=_Interned):
+    """A value: a tensor with symbolic shape.
+
+    Attributes:
+        operands: the nodes that it reads, in order.
+        shape: one dim for each axis.
+        dtype: the element type.
+        where: the user's source line that made it first; no part of its identity.
+    """
+
+    operands: tuple[Node, ...] = field(init=False)
+    shape: Shape = field(init=False)
+    dtype: DType = field(init=False)
+    where: Where | None = field(init=False)
+
+    def __init_subclass__(cls) -> None:
+        cls.identity: tuple[str, ...] = tuple(cls.__annotations__)
+
+    def __post_init__(self) -> None:
+        given = _origin.get()
+        object.__setattr__(self, "where", given[0] if given else Where.caller())
+        object.__setattr__(self, "operands", tuple(self._operands()))
+        shape, dtype = self.infer()
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "dtype", dtype)
+
+    def __repr__(self) -> str:
+        """Kind and type only: the whole expression grows exponentially with shared operands."""
+        return f"<{type(self).__name__.lower()} {show_shape(self.shape)} {self.dtype}>"
+
+    def infer(self) -> tuple[Shape, DType]:
+        """Infer shape and dtype from the operands. Raises ShapeError or DtypeError."""
+        raise TypeError(f"{type(self).__name__} is not a kind of node")
+
+    def _operands(self) -> Iterator[Node]:
+        for name in self.identity:
+            value = getattr(self, name)
+            if isinstance(value, Node):
+                yield value
+            elif isinstance(value, tuple) and value and isinstance(value[0], Node):
+                yield from value
+
+    @property
+    def rank(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    def nbytes(self, sizes: Mapping[str, int]) -> int:
+        """Size in bytes in its dtype, given the sizes of the symbols."""
+        return self.dtype.nbytes(product(self.shape).size(sizes))
+
+    def with_operands(self, new: Iterable[Node]) -> Node:
+        """The same operation on other operands, given in the order of `operands`."""
+        supply = iter(new)
+        values: list[Any] = []
+        for name in self.identity:
+            value = getattr(self, name)
+            if isinstance(value, Node):
+                value = next(supply)
+            elif isinstance(value, tuple) and value and isinstance(value[0], Node):
+                value = tuple(next(supply) for _ in value)
+            values.append(value)
+        return type(self)(*values)
