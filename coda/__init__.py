@@ -63,7 +63,8 @@ from coda.frontend.ops import (
     tanh,
     where,
 )
-from coda.frontend.tensor import INSTEAD, Constant, Tensor
+from coda.frontend.refused import INSTEAD
+from coda.frontend.tensor import Constant, Tensor
 from coda.ir.types import bf16, bool_, e4m3, e5m2, f16, f32, f64, i32, i64
 from coda.runtime.accumulate import accumulate_gradients
 from coda.runtime.share import share_weights

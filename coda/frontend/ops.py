@@ -13,7 +13,8 @@ from typing import Any
 
 from coda.errors import DtypeError, ShapeError, TraceError
 from coda.frontend.contractions import einsum_of
-from coda.frontend.tensor import Tensor, apply, kind, reduce
+from coda.frontend.refused import kind
+from coda.frontend.tensor import Tensor, apply, reduce
 from coda.ir.dims import ONE, Dim, Shape, show_shape
 from coda.ir.graph import Concat, Gather, Iota, Node, Pick, Reshape, Scan, Slice
 from coda.ir.types import DType, i32, promote

@@ -8,17 +8,15 @@ operator checks shapes and element types when it is called; errors have the user
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
 
 from coda.errors import DimError, DtypeError, ShapeError, TraceError
 from coda.frontend.casts import written
 from coda.frontend.contractions import multiplied
+from coda.frontend.refused import Valueless, foreign, kind, kinds
 from coda.frontend.shapes import parse_shape
 from coda.frontend.views import Index, permuted, reshaped, sliced, transposed
 from coda.ir.dims import Dim, Shape, show_shape
@@ -52,27 +50,6 @@ class Spec:
     constant: bool = False
 
 
-# torch's methods and functions -> their equivalents in coda, for error messages.
-INSTEAD = {
-    **dict.fromkeys(("float", "half", "bfloat16", "to", "type", "double"), "x.cast(coda.f32)"),
-    **dict.fromkeys(("view", "flatten", "unflatten", "squeeze"), 'x.reshape("M (H d) -> M H d")'),
-    **dict.fromkeys(("transpose", "swapaxes", "t"), "x.T, x.mT or x.permute(1, 0, 2)"),
-    **dict.fromkeys(("chunk", "unbind"), "coda.split(x, 2)"),
-    **dict.fromkeys(("amax", "amin"), "x.max() and x.min()"),
-    **dict.fromkeys(("matmul", "mm", "bmm"), "x @ w.T"),
-    "einsum": 'coda.einsum("m k, n k -> m n", x, w)',
-    "arange": "coda.iota(x.shape[0])",
-    **dict.fromkeys(("cat", "concatenate"), "coda.concat([a, b])"),
-    **dict.fromkeys(("clamp", "clip"), "coda.clamp(x, low, high)"),
-    "unsqueeze": "x[:, None]",
-    "size": "x.shape[0]",
-    "dim": "x.ndim",
-    "gather": "coda.pick(x, index), coda.take(table, index)",
-    "masked_fill": "coda.where(mask, value, x)",
-    "pow": "x ** 2",
-}
-
-
 class _Annotated(type):
     def __getitem__(cls, declared: str | tuple[str, DType]) -> Any:
         text, *rest = declared if isinstance(declared, tuple) else (declared,)
@@ -89,7 +66,7 @@ class _Annotated(type):
         return Spec(shape, dtype, issubclass(cls, Constant))
 
 
-class Tensor(metaclass=_Annotated):
+class Tensor(Valueless, metaclass=_Annotated):
     """A symbolic value of a block that is being traced.
 
     As an annotation: `Tensor["M D"]` or `Tensor["M D", coda.f32]`. As a value it has torch's
@@ -256,52 +233,6 @@ class Tensor(metaclass=_Annotated):
         """The minimum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
         return reduce("min", self, axis, keepdims)
 
-    # Operations that need a value, which a block does not have: each raises TraceError.
-
-    def __bool__(self) -> NoReturn:
-        raise TraceError(
-            "Python cannot branch on a value of the block: it is known only when the kernel runs",
-            found=repr(self),
-            help="coda.where(condition, a, b) chooses element by element",
-        )
-
-    def __iter__(self) -> NoReturn:
-        raise TraceError(
-            "a tensor of the block is not a sequence",
-            found=repr(self),
-            help="coda.split(x, parts, axis=) gives a tuple of tensors",
-        )
-
-    def __len__(self) -> NoReturn:
-        raise TraceError("a tensor of the block has no length", help="x.shape[0] is a dim")
-
-    def __setitem__(self, index: Any, value: Any) -> NoReturn:
-        raise TraceError(
-            "a tensor of the block cannot be written in place",
-            help="coda.where or coda.concat make a new one",
-        )
-
-    def _number(self) -> NoReturn:
-        raise TraceError("a tensor of the block has no value while it is traced", found=repr(self))
-
-    __float__ = __int__ = __index__ = item = _number
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        near = difflib.get_close_matches(name, [n for n in dir(Tensor) if n[0] != "_"], 1, 0.7)
-        raise TraceError(
-            f"a tensor of the block has no `{name}`",
-            found=repr(self),
-            help=INSTEAD.get(name)
-            or (f"x.{near[0]}" if near else "coda's functions and operators"),
-        )
-
-    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TraceError(
-            "numpy cannot compute with a tensor of the block", help="use coda's own functions"
-        )
-
     def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Tensor:
         """Take a numpy scalar as a left operand; raise TraceError for any other ufunc call."""
         name = {"multiply": "mul", "subtract": "sub", "divide": "div", "power": "pow"}.get(
@@ -312,16 +243,6 @@ class Tensor(metaclass=_Annotated):
         raise TraceError(
             f"numpy.{ufunc.__name__} cannot compute with a tensor of the block",
             help="use coda's own functions",
-        )
-
-    @classmethod
-    def __torch_function__(cls, fn: Callable[..., Any], types: Any, args: Any = (), kw: Any = None):  # noqa: ANN206
-        name = getattr(fn, "__name__", "this function")
-        if len(args) == 2 and any(isinstance(a, torch.Tensor) for a in args):
-            raise _foreign(next(a for a in args if isinstance(a, torch.Tensor)))
-        raise TraceError(
-            f"torch.{name} cannot compute with a tensor of the block",
-            help=INSTEAD.get(name) or f"use coda.{name} where it exists, or coda's primitives",
         )
 
 
@@ -342,15 +263,7 @@ def lift(value: Any, like: DType) -> Node:
                 help="x.cast(coda.f32)",
             )
         return Const(float(value), like)
-    raise _foreign(value)
-
-
-def _foreign(value: Any) -> TraceError:
-    return TraceError(
-        "only tensors of the block and Python numbers can be computed with",
-        found=kind(value),
-        help="pass other tensors to the block as arguments",
-    )
+    raise foreign(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -390,7 +303,7 @@ def apply(fn: str, *args: Any) -> Tensor:
     tensors = [a for a in values if isinstance(a, Tensor)]
     typed = [t for t in tensors if not _is_number(t)]
     if not tensors and fn != "where" and not any(isinstance(a, Dim | float | int) for a in args):
-        raise TraceError(f"coda.{fn} takes a tensor of the block", found=_kinds(args))
+        raise TraceError(f"coda.{fn} takes a tensor of the block", found=kinds(args))
     like = typed[0].dtype if typed else f32
     if any(t.dtype != like for t in typed):
         wide = promote(*(t.dtype for t in typed))
@@ -427,14 +340,6 @@ def _described(value: Any) -> str:
     return kind(value)
 
 
-def kind(value: Any) -> str:
-    """The type of a value, for a message: `torch.Tensor`, `float`."""
-    if isinstance(value, Tensor):
-        return repr(value)
-    module = type(value).__module__.split(".")[0]
-    return type(value).__name__ if module == "builtins" else f"{module}.{type(value).__name__}"
-
-
 def _conditions(sign: str, fn: str, *args: Any) -> Tensor:
     """A logical operation on conditions as 0 and 1: true where `fn` of them is not 0."""
     if not all(_is_condition(a) or isinstance(a, float) for a in args):
@@ -447,10 +352,6 @@ def _conditions(sign: str, fn: str, *args: Any) -> Tensor:
     return apply("ne", apply(fn, *numbers), 0.0)
 
 
-def _kinds(values: Iterable[Any]) -> str:
-    return ", ".join(map(kind, values))
-
-
 def matmul(x: Any, w: Any) -> Tensor:
     """x [..., M, K] @ w [..., K, N] -> [..., M, N]; leading axes broadcast.
 
@@ -458,7 +359,7 @@ def matmul(x: Any, w: Any) -> Tensor:
     ShapeError and DtypeError.
     """
     if not isinstance(x, Tensor) or not isinstance(w, Tensor):
-        raise TraceError("`@` takes two tensors of the block", found=_kinds((x, w)))
+        raise TraceError("`@` takes two tensors of the block", found=kinds((x, w)))
     return Tensor(multiplied(x.node, w.node))
 
 
