@@ -7,7 +7,7 @@ along which it is constant. It is expanded only if a rule needs all elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, assert_never, cast
 
@@ -43,6 +43,7 @@ from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, i32
 from coda.lowering.algebra.batches import lhs_cotangent, rhs_cotangent
 from coda.lowering.algebra.linear import factor_cotangent, linear_outputs, row_factor
+from coda.lowering.algebra.slices import joined
 
 
 def vjp(
@@ -177,7 +178,7 @@ class _Backward:
 
     def total(self, node: Node) -> Node | None:
         """The sum of all summands; contractions come first, where a law can merge them."""
-        terms = self.found.pop(node, []) + _joined(node, self.parts.pop(node, []))
+        terms = self.found.pop(node, []) + joined(node, self.parts.pop(node, []))
         if not terms:
             return None
         terms.sort(key=lambda t: not isinstance(t, Contract))
@@ -347,76 +348,6 @@ def _reshaped(d: Node, now: Shape, before: Shape) -> Node:
         else:
             return Reshape(full(d, now), before)
     return _reshape(d, tuple(target))
-
-
-def _zeros(shape: Shape, dtype: DType) -> Node:
-    return Expand(Const(0.0, dtype), shape)
-
-
-def _joined(node: Node, parts: Sequence[tuple[Slice, Node]]) -> list[Node]:
-    """Cotangents of slices -> summands of the whole's, concatenated where slices tile an axis."""
-    left = list(parts)
-    out: list[Node] = []
-    for axis in sorted({s.axis for s, _ in parts}):
-        mine = [(s, d) for s, d in left if s.axis == axis]
-        for chosen in (_tiles(node.shape[axis], mine), _strides(node.shape[axis], mine)):
-            if chosen:
-                left = [p for p in left if p not in chosen]
-                ds = [d for _, d in chosen]
-                step = chosen[0][0].step
-                joined = Concat(tuple(ds), axis) if step == 1 else _interleaved(ds, axis)
-                out.append(joined)
-    return out + [_padded(node, s, d) for s, d in left]
-
-
-def _tiles(size: Dim, parts: list[tuple[Slice, Node]]) -> list[tuple[Slice, Node]]:
-    """Adjacent slices of step 1 that cover the axis, in order; [] if there are none."""
-    at, chosen = Dim.of(0), []
-    while at != size:
-        here = [p for p in parts if p[0].step == 1 and p[0].start == at and p[0].size != size]
-        if not here:
-            return []
-        chosen.append(here[0])
-        at = at + here[0][0].size
-    return chosen
-
-
-def _strides(size: Dim, parts: list[tuple[Slice, Node]]) -> list[tuple[Slice, Node]]:
-    """Interleaved slices x[i::step] that cover the axis, in order; [] if there are none."""
-    for step in {s.step for s, _ in parts if s.step > 1}:
-        turns = {s.start.constant: (s, d) for s, d in parts if s.step == step}
-        whole = all(s.size * step == size for s, _ in turns.values())
-        if whole and set(turns) == set(range(step)):
-            return [turns[i] for i in range(step)]
-    return []
-
-
-def _interleaved(parts: Sequence[Node], axis: int) -> Node:
-    """Interleave parts along an axis: a0 b0 a1 b1 ..."""
-    shape = parts[0].shape
-    at = len(shape) + axis + 1
-    stacked = [Reshape(p, (*shape[:at], ONE, *shape[at:])) for p in parts]
-    size = shape[axis] * len(parts)
-    return Reshape(Concat(tuple(stacked), axis), (*shape[: at - 1], size, *shape[at:]))
-
-
-def _padded(node: Node, part: Slice, d: Node) -> Node:
-    """The cotangent of one slice, padded with zeros to the shape of `node`."""
-    axis, span = part.axis, part.size
-    if part.step > 1:
-        zero = _zeros(d.shape, d.dtype)
-        d = _interleaved([d] + [zero] * (part.step - 1), axis)
-        span = (part.size - 1) * part.step + 1
-        d = Slice(d, axis, Dim.of(0), span, 1)
-    shape = list(node.shape)
-    pieces: list[Node] = [d]
-    for size, front in ((part.start, True), (node.shape[axis] - part.start - span, False)):
-        if size.constant == 0:
-            continue
-        shape[axis] = size
-        zero = _zeros(tuple(shape), d.dtype)
-        pieces = [zero, *pieces] if front else [*pieces, zero]
-    return Concat(tuple(pieces), axis) if len(pieces) > 1 else d
 
 
 # Reductions and picks.
