@@ -11,6 +11,7 @@ from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import CHOICE
 from coda.ir.types import bf16, e4m3, e5m2, f16, f32
 from coda.kernels.gemm.dedupe import first_alike
+from coda.kernels.gemm.imports import import_lines
 from coda.kernels.gemm.mainloop import Gemm, tiles
 from coda.kernels.gemm.ragged import vanishes
 from coda.kernels.gemm.source import PAIRS, WHOLE, Source, Table
@@ -50,11 +51,6 @@ from coda.lowering.program.program import Program
 
 COMPILED = {bf16, f16, e4m3, e5m2}
 PAUSE = 4  # elements or column pairs between pauses
-OURS = {
-    "ops": {"GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "PairStore"}
-    | {"Select", "SplitStore"},
-    "ops_sm100": {"Pause", "RowInTurn", "SumInTurn"},
-}
 
 
 def is_sum(sink: SinkExpr) -> bool:
@@ -288,20 +284,7 @@ class _Emitter:
             needed = [p for p in parameters if _mentions(before[0], p)]
             lines = [*self.function("prepass", needed, [], *before), "", "", *lines]
         imported = sorted(body.imported | before[0].imported | ({"pack", "unpack"} & self.used))
-        source = "coda.kernels.gemm.paired_rows" if self.halves else "quack.epilogue.frontend"
-        imports = [f"from {source} import gemm_epilogue"]
-        theirs = sorted(self.classes.difference(*OURS.values()))
-        if "rotary_cos_sin_load" in theirs:
-            theirs.remove("rotary_cos_sin_load")
-            imports.append("from quack.epilogue.rotary import rotary_cos_sin_load")
-        if theirs:
-            imports.append(f"from quack.epilogue.ops import {', '.join(theirs)}")
-        if imported:
-            imports.append(f"from coda.kernels.device_math import {', '.join(imported)}")
-        for module, ours in OURS.items():
-            if self.classes & ours:
-                names = ", ".join(sorted(self.classes & ours))
-                imports.append(f"from coda.kernels.gemm.{module} import {names}")
+        imports = import_lines(self.classes, imported, paired=self.halves is not None)
         title = ['"""' + head, "", *self.notes(), '"""', ""]
         return "\n".join([*title, *imports, "", "", *lines, "", "", *definition]) + "\n"
 
