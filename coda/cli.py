@@ -46,9 +46,22 @@ from coda.lowering.algebra.policy import NO_TERMS, Terms
 from coda.lowering.compiler import request, run_stage
 from coda.lowering.explain_stages import pass_facts, passes_table, record_stages, training_graphs
 from coda.lowering.program.program import Program
-from coda.lowering.program.target import ONE_OF_ARCHS
 from coda.lowering.stages import show_value, stage_names
 from coda.measure import Report, measure, measure_gradients
+from coda.options import (
+    Arch,
+    Backward,
+    BlockOrModel,
+    Dims,
+    Frozen,
+    Inputs,
+    Json,
+    Memory,
+    Seed,
+    Target,
+    Type,
+    Wanted,
+)
 from coda.runtime import cache as kernel_cache
 from coda.runtime.bind import bind_sizes
 from coda.runtime.call import choose_backend, choose_target
@@ -61,27 +74,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Target = Annotated[str, typer.Argument(help="FILE.py:NAME of a block, or FILE.coda")]
-BlockOrModel = Annotated[
-    str,
-    typer.Argument(
-        help="FILE.py:NAME of a block, FILE.coda, or a model: package.module:function, or a "
-        "directory or file of a transformers configuration"
-    ),
-]
-Dims = Annotated[str, typer.Option(help="sizes, as in M=8192,D=4096")]
-Arch = Annotated[str, typer.Option(help=f"{ONE_OF_ARCHS}, or a GPU's name")]
-Type = Annotated[str, typer.Option(help="element type of arguments declared without one")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-Backward = Annotated[bool, typer.Option("--backward", help="of training: forward and backward")]
-Memory = Annotated[str, typer.Option(help="what training saves: min, balanced or speed")]
-Wanted = Annotated[
-    str, typer.Option(help="arguments to differentiate, as in x,w; else all floats but constants")
-]
-Inputs = Annotated[str, typer.Option(help="a .safetensors or .npz file of arguments")]
-Seed = Annotated[int, typer.Option(help="of random arguments and schedules")]
-Frozen = Annotated[bool, typer.Option(help="weights keep their values (inference)")]
 
 
 class _Output(Console):

@@ -23,7 +23,7 @@ ORDER = (
     "kernels.__init__",
     "lowering",
     "runtime",
-    "block border check cli doctor measure nn integrations",
+    "block border check cli doctor measure nn options integrations",
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
 FRONTEND = RANK["frontend"], RANK["frontend.torch_import"]
