@@ -34,8 +34,9 @@ from coda.lowering.algebra.roles import (
     row_shapes,
     symbols_of,
 )
-from coda.lowering.placement.columns import Segment, Space
+from coda.lowering.placement.columns import Space
 from coda.lowering.placement.layout import Layout
+from coda.lowering.placement.space_state import Segment
 from coda.lowering.placement.values import Value
 from coda.lowering.program.kernel import Kind
 from coda.lowering.program.program import Unfused

@@ -29,7 +29,8 @@ from coda.ir.graph import Node, Reduce, Slice
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import AT_MOST, CHOICE, SUM
 from coda.ir.types import DType, f32
-from coda.lowering.placement.columns import GROUPED, RowStatistic, Space
+from coda.lowering.placement.columns import GROUPED, Space
+from coda.lowering.placement.space_state import RowStatistic
 from coda.lowering.placement.stores import Picked, Reduced, Sink, Store, Summed
 from coda.lowering.placement.values import (
     LEAF,

@@ -44,8 +44,9 @@ from coda.lowering.algebra.roles import (
     weight_nodes,
 )
 from coda.lowering.placement.admit import Admission
-from coda.lowering.placement.columns import Segment, Space
+from coda.lowering.placement.columns import Space
 from coda.lowering.placement.draft import LAST, Draft, Room
+from coda.lowering.placement.space_state import Segment
 from coda.lowering.placement.values import LONGEST, Refused, Value
 from coda.lowering.program.program import Unfused
 
