@@ -1,0 +1,317 @@
+"""Values of a kernel -> one expression for all of its points, and the operands that these load.
+
+A point is one column of the kernel or one pair of columns. The elements that the points compute
+differ in the columns and in the vector elements that they read; here slots become lanes of the
+point, and row leaves become loads of packed vectors or of tables that repeat. Elements with
+different formulas become a choice by the segment number of the column.
+
+    points [0 2] [1 3], y = concat(a, b) with 2 elements each  ->  lanes (expr of a, expr of b)
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coda.ir.dims import ONE, Dim, product
+from coda.ir.graph import Node, Slice
+from coda.ir.scalars import AT_MOST, CHOICE
+from coda.ir.types import DType, f32
+from coda.lowering.placement.columns import GROUPED, Space
+from coda.lowering.placement.values import (
+    LEAF,
+    NO_LANE,
+    Refused,
+    Value,
+    distinct_rows,
+)
+from coda.lowering.program.access import (
+    Access,
+    ColumnVector,
+    Grouped,
+    Periodic,
+    RowVector,
+    Scalar,
+    Span,
+    Tile,
+)
+from coda.lowering.program.body import Ints, Packed, Spread, paired_columns
+from coda.lowering.program.epilogue import (
+    Acc,
+    Call,
+    Expr,
+    Literal,
+    Load,
+    Operand,
+)
+
+
+@dataclass
+class Points:
+    """The points of a kernel, and the operands that their expressions load.
+
+    Attributes:
+        space: the space in which the values were computed.
+        operand_of: operand name -> node and dtype in memory.
+        split: the distance of the columns of a pair in the buffers; None for single columns.
+        shape: (split, width, group width): another shape is another layout.
+        operands, nodes: operand name -> its declaration, and the node that it loads.
+        packed: the packed row vectors.
+        lanes_used: name of a packed vector -> number of its lanes in use.
+        vectors: contents of a vector, as bytes -> its operand and lane.
+        spread: operand name -> expansion over the row axes.
+    """
+
+    space: Space
+    operand_of: Callable[[str], tuple[Node, DType]]
+    split: int | None
+    shape: tuple[int | None, int, int]
+    operands: dict[str, Operand] = field(default_factory=dict)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    packed: list[Packed] = field(default_factory=list)
+    lanes_used: dict[str, int] = field(default_factory=dict)
+    vectors: dict[bytes, tuple[str, int]] = field(default_factory=dict)
+    spread: MutableMapping[str, Spread] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.spread = ChainMap({}, self.space.spread)
+
+    @property
+    def points(self) -> int:
+        return self.space.width // (1 if self.split is None else 2)
+
+    @cached_property
+    def columns(self) -> Ints:
+        """[points, lanes] int64: the columns of each point, in the order of the buffers."""
+        if self.split is None:
+            return np.arange(self.space.width)[:, None]
+        return paired_columns(self.space.width, self.split)
+
+    def lanes(self, value: Value) -> tuple[Expr, ...]:
+        """One expression per lane, or a single one for a value with one element per pair.
+
+        Raises Refused for a value of any other width.
+        """
+        columns = self.columns
+        if value.count == self.space.width:
+            return tuple(self.at(value, columns[:, i], columns) for i in range(columns.shape[1]))
+        if self.split is not None and value.count == self.points:
+            return (self.at(value, np.arange(self.points), columns),)
+        raise Refused(f"it has {value.count} columns where the kernel has {self.space.width}")
+
+    def is_filled_by(self, value: Value) -> bool:
+        """Whether a value has one element per column, or one per column pair."""
+        if self.split is None or value.count != self.points:
+            return value.count == self.space.width
+        columns = self.columns
+        inside = (value.slots[:, :, None] == columns[:, None, :]).any(-1) | (value.slots < 0)
+        return bool(inside.all())
+
+    def at(self, value: Value, element: Ints, columns: Ints) -> Expr:
+        """The expression, common to all points, of one element per point.
+
+        Args:
+            value: the value.
+            element: [points], the element that each point computes.
+            columns: [points, lanes], as `self.columns`.
+        """
+        if value.count == len(element) and np.array_equal(element, np.arange(value.count)):
+            slots, group, leaves, numbers = value.slots, value.group, value.leaves, value.expr
+        else:
+            slots, group = value.slots[element], value.group[element]
+            leaves, numbers = value.leaves[element], value.expr[element]
+        lane = self.lanes_at(slots, columns)
+        size = self.space.group_size
+        if size:
+            if self.split is not None and size % (2 * self.split):
+                raise Refused("pairs of columns cross the groups of a statistic")
+            if np.any((group >= 0) & (group != columns[:, 0] // size)):
+                raise Refused("an element reads the statistic of another group of columns")
+        names = [self.vector(leaves[:, i]) for i in range(leaves.shape[1])]
+        first, which = distinct_rows(np.concatenate([numbers[:, None], lane], 1))
+        exprs = [
+            at_point(self.space.exprs[int(numbers[i])], tuple(map(int, lane[i])), names, {})
+            for i in first
+        ]
+        memo: dict[Expr, Expr] = {}
+        exprs = [self.bind(e, memo) for e in exprs]
+        return self.select(exprs, which)
+
+    def lanes_at(self, slots: Ints, columns: Ints) -> Ints:
+        """Slots [points, k] -> lanes of the same point, -1 for none. Raises Refused for others."""
+        if slots.shape[1] == 0 or np.array_equal(slots, columns):
+            return np.broadcast_to(np.arange(slots.shape[1]), slots.shape)
+        same = slots[:, :, None] == columns[:, None, :]
+        if not (same.any(-1) | (slots < 0)).all():
+            raise Refused("an element reads columns of another point")
+        return np.where(slots >= 0, np.argmax(same, -1), -1)
+
+    def select(self, exprs: list[Expr], which: Ints) -> Expr:
+        """One expression for points with several: a choice by the segment number of the column.
+
+        Args:
+            exprs: the distinct expressions.
+            which: [points], the index of each point's expression.
+        """
+        kinds = list(dict.fromkeys(exprs)) or [Literal(0.0)]  # a value without elements
+        if len(kinds) == 1:
+            return kinds[0]
+        if len(kinds) > 8:
+            raise Refused(f"its columns have {len(kinds)} different formulas")
+        number = np.array([kinds.index(e) for e in exprs], np.float64)[which]
+        segment = self.constant(number)
+        out = kinds[-1]
+        for i in range(len(kinds) - 2, -1, -1):
+            test = Call(AT_MOST, (segment, Literal(float(i))))
+            out = Call(CHOICE, (test, kinds[i], out))
+        return out
+
+    # Row operands.
+
+    def vector(self, leaf: NDArray) -> Load:
+        """The load of `leaf` [points, 2], the (source, index) of one vector element per point."""
+        source, index = leaf[:, 0], leaf[:, 1]
+        sources = self.space.sources
+        tables = {s for s in np.unique(source) if s >= 0 and sources[s] in self.space.tables}
+        if tables:
+            return self.table(source, index, tables)
+        key = source.tobytes() + index.tobytes()
+        if key not in self.vectors:
+            self.vectors[key] = self.lane_of_row(Packed("", source, index))
+        return Load(*self.vectors[key])
+
+    def constant(self, numbers: NDArray[np.float64]) -> Load:
+        """The load of a packed vector of constants, [points]."""
+        key = b"numbers" + numbers.tobytes()
+        if key not in self.vectors:
+            none = np.full(len(numbers), -1)
+            self.vectors[key] = self.lane_of_row(Packed("", none, none, numbers))
+        return Load(*self.vectors[key])
+
+    def lane_of_row(self, part: Packed) -> tuple[str, int]:
+        """Put a vector into a free lane of a packed row operand: (operand, lane)."""
+        lanes = 1 if self.split is None else 2
+        last = self.packed[-1] if self.packed else None
+        if last is None or self.lanes_used[last.name] == lanes:
+            name = f"row{len(self.packed)}"
+            none = np.full(self.points * lanes, -1)
+            last = Packed(name, none, none.copy(), np.zeros(self.points * lanes))
+            self.packed.append(last)
+            self.lanes_used[name] = 0
+            self.operands[name] = Operand(name, f32, RowVector())
+        lane = self.lanes_used[last.name]
+        self.lanes_used[last.name] += 1
+        last.source[lane::lanes], last.index[lane::lanes] = part.source, part.index
+        if part.numbers is not None and last.numbers is not None:
+            last.numbers[lane::lanes] = part.numbers
+        return last.name, lane
+
+    def table(self, source: Ints, index: Ints, tables: set[int]) -> Load:
+        """The load of a table that repeats along the columns, or has one element per group.
+
+        `source` and `index` [points] are those of each point's element; `tables` are the sources.
+        """
+        used = source >= 0
+        if len(tables) > 1 or np.any(source[used] != next(iter(tables))):
+            raise Refused("its columns read different tables")
+        node = self.space.sources[next(iter(tables))]
+        period = self.space.tables[node]
+        point = np.arange(len(source))
+        group, rest = divmod(len(source), period)
+        if group > 1 and not rest and np.array_equal(index[used], point[used] // group):
+            if not self.space.whole_rows:
+                raise Refused(GROUPED)
+            return self.repeated(node, Grouped(group))
+        if np.any(index[used] != point[used] % period):
+            node, period = self.part(node, period, point[used], index[used])
+        columns = period * (1 if self.split is None else 2)
+        fits = any(t % columns == 0 or columns % t == 0 for t in (64, 128, 256))
+        if not (fits or self.space.whole_rows):
+            raise Refused(f"a table of {columns} columns is not a part of a tile")
+        return self.repeated(node, Periodic(period))
+
+    def repeated(self, node: Node, access: Periodic | Grouped) -> Load:
+        """The load of a matrix by a Periodic or Grouped access."""
+        name = self.space.leaf(node)
+        if name is None:
+            raise Refused("a table that is not in memory")
+        found = Operand(name, node.dtype, access)
+        if self.operands.setdefault(name, found) != found:
+            raise Refused("a table is read in two ways")
+        self.nodes[name] = node
+        return Load(name, 0)
+
+    def part(self, node: Node, period: int, point: Ints, index: Ints) -> tuple[Node, int]:
+        """A slice of a table that repeats along the pairs: one half, or every second column."""
+        half = period // 2
+        whole = node.rank and self.space.size(node.shape[-1]) == period
+        for start, step in ((0, 1), (half, 1), (0, 2), (1, 2)):
+            if half and whole and np.array_equal(index, point % half * step + start):
+                found = Slice(node, -1, Dim.of(start), Dim.of(half), step)
+                known, name = self.space.leaf(node), self.space.leaf(found)
+                if name is not None and known is not None and known in self.spread:
+                    self.spread[name] = self.spread[known]
+                return found, half
+        raise Refused("a table does not repeat along the columns")
+
+    # Other operands.
+
+    def bind(self, expr: Expr, memo: dict[Expr, Expr]) -> Expr:
+        """Declare the operands of an expression; loads without a lane get lane 0."""
+        if expr not in memo:
+            memo[expr] = self._bind(expr, memo)
+        return memo[expr]
+
+    def _bind(self, expr: Expr, memo: dict[Expr, Expr]) -> Expr:
+        match expr:
+            case Load(operand=name, lane=lane):
+                if name not in self.operands:
+                    self.declare(name, lane)
+                return Load(name, max(lane, 0))
+            case Call(fn=fn, args=args):
+                return Call(fn, tuple(self.bind(a, memo) for a in args))
+        return expr
+
+    def declare(self, name: str, lane: int) -> None:
+        node, dtype = self.operand_of(name)
+        if lane != NO_LANE:
+            access: Access = self.tile(name, node)
+        else:
+            count = product(node.shape)
+            over_rows = count.symbols & self.space.rows.symbols
+            one = count == ONE or (not over_rows and self.space.size(count) == 1)
+            access = Scalar() if one else ColumnVector()
+        self.operands[name] = Operand(name, dtype, access)
+        self.nodes[name] = node
+
+    def tile(self, name: str, node: Node) -> Tile:
+        """The access to a matrix: to all columns of the kernel, or to a span of them."""
+        if self.split not in (None, 1) and not self.space.whole_rows:
+            raise Refused("partners of a tile operand are not neighbours in memory")
+        if name not in self.space.offsets:
+            return Tile()
+        spread = self.spread.get(name)
+        first = self.space.split(node) if spread is None else node.rank - spread.columns
+        columns = self.space.size(product(node.shape[first:]))
+        return Tile(Span(self.space.offsets[name], columns))
+
+
+def at_point(expr: Expr, lanes: tuple[int, ...], names: list[Load], memo: dict[Call, Expr]) -> Expr:
+    """An element's expression at a point: slots become lanes, row leaves become loads."""
+    match expr:
+        case Acc(lane=lane):
+            return Acc(lanes[lane])
+        case Load(operand=name) if name.startswith(LEAF):
+            return names[int(name[1:])]
+        case Load(operand=name, lane=lane) if lane != NO_LANE:
+            return Load(name, lanes[lane])
+        case Call(fn=fn, args=args):
+            if expr not in memo:
+                memo[expr] = Call(fn, tuple(at_point(a, lanes, names, memo) for a in args))
+            return memo[expr]
+    return expr
