@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
+import numpy as np
+
 from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import (
     Cast,
@@ -165,6 +167,20 @@ class Drafts:
         self.drafts.append(draft)
         self.behind.setdefault(index, []).append(draft)
         return draft
+
+    def open_gemm(self, group: tuple[Contract, ...]) -> None:
+        """Open one GEMM for contractions of one activation, whose operands are in memory."""
+        index = 1 + max((i for i in self.behind if i < LAST), default=0)
+        starts = np.cumsum([0] + [c.shape[-1].size(self.sizes) for c in group])
+        first: dict[Node, int] = {c: int(s) for c, s in zip(group, starts, strict=False)}
+        rows = product(group[0].lhs.shape[:-1])
+        space = Space(int(starts[-1]), rows, self.known, accumulators=first)
+        draft = self.open(self.opener(group[0]), index, space, group)
+        for one in group:
+            self.home[one] = draft
+            draft.homed.append(one)
+            if one in self.loadable:
+                draft.kept.add(one)
 
     def drop(self, draft: Draft) -> bool:
         """Remove a kernel builder without nodes; False if it has some."""

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from coda.ir.dims import ONE, product
 from coda.ir.graph import (
     Concat,
@@ -31,21 +29,19 @@ from coda.ir.graph import (
 from coda.ir.monoids import MONOIDS
 from coda.lowering.algebra.compared import compared, sources
 from coda.lowering.algebra.roles import (
-    flat,
     gemms,
     group_siblings,
     in_order,
     is_pointwise,
-    keeps_order,
     row_axes,
     row_symbols,
     stacks,
     summand,
     weight_nodes,
 )
-from coda.lowering.placement.admit import Admission
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.draft import LAST, Draft, Room
+from coda.lowering.placement.materialise import Materialisation
 from coda.lowering.placement.space_state import Segment
 from coda.lowering.placement.values import LONGEST, Refused, Value
 from coda.lowering.program.program import Unfused
@@ -54,7 +50,7 @@ NEAR = 4  # row-wise kernels before a node's operands that are tried
 
 
 @dataclass
-class Partition(Admission):
+class Partition(Materialisation):
     """The placement of a graph: `run` places all nodes."""
 
     def run(self) -> Partition:
@@ -129,46 +125,6 @@ class Partition(Admission):
         width = node.shape[-1].size(self.sizes)
         return draft.kind.fuses and node.axis == -1 and width > draft.space.width
 
-    def join(self, node: Concat, stacked: bool = False) -> bool:
-        """Materialise a concatenation: each part's producer kernel writes its slice of one buffer.
-
-        Parts are columns or, with `stacked`, rows. False if some part cannot be written so.
-        """
-        parts = [self.storage(a) for a in flat(node)]
-        whole = [
-            product(p.shape) == product(a.shape) and keeps_order(a, p)
-            for p, a in zip(parts, flat(node), strict=True)
-        ]
-        taken = any(p in self.piece_of or p in self.joined for p in parts)
-        known = any(isinstance(p, Input | Const) or p in self.weights for p in parts)
-        if not all(whole) or taken or known or len(set(parts)) < len(parts):
-            return False
-        for part in parts:
-            self.materialise(part)
-        if any(p not in self.home for p in parts):  # a part became a view of another value
-            return False
-        rows = [a.shape[node.axis] if stacked else product(node.shape[:-1]) for a in flat(node)]
-        spaces = [self.home[p].space for p in parts]
-        fits = [s.rows == r for s, r in zip(spaces, rows, strict=True)]
-        if not all(fits) or not all(map(self.fills, parts)):
-            return False
-        self.joined[node] = tuple(parts)
-        self.stacked |= {node} if stacked else set()
-        self.piece_of |= dict.fromkeys(parts, node)
-        self.home[node] = max((self.home[p] for p in parts), key=lambda d: d.order)
-        self.loadable.add(node)
-        return True
-
-    def fills(self, node: Node) -> bool:
-        """Whether a node has all columns of its producer GEMM, or one per column pair."""
-        space = self.home[node].space
-        if not self.home[node].kind.tiled:
-            return self.home[node].kind.whole_rows
-        value = space.compute(node)
-        return value.count == space.width or (
-            value.slots.shape[1] == 2 and 2 * value.count == space.width
-        )
-
     def contract(self, node: Contract) -> None:
         """Open the GEMM of a contraction and its siblings; leave a batched one to torch."""
         if not self.opener(node).fuses:
@@ -178,20 +134,6 @@ class Partition(Admission):
         for operand in (o for one in group for o in one.operands):
             self.materialise(operand, host=True)
         self.open_gemm(group)
-
-    def open_gemm(self, group: tuple[Contract, ...]) -> None:
-        """Open one GEMM for contractions of one activation, whose operands are in memory."""
-        index = 1 + max((i for i in self.behind if i < LAST), default=0)
-        starts = np.cumsum([0] + [c.shape[-1].size(self.sizes) for c in group])
-        first: dict[Node, int] = {c: int(s) for c, s in zip(group, starts, strict=False)}
-        rows = product(group[0].lhs.shape[:-1])
-        space = Space(int(starts[-1]), rows, self.known, accumulators=first)
-        draft = self.open(self.opener(group[0]), index, space, group)
-        for one in group:
-            self.home[one] = draft
-            draft.homed.append(one)
-            if one in self.loadable:
-                draft.kept.add(one)
 
     def absorb(self, node: Node, draft: Draft) -> str:
         """Place a node in a kernel; the reason if the kernel refuses, otherwise ""."""
@@ -267,6 +209,19 @@ class Partition(Admission):
         for node in above:
             if not isinstance(node, Reduce | Input | Const | Size):
                 self.place(node)
+
+    def sunk(self, node: Reduce, last: Draft) -> bool:
+        """Make a sum over rows a sink of some kernel; False if all refuse."""
+        return self.sunk_late(node) or self.summed_in_pass(node, last.order[0])
+
+    def sunk_late(self, node: Reduce) -> bool:
+        """Make a sum over a weight's rows a sink of the GEMM of the weight's gradient."""
+        homes = [self.home[o] for o in walk([node.arg]) if o in self.home]
+        for draft in self.hosts(node.arg):
+            known = all(h.order < draft.order for h in homes)
+            if draft.kind.tiled and known and self.sums_rows(node, draft):
+                return self.sink(node, draft)
+        return False
 
     def sink(self, node: Reduce | Pick, draft: Draft) -> bool:
         """Make a reduction over all columns, or a pick, a sink of a GEMM; False if it cannot be.
@@ -452,138 +407,3 @@ class Partition(Admission):
         self.loadable.add(node)
         if draft.kind.code is None:
             self.unfused.append(Unfused(node, why))
-
-    # Memory.
-
-    def materialise(self, node: Node, host: bool = False) -> None:
-        """Make a node loadable; place it if it has no producer.
-
-        With `host`, a node of arguments alone may be placed in an existing kernel.
-        """
-        under = self.storage(node)
-        if under in self.weights or isinstance(under, Input):
-            return
-        if under in self.home:
-            self.keep(under)
-            return
-        self.loadable.add(under)
-        if isinstance(under, Concat) and not self.in_pass(under):
-            self.join(under)
-        if under not in self.home and not (host and self.hosted(under)):
-            below = [self.home[n].order[0] for n in walk([under]) if n in self.home]
-            self.in_rows(under, max(below, default=0))
-
-    def keep(self, node: Node) -> None:
-        """Let later kernels load a node; if its producer refuses, it gets a kernel of its own."""
-        if node in self.loadable:
-            return
-        self.loadable.add(node)
-        why = self.commit(node)
-        if why:
-            self.move(node, why)
-
-    def provide(self, node: Node) -> bool:
-        """Let later kernels load a node's operands or, if one is refused, its operands in turn.
-
-        Returns:
-            Whether a producer refused to store an operand.
-        """
-        stack, seen, refused = list(node.operands), set[Node](), False
-        while stack:
-            under = self.storage(stack.pop())
-            if under in seen or under in self.loadable or under not in self.home:
-                continue
-            seen.add(under)
-            if self.commit(under):
-                refused = True
-                stack.extend(under.operands)
-            else:
-                self.loadable.add(under)
-        return refused
-
-    def keep_operands(self, node: Node) -> bool:
-        """Let later kernels load all operands of a node; whether one was not loadable before."""
-        under = {self.storage(o) for o in node.operands if o in self.home}
-        missing = [n for n in under if n not in self.loadable]
-        for one in missing:
-            self.keep(one)
-        return bool(missing)
-
-    def move(self, node: Node, why: str) -> None:
-        """Place a node again that its producer can compute but not store, for the reason `why`.
-
-        A product takes the place of a value that its GEMM stores; only where there is none that a
-        later kernel can compute, the product is computed again by a GEMM of its own.
-        """
-        home = self.home[node]
-        if isinstance(node, Contract) and self.make_room(node, home, why):
-            return
-        del self.home[node]
-        home.homed.remove(node)
-        if home.kind.tiled:
-            self.unfused.append(Unfused(node, why))
-        if isinstance(node, Contract):
-            self.open_gemm((node,))
-        else:
-            self.in_rows(node, home.order[0])
-
-    def make_room(self, product: Contract, home: Draft, why: str) -> bool:
-        """Store a product in the place of the last value that no other kernel loads yet."""
-        for node in reversed(home.homed):
-            if node not in home.kept or isinstance(node, Contract) or node in self.piece_of:
-                continue
-            if self.is_used_outside(node, home):
-                continue
-            home.kept.remove(node)
-            if self.commit(product):
-                home.kept.add(node)
-                continue
-            del self.home[node]
-            home.homed.remove(node)
-            self.unfused.append(Unfused(node, why))
-            self.in_rows(node, home.order[0])
-            return True
-        return False
-
-    def is_used_outside(self, node: Node, home: Draft) -> bool:
-        """Whether a kernel other than `home` computes something of a node, or of a view of it."""
-        stack = list(self.users[node])
-        while stack:
-            user = stack.pop()
-            if user not in self.home:
-                stack.extend(self.users[user])
-            elif self.home[user] is not home:
-                return True
-        return False
-
-    def in_pass(self, node: Node) -> bool:
-        """Place a node of arguments alone in one new row-wise kernel; False if it refuses."""
-        if any(n in self.home for n in walk([node]) if n not in self.weights):
-            return False
-        for rows, columns in self.shapes(node)[:1]:
-            draft = self.open(self.rowwise, 0, self.space(columns.size(self.sizes), rows))
-            if not self.absorb(node, draft):
-                return True
-            self.drop(draft)
-        return False
-
-    def hosted(self, node: Node) -> bool:
-        """Place a node of arguments alone in a kernel that loads them anyway; False if refused."""
-        hosts = self.hosts(node)
-        for draft in sorted(hosts, key=lambda d: not d.kind.tiled):
-            if not self.absorb(node, draft):
-                return True
-        return False
-
-    def sunk(self, node: Reduce, last: Draft) -> bool:
-        """Make a sum over rows a sink of some kernel; False if all refuse."""
-        return self.sunk_late(node) or self.summed_in_pass(node, last.order[0])
-
-    def sunk_late(self, node: Reduce) -> bool:
-        """Make a sum over a weight's rows a sink of the GEMM of the weight's gradient."""
-        homes = [self.home[o] for o in walk([node.arg]) if o in self.home]
-        for draft in self.hosts(node.arg):
-            known = all(h.order < draft.order for h in homes)
-            if draft.kind.tiled and known and self.sums_rows(node, draft):
-                return self.sink(node, draft)
-        return False
