@@ -118,7 +118,7 @@ def test_the_oracle_is_nobodys_base():
 
 
 def test_files_and_functions_are_short():
-    long = [f"{f.relative_to(ROOT)}" for f in FILES if f.read_text().count("\n") > 600]
+    long = [f"{f.relative_to(ROOT)}" for f in FILES if f.read_text().count("\n") > 450]
     for file in FILES:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 70:
