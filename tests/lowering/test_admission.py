@@ -156,3 +156,33 @@ def test_nodes_are_placed_once(monkeypatch):
     for graph in (*layers, backward):
         lower(graph, {s: SMALL[s] for s in graph.symbols})
     assert len(runs) == len(stages) > len(layers)
+
+
+WIDENED = """
+block widened(%x: [M, 1] f32, %w: [5] f32, %s: [M, 1] f32, %d: [M, 5] f32) {
+  %1 = mul %d, %w                               : [M, 5] f32
+  %2 = sum %1 axis -1                           : [M, 1] f32
+  %3 = const 1.0 f32                            : [] f32
+  %4 = div %3, %s                               : [M, 1] f32
+  %5 = mul %2, %4                               : [M, 1] f32
+  %6 = div %5, %s                               : [M, 1] f32
+  %7 = permute %6 (1, 0)                        : [1, M] f32
+  %8 = permute %x (1, 0)                        : [1, M] f32
+  %9 = contract %7, %8 f32                      : [1, 1] f32
+  %10 = mul %d, %4                              : [M, 5] f32
+  %11 = sum %10 axis -2                         : [1, 5] f32
+  return dx = %9, dw = %11
+}
+"""
+
+
+def test_a_kernel_that_widened_reads_a_matrix_in_one_way():
+    """`d` is a table of five columns to a kernel of one, and a tile once it has five."""
+    graph, sizes = coda.parse(WIDENED).graph, {"M": 5}
+    torch.manual_seed(0)
+    given = [torch.rand([d.size(sizes) for d in i.shape]) + 1.0 for i in graph.inputs]
+    exact = evaluate(graph.roots, dict(zip(graph.inputs, given, strict=True)), sizes)
+    for found, right in zip(
+        run_reference(lower(graph, sizes), given, exact=True), exact, strict=True
+    ):
+        torch.testing.assert_close(found.double(), right.reshape(found.shape).double())

@@ -141,6 +141,8 @@ class Space(SpaceState):
                 return self._source(shape, node)  # a GEMM's scalars are float32, vectors are packed
             return self.at(shape, Load(name, NO_LANE), None)
         if (over_rows or self.rows == ONE) and count == self.width:
+            if node in self.tables:  # read before the kernel widened
+                raise Refused("a matrix is read as a table and as a tile")
             return self.at(shape, Load(name, 0), np.arange(count))
         if over_rows and self.segment is not None and count == self.segment[1]:
             return self.at(shape, Load(name, 0), self.anchored(name) + np.arange(count))

@@ -189,7 +189,7 @@ class SpaceState:
         """Roll back the values computed inside if Refused is raised, except for `kept` nodes."""
         nodes, offsets = set(self.values), dict(self.offsets)
         statistics, segments = dict(self.statistics), dict(self.segments)
-        groups = list(self.groups)
+        groups, tables = list(self.groups), set(self.tables)
         try:
             yield
         except Refused:
@@ -200,7 +200,15 @@ class SpaceState:
             self.statistics = self.needed(statistics, stay)
             self.groups = self.read_groups(groups, stay)
             self.offsets, self.segments = offsets | self.offsets_of(stay), segments
+            tables |= self.sources_of(stay)
+            self.tables = {n: c for n, c in self.tables.items() if n in tables}
             raise
+
+    def sources_of(self, nodes: Iterable[Node]) -> set[Node]:
+        """The vectors and tables that some nodes, and the statistics that are left, read."""
+        values = [*(self.values[n] for n in nodes), *(s.value for s in self.statistics.values())]
+        found = {int(s) for v in values for s in np.unique(v.leaves[..., 0])}
+        return {self.sources[s] for s in found if s >= 0}
 
     def needed(
         self, before: Mapping[str, RowStatistic], nodes: Iterable[Node]
