@@ -1,5 +1,7 @@
 """What the passes make of the examples, as text: graphs after the laws, Programs, sources."""
 
+import importlib
+import re
 import runpy
 from pathlib import Path
 
@@ -39,3 +41,12 @@ def test_program(program, golden):
 
 def test_source(program, golden):
     golden(f"{program[0]}.py.txt", program[1].source())
+
+
+def test_what_emitted_modules_import_is_there():
+    texts = [p.read_text() for p in Path(__file__).parent.glob("golden/*.py.txt")]
+    named = {n for text in texts for n in re.findall(r"^from (coda\S*) import (.*)$", text, re.M)}
+    assert named
+    for module, names in named:
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
