@@ -204,9 +204,14 @@ class SpaceState:
             self.tables = {n: c for n, c in self.tables.items() if n in tables}
             raise
 
+    def values_with(self, nodes: Iterable[Node]) -> list[Value]:
+        """The values of some nodes, of the sinks, and of the statistics."""
+        own = [self.values[n] for n in nodes]
+        return [*own, *self.sunk, *(s.value for s in self.statistics.values())]
+
     def sources_of(self, nodes: Iterable[Node]) -> set[Node]:
-        """The vectors and tables that some nodes, and the statistics that are left, read."""
-        values = [*(self.values[n] for n in nodes), *(s.value for s in self.statistics.values())]
+        """The vectors and tables that some nodes, sinks or statistics read."""
+        values = self.values_with(nodes)
         found = {int(s) for v in values for s in np.unique(v.leaves[..., 0])}
         return {self.sources[s] for s in found if s >= 0}
 
@@ -233,8 +238,7 @@ class SpaceState:
 
     def offsets_of(self, nodes: Iterable[Node]) -> dict[str, int]:
         """The offsets of the narrower matrices that some nodes, sinks or statistics load."""
-        values = [self.values[n] for n in nodes] + self.sunk
-        values += [s.value for s in self.statistics.values()]
+        values = self.values_with(nodes)
         read = {e.operand for e in leaves(self.expressions(values)) if isinstance(e, Load)}
         return {name: first for name, first in self.offsets.items() if name in read}
 
