@@ -138,12 +138,12 @@ class Materialisation(Admission, ABC):
     def move(self, node: Node, why: str) -> None:
         """Place a node again that its producer can compute but not store, for the reason `why`.
 
-        A product takes the place of a value that its GEMM stores; only where there is none that a
-        later kernel can compute, the product is computed again by a GEMM of its own.
+        A product takes the place of a value that its GEMM stores, which is placed again instead;
+        only where there is none, the product is computed again by a GEMM of its own.
         """
         home = self.home[node]
-        if isinstance(node, Contract) and self.make_room(node, home, why):
-            return
+        if isinstance(node, Contract):
+            node = self.make_room(node, home) or node
         del self.home[node]
         home.homed.remove(node)
         if home.kind.tiled:
@@ -153,23 +153,22 @@ class Materialisation(Admission, ABC):
         else:
             self.in_rows(node, home.order[0])
 
-    def make_room(self, product: Contract, home: Draft, why: str) -> bool:
-        """Store a product in the place of the last value that no other kernel loads yet."""
+    def make_room(self, product: Contract, home: Draft) -> Node | None:
+        """Store a product in the place of the last value that no other kernel loads yet.
+
+        Returns:
+            That value, which its kernel no longer stores; None if there is none.
+        """
         for node in reversed(home.homed):
             if node not in home.kept or isinstance(node, Contract) or node in self.piece_of:
                 continue
             if self.is_used_outside(node, home):
                 continue
             home.kept.remove(node)
-            if self.commit(product):
-                home.kept.add(node)
-                continue
-            del self.home[node]
-            home.homed.remove(node)
-            self.unfused.append(Unfused(node, why))
-            self.in_rows(node, home.order[0])
-            return True
-        return False
+            if not self.commit(product):
+                return node
+            home.kept.add(node)
+        return None
 
     def is_used_outside(self, node: Node, home: Draft) -> bool:
         """Whether a kernel other than `home` computes something of a node, or of a view of it."""
