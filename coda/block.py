@@ -339,7 +339,7 @@ class Block:
     ) -> Training:
         """The graphs of the forward that saves and of the backward, for any number of rows.
 
-        What is saved is decided once, for the number of rows of the first call, and holds for all
+        The saved values are chosen once, for the number of rows of the first call, and serve all
         others.
         """
         tokens = row_symbols(walk(graph.roots))
