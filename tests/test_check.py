@@ -1,6 +1,7 @@
 """`coda check`: each kernel held against float64, and the first that is wrong named."""
 
 import json
+import math
 import runpy
 from pathlib import Path
 
@@ -88,6 +89,24 @@ def test_a_wrong_kernel_of_a_backward_is_named(monkeypatch):
     spoil(monkeypatch, "gemm3", scaled)
     wrong = check_gradients(block, inputs, MLP, backends=["reference"]).wrong
     assert (wrong.part, wrong.kernel) == ("backward", "gemm3")
+
+
+def rounded_once(value):
+    """Rounding n elements to nearest gives a norm of at most 0.43 units; it varies by 1/√n."""
+    return value.coda.norm < 0.43 * value.unit * (1 + 3 * math.prod(value.shape) ** -0.5)
+
+
+def test_only_roundings_that_a_kernel_does_are_counted():
+    report = checked(example("gemma2_layer", "layer"), LAYER, backends=["reference"])
+    assert {v.kernel for v in report.values if not rounded_once(v)} == set()
+    block = example("gpt2_layer", "layer")
+    sizes = {s: LAYER[s] for s in block.graph.symbols}
+    report = check_gradients(
+        block, random_inputs(block.graph, sizes), sizes, backends=["reference"]
+    )
+    sums = [v for v in report.values if v.part == "backward" and v.kernel == "rows12"]
+    assert {v.folds for v in sums} == {("gemm2",), ("gemm6",), ("gemm9",), ("gemm11",)}
+    assert all(map(rounded_once, sums))
 
 
 def test_values_that_are_not_finite():
