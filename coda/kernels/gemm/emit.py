@@ -13,7 +13,8 @@ from coda.ir.types import bf16, e4m3, e5m2, f16, f32
 from coda.kernels.gemm.dedupe import first_alike
 from coda.kernels.gemm.imports import import_lines
 from coda.kernels.gemm.mainloop import Gemm, tiles
-from coda.kernels.gemm.ragged import vanishes
+from coda.kernels.gemm.operands import by_gemm, pack_tables, passed
+from coda.kernels.gemm.ragged import is_sum, needs_mask
 from coda.kernels.gemm.source import PAIRS, WHOLE, Source, Table
 from coda.kernels.gemm.weights import halves
 from coda.kernels.lines import Lines, safe, stored
@@ -45,17 +46,11 @@ from coda.lowering.program.epilogue import (
     SumRows,
     conditions,
     held,
-    leaves,
 )
 from coda.lowering.program.program import Program
 
 COMPILED = {bf16, f16, e4m3, e5m2}
 PAUSE = 4  # elements or column pairs between pauses
-
-
-def is_sum(sink: SinkExpr) -> bool:
-    """Whether a sink is a sum, so that 0 is its identity."""
-    return sink.monoid in MONOIDS and MONOIDS[sink.monoid].sums
 
 
 def emit_gemm(program: Program, kernel: Gemm) -> Source:
@@ -96,27 +91,13 @@ class _Emitter:
         self.epilogue: Epilogue = body.epilogue
         self.pair = self.epilogue.pair
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
-        self.tables = self.pack_tables()
+        self.passed, self.tables = passed(self.epilogue), pack_tables(self.epilogue)
         self.classes: set[str] = set()
         # Many values per element, for several columns at once, exceed the registers.
         several = len(self.epilogue.stores) > 1 and bool(self.epilogue.row_sums)
         crowded = held(self.epilogue) + conditions(self.epilogue) > 5
         self.pauses = program.target.tensor_memory and (crowded or several)
         self.masked = self.rows_masked = False
-
-    def pack_tables(self) -> tuple[Table, ...]:
-        """Tables of periodic operands of one period: two in each in a kernel of pairs."""
-        found: list[Table] = []
-        lanes = self.epilogue.lanes
-        by_period: dict[int, list[str]] = {}
-        for operand in self.epilogue.operands:
-            if isinstance(operand.access, Periodic):
-                by_period.setdefault(operand.access.period, []).append(operand.name)
-        for period, same in by_period.items():
-            for i in range(0, len(same), lanes):
-                names = tuple(same[i : i + lanes])
-                found.append(Table(f"table{len(found)}", names, lanes, lanes * period))
-        return tuple(found)
 
     # Leaves.
 
@@ -165,7 +146,7 @@ class _Emitter:
         parameters = self.parameters()
         text = self.module(head, parameters, body, returned, outputs, sinks, before)
         name = "coda_gemm_" + hashlib.sha256(text.encode()).hexdigest()[:24]
-        passed = {o.name: safe(o.name) for o in self.passed()}
+        passed = {o.name: safe(o.name) for o in self.passed}
         numbers = {s.name: s.group for s in self.epilogue.statistics if s.group}
         numbers |= {"pause": PAUSE} if self.pauses else {}
         masks = ("inside",) if self.masked else ()
@@ -173,15 +154,8 @@ class _Emitter:
         stored = tuple(outputs)
         return Source(text, name, d, stored, passed, self.tables, sinks, masks, rows, numbers)
 
-    def passed(self) -> list[Operand]:
-        """Operands that are parameters of the epilogue, not lanes of a table."""
-        chosen = [s.index for s in self.epilogue.sinks if isinstance(s, PickColumn)]
-        used = _loads(self.epilogue)
-        own = [o for o in self.epilogue.operands if not isinstance(o.access, Periodic | Partial)]
-        return [o for o in own if o.name in used or o.name not in chosen]
-
     def parameters(self) -> list[str]:
-        names = [safe(o.name) for o in self.passed()]
+        names = [safe(o.name) for o in self.passed]
         names += [t.name for t in self.tables]
         names += [s.name for s in self.epilogue.statistics if s.group]
         names += [safe(s.buffer) for s in self.epilogue.sinks if self.in_turn(s)]
@@ -191,7 +165,7 @@ class _Emitter:
     def stores(
         self, body: Lines, returned: list[tuple[str, str]]
     ) -> tuple[str | None, list[tuple[str, str, int]]]:
-        first, d = self.by_gemm(), None
+        first, d = by_gemm(self.epilogue), None
         outputs: list[tuple[str, str, int]] = []
         for store in self.epilogue.stores:
             values = [stored(v, store.dtype, body.imported) for v in body.assign(store.lanes)]
@@ -212,13 +186,6 @@ class _Emitter:
                 outputs.append((name, store.buffer, WHOLE))
                 returned.append((name, values[0]))
         return d, outputs
-
-    def by_gemm(self) -> StoreExpr | None:
-        """The store by the GEMM itself: of all columns; of pairs, preferably not 16 bits."""
-        stores, lanes = self.epilogue.stores, self.epilogue.lanes
-        whole = [s for s in stores if len(s.lanes) == lanes and not self.epilogue.split]
-        odd = [s for s in whole if self.pair and s.dtype.size != 2]
-        return next(iter(odd or whole), None)
 
     def packed(self, values: list[str]) -> str:
         """The text of one value, or of a column pair."""
@@ -244,22 +211,18 @@ class _Emitter:
         return isinstance(sink, SumRows) and self.pauses and not self.pair
 
     def inside(self, sink: SinkExpr, expr: Expr) -> Expr:
-        """The value of a sink, masked to 0 in padding for sums that need it."""
-        if isinstance(sink, SumRows):
-            return self.inside_rows(expr)
-        if not (is_sum(sink) and self.ragged) or vanishes(expr, self.kinds):
+        """The value of a sink, masked to 0 in padding columns (of a sum over rows: rows)."""
+        rows = isinstance(sink, SumRows)
+        if not (rows or self.ragged) or not needs_mask(sink, expr, self.kinds):
             return expr
-        self.masked = True
-        self.kinds["inside"] = Operand("inside", f32, RowVector())
-        return Call(CHOICE, (Load("inside"), expr, Literal(0.0)))
-
-    def inside_rows(self, expr: Expr) -> Expr:
-        """The value of a sum over rows, masked to 0 in padding rows if it is not 0 there."""
-        if vanishes(expr, self.kinds, rows=True):
-            return expr
-        self.rows_masked = True
-        self.kinds["inside_rows"] = Operand("inside_rows", f32, ColumnVector())
-        return Call(CHOICE, (Load("inside_rows"), expr, Literal(0.0)))
+        if rows:
+            self.rows_masked = True
+            mask = Operand("inside_rows", f32, ColumnVector())
+        else:
+            self.masked = True
+            mask = Operand("inside", f32, RowVector())
+        self.kinds[mask.name] = mask
+        return Call(CHOICE, (Load(mask.name), expr, Literal(0.0)))
 
     def prepass(self) -> tuple[Lines, list[tuple[str, str]]]:
         lines = Lines(self.single)
@@ -305,7 +268,7 @@ class _Emitter:
             return []
         self.used.add("unpack")
         lanes = RowVector | Tile  # accesses with an element for each lane
-        paired = {safe(o.name) for o in self.passed() if isinstance(o.access, lanes)}
+        paired = {safe(o.name) for o in self.passed if isinstance(o.access, lanes)}
         paired |= {t.name for t in self.tables} | {"inside"}
         paired |= {s.name for s in self.epilogue.statistics if s.group}
         lines = ["acc0, acc1 = unpack(acc)"]
@@ -378,7 +341,7 @@ class _Emitter:
 
     def operators(self) -> list[tuple[str, str]]:
         """(name, constructor) of the op of every parameter."""
-        found = [(safe(o.name), f"{self.operator(o)}({safe(o.name)!r})") for o in self.passed()]
+        found = [(safe(o.name), f"{self.operator(o)}({safe(o.name)!r})") for o in self.passed]
         found += [(t.name, self.table(t)) for t in self.tables]
         for stat in self.epilogue.statistics:
             if stat.group:
@@ -409,7 +372,7 @@ class _Emitter:
 
     def table(self, table: Table) -> str:
         """The op of a table: by TMA if it is whole subtiles of 64 columns, else by plain loads."""
-        tma = "" if table.columns % 64 == 0 else ", tma=False"
+        tma = "" if table.by_tma else ", tma=False"
         return f"rotary_cos_sin_load({table.name!r}{tma})"
 
     def make(self, text: str) -> str:
@@ -429,10 +392,3 @@ def _not_read(operand: Operand) -> InternalError:
 def _mentions(lines: Lines, name: str) -> bool:
     words = " ".join(lines.lines).replace("(", " ").replace(")", " ").replace(",", " ").split()
     return name in words
-
-
-def _loads(epilogue: Epilogue) -> set[str]:
-    """The names of the operands that an epilogue's expressions load."""
-    exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
-    exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
-    return {e.operand for e in leaves(exprs) if isinstance(e, Load)}

@@ -16,11 +16,34 @@ from dataclasses import dataclass, field
 
 import torch
 
+from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
 from coda.lowering.program.access import Access, Line, Partial
-from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load, Operand, calls
+from coda.lowering.program.epilogue import (
+    Acc,
+    Call,
+    Expr,
+    Literal,
+    Load,
+    Operand,
+    SinkExpr,
+    SumRows,
+    calls,
+)
 
 FINITE = (0.0, 1.0, -1.0, 1e4, -1e4)  # sample values of a finite number that is not known
+
+
+def is_sum(sink: SinkExpr) -> bool:
+    """Whether a sink is a sum, so that 0 is its identity."""
+    return sink.monoid in MONOIDS and MONOIDS[sink.monoid].sums
+
+
+def needs_mask(sink: SinkExpr, expr: Expr, kinds: Mapping[str, Operand]) -> bool:
+    """Whether a sink's value needs a mask in padding columns (of a sum over rows: padding rows)."""
+    if isinstance(sink, SumRows):
+        return not vanishes(expr, kinds, rows=True)
+    return is_sum(sink) and not vanishes(expr, kinds)
 
 
 def vanishes(expr: Expr, kinds: Mapping[str, Operand], *, rows: bool = False) -> bool:

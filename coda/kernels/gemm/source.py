@@ -17,6 +17,11 @@ class Table:
     lanes: int
     columns: int
 
+    @property
+    def by_tma(self) -> bool:
+        """Whether it is loaded as tiles, by TMA: if it is whole subtiles of 64 columns."""
+        return self.columns % 64 == 0
+
 
 @dataclass(frozen=True)
 class Source:
