@@ -30,7 +30,6 @@ from coda.ir.monoids import MONOIDS
 from coda.lowering.algebra.compared import compared, sources
 from coda.lowering.algebra.roles import (
     gemms,
-    group_siblings,
     in_order,
     is_pointwise,
     row_axes,
@@ -42,6 +41,7 @@ from coda.lowering.algebra.roles import (
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.draft import LAST, Draft, Room
 from coda.lowering.placement.materialise import Materialisation
+from coda.lowering.placement.siblings import group_siblings
 from coda.lowering.placement.space_state import Segment
 from coda.lowering.placement.values import LONGEST, Refused, Value
 from coda.lowering.program.program import Unfused
