@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import count
+from math import prod
 
 import numpy as np
 
@@ -39,6 +40,7 @@ from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import CHOICE
 from coda.ir.types import f32
 from coda.lowering.algebra.roles import base
+from coda.lowering.placement.arrays import any_set, distinct
 from coda.lowering.placement.space_state import GroupStatistic, RowStatistic, SpaceState, is_number
 from coda.lowering.placement.values import (
     LEAF,
@@ -103,7 +105,7 @@ class Space(SpaceState):
             case Reshape(arg=arg):
                 self.split(node)
                 value, shape = self.compute(arg), self.columns(node)
-                if value.count != int(np.prod(shape)):
+                if value.count != prod(shape):
                     raise Refused("it turns rows into columns")
                 return value.move(lambda a: a.reshape(shape))
             case Slice():
@@ -135,7 +137,7 @@ class Space(SpaceState):
         over_rows = self.over_rows(name, node, columns)
         shape = tuple(self.size(d) for d in node.shape[cut:])
         shape = (1,) * (columns - len(shape)) + shape
-        count = int(np.prod(shape))
+        count = prod(shape)
         if count == 1:
             if not over_rows and self.accumulators and node in self.weights and node.dtype != f32:
                 return self._source(shape, node)  # a GEMM's scalars are float32, vectors are packed
@@ -154,7 +156,7 @@ class Space(SpaceState):
 
     def _source(self, shape: tuple[int, ...], node: Node) -> Value:
         """A vector or a table of another width than the kernel: element i is a row leaf of it."""
-        if np.prod(shape) > 16 * self.width + 65536:
+        if prod(shape) > 16 * self.width + 65536:
             raise Refused("an operand is larger than the rows of the kernel")
         if self.rows == ONE and isinstance(base(node), Input) and node not in self.weights:
             raise Refused("an argument that is new in every call is not packed")
@@ -163,7 +165,7 @@ class Space(SpaceState):
         value = self.at(shape, Load(LEAF + "0", NO_LANE), None)
         index = np.arange(value.count)
         source = np.full(value.count, self.sources.index(node))
-        value.leaves = np.stack([source, index], -1).reshape(-1, 1, 2)
+        value.leaves = np.stack([source, index], 1)[:, None]
         return value
 
     # Operations.
@@ -182,7 +184,7 @@ class Space(SpaceState):
     def _check_tables(self, value: Value) -> None:
         """Raise Refused if a GEMM would read a matrix with one element per column group."""
         for leaf in np.moveaxis(value.leaves, 1, 0):
-            tables = {self.sources[s] for s in np.unique(leaf[:, 0]) if s >= 0} & self.tables.keys()
+            tables = {self.sources[s] for s in distinct(leaf[:, 0]) if s >= 0} & self.tables.keys()
             for period in {self.tables[t] for t in tables}:
                 group, rest = divmod(value.count, period)
                 if group > 1 and not rest and np.all(leaf[:, 1] == np.arange(value.count) // group):
@@ -288,8 +290,8 @@ class Space(SpaceState):
         size = value.shape[axis]
         moved = value.move(lambda a: np.moveaxis(a, axis, -1))
         columns = moved.slots.reshape(-1, size) if moved.slots.shape[1] == 1 else None
-        uniform = np.all(value.expr == value.expr[0]) and value.leaves.shape[1] == 0
-        if columns is None or not uniform or axis != -1 or np.any(value.group >= 0):
+        uniform = value.uniform and value.leaves.shape[1] == 0
+        if columns is None or not uniform or axis != -1 or any_set(value.group):
             raise Refused(f"`{node.fn}` over these columns is not a statistic of the accumulator")
         start = columns[:, :1]
         if np.any(columns != start + np.arange(size)) or np.any(start % size):

@@ -25,6 +25,7 @@ from coda.ir.graph import Node, Reduce
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SUM
 from coda.ir.types import DType, f32
+from coda.lowering.placement.arrays import distinct
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.points import Points, at_point
 from coda.lowering.placement.space_state import RowStatistic
@@ -168,7 +169,7 @@ def assemble(
     statistics, folded = _statistics(build, roots, partial_of)
     if not space.whole_rows:
         _check_staged(build, store_exprs)
-    used = {int(i) for p in build.packed for i in np.unique(p.source) if i >= 0}
+    used = {i for p in build.packed for i in distinct(p.source) if i >= 0}
     return Body(
         Epilogue(
             build.split or 0,

@@ -22,13 +22,13 @@ from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import Node, Slice
 from coda.ir.scalars import AT_MOST, CHOICE
 from coda.ir.types import DType, f32
+from coda.lowering.placement.arrays import classes, constant, distinct, rows_are_equal, taken
 from coda.lowering.placement.columns import GROUPED, Space
 from coda.lowering.placement.values import (
     LEAF,
     NO_LANE,
     Refused,
     Value,
-    distinct_rows,
 )
 from coda.lowering.program.access import (
     Access,
@@ -108,9 +108,7 @@ class Points:
         """Whether a value has one element per column, or one per column pair."""
         if self.split is None or value.count != self.points:
             return value.count == self.space.width
-        columns = self.columns
-        inside = (value.slots[:, :, None] == columns[:, None, :]).any(-1) | (value.slots < 0)
-        return bool(inside.all())
+        return self.lanes_of(value.slots, self.columns) is not None
 
     def at(self, value: Value, element: Ints, columns: Ints) -> Expr:
         """The expression, common to all points, of one element per point.
@@ -123,9 +121,11 @@ class Points:
         if value.count == len(element) and np.array_equal(element, np.arange(value.count)):
             slots, group, leaves, numbers = value.slots, value.group, value.leaves, value.expr
         else:
-            slots, group = value.slots[element], value.group[element]
-            leaves, numbers = value.leaves[element], value.expr[element]
-        lane = self.lanes_at(slots, columns)
+            slots, group = taken(value.slots, element), taken(value.group, element)
+            leaves, numbers = taken(value.leaves, element), taken(value.expr, element)
+        lane = self.lanes_of(slots, columns)
+        if lane is None:
+            raise Refused("an element reads columns of another point")
         size = self.space.group_size
         if size:
             if self.split is not None and size % (2 * self.split):
@@ -133,7 +133,10 @@ class Points:
             if np.any((group >= 0) & (group != columns[:, 0] // size)):
                 raise Refused("an element reads the statistic of another group of columns")
         names = [self.vector(leaves[:, i]) for i in range(leaves.shape[1])]
-        first, which = distinct_rows(np.concatenate([numbers[:, None], lane], 1))
+        if rows_are_equal(numbers) and rows_are_equal(lane):
+            first, which = range(min(1, len(numbers))), constant(len(numbers), 0)
+        else:
+            first, which = classes(np.concatenate([numbers[:, None], lane], 1))
         exprs = [
             at_point(self.space.exprs[int(numbers[i])], tuple(map(int, lane[i])), names, {})
             for i in first
@@ -142,14 +145,17 @@ class Points:
         exprs = [self.bind(e, memo) for e in exprs]
         return self.select(exprs, which)
 
-    def lanes_at(self, slots: Ints, columns: Ints) -> Ints:
-        """Slots [points, k] -> lanes of the same point, -1 for none. Raises Refused for others."""
+    def lanes_of(self, slots: Ints, columns: Ints) -> Ints | None:
+        """Slots [points, k] -> the lane of each among its point's columns [points, lanes].
+
+        -1 for no slot; None if an element reads columns of another point.
+        """
         if slots.shape[1] == 0 or np.array_equal(slots, columns):
             return np.broadcast_to(np.arange(slots.shape[1]), slots.shape)
-        same = slots[:, :, None] == columns[:, None, :]
-        if not (same.any(-1) | (slots < 0)).all():
-            raise Refused("an element reads columns of another point")
-        return np.where(slots >= 0, np.argmax(same, -1), -1)
+        lane = np.full(slots.shape, -1)
+        for i in range(columns.shape[1]):
+            lane[slots == columns[:, i : i + 1]] = i
+        return lane if np.array_equal(lane >= 0, slots >= 0) else None
 
     def select(self, exprs: list[Expr], which: Ints) -> Expr:
         """One expression for points with several: a choice by the segment number of the column.
@@ -177,7 +183,7 @@ class Points:
         """The load of `leaf` [points, 2], the (source, index) of one vector element per point."""
         source, index = leaf[:, 0], leaf[:, 1]
         sources = self.space.sources
-        tables = {s for s in np.unique(source) if s >= 0 and sources[s] in self.space.tables}
+        tables = {s for s in distinct(source) if s >= 0 and sources[s] in self.space.tables}
         if tables:
             return self.table(source, index, tables)
         key = source.tobytes() + index.tobytes()

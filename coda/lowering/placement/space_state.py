@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import prod
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from coda.ir.graph import (
     Slice,
     walk,
 )
+from coda.lowering.placement.arrays import constant
 from coda.lowering.placement.values import (
     Refused,
     Value,
@@ -212,8 +214,7 @@ class SpaceState:
     def sources_of(self, nodes: Iterable[Node]) -> set[Node]:
         """The vectors and tables that some nodes, sinks or statistics read."""
         values = self.values_with(nodes)
-        found = {int(s) for v in values for s in np.unique(v.leaves[..., 0])}
-        return {self.sources[s] for s in found if s >= 0}
+        return {self.sources[s] for v in values for s in v.sources}
 
     def needed(
         self, before: Mapping[str, RowStatistic], nodes: Iterable[Node]
@@ -244,7 +245,7 @@ class SpaceState:
 
     def expressions(self, values: Iterable[Value]) -> list[Expr]:
         """The distinct expressions of each value."""
-        return [self.exprs[i] for v in values for i in np.unique(v.expr)]
+        return [self.exprs[i] for v in values for i in v.numbers]
 
     def place_of(self, value: Value) -> int:
         """The column of a value's first element. Raises Refused if columns are not consecutive."""
@@ -328,12 +329,12 @@ class SpaceState:
         return self.offsets[name]
 
     def at(self, shape: tuple[int, ...], expr: Expr, slots: Ints | None) -> Value:
-        count = int(np.prod(shape))
+        count = prod(shape)
         none = np.zeros((count, 0), np.int64)
         return Value(
             shape,
-            np.full(count, self.id(expr)),
+            constant(count, self.id(expr)),
             none if slots is None else slots.reshape(-1, 1),
             np.zeros((count, 0, 2), np.int64),
-            np.full(count, -1),
+            constant(count, -1),
         )

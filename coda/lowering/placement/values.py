@@ -7,13 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coda.ir.scalars import SCALARS
+from coda.lowering.placement.arrays import (
+    all_set,
+    any_set,
+    classes,
+    constant,
+    distinct,
+    rows_are_equal,
+    taken,
+)
 from coda.lowering.program.body import Ints
 from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load
 
@@ -61,7 +70,19 @@ class Value:
     @cached_property
     def uniform(self) -> bool:
         """Whether all elements have the same expression."""
-        return bool(np.all(self.expr == self.expr[:1]))
+        return rows_are_equal(self.expr)
+
+    @cached_property
+    def numbers(self) -> list[int]:
+        """The distinct numbers of expressions in `expr`, ascending."""
+        return distinct(self.expr)
+
+    @cached_property
+    def sources(self) -> set[int]:
+        """The distinct sources of row leaves."""
+        columns = range(self.leaves.shape[1])
+        found = {s for i in columns for s in distinct(self.leaves[:, i, 0])}
+        return found - {-1}
 
     @cached_property
     def distance(self) -> int | None:
@@ -74,7 +95,7 @@ class Value:
         if len(pairs) == 0:
             return None
         between = pairs[:, 1] - pairs[:, 0]
-        if np.any(between != between[0]):
+        if not rows_are_equal(between):
             raise Refused(UNALIKE)
         return int(between[0])
 
@@ -83,19 +104,19 @@ class Value:
         """[pairs, 2] int64: the columns of each element that reads two."""
         if self.slots.shape[1] < 2:
             return self.slots[:0]
-        return self.slots[self.slots[:, 1] >= 0]
+        paired = self.slots[:, 1] >= 0
+        return self.slots if paired.all() else self.slots[paired]
 
     @cached_property
     def accumulator_column(self) -> int:
         """The accumulator's column of the first element; -1 for one element per column pair."""
         if self.slots.shape[1] == 0 or self.count == 0:
             return -1
-        pairs = self.slots[(self.slots >= 0).all(1)]
-        if pairs.shape[1] == 2 and len(np.unique(pairs[:, 0])) == len(pairs) > 0:
+        pairs = self.partners
+        if len(pairs) and np.bincount(pairs[:, 0]).max() == 1:
             return -1
         for start in self.slots[0]:
-            here = np.arange(self.count)[:, None] + start
-            if start >= 0 and np.any(self.slots == here, 1).all():
+            if start >= 0 and _reads_each(self.slots, int(start) + np.arange(self.count)):
                 return int(start)
         return -1
 
@@ -103,9 +124,8 @@ class Value:
         """The value of a view; `change` does to an array of the column axes what the view does."""
         index = change(np.arange(self.count).reshape(self.shape))
         flat = index.reshape(-1)
-        return Value(
-            index.shape, self.expr[flat], self.slots[flat], self.leaves[flat], self.group[flat]
-        )
+        arrays = self.expr, self.slots, self.leaves, self.group
+        return Value(index.shape, *(taken(a, flat) for a in arrays))
 
 
 def beside(values: Sequence[Value]) -> Value:
@@ -128,12 +148,20 @@ def first_column(value: Value) -> int:
 
     -1 if they are not, or if no element reads a column.
     """
-    used = np.flatnonzero((value.slots >= 0).any(1))
-    if len(used) == 0:
+    if not any_set(value.slots):
         return -1
-    slots = value.slots[used]
-    first = int(slots[0][slots[0] >= 0].min() - used[0])
-    return first if first >= 0 and (slots == first + used[:, None]).any(1).all() else -1
+    used = np.flatnonzero(value.slots[:, 0] >= 0)  # slots ascend, and -1 comes last
+    slots = value.slots.take(used, 0)
+    first = int(slots[0, 0] - used[0])
+    return first if first >= 0 and _reads_each(slots, first + used) else -1
+
+
+def _reads_each(slots: Ints, columns: Ints) -> bool:
+    """Whether each element reads a given column: slots [n, k], columns [n]."""
+    found = np.zeros(len(slots), np.bool_)
+    for i in range(slots.shape[1]):
+        found |= slots[:, i] == columns
+    return bool(found.all())
 
 
 class Expressions(Protocol):
@@ -171,12 +199,11 @@ def combine(space: Expressions, fn: str, args: Sequence[Value]) -> Value:
     slots, lanes = _union([a.slots for a in args])
     group = _same_group([a.group for a in args])
     leaves, names = _shared([a.leaves for a in args])
-    if all(a.uniform for a in args) and all(map(_is_uniform, lanes)):
-        first, inverse = np.zeros(min(1, len(group)), np.int64), np.zeros(len(group), np.int64)
+    alike = all(a.uniform for a in args) and all(map(rows_are_equal, lanes))
+    if alike:
+        first, inverse = np.zeros(min(1, len(group)), np.int64), group[:0]
     else:
-        first, inverse = distinct_rows(
-            np.concatenate([np.stack([a.expr for a in args], 1), *lanes], 1)
-        )
+        first, inverse = classes(np.concatenate([np.stack([a.expr for a in args], 1), *lanes], 1))
     found = np.empty(len(first), np.int64)
     for i, element in enumerate(first):
         parts = []
@@ -188,12 +215,8 @@ def combine(space: Expressions, fn: str, args: Sequence[Value]) -> Value:
         if isinstance(folded, Call) and folded.depth > LONGEST:
             raise Refused(f"more than {LONGEST} operations follow each other in the kernel")
         found[i] = space.id(folded)
-    return Value(shape, found[inverse], slots, leaves, group)
-
-
-def _is_uniform(lanes: Ints) -> bool:
-    """Whether all elements have the same lanes."""
-    return lanes.shape[1] == 0 or lanes.strides[0] == 0 or bool(np.all(lanes == lanes[:1]))
+    expr = constant(len(group), int(found[0])) if len(found) == 1 else found.take(inverse)
+    return Value(shape, expr, slots, leaves, group)
 
 
 def _fold(fn: str, args: tuple[Expr, ...]) -> Expr:
@@ -217,27 +240,29 @@ def _union(slots: list[Ints]) -> tuple[Ints, list[Ints]]:
         apart = _apart(slots)
         if apart is not None:
             return apart
-    high = np.iinfo(np.int64).max
-    every = np.concatenate(used, 1)
-    every = np.sort(np.where(every < 0, high, every), 1)
-    repeated = np.zeros_like(every, bool)
-    repeated[:, 1:] = every[:, 1:] == every[:, :-1]
-    every = np.sort(np.where(repeated, high, every), 1)
-    width = int((every != high).sum(1).max())
-    if width > 2:
+    columns = [s[:, i] for s in used for i in range(s.shape[1])]
+    none = np.iinfo(np.int64).max
+    first = reduce(np.minimum, [np.where(c < 0, none, c) for c in columns])
+    last = reduce(np.maximum, columns)
+    if any(np.any((c >= 0) & (c != first) & (c != last)) for c in columns):
+        width = _most_columns(columns)
         raise Refused(f"an element reads {width} columns of a row; an epilogue has two at hand")
-    union = np.where(every[:, :width] == high, -1, every[:, :width])
-    lanes = []
-    for s in slots:
-        lane = np.argmax(union[:, None, :] == s[:, :, None], -1) if s.shape[1] else s
-        lanes.append(np.where(s >= 0, lane, -1))
-    return union, lanes
+    union = [np.where(last < 0, -1, first), np.where(last > first, last, -1)]
+    union = np.stack(union if any_set(union[1]) else union[:1], 1)
+    return union, [np.where(s < 0, -1, s != first[:, None]) for s in slots]
+
+
+def _most_columns(columns: Sequence[Ints]) -> int:
+    """The largest number of different columns that one element reads: slots [n] -> number."""
+    every = np.sort(np.stack(columns), 0)
+    new = every[:1] >= 0, (every[1:] >= 0) & (every[1:] != every[:-1])
+    return int(np.concatenate(new).sum(0).max())
 
 
 def _lanes(slots: Ints) -> Ints:
     """The lanes of an operand whose slots are the union itself."""
     lanes = np.broadcast_to(np.arange(slots.shape[1]), slots.shape)
-    return lanes if slots.size == 0 or slots.min() >= 0 else np.where(slots >= 0, lanes, -1)
+    return lanes if all_set(slots) else np.where(slots >= 0, lanes, -1)
 
 
 def _apart(slots: list[Ints]) -> tuple[Ints, list[Ints]] | None:
@@ -246,7 +271,7 @@ def _apart(slots: list[Ints]) -> tuple[Ints, list[Ints]] | None:
     for one in slots:
         if one.shape[1] and not any(one is k or np.array_equal(one, k) for k in kinds):
             kinds.append(one)
-    if len(kinds) != 2 or min(k.min() for k in kinds) < 0:
+    if len(kinds) != 2 or not all(map(all_set, kinds)):
         return None
     low, high = kinds if kinds[0][0] < kinds[1][0] else kinds[::-1]
     if not np.all(low < high):
@@ -277,26 +302,13 @@ def _shared(leaves: list[Ints]) -> tuple[Ints, list[tuple[int, ...]]]:
 
 
 def _same_group(groups: list[Ints]) -> Ints:
-    some = [g for g in groups if np.any(g >= 0)]
+    some = [g for g in groups if any_set(g)]
     out = some[0] if some else groups[0]
     for g in some[1:]:
         if np.any((out >= 0) & (g >= 0) & (out != g)):
             raise Refused("it mixes statistics of different groups of columns")
         out = np.maximum(out, g)
     return out
-
-
-def distinct_rows(kinds: Ints) -> tuple[Ints, Ints]:
-    """Distinct rows of an integer matrix: the index of one of each, and each row's class."""
-    if len(kinds) == 0 or np.all(kinds == kinds[0]):
-        return np.zeros(min(1, len(kinds)), np.int64), np.zeros(len(kinds), np.int64)
-    code = np.zeros(len(kinds), np.int64)
-    for column in kinds.T:
-        low, high = int(column.min()), int(column.max())
-        code = code * (high - low + 1) + (column - low)
-        _, code = np.unique(code, return_inverse=True)
-    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
-    return first, inverse
 
 
 @lru_cache(maxsize=100_000)
