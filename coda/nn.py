@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -67,16 +68,32 @@ def _linear_cross_entropy(ignore_index: int, reduction: str, smoothing: float) -
     return _declared(linear_cross_entropy, *shapes, Spec(parse_shape("M"), i64))
 
 
-_blocks: dict[tuple[Any, ...], Block] = {}
+_blocks: WeakValueDictionary[tuple[Any, ...], Block] = WeakValueDictionary()
 
 
-def _block(make: Callable[..., Block], *options: Any) -> Block:
-    """The cached block for these options: modules hold none, so they can be pickled and copied."""
-    key = (make, *options)
-    found = _blocks.get(key)
-    if found is None:
-        found = _blocks[key] = make(*options)
-    return found
+class _OverBlock(nn.Module):
+    """A module that calls one block, which modules with equal options share.
+
+    The modules hold the block, and it is freed with the last of them. A pickle has none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[tuple[Any, ...], Block] = {}
+
+    def _block(self, make: Callable[..., Block], *options: Any) -> Block:
+        """The block that `make` returns for these options."""
+        key = (make, *options)
+        found = self._held.get(key)
+        if found is None:
+            found = _blocks.get(key)
+            if found is None:
+                found = _blocks[key] = make(*options)
+            self._held = {key: found}
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": {}}
 
 
 def _empty(*shape: int, **where: Any) -> nn.Parameter:
@@ -92,7 +109,7 @@ def _reset_linear(weight: Tensor, bias: Tensor | None = None) -> None:
         nn.init.uniform_(bias, -bound, bound)
 
 
-class RMSNormLinear(nn.Module):
+class RMSNormLinear(_OverBlock):
     """linear(rms_norm(x)): `nn.RMSNorm` and `nn.Linear` in one, the norm in the GEMM's epilogue.
 
     Parameters are `norm_weight` [in_features], `weight` [out_features, in_features] and `bias`.
@@ -110,7 +127,7 @@ class RMSNormLinear(nn.Module):
         super().__init__()
         where = {"device": device, "dtype": dtype}
         self.eps = eps
-        _block(_norm_linear, eps, bias)
+        self._block(_norm_linear, eps, bias)
         self.norm_weight = _empty(in_features, **where)
         self.weight = _empty(out_features, in_features, **where)
         self.bias: nn.Parameter | None = None
@@ -126,12 +143,12 @@ class RMSNormLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         more = () if self.bias is None else (self.bias,)
-        run = _block(_norm_linear, self.eps, self.bias is not None)
+        run = self._block(_norm_linear, self.eps, self.bias is not None)
         y = run(x.reshape(-1, x.shape[-1]), self.norm_weight, self.weight, *more)
         return y.reshape(*x.shape[:-1], -1)
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(_OverBlock):
     """w_down(act(w_gate x) · w_up x), after Shazeer (2020), without biases.
 
     One GEMM reads gate and up: they are slices of one buffer (`coda.share_weights`).
@@ -157,7 +174,7 @@ class GatedMLP(nn.Module):
             )
         where = {"device": device, "dtype": dtype}
         self.activation = activation
-        _block(_gated_mlp, activation)
+        self._block(_gated_mlp, activation)
         self.gate_weight = _empty(hidden_features, in_features, **where)
         self.up_weight = _empty(hidden_features, in_features, **where)
         self.down_weight = _empty(out_features or in_features, hidden_features, **where)
@@ -176,13 +193,13 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        run = _block(_gated_mlp, self.activation)
+        run = self._block(_gated_mlp, self.activation)
         flat = x.reshape(-1, x.shape[-1])
         y = run(flat, self.gate_weight, self.up_weight, self.down_weight)
         return y.reshape(*x.shape[:-1], -1)
 
 
-class LinearCrossEntropy(nn.Module):
+class LinearCrossEntropy(_OverBlock):
     """cross_entropy(x @ weightᵀ, target): vocabulary projection and loss in one.
 
     `weight` is [num_classes, in_features]; share it with an embedding by assigning the parameter.
@@ -204,7 +221,7 @@ class LinearCrossEntropy(nn.Module):
         super().__init__()
         self.options = ignore_index, reduction, label_smoothing
         self.memory = memory
-        _block(_linear_cross_entropy, *self.options)
+        self._block(_linear_cross_entropy, *self.options)
         self.weight = _empty(num_classes, in_features, device=device, dtype=dtype)
         self.reset_parameters()
 
@@ -214,7 +231,7 @@ class LinearCrossEntropy(nn.Module):
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """x [..., in_features], target int64 [...] -> the loss, reduced as in torch."""
-        run = _block(_linear_cross_entropy, *self.options)
+        run = self._block(_linear_cross_entropy, *self.options)
         rows, classes = x.reshape(-1, x.shape[-1]), target.reshape(-1)
         loss = run(rows, self.weight, classes, memory=self.memory)
         return loss.reshape(target.shape) if self.options[1] == "none" else loss

@@ -1,6 +1,7 @@
 """The house keeps its order: imports run one way, files and functions stay short."""
 
 import ast
+import re
 from pathlib import Path
 
 from coda.ir.monoids import MONOIDS
@@ -142,6 +143,36 @@ def test_no_pass_names_a_function_or_a_monoid():
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
     ]
     assert not found
+
+
+TABLES = {"dict", "set", "list", "deque", "defaultdict", "OrderedDict", "Bounded", "lru_cache"}
+TABLES |= {"WeakKeyDictionary", "WeakValueDictionary", "WeakSet"}
+
+
+def _cached(tree):
+    """The names of a module's functions with a cache, and of its tables that start empty."""
+    for node in ast.walk(tree):
+        for one in getattr(node, "decorator_list", []):
+            called = one.func if isinstance(one, ast.Call) else one
+            if getattr(called, "attr", getattr(called, "id", "")) in ("cache", "lru_cache"):
+                yield node.name
+    for node in tree.body:
+        value = getattr(node, "value", None)
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or value is None:
+            continue
+        called = getattr(value, "func", None)
+        called = getattr(called, "func", called)  # lru_cache(maxsize=...)(function)
+        name = getattr(called, "attr", getattr(called, "id", ""))
+        if ast.unparse(value) in ("{}", "[]") or (name in TABLES and not value.args):
+            yield ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
+
+
+def test_every_cache_is_in_the_designs_table():
+    trees = {module_of(f): ast.parse(f.read_text()) for f in FILES}
+    found = {f"{m}.{n}" for m, t in trees.items() if not m.startswith("sim.") for n in _cached(t)}
+    section = (ROOT / "docs/design.md").read_text().split("## Caches")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    assert found == {n for row in rows for n in re.findall("`([^`]*)`", row.split("|")[1])}
 
 
 def _names(node):

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from coda.runtime.bind import bind_sizes, size_hint
 from coda.runtime.call import choose_backend, gpu_target
 
 aten = torch.ops.aten
-_blocks: dict[Graph, Block] = {}
+_blocks: WeakValueDictionary[Graph, Block] = WeakValueDictionary()
 
 
 def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
@@ -134,7 +135,13 @@ def _rest(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs))  # type: ignore[return-value]
+    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs))  # type: ignore[assignment]
+
+    def call(*args: Any) -> Any:
+        return compiled(*args)
+
+    call.graph = gm  # type: ignore[attr-defined]  # it has the blocks, which operators name
+    return call
 
 
 def _functional(gm: GraphModule, fakes: Sequence[Any]) -> GraphModule:
@@ -223,7 +230,7 @@ def _split(gm: GraphModule, report: GraphReport, given: Mapping[FxNode, Tensor])
     for region in regions:
         pairs = zip(region.imported.graph.inputs, region.imported.inputs, strict=True)
         region.report.settle({i.name: given.get(n) for i, n in pairs})
-    return Rebuild(gm, [(r.nodes, r.imported, r.report.block) for r in regions], modes).run()
+    return Rebuild(gm, [(r.nodes, r.imported, r.block) for r in regions], modes).run()
 
 
 @dataclass(frozen=True)
@@ -232,6 +239,7 @@ class _Region:
 
     nodes: list[FxNode]
     imported: Imported
+    block: Block
     report: RegionReport
 
     @property
@@ -273,14 +281,18 @@ def _made(nodes: list[FxNode]) -> _Region | str:
         why = f"coda fails on its region, please report it: {type(e).__name__}: {e}"
         warnings.warn(why, RuntimeWarning, stacklevel=2)
         return why
-    return _Region(nodes, imported, lowered)
+    return _Region(nodes, imported, block, lowered)
 
 
 def block_for(graph: Graph) -> Block:
-    """The block of a graph: equal layers share it, and its compiled kernels."""
-    if graph not in _blocks:
-        _blocks[graph] = Block(None, graph)
-    return _blocks[graph]
+    """The block of a graph: equal layers share it, and its compiled kernels.
+
+    Compiled graphs hold their blocks. With the last of them a block is freed.
+    """
+    found = _blocks.get(graph)
+    if found is None:
+        found = _blocks[graph] = Block(None, graph)
+    return found
 
 
 def _import(nodes: list[FxNode]) -> Imported:

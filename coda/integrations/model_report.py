@@ -51,7 +51,7 @@ class ModelExplanation:
         """Each distinct block, and the number of its calls."""
         found: dict[Any, tuple[RegionReport, int]] = {}
         for region in (r for g in self.report.graphs for r in g.regions):
-            key = region.block, tuple(region.sizes.items()), region.backward is None
+            key = region.graph, tuple(region.sizes.items()), region.backward is None
             first, times = found.get(key, (region, 0))
             found[key] = first, times + 1
         return list(found.values())

@@ -15,6 +15,7 @@ from torch.fx import Node as FxNode
 from coda.block import Block
 from coda.frontend.torch_import.aten import VIEWS
 from coda.integrations.weights import WeightUse, settle
+from coda.ir.graph import Graph
 from coda.lowering.algebra.policy import NO_TERMS
 from coda.lowering.explain import Explanation
 from coda.lowering.program.program import Program
@@ -26,7 +27,7 @@ class RegionReport:
     """One region.
 
     Attributes:
-        block: the block that it became.
+        graph: of the block that it became; equal regions share one block.
         ops: names of its ATen operators, in order, without views.
         sizes: sizes of its symbols when it was traced.
         forward: the forward's Program (in training, the one that saves activations) and its cost.
@@ -34,7 +35,7 @@ class RegionReport:
         weights: how its GEMMs read their weights.
     """
 
-    block: Block
+    graph: Graph
     ops: tuple[str, ...]
     sizes: Mapping[str, int]
     forward: Explanation
@@ -56,14 +57,14 @@ class RegionReport:
         ops = tuple(operator_name(n) for n in nodes if n.target not in VIEWS)
         if wanted is None:
             program = block.program_for(graph, target, False, sizes)
-            return RegionReport(block, ops, sizes, Explanation(program), None)
+            return RegionReport(graph, ops, sizes, Explanation(program), None)
         training = block.training_for(graph, wanted, block.memory, sizes)
         sides = [(training.forward, NO_TERMS), (training.backward, training.terms())]
         told = [
             Explanation(block.program_for(side, target, False, sizes, terms))
             for side, terms in sides[: 2 if training.wanted else 1]
         ]
-        return RegionReport(block, ops, sizes, told[0], told[1] if len(told) == 2 else None)
+        return RegionReport(graph, ops, sizes, told[0], told[1] if len(told) == 2 else None)
 
     def settle(self, given: Mapping[str, Tensor | None]) -> None:
         """Move weights that a kernel reads as one matrix into one buffer; record all reads.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from threading import Thread
 from typing import Any
 
@@ -44,7 +44,7 @@ class _Probe(torch.autograd.Function):
         return given[0]
 
 
-@lru_cache(maxsize=1)
+@cache
 def alone() -> Holders:
     """The counts of a saved tensor that has no other holders, in this Python and torch.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from coda.lowering.program.body import Body
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
 from coda.runtime import settings
+from coda.runtime.bounded import Bounded
 from coda.runtime.cache import kernel_directory, object_directory
 from coda.runtime.environment import Environment
 from coda.runtime.prepare import packed_row
@@ -33,15 +33,19 @@ from coda.runtime.weight_cache import Memo
 
 @dataclass
 class State:
-    """What is kept between calls of a Program: loaded kernels, prepacked operands, and replays.
+    """What is cached between calls of a Program, and freed with it.
 
-    `untold` are the symbols that are not a dim of an argument by themselves.
+    Attributes:
+        untold: the symbols that are not a dim of an argument by themselves.
+        loaded: loaded kernels, and constants by size and device.
+        memo: prepacked operands.
+        found: replays, by donated arguments and the sizes of `untold`.
     """
 
-    loaded: dict[Hashable, Any]
-    memo: Memo
     untold: tuple[str, ...]
-    found: dict[tuple[frozenset[str], tuple[int, ...]], Replays] = field(default_factory=dict)
+    loaded: Bounded[Hashable, Any] = field(default_factory=Bounded)
+    memo: Memo = field(default_factory=Memo)
+    found: Bounded[tuple[frozenset[str], tuple[int, ...]], Replays] = field(default_factory=Bounded)
 
     def of(self, given: frozenset[str], sizes: Mapping[str, int]) -> Replays:
         """The replays of calls that donate these arguments and have these sizes.
@@ -67,7 +71,7 @@ def state_of(program: Program) -> State:
         graph = program.graph
         told = {d for i in graph.inputs for d in i.shape}
         untold = [s for s in graph.symbols if Dim.of(s) not in told]
-        found = State({}, Memo(), tuple(untold))
+        found = State(tuple(untold))
         _states[program] = found
     return found
 
@@ -122,8 +126,13 @@ class KernelRun(Environment):
         return value
 
     def count(self, node: Size) -> Tensor:
-        found = _number_of(node.dim.size(self.sizes), next(iter(self.inputs.values())).device)
-        self.recording.constant(found, [])
+        size, device = node.dim.size(self.sizes), next(iter(self.inputs.values())).device
+
+        def full() -> Tensor:
+            return torch.full((), size, dtype=torch.float32, device=device)
+
+        found = self.loaded(("size", size, device), full)
+        self.constant(found)
         return found
 
     def value(self, node: Node) -> Tensor:
@@ -224,7 +233,7 @@ class KernelRun(Environment):
         return kernel_directory()
 
     def loaded(self, key: Hashable, load: Callable[[], T]) -> T:
-        """A module, or another value, that is loaded once for the Program."""
+        """A module, or a constant, that is loaded once for the Program; the oldest are dropped."""
         found = self.state.loaded
         if key not in found:
             found[key] = load()
@@ -301,12 +310,6 @@ class KernelRun(Environment):
             return {p.name: packed_row(p, body.sources, values, empty) for p in body.packed}
 
         return self.once(("packed", name), body.sources.values(), make)
-
-
-@lru_cache(maxsize=64)
-def _number_of(count: int, device: torch.device) -> Tensor:
-    """A size as a float32 tensor of rank 0, for kernels; replays with this size keep it."""
-    return torch.full((), count, dtype=torch.float32, device=device)
 
 
 def run_kernels(

@@ -44,10 +44,13 @@ class Roles:
             found += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
         return tuple(found)
 
-    def witnesses(self, inputs: Sequence[Tensor]) -> Held:
-        """Witnesses of the arguments that are known by identity, with their positions."""
-        held: list[Witness] = [Witness(inputs[i]) for i in self.sources]
-        held += [Place(inputs[i]) for i in self.placed]
+    def witnesses(self, inputs: Sequence[Tensor], gone: Callable[[Any], object]) -> Held:
+        """Witnesses of the arguments that are known by identity, with their positions.
+
+        `gone` is called when one of these arguments is freed.
+        """
+        held: list[Witness] = [Witness(inputs[i], gone) for i in self.sources]
+        held += [Place(inputs[i], gone) for i in self.placed]
         return list(zip(held, self.sources + self.placed, strict=True))
 
 
@@ -201,7 +204,8 @@ def _memory(x: Tensor) -> int:
 class Replays:
     """Replays of one Program, by the weights' identities and the other arguments' shapes.
 
-    Weights may be copied in some calls and read directly in others: `roles` has each such case.
+    Weights may be copied in some calls and read directly in others: `roles` has each such case. A
+    replay is freed with the weights that it was recorded for.
     """
 
     def __init__(self) -> None:
@@ -226,8 +230,9 @@ class Replays:
         inputs, roles = recording.inputs, recording.roles()
         if roles not in self.roles:
             self.roles.append(roles)
-        over = [k for k, (w, _) in self.found.items() if any(x.is_over() for x, _ in w)]
-        for key in over:
-            del self.found[key]
-        key = self.roles.index(roles), roles.key(inputs)
-        self.found[key] = roles.witnesses(inputs), replay
+        for key, (held, _) in list(self.found.items()):
+            if any(witness.is_over() for witness, _ in held):
+                self.found.pop(key, None)
+        new = self.roles.index(roles), roles.key(inputs)
+        held = roles.witnesses(inputs, lambda _: self.found.pop(new, None))
+        self.found[new] = held, replay

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from coda.runtime.bounded import Bounded
+
 T = TypeVar("T")
 
 
@@ -116,25 +118,36 @@ class Entry:
         return all(w.holds(t) for w, t in zip(self.witnesses, tensors, strict=True))
 
 
+LIMIT = 256  # values of the same tensors: their names may have sizes of a call
+
+
 class Memo:
-    """Values by a name and the tensors that they are computed from."""
+    """Values by the tensors that they are computed from, and a name.
+
+    They are freed with the tensors; of the values of the same tensors, the oldest are dropped.
+    """
 
     def __init__(self) -> None:
-        self.entries: dict[tuple[Any, ...], Entry] = {}
+        self.entries: dict[tuple[int, ...], Bounded[Hashable, Entry]] = {}
 
     def get(self, name: Hashable, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
         """The value of `make()`, cached while the tensors do not change."""
-        key = (name, *map(id, tensors))
-        entry = self.entries.get(key)
+        key = tuple(map(id, tensors))
+        known = self.entries.get(key)
+        entry = None if known is None else known.get(name)
         if entry is None or not entry.fresh(tensors):
             self.sweep()
             value = make()
             witnesses = [Witness(t, lambda _: self.entries.pop(key, None)) for t in tensors]
-            entry = self.entries[key] = Entry(witnesses, value)
+            entry = Entry(witnesses, value)
+            self.entries.setdefault(key, Bounded(LIMIT))[name] = entry
         return entry.value
 
     def sweep(self) -> None:
         """Drop the entries of tensors whose memory is freed."""
-        over = [k for k, e in self.entries.items() if any(w.is_over() for w in e.witnesses)]
-        for key in over:
-            self.entries.pop(key, None)
+        for key, known in list(self.entries.items()):
+            for name, entry in list(known.items()):
+                if any(w.is_over() for w in entry.witnesses):
+                    known.pop(name, None)
+            if not known:
+                self.entries.pop(key, None)

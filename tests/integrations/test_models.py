@@ -63,7 +63,7 @@ def test_a_layer_of_llama_is_the_best_program_known():
         compiled(**arguments("Llama"))
     (graph,) = coda.last_report().graphs
     first, second, third, last = graph.regions
-    assert second.block is third.block
+    assert second.graph is third.graph
     for region in (second, third):
         names = [k.name[:4] for k in region.forward.program.kernels]
         assert names == ["gemm", "rows", "gemm", "gemm", "rows", "gemm"]
@@ -94,4 +94,4 @@ def test_shapes_that_torch_fixes_share_their_blocks():
             given = arguments("Llama", length=length)
             assert distance(compiled(**given).logits, model(**given).logits) < 1e-5
     one, other = coda.last_report().graphs
-    assert [r.block for r in one.regions] == [r.block for r in other.regions]
+    assert [r.graph for r in one.regions] == [r.graph for r in other.regions]

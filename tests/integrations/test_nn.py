@@ -1,7 +1,9 @@
 """coda.nn: each module against torch's own, with gradients, saved and loaded."""
 
+import gc
 import inspect
 import io
+import weakref
 
 import pytest
 import torch
@@ -70,13 +72,34 @@ def test_modules_are_saved_and_loaded():
     assert set(m.state_dict()) == {"gate_weight", "up_weight", "down_weight"}
 
 
+def test_equal_modules_share_a_block_and_free_it():
+    known = set(coda.nn._blocks)
+    one, other = (coda.nn.RMSNormLinear(64, 96, eps=0.125) for _ in range(2))
+    (key,) = set(coda.nn._blocks) - known
+    block = weakref.ref(coda.nn._blocks[key])
+    assert one._held[key] is other._held[key] is block()
+    agree(
+        one,
+        lambda x: F.linear(F.rms_norm(x, (64,), one.norm_weight, 0.125), one.weight, one.bias),
+        X,
+    )
+    one.eps = 0.5
+    agree(
+        one, lambda x: F.linear(F.rms_norm(x, (64,), one.norm_weight, 0.5), one.weight, one.bias), X
+    )
+    del one, other
+    gc.collect()
+    assert block() is None
+    assert set(coda.nn._blocks) == known
+
+
 SIZES = {"in_features": 32, "out_features": 16, "hidden_features": 24, "num_classes": 20}
 
 
 def modules():
     """All classes of coda.nn that are modules, each with sizes for its parameters."""
     for name, cls in vars(coda.nn).items():
-        if isinstance(cls, type) and issubclass(cls, nn.Module):
+        if isinstance(cls, type) and issubclass(cls, nn.Module) and not name.startswith("_"):
             takes = inspect.signature(cls).parameters
             yield name, cls, {k: v for k, v in SIZES.items() if k in takes}
 

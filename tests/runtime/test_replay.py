@@ -1,6 +1,7 @@
 """What is kept between calls: made of weights, and recorded launches."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -61,6 +62,21 @@ def record(x, w, folded):
     kernel(x[:, :2], folded, buffer[:, 1:3], 2)
     recording.launched(Step(kernel, (x[:, :2], folded, buffer[:, 1:3], 2)))
     return recording, (buffer[:, 1:3],)
+
+
+def test_a_replay_and_its_copies_die_with_its_weights():
+    x, w = torch.randn(2, 4), torch.randn(2)
+    folded = w * 3
+    copied = weakref.ref(folded)
+    replays = Replays()
+    replays.keep(*record(x, w, folded))
+    del folded
+    gc.collect()
+    assert copied() is not None
+    assert replays.find([x, w]) is not None
+    del w
+    gc.collect()
+    assert copied() is None
 
 
 def test_a_replay_launches_on_new_tensors():

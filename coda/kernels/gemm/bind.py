@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -64,9 +63,7 @@ class Binding:
         operands = {**run.packed(self.kernel.name, self.body), **self.operands(), **self.tables()}
         for masks, count in ((source.masks, b.shape[0]), (source.row_masks, a.shape[0])):
             if masks:
-                ones = _ones(count, a.device)
-                run.constant(ones)
-                operands |= dict.fromkeys(masks, ones)
+                operands |= dict.fromkeys(masks, self.ones(count, a.device))
         stores = {name: written(x) for name, x in stores.items()}
         splits = {s.buffer: self.body.epilogue.apart(s) for s in self.body.epilogue.stores}
         arguments = self.gemm.arguments(operands, stores, sinks, splits, self.indices())
@@ -77,6 +74,12 @@ class Binding:
         """Launch quack's kernel, and record it."""
         plan = self.gemm.launch(a, b, d, arguments)
         self.run.launched(quack_target.run_plan, (plan, a, b, d, dict(arguments)))
+
+    def ones(self, count: int, device: torch.device) -> Tensor:
+        """The mask of a ragged axis, float32 [count]."""
+        found = self.run.loaded(("ones", count, device), lambda: torch.ones(count, device=device))
+        self.run.constant(found)
+        return found
 
     def results(self, rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Matrices for the kernel's stores and partials for its sinks, by buffer name."""
@@ -227,8 +230,3 @@ def _number(x: Tensor) -> Tensor:
 
 def _turned(x: Tensor) -> Tensor:
     return aligned(x, turned=True)
-
-
-@lru_cache(maxsize=64)
-def _ones(count: int, device: torch.device) -> Tensor:
-    return torch.ones(count, device=device)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 
 from coda.sim.ptx.codegen import Emitter
 from coda.sim.ptx.parse import parse
 from coda.sim.ptx.program import build
 from coda.sim.units.registers import Layout
-
-KEEP = 256
 
 
 class Decoded:
@@ -31,19 +28,11 @@ class Decoded:
         return run
 
 
-_decoded: OrderedDict[tuple[bytes, str], Decoded] = OrderedDict()
 _lock = threading.Lock()
+_decoded = lru_cache(maxsize=256)(Decoded)
 
 
 def decode(text: str, kernel: str) -> Decoded:
     """The decoded program of a kernel, from the cache if it was decoded before."""
-    key = (hashlib.sha256(text.encode()).digest(), kernel)
     with _lock:
-        found = _decoded.get(key)
-        if found is None:
-            found = _decoded[key] = Decoded(text, kernel)
-            while len(_decoded) > KEEP:
-                _decoded.popitem(last=False)
-        else:
-            _decoded.move_to_end(key)
-        return found
+        return _decoded(text, kernel)
