@@ -53,7 +53,7 @@ class Dim:
     __pow__ = __rpow__ = __mod__ = __rtruediv__ = __rfloordiv__ = _no_number
 
     @staticmethod
-    def of(value: Dim | Coefficient | str) -> Dim:
+    def of(value: object) -> Dim:
         """A dim from an int, a symbol's name, or a dim. Raises DimError for anything else."""
         if isinstance(value, Dim):
             return value
@@ -111,7 +111,7 @@ class Dim:
                 left.remove(s)
             terms.append((tuple(left), Fraction(c) / by))
         quotient = Dim._from(terms)
-        if quotient.constant is not None and not isinstance(quotient.constant, int):
+        if isinstance(quotient._number, Fraction):
             raise DimError(f"`{other}` does not divide `{self}`")
         return quotient
 
@@ -123,12 +123,17 @@ class Dim:
         return frozenset(s for m, _ in self.terms for s in m)
 
     @property
-    def constant(self) -> int | None:
-        """The value of a dim without symbols; None for any other dim."""
+    def _number(self) -> Coefficient | None:
         if not self.terms:
             return 0
         m, c = self.terms[0]
-        return c if m == () and len(self.terms) == 1 else None  # type: ignore[return-value]
+        return c if m == () and len(self.terms) == 1 else None
+
+    @property
+    def constant(self) -> int | None:
+        """The value of a dim without symbols; None for any other dim, and for a fraction."""
+        number = self._number
+        return number if isinstance(number, int) else None
 
     def size(self, sizes: Mapping[str, int]) -> int:
         """The value under `sizes`. Raises DimError for a missing symbol or a fractional value."""

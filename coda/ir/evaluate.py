@@ -85,7 +85,8 @@ class _Evaluator:
 
     def order(self, roots: tuple[Node, ...]) -> Iterable[Node]:
         """The nodes to compute in topological order, without those of known value."""
-        stack, done, out = [(r, False) for r in reversed(roots)], set(self.known), []
+        stack, done = [(r, False) for r in reversed(roots)], set(self.known)
+        out: list[Node] = []
         while stack:
             node, ready = stack.pop()
             if node in done:

@@ -7,14 +7,14 @@ in `coda.ir.graph`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from coda.errors import Where
-from coda.ir.dims import Shape, product, show_shape
+from coda.ir.dims import Dim, Shape, product, show_shape
 from coda.ir.types import DType
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ _origin: ContextVar[tuple[Where | None, ...]] = ContextVar("origin", default=())
 
 
 @contextmanager
-def origin(where: Where | None) -> Iterator[None]:
+def origin(where: Where | None) -> Generator[None]:
     """Give nodes that are made inside the source line `where`, in place of the caller's line."""
     token = _origin.set((where,))
     try:
@@ -42,7 +42,7 @@ class _Interned(type):
         return _interned.setdefault(_key(node), node)
 
 
-def _key(node: Any) -> tuple[object, ...]:
+def _key(node: Node) -> tuple[object, ...]:
     """A node's structural key, without its line; by repr -0.0 differs from 0.0, NaN equals NaN."""
     values = (getattr(node, name) for name in node.identity)
     return (type(node), *(repr(v) if isinstance(v, float) else v for v in values))
@@ -64,13 +64,14 @@ class Node(metaclass=_Interned):
         where: the user's source line that made it first; no part of its identity.
     """
 
+    identity: ClassVar[tuple[str, ...]]
     operands: tuple[Node, ...] = field(init=False)
     shape: Shape = field(init=False)
     dtype: DType = field(init=False)
     where: Where | None = field(init=False)
 
     def __init_subclass__(cls) -> None:
-        cls.identity: tuple[str, ...] = tuple(cls.__annotations__)
+        cls.identity = tuple(cls.__annotations__)
 
     def __post_init__(self) -> None:
         given = _origin.get()
@@ -110,10 +111,19 @@ class Node(metaclass=_Interned):
         supply = iter(new)
         values: list[Any] = []
         for name in self.identity:
-            value = getattr(self, name)
+            value: Field = getattr(self, name)
             if isinstance(value, Node):
                 value = next(supply)
             elif isinstance(value, tuple) and value and isinstance(value[0], Node):
                 value = tuple(next(supply) for _ in value)
             values.append(value)
         return type(self)(*values)
+
+
+Field = Node | tuple[object, ...] | Dim | DType | str | float  # what a node is constructed from
+
+
+def is_operand(value: Field) -> bool:
+    """Whether a field is a node or a tuple of nodes, and no attribute."""
+    nodes = value if isinstance(value, tuple) else (value,)
+    return bool(nodes) and isinstance(nodes[0], Node)

@@ -7,16 +7,59 @@ the derivative and the generated CuTe DSL read this table, and no pass matches o
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from coda.ir.types import DType, bf16, e4m3, e5m2, f16, f32
 
-Derivative = Callable[..., tuple[Any, ...]]
+
+class Term(ABC):
+    """A value in a derivative, with Python's operators: a cotangent, a result, an argument."""
+
+    @abstractmethod
+    def apply(self, fn: str, *args: Term | float) -> Term:
+        """The function `fn` of this table, of `args`; one of them is this term."""
+
+    def to(self, fn: str, *others: Term | float) -> Term:
+        """The function `fn` of this term and `others`."""
+        return self.apply(fn, self, *others)
+
+    def __neg__(self) -> Term:
+        return self.apply("neg", self)
+
+    def __add__(self, other: Term | float) -> Term:
+        return self.apply("add", self, other)
+
+    def __radd__(self, other: float) -> Term:
+        return self.apply("add", other, self)
+
+    def __sub__(self, other: Term | float) -> Term:
+        return self.apply("sub", self, other)
+
+    def __rsub__(self, other: float) -> Term:
+        return self.apply("sub", other, self)
+
+    def __mul__(self, other: Term | float) -> Term:
+        return self.apply("mul", self, other)
+
+    def __rmul__(self, other: float) -> Term:
+        return self.apply("mul", other, self)
+
+    def __truediv__(self, other: Term | float) -> Term:
+        return self.apply("div", self, other)
+
+
+Cotangents = tuple[Term | None, ...]
+# By arity: (d, y, *arguments) -> the cotangent of each argument.
+Derivative = (
+    Callable[[Term, Term, Term], Cotangents]
+    | Callable[[Term, Term, Term, Term], Cotangents]
+    | Callable[[Term, Term, Term, Term, Term], Cotangents]
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +85,7 @@ class Scalar:
         written: whether it is a rounding by a cast that the user wrote.
         chooses: whether the first argument selects one of the others as the result.
         derivative: (d, y, *arguments) -> the cotangent of each argument, from the cotangent d of
-            the result y; None for an argument without a derivative. The operands support + - * /
-            and negation, and `x.to("exp", ...)` applies another function of this table.
+            the result y; None for an argument without a derivative.
     """
 
     name: str
@@ -98,7 +140,7 @@ def _pow(a: Tensor, b: Tensor) -> Tensor:
     return torch.pow(a, b)
 
 
-def _half_at_ties(d: Any, other: Any, a: Any, b: Any) -> Any:
+def _half_at_ties(d: Term, other: Term, a: Term, b: Term) -> Term:
     """The cotangent of `a` in a maximum or minimum, by torch's rule.
 
     It is 0 where `other` says that b was selected, d / 2 at a tie, else d; if either argument is
@@ -111,7 +153,7 @@ def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(x, low), high)
 
 
-def _clamp_derivative(d: Any, y: Any, x: Any, low: Any, high: Any) -> tuple[Any, ...]:
+def _clamp_derivative(d: Term, y: Term, x: Term, low: Term, high: Term) -> Cotangents:
     """Torch's rule: x has d on the bounds, 0 if NaN; if low > high, the result is high."""
     inside = x.to("ge", low).to("where", x.to("le", high).to("where", d, 0.0), 0.0)
     crossed = high.to("lt", low)
@@ -340,11 +382,15 @@ def _cast(dtype: DType) -> Scalar:
 
     Its cotangent is rounded in the same way, as in torch.
     """
+
+    def evaluate(x: Tensor) -> Tensor:
+        return x.to(dtype.torch).to(x.dtype)
+
     name = cast_to(dtype)
     return Scalar(
         name,
         1,
-        lambda x: x.to(dtype.torch).to(x.dtype),
+        evaluate,
         exact=True,
         written=True,
         derivative=lambda d, y, a: (d.to(name),),

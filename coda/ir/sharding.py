@@ -75,7 +75,7 @@ def share(graph: Graph, symbol: str) -> Shared:
     readers = users(graph.roots)
     gradients: dict[Node, set[str]] = {}
     for node in reversed(list(walk(graph.roots))):
-        found = {FULL} if node in graph.roots else set()
+        found: set[str] = {FULL} if node in graph.roots else set()
         for user in readers[node]:
             found |= gradients[user] if states[user] == FULL else {PARTIAL}
         gradients[node] = {SPLIT} if states[node] == SPLIT else found
@@ -170,5 +170,4 @@ def _before(shape: Shape, symbol: str) -> Dim | None:
 def candidates(graph: Graph, dims: Iterable[Dim]) -> list[str]:
     """The symbols on which all of `dims` depend: those that can be sharded on these axes."""
     common = [d.symbols for d in dims]
-    found = frozenset.intersection(*common) if common else frozenset()
-    return [s for s in graph.symbols if s in found]
+    return [s for s in graph.symbols if common and all(s in symbols for symbols in common)]

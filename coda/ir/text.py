@@ -11,15 +11,16 @@ Values are numbered in topological order.
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedInput
+from lark.lexer import TerminalDef
 
 from coda.errors import CodaError, TextError, Where
 from coda.ir.dims import Dim, Shape, show_shape
@@ -104,7 +105,8 @@ def show_operation(node: Node, names: dict[Node, str]) -> str:
             return f"iota {n} {t}"
         case Put(rows=rows):
             return f"put {args} rows {rows}"
-    return f"{type(node).__name__.lower()} {args}"
+        case _:
+            return f"{type(node).__name__.lower()} {args}"
 
 
 def _number(value: float) -> str:
@@ -115,8 +117,17 @@ def _number(value: float) -> str:
 # Parsing.
 
 
+class _Parser(Protocol):
+    """What is used of Lark, with its types."""
+
+    @property
+    def terminals(self) -> Iterable[TerminalDef]: ...
+
+    def parse(self, text: str) -> Tree[Token]: ...
+
+
 @cache
-def _parser() -> Lark:
+def _parser() -> _Parser:
     grammar = (Path(__file__).parent / "text.lark").read_text()
     return Lark(grammar, parser="lalr", maybe_placeholders=True)
 

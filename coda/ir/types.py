@@ -1,5 +1,7 @@
 """Element types: coda's names, torch's dtypes, and their widths and ranges in bits."""
 
+# torch has no public function for what `nearest` needs (docs/private-apis.md).
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -60,3 +60,12 @@ def test_what_has_no_size():
         (Dim.of("A") // 2).size({"A": 5})
     with pytest.raises(DimError, match="does not divide"):
         Dim.of(5) // 2
+
+
+def test_a_fraction_is_no_constant():
+    a = Dim.of("A")
+    half = (a + 1) // 2 - a // 2
+    assert not half.symbols
+    assert half.constant is None
+    with pytest.raises(DimError, match="not a whole number"):
+        half.size({})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, assert_never, cast
+from typing import assert_never, cast
 
 import torch
 
@@ -39,7 +39,7 @@ from coda.ir.graph import (
     walk,
 )
 from coda.ir.node import origin
-from coda.ir.scalars import SCALARS
+from coda.ir.scalars import SCALARS, Term
 from coda.ir.types import DType, i32
 from coda.lowering.algebra.batches import lhs_cotangent, rhs_cotangent
 from coda.lowering.algebra.linear import factor_cotangent, linear_outputs, row_factor
@@ -68,43 +68,14 @@ def full(d: Node, shape: Shape) -> Node:
 
 
 @dataclass(frozen=True)
-class _Term:
+class _Term(Term):
     """A node with Python's operators, for the derivatives of the scalar table."""
 
     node: Node
 
-    def to(self, fn: str, *others: Any) -> _Term:
-        like = next((o.node for o in others if isinstance(o, _Term)), self.node).dtype
-        return _Term(_applied(fn, (self.node, *(_node(o, like) for o in others))))
-
-    def __add__(self, other: Any) -> _Term:
-        return _call("add", self, other)
-
-    def __radd__(self, other: Any) -> _Term:
-        return _call("add", other, self)
-
-    def __sub__(self, other: Any) -> _Term:
-        return _call("sub", self, other)
-
-    def __rsub__(self, other: Any) -> _Term:
-        return _call("sub", other, self)
-
-    def __mul__(self, other: Any) -> _Term:
-        return _call("mul", self, other)
-
-    def __rmul__(self, other: Any) -> _Term:
-        return _call("mul", other, self)
-
-    def __truediv__(self, other: Any) -> _Term:
-        return _call("div", self, other)
-
-    def __neg__(self) -> _Term:
-        return _call("neg", self)
-
-
-def _call(fn: str, *args: Any) -> _Term:
-    like = next(a.node.dtype for a in args if isinstance(a, _Term))
-    return _Term(_applied(fn, tuple(_node(a, like) for a in args)))
+    def apply(self, fn: str, *args: Term | float) -> _Term:
+        like = next((a.node for a in args[1:] if isinstance(a, _Term)), self.node).dtype
+        return _Term(_applied(fn, tuple(_node(a, like) for a in args)))
 
 
 def _applied(fn: str, nodes: tuple[Node, ...]) -> Node:
@@ -123,8 +94,11 @@ def _is_nothing(d: Node) -> bool:
     return isinstance(d, Const) and d.value == 0.0
 
 
-def _node(value: Any, like: DType) -> Node:
-    return value.node if isinstance(value, _Term) else Const(float(value), like)
+def _node(value: Term | float, like: DType) -> Node:
+    if isinstance(value, _Term):
+        return value.node
+    assert isinstance(value, int | float), value
+    return Const(float(value), like)
 
 
 @dataclass
@@ -140,11 +114,13 @@ class _Backward:
     """
 
     wanted: tuple[Node, ...]
-    users: Mapping[Node, list[Node]] = field(default_factory=dict)
-    given: Mapping[Node, Node] = field(default_factory=dict)
-    found: dict[Node, list[Node]] = field(default_factory=dict)
-    parts: dict[Node, list[tuple[Slice, Node]]] = field(default_factory=dict)
-    active: set[Node] = field(default_factory=set)
+    users: Mapping[Node, list[Node]] = field(default_factory=dict[Node, list[Node]])
+    given: Mapping[Node, Node] = field(default_factory=dict[Node, Node])
+    found: dict[Node, list[Node]] = field(default_factory=dict[Node, list[Node]])
+    parts: dict[Node, list[tuple[Slice, Node]]] = field(
+        default_factory=dict[Node, list[tuple[Slice, Node]]]
+    )
+    active: set[Node] = field(default_factory=set[Node])
 
     def run(self, cotangents: Mapping[Node, Node]) -> dict[Node, Node]:
         order = list(walk(cotangents))
@@ -245,7 +221,7 @@ class _Backward:
             terms = tuple(None if a is factor else t for a, t in zip(node.args, terms, strict=True))
             self.give(factor, factor_cotangent(factor, outputs, self.given))
         for arg, term in zip(node.args, terms, strict=True):
-            if term is not None and arg in self.active and not _is_nothing(term.node):
+            if isinstance(term, _Term) and arg in self.active and not _is_nothing(term.node):
                 share = _summed(term.node, arg.shape, node.shape)
                 gifts[arg] = Map("add", (gifts[arg], share)) if arg in gifts else share
         for arg, share in gifts.items():
@@ -373,7 +349,8 @@ def _reduce_rule(node: Reduce, d: Node) -> Node:
             same = Map("where", (Map("eq", (x, node)), one, full(zero, x.shape)))
             ties = Reduce("sum", same, node.axis)  # none where a row has a NaN: its gradient is NaN
             return Map("mul", (same, Map("div", (d, ties))))
-    raise UnsupportedError(f"`{node.fn}` has no derivative", where=node.where)
+        case _:
+            raise UnsupportedError(f"`{node.fn}` has no derivative", where=node.where)
 
 
 def _one_hot(d: Node, arg: Node, index: Node) -> Node:
