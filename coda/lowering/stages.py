@@ -45,7 +45,7 @@ def _well_formed(graph: Graph) -> str:
 
 def _laws_ended(graph: Graph) -> str:
     steps: list[Step] = []
-    rewrite(graph.roots, LAWS, lambda *_: False, steps.append)
+    rewrite(graph.roots, LAWS, lambda law, node, place: False, steps.append)
     return f"the law `{steps[0].law.name}` still applies" if steps else ""
 
 
@@ -206,8 +206,8 @@ class Trial:
 
     check: int = 0
     only: frozenset[str] | None = None
-    ran: list[Ran] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
+    ran: list[Ran] = field(default_factory=list[Ran])
+    steps: list[Step] = field(default_factory=list[Step])
 
     def __call__(self, name: str, run: Callable[..., Any], value: Any, *more: Any) -> Any:
         """run(value, *more), checked, timed and recorded. Raises InternalError."""
@@ -258,7 +258,7 @@ class Stages:
     check: int = 1
     show: Iterable[str] = ()
     tell: Callable[[str], object] = print
-    trials: list[Trial] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list[Trial])
     kept: Trial | None = None
 
     def begin(self, graph: Graph) -> None:

@@ -72,7 +72,7 @@ class Parted:
 
     graph: Graph
     cuts: tuple[Cut, ...] = ()
-    part_of: Mapping[Node, int] = field(default_factory=dict)
+    part_of: Mapping[Node, int] = field(default_factory=dict[Node, int])
 
 
 class _Whole(Exception):
@@ -118,6 +118,8 @@ def _sources(node: Node) -> list[Node]:
                 found[one] = None
             case (Map() | Cast() | Expand()) as one:
                 stack += [o for o in one.operands if o.rank and o.shape[-1] == node.shape[-1]]
+            case _:
+                pass
     return list(found) or [node]
 
 
@@ -228,7 +230,8 @@ class _Parts:
                 return None
             case Reduce() if node.axis != axis:
                 return axis
-        raise _Whole
+            case _:
+                raise _Whole
 
     def summed(self, node: Node) -> Node:
         """A sum over the axis as the sum over its chunks; contractions give at least float32."""
@@ -284,7 +287,8 @@ class _Parts:
                 return Reduce(fn, self.part(arg, axis, part), node.axis)
             case Reshape(arg=arg, to=to) if own := _find_axis(node.shape, axis, arg.shape):
                 return Reshape(self.part(arg, own, part), _with(to, axis, size))
-        return Slice(node, axis, start, size, 1)
+            case _:
+                return Slice(node, axis, start, size, 1)
 
     def narrow(self, node: Node, axis: int, part: int) -> Node:
         """One chunk of an operand, or the whole operand if it does not have the axis."""

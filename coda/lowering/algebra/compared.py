@@ -76,4 +76,5 @@ def is_exact(node: Node) -> bool:
             return to.holds(arg.dtype)
         case Reduce(fn=fn):
             return MONOIDS[fn].chosen
-    return is_view(node) or isinstance(node, Concat | Expand | Gather | Pick)
+        case _:
+            return is_view(node) or isinstance(node, Concat | Expand | Gather | Pick)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 
 from coda.ir.graph import Input, Node, users, walk
+from coda.ir.node import Field, is_operand
 
 BELOW, ABOVE = 4, 3  # levels of operands and of users that have to agree
 
@@ -33,8 +34,7 @@ def _operation(node: Node) -> Hashable:
     """Type, shape, dtype and attributes of a node, without its operands and without names."""
     values: list[object] = []
     for name in () if isinstance(node, Input) else node.identity:
-        value = getattr(node, name)
-        nested = isinstance(value, tuple) and value and isinstance(value[0], Node)
-        if not (isinstance(value, Node) or nested):
+        value: Field = getattr(node, name)
+        if not is_operand(value):
             values.append(repr(value) if isinstance(value, float) else value)
     return type(node), node.shape, node.dtype, tuple(values)

@@ -82,7 +82,8 @@ def _is_linear(node: Node, inside: Collection[Node]) -> bool:
             return SCALARS[fn].is_linear_in(known)
         case Contract() if not node.batched:
             return known == [True, False]
-    return False
+        case _:
+            return False
 
 
 def factor_cotangent(factor: Node, outputs: list[Node], cotangents: Mapping[Node, Node]) -> Node:

@@ -60,7 +60,8 @@ def kind(node: Node) -> str:
             if row.powers and len(row.powers) > 1:
                 return "divide"
             return "power" if fn == "pow" else fn
-    return type(node).__name__
+        case _:
+            return type(node).__name__
 
 
 def _is_scaled(node: Map) -> bool:

@@ -28,7 +28,7 @@ from coda.ir.graph import (
     users,
     walk,
 )
-from coda.ir.node import origin
+from coda.ir.node import Field, is_operand, origin
 from coda.lowering.algebra.roles import weight_nodes
 
 Lanes = tuple[Node, ...]  # nodes that are the same function, each of another sibling
@@ -92,7 +92,8 @@ def _axis_of_operand(node: Node, number: int, axis: int) -> int | None:
             return None if number == 1 else axis
         case Reduce(axis=reduced):
             return axis if axis != reduced else None
-    return axis
+        case _:
+            return axis
 
 
 def _last_axis_alone(nodes: Sequence[Node], axis: int) -> bool:
@@ -114,9 +115,8 @@ def same_operation(a: Node, b: Node) -> bool:
     if isinstance(a, Reshape):
         return a.rank == b.rank
     for name in a.identity:
-        x, y = getattr(a, name), getattr(b, name)
-        nested = isinstance(x, tuple) and x and isinstance(x[0], Node)
-        if not (isinstance(x, Node) or nested) and x != y:
+        x: Field = getattr(a, name)
+        if not is_operand(x) and x != getattr(b, name):
             return False
     return True
 
@@ -132,9 +132,9 @@ class _Merge:
     """
 
     graph: Graph
-    wide: dict[Lanes, Node] = field(default_factory=dict)
-    lane_of: dict[Node, Lanes] = field(default_factory=dict)
-    reach: dict[Node, bool] = field(default_factory=dict)
+    wide: dict[Lanes, Node] = field(default_factory=dict[Lanes, Node])
+    lane_of: dict[Node, Lanes] = field(default_factory=dict[Node, Lanes])
+    reach: dict[Node, bool] = field(default_factory=dict[Node, bool])
 
     def run(self) -> None:
         nodes = list(walk(self.graph.roots))

@@ -41,7 +41,8 @@ def push_down(graph: Graph) -> Graph:
                 return _picked(node.arg, node)
             case Slice() if node.axis != -1 and _is_alone(node.arg, above, returned):
                 return _rows(node.arg, node)
-        return node
+            case _:
+                return node
 
     return graph.with_roots(transform(graph.roots, change))
 

@@ -219,7 +219,8 @@ def _cast(node: Node, to: DType) -> Node:
             return Const(value, to)
         case Size(dim=dim) if to.kind == "float":
             return Size(dim, to)
-    return Cast(node, to)
+        case _:
+            return Cast(node, to)
 
 
 def _as(old: Node, new: Node) -> Node:
@@ -294,8 +295,8 @@ class _Rewrite:
     laws: Mapping[Kind, list[Law]]
     accept: Accept
     tell: Callable[[Step], object]
-    done: dict[Node, Node] = field(default_factory=dict)
-    places: dict[Node, Place] = field(default_factory=dict)
+    done: dict[Node, Node] = field(default_factory=dict[Node, Node])
+    places: dict[Node, Place] = field(default_factory=dict[Node, Place])
 
     def run(self, roots: Sequence[Node]) -> tuple[Node, ...]:
         """The rewritten roots, by an explicit stack of nodes to visit."""

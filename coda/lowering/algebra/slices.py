@@ -31,7 +31,8 @@ def joined(node: Node, parts: Sequence[tuple[Slice, Node]]) -> list[Node]:
 
 def _tiles(size: Dim, parts: list[tuple[Slice, Node]]) -> list[tuple[Slice, Node]]:
     """Adjacent slices of step 1 that cover the axis, in order; [] if there are none."""
-    at, chosen = Dim.of(0), []
+    at = Dim.of(0)
+    chosen: list[tuple[Slice, Node]] = []
     while at != size:
         here = [p for p in parts if p[0].step == 1 and p[0].start == at and p[0].size != size]
         if not here:

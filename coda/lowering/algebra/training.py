@@ -102,7 +102,7 @@ def derive(
     """
     check_memory(memory)
     names = set(differentiated(graph, wanted))
-    lawful = graph.with_roots(rewrite(graph.roots, LAWS, lambda *_: False))
+    lawful = graph.with_roots(rewrite(graph.roots, LAWS, lambda law, node, place: False))
     normal = columns_first(push_down(lawful))
     merged, original = merge_siblings(normal)
     given = {n for n, _ in graph.outputs} if given is None else set(given)
@@ -145,7 +145,9 @@ def exchanged(gradients: list[tuple[str, Node]], forward: Graph) -> list[tuple[s
         factors = node.operands[0].operands if isinstance(node, Reduce) else ()
         if any(n in known for n in factors):
             return False
-        plain = rewrite([new], EXCHANGES, lambda *_: False) if new is not None else ()
+        plain = ()
+        if new is not None:
+            plain = rewrite([new], EXCHANGES, lambda law, node, place: False)
         before = set(walk([node]))
         return any(n in known for n in walk(plain) if n not in before)
 
@@ -240,7 +242,9 @@ def _choose(
         read = [n.operands if n.batched else (n.lhs,) for n in forward if isinstance(n, Contract)]
         lies |= {_loaded(o, free) for operands in read for o in operands}
     matrices = [n for n in walk(gradients) if isinstance(n, Contract) and n not in inside]
-    again = {_loaded(o, free) for n in matrices for o in n.operands} if memory == "speed" else set()
+    again: set[Node] = set()
+    if memory == "speed":
+        again = {_loaded(o, free) for n in matrices for o in n.operands}
     bent = _bent(forward)
 
     def cost(node: Node) -> int | None:

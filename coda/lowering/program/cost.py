@@ -263,4 +263,5 @@ def describe(node: Node) -> str:
             return "@"
         case Cast(to=to):
             return f"cast to {to}"
-    return type(node).__name__.lower()
+        case _:
+            return type(node).__name__.lower()

@@ -134,15 +134,15 @@ def work(exprs: Iterable[Expr], once: Callable[[Expr], bool]) -> int:
 @dataclass
 class _Products:
     once: Callable[[Expr], bool]
-    atoms: list[Atom] = field(default_factory=list)
-    numbers: dict[Atom, Factor] = field(default_factory=dict)
-    known: dict[Expr, Product] = field(default_factory=dict)
+    atoms: list[Atom] = field(default_factory=list[Atom])
+    numbers: dict[Atom, Factor] = field(default_factory=dict[Atom, Factor])
+    known: dict[Expr, Product] = field(default_factory=dict[Expr, Product])
     canonical: dict[tuple[float, frozenset[tuple[Factor, int]]], Product] = field(
-        default_factory=dict
+        default_factory=dict[tuple[float, frozenset[tuple[Factor, int]]], Product]
     )
-    left: dict[Product, Product] = field(default_factory=dict)
-    made: dict[Product, Expr] = field(default_factory=dict)
-    rows: dict[Factor, bool] = field(default_factory=dict)
+    left: dict[Product, Product] = field(default_factory=dict[Product, Product])
+    made: dict[Product, Expr] = field(default_factory=dict[Product, Expr])
+    rows: dict[Factor, bool] = field(default_factory=dict[Factor, bool])
 
     # From expressions to products.
 

@@ -165,10 +165,12 @@ def soonest_freed(program: Program) -> tuple[Kernel[Any], ...]:
     unmade = {n: sum(n in made for made in makes) for made in makes for n in made}
     unmade |= {w: len(some) for w, some in program.joined.items()}
 
+    def size(name: str) -> int:
+        return program.buffers[name].nbytes(program.sizes)
+
     def growth(i: int) -> int:
         held = [n for n in makes[i] if n in temporary]
         over = [n for n in uses[i] if n in temporary and left[n] == 1]
-        size = lambda n: program.buffers[n].nbytes(program.sizes)  # noqa: E731
         return sum(map(size, held)) - sum(map(size, over))
 
     waiting = list(range(len(program.kernels)))

@@ -109,7 +109,7 @@ class Program:
     frozen: bool
     terms: Terms
     cuts: tuple[Cut, ...]
-    overwrites: Mapping[str, str] = field(default_factory=dict)
+    overwrites: Mapping[str, str] = field(default_factory=dict[str, str])
     freed: tuple[tuple[str, ...], ...] = ()
 
     @property

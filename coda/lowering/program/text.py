@@ -152,7 +152,7 @@ def _operand(operand: Operand, body: Body, program: Program) -> str:
 
 
 def _assignments(exprs: Iterable[Expr], names: dict[Expr, str]) -> list[str]:
-    lines = []
+    lines: list[str] = []
     for call in calls(exprs):
         if call not in names:
             args = ", ".join(_name(a, names) for a in call.args)
@@ -173,4 +173,5 @@ def _name(expr: Expr | None, names: dict[Expr, str]) -> str:
             return f"{value:g}"
         case Call():
             return names[expr]
-    return "?"
+        case _:
+            return "?"

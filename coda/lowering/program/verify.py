@@ -28,7 +28,7 @@ class _Check:
     program: Program
     after: str
     prepared: set[Node]
-    written: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set[str])
 
     def run(self) -> None:
         for kernel in self.program.kernels:
