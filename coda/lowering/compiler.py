@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
+from math import inf, prod
 
 from coda import kernels
 from coda.errors import CodaError, DimError
@@ -29,6 +29,7 @@ from coda.lowering.algebra.roles import row_symbols
 from coda.lowering.configure import configure
 from coda.lowering.placement.build import build, numbered
 from coda.lowering.placement.place import Partition
+from coda.lowering.program.bound import least_price
 from coda.lowering.program.cost import price
 from coda.lowering.program.factor import factor
 from coda.lowering.program.memory import plan_memory, soonest_freed
@@ -77,8 +78,8 @@ def lower(
     with stages or Stages() as record:
         record.begin(graph)
 
-        def lowered(accept: Accept, apart: bool) -> Program:
-            return run_stages(asked, accept, apart, record.trial())
+        def lowered(accept: Accept, apart: bool, below: float) -> Program | None:
+            return run_stages(asked, accept, apart, record.trial(), below=below)
 
         return record.keep(decide(graph, lowered))
 
@@ -91,20 +92,25 @@ def request(
     return Request(graph, check_dims(graph, dims), target, frozen, terms)
 
 
-def run_stages(asked: Request, accept: Accept, apart: bool, stage: Trial) -> Program:
-    """One lowering, for one choice of laws.
+def run_stages(
+    asked: Request, accept: Accept, apart: bool, stage: Trial, *, below: float = inf
+) -> Program | None:
+    """One lowering, for one choice of laws; None if no Program of its normal form costs less.
 
     Args:
         asked: the graph, sizes, target and memory policy.
         accept: decides each application of a law with a choice.
         apart: give contractions whose full rows are reduced a GEMM of their own.
         stage: runs, checks and records each stage.
+        below: the price, in seconds, that a Program has to undercut.
     """
     graph = stage("laws", partial(_apply_laws, accept, stage), asked.graph)
     graph = stage("pushdown", push_down, graph)
     graph = stage("columns", columns_first, graph)
     graph = stage("constants", fold_constants, graph, asked.sizes)
     parted = stage("chunks", _chunk, graph, asked)
+    if below < inf and _least_price(asked, parted.graph) >= below:
+        return None
     program = stage("place", partial(_place, asked, apart, stage.steps), parted)
     program = stage("factor", factor, program)
     program = stage("order", _order, program)
@@ -129,15 +135,18 @@ def run_stage(name: str, asked: Request) -> Value:
             found=asked.graph.name,
             help=f"the stages before it: {', '.join(STAGES)}",
         )
-    return run_stages(asked, lambda law, node, place: True, False, Trial(2, frozenset(only)))
+    trial = Trial(2, frozenset(only))
+    found = run_stages(asked, lambda law, node, place: True, False, trial)
+    assert found is not None
+    return found
 
 
-def decide(graph: Graph, lowered: Callable[[Accept, bool], Program]) -> Program:
+def decide(graph: Graph, lowered: Callable[[Accept, bool, float], Program | None]) -> Program:
     """The cheapest Program over all choices, which are decided greedily in order of occurrence.
 
     Args:
         graph: the block.
-        lowered: (accept, apart) -> Program, as `run_stages`.
+        lowered: (accept, apart, below) -> Program or None, as `run_stages`.
     """
     chosen: set[tuple[int, ...]] = set()
     candidates: list[tuple[int, ...]] = []
@@ -149,20 +158,29 @@ def decide(graph: Graph, lowered: Callable[[Accept, bool], Program]) -> Program:
             candidates.append(key)
         return key in chosen
 
-    best = lowered(accept, False)
-    tried = 0
+    best = lowered(accept, False, inf)
+    assert best is not None
+    least, tried = price(best), 0
     while tried < len(candidates):
         key = candidates[tried]
         tried += 1
         chosen.add(key)
-        program = lowered(accept, False)
-        if price(program) < price(best):
-            best = program
+        program = lowered(accept, False, least)
+        if program is not None and price(program) < least:
+            best, least = program, price(program)
         else:
             chosen.discard(key)
     if any(isinstance(u.node, Reduce | Pick) for u in best.unfused):
-        best = min(lowered(accept, True), best, key=price)
+        program = lowered(accept, True, inf)
+        if program is not None and price(program) <= least:
+            best = program
     return best
+
+
+def _least_price(asked: Request, graph: Graph) -> float:
+    """A lower bound of the price of all Programs of a graph in normal form, in seconds."""
+    passing = asked.terms.passing
+    return least_price(graph, asked.sizes, asked.target, frozen=asked.frozen, passing=passing)
 
 
 def _apply_laws(accept: Accept, trial: Trial, graph: Graph) -> Graph:

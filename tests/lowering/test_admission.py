@@ -143,19 +143,23 @@ def test_what_is_committed_is_written_where_a_part_of_it_has_no_layout(monkeypat
 
 
 def test_nodes_are_placed_once(monkeypatch):
-    """One partition for each choice of laws, and none made anew."""
-    runs, stages = [], []
-    run, lowered = Partition.run, compiler.run_stages
+    """One partition for each choice of laws that has a Program, and none made anew."""
+    runs, programs = [], []
+    run, run_stages = Partition.run, compiler.run_stages
+
+    def lowered(*args, **options):
+        found = run_stages(*args, **options)
+        programs.extend([found] if found else [])
+        return found
+
     monkeypatch.setattr(Partition, "run", lambda self: runs.append(1) or run(self))
-    monkeypatch.setattr(
-        compiler, "run_stages", lambda *a, **k: stages.append(1) or lowered(*a, **k)
-    )
+    monkeypatch.setattr(compiler, "run_stages", lowered)
     layers = [runpy.run_path(str(p))["layer"].graph for p in sorted(ROOT.glob("*_layer.py"))]
     qwen = runpy.run_path(str(ROOT / "qwen3_layer.py"))["layer"].graph
     backward = derive(qwen, {s: SMALL[s] for s in qwen.symbols}, memory="min").backward
     for graph in (*layers, backward):
         lower(graph, {s: SMALL[s] for s in graph.symbols})
-    assert len(runs) == len(stages) > len(layers)
+    assert len(runs) == len(programs) > len(layers)
 
 
 WIDENED = """

@@ -75,7 +75,9 @@ def test_work_of_a_backward_grows_with_the_number_of_layers():
 def test_choices_that_look_alike_are_made_together(monkeypatch):
     tried = []
     original = pipeline.run_stages
-    monkeypatch.setattr(pipeline, "run_stages", lambda *a: tried.append(1) or original(*a))
+    monkeypatch.setattr(
+        pipeline, "run_stages", lambda *a, **k: tried.append(1) or original(*a, **k)
+    )
     lower(mlps(6), DIMS)
     few = len(tried)
     tried.clear()
