@@ -217,7 +217,7 @@ def _order(program: Program) -> Program:
     return replace(program, kernels=tuple(numbered(soonest_freed(program))))
 
 
-def check_dims(graph: Graph, dims: Mapping[str, int]) -> dict[str, int]:
+def check_dims(graph: Graph, dims: Mapping[str, object]) -> dict[str, int]:
     """Return the sizes of all symbols of a graph. Raises DimError if they do not fit the graph."""
     symbols = graph.symbols
     missing = [s for s in symbols if s not in dims]
@@ -229,20 +229,22 @@ def check_dims(graph: Graph, dims: Mapping[str, int]) -> dict[str, int]:
             found=", ".join(f"{k}={v}" for k, v in dims.items()) or "no sizes",
             help="give " + ",".join(f"{s}=…" for s in symbols),
         )
+    sizes: dict[str, int] = {}
     for name, size in dims.items():
         if not isinstance(size, int) or size < 0:
             raise DimError(f"dim `{name}` has a size of {size!r}", help="a size is an int ≥ 0")
+        sizes[name] = size
     for node in graph.inputs:
         for dim in node.shape:
-            dim.size(dims)
+            dim.size(sizes)
     tokens = row_symbols(walk(graph.roots))
     for node in walk(graph.roots):
-        _check_elements(node, dims)
+        _check_elements(node, sizes)
         if isinstance(node, Slice):
-            _check_slice(node, dims)
+            _check_slice(node, sizes)
         elif isinstance(node, Input | Contract) and node.rank > 1:
-            _check_columns(node, dims, tokens)
-    return dict(dims)
+            _check_columns(node, sizes, tokens)
+    return sizes
 
 
 def _check_elements(node: Node, dims: Mapping[str, int]) -> None:

@@ -14,7 +14,7 @@ A GEMM of 128 columns computes a mean over heads of 32 columns, one number per h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from coda.errors import InternalError
@@ -102,7 +102,7 @@ class Admission(Drafts):
         return node, f32 if isinstance(node, Size) else node.dtype
 
     @contextmanager
-    def unnamed(self) -> Iterator[list[Node]]:
+    def unnamed(self) -> Generator[list[Node]]:
         """Discard the names that are given inside; yields the list of nodes that had them."""
         known, named, forgotten = len(self.names), len(self.named), list[Node]()
         try:

@@ -94,14 +94,14 @@ def build(
 class _Build:
     partition: Partition
     outputs: tuple[tuple[str, Node], ...]
-    buffers: dict[str, Buffer] = field(default_factory=dict)
-    places: dict[Node, ColumnSlice] = field(default_factory=dict)
-    prepared: dict[str, Node] = field(default_factory=dict)
-    joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    stacked: set[str] = field(default_factory=set)
-    needed: set[Node] = field(default_factory=set)
-    loaded: set[Node] = field(default_factory=set)
-    folded: set[Node] = field(default_factory=set)
+    buffers: dict[str, Buffer] = field(default_factory=dict[str, Buffer])
+    places: dict[Node, ColumnSlice] = field(default_factory=dict[Node, ColumnSlice])
+    prepared: dict[str, Node] = field(default_factory=dict[str, Node])
+    joined: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    stacked: set[str] = field(default_factory=set[str])
+    needed: set[Node] = field(default_factory=set[Node])
+    loaded: set[Node] = field(default_factory=set[Node])
+    folded: set[Node] = field(default_factory=set[Node])
 
     @property
     def sizes(self) -> Mapping[str, int]:

@@ -119,7 +119,8 @@ class Space(SpaceState):
                 return spread(self._aligned(arg, len(shape)), shape)
             case Reduce():
                 return self._reduce(node)
-        raise Refused(f"`{type(node).__name__.lower()}` is not computed point by point")
+            case _:
+                raise Refused(f"`{type(node).__name__.lower()}` is not computed point by point")
 
     # Leaves.
 

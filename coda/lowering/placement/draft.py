@@ -68,10 +68,10 @@ class Draft:
     order: Order
     space: Space
     contracts: tuple[Contract, ...] = ()
-    homed: list[Node] = field(default_factory=list)
-    sinks: dict[Reduce | Pick, Value] = field(default_factory=dict)
-    over_rows: set[Node] = field(default_factory=set)
-    kept: set[Node] = field(default_factory=set)
+    homed: list[Node] = field(default_factory=list[Node])
+    sinks: dict[Reduce | Pick, Value] = field(default_factory=dict[Reduce | Pick, Value])
+    over_rows: set[Node] = field(default_factory=set[Node])
+    kept: set[Node] = field(default_factory=set[Node])
     layout: Layout | None = None
     why: str = ""
 
@@ -117,21 +117,23 @@ class Drafts:
     kinds: Sequence[Kind]
     apart: bool = False
     passing: frozenset[str] = frozenset()
-    part_of: Mapping[Node, int] = field(default_factory=dict)
-    home: dict[Node, Draft] = field(default_factory=dict)
-    drafts: list[Draft] = field(default_factory=list)
-    behind: dict[int, list[Draft]] = field(default_factory=dict)
-    loadable: set[Node] = field(default_factory=set)
-    names: dict[Node, str] = field(default_factory=dict)
-    named: dict[str, Node] = field(default_factory=dict)
-    unfused: list[Unfused] = field(default_factory=list)
-    joined: dict[Node, tuple[Node, ...]] = field(default_factory=dict)
-    piece_of: dict[Node, Node] = field(default_factory=dict)
-    stacked: set[Node] = field(default_factory=set)
-    weights: set[Node] = field(default_factory=set)
-    siblings: dict[Node, tuple[Contract, ...]] = field(default_factory=dict)
-    users: dict[Node, list[Node]] = field(default_factory=dict)
-    waiting: dict[Node, int] = field(default_factory=dict)
+    part_of: Mapping[Node, int] = field(default_factory=dict[Node, int])
+    home: dict[Node, Draft] = field(default_factory=dict[Node, Draft])
+    drafts: list[Draft] = field(default_factory=list[Draft])
+    behind: dict[int, list[Draft]] = field(default_factory=dict[int, list[Draft]])
+    loadable: set[Node] = field(default_factory=set[Node])
+    names: dict[Node, str] = field(default_factory=dict[Node, str])
+    named: dict[str, Node] = field(default_factory=dict[str, Node])
+    unfused: list[Unfused] = field(default_factory=list[Unfused])
+    joined: dict[Node, tuple[Node, ...]] = field(default_factory=dict[Node, tuple[Node, ...]])
+    piece_of: dict[Node, Node] = field(default_factory=dict[Node, Node])
+    stacked: set[Node] = field(default_factory=set[Node])
+    weights: set[Node] = field(default_factory=set[Node])
+    siblings: dict[Node, tuple[Contract, ...]] = field(
+        default_factory=dict[Node, tuple[Contract, ...]]
+    )
+    users: dict[Node, list[Node]] = field(default_factory=dict[Node, list[Node]])
+    waiting: dict[Node, int] = field(default_factory=dict[Node, int])
     rows: Dim = ONE
     tokens: frozenset[str] = frozenset()
     opened: int = 0

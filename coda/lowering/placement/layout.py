@@ -87,9 +87,11 @@ class Layout(Points):
         stored, sunk, statistics: the stores, sinks and statistics that are laid out.
     """
 
-    stored: dict[tuple[Node, ...], StoreExpr] = field(default_factory=dict)
-    sunk: dict[Node, SinkExpr] = field(default_factory=dict)
-    statistics: dict[str, Statistic] = field(default_factory=dict)
+    stored: dict[tuple[Node, ...], StoreExpr] = field(
+        default_factory=dict[tuple[Node, ...], StoreExpr]
+    )
+    sunk: dict[Node, SinkExpr] = field(default_factory=dict[Node, SinkExpr])
+    statistics: dict[str, Statistic] = field(default_factory=dict[str, Statistic])
 
     @staticmethod
     def of(

@@ -279,8 +279,7 @@ class Partition(Materialisation):
         spans = [None, *(s for s in space.segments if s[1] == count)]
         for segment in spans[: 1 if draft.kind.tiled else None]:
             try:
-                kept = lambda n: self.home.get(n) is draft  # noqa: E731
-                with space.inside(segment), space.attempt(kept):
+                with space.inside(segment), space.attempt(lambda n: self.home.get(n) is draft):
                     self.reach_all(under, draft)
                     value = space.compute(under)
                     if draft.kind.tiled and value.count != space.width:
@@ -329,7 +328,7 @@ class Partition(Materialisation):
         """Two reductions of one value that one sink computes (mean and variance), or []."""
         same = [u for u in self.users[node.arg] if isinstance(u, Reduce) and u.axis == node.axis]
         both = [(u, v) for v in same for u in same if u.fn == MONOIDS[v.fn].also]
-        return next((list(pair) for pair in both if node in pair), [])
+        return next(([u, v] for u, v in both if node in (u, v)), list[Reduce]())
 
     def after_rows(self, node: Reduce, index: int) -> int:
         """Materialise the operand of a fold over rows; the number of the GEMM before the fold."""

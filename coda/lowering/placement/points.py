@@ -71,11 +71,11 @@ class Points:
     operand_of: Callable[[str], tuple[Node, DType]]
     split: int | None
     shape: tuple[int | None, int, int]
-    operands: dict[str, Operand] = field(default_factory=dict)
-    nodes: dict[str, Node] = field(default_factory=dict)
-    packed: list[Packed] = field(default_factory=list)
-    lanes_used: dict[str, int] = field(default_factory=dict)
-    vectors: dict[bytes, tuple[str, int]] = field(default_factory=dict)
+    operands: dict[str, Operand] = field(default_factory=dict[str, Operand])
+    nodes: dict[str, Node] = field(default_factory=dict[str, Node])
+    packed: list[Packed] = field(default_factory=list[Packed])
+    lanes_used: dict[str, int] = field(default_factory=dict[str, int])
+    vectors: dict[bytes, tuple[str, int]] = field(default_factory=dict[bytes, tuple[str, int]])
     spread: MutableMapping[str, Spread] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -179,7 +179,7 @@ class Points:
 
     # Row operands.
 
-    def vector(self, leaf: NDArray) -> Load:
+    def vector(self, leaf: Ints) -> Load:
         """The load of `leaf` [points, 2], the (source, index) of one vector element per point."""
         source, index = leaf[:, 0], leaf[:, 1]
         sources = self.space.sources
@@ -281,7 +281,8 @@ class Points:
                 return Load(name, max(lane, 0))
             case Call(fn=fn, args=args):
                 return Call(fn, tuple(self.bind(a, memo) for a in args))
-        return expr
+            case _:
+                return expr
 
     def declare(self, name: str, lane: int) -> None:
         node, dtype = self.operand_of(name)
@@ -320,4 +321,5 @@ def at_point(expr: Expr, lanes: tuple[int, ...], names: list[Load], memo: dict[C
             if expr not in memo:
                 memo[expr] = Call(fn, tuple(at_point(a, lanes, names, memo) for a in args))
             return memo[expr]
-    return expr
+        case _:
+            return expr

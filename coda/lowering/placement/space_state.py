@@ -9,7 +9,7 @@ what it recorded:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -105,25 +105,25 @@ class SpaceState:
     sizes: Mapping[str, int]
     leaf: Callable[[Node], str | None] = lambda node: None
     weights: Collection[Node] = ()
-    accumulators: Mapping[Node, int] = field(default_factory=dict)
+    accumulators: Mapping[Node, int] = field(default_factory=dict[Node, int])
     whole_rows: bool = False
     segmented: bool = True
-    values: dict[Node, Value] = field(default_factory=dict)
-    refused: dict[Node, str] = field(default_factory=dict)
-    exprs: list[Expr] = field(default_factory=list)
-    index: dict[Expr, int] = field(default_factory=dict)
-    sources: list[Node] = field(default_factory=list)
-    groups: list[GroupStatistic] = field(default_factory=list)
-    statistics: dict[str, RowStatistic] = field(default_factory=dict)
-    folds: dict[str, Node] = field(default_factory=dict)
-    lines: dict[str, Reduce] = field(default_factory=dict)
-    leads: dict[Shape, None] = field(default_factory=dict)
-    spread: dict[str, Spread] = field(default_factory=dict)
-    tables: dict[Node, int] = field(default_factory=dict)
+    values: dict[Node, Value] = field(default_factory=dict[Node, Value])
+    refused: dict[Node, str] = field(default_factory=dict[Node, str])
+    exprs: list[Expr] = field(default_factory=list[Expr])
+    index: dict[Expr, int] = field(default_factory=dict[Expr, int])
+    sources: list[Node] = field(default_factory=list[Node])
+    groups: list[GroupStatistic] = field(default_factory=list[GroupStatistic])
+    statistics: dict[str, RowStatistic] = field(default_factory=dict[str, RowStatistic])
+    folds: dict[str, Node] = field(default_factory=dict[str, Node])
+    lines: dict[str, Reduce] = field(default_factory=dict[str, Reduce])
+    leads: dict[Shape, None] = field(default_factory=dict[Shape, None])
+    spread: dict[str, Spread] = field(default_factory=dict[str, Spread])
+    tables: dict[Node, int] = field(default_factory=dict[Node, int])
     segment: Segment | None = None
-    segments: dict[Segment, None] = field(default_factory=dict)
-    offsets: dict[str, int] = field(default_factory=dict)
-    sunk: list[Value] = field(default_factory=list)
+    segments: dict[Segment, None] = field(default_factory=dict[Segment, None])
+    offsets: dict[str, int] = field(default_factory=dict[str, int])
+    sunk: list[Value] = field(default_factory=list[Value])
 
     def size(self, dim: Dim) -> int:
         """The size of a column axis. Raises Refused if it depends on the number of rows."""
@@ -132,7 +132,7 @@ class SpaceState:
         return dim.size(self.sizes)
 
     @contextmanager
-    def inside(self, segment: Segment | None) -> Iterator[None]:
+    def inside(self, segment: Segment | None) -> Generator[None]:
         """Inside, load matrices that are as wide as the segment at its columns. None: no change."""
         before = self.segment
         self.segment = segment or before
@@ -174,7 +174,7 @@ class SpaceState:
         return any(product(node.shape[:i]) == self.rows for i in range(node.rank + 1))
 
     @contextmanager
-    def scratch(self) -> Iterator[None]:
+    def scratch(self) -> Generator[None]:
         """Inside there is no segment, and expressions that get numbers are discarded at the end."""
         known, segment = len(self.exprs), self.segment
         self.segment = None
@@ -187,7 +187,7 @@ class SpaceState:
             del self.exprs[known:]
 
     @contextmanager
-    def attempt(self, kept: Callable[[Node], bool]) -> Iterator[None]:
+    def attempt(self, kept: Callable[[Node], bool]) -> Generator[None]:
         """Roll back the values computed inside if Refused is raised, except for `kept` nodes."""
         nodes, offsets = set(self.values), dict(self.offsets)
         statistics, segments = dict(self.statistics), dict(self.segments)

@@ -11,7 +11,6 @@ from functools import cached_property, lru_cache, reduce
 from typing import Protocol, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from coda.ir.scalars import SCALARS
 from coda.lowering.placement.arrays import (
@@ -120,7 +119,7 @@ class Value:
                 return int(start)
         return -1
 
-    def move(self, change: Callable[[NDArray], NDArray]) -> Value:
+    def move(self, change: Callable[[Ints], Ints]) -> Value:
         """The value of a view; `change` does to an array of the column axes what the view does."""
         index = change(np.arange(self.count).reshape(self.shape))
         flat = index.reshape(-1)
@@ -174,7 +173,7 @@ class Expressions(Protocol):
         ...
 
 
-def pad(a: NDArray, width: int) -> NDArray:
+def pad(a: Ints, width: int) -> Ints:
     """`a` [n, k, ...] with -1 appended along axis 1 up to `width`."""
     missing = width - a.shape[1]
     if missing == 0:
@@ -206,7 +205,7 @@ def combine(space: Expressions, fn: str, args: Sequence[Value]) -> Value:
         first, inverse = classes(np.concatenate([np.stack([a.expr for a in args], 1), *lanes], 1))
     found = np.empty(len(first), np.int64)
     for i, element in enumerate(first):
-        parts = []
+        parts: list[Expr] = []
         for j, arg in enumerate(args):
             renamed = tuple(int(v) for v in lanes[j][element])
             expr = space.exprs[int(arg.expr[element])]
@@ -261,7 +260,8 @@ def _most_columns(columns: Sequence[Ints]) -> int:
 
 def _lanes(slots: Ints) -> Ints:
     """The lanes of an operand whose slots are the union itself."""
-    lanes = np.broadcast_to(np.arange(slots.shape[1]), slots.shape)
+    columns = np.arange(slots.shape[1], dtype=np.int64)
+    lanes = np.broadcast_to(columns, slots.shape)
     return lanes if all_set(slots) else np.where(slots >= 0, lanes, -1)
 
 
@@ -289,7 +289,7 @@ def _shared(leaves: list[Ints]) -> tuple[Ints, list[tuple[int, ...]]]:
     kept: list[Ints] = []
     names: list[tuple[int, ...]] = []
     for one in leaves:
-        mine = []
+        mine: list[int] = []
         for column in np.moveaxis(one, 1, 0):
             same = [i for i, k in enumerate(kept) if np.array_equal(k, column)]
             mine.append(same[0] if same else len(kept))
@@ -323,4 +323,5 @@ def substitute(expr: Expr, lanes: tuple[int, ...], leaves: tuple[int, ...]) -> E
             return Load(name, lanes[lane])
         case Call(fn=fn, args=args):
             return Call(fn, tuple(substitute(a, lanes, leaves) for a in args))
-    return cast(Expr, expr)
+        case _:
+            return cast(Expr, expr)
