@@ -68,7 +68,8 @@ class Folds(Sweeps):
     def moments(self, stat: Statistic, state: str, share: str) -> Fold:
         """A merge of (count, mean, Σ(x − mean)²), whose last plane becomes the variance."""
         name = stat.name
-        self.rows |= {"moments_merge", "warp_moments", "zero"}
+        self.rows |= {"warp_moments", "zero"}
+        self.math.add("moments_merge")
         start = [f"{name}_s = (zero(), zero(), zero())"]
         end = [
             f"{name}_n, {name}_mean, {name}_m2 = warp_moments({name}_s)",

@@ -10,7 +10,6 @@ import cutlass.cute as cute
 from cutlass import Float32
 
 from coda.kernels.device_math import maximum, minimum, moments_merge
-from coda.kernels.device_math import pivot as pivot  # emitted kernels import it from here
 
 LANES = 32
 NEG_INF = -math.inf

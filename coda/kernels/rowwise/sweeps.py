@@ -332,7 +332,7 @@ class Sweeps:
         self.enter(self.pieces[0])
         expr = self.pieces[0].special(stat.expr)
         lines, (value,) = self.assigned([expr], f"{stat.name}_p")
-        self.rows.add("pivot")
+        self.math.add("pivot")
         chosen = f"{stat.name}_k = pivot({value}, {stat.width})"
         out = [*self.loads([expr], "0", self.pieces[0]), *lines, chosen]
         for name in loads_of([expr]):
