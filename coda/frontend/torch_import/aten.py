@@ -220,20 +220,18 @@ def _over(fn: str, x: Tensor, axes: Sequence[int], keep: bool) -> Tensor:
     return getattr(ops, fn)(x, keepdims=keep)
 
 
-@rule(aten.mean.dim)
-def _mean(
-    result: Result, x: Tensor, dim: Sequence[int], keepdim: bool = False, dtype: Any = None
-) -> Tensor:
-    (x,) = numbers(result, x)
-    return _over("mean", x, dim or range(x.ndim), keepdim)
+def _reduction(fn: str) -> Rule:
+    def apply(
+        result: Result, x: Tensor, dim: Sequence[int], keepdim: bool = False, dtype: Any = None
+    ) -> Tensor:
+        (x,) = numbers(result, x)
+        return _over(fn, x, dim or range(x.ndim), keepdim)
+
+    return apply
 
 
-@rule(aten.sum.dim_IntList)
-def _sum(
-    result: Result, x: Tensor, dim: Sequence[int], keepdim: bool = False, dtype: Any = None
-) -> Tensor:
-    (x,) = numbers(result, x)
-    return _over("sum", x, dim or range(x.ndim), keepdim)
+rule(aten.mean.dim)(_reduction("mean"))
+rule(aten.sum.dim_IntList)(_reduction("sum"))
 
 
 @rule(aten.var.dim)
