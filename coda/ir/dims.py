@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache, reduce
+from functools import cached_property, lru_cache, reduce
 from math import lcm
 from operator import mul
 from typing import NoReturn
@@ -117,7 +117,7 @@ class Dim:
 
     __truediv__ = __floordiv__
 
-    @property
+    @cached_property
     def symbols(self) -> frozenset[str]:
         """The names of the symbols that occur in this dim."""
         return frozenset(s for m, _ in self.terms for s in m)
@@ -137,15 +137,19 @@ class Dim:
 
     def size(self, sizes: Mapping[str, int]) -> int:
         """The value under `sizes`. Raises DimError for a missing symbol or a fractional value."""
-        missing = sorted(self.symbols - sizes.keys())
-        if missing:
+        if not self.symbols <= sizes.keys():
+            missing = min(self.symbols - sizes.keys())
             raise DimError(
-                f"dim `{missing[0]}` has no size",
+                f"dim `{missing}` has no size",
                 found=", ".join(f"{k}={v}" for k, v in sizes.items()) or "no sizes",
-                help=f"give `{missing[0]}` a size",
+                help=f"give `{missing}` a size",
             )
-        whole = lcm(*(Fraction(c).denominator for _, c in self.terms))
-        total = sum(reduce(mul, (sizes[s] for s in m), int(c * whole)) for m, c in self.terms)
+        whole, total = self._denominator, 0
+        for monomial, c in self.terms:
+            value = int(c * whole)
+            for symbol in monomial:
+                value *= sizes[symbol]
+            total += value
         if whole == 1:
             return total
         if total % whole:
@@ -154,6 +158,11 @@ class Dim:
                 found=", ".join(f"{s}={sizes[s]}" for s in sorted(self.symbols)),
             )
         return total // whole
+
+    @cached_property
+    def _denominator(self) -> int:
+        """The least common denominator of the coefficients."""
+        return lcm(*(Fraction(c).denominator for _, c in self.terms))
 
     def solve(self, size: int, known: Mapping[str, int]) -> tuple[str, int] | None:
         """Infer the one symbol that `known` lacks from the value `size` of this dim.

@@ -405,8 +405,10 @@ def walk(roots: Iterable[Node], until: type | tuple[type, ...] = ()) -> Iterator
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            below = () if isinstance(node, until) else reversed(node.operands)
-            stack.extend((o, False) for o in below if o not in seen)
+            if not isinstance(node, until):
+                for operand in reversed(node.operands):
+                    if operand not in seen:
+                        stack.append((operand, False))
 
 
 def transform(roots: Iterable[Node], change: Callable[[Node], Node]) -> tuple[Node, ...]:

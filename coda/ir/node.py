@@ -7,8 +7,7 @@ in `coda.ir.graph`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -24,33 +23,44 @@ _interned: weakref.WeakValueDictionary[tuple[object, ...], Any] = weakref.WeakVa
 _origin: ContextVar[tuple[Where | None, ...]] = ContextVar("origin", default=())
 
 
-@contextmanager
-def origin(where: Where | None) -> Generator[None]:
+class origin:
     """Give nodes that are made inside the source line `where`, in place of the caller's line."""
-    token = _origin.set((where,))
-    try:
-        yield
-    finally:
-        _origin.reset(token)
+
+    __slots__ = ("token", "where")
+
+    def __init__(self, where: Where | None) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        self.token = _origin.set((self.where,))
+
+    def __exit__(self, *error: object) -> None:
+        _origin.reset(self.token)
 
 
 class _Interned(type):
     """Equal constructor calls return the same object while a reference to it exists."""
 
     def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
+        known = None if kwargs else _interned.get(_key(cls, args))
+        if known is not None:
+            return known
         node: Any = type.__call__(cls, *args, **kwargs)
-        return _interned.setdefault(_key(node), node)
+        return _interned.setdefault(_key_of(node), node)
 
 
-def _key(node: Node) -> tuple[object, ...]:
-    """A node's structural key, without its line; by repr -0.0 differs from 0.0, NaN equals NaN."""
-    values = (getattr(node, name) for name in node.identity)
-    return (type(node), *(repr(v) if isinstance(v, float) else v for v in values))
+def _key(kind: type, values: Iterable[object]) -> tuple[object, ...]:
+    """A structural key, without a line: by repr -0.0 differs from 0.0, and NaN equals NaN."""
+    return (kind, *[repr(v) if isinstance(v, float) else v for v in values])
+
+
+def _key_of(node: Node) -> tuple[object, ...]:
+    return _key(type(node), [getattr(node, name) for name in node.identity])
 
 
 def is_interned(node: Node) -> bool:
     """Whether the node is the interned object of its structural key."""
-    return _interned.get(_key(node)) is node
+    return _interned.get(_key_of(node)) is node
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -108,6 +108,8 @@ def promote(*dtypes: DType) -> DType:
 
     f16 with bf16 gives f32, as in torch.
     """
+    if dtypes and all(d is dtypes[0] for d in dtypes):
+        return dtypes[0]
     found = set(dtypes)
     if {f16, bf16} <= found:
         found.add(f32)
