@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coda.ir.graph import Node
+from coda.ir.graph import Node, Permute
 from coda.kernels.gemm import quack_target
-from coda.lowering.algebra.roles import is_turned
 from coda.lowering.program.body import Body
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
@@ -61,8 +60,8 @@ class DryRun(KernelRun):
         return {}
 
     def value(self, node: Node) -> Tensor:
-        if is_turned(node):
-            return self.value(node.operands[0]).T
+        if isinstance(node, Permute) and node not in self.program.places:
+            return self.value(node.arg).permute(node.order)
         place = self.program.places.get(node)
         dtype = node.dtype.torch
         if place is not None:

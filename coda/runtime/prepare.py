@@ -45,7 +45,8 @@ def folded_weights(
     """
     known, nodes = dict(tensors), list(nodes)
     factors = [[c.rhs for c in k.mainloop.contracts] for k in gemms(program)]
-    weights = {as_stored(w) for group in factors for w in group}
+    every = [o for k in gemms(program) for c in k.mainloop.contracts for o in c.operands]
+    weights = {as_stored(o) for o in every}
     for node in sorted(nodes, key=lambda n: n not in weights):
         (value,) = evaluate([node], known, program.sizes, compute)
         if node in weights and rounding:

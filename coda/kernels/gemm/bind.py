@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from coda.ir.dims import product
 from coda.ir.monoids import MONOIDS
 from coda.kernels.gemm import quack_target
+from coda.kernels.gemm.batch_operands import by_matrix, columns_by_matrix, laid_out
+from coda.kernels.gemm.batches import Step, batches_of
 from coda.kernels.gemm.emit import emit_gemm
 from coda.kernels.gemm.mainloop import Gemm, tiles
 from coda.kernels.gemm.source import Table
@@ -46,29 +49,50 @@ class Binding:
         self.run, self.kernel = run, kernel
         self.body, self.contracts = kernel.body, kernel.mainloop.contracts
         self.problem = kernel.mainloop.problem(run.sizes)
+        self.batch = batches_of(run.program, kernel) if kernel.mainloop.batch else None
+        self.matrices = kernel.mainloop.matrices(run.sizes)
         self.gemm = run.loaded(kernel, lambda: load(run.program, kernel, run.directory))
 
     def launch(self) -> None:
         """Allocate the results, bind the operands, and launch."""
         run, source = self.run, self.gemm.source
-        a = run.ready(run.value(self.kernel.mainloop.a), matrix)
-        stores, sinks = self.results(a.shape[0])
+        rows = self.kernel.mainloop.points(run.sizes)[0]
+        a = self.left(rows)
+        stores, sinks = self.results(rows)
         run.buffers |= stores
         self.keep_partials(sinks)
-        if a.shape[0] == 0:
+        if rows == 0:
             return
         b = self.matrix()
-        if a.shape[1] == 0:  # K = 0: contract over zeros instead
+        if self.problem[2] == 0:  # K = 0: contract over zeros instead
             a, b = (self.zeros(x) for x in (a, b))
         operands = {**run.packed(self.kernel.name, self.body), **self.operands(), **self.tables()}
-        for masks, count in ((source.masks, b.shape[0]), (source.row_masks, a.shape[0])):
+        for masks, count in ((source.masks, b.shape[-2]), (source.row_masks, a.shape[-2])):
             if masks:
                 operands |= dict.fromkeys(masks, self.ones(count, a.device))
-        stores = {name: written(x) for name, x in stores.items()}
+        stores = {name: self.by_matrix(written(x)) for name, x in stores.items()}
+        sinks = {name: self.by_matrix(x) for name, x in sinks.items()}
         splits = {s.buffer: self.body.epilogue.apart(s) for s in self.body.epilogue.stores}
         arguments = self.gemm.arguments(operands, stores, sinks, splits, self.indices())
         d = stores[source.d] if source.d else None
-        self.start(run.ready(a, _turned), b, d, arguments)
+        self.start(a if self.batch else run.ready(a, _turned), b, d, arguments)
+
+    def left(self, rows: int) -> Tensor:
+        """A [M, K], or [L, M, K] of a batch; of no rows as it is."""
+        x = self.run.value(self.kernel.mainloop.a)
+        if self.batch is None or rows == 0:
+            return self.run.ready(x, matrix)
+        return self.of_batch(x, self.batch.a)
+
+    def of_batch(self, x: Tensor, step: Step) -> Tensor:
+        """An operand of a batch as [L, R, K]: an alias if its strides allow it."""
+        assert self.batch is not None
+        lead = tuple(d.size(self.run.sizes) for d in self.kernel.mainloop.batch)
+        return self.run.ready(x, partial(laid_out, lead=lead, inner=self.batch.inner, step=step))
+
+    def by_matrix(self, x: Tensor) -> Tensor:
+        """[rows, ...] of the kernel as [L, rows of a matrix, ...] if it has a batch."""
+        return by_matrix(x, self.matrices) if self.batch else x
 
     def start(self, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any]) -> None:
         """Launch quack's kernel, and record it."""
@@ -148,16 +172,28 @@ class Binding:
                 case Scalar():
                     found[name] = self.run.ready(x, _number)
                 case ColumnVector():
-                    found[name] = self.run.ready(x, _vector)
+                    found[name] = self.column(x)
                 case Tile():
-                    found[name] = self.run.ready(self.run.ready(x, matrix), aligned)
+                    whole = self.run.ready(self.run.ready(x, matrix), aligned)
+                    found[name] = self.by_matrix(whole)
                 case access:
                     raise AssertionError(access)
         return found
 
+    def column(self, x: Tensor) -> Tensor:
+        """A column vector [M], or [L, M] of a batch."""
+        if self.batch is None:
+            return self.run.ready(x, _vector)
+        return self.run.ready(x, partial(columns_by_matrix, matrices=self.matrices))
+
     def matrix(self) -> Tensor:
-        """B [N, K], the siblings stacked along rows: an alias of the arguments if possible."""
+        """B [N, K], the siblings stacked along rows: an alias of the arguments if possible.
+
+        B of a batch is [L, N, K].
+        """
         run, kernel = self.run, self.kernel
+        if self.batch is not None:
+            return self.of_batch(run.value(self.contracts[0].rhs), self.batch.b)
         roots = [c.rhs for c in self.contracts]
         by_halves = halves(run.program, kernel) > 0
 
@@ -200,6 +236,8 @@ class Compilation(Binding):
         self.gemm.plan(a, b, d, arguments)
 
     def matrix(self) -> Tensor:
+        if self.batch is not None:
+            return super().matrix()
         _, n, k = self.problem
         first = self.contracts[0].rhs
         if len(self.contracts) == 1 and not self.body.epilogue.split:

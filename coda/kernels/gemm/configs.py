@@ -43,6 +43,7 @@ def legal(config: Config, kernel: Gemm) -> str:
 def ranked(program: Program, kernel: Gemm) -> tuple[Config, ...]:
     """The legal configs by increasing estimated time; the smallest config if none is legal."""
     m, n, _ = kernel.mainloop.problem(program.sizes)
+    matrices = kernel.mainloop.matrices(program.sizes)
     target = program.target
     legal_ones = [(c, e) for c, e in target.configs if not legal(c, kernel)]
     if not legal_ones:
@@ -52,7 +53,7 @@ def ranked(program: Program, kernel: Gemm) -> tuple[Config, ...]:
         config, efficiency = item
         rows, columns = config.tile_m, config.tile_n
         two_cta = target.cta_pairs and config.tile_m == 256
-        tiles = max(1, -(-m // rows)) * -(-n // columns)
+        tiles = max(1, matrices * -(-m // rows)) * -(-n // columns)
         slots = target.multiprocessors // (2 if two_cta else 1)
         return -(-tiles // slots) * rows * columns / efficiency / (2 if two_cta else 1)
 

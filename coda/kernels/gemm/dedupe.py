@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from coda.kernels.gemm.batches import Batches, batches_of
 from coda.kernels.gemm.mainloop import Gemm, gemms
 from coda.kernels.gemm.weights import halves
 from coda.lowering.program.epilogue import Call, Epilogue, Expr, Load
@@ -59,7 +60,8 @@ def first_alike(program: Program, kernel: Gemm) -> tuple[Gemm, dict[str, str]]:
     return kernel, {n: n for n in names_of(mine)}
 
 
-def _layout(program: Program, kernel: Gemm) -> tuple[int, int]:
-    """The key of the weight's row layout: (split, N) for paired rows, else (0, 0)."""
+def _layout(program: Program, kernel: Gemm) -> tuple[int, int, Batches | None]:
+    """The key of the operands' layouts: (split, N) for paired rows, else (0, 0); the batch."""
     split = halves(program, kernel)
-    return split, kernel.mainloop.problem(program.sizes)[1] if split else 0
+    batch = batches_of(program, kernel) if kernel.mainloop.batch else None
+    return split, kernel.mainloop.problem(program.sizes)[1] if split else 0, batch

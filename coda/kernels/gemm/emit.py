@@ -11,12 +11,11 @@ from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import CHOICE
 from coda.ir.types import bf16, e4m3, e5m2, f16, f32
 from coda.kernels.gemm.dedupe import first_alike
-from coda.kernels.gemm.imports import import_lines
-from coda.kernels.gemm.mainloop import Gemm, tiles
+from coda.kernels.gemm.imports import base_of, import_lines
+from coda.kernels.gemm.mainloop import Gemm, shown_problem, tiles
 from coda.kernels.gemm.operands import by_gemm, pack_tables, passed
 from coda.kernels.gemm.ragged import is_sum, needs_mask
 from coda.kernels.gemm.source import PAIRS, WHOLE, Source, Table
-from coda.kernels.gemm.weights import halves
 from coda.kernels.lines import Lines, safe, stored
 from coda.lowering.program.access import (
     ColumnVector,
@@ -68,14 +67,15 @@ def emit_gemm(program: Program, kernel: Gemm) -> Source:
 
 
 def _emit(program: Program, kernel: Gemm) -> Source:
-    m, n, k = kernel.mainloop.problem(program.sizes)
+    n = kernel.mainloop.problem(program.sizes)[1]
     weights = " | ".join(label(c.rhs, program) for c in kernel.mainloop.contracts)
     ragged = n % tiles(kernel).tile_n != 0
     a = label(kernel.mainloop.a, program)
     head = f"{kernel.name} of {program.graph.name}: {a} @ [{weights}].T"
-    split = halves(program, kernel)
-    rows = (split, n // (2 * split)) if split else None
-    return _Emitter(program, kernel.body, ragged, rows).emit(f"{head}, {m}×{n}×{k}.")
+    problem = shown_problem(program, kernel)
+    return _Emitter(program, kernel.body, ragged, base_of(program, kernel)).emit(
+        f"{head}, {problem}."
+    )
 
 
 class _Emitter:
@@ -84,10 +84,10 @@ class _Emitter:
         program: Program,
         body: Body,
         ragged: bool,
-        halves: tuple[int, int] | None,
+        base: tuple[str, str],
     ) -> None:
         self.program, self.body, self.ragged = program, body, ragged
-        self.halves = halves
+        self.base = base
         self.epilogue: Epilogue = body.epilogue
         self.pair = self.epilogue.pair
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
@@ -247,7 +247,7 @@ class _Emitter:
             needed = [p for p in parameters if _mentions(before[0], p)]
             lines = [*self.function("prepass", needed, [], *before), "", "", *lines]
         imported = sorted(body.imported | before[0].imported | ({"pack", "unpack"} & self.used))
-        imports = import_lines(self.classes, imported, paired=self.halves is not None)
+        imports = import_lines(self.classes, imported, base=self.base[0])
         title = ['"""' + head, "", *self.notes(), '"""', ""]
         return "\n".join([*title, *imports, "", "", *lines, "", "", *definition]) + "\n"
 
@@ -293,9 +293,8 @@ class _Emitter:
         before: tuple[Lines, list[tuple[str, str]]],
     ) -> list[str]:
         lines = ["KERNEL = gemm_epilogue("]
-        if self.halves:
-            # Paired rows of the weight: groups of 2 · split rows.
-            lines.append("    split={}, groups={},".format(*self.halves))
+        if self.base[1]:
+            lines.append(f"    {self.base[1]}")
         stores = {s.buffer: s for s in self.epilogue.stores}
         shown = [self.output(name, stores[buffer], lane) for name, buffer, lane in outputs]
         if shown:

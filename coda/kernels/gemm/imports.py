@@ -1,8 +1,13 @@
-"""The import lines of a GEMM's generated module: which module has which op of its epilogue."""
+"""The import lines of a GEMM's generated module: which module has what it is made of."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+
+from coda.kernels.gemm.batches import PLAIN, batches_of
+from coda.kernels.gemm.mainloop import Gemm
+from coda.kernels.gemm.weights import halves
+from coda.lowering.program.program import Program
 
 OURS = {
     "ops": {"GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "PairStore"}
@@ -11,16 +16,28 @@ OURS = {
 }
 
 
-def import_lines(classes: set[str], functions: Collection[str], *, paired: bool) -> list[str]:
+def base_of(program: Program, kernel: Gemm) -> tuple[str, str]:
+    """The module that has `gemm_epilogue` for the layouts of A and B, and its arguments."""
+    split = halves(program, kernel)
+    if split:  # paired rows of the weight: groups of 2 · split rows
+        groups = kernel.mainloop.problem(program.sizes)[1] // (2 * split)
+        return "coda.kernels.gemm.paired_rows", f"split={split}, groups={groups},"
+    batch = batches_of(program, kernel) if kernel.mainloop.batch else PLAIN
+    if batch.plain:
+        return "quack.epilogue.frontend", ""
+    steps = f"inner={batch.inner}, a={batch.a.name!r}, b={batch.b.name!r},"
+    return "coda.kernels.gemm.batched", steps
+
+
+def import_lines(classes: set[str], functions: Collection[str], *, base: str) -> list[str]:
     """The import lines.
 
     Args:
         classes: the ops' constructors, of quack and of coda.
         functions: those of `coda.kernels.device_math` that the epilogue calls, sorted.
-        paired: whether the weight's rows are paired.
+        base: the module that has `gemm_epilogue` for the layouts of the operands.
     """
-    source = "coda.kernels.gemm.paired_rows" if paired else "quack.epilogue.frontend"
-    imports = [f"from {source} import gemm_epilogue"]
+    imports = [f"from {base} import gemm_epilogue"]
     theirs = sorted(classes.difference(*OURS.values()))
     if "rotary_cos_sin_load" in theirs:
         theirs.remove("rotary_cos_sin_load")

@@ -1,13 +1,17 @@
-"""The kind of kernel for GEMMs with a fused epilogue; it admits contractions without batches."""
+"""The kind of kernel for GEMMs with a fused epilogue, of matrices or of batches of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
+from coda.ir.evaluate import evaluate
 from coda.ir.graph import Contract, Node
 from coda.ir.types import f32
+from coda.kernels.gemm.batches import why_not
 from coda.kernels.gemm.configs import cta_rows, ranked
-from coda.kernels.gemm.mainloop import Contractions, Gemm, tiles
+from coda.kernels.gemm.mainloop import Contractions, Gemm, shown_problem, tiles
 from coda.kernels.gemm.weights import paired_rows, weight_matrix
 from coda.kernels.protocol import LaunchRun, Run
 from coda.kernels.tensors import matrix
@@ -26,8 +30,10 @@ from coda.lowering.program.program import Program
 from coda.lowering.program.text import show_config
 
 
-def _opens(node: Node, sizes: Sizes) -> bool:
-    return isinstance(node, Contract) and not node.batched
+def _refuses(node: Node, sizes: Sizes) -> str:
+    if not isinstance(node, Contract):
+        return "it is no contraction"
+    return why_not(node, sizes) if node.batched else ""
 
 
 def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Contractions:
@@ -35,14 +41,15 @@ def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Contractions:
 
 
 def _flops(kernel: Gemm, sizes: Sizes) -> Flops:
-    m, n, k = kernel.mainloop.problem(sizes)
-    return Flops(tensor=2 * m * n * k, dtype=kernel.mainloop.a.dtype)
+    rows, n = kernel.mainloop.points(sizes)
+    k = kernel.mainloop.problem(sizes)[2]
+    return Flops(tensor=2 * rows * n * k, dtype=kernel.mainloop.a.dtype)
 
 
 def _explain(program: Program, kernel: Gemm) -> Account:
     weights = " | ".join(label(c.rhs, program) for c in kernel.mainloop.contracts)
     multiplied = f"{label(kernel.mainloop.a, program)} @ [{weights}].T"
-    problem = "×".join(map(str, kernel.mainloop.problem(program.sizes)))
+    problem = shown_problem(program, kernel)
     config = [show_config(kernel.config)] if kernel.config else []  # chosen after placement
     return Account(
         " ".join(["gemm", multiplied, problem, *config]), ", ".join([multiplied, *config])
@@ -50,6 +57,10 @@ def _explain(program: Program, kernel: Gemm) -> Account:
 
 
 def _reference(run: Run, kernel: Gemm) -> None:
+    if kernel.mainloop.batch:
+        acc = matrix(_contracted(run, kernel))
+        run.body(kernel.body, acc, (acc.shape[0], acc.shape[1]), tiles(kernel).tile_n)
+        return
     a = matrix(run.value(kernel.mainloop.a)).to(run.compute)
     weights = {c.rhs: run.value(c.rhs) for c in kernel.mainloop.contracts}
     b = paired_rows(kernel, weight_matrix(kernel, weights)).to(run.compute)
@@ -57,11 +68,19 @@ def _reference(run: Run, kernel: Gemm) -> None:
     run.body(kernel.body, acc, (acc.shape[0], acc.shape[1]), tiles(kernel).tile_n)
 
 
+def _contracted(run: Run, kernel: Gemm) -> Tensor:
+    """The accumulator [*batch, M, N] of a batched contraction."""
+    (node,) = kernel.mainloop.contracts
+    known = {o: run.value(o).to(run.compute) for o in node.operands}
+    return evaluate([node], known, run.sizes, run.compute)[0]
+
+
 def _partials(program: Program, kernel: Gemm, sizes: Sizes) -> Partials:
     m, n, _ = kernel.mainloop.problem(sizes)
     config = tiles(kernel)
     rows, columns = cta_rows(config, program.target), config.tile_n
-    return Partials(max(1, -(-m // rows)), -(-n // columns), columns)
+    matrices = kernel.mainloop.matrices(sizes)
+    return Partials(max(1, matrices * -(-m // rows)), -(-n // columns), columns)
 
 
 def _emit(program: Program, kernel: Gemm) -> Sequence[Source]:
@@ -84,7 +103,7 @@ def _compile(run: LaunchRun, kernel: Gemm) -> None:
 
 GEMM = Kind(
     name="gemm",
-    opens=_opens,
+    refuses=_refuses,
     mainloop=_mainloop,
     flops=_flops,
     explain=_explain,

@@ -9,46 +9,31 @@ a layout of three modes, which TMA boxes can traverse. With split = 2:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass.cute as cute
 from quack.epilogue.frontend import EpiMod
 
+from coda.kernels.gemm.relaid import Relaid
+
 
 def gemm_epilogue(split: int, groups: int, **options: Any) -> Callable[[Any], EpiMod]:
     """As quack's, for a B [groups · 2 · split, K] whose row pairs are `split` rows apart."""
-    return lambda fn: _ByHalves(fn, split, groups, **options)
+    return lambda fn: Relaid(fn, Halves(split, groups), **options)
 
 
-class _ByHalves(EpiMod):
-    """An epilogue module whose kernels read B through the layout of `by_halves`."""
+@dataclass(frozen=True)
+class Halves:
+    """B with its rows in pairs that are `split` rows apart, in `groups` groups of pairs."""
 
-    def __init__(self, fn: Any, split: int, groups: int, **options: Any) -> None:
-        super().__init__(fn, **options)
-        self.split, self.groups = split, groups
-        self.semantic_key = (*self.semantic_key, "halves", split, groups)
-        self.semantic_digest = hashlib.sha256(repr(self.semantic_key).encode()).hexdigest()
-        self._derived: dict[type, type] = {}
+    split: int
+    groups: int
 
-    def _mint(self, *key: Any) -> Any:  # type: ignore[override]
-        plain = super()._mint(*key)
-        if plain not in self._derived:
-            members = {"halves": (self.split, self.groups), "__module__": __name__}
-            name = f"{plain.__name__}_{self.split}x{self.groups}"
-            self._derived[plain] = type(name, (_Halves, plain), members)
-        return self._derived[plain]
-
-
-class _Halves:
-    """A mixin of a GEMM class that applies `by_halves` to B before the tensor map is made."""
-
-    halves: tuple[int, int]
-
-    def rotate_batch_last(self, mA: Any, mB: Any, *rest: Any, **options: Any) -> Any:
-        a, b, *others = super().rotate_batch_last(mA, mB, *rest, **options)  # type: ignore[misc]
-        return a, by_halves(b, *self.halves), *others
+    def __call__(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """(A, B) in the order in which the mainloop reads them."""
+        return a, by_halves(b, self.split, self.groups)
 
 
 def by_halves(b: Any, split: int, groups: int) -> Any:

@@ -47,7 +47,8 @@ class WeightRead:
 
 def weight_reads(program: Program) -> tuple[WeightRead, ...]:
     """How each GEMM of a program whose B is a weight reads it."""
-    kernels = [k for k in gemms(program) if program.is_weight(k.mainloop.contracts[0].rhs)]
+    matrices = [k for k in gemms(program) if not k.mainloop.batch]
+    kernels = [k for k in matrices if program.is_weight(k.mainloop.contracts[0].rhs)]
     return tuple(_read(program, k) for k in kernels)
 
 

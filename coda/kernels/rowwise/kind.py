@@ -23,8 +23,8 @@ from coda.lowering.program.program import Program
 from coda.lowering.program.text import at
 
 
-def _opens(node: Node, sizes: Sizes) -> bool:
-    return False  # placed where its elements can be computed row-wise, or not at all
+def _refuses(node: Node, sizes: Sizes) -> str:
+    return "it is placed where its elements are computed row-wise, or not at all"
 
 
 def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Rows:
@@ -91,7 +91,7 @@ def _compile(run: LaunchRun, kernel: Rowwise) -> None:
 
 ROWWISE = Kind(
     name="rows",
-    opens=_opens,
+    refuses=_refuses,
     mainloop=_mainloop,
     flops=_flops,
     explain=_explain,

@@ -46,8 +46,8 @@ class Operation:
         return 0, 0
 
 
-def _opens(node: Node, sizes: Sizes) -> bool:
-    return True
+def _refuses(node: Node, sizes: Sizes) -> str:
+    return ""
 
 
 def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Operation:
@@ -88,7 +88,7 @@ def _adds_in_float32(node: Node, operands: Iterable[Tensor]) -> bool:
 
 TORCH = Kind(
     name="torch",
-    opens=_opens,
+    refuses=_refuses,
     mainloop=_mainloop,
     flops=_flops,
     explain=_explain,

@@ -74,7 +74,7 @@ def over_rows(node: Contract) -> bool:
 
 
 def gemms(nodes: Iterable[Node]) -> list[Contract]:
-    """The contractions with a matrix, each of which is a GEMM; batched ones are left to torch."""
+    """The contractions with a matrix on the right, each of which is a GEMM."""
     return [n for n in nodes if isinstance(n, Contract) and not n.batched]
 
 

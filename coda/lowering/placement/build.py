@@ -146,15 +146,15 @@ class _Build:
         return replace(kernel, body=replace(body, epilogue=epilogue))
 
     def is_unrounded(self, node: Node) -> bool:
-        """Whether a node is prepacked in float32: all floats but contractions' right operands."""
+        """Whether a node is prepacked in float32: all floats but operands of contractions."""
         under = self.partition.storage(node)
         prepared = under in self.partition.weights and not isinstance(under, Input)
         return prepared and under not in self.factors and node.dtype.kind == "float"
 
     @cached_property
     def factors(self) -> set[Node]:
-        """The right operands of contractions."""
-        return {c.rhs for d in self.partition.drafts for c in d.contracts}
+        """The operands of contractions."""
+        return {o for d in self.partition.drafts for c in d.contracts for o in c.operands}
 
     def need(self, node: Node) -> None:
         """Record that a node is loaded or returned, and create the buffers of arguments."""

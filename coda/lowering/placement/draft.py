@@ -147,7 +147,7 @@ class Drafts:
 
     def opener(self, node: Node) -> Kind:
         """The first kind that can compute a node from memory."""
-        return next(k for k in self.kinds if k.opens(node, self.sizes))
+        return next(k for k in self.kinds if not k.refuses(node, self.known))
 
     @property
     def rowwise(self) -> Kind:
@@ -175,8 +175,8 @@ class Drafts:
         index = 1 + max((i for i in self.behind if i < LAST), default=0)
         starts = np.cumsum([0] + [c.shape[-1].size(self.sizes) for c in group])
         first: dict[Node, int] = {c: int(s) for c, s in zip(group, starts, strict=False)}
-        rows = product(group[0].lhs.shape[:-1])
-        space = Space(int(starts[-1]), rows, self.known, accumulators=first)
+        rows, batched = product(group[0].shape[:-1]), group[0].batched
+        space = Space(int(starts[-1]), rows, self.known, accumulators=first, batched=batched)
         draft = self.open(self.opener(group[0]), index, space, group)
         for one in group:
             self.home[one] = draft

@@ -113,6 +113,8 @@ class Layout(Points):
         values = [v for s in stores for v in s.values] + [s.value for s in sinks]
         values += [s.value for s in space.statistics.values()]
         split = pairing(space.width, values)
+        if space.batched and (split is not None or space.tables):
+            raise Refused("an epilogue reads neither pairs of columns nor tables for a batch")
         shape = split, space.width, space.group_size
         found = before
         if found is None or found.shape != shape:

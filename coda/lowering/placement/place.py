@@ -126,11 +126,12 @@ class Partition(Materialisation):
         return draft.kind.fuses and node.axis == -1 and width > draft.space.width
 
     def contract(self, node: Contract) -> None:
-        """Open the GEMM of a contraction and its siblings; leave a batched one to torch."""
+        """Open the GEMM of a contraction and its siblings; leave it to torch if GEMMs refuse it."""
         if not self.opener(node).fuses:
-            self.by_itself(node, 0, "a product of batches of matrices is one operation of torch")
+            why = [k.refuses(node, self.known) for k in self.kinds if k.tiled]
+            self.by_itself(node, 0, ", ".join(why))
             return
-        group = self.siblings[node]
+        group = self.siblings.get(node, (node,))
         for operand in (o for one in group for o in one.operands):
             self.materialise(operand, host=True)
         self.open_gemm(group)

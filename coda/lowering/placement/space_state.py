@@ -86,6 +86,7 @@ class SpaceState:
         weights: the weights of the graph, known before the call.
         accumulators: contraction of this GEMM -> its first column.
         whole_rows: whether the kernel is row-wise, so that it can read its own row statistics.
+        batched: whether its rows are those of the matrices of a batch, one matrix after another.
         segmented: whether the parts of a concatenation are each loaded at their own columns.
         values, refused: node -> its value; node that must not be computed here -> the reason.
         exprs, index, sources: expressions by number, their numbers, and sources of row leaves.
@@ -107,6 +108,7 @@ class SpaceState:
     weights: Collection[Node] = ()
     accumulators: Mapping[Node, int] = field(default_factory=dict[Node, int])
     whole_rows: bool = False
+    batched: bool = False
     segmented: bool = True
     values: dict[Node, Value] = field(default_factory=dict[Node, Value])
     refused: dict[Node, str] = field(default_factory=dict[Node, str])

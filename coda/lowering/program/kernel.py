@@ -202,8 +202,9 @@ class Kind:
     no body.
 
     Functions:
-        opens: (node, sizes) -> whether a kernel of this kind can compute this node from operands in
-            memory. A node that no kernel fuses goes to the first kind that opens it.
+        refuses: (node, sizes that are compiled in) -> the reason why no kernel of this kind can
+            compute this node from operands in memory; "" if one can. A node that no kernel fuses
+            goes to the first kind that does not refuse it.
         mainloop: (builder, node -> name of its buffer) -> the mainloop.
         flops: (kernel, sizes) -> FLOPs of the mainloop.
         explain: (program, kernel) -> the kernel in words.
@@ -214,7 +215,7 @@ class Kind:
     """
 
     name: str
-    opens: Callable[[Node, Sizes], bool]
+    refuses: Callable[[Node, Sizes], str]
     mainloop: Callable[[Builder, Callable[[Node], str]], Mainloop]
     flops: Callable[[Kernel[Any], Sizes], Flops]
     explain: Callable[[Program, Kernel[Any]], Account]

@@ -29,6 +29,11 @@ class Running:
         return 0, 0
 
 
+def _refuses(node, sizes):
+    along = isinstance(node, Scan) and node.axis == -1 and not node.reverse
+    return "" if along else "it is no cumulative sum along the rows"
+
+
 def _mainloop(builder, name):
     (node,) = builder.homed
     return Running(node, name(node))
@@ -46,7 +51,7 @@ def _reference(run, kernel):
 
 RUNNING = Kind(
     name="running",
-    opens=lambda node, sizes: isinstance(node, Scan) and node.axis == -1 and not node.reverse,
+    refuses=_refuses,
     mainloop=_mainloop,
     flops=lambda kernel, sizes: Flops(scalar=product(kernel.mainloop.node.shape).size(sizes)),
     explain=_explain,

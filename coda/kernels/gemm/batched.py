@@ -1,0 +1,50 @@
+"""quack's `gemm_epilogue` for operands of two batch axes, or shared by batches, without a copy.
+
+The host passes an operand as [L, R, C] with one stride for the batch index; `batches.Step` says
+which strides its outer and its inner part have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass.cute as cute
+from quack.epilogue.frontend import EpiMod
+
+from coda.kernels.gemm.batches import Step
+from coda.kernels.gemm.relaid import Relaid
+
+
+def gemm_epilogue(inner: int, a: str, b: str, **options: Any) -> Callable[[Any], EpiMod]:
+    """As quack's, for a batch whose inner index has size `inner`; `a` and `b` name their Steps."""
+    return lambda fn: Relaid(fn, Strides(inner, a, b), **options)
+
+
+@dataclass(frozen=True)
+class Strides:
+    """A and B with a batch index of two parts; `a` and `b` are names of Steps."""
+
+    inner: int
+    a: str
+    b: str
+
+    def __call__(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """(A, B) with both strides of the batch index."""
+        return _strided(a, self.inner, Step[self.a]), _strided(b, self.inner, Step[self.b])
+
+
+def _strided(x: Any, inner: int, step: Step) -> Any:
+    """[R, C, L] with stride s of L -> [R, C, (inner, L / inner)], an alias."""
+    axis = 0 if cute.is_static(x.stride[1]) else 1  # the axis that is not contiguous
+    stride, every = x.stride[2], x.shape[axis] * x.stride[axis]
+    strides: Any = {
+        Step.PLAIN: (stride, stride * inner),
+        Step.NESTED: (stride, every),
+        Step.SHARED: (0, 0),
+        Step.SHARED_INSIDE: (0, every),
+        Step.SHARED_OUTSIDE: (every, 0),
+    }[step]
+    shape = (*x.shape[:2], (inner, x.shape[2] // inner))
+    return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=(*x.stride[:2], strides)))

@@ -1,0 +1,263 @@
+"""A batched contraction -> how a GEMM reads the matrices of each operand, or why it cannot.
+
+A GEMM numbers the matrices of a batch by one index, and an operand of two batch axes may have two
+strides. So the index has two parts, outer and inner, of which the inner one is compiled in:
+
+    q [b, s, h, d] read as [b, h, s, d]    inner h, stride d; outer b, stride s · (stride of s)
+    p [b, h, s, s], contiguous             inner h, stride s · s; outer b, stride h · s · s
+    k [b, 1, s, d], shared by all heads    inner h, stride 0; outer b, stride s · d
+
+An operand is passed with one stride; those of both parts follow by the operand's `Step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from coda.errors import DimError
+from coda.ir.dims import ONE, Dim, Shape, product
+from coda.ir.graph import Contract, Input, Node, Permute, Reshape, Slice
+from coda.ir.types import bf16, f16
+from coda.kernels.gemm.mainloop import Gemm
+from coda.lowering.algebra.roles import base, is_view
+from coda.lowering.program.program import Program
+
+Sizes = Mapping[str, int]
+COMPILED = (bf16, f16)
+ALIGNED = 16  # bytes: the strides of an operand are multiples, so that TMA can read it
+
+
+class Step(Enum):
+    """The strides of an operand's outer and inner batch index.
+
+    They follow from the stride that it is passed with, and from the number and the stride of its
+    rows (of its columns, if those are not contiguous).
+    """
+
+    PLAIN = "(inner · stride, stride)"
+    NESTED = "(rows · row stride, stride)"
+    SHARED = "(0, 0)"
+    SHARED_INSIDE = "(rows · row stride, 0)"
+    SHARED_OUTSIDE = "(0, rows · row stride)"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batch of a GEMM.
+
+    Attributes:
+        inner: the size of the inner batch index; 1 if there is only an outer one.
+        a, b: how A and B are read.
+    """
+
+    inner: int
+    a: Step
+    b: Step
+
+    @property
+    def plain(self) -> bool:
+        """Whether each operand has one stride for the whole batch."""
+        return self.a is self.b is Step.PLAIN
+
+
+PLAIN = Batches(1, Step.PLAIN, Step.PLAIN)
+
+
+class Unread(Exception):
+    """An operand cannot be read in place; the message says why."""
+
+
+Axis = tuple[Dim, Dim]  # size and stride in elements
+
+
+def batches(
+    node: Contract, sizes: Sizes, stored: Callable[[Node], bool] = lambda n: False
+) -> Batches:
+    """How a GEMM reads the operands of a batched contraction.
+
+    Args:
+        node: the contraction.
+        sizes: the sizes that are known when it is compiled.
+        stored: whether a view has memory of its own, in which it is contiguous.
+
+    Raises:
+        Unread: if TMA cannot read an operand.
+    """
+    lead = node.shape[:-2]
+    found = [_Operand.of(o, lead, sizes, stored) for o in node.operands]
+    inner = {o.groups[-1][0] for o in found if len(o.groups) == 2}
+    if len(inner) > 1:
+        raise Unread("its operands divide the batch in two ways")
+    if not inner:
+        return Batches(1, *(o.step(sizes) for o in found))
+    (size,) = inner
+    if size.symbols - sizes.keys():
+        raise Unread(f"only a call tells the number `{size}` of matrices that lie side by side")
+    return Batches(size.size(sizes), *(o.step(sizes) for o in found))
+
+
+def batches_of(program: Program, kernel: Gemm) -> Batches:
+    """How a GEMM with a batch reads its operands; plain where an operand has to be copied."""
+    (node,) = kernel.mainloop.contracts
+    known = {s: program.sizes[s] for s in program.fixed}
+    made = set(program.prepared.values())
+    try:
+        return batches(node, known, lambda n: n in program.places or n in made)
+    except Unread:
+        return PLAIN
+
+
+def why_not(node: Contract, sizes: Sizes) -> str:
+    """The reason why no GEMM computes a batched contraction; "" if one does."""
+    types = {o.dtype for o in node.operands}
+    if len(types) > 1 or not types <= set(COMPILED):
+        names = " and ".join(sorted(map(str, types)))
+        return f"a product of batches of {names} is one operation of torch, not of bf16 or f16"
+    if any(d.symbols - sizes.keys() for d in (node.shape[-1], node.lhs.shape[-1])):
+        return "only a call tells the columns of a product of batches"
+    if any(d.size(sizes) == 0 for d in (node.shape[-1], node.lhs.shape[-1])):
+        return "a product of batches without columns is one operation of torch"
+    try:
+        batches(node, sizes)
+    except Unread as reason:
+        return f"a product of batches is one operation of torch, since {reason}"
+    return ""
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """The strides of an operand [*b, R, C].
+
+    Attributes:
+        groups: (size, stride) of its batch axes, outer to inner, with those merged that have one
+            stride; at most two.
+        tokens: (size, stride) of the one of R and C that is not contiguous.
+    """
+
+    groups: tuple[Axis, ...]
+    tokens: Axis
+
+    @staticmethod
+    def of(node: Node, lead: Shape, sizes: Sizes, stored: Callable[[Node], bool]) -> _Operand:
+        """The strides of an operand of a contraction with batch axes `lead`. Raises Unread."""
+        strides = strides_of(node, stored)
+        rows, columns = zip(node.shape[-2:], strides[-2:], strict=True)
+        if ONE not in (rows[1], columns[1]):
+            raise Unread("neither the rows nor the columns of an operand are contiguous")
+        tokens = rows if columns[1] == ONE else columns
+        missing = len(lead) - (node.rank - 2)
+        own = [(ONE, ONE)] * missing + list(zip(node.shape, strides, strict=True))[:-2]
+        axes: list[Axis] = [
+            (whole, stride if size == whole else Dim.of(0))
+            for whole, (size, stride) in zip(lead, own, strict=True)
+            if whole != ONE
+        ]
+        groups = tuple(_merged(axes))
+        if len(groups) > 2:
+            raise Unread("an operand's batch axes have more than two strides")
+        made = not isinstance(base(node), Input)
+        for _, stride in (*groups, tokens):
+            _check(stride, node, sizes, made)
+        return _Operand(groups, tokens)
+
+    def step(self, sizes: Sizes) -> Step:
+        """How the operand is read. Raises Unread."""
+        strides = [stride for _, stride in self.groups]
+        none, every = Dim.of(0), self.tokens[0] * self.tokens[1]
+        match strides:
+            case []:
+                return Step.PLAIN
+            case [one]:
+                return Step.SHARED if one == none else Step.PLAIN
+            case [outer, inner] if inner == none and outer == every:
+                return Step.SHARED_INSIDE
+            case [outer, inner] if outer == none and inner == every:
+                return Step.SHARED_OUTSIDE
+            case [outer, _] if outer == every and self.side_by_side(sizes):
+                return Step.NESTED
+        raise Unread("an operand's batch axes have strides of their own")
+
+    def side_by_side(self, sizes: Sizes) -> bool:
+        """Whether the matrices of the inner index are beside each other in one row."""
+        (size, stride), row = self.groups[-1], self.tokens[1]
+        whole = size * stride
+        known = not (whole.symbols | row.symbols) - sizes.keys()
+        return known and whole.size(sizes) <= row.size(sizes)
+
+
+def _check(stride: Dim, node: Node, sizes: Sizes, made: bool) -> None:
+    """Raise Unread if a stride is known not to be a multiple of 16 bytes.
+
+    The rows of a matrix that a kernel makes are padded, and so is what consists of whole rows.
+    """
+    if stride.symbols - sizes.keys():
+        return
+    count, width = stride.size(sizes), base(node).shape[-1]
+    whole = made and not width.symbols - sizes.keys() and count % max(1, width.size(sizes)) == 0
+    if count * node.dtype.size % ALIGNED and not whole:
+        raise Unread(f"an operand has matrices or rows {count} elements apart, not a multiple of 8")
+
+
+def strides_of(node: Node, stored: Callable[[Node], bool] = lambda n: False) -> tuple[Dim, ...]:
+    """The strides of a node in the memory of the node that it is a view of, in elements."""
+    if not is_view(node) or stored(node):
+        return _contiguous(node.shape)
+    match node:
+        case Permute(arg=arg, order=order):
+            below = strides_of(arg, stored)
+            return tuple(below[i] for i in order)
+        case Slice(arg=arg, axis=axis, step=step):
+            found = list(strides_of(arg, stored))
+            found[axis] = found[axis] * step
+            return tuple(found)
+        case Reshape(arg=arg):
+            below = list(zip(arg.shape, strides_of(arg, stored), strict=True))
+            return _reshaped(below, node.shape) or _contiguous(node.shape)  # torch copies it then
+    raise AssertionError(node)
+
+
+def _contiguous(shape: Shape) -> tuple[Dim, ...]:
+    return tuple(product(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _merged(axes: Sequence[Axis]) -> list[Axis]:
+    """Axes, outer to inner, with neighbours merged that are one axis of one stride."""
+    found: list[Axis] = []
+    for size, stride in axes:
+        if found and found[-1][1] == size * stride:
+            found[-1] = found[-1][0] * size, stride
+        else:
+            found.append((size, stride))
+    return found
+
+
+def _reshaped(axes: Sequence[Axis], shape: Shape) -> tuple[Dim, ...] | None:
+    """The strides of axes under another shape; None if a reshape copies."""
+    runs = _merged([a for a in axes if a[0] != ONE])
+    strides: list[Dim] = []
+    done = ONE  # elements of the innermost run that axes of the result cover
+    for size in reversed(shape):
+        if size == ONE:
+            strides.append(ONE)
+            continue
+        if not runs:
+            return None
+        total, stride = runs[-1]
+        strides.append(stride * done)
+        done = done * size
+        if done == total:
+            runs.pop()
+            done = ONE
+        elif not _divides(done, total):
+            return None
+    return None if runs else tuple(reversed(strides))
+
+
+def _divides(part: Dim, whole: Dim) -> bool:
+    """Whether a size is a multiple of another one, whatever their symbols are."""
+    try:
+        return whole // part is not None
+    except DimError:
+        return False

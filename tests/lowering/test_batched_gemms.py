@@ -1,0 +1,205 @@
+"""Batched contractions as GEMMs: how operands are read, what is refused, and what it costs."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import coda
+from coda.ir.dims import ONE, Dim, product
+from coda.ir.graph import Contract, Input, Permute, Reshape, Slice
+from coda.ir.types import bf16, f32
+from coda.kernels.gemm.batch_operands import columns_by_matrix, laid_out
+from coda.kernels.gemm.batches import Batches, Step, batches, why_not
+from coda.kernels.gemm.kind import GEMM
+from coda.kernels.torch_op.kind import TORCH
+from coda.lowering.program.cost import hbm_bytes, tensor_flops
+from tests.lowering.test_random_blocks import SETTINGS
+
+T = coda.Tensor
+B, S, D, H = (Dim.of(n) for n in "BSDH")
+KNOWN = {"S": 24, "D": 16, "H": 3}
+SIZES = {**KNOWN, "B": 2}
+
+
+def sized(shape):
+    return [d.size(SIZES) for d in shape]
+
+
+def tensor(node):
+    """A node's value, with the strides that it has as a view of its argument."""
+    match node:
+        case Permute(arg=arg, order=order):
+            return tensor(arg).permute(order)
+        case Reshape(arg=arg):
+            return tensor(arg).reshape(sized(node.shape))
+        case Slice(arg=arg, axis=axis, start=start, size=size):
+            return tensor(arg).narrow(axis, start.size(SIZES), size.size(SIZES))
+    shape = sized(node.shape)
+    return torch.arange(product(node.shape).size(SIZES), dtype=torch.float32).reshape(shape)
+
+
+def seen(x, inner, step):
+    """The matrices [L, R, C] that a kernel reads of an operand that it is passed, by `step`."""
+    count, rows, columns = x.shape
+    own, r, c = x.stride()
+    every = rows * r if c == 1 else columns * c
+    strides = {
+        Step.PLAIN: (own * inner, own),
+        Step.NESTED: (every, own),
+        Step.SHARED: (0, 0),
+        Step.SHARED_INSIDE: (every, 0),
+        Step.SHARED_OUTSIDE: (0, every),
+    }[step]
+    whole = x.as_strided((count // inner, inner, rows, columns), (*strides, r, c))
+    return whole.reshape(x.shape)
+
+
+TOKENS = Input("t", (B, S, 3 * H * D), bf16)
+HEADS = Reshape(Slice(TOKENS, -1, H * D, H * D, 1), (B, S, H, D))
+OPERANDS = {
+    "heads": (Permute(HEADS, (0, 2, 1, 3)), Step.NESTED),
+    "heads, transposed": (Permute(HEADS, (0, 2, 3, 1)), Step.NESTED),
+    "contiguous": (Input("x", (B, H, S, D), bf16), Step.PLAIN),
+    "transposed": (Permute(Input("x", (B, H, D, S), bf16), (0, 1, 3, 2)), Step.PLAIN),
+    "heads first": (Permute(Input("x", (H, B, S, D), bf16), (1, 0, 2, 3)), None),
+    "one for all": (Input("x", (S, D), bf16), Step.SHARED),
+    "one for each batch": (Input("x", (B, ONE, S, D), bf16), Step.SHARED_INSIDE),
+    "one for each head": (Input("x", (H, S, D), bf16), Step.SHARED_OUTSIDE),
+    "heads inside": (Permute(Input("x", (B, S, D, H), bf16), (0, 3, 1, 2)), None),
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_how_an_operand_is_read(name):
+    operand, step = OPERANDS[name]
+    other = Permute(HEADS, (0, 2, 1, 3))
+    columns = operand.shape[-1] == S
+    other = Permute(HEADS, (0, 2, 3, 1)) if columns else other
+    node = Contract(other, operand, bf16)
+    if step is None:
+        assert "since an operand" in why_not(node, KNOWN) or "neither" in why_not(node, KNOWN)
+        return
+    assert batches(node, KNOWN) == Batches(3, Step.NESTED, step)
+    assert why_not(node, KNOWN) == ""
+    x = tensor(operand)
+    found = laid_out(x, (2, 3), 3, step)
+    torch.testing.assert_close(
+        seen(found, 3, step), x.expand(2, 3, *x.shape[-2:]).reshape(found.shape)
+    )
+    assert found.data_ptr() == x.data_ptr()
+
+
+@st.composite
+def strided(draw):
+    """An operand [2, 3, R, C], with any strides, sizes of 1 and misaligned addresses."""
+    shape = [draw(st.sampled_from((1, n))) for n in (2, 3)]
+    shape += [draw(st.sampled_from((1, 5, 8))), draw(st.sampled_from((1, 8, 13)))]
+    order = draw(st.permutations(range(4)))
+    wide = [shape[i] for i in order]
+    wide[-1] += draw(st.sampled_from((0, 3, 8)))
+    first = draw(st.sampled_from((0, 1, 8)))
+    count = torch.Size(wide).numel()
+    x = torch.arange(count + first, dtype=torch.float32)[first:].reshape(wide)
+    x = x.narrow(-1, 0, shape[order[-1]])
+    return x.permute([order.index(i) for i in range(4)])
+
+
+@settings(SETTINGS, max_examples=150)
+@given(strided(), st.sampled_from(Step))
+def test_an_operand_of_any_strides_is_read_or_copied(x, step):
+    if step in (Step.SHARED, Step.SHARED_OUTSIDE):
+        x = x[:1]
+    if step in (Step.SHARED, Step.SHARED_INSIDE):
+        x = x[:, :1]
+    found = laid_out(x, (2, 3), 3, step)
+    assert all(
+        s * 4 % 16 == 0
+        for s, n in zip(found.stride(), found.shape, strict=True)
+        if s != 1 and n > 1
+    )
+    torch.testing.assert_close(
+        seen(found, 3, step), x.expand(2, 3, *x.shape[-2:]).reshape(found.shape)
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8])
+def test_numbers_of_rows_by_matrix(rows):
+    x = torch.arange(3.0 * rows)
+    found = columns_by_matrix(x, 3)
+    torch.testing.assert_close(found, x.reshape(3, rows))
+    assert found.stride(0) % 4 == 0
+
+
+REFUSED = {
+    "a product of batches of f32 is one operation of torch": (f32, f32, ("S", "D")),
+    "of bf16 and f32": (bf16, f32, ("S", "D")),
+    "only a call tells the columns": (bf16, bf16, ("S", "E")),
+    "not a multiple of 8": (bf16, bf16, ("S", 13)),
+    "without columns": (bf16, bf16, ("S", 0)),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_is_left_to_torch(why):
+    left, right, dims = REFUSED[why]
+    rows, columns = map(Dim.of, dims)
+    x, w = Input("x", (B, rows, columns), left), Input("w", (B, D, columns), right)
+    assert why in why_not(Contract(x, w, bf16), KNOWN)
+
+
+def test_a_number_of_heads_that_only_a_call_tells():
+    q = Permute(Input("q", (B, S, H, D), bf16), (0, 2, 1, 3))
+    node = Contract(q, q, bf16)
+    assert "only a call tells the number `H`" in why_not(node, {"S": 24, "D": 16})
+    assert not why_not(node, KNOWN)
+
+
+@coda.block
+def scores(q: T["B S 4 16"], k: T["B S 4 16"], c: T["B 4 S S"], r: T["B 4 S 1"]):
+    return coda.tanh(coda.einsum("b i h d, b j h d -> b h i j", q, k) * r) + c
+
+
+def test_one_kernel_with_its_epilogue():
+    sizes = {"B": 2, "S": 72}
+    program = scores.lower("sm_90a", sizes)
+    (kernel,) = program.kernels
+    assert kernel.kind is GEMM
+    assert kernel.mainloop.points(sizes) == (2 * 4 * 72, 72)
+    assert tensor_flops(program, kernel) == 2 * (2 * 4) * 72 * 72 * 16
+    heads, square, rows = 2 * 72 * 4 * 16, 2 * 4 * 72 * 72, 2 * 4 * 72
+    assert hbm_bytes(program) == 2 * (2 * heads + 2 * square + rows)
+    assert "8 · 72×72×16" in program.text()
+    assert "inner=4, a='NESTED', b='NESTED'," in program.source()
+
+
+def test_waves_and_partials_count_the_batch():
+    @coda.block
+    def f(x: T["L M 64"], w: T["L 64 64"]):
+        return coda.softmax(x @ w)
+
+    few, many = (f.lower("sm_90a", {"L": n, "M": 128}) for n in (1, 1024))
+    assert few.kernels[0].kind is many.kernels[0].kind is GEMM
+    rows = [k.kernels[0].kind.partials(k, k.kernels[0], k.sizes).of_rows for k in (few, many)]
+    assert rows[1] >= 1024
+    assert few.kernels[0].config.tile_m <= many.kernels[0].config.tile_m
+
+
+def test_explain_says_what_a_gemm_cannot_read():
+    @coda.block
+    def f(x: T["B M 13"], w: T["B 8 13"]):
+        return x @ w.mT
+
+    (kernel,) = f.lower("sm_90a", {"B": 2, "M": 8}).kernels
+    assert kernel.kind is TORCH
+    text = " ".join(str(f.explain("sm_90a", B=2, M=8)).split())
+    assert "13 elements apart, not a multiple of 8" in text
+
+
+def test_derivatives_are_gemms():
+    forward, backward = scores.lower_training("sm_90a", {"B": 2, "S": 72})
+    assert [k.kind for k in forward.kernels] == [GEMM]
+    kinds = [k.kind for k in backward.kernels]
+    assert kinds.count(GEMM) == 2
+    rest = [k.mainloop.node for k in backward.kernels if k.kind is TORCH]
+    assert all(isinstance(n, Permute) for n in rest)  # dq and dk, returned
