@@ -29,6 +29,31 @@ def squared(x: T["M d"]):
     return z * z
 
 
+@coda.block
+def transposed(x: T["M M"]):
+    """Rows of the output are columns of the product: shapes alone do not tell."""
+    return (x * coda.rsqrt(coda.mean(x * x, keepdims=True) + 0.1)).T
+
+
+@coda.block
+def rolled(x: T["M d"]):
+    """The output has the rows of the product in another order."""
+    z = x * coda.rsqrt(coda.mean(x * x, keepdims=True) + 0.1)
+    return coda.concat([z[2:], z[:2]], axis=0)
+
+
+@coda.block
+def broadcast(x: T["M d"], c: T["M 1 1"]):
+    """The leading axis of the output is the coefficient's."""
+    return x * coda.rsqrt(coda.mean(x * x, keepdims=True) + 0.1) * c
+
+
+@coda.block
+def projected(x: T["M d"], w: T["d d"]):
+    z = x * coda.rsqrt(coda.mean(x * x, keepdims=True) + 0.1)
+    return z @ w.T
+
+
 def gradients(block, kept):
     graph = block.graph_of(f64)
     generator = torch.Generator().manual_seed(0)
@@ -61,3 +86,12 @@ def test_a_factor_that_may_be_zero_is_left_alone():
 
 def test_what_goes_on_by_a_square_is_left_alone():
     assert not reads_outputs(squared)
+
+
+def test_rows_that_do_not_stay_in_place_are_left_alone():
+    for block in (transposed, rolled, broadcast):
+        assert not reads_outputs(block)
+
+
+def test_a_contraction_keeps_its_rows():
+    assert reads_outputs(projected)

@@ -8,6 +8,7 @@ from coda.errors import InternalError
 from coda.ir.text import parse
 from coda.kernels.rowwise.kind import ROWWISE
 from coda.lowering.compiler import lower
+from coda.lowering.program.epilogue import ReduceColumns
 from coda.lowering.program.verify import verify_program
 
 GATED = """
@@ -58,4 +59,18 @@ def test_a_matrix_that_is_narrower_than_what_is_loaded_is_noticed():
     wider = replace(kernel.mainloop, width=2 * kernel.mainloop.width)
     program = replace(program, kernels=(replace(kernel, mainloop=wider),))
     with pytest.raises(InternalError, match="512 elements where it loads 8 x 128"):
+        verify_program(program, "place")
+
+
+def test_a_reduction_of_columns_in_a_kernel_without_tiles_is_noticed():
+    graph = parse("""block doubled(%x: [M, 64] bf16) { %0 = add %x, %x return y = %0 }""")
+    program = lower(graph, {"M": 8})
+    (kernel,) = program.kernels
+    assert kernel.kind is ROWWISE
+    (store,) = kernel.body.epilogue.stores
+    sink = ReduceColumns(store.buffer, "sum", store.lanes)
+    epilogue = replace(kernel.body.epilogue, stores=(), sinks=(sink,))
+    body = replace(kernel.body, epilogue=epilogue)
+    program = replace(program, kernels=(replace(kernel, body=body),))
+    with pytest.raises(InternalError, match="`rows` has no tiles"):
         verify_program(program, "place")

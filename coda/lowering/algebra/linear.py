@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from coda.ir.dims import ONE, product
+from coda.ir.dims import ONE, Shape, product
 from coda.ir.graph import (
     Cast,
     Concat,
@@ -47,8 +47,8 @@ def linear_outputs(
 ) -> list[Node] | None:
     """The outputs that a node reaches by linear operations; None if it has any other use.
 
-    Each has the node's leading axes and no user inside the graph. The order is that of the node's
-    users.
+    Every operation takes each row (one index of all axes but the last) to the same row, and no
+    output has a user inside the graph. The order is that of the node's users.
     """
     reached: dict[Node, None] = {node: None}
     ends: list[Node] = []
@@ -65,11 +65,11 @@ def linear_outputs(
         stack += reversed(new)
         if not above and one not in outputs:
             return None
-    inside = reached.keys()
-    if not all(n is node or _is_linear(n, inside) for n in reached):
-        return None
-    rows = node.shape[:-1]
-    return ends if all(n.shape[: len(rows)] == rows for n in ends) else None
+    inside, rows = reached.keys(), node.shape[:-1]
+    linear = all(
+        n is node or (_is_linear(n, inside) and _keeps_rows(n, inside, rows)) for n in reached
+    )
+    return ends if linear else None
 
 
 def _is_linear(node: Node, inside: Collection[Node]) -> bool:
@@ -84,6 +84,27 @@ def _is_linear(node: Node, inside: Collection[Node]) -> bool:
             return known == [True, False]
         case _:
             return False
+
+
+def _keeps_rows(node: Node, inside: Collection[Node], rows: Shape) -> bool:
+    """Whether a node has the leading axes `rows`, and each row is computed from that row alone.
+
+    Its operands of `inside` have these leading axes as well.
+    """
+    lead = len(rows)
+    if node.shape[:lead] != rows:
+        return False
+    match node:
+        case Slice(axis=axis) | Concat(axis=axis):
+            return node.rank + axis >= lead
+        case Permute(order=order):
+            return order[:lead] == tuple(range(lead))
+        case Map():
+            return all(o.rank == node.rank for o in node.operands if o in inside)
+        case Contract(lhs=lhs):
+            return lhs.rank > lead
+        case _:
+            return True
 
 
 def factor_cotangent(factor: Node, outputs: list[Node], cotangents: Mapping[Node, Node]) -> Node:

@@ -10,6 +10,7 @@ from coda.ir.dims import product
 from coda.ir.graph import Cast, Const, Expand, Input, Iota, Node, Size
 from coda.lowering.algebra.roles import is_view
 from coda.lowering.program.access import Line, Partial
+from coda.lowering.program.epilogue import SumRows
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
 
@@ -18,7 +19,8 @@ def verify_program(program: Program, after: str) -> None:
     """Raise InternalError if a kernel or an output reads a value that is not in memory.
 
     Checks that every value read is an argument, prepacked, or written by an earlier kernel, and
-    that every operand has as many elements as the kernel loads. `after` names the last stage.
+    that every operand has as many elements as the kernel loads, and that the kernel's kind computes
+    its sinks. `after` names the last stage.
     """
     _Check(program, after, set(program.prepared.values())).run()
 
@@ -35,6 +37,7 @@ class _Check:
             for node in kernel.reads():
                 self.known(node, f"the kernel `{kernel.name}`")
             self.operands(kernel)
+            self.sinks(kernel)
             self.written.update(kernel.writes())
         for name, node in self.program.outputs:
             self.known(node, f"the output `{name}`")
@@ -74,6 +77,13 @@ class _Check:
             if elements != down * along:
                 found = f"{elements} elements where it loads {down} x {along}"
                 raise self.fault(f"{who} reads `{name}`, which has {found}")
+
+    def sinks(self, kernel: Kernel[Any]) -> None:
+        """Check that reductions and picks of columns are in a kernel that has tiles."""
+        for sink in kernel.body.epilogue.sinks:
+            if not (kernel.kind.tiled or isinstance(sink, SumRows)):
+                found = f"the kernel `{kernel.name}` reduces columns into `{sink.buffer}`"
+                raise self.fault(f"{found}, and its kind `{kernel.kind.name}` has no tiles")
 
     def fault(self, message: str) -> InternalError:
         return InternalError(
