@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from coda.lowering.algebra.policy import NO_TERMS, Terms
 from coda.lowering.algebra.roles import row_symbols
 from coda.lowering.algebra.training import Training, check_memory, derive
 from coda.lowering.compiler import check_dims, lower
-from coda.lowering.explain import Explanation
-from coda.lowering.explain_training import TrainingExplanation
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
 from coda.runtime.bind import arrange, given_sizes
@@ -40,6 +38,10 @@ from coda.runtime.modes import cast_arguments, refuse_transforms
 from coda.runtime.settings import stages
 from coda.runtime.sharded import any_sharded, call_sharded
 from coda.runtime.train import train_block
+
+if TYPE_CHECKING:  # `explain` imports them, and rich with them
+    from coda.lowering.explain import Explanation
+    from coda.lowering.explain_training import TrainingExplanation
 
 
 class Block:
@@ -160,6 +162,8 @@ class Block:
         Args:
             arch, dtype, frozen, dims: as in `lower`.
         """
+        from coda.lowering.explain import Explanation
+
         return Explanation(self.lower(arch, dims, dtype, frozen))
 
     def explain_training(
@@ -176,6 +180,8 @@ class Block:
             arch, dtype, dims: as in `explain`.
             wanted, memory: as in `lower_training`.
         """
+        from coda.lowering.explain_training import TrainingExplanation
+
         forward, backward = self.lower_training(arch, dims, dtype, wanted, memory)
         return TrainingExplanation(self.graph_of(dtype), forward, backward)
 
