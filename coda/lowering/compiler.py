@@ -16,7 +16,7 @@ from math import inf, prod
 
 from coda import kernels
 from coda.errors import CodaError, DimError
-from coda.ir.graph import Contract, Graph, Input, Node, Pick, Reduce, Slice, walk
+from coda.ir.graph import Contract, Graph, Input, Node, Slice, walk
 from coda.lowering.algebra.chunk import Parted, chunk
 from coda.lowering.algebra.columns_first import columns_first
 from coda.lowering.algebra.constants import fold_constants
@@ -78,8 +78,8 @@ def lower(
     with stages or Stages() as record:
         record.begin(graph)
 
-        def lowered(accept: Accept, apart: bool, below: float) -> Program | None:
-            return run_stages(asked, accept, apart, record.trial(), below=below)
+        def lowered(accept: Accept, below: float) -> Program | None:
+            return run_stages(asked, accept, record.trial(), below=below)
 
         return record.keep(decide(graph, lowered))
 
@@ -93,14 +93,13 @@ def request(
 
 
 def run_stages(
-    asked: Request, accept: Accept, apart: bool, stage: Trial, *, below: float = inf
+    asked: Request, accept: Accept, stage: Trial, *, below: float = inf
 ) -> Program | None:
     """One lowering, for one choice of laws; None if no Program of its normal form costs less.
 
     Args:
         asked: the graph, sizes, target and memory policy.
         accept: decides each application of a law with a choice.
-        apart: give contractions whose full rows are reduced a GEMM of their own.
         stage: runs, checks and records each stage.
         below: the price, in seconds, that a Program has to undercut.
     """
@@ -111,7 +110,7 @@ def run_stages(
     parted = stage("chunks", _chunk, graph, asked)
     if below < inf and _least_price(asked, parted.graph) >= below:
         return None
-    program = stage("place", partial(_place, asked, apart, stage.steps), parted)
+    program = stage("place", partial(_place, asked, stage.steps), parted)
     program = stage("factor", factor, program)
     program = stage("order", _order, program)
     program = stage("configure", configure, program)
@@ -136,17 +135,17 @@ def run_stage(name: str, asked: Request) -> Value:
             help=f"the stages before it: {', '.join(STAGES)}",
         )
     trial = Trial(2, frozenset(only))
-    found = run_stages(asked, lambda law, node, place: True, False, trial)
+    found = run_stages(asked, lambda law, node, place: True, trial)
     assert found is not None
     return found
 
 
-def decide(graph: Graph, lowered: Callable[[Accept, bool, float], Program | None]) -> Program:
+def decide(graph: Graph, lowered: Callable[[Accept, float], Program | None]) -> Program:
     """The cheapest Program over all choices, which are decided greedily in order of occurrence.
 
     Args:
         graph: the block.
-        lowered: (accept, apart, below) -> Program or None, as `run_stages`.
+        lowered: (accept, below) -> Program or None, as `run_stages`.
     """
     chosen: set[tuple[int, ...]] = set()
     candidates: list[tuple[int, ...]] = []
@@ -158,22 +157,18 @@ def decide(graph: Graph, lowered: Callable[[Accept, bool, float], Program | None
             candidates.append(key)
         return key in chosen
 
-    best = lowered(accept, False, inf)
+    best = lowered(accept, inf)
     assert best is not None
     least, tried = price(best), 0
     while tried < len(candidates):
         key = candidates[tried]
         tried += 1
         chosen.add(key)
-        program = lowered(accept, False, least)
+        program = lowered(accept, least)
         if program is not None and price(program) < least:
             best, least = program, price(program)
         else:
             chosen.discard(key)
-    if any(isinstance(u.node, Reduce | Pick) for u in best.unfused):
-        program = lowered(accept, True, inf)
-        if program is not None and price(program) <= least:
-            best = program
     return best
 
 
@@ -193,11 +188,11 @@ def _chunk(graph: Graph, asked: Request) -> Parted:
     return chunk(graph, asked.sizes, terms.passing) if terms.thrifty else Parted(graph)
 
 
-def _place(asked: Request, apart: bool, steps: list[Step], parted: Parted) -> Program:
+def _place(asked: Request, steps: list[Step], parted: Parted) -> Program:
     """Place the nodes of a graph in normal form, and build the Program."""
     terms = asked.terms
     placed = Partition(
-        parted.graph, asked.sizes, kernels.KINDS, apart, terms.passing, parted.part_of
+        parted.graph, asked.sizes, kernels.KINDS, asked.target, terms.passing, parted.part_of
     )
     return build(
         placed.run(),

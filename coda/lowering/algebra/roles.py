@@ -1,7 +1,7 @@
-"""Nodes of a graph -> their roles in placement: weight, view, activation, sibling, and order.
+"""Nodes of a graph -> their roles in placement: weight, view, activation, and order.
 
-In y = (x gᵀ) · silu(x uᵀ) the inputs g and u are weights (no token dim), x is the activation, and
-the two contractions are siblings: one GEMM with paired columns computes both.
+In y = (x gᵀ) · silu(x uᵀ) the inputs g and u are weights (no token dim), and x is the
+activation of both contractions.
 """
 
 from __future__ import annotations

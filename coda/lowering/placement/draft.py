@@ -42,6 +42,7 @@ from coda.lowering.placement.space_state import Segment
 from coda.lowering.placement.values import Value
 from coda.lowering.program.kernel import Kind
 from coda.lowering.program.program import Unfused
+from coda.lowering.program.target import Target
 
 Order = tuple[int, int]  # the number of the last GEMM before the kernel, a running number
 LAST = 1 << 30  # after all GEMMs: sums that are only returned are folded together
@@ -97,7 +98,7 @@ class Drafts:
         graph: in normal form.
         sizes: the size of every symbol.
         kinds: all kinds of kernel, in order of preference.
-        apart: whether contractions whose full rows are reduced have a GEMM of their own.
+        target: the GPU for which costs are estimated.
         passing: names of arguments that are new in every call, and so are no weights.
         part_of: contraction of a chunked value -> number of its chunk.
         home: node -> its producer kernel.
@@ -108,6 +109,7 @@ class Drafts:
         piece_of: each of those nodes -> its concatenation.
         stacked: those concatenations whose parts are rows.
         waiting: node of arguments alone, not placed yet -> its depth in operations.
+        shared: reduction that is no sink, since its operand shares a GEMM -> why that is cheaper.
         rows: the number of rows of the block.
         tokens: the token symbols. Calls determine their sizes, so no layout depends on them.
     """
@@ -115,7 +117,7 @@ class Drafts:
     graph: Graph
     sizes: Mapping[str, int]
     kinds: Sequence[Kind]
-    apart: bool = False
+    target: Target
     passing: frozenset[str] = frozenset()
     part_of: Mapping[Node, int] = field(default_factory=dict[Node, int])
     home: dict[Node, Draft] = field(default_factory=dict[Node, Draft])
@@ -132,6 +134,7 @@ class Drafts:
     siblings: dict[Node, tuple[Contract, ...]] = field(
         default_factory=dict[Node, tuple[Contract, ...]]
     )
+    shared: dict[Node, str] = field(default_factory=dict[Node, str])
     users: dict[Node, list[Node]] = field(default_factory=dict[Node, list[Node]])
     waiting: dict[Node, int] = field(default_factory=dict[Node, int])
     rows: Dim = ONE

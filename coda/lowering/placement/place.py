@@ -12,6 +12,7 @@ whose partials a row-wise kernel folds. Kernel builders decide at once what they
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from coda.ir.dims import ONE, product
 from coda.ir.graph import (
@@ -41,9 +42,10 @@ from coda.lowering.algebra.roles import (
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.draft import LAST, Draft, Room
 from coda.lowering.placement.materialise import Materialisation
-from coda.lowering.placement.siblings import group_siblings
+from coda.lowering.placement.siblings import Uses, group_siblings, own_gemms
 from coda.lowering.placement.space_state import Segment
 from coda.lowering.placement.values import LONGEST, Refused, Value
+from coda.lowering.program.cost import seconds_of
 from coda.lowering.program.program import Unfused
 
 NEAR = 4  # row-wise kernels before a node's operands that are tried
@@ -61,7 +63,10 @@ class Partition(Materialisation):
         self.weights = weight_nodes(nodes, self.passing)
         contracts = [n for n in gemms(nodes) if n not in self.weights]
         self.tokens, self.rows = row_symbols(nodes), row_axes(contracts, self.graph.inputs)
-        self.siblings = group_siblings(contracts, nodes, self.weights, self.apart, self.part_of)
+        uses = Uses.of(contracts, nodes, self.graph.roots, self.weights, self.part_of)
+        groups = group_siblings(contracts, uses)
+        seconds = partial(seconds_of, self.target)
+        self.siblings, self.shared = own_gemms(groups, uses, self.sizes, seconds)
         forced = [*self.graph.roots, *(o for c in contracts for o in c.operands)]
         self.loadable = {self.storage(n) for n in forced}
         asked = compared(self.graph.roots)
@@ -107,7 +112,7 @@ class Partition(Materialisation):
                 return
             if self.only_returned(node):
                 return
-            self.unfused.append(Unfused(node, why))
+            self.unfused.append(Unfused(node, self.shared.get(node, why)))
         if last.kind.whole_rows and self.only_returned(node) and self.storage(node) is not node:
             return
         self.in_rows(node, last.order[0])

@@ -2,70 +2,154 @@
 
 In y = (x gᵀ) · silu(x uᵀ), k = x vᵀ the contractions with g and u are combined elementwise and pair
 their columns in a GEMM of their own, and that with v is alone in its GEMM.
+
+A reduction over full rows is a sink of a GEMM that has no other columns. In a shared GEMM its
+operand is stored, and a row-wise kernel reads it again. Which of both a contraction gets is decided
+by the terms of the cost model, bytes and launches:
+
+    a = x wᵀ, s = Σ (x vᵀ)²    shared: store x vᵀ, read it    x vᵀ alone: read x, a launch more
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 
 from coda.ir.dims import product
 from coda.ir.graph import Contract, Map, Node, Pick, Reduce
+from coda.ir.monoids import MONOIDS
 from coda.lowering.algebra.roles import is_pointwise, pointwise_leaves
 
+Groups = dict[Node, tuple[Contract, ...]]  # contraction -> the contractions that share its GEMM
 
-def group_siblings(
-    contracts: list[Contract],
-    nodes: list[Node],
-    weights: set[Node],
-    apart: bool = False,
-    part_of: Mapping[Node, int] | None = None,
-) -> dict[Node, tuple[Contract, ...]]:
+
+@dataclass
+class Uses:
+    """What is computed of contractions that may share a GEMM.
+
+    Attributes:
+        by_input: (activation, number of the chunk) -> its contractions with weights.
+        weights: nodes that are weights.
+        turn: node -> the number of the last GEMM before it, in the order in which GEMMs open.
+        opened: (activation, number of the chunk), or a contraction without siblings -> its turn.
+        reach: node -> the contractions of which it is an elementwise function.
+        here: node -> those of them whose GEMM can compute it.
+        joined: pairs of contractions that an elementwise operation combines.
+        mixed: contractions that are combined with another matrix.
+        sinks: contraction -> reductions and picks over its full rows, which would be sinks of a
+            GEMM that has no other columns.
+        behind: node -> the contractions of whose `sinks` it is an elementwise function.
+        stored: contractions of which another kernel needs elements in any case.
+        reread: those whose full rows a row-wise kernel needs in any case.
+    """
+
+    by_input: Mapping[tuple[Node, int], list[Contract]]
+    weights: Set[Node]
+    turn: dict[Node, int] = field(default_factory=dict[Node, int])
+    opened: dict[Node | tuple[Node, int], int] = field(
+        default_factory=dict[Node | tuple[Node, int], int]
+    )
+    reach: dict[Node, Set[Contract]] = field(default_factory=dict[Node, Set[Contract]])
+    here: dict[Node, Set[Contract]] = field(default_factory=dict[Node, Set[Contract]])
+    joined: set[tuple[Node, Node]] = field(default_factory=set[tuple[Node, Node]])
+    mixed: set[Node] = field(default_factory=set[Node])
+    sinks: dict[Node, list[Reduce | Pick]] = field(default_factory=dict[Node, list[Reduce | Pick]])
+    behind: dict[Node, Set[Contract]] = field(default_factory=dict[Node, Set[Contract]])
+    stored: set[Node] = field(default_factory=set[Node])
+    reread: set[Node] = field(default_factory=set[Node])
+
+    @staticmethod
+    def of(
+        contracts: Iterable[Contract],
+        nodes: Iterable[Node],
+        roots: Iterable[Node],
+        weights: Set[Node],
+        part_of: Mapping[Node, int],
+    ) -> Uses:
+        """The uses of contractions in a graph.
+
+        Args:
+            contracts: the contractions.
+            nodes: all nodes of the graph, operands first.
+            roots: the outputs of the graph.
+            weights: nodes that are weights; contractions with anything else stay alone.
+            part_of: contraction -> number of its chunk; different chunks do not share a GEMM.
+        """
+        by_input: dict[tuple[Node, int], list[Contract]] = {}
+        for one in contracts:
+            if one.rhs in weights:
+                by_input.setdefault((one.lhs, part_of.get(one, -1)), []).append(one)
+        found = Uses(by_input, weights)
+        key_of = {c: key for key, group in by_input.items() if len(group) > 1 for c in group}
+        for node in nodes:
+            found.visit(node, key_of)
+        found.stored |= {c for root in roots for c in found.here.get(root, ())}
+        return found
+
+    def visit(self, node: Node, key_of: Mapping[Contract, tuple[Node, int]]) -> None:
+        """Record the uses that a node makes of contractions, by the keys of those with siblings."""
+        self.turn[node] = max((self.turn[o] for o in node.operands), default=0)
+        if is_pointwise(node):
+            for found in (self.reach, self.here, self.behind):
+                found[node] = self.union(found, node)
+            if isinstance(node, Map) and self.reach[node]:
+                self.combine(node)
+            return
+        self.take_whole(node)
+        if isinstance(node, Contract):
+            key = key_of.get(node, node)
+            self.turn[node] = self.opened.setdefault(key, len(self.opened) + 1)
+            self.reach[node] = self.here[node] = {node} if node in key_of else set()
+
+    def union(self, of: Mapping[Node, Set[Contract]], node: Node) -> Set[Contract]:
+        """The contractions of all operands."""
+        return set[Contract]().union(*(of.get(o, ()) for o in node.operands))
+
+    def combine(self, node: Map) -> None:
+        """Record what an elementwise operation combines with contractions."""
+        mine = self.reach[node]
+        self.joined |= {(a, b) for a in mine for b in mine}
+        others = [o for o in node.args if not self.reach.get(o) and o not in self.weights]
+        beside = {i for o in others for i in pointwise_leaves(o)} - self.weights
+        if any(product(i.shape) == product(node.shape) for i in beside):
+            self.mixed |= mine
+        self.reread |= self.here[node] & self.behind[node]
+        beside_it = max((self.turn[o] for o in node.args if not self.here.get(o)), default=0)
+        late = {c for c in self.here[node] if self.turn[c] <= max(beside_it, self.turn[node] - 1)}
+        self.here[node] -= late
+        self.stored |= late
+
+    def take_whole(self, node: Node) -> None:
+        """Record a node that is not elementwise: a sink of a contraction's GEMM, or another use."""
+        for operand in node.operands:
+            reached = self.here.get(operand, set())
+            whole = {c for c in reached if c.shape[-1] == operand.shape[-1]}
+            if isinstance(node, Pick) or (isinstance(node, Reduce) and MONOIDS[node.fn].tiled):
+                for one in whole:
+                    self.sinks.setdefault(one, []).append(node)
+                self.behind[node] = whole
+            elif isinstance(node, Reduce):
+                self.reread |= whole
+            else:
+                self.stored |= reached
+
+
+def group_siblings(contracts: Iterable[Contract], uses: Uses) -> Groups:
     """For each contraction, the contractions of the same activation that share its GEMM.
 
     Contractions that an elementwise operation combines (gate and up) pair their columns in a GEMM
     of their own. A contraction that is combined with another matrix stays alone, since that matrix
     is not as wide as a shared GEMM. All others of an activation share one GEMM, with their weights
     stacked along rows.
-
-    Args:
-        contracts: the contractions to group.
-        nodes: all nodes of the graph, operands first.
-        weights: nodes that are weights; contractions with anything else stay alone.
-        apart: keep contractions whose full rows are reduced alone, so that the reduction covers
-            full rows of the GEMM and can be one of its sinks.
-        part_of: contraction -> number of its chunk; different chunks do not share a GEMM.
     """
-    part_of = part_of or {}
-    by_input: dict[tuple[Node, int], list[Contract]] = {}
-    out: dict[Node, tuple[Contract, ...]] = {c: (c,) for c in contracts}
-    for one in contracts:
-        if one.rhs in weights:
-            by_input.setdefault((one.lhs, part_of.get(one, -1)), []).append(one)
-    reach: dict[Node, Set[Contract]] = {}
-    mixed: set[Node] = set()
-    joined: set[tuple[Node, Node]] = set()
-    related = {c for group in by_input.values() if len(group) > 1 for c in group}
-    for node in nodes:
-        if isinstance(node, Contract):
-            reach[node] = related & {node}
-        elif is_pointwise(node):
-            reach[node] = set[Contract]().union(*(reach.get(o, ()) for o in node.operands))
-            if isinstance(node, Map) and reach[node]:
-                joined |= {(a, b) for a in reach[node] for b in reach[node]}
-                others = [o for o in node.args if not reach.get(o) and o not in weights]
-                beside = {i for o in others for i in pointwise_leaves(o)} - weights
-                if any(product(i.shape) == product(node.shape) for i in beside):
-                    mixed |= reach[node]
-        elif apart and isinstance(node, Reduce | Pick):
-            whole = node.operands[0]
-            mixed |= {c for c in reach.get(whole, ()) if c.shape[-1] == whole.shape[-1]}
-    for group in by_input.values():
+    out: Groups = {c: (c,) for c in contracts}
+    for group in uses.by_input.values():
         rest = list(group)
         while rest:
-            coupled = _closure(rest[0], rest, joined)
-            if len(coupled) == 1 and rest[0] not in mixed:
-                alone = [c for c in rest if len(_closure(c, rest, joined)) == 1]
-                coupled = [c for c in alone if c not in mixed]
+            coupled = _closure(rest[0], rest, uses.joined)
+            if len(coupled) == 1 and rest[0] not in uses.mixed:
+                alone = [c for c in rest if len(_closure(c, rest, uses.joined)) == 1]
+                coupled = [c for c in alone if c not in uses.mixed]
             rest = [c for c in rest if c not in coupled]
             out |= dict.fromkeys(coupled, tuple(coupled))
     return out
@@ -79,3 +163,80 @@ def _closure(
     for one in found:
         found += [c for c in among if c not in found and (one, c) in joined]
     return [c for c in among if c in found]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Launches, and bytes moved, of some GEMMs and of the kernels that reduce their rows."""
+
+    launches: int
+    moved: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.launches + other.launches, self.moved + other.moved)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.launches - other.launches, self.moved - other.moved)
+
+
+def own_gemms(
+    groups: Groups, uses: Uses, sizes: Mapping[str, int], seconds: Callable[[int, int], float]
+) -> tuple[Groups, dict[Node, str]]:
+    """Give contractions whose full rows are reduced a GEMM of their own where that is cheaper.
+
+    Args:
+        groups: as `group_siblings` returns them.
+        uses: the uses of the contractions.
+        sizes: the size of every symbol.
+        seconds: (bytes moved, launches) -> estimated time.
+
+    Returns:
+        The groups, and for each reduction that is no sink, since its contraction shares a GEMM, why
+        that is cheaper.
+    """
+    out, why = dict(groups), dict[Node, str]()
+    for group in dict.fromkeys(groups.values()):
+        reduced = [c for c in group if c in uses.sinks]
+        if len(group) == 1 or not reduced or (group[0], group[1]) in uses.joined:
+            continue
+
+        def split(taken: Sequence[Contract], group: tuple[Contract, ...] = group) -> Cost:
+            rest = tuple(c for c in group if c not in taken)
+            parts = [*((c,) for c in taken), *([rest] if rest else [])]
+            return sum((cost(p, uses, sizes) for p in parts), Cost(0, 0))
+
+        order = sorted(reduced, key=lambda c: -c.nbytes(sizes))
+        choices = [split(order[:n]) for n in range(len(order) + 1)]
+        times = [seconds(c.moved, c.launches) for c in choices]
+        taken = order[: times.index(min(times))]
+        rest = tuple(c for c in group if c not in taken)
+        out |= {c: (c,) for c in taken} | dict.fromkeys(rest, rest)
+        for one in reduced if len(rest) > 1 else ():
+            if one in rest:
+                more = split([*taken, one]) - split(taken)
+                why |= dict.fromkeys(uses.sinks[one], _shares(more))
+    return out, why
+
+
+def _shares(more: Cost) -> str:
+    """Why a reduction is no sink: what a GEMM of its contraction alone would cost in addition."""
+    return (
+        "its operand shares a GEMM with other columns, and alone in one would change launches "
+        f"by {more.launches:+d} and bytes by {more.moved / 1e6:+.3g} MB"
+    )
+
+
+def cost(group: Sequence[Contract], uses: Uses, sizes: Mapping[str, int]) -> Cost:
+    """Launches, and bytes that depend on the grouping, of one GEMM and the reductions of its rows.
+
+    A GEMM that stores some of its columns stores all. Partials and weights are left out.
+    """
+    shared = len(group) > 1
+    reduced = [c for c in group if c in uses.sinks]
+    read = [c for c in group if c in uses.reread or (shared and c in reduced)]
+    widths = {c.shape[-1] for c in reduced if any(isinstance(s, Reduce) for s in uses.sinks[c])}
+    picks = [s for c in reduced for s in uses.sinks[c] if shared and isinstance(s, Pick)]
+    stored = bool(read) or any(c in uses.stored for c in group)
+    written = sum(c.nbytes(sizes) for c in group) if stored else 0
+    moved = group[0].lhs.nbytes(sizes) + written + sum(c.nbytes(sizes) for c in read)
+    return Cost(1 + len(widths) + len(picks), moved)

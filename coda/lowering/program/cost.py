@@ -35,6 +35,7 @@ from coda.lowering.program.access import Partial
 from coda.lowering.program.epilogue import calls
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
+from coda.lowering.program.target import Target
 
 HELD = 16  # price of a byte resident between calls, in bytes of traffic per call
 
@@ -168,7 +169,12 @@ def price(program: Program) -> float:
     target, moved = program.target, hbm_bytes(program)
     if not program.frozen:
         moved += prepare_bytes(program) + HELD * held_bytes(program)
-    return moved / target.bandwidth + target.launch * len(program.kernels)
+    return seconds_of(target, moved, len(program.kernels))
+
+
+def seconds_of(target: Target, moved: int, launches: int) -> float:
+    """The estimated time of launches that move so many bytes, without FLOPs."""
+    return moved / target.bandwidth + target.launch * launches
 
 
 @dataclass(frozen=True)
