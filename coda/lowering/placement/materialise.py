@@ -129,7 +129,7 @@ class Materialisation(Admission, ABC):
 
     def keep_operands(self, node: Node) -> bool:
         """Let later kernels load all operands of a node; whether one was not loadable before."""
-        under = {self.storage(o) for o in node.operands if o in self.home}
+        under = dict.fromkeys(self.storage(o) for o in node.operands if o in self.home)
         missing = [n for n in under if n not in self.loadable]
         for one in missing:
             self.keep(one)
