@@ -53,6 +53,17 @@ def over_rows(x: T["L M D"], y: T["L M N"]):
     return coda.einsum("l m d, l m n -> l d n", x, y)
 
 
+@coda.block
+def normed_groups(x: T["L M D"], w: T["L 128 D"]):
+    y = (x @ w.mT).reshape("L M 128 -> L M 2 64")
+    return coda.rms_norm(y, eps=1e-5).reshape("L M 2 64 -> L M 128")
+
+
+@coda.block
+def picked(x: T["L M D"], w: T["L N D"], i: T["L M", coda.i64]):
+    return coda.cross_entropy(x @ w.mT, i, reduction="none")
+
+
 CASES = {
     "heads": (heads, {"B": 2, "S": 72}),
     "heads of one batch": (heads, {"B": 1, "S": 136}),
@@ -62,6 +73,8 @@ CASES = {
     "shared by heads": (shared_by_heads, {"B": 3, "M": 67, "D": 48, "N": 40}),
     "softmax": (softmax, {"L": 3, "M": 67, "D": 40, "N": 136}),
     "sums": (summed, {"L": 3, "M": 67, "D": 40, "N": 24}),
+    "picked": (picked, {"L": 3, "M": 67, "D": 40, "N": 136}),
+    "groups": (normed_groups, {"L": 3, "M": 67, "D": 40}),
     "over rows": (over_rows, {"L": 3, "M": 67, "D": 40, "N": 24}),
     "one row": (softmax, {"L": 5, "M": 1, "D": 8, "N": 8}),
     "one matrix": (softmax, {"L": 1, "M": 131, "D": 200, "N": 72}),

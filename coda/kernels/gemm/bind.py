@@ -156,7 +156,7 @@ class Binding:
         found: dict[str, Tensor] = {}
         for sink in self.body.epilogue.sinks:
             if isinstance(sink, PickColumn):
-                index = self.run.ready(self.run.value(self.body.nodes[sink.index]), _vector)
+                index = self.column(self.run.value(self.body.nodes[sink.index]))
                 found[f"{self.gemm.source.operands.get(sink.index, sink.index)}_index"] = index
         return found
 
