@@ -39,6 +39,7 @@ from coda.lowering.program.epilogue import (
     Operand,
     PickColumn,
     ReduceColumns,
+    RowOrder,
     Stat,
     Statistic,
     StoreExpr,
@@ -114,7 +115,7 @@ def compute_body(
     for statistic in body.epilogue.statistics:
         point.statistic(statistic, run.parts)
     for store in body.epilogue.stores:
-        x = point.store(store)
+        x = in_order(point.store(store), store.rows, run.sizes)
         run.buffers[store.buffer] = x if run.exact else x.to(store.dtype.torch)
     for sink in body.epilogue.sinks:
         match sink:
@@ -127,6 +128,14 @@ def compute_body(
                 run.parts[name] = _partials(sink, point.columns(lanes), width, tile_n)
             case _ as never:
                 assert_never(never)
+
+
+def in_order(x: Tensor, rows: RowOrder | None, sizes: Mapping[str, int]) -> Tensor:
+    """A kernel's matrix [rows, columns] with its rows in the order of a buffer."""
+    if rows is None:
+        return x
+    whole = x.unflatten(0, [d.size(sizes) for d in rows.axes])
+    return whole.permute(*rows.order, len(rows.order)).reshape(x.shape)
 
 
 def _partials(

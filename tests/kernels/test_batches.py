@@ -64,10 +64,24 @@ def picked(x: T["L M D"], w: T["L N D"], i: T["L M", coda.i64]):
     return coda.cross_entropy(x @ w.mT, i, reduction="none")
 
 
+@coda.block
+def into_tokens(p: T["B 3 S S"], v: T["B S 3 24"], w: T["D 72"]):
+    y = coda.einsum("b h i j, b j h d -> b i h d", p, v) * 0.5
+    return y.reshape("B S 3 24 -> B S 72") @ w.T
+
+
+@coda.block
+def in_two_orders(p: T["B 3 S S"], v: T["B S 3 24"], c: T["B 3 S 24"]):
+    y = coda.einsum("b h i j, b j h d -> b h i d", p, v) * 0.5 + c
+    return y, coda.einsum("b h i d -> b i h d", coda.tanh(y))
+
+
 CASES = {
     "heads": (heads, {"B": 2, "S": 72}),
     "heads of one batch": (heads, {"B": 1, "S": 136}),
     "values": (values, {"B": 2, "S": 72}),
+    "into tokens": (into_tokens, {"B": 2, "S": 72, "D": 40}),
+    "in two orders": (in_two_orders, {"B": 2, "S": 72}),
     "shared left": (shared_left, {"M": 70, "D": 40, "N": 24}),
     "shared by batches": (shared_by_batches, {"B": 3, "M": 67, "D": 48, "N": 40}),
     "shared by heads": (shared_by_heads, {"B": 3, "M": 67, "D": 48, "N": 40}),

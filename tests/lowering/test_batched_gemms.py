@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import coda
 from coda.ir.dims import ONE, Dim, product
+from coda.ir.evaluate import evaluate
 from coda.ir.graph import Contract, Input, Permute, Reshape, Slice
 from coda.ir.types import bf16, f32
 from coda.kernels.gemm.batch_operands import columns_by_matrix, laid_out
@@ -14,6 +15,8 @@ from coda.kernels.gemm.batches import Batches, Step, batches, why_not
 from coda.kernels.gemm.kind import GEMM
 from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.program.cost import hbm_bytes, tensor_flops
+from coda.measure import random_inputs
+from coda.runtime.reference import run_reference
 from tests.lowering.test_random_blocks import SETTINGS
 
 T = coda.Tensor
@@ -201,5 +204,34 @@ def test_derivatives_are_gemms():
     assert [k.kind for k in forward.kernels] == [GEMM]
     kinds = [k.kind for k in backward.kernels]
     assert kinds.count(GEMM) == 2
-    rest = [k.mainloop.node for k in backward.kernels if k.kind is TORCH]
-    assert all(isinstance(n, Permute) for n in rest)  # dq and dk, returned
+    assert TORCH not in kinds  # dq and dk are stored with heads inside a token
+
+
+@coda.block
+def into_tokens(p: T["B 3 S S"], v: T["B S 3 24"], w: T["D 72"]):
+    y = coda.einsum("b h i j, b j h d -> b i h d", p, v) * 0.5
+    return y.reshape("B S 3 24 -> B S 72") @ w.T
+
+
+def test_a_permutation_between_two_contractions_is_a_stride():
+    sizes = {"B": 2, "S": 72, "D": 40}
+    program = into_tokens.lower("sm_90a", sizes)
+    first, second = program.kernels
+    assert first.kind is second.kind is GEMM
+    (store,) = first.body.epilogue.stores
+    assert store.rows.order == (0, 2, 1)
+    inputs = [x.double() for x in random_inputs(into_tokens.graph, sizes)]
+    expected = evaluate(
+        into_tokens.graph.roots, dict(zip(program.graph.inputs, inputs, strict=True)), sizes
+    )
+    torch.testing.assert_close(run_reference(program, inputs, exact=True)[0], expected[0])
+
+
+def test_rows_that_are_read_in_both_orders_are_stored_in_both():
+    @coda.block
+    def f(p: T["B 3 S S"], v: T["B S 3 24"]):
+        y = coda.einsum("b h i j, b j h d -> b h i d", p, v) * 0.5
+        return y, coda.einsum("b h i d -> b i h d", coda.tanh(y))
+
+    (kernel,) = f.lower("sm_90a", {"B": 2, "S": 72}).kernels
+    assert [s.rows and s.rows.order for s in kernel.body.epilogue.stores] == [None, (0, 2, 1)]

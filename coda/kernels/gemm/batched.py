@@ -6,7 +6,7 @@ which strides its outer and its inner part have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +17,32 @@ from coda.kernels.gemm.batches import Step
 from coda.kernels.gemm.relaid import Relaid
 
 
-def gemm_epilogue(inner: int, a: str, b: str, **options: Any) -> Callable[[Any], EpiMod]:
-    """As quack's, for a batch whose inner index has size `inner`; `a` and `b` name their Steps."""
-    return lambda fn: Relaid(fn, Strides(inner, a, b), **options)
+def gemm_epilogue(
+    inner: int, a: str, b: str, stores: Mapping[str, str] | None = None, **options: Any
+) -> Callable[[Any], EpiMod]:
+    """As quack's, for a batch whose inner index has size `inner`.
+
+    `a`, `b` and `stores` name the Steps of A, B and of those stores that are not plain.
+    """
+    steps = tuple((stores or {}).items())
+    return lambda fn: Relaid(fn, Strides(inner, a, b, steps), **options)
 
 
 @dataclass(frozen=True)
 class Strides:
-    """A and B with a batch index of two parts; `a` and `b` are names of Steps."""
+    """Matrices with a batch index of two parts; `a`, `b` and `stores` have names of Steps."""
 
     inner: int
     a: str
     b: str
+    stores: tuple[tuple[str, str], ...] = ()
 
-    def __call__(self, a: Any, b: Any) -> tuple[Any, Any]:
+    def store(self, name: str, x: Any) -> Any:
+        """The matrix of a store with both strides of the batch index."""
+        step = dict(self.stores).get(name)
+        return x if step is None else _strided(x, self.inner, Step[step])
+
+    def operands(self, a: Any, b: Any) -> tuple[Any, Any]:
         """(A, B) with both strides of the batch index."""
         return _strided(a, self.inner, Step[self.a]), _strided(b, self.inner, Step[self.b])
 

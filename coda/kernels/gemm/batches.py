@@ -26,6 +26,7 @@ from coda.lowering.program.program import Program
 
 Sizes = Mapping[str, int]
 COMPILED = (bf16, f16)
+Order = tuple[int, ...]  # of axes of a result in memory, outer to inner
 ALIGNED = 16  # bytes: the strides of an operand are multiples, so that TMA can read it
 
 
@@ -50,16 +51,18 @@ class Batches:
     Attributes:
         inner: the size of the inner batch index; 1 if there is only an outer one.
         a, b: how A and B are read.
+        stores: how each store of the body is written, in order.
     """
 
     inner: int
     a: Step
     b: Step
+    stores: tuple[Step, ...] = ()
 
     @property
     def plain(self) -> bool:
-        """Whether each operand has one stride for the whole batch."""
-        return self.a is self.b is Step.PLAIN
+        """Whether each matrix has one stride for the whole batch."""
+        return {self.a, self.b, *self.stores} == {Step.PLAIN}
 
 
 PLAIN = Batches(1, Step.PLAIN, Step.PLAIN)
@@ -73,29 +76,33 @@ Axis = tuple[Dim, Dim]  # size and stride in elements
 
 
 def batches(
-    node: Contract, sizes: Sizes, stored: Callable[[Node], bool] = lambda n: False
+    node: Contract,
+    sizes: Sizes,
+    stored: Callable[[Node], bool] = lambda n: False,
+    orders: Sequence[Order | None] = (),
 ) -> Batches:
-    """How a GEMM reads the operands of a batched contraction.
+    """How a GEMM reads the operands of a batched contraction, and writes its results.
 
     Args:
         node: the contraction.
         sizes: the sizes that are known when it is compiled.
         stored: whether a view has memory of its own, in which it is contiguous.
+        orders: for each result, the order of the contraction's rows in memory; None for their own.
 
     Raises:
         Unread: if TMA cannot read an operand.
     """
     lead = node.shape[:-2]
     found = [_Operand.of(o, lead, sizes, stored) for o in node.operands]
+    found += [_Operand.written(node.shape, order) for order in orders]
     inner = {o.groups[-1][0] for o in found if len(o.groups) == 2}
     if len(inner) > 1:
         raise Unread("its operands divide the batch in two ways")
-    if not inner:
-        return Batches(1, *(o.step(sizes) for o in found))
-    (size,) = inner
+    size = next(iter(inner), ONE)
     if size.symbols - sizes.keys():
         raise Unread(f"only a call tells the number `{size}` of matrices that lie side by side")
-    return Batches(size.size(sizes), *(o.step(sizes) for o in found))
+    a, b, *rest = (o.step(sizes) for o in found)
+    return Batches(size.size(sizes), a, b, tuple(rest))
 
 
 def batches_of(program: Program, kernel: Gemm) -> Batches:
@@ -103,10 +110,13 @@ def batches_of(program: Program, kernel: Gemm) -> Batches:
     (node,) = kernel.mainloop.contracts
     known = {s: program.sizes[s] for s in program.fixed}
     made = set(program.prepared.values())
+    in_memory = lambda n: n in program.places or n in made  # noqa: E731
+    orders = [s.rows.order if s.rows else None for s in kernel.body.epilogue.stores]
     try:
-        return batches(node, known, lambda n: n in program.places or n in made)
-    except Unread:
-        return PLAIN
+        return batches(node, known, in_memory, orders)
+    except Unread:  # the operands are copied
+        x, w = (Input("copy", (*node.shape[:-2], *o.shape[-2:]), o.dtype) for o in node.operands)
+        return batches(Contract(x, w, node.result), known, orders=orders)
 
 
 def why_not(node: Contract, sizes: Sizes) -> str:
@@ -123,6 +133,17 @@ def why_not(node: Contract, sizes: Sizes) -> str:
         batches(node, sizes)
     except Unread as reason:
         return f"a product of batches is one operation of torch, since {reason}"
+    return ""
+
+
+def why_not_in(node: Contract, order: Order, sizes: Sizes) -> str:
+    """The reason why a GEMM cannot store a contraction with its axes in this order; "" if not."""
+    if not node.batched:
+        return "it has no batch"
+    try:
+        batches(node, sizes, orders=(order[:-1],))
+    except Unread as reason:
+        return str(reason)
     return ""
 
 
@@ -161,6 +182,19 @@ class _Operand:
         for _, stride in (*groups, tokens):
             _check(stride, node, sizes, made)
         return _Operand(groups, tokens)
+
+    @staticmethod
+    def written(shape: Shape, order: Order | None) -> _Operand:
+        """The strides of a contraction's result whose rows are in memory in another order."""
+        if order is None:
+            order = tuple(range(len(shape) - 1))
+        below = _contiguous((*(shape[i] for i in order), shape[-1]))
+        strides = [below[order.index(i)] for i in range(len(order))]
+        axes = [a for a in zip(shape[:-2], strides, strict=False) if a[0] != ONE]
+        groups = tuple(_merged(axes))
+        if len(groups) > 2:
+            raise Unread("the batch axes of a result have more than two strides")
+        return _Operand(groups, (shape[-2], strides[-1]))
 
     def step(self, sizes: Sizes) -> Step:
         """How the operand is read. Raises Unread."""

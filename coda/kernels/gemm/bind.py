@@ -70,7 +70,7 @@ class Binding:
         for masks, count in ((source.masks, b.shape[-2]), (source.row_masks, a.shape[-2])):
             if masks:
                 operands |= dict.fromkeys(masks, self.ones(count, a.device))
-        stores = {name: self.by_matrix(written(x)) for name, x in stores.items()}
+        stores = self.written_to(stores)
         sinks = {name: self.by_matrix(x) for name, x in sinks.items()}
         splits = {s.buffer: self.body.epilogue.apart(s) for s in self.body.epilogue.stores}
         arguments = self.gemm.arguments(operands, stores, sinks, splits, self.indices())
@@ -89,6 +89,22 @@ class Binding:
         assert self.batch is not None
         lead = tuple(d.size(self.run.sizes) for d in self.kernel.mainloop.batch)
         return self.run.ready(x, partial(laid_out, lead=lead, inner=self.batch.inner, step=step))
+
+    def written_to(self, stores: Tensors) -> dict[str, Tensor]:
+        """The matrices of the stores [rows, N], as the kernel writes them; [L, M, N] of a batch."""
+        found: dict[str, Tensor] = {}
+        for i, store in enumerate(self.body.epilogue.stores):
+            x = written(stores[store.buffer])
+            if self.batch is None or store.rows is None:
+                found[store.buffer] = self.by_matrix(x)
+                continue
+            axes = [d.size(self.run.sizes) for d in store.rows.axes]
+            whole = x.unflatten(0, [axes[j] for j in store.rows.order])
+            whole = whole.permute(*store.rows.inverse, len(axes))
+            lead, step = tuple(axes[:-1]), self.batch.stores[i]
+            found[store.buffer] = laid_out(whole, lead, self.batch.inner, step)
+            assert found[store.buffer].data_ptr() == x.data_ptr()
+        return found
 
     def by_matrix(self, x: Tensor) -> Tensor:
         """[rows, ...] of the kernel as [L, rows of a matrix, ...] if it has a batch."""

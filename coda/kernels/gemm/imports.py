@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from coda.kernels.gemm.batches import PLAIN, batches_of
+from coda.kernels.gemm.batches import PLAIN, Step, batches_of
 from coda.kernels.gemm.mainloop import Gemm
+from coda.kernels.gemm.operands import by_gemm
 from coda.kernels.gemm.weights import halves
+from coda.kernels.lines import safe
 from coda.lowering.program.program import Program
 
 OURS = {
@@ -25,7 +27,12 @@ def base_of(program: Program, kernel: Gemm) -> tuple[str, str]:
     batch = batches_of(program, kernel) if kernel.mainloop.batch else PLAIN
     if batch.plain:
         return "quack.epilogue.frontend", ""
+    stores = kernel.body.epilogue.stores
+    own = by_gemm(kernel.body.epilogue)
+    moved = [(s, p) for s, p in zip(stores, batch.stores, strict=True) if p is not Step.PLAIN]
+    names = {"D" if s is own else safe(s.buffer): p.name for s, p in moved}
     steps = f"inner={batch.inner}, a={batch.a.name!r}, b={batch.b.name!r},"
+    steps += f" stores={names!r}," if names else ""
     return "coda.kernels.gemm.batched", steps
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Contract, Node
 from coda.ir.types import f32
-from coda.kernels.gemm.batches import why_not
+from coda.kernels.gemm.batches import why_not, why_not_in
 from coda.kernels.gemm.configs import cta_rows, ranked
 from coda.kernels.gemm.mainloop import Contractions, Gemm, shown_problem, tiles
 from coda.kernels.gemm.weights import paired_rows, weight_matrix
@@ -75,6 +75,10 @@ def _contracted(run: Run, kernel: Gemm) -> Tensor:
     return evaluate([node], known, run.sizes, run.compute)[0]
 
 
+def _reorders(node: Contract, order: tuple[int, ...], sizes: Sizes) -> str:
+    return why_not_in(node, order, sizes)
+
+
 def _partials(program: Program, kernel: Gemm, sizes: Sizes) -> Partials:
     m, n, _ = kernel.mainloop.problem(sizes)
     config = tiles(kernel)
@@ -110,6 +114,7 @@ GEMM = Kind(
     reference=_reference,
     configs=ranked,
     partials=_partials,
+    reorders=_reorders,
     code=Code(_emit, _launch, _compile),
     tiled=True,
     scalars=f32,

@@ -31,9 +31,13 @@ class Halves:
     split: int
     groups: int
 
-    def __call__(self, a: Any, b: Any) -> tuple[Any, Any]:
+    def operands(self, a: Any, b: Any) -> tuple[Any, Any]:
         """(A, B) in the order in which the mainloop reads them."""
         return a, by_halves(b, self.split, self.groups)
+
+    def store(self, name: str, x: Any) -> Any:
+        """The matrix of a store, unchanged."""
+        return x
 
 
 def by_halves(b: Any, split: int, groups: int) -> Any:

@@ -1,4 +1,4 @@
-"""quack's epilogue modules for kernels that read A and B through other layouts than they have.
+"""quack's epilogue modules for kernels that access matrices through other layouts than they have.
 
 The tensors of a launch have the sizes of the GEMM's operands; while the kernel is traced, a change
 gives them their strides, before the tensor maps are made.
@@ -7,18 +7,28 @@ gives them their strides, before the tensor maps are made.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from quack.epilogue.frontend import EpiMod
+from quack.epilogue.ops import TileStore
 
-Change = Callable[[Any, Any], tuple[Any, Any]]  # (A, B) -> (A, B)
+
+class Change(Protocol):
+    """New layouts for the matrices of a GEMM; a frozen dataclass."""
+
+    def operands(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """A [M, K, L] and B [N, K, L] as the mainloop reads them."""
+        ...
+
+    def store(self, name: str, x: Any) -> Any:
+        """The matrix [M, N, L] of a store as the epilogue writes it; "D" is the GEMM's own."""
+        ...
 
 
 class Relaid(EpiMod):
-    """An epilogue module whose kernels read A [M, K, L] and B [N, K, L] as `change` lays them out.
+    """An epilogue module whose kernels access their matrices as `change` lays them out.
 
-    `change` is a frozen dataclass, and is part of the kernel's identity.
+    `change` is part of the kernel's identity.
     """
 
     def __init__(self, fn: Any, change: Change, **options: Any) -> None:
@@ -31,17 +41,23 @@ class Relaid(EpiMod):
     def _mint(self, *key: Any) -> Any:  # type: ignore[override]
         plain = super()._mint(*key)
         if plain not in self._derived:
-            members = {"change": staticmethod(self.change), "__module__": __name__}
+            members = {"change": self.change, "__module__": __name__}
             name = f"{plain.__name__}_{hashlib.sha256(repr(self.change).encode()).hexdigest()[:16]}"
             self._derived[plain] = type(name, (_Relaid, plain), members)
         return self._derived[plain]
 
 
 class _Relaid:
-    """A mixin of a GEMM class that changes the layouts of A and B."""
+    """A mixin of a GEMM class that changes the layouts of its matrices."""
 
     change: Change
 
     def rotate_batch_last(self, mA: Any, mB: Any, *rest: Any, **options: Any) -> Any:
-        a, b, *others = super().rotate_batch_last(mA, mB, *rest, **options)  # type: ignore[misc]
-        return *self.change(a, b), *others
+        a, b, d, c, arguments = super().rotate_batch_last(mA, mB, *rest, **options)  # type: ignore[misc]
+        d = None if d is None else self.change.store("D", d)
+        ops = (op.name for op in getattr(self, "_epi_ops", ()) if isinstance(op, TileStore))
+        found = {n: x for n in ops if (x := getattr(arguments, n, None)) is not None}
+        changed = {n: self.change.store(n, x) for n, x in found.items()}
+        if changed:
+            arguments = arguments._replace(**changed)
+        return *self.change.operands(a, b), d, c, arguments

@@ -19,14 +19,16 @@ from contextlib import contextmanager
 
 from coda.errors import InternalError
 from coda.ir.dims import ONE, product
-from coda.ir.graph import Node, Pick, Reduce, Size
+from coda.ir.graph import Cast, Map, Node, Permute, Pick, Reduce, Size
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
 from coda.lowering.algebra.roles import summand
+from coda.lowering.placement.columns import Space
 from coda.lowering.placement.draft import Draft, Drafts
 from coda.lowering.placement.layout import Layout
 from coda.lowering.placement.stores import Group, Picked, Reduced, Sink, Summed, grouped
 from coda.lowering.placement.values import Refused, Value
+from coda.lowering.program.epilogue import RowOrder
 
 
 class Admission(Drafts):
@@ -125,6 +127,40 @@ class Admission(Drafts):
         home.kept.add(node)
         return ""
 
+    def reorder(self, node: Node, draft: Draft) -> bool:
+        """Let a GEMM store a node with its rows in another order than the kernel has them in.
+
+        The node is a permutation of rows that nobody reads in the kernel's own order, or an
+        elementwise function of such a node and of numbers and vectors that are equal in all rows.
+        """
+        space = draft.space
+        found = self.permuted(node, draft) if isinstance(node, Permute) else _after(node, space)
+        if found is None:
+            return False
+        space.reordered[node] = found
+        try:
+            with space.attempt(lambda n: self.home.get(n) is draft):
+                self.check(draft, node)
+        except Refused:
+            del space.reordered[node]
+            return False
+        space.refused[node] = "its rows are stored in another order than the kernel has them in"
+        self.home[node] = draft
+        draft.homed.append(node)
+        draft.kept.add(node)
+        self.loadable.add(node)
+        return True
+
+    def permuted(self, node: Permute, draft: Draft) -> tuple[Node, RowOrder] | None:
+        """The value that a kernel has of which a node is a permutation of rows; None if none."""
+        source, (first, *_) = node.arg, draft.contracts
+        fits = source.shape == first.shape and node.order[-1] == node.rank - 1
+        fits = fits and self.home.get(source) is draft
+        alone = set(self.users[source]) == {node} and source not in self.loadable
+        if not (fits and alone) or draft.kind.reorders(first, node.order, self.known):
+            return None
+        return source, RowOrder(source.shape[:-1], node.order[:-1])
+
     def admits_sink(self, draft: Draft, node: Reduce | Pick, value: Value) -> bool:
         """Whether a kernel can have a reduction or a pick of a value as a sink."""
         try:
@@ -141,3 +177,22 @@ class Admission(Drafts):
         if why:
             raise Refused(why)
         self.loadable.add(node)
+
+
+def _after(node: Node, space: Space) -> tuple[Node, RowOrder] | None:
+    """An elementwise function of reordered nodes, as the same function of their sources."""
+    known = [space.reordered[o] for o in node.operands if o in space.reordered]
+    rest = [o for o in node.operands if o not in space.reordered]
+    if not known or any(product(o.shape[:-1]) != ONE for o in rest):
+        return None
+    order = known[0][1]
+    if any(other != order for _, other in known):
+        return None
+    args = tuple(space.reordered[o][0] if o in space.reordered else o for o in node.operands)
+    match node:
+        case Map(fn=fn):
+            return Map(fn, args), order
+        case Cast(to=to):
+            return Cast(args[0], to), order
+        case _:
+            return None

@@ -234,7 +234,8 @@ class _Build:
         found: dict[Node, None] = {}
 
         def visit(node: Node) -> None:
-            known = node in draft.space.values or node in draft.sinks
+            space = draft.space
+            known = node in space.values or node in space.reordered or node in draft.sinks
             if node in found or not known or self.partition.leaf(node, draft) is not None:
                 return
             if node not in draft.space.folds.values():

@@ -303,4 +303,4 @@ def _store(build: Layout, store: Store) -> StoreExpr:
     if space.whole_rows and not build.is_filled_by(value):
         value, span = space.widened(value), _span(space, value)
     lanes = build.lanes(value)
-    return StoreExpr(store.buffer, store.dtype, lanes, Tile(span))
+    return StoreExpr(store.buffer, store.dtype, lanes, Tile(span), store.rows)

@@ -144,6 +144,8 @@ class Partition(Materialisation):
     def absorb(self, node: Node, draft: Draft) -> str:
         """Place a node in a kernel; the reason if the kernel refuses, otherwise ""."""
         why, space = "", draft.space
+        if space.batched and self.reorder(node, draft):
+            return ""
         for segmented in (True, False) if draft.kind.whole_rows else (False,):
             space.segmented = segmented
             try:

@@ -36,7 +36,7 @@ from coda.lowering.placement.values import (
     first_column,
 )
 from coda.lowering.program.body import Ints, Spread
-from coda.lowering.program.epilogue import Expr, Literal, Load, leaves, stat_names
+from coda.lowering.program.epilogue import Expr, Literal, Load, RowOrder, leaves, stat_names
 
 Segment = tuple[int, int]  # columns of a kernel: (first, number)
 
@@ -87,6 +87,8 @@ class SpaceState:
         accumulators: contraction of this GEMM -> its first column.
         whole_rows: whether the kernel is row-wise, so that it can read its own row statistics.
         batched: whether its rows are those of the matrices of a batch, one matrix after another.
+        reordered: node that it stores with rows in another order -> the node that has the same
+            elements in the kernel's order, and that order.
         segmented: whether the parts of a concatenation are each loaded at their own columns.
         values, refused: node -> its value; node that must not be computed here -> the reason.
         exprs, index, sources: expressions by number, their numbers, and sources of row leaves.
@@ -109,6 +111,9 @@ class SpaceState:
     accumulators: Mapping[Node, int] = field(default_factory=dict[Node, int])
     whole_rows: bool = False
     batched: bool = False
+    reordered: dict[Node, tuple[Node, RowOrder]] = field(
+        default_factory=dict[Node, tuple[Node, RowOrder]]
+    )
     segmented: bool = True
     values: dict[Node, Value] = field(default_factory=dict[Node, Value])
     refused: dict[Node, str] = field(default_factory=dict[Node, str])
@@ -126,6 +131,10 @@ class SpaceState:
     segments: dict[Segment, None] = field(default_factory=dict[Segment, None])
     offsets: dict[str, int] = field(default_factory=dict[str, int])
     sunk: list[Value] = field(default_factory=list[Value])
+
+    def order_of(self, node: Node) -> RowOrder | None:
+        """The order of the rows of a stored node; None for the kernel's own."""
+        return self.reordered[node][1] if node in self.reordered else None
 
     def size(self, dim: Dim) -> int:
         """The size of a column axis. Raises Refused if it depends on the number of rows."""

@@ -17,17 +17,21 @@ from coda.ir.graph import Node, Pick, Reduce
 from coda.ir.types import DType
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.values import Value
-from coda.lowering.program.epilogue import Acc
+from coda.lowering.program.epilogue import Acc, RowOrder
 
 
 @dataclass(frozen=True)
 class Store:
-    """The values of some nodes, to be stored into one buffer, concatenated along the columns."""
+    """The values of some nodes, to be stored into one buffer, concatenated along the columns.
+
+    `rows` is the order of the buffer's rows; None for the kernel's own.
+    """
 
     buffer: str
     dtype: DType
     nodes: tuple[Node, ...]
     values: tuple[Value, ...]
+    rows: RowOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Group:
                 values.insert(0, space.at((first,), Acc(0), np.arange(first)))
             if rest < width:
                 values.append(space.at((width - rest,), Acc(0), np.arange(rest, width)))
-        return Store(buffer, dtype, tuple(self.nodes), tuple(values))
+        return Store(buffer, dtype, tuple(self.nodes), tuple(values), space.order_of(self.nodes[0]))
 
 
 def grouped(space: Space, stored: Sequence[Node], alone: Collection[Node]) -> list[Group]:
@@ -109,7 +113,10 @@ def grouped(space: Space, stored: Sequence[Node], alone: Collection[Node]) -> li
     Raises Refused for a node that the kernel cannot compute.
     """
     groups: list[Group] = []
-    values = {n: space.compute(n) for n in stored}
+    values = {
+        n: space.compute(space.reordered[n][0] if n in space.reordered else n) for n in stored
+    }
+    alone = {*alone, *space.reordered}
     starts = {n: -1 if space.whole_rows else v.accumulator_column for n, v in values.items()}
     for node in sorted(stored, key=lambda n: starts[n]):
         value, start = values[node], starts[node]

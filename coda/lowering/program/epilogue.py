@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from coda.ir.dims import Shape
 from coda.ir.monoids import PLAIN_SUM
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType
@@ -135,6 +136,24 @@ class Statistic:
 
 
 @dataclass(frozen=True)
+class RowOrder:
+    """The order in which a buffer has the rows of a kernel, as a permutation of the rows' axes.
+
+    Attributes:
+        axes: the axes of the kernel's rows, outer to inner.
+        order: for each axis of the buffer's rows, outer to inner, its number among `axes`.
+    """
+
+    axes: Shape
+    order: tuple[int, ...]
+
+    @property
+    def inverse(self) -> tuple[int, ...]:
+        """For each of `axes`, its number among the axes of the buffer's rows."""
+        return tuple(self.order.index(i) for i in range(len(self.order)))
+
+
+@dataclass(frozen=True)
 class StoreExpr:
     """A matrix that is written element by element.
 
@@ -145,12 +164,14 @@ class StoreExpr:
             (both columns of a pair).
         access: a Tile for [M, columns], whose span tells which of the kernel's columns it covers;
             a ColumnVector for [M, 1], in a row-wise kernel.
+        rows: the order of the buffer's rows; None for the kernel's own.
     """
 
     buffer: str
     dtype: DType
     lanes: tuple[Expr, ...]
     access: Tile | ColumnVector = Tile()  # noqa: RUF009, an immutable value
+    rows: RowOrder | None = None
 
     @property
     def span(self) -> Span | None:

@@ -183,6 +183,10 @@ def _no_configs(program: Program, kernel: Kernel[Any]) -> Sequence[Config]:
     return ()
 
 
+def _own_order(node: Contract, order: tuple[int, ...], sizes: Sizes) -> str:
+    return "its kernels store their rows in their own order"
+
+
 def _one_partial(program: Program, kernel: Kernel[Any], sizes: Sizes) -> Partials:
     return Partials()
 
@@ -211,6 +215,8 @@ class Kind:
         reference: (run, kernel): compute it in torch; `run` is a `kernels.protocol.Run`.
         configs: (program, kernel) -> the configs that fit, the best by the kind's model first.
         partials: (program, kernel, sizes) -> the number of partials of its sinks.
+        reorders: (contraction, order of its axes, sizes that are compiled in) -> the reason why a
+            kernel cannot store the contraction with its axes in this order; "" if it can.
         code: emission, compilation and launch; None if every backend runs the reference.
     """
 
@@ -222,6 +228,7 @@ class Kind:
     reference: Callable[[Any, Kernel[Any]], None]
     configs: Callable[[Program, Kernel[Any]], Sequence[Config]] = _no_configs
     partials: Callable[[Program, Kernel[Any], Sizes], Partials] = _one_partial
+    reorders: Callable[[Contract, tuple[int, ...], Sizes], str] = _own_order
     code: Code | None = None
     tiled: bool = False
     whole_rows: bool = False

@@ -117,7 +117,7 @@ def _matrix(
     if node is None or operand.name in kernel.body.spread:
         return ""
     lanes = kernel.body.epilogue.lanes
-    same = isinstance(operand.access, Tile) and operand.access == store.access
+    same = isinstance(operand.access, Tile) and operand.access == store.access and not store.rows
     if not same or (operand.dtype, lanes) != (store.dtype, len(store.lanes)):
         return ""
     while isinstance(node, Reshape):

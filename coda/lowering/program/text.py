@@ -122,7 +122,10 @@ def _body(program: Program, kernel: Kernel[Any]) -> list[str]:
         shape = show_shape(buffer.shape)
         old = program.overwrites.get(store.buffer)
         over = f" over {old}" if old else ""
-        lines.append(f"    store {store.buffer} {shape} {store.dtype} = {values}{apart}{over}")
+        rows = f" rows {store.rows.order}" if store.rows else ""
+        lines.append(
+            f"    store {store.buffer} {shape} {store.dtype} = {values}{apart}{rows}{over}"
+        )
     for sink in epilogue.sinks:
         values = ", ".join(_name(e, names) for e in sink.lanes)
         at = f" at {sink.index}" if isinstance(sink, PickColumn) else ""
