@@ -38,6 +38,11 @@ def page():
             for c, efficiency in t.configs
         ]
         out.append(f"| {t.name} | {', '.join(tiles)} |\n")
+    out.append("\nSpeed of a mainloop by its stages of A and B, as a fraction of its best:\n\n")
+    out.append("| GPU | stages: speed |\n|---|---|\n")
+    for t in TARGETS:
+        speeds = ", ".join(f"{n}: {speed:g}" for n, speed in t.pipeline)
+        out.append(f"| {t.name} | {speeds} |\n")
     out.append("\n## Sources\n\n| GPU | figure | from |\n|---|---|---|\n")
     out += [f"| {t.name} | {figure} | {text} |\n" for t in TARGETS for figure, text in t.sources]
     return "".join(out)

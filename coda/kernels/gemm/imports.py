@@ -26,7 +26,7 @@ def base_of(program: Program, kernel: Gemm) -> tuple[str, str]:
         return "coda.kernels.gemm.paired_rows", f"split={split}, groups={groups},"
     batch = batches_of(program, kernel) if kernel.mainloop.batch else PLAIN
     if batch.plain:
-        return "quack.epilogue.frontend", ""
+        return "coda.kernels.gemm.relaid", ""
     stores = kernel.body.epilogue.stores
     own = by_gemm(kernel.body.epilogue)
     moved = [(s, p) for s, p in zip(stores, batch.stores, strict=True) if p is not Step.PLAIN]

@@ -76,6 +76,8 @@ class Gemm:
         self, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any], launch: bool
     ) -> Any:
         check_alignment({"A": a, "B": b, "D": d, **arguments})
+        from coda.kernels.gemm.staged import depths
+
         config = self.config
         return self.module.KERNEL.gemm(
             a,
@@ -87,6 +89,7 @@ class Gemm:
             cluster_M=config.cluster[0],
             cluster_N=config.cluster[1],
             pingpong=config.pingpong,
+            post_init_attrs=depths(config.loads, config.stores),
             _launch=launch,
         )
 

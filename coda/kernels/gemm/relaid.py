@@ -1,16 +1,20 @@
 """quack's epilogue modules for kernels that access matrices through other layouts than they have.
 
 The tensors of a launch have the sizes of the GEMM's operands; while the kernel is traced, a change
-gives them their strides, before the tensor maps are made.
+gives them their strides, before the tensor maps are made. quack makes a class for each epilogue;
+each is derived here once more, with a mixin for that and one for the stages of pipelines.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from quack.epilogue.frontend import EpiMod
 from quack.epilogue.ops import TileStore
+
+from coda.kernels.gemm.staged import Staged
 
 
 class Change(Protocol):
@@ -25,25 +29,32 @@ class Change(Protocol):
         ...
 
 
+def gemm_epilogue(**options: Any) -> Callable[[Any], EpiMod]:
+    """As quack's, for operands that are read as they are."""
+    return lambda fn: Relaid(fn, None, **options)
+
+
 class Relaid(EpiMod):
     """An epilogue module whose kernels access their matrices as `change` lays them out.
 
-    `change` is part of the kernel's identity.
+    `change` is part of the kernel's identity; None changes nothing.
     """
 
-    def __init__(self, fn: Any, change: Change, **options: Any) -> None:
+    def __init__(self, fn: Any, change: Change | None, **options: Any) -> None:
         super().__init__(fn, **options)
         self.change = change
         self.semantic_key = (*self.semantic_key, repr(change))
         self.semantic_digest = hashlib.sha256(repr(self.semantic_key).encode()).hexdigest()
+        self._ident = f"{fn.__name__}_{self.semantic_digest[:16]}"
         self._derived: dict[type, type] = {}
 
     def _mint(self, *key: Any) -> Any:  # type: ignore[override]
         plain = super()._mint(*key)
         if plain not in self._derived:
-            members = {"change": self.change, "__module__": __name__}
+            members: dict[str, Any] = {"change": self.change, "__module__": __name__}
             name = f"{plain.__name__}_{hashlib.sha256(repr(self.change).encode()).hexdigest()[:16]}"
-            self._derived[plain] = type(name, (_Relaid, plain), members)
+            mixins = (Staged,) if self.change is None else (_Relaid, Staged)
+            self._derived[plain] = type(name, (*mixins, plain), members)
         return self._derived[plain]
 
 

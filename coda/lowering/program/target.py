@@ -19,13 +19,17 @@ from coda.ir.types import DType
 class Config:
     """A GEMM config: CTA tiles of `tile_m` × `tile_n` elements, clusters of (m, n) CTAs.
 
-    With `pingpong`, two consumer warpgroups of a CTA alternate between tiles (sm_90a).
+    With `pingpong`, two consumer warpgroups of a CTA alternate between tiles (sm_90a). `loads` and
+    `stores` are the least pipeline stages of an epilogue's loaded and stored subtiles, 0 for the
+    kernel library's own: what they leave of shared memory are stages of A and B.
     """
 
     tile_m: int
     tile_n: int
     cluster: tuple[int, int] = (1, 1)
     pingpong: bool = False
+    loads: int = 0
+    stores: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Target:
         launch: least time of a launch, seconds.
         configs: (config, efficiency) of its GEMMs, from the largest tile to the smallest. The
             efficiency is the mainloop's speed as a fraction of the best config's.
+        pipeline: (stages, speed): the mainloop's speed with so many stages of A and B, as a
+            fraction of its best, by increasing stages; between two entries, the lower one's.
         cta_pairs: whether two CTAs of a cluster can share one tile of a GEMM.
         tensor_memory: whether accumulators are in tensor memory, from which an epilogue's thread
             loads 32 columns at once.
@@ -62,6 +68,7 @@ class Target:
     bandwidth: float
     launch: float
     configs: tuple[tuple[Config, float], ...]
+    pipeline: tuple[tuple[int, float], ...]
     cta_pairs: bool
     tensor_memory: bool
     sources: tuple[tuple[str, str], ...] = field(repr=False)
@@ -72,6 +79,11 @@ class Target:
         Torch computes contractions of dtypes wider than 16 bits; they are costed as 16-bit ones.
         """
         return dict(self.peaks)[8 if dtype.size == 1 else 16]
+
+    def speed(self, stages: int) -> float:
+        """The mainloop's speed with so many stages of A and B, as a fraction of its best."""
+        found = (speed for least, speed in reversed(self.pipeline) if stages >= least)
+        return next(found, self.pipeline[0][1])
 
 
 # (config, efficiency). Configs that spill registers with heavy epilogues are left out, among them
@@ -89,10 +101,15 @@ BLACKWELL_CONFIGS = (
     (Config(128, 64, (1, 1)), 0.5),
 )
 
+PIPELINE = ((2, 0.635), (3, 1.0))
+
 HOPPER_TUNING = "NVIDIA Hopper tuning guide: 227 KB a block, 64 K registers a multiprocessor"
 BLACKWELL_TUNING = "NVIDIA Blackwell tuning guide: 227 KB a block, 64 K registers a multiprocessor"
 MODEL = "coda's own model: ranks by tile, not measured on this GPU"
 LAUNCH = "assumed; folds of a few KB took 2.4 to 3.3 µs each on an H200 (measured by coda, 2026)"
+MEASURED = (
+    "measured by coda on an H200: seven kernels of a Llama-3-8B layer, 128×256, 2 to 4 stages"
+)
 
 HOPPER_H100 = Target(
     name="H100 SXM",
@@ -106,6 +123,7 @@ HOPPER_H100 = Target(
     bandwidth=3.35e12,
     launch=2e-6,
     configs=HOPPER_CONFIGS,
+    pipeline=PIPELINE,
     cta_pairs=False,
     tensor_memory=False,
     sources=(
@@ -117,6 +135,7 @@ HOPPER_H100 = Target(
         ("bandwidth", "NVIDIA H100 data sheet"),
         ("launch", LAUNCH),
         ("configs", MODEL),
+        ("pipeline", f"{MEASURED}; not on this GPU"),
     ),
 )
 HOPPER_H200 = replace(
@@ -137,6 +156,7 @@ HOPPER_H200 = replace(
         ("bandwidth", "NVIDIA H200 data sheet; measured by coda: 4.24 TB/s (a copy)"),
         ("launch", LAUNCH),
         ("configs", "coda's own model; quack's bare GEMM on an H200 ranks the large tiles alike"),
+        ("pipeline", MEASURED),
     ),
 )
 BLACKWELL_B200 = Target(
@@ -151,6 +171,7 @@ BLACKWELL_B200 = Target(
     bandwidth=8e12,
     launch=2e-6,
     configs=BLACKWELL_CONFIGS,
+    pipeline=PIPELINE,
     cta_pairs=True,
     tensor_memory=True,
     sources=(
@@ -162,6 +183,7 @@ BLACKWELL_B200 = Target(
         ("bandwidth", "NVIDIA DGX B200 data sheet, an eighth of the system"),
         ("launch", LAUNCH),
         ("configs", MODEL),
+        ("pipeline", f"{MEASURED}; not on this GPU"),
     ),
 )
 BLACKWELL_B300 = replace(
@@ -178,6 +200,7 @@ BLACKWELL_B300 = replace(
         ("bandwidth", "NVIDIA HGX B300 data sheet"),
         ("launch", LAUNCH),
         ("configs", "as the B200's: not measured on this GPU"),
+        ("pipeline", f"{MEASURED}; not on this GPU"),
     ),
 )
 
