@@ -116,6 +116,7 @@ class Explanation:
         }
         if kernel.config is not None:
             found["config"] = show_config(kernel.config)
+            found["pipeline"] = kernel.kind.explain(program, kernel).pipeline
         if kernel.kind.fuses:
             epilogue = kernel.body.epilogue
             found["operands"] = [f"{o.name} {o.access.word} {o.dtype}" for o in epilogue.operands]
@@ -196,7 +197,8 @@ class Explanation:
         moved = traffic(program, kernel)
         time, bound = kernel_seconds(program, kernel)
         flops = tensor_flops(program, kernel) + scalar_flops(program, kernel)
-        what = kernel.kind.explain(program, kernel).what
+        account = kernel.kind.explain(program, kernel)
+        what = account.what + (f"\nstages {account.pipeline}" if account.pipeline else "")
         loads: Iterable[str] = [t for t, _ in moved.reads]
         if kernel.kind.fuses:
             loads = [f"{o.name} ({o.access.word})" for o in kernel.body.epilogue.operands]

@@ -9,6 +9,8 @@ import torch
 
 from coda.ir.evaluate import evaluate
 from coda.kernels.gemm.kind import GEMM
+from coda.kernels.gemm.mainloop import gemms as gemms_of
+from coda.kernels.gemm.stages import stages
 from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.algebra.accumulate import accumulating, siblings
 from coda.lowering.algebra.training import derive
@@ -56,7 +58,7 @@ def example(request):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_launches_and_bytes(example, arch):
+def test_launches_and_bytes(example, arch, request):
     block, dims, _, launches, gemms, megabytes, frozen = example
     for constant, limit in ((False, megabytes), (True, frozen)):
         program = block.lower(arch, dims, frozen=constant)
@@ -64,6 +66,25 @@ def test_launches_and_bytes(example, arch):
         assert sum(k.kind is GEMM for k in program.kernels) <= gemms
         assert not any(k.kind is TORCH for k in program.kernels)
         assert hbm_bytes(program) <= limit * 1e6
+        if not constant:
+            hold_stages(request.node.callspec.params["example"], "inference", program)
+
+
+STAGES = runpy.run_path(str(ROOT.parent / "benchmarks/stages.py"))
+
+
+def hold_stages(name, part, program):
+    """Every GEMM has three stages of A and B, and the page of the stages has its row."""
+    for kernel in gemms_of(program):
+        assert stages(program, kernel, kernel.config).ab >= 3, kernel.name
+    assert STAGES["rows"](name, part, program) in STAGES["PAGE"].read_text()
+
+
+@pytest.mark.slow
+def test_the_page_of_the_stages(request):
+    if request.config.getoption("--update-golden"):
+        STAGES["PAGE"].write_text(STAGES["head"]() + STAGES["tables"]())
+    assert STAGES["PAGE"].read_text() == STAGES["head"]() + STAGES["tables"]()
 
 
 def test_no_further_from_float64_than_torch(example):
@@ -141,6 +162,8 @@ def test_launches_and_bytes_of_the_backward(name, arch):
     assert sum(k.kind is GEMM for k in program.kernels) <= gemms
     assert hbm_bytes(program) <= megabytes * 1e6
     assert not any(k.kind is TORCH for k in (*forward.kernels, *program.kernels))
+    hold_stages(name, "forward", forward)
+    hold_stages(name, "backward", program)
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow)])

@@ -93,9 +93,11 @@ def test_an_illegal_config_says_why():
 
     path = Path(__file__).parents[2] / "examples/qwen3_layer.py"
     module = runpy.run_path(str(path))
-    kernel = list(gemms(module["layer"].lower("sm_90a", module["DIMS"])))[-1]
-    assert legal(kernel.config, kernel) == ""
-    assert "group of 128 columns" in legal(Config(128, 192), kernel)
+    program = module["layer"].lower("sm_90a", module["DIMS"])
+    kernel = list(gemms(program))[-1]
+    assert legal(program, kernel, kernel.config) == ""
+    assert "group of 128 columns" in legal(program, kernel, Config(128, 192))
+    assert "room for 1 stages" in legal(program, kernel, Config(256, 256, loads=9, stores=4))
 
 
 def test_what_is_not_compiled_is_refused_by_name():

@@ -1,26 +1,42 @@
 """A GEMM of a Program -> its legal tile configs, ranked by estimated time.
 
-The estimate is the number of waves of tiles over the multiprocessors, times the area of a tile,
-divided by the config's relative efficiency.
+A config has a tile, and depths of its epilogue's pipelines that leave enough stages to A and B
+(`stages.py`). The estimate is that of a mainloop, wave by wave of tiles over the multiprocessors:
+
+    seconds = waves · (FLOPs of a CTA's tile / (peak of a multiprocessor · efficiency of the tile
+              · speed by A/B stages) + exposed round trips of the epilogue)
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from coda.kernels.gemm.mainloop import Gemm
+from coda.kernels.gemm.stages import Stages, cta_rows, divided, need, stages
 from coda.lowering.program.access import Periodic
 from coda.lowering.program.epilogue import held
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Config, Target
 
+RUNS = 2  # A/B stages without which a mainloop waits for itself
+ENOUGH = 3  # A/B stages at which a mainloop is as fast as it gets, within 1 %
+AMPLE = 4  # A/B stages after which the epilogue gives up nothing more
+# Depths (loads, stores) that are tried where quack's own leave too few stages to A and B, from the
+# cheapest. With one stage of stores the next subtile waits until the copy to memory has read the
+# last; with one stage of loads each subtile waits for memory.
+SHALLOW = ((2, 2), (2, 1), (1, 2), (1, 1))
+# Values of an epilogue that registers hold at each point of a CTA's tile above 128×128, by whether
+# the accumulator is in tensor memory: ptxas 13 spills in kernels of the examples that hold more.
+HELD = {False: 8, True: 5}
+ROUND_TRIP = 0.6e-6  # seconds that a subtile waits if a pipeline has one stage (assumed)
 
-def cta_rows(config: Config, target: Target) -> int:
-    """The rows of a tile that one CTA computes: half of them if a CTA pair shares the tile."""
-    shared = target.cta_pairs and config.cluster[0] % 2 == 0 and config.tile_m in (128, 256)
-    return config.tile_m // 2 if shared else config.tile_m
 
-
-def legal(config: Config, kernel: Gemm) -> str:
+def legal(program: Program, kernel: Gemm, config: Config) -> str:
     """The reason why a config is illegal for a kernel; "" if it is legal."""
+    return _legal(program.target, kernel, config, stages(program, kernel, config))
+
+
+def _legal(target: Target, kernel: Gemm, config: Config, pipeline: Stages) -> str:
     epilogue = kernel.body.epilogue
     for statistic in epilogue.statistics:
         if statistic.group and config.tile_n % statistic.group:
@@ -31,30 +47,69 @@ def legal(config: Config, kernel: Gemm) -> str:
         columns = operand.access.period * epilogue.lanes
         if config.tile_n % columns and columns % config.tile_n:
             return f"a table of {columns} columns does not fit its tile"
-    tiles = len(epilogue.tiles) + len(epilogue.stores)
-    if tiles > 5 and config.tile_m * config.tile_n > 128 * 128:
-        return f"shared memory does not hold {tiles} tiles of the epilogue"
-    values = held(epilogue)
-    if values > 5 and config.tile_m * config.tile_n > 256 * 128:
+    if pipeline.ab < RUNS:
+        return f"shared memory has room for {max(pipeline.ab, 0)} stages of A and B"
+    values, most = held(epilogue), HELD[target.tensor_memory]
+    if values > most and cta_rows(config, target) * config.tile_n > 128 * 128:
         return f"registers do not hold {values} values of the epilogue for each point"
     return ""
 
 
+@dataclass(frozen=True)
+class Offer:
+    """A config of a kernel with its depths, its stages, and the estimated seconds."""
+
+    config: Config
+    pipeline: Stages
+    seconds: float
+
+
 def ranked(program: Program, kernel: Gemm) -> tuple[Config, ...]:
-    """The legal configs by increasing estimated time; the smallest config if none is legal."""
-    m, n, _ = kernel.mainloop.problem(program.sizes)
+    """The legal configs by increasing estimated time; the smallest config if none is legal.
+
+    One with fewer than `ENOUGH` A/B stages is legal only if all are.
+    """
+    every = [offer(program, kernel, c, e) for c, e in program.target.configs]
+    found = [o for o in every if not _legal(program.target, kernel, o.config, o.pipeline)]
+    if not found:
+        return (every[-1].config,)
+    found = [o for o in found if o.pipeline.ab >= ENOUGH] or found
+    return tuple(o.config for o in sorted(found, key=lambda o: o.seconds))
+
+
+def offer(program: Program, kernel: Gemm, config: Config, efficiency: float) -> Offer:
+    """A config with the depths of its epilogue's pipelines, no deeper than they pay, and its time.
+
+    The depths are quack's own, unless two stages buy one of A and B up to `AMPLE`; a single stage
+    only where nothing else leaves `ENOUGH`. `efficiency` is the tile's, as in `Target.configs`.
+    """
+    needed, target = need(program, kernel, config), program.target
+    chosen, pipeline = config, divided(needed, config, target)
+    for loads, stores in SHALLOW:
+        if pipeline.ab >= (AMPLE if min(loads, stores) > 1 else ENOUGH):
+            break
+        other = replace(config, loads=loads, stores=stores)
+        found = divided(needed, other, target)
+        if found.ab > pipeline.ab:
+            chosen, pipeline = other, found
+    mainloop = _mainloop(program, kernel, chosen) / (efficiency * target.speed(pipeline.ab))
+    hidden = target.tensor_memory  # behind the mainloop of the next tile
+    waits = 0 if hidden else (chosen.loads, chosen.stores).count(1)
+    tile = mainloop + waits * needed.subtiles * ROUND_TRIP
+    return Offer(chosen, pipeline, _waves(program, kernel, chosen) * tile)
+
+
+def _mainloop(program: Program, kernel: Gemm, config: Config) -> float:
+    """Seconds of the mainloop of one tile at the peak of a multiprocessor."""
+    target, (_, _, k) = program.target, kernel.mainloop.problem(program.sizes)
+    rate = target.peak(kernel.mainloop.a.dtype) / target.multiprocessors
+    return 2 * cta_rows(config, target) * config.tile_n * max(k, 1) / rate
+
+
+def _waves(program: Program, kernel: Gemm, config: Config) -> int:
+    """How many tiles the multiprocessors compute one after the other."""
+    target, (m, n, _) = program.target, kernel.mainloop.problem(program.sizes)
     matrices = kernel.mainloop.matrices(program.sizes)
-    target = program.target
-    legal_ones = [(c, e) for c, e in target.configs if not legal(c, kernel)]
-    if not legal_ones:
-        return (target.configs[-1][0],)
-
-    def time(item: tuple[Config, float]) -> float:
-        config, efficiency = item
-        rows, columns = config.tile_m, config.tile_n
-        two_cta = target.cta_pairs and config.tile_m == 256
-        tiles = max(1, matrices * -(-m // rows)) * -(-n // columns)
-        slots = target.multiprocessors // (2 if two_cta else 1)
-        return -(-tiles // slots) * rows * columns / efficiency / (2 if two_cta else 1)
-
-    return tuple(config for config, _ in sorted(legal_ones, key=time))
+    tiles = max(1, matrices * -(-m // config.tile_m)) * -(-n // config.tile_n)
+    ctas = config.tile_m // cta_rows(config, target)
+    return -(-tiles // (target.multiprocessors // ctas))

@@ -10,8 +10,9 @@ from coda.ir.evaluate import evaluate
 from coda.ir.graph import Contract, Node
 from coda.ir.types import f32
 from coda.kernels.gemm.batches import why_not, why_not_in
-from coda.kernels.gemm.configs import cta_rows, ranked
+from coda.kernels.gemm.configs import ranked
 from coda.kernels.gemm.mainloop import Contractions, Gemm, shown_problem, tiles
+from coda.kernels.gemm.stages import cta_rows, stages
 from coda.kernels.gemm.weights import paired_rows, weight_matrix
 from coda.kernels.protocol import LaunchRun, Run
 from coda.kernels.tensors import matrix
@@ -49,11 +50,11 @@ def _flops(kernel: Gemm, sizes: Sizes) -> Flops:
 def _explain(program: Program, kernel: Gemm) -> Account:
     weights = " | ".join(label(c.rhs, program) for c in kernel.mainloop.contracts)
     multiplied = f"{label(kernel.mainloop.a, program)} @ [{weights}].T"
-    problem = shown_problem(program, kernel)
-    config = [show_config(kernel.config)] if kernel.config else []  # chosen after placement
-    return Account(
-        " ".join(["gemm", multiplied, problem, *config]), ", ".join([multiplied, *config])
-    )
+    head = f"gemm {multiplied} {shown_problem(program, kernel)}"
+    if kernel.config is None:  # it is chosen after placement
+        return Account(head, multiplied)
+    config, pipeline = show_config(kernel.config), str(stages(program, kernel, kernel.config))
+    return Account(f"{head} {config}", f"{multiplied}, {config}", pipeline=pipeline)
 
 
 def _reference(run: Run, kernel: Gemm) -> None:

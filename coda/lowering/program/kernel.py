@@ -156,11 +156,13 @@ class Account:
         head: its first line in the text of a Program, after its name.
         what: its entry in the table of `explain`.
         why: the reason that it is a separate kernel; "" if it follows from its mainloop.
+        pipeline: the stages of its pipelines in shared memory; "" if it has none.
     """
 
     head: str
     what: str
     why: str = ""
+    pipeline: str = ""
 
 
 @dataclass(frozen=True)
