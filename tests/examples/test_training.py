@@ -30,14 +30,14 @@ def curves(example, steps, bf16):
 LONG = pytest.mark.slow
 
 
-@pytest.mark.parametrize("steps", [30, pytest.param(200, marks=LONG)])
+@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=LONG)])
 def test_losses_in_float32(example, steps):
     mine, theirs = curves(example, steps, False)
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
-    assert theirs[-1] < theirs[0] / (2 if steps == 30 else 5)
+    assert theirs[-1] < theirs[0] / (1.5 if steps == 20 else 5)
 
 
-@pytest.mark.parametrize("steps", [30, pytest.param(200, marks=LONG)])
+@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=LONG)])
 def test_losses_in_bf16(example, steps):
     """Means of ten steps: single ones differ by the noise of bf16, as do two runs of torch's."""
     mine, theirs = (c.reshape(-1, 10).mean(1) for c in curves(example, steps, True))

@@ -67,7 +67,8 @@ def features(F):
 
 # The number is that of the tile in the arch's table: clusters, two CTAs that share a tile, and one.
 CASES = [
-    (*heads(5, 2, 64), 0),
+    (*heads(3, 1, 64), 0),
+    pytest.param(*heads(5, 2, 64), 0, marks=pytest.mark.slow),
     pytest.param(*features(424), 1, marks=pytest.mark.slow),
     *(
         pytest.param(*case, tile, marks=pytest.mark.slow)
