@@ -274,10 +274,7 @@ class Block:
         if not plain and any_sharded(tensors):
             graph = block_of(handle).graph_for(tensors)
             found = call_sharded(
-                graph,
-                tensors,
-                dict(dims or {}),
-                lambda t, d: self._run(t, d, options),
+                graph, tensors, dict(dims or {}), lambda t, d: self._run(t, d, options)
             )
         else:
             found = self._run(list(tensors), dims, options)

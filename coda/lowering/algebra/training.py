@@ -233,8 +233,7 @@ def _choose(
         return all(d == ONE or d.symbols & tokens for d in node.shape)
 
     statistics = [n for n in forward if isinstance(n, Reduce)]
-    kept: set[Node] = {n for n in statistics if n not in chosen and of_rows(n)}
-    kept |= exact
+    kept: set[Node] = exact | {n for n in statistics if n not in chosen and of_rows(n)}
     if memory != "min":
         kept |= {n for n in forward if isinstance(n, Contract)}
     lies = set(merged.roots)
