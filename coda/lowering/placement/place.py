@@ -205,8 +205,8 @@ class Partition(Materialisation):
 
         Otherwise the epilogue of the GEMM that reads the factor would recompute it from the sums.
         """
-        narrow = operand.rank and operand.shape[-1] == ONE and draft.kind.tiled
-        if operand in self.home or not narrow or isinstance(operand, Reduce):
+        factor = operand.rank and product(operand.shape) == draft.rows and draft.kind.tiled
+        if operand in self.home or not factor or isinstance(operand, Reduce):
             return
         above = [n for n in walk([operand], until=Reduce) if n not in self.weights]
         sums = [n for n in above if isinstance(n, Reduce)]
