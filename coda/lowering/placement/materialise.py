@@ -11,6 +11,7 @@ alone is placed here, in a kernel that loads the arguments anyway or in a row-wi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 from coda.ir.dims import product
 from coda.ir.graph import (
@@ -19,6 +20,7 @@ from coda.ir.graph import (
     Contract,
     Input,
     Node,
+    Size,
     walk,
 )
 from coda.lowering.algebra.roles import (
@@ -108,32 +110,44 @@ class Materialisation(Admission, ABC):
         if why:
             self.move(node, why)
 
-    def provide(self, node: Node) -> bool:
+    def provide(self, node: Node) -> list[Node]:
         """Let later kernels load a node's operands or, if one is refused, its operands in turn.
 
         Returns:
-            Whether a producer refused to store an operand.
+            The operands that a producer refused to store.
         """
-        stack, seen, refused = list(node.operands), set[Node](), False
+        stack, seen, refused = list(node.operands), set[Node](), list[Node]()
         while stack:
             under = self.storage(stack.pop())
             if under in seen or under in self.loadable or under not in self.home:
                 continue
             seen.add(under)
             if self.commit(under):
-                refused = True
+                refused.append(under)
                 stack.extend(under.operands)
             else:
                 self.loadable.add(under)
         return refused
 
-    def keep_operands(self, node: Node) -> bool:
-        """Let later kernels load all operands of a node; whether one was not loadable before."""
+    def keep_operands(self, node: Node) -> list[Node]:
+        """Let later kernels load all operands of a node; those that were not loadable before."""
         under = dict.fromkeys(self.storage(o) for o in node.operands if o in self.home)
         missing = [n for n in under if n not in self.loadable]
         for one in missing:
             self.keep(one)
-        return bool(missing)
+        return missing
+
+    def take_back(self, kept: Iterable[Node], draft: Draft) -> None:
+        """Do not let later kernels load what was kept for a node that is now in the same kernel.
+
+        They recompute it from what this kernel loads, unless one loads it already.
+        """
+        for node in kept:
+            later = (d for d in self.drafts if d.order > draft.order)
+            if self.home.get(node) is draft and not any(node in d.space.values for d in later):
+                self.loadable.discard(node)
+                draft.kept.discard(node)
+                draft.layout = None
 
     def move(self, node: Node, why: str) -> None:
         """Place a node again that its producer can compute but not store, for the reason `why`.
@@ -193,9 +207,11 @@ class Materialisation(Admission, ABC):
         return False
 
     def hosted(self, node: Node) -> bool:
-        """Place a node of arguments alone in a kernel that loads them anyway; False if refused."""
-        hosts = self.hosts(node)
-        for draft in sorted(hosts, key=lambda d: not d.kind.tiled):
-            if not self.absorb(node, draft):
-                return True
-        return False
+        """Place a node of arguments alone in a kernel that loads them anyway; False if refused.
+
+        The first to be asked is the kernel that computes all of its operands, if there is one.
+        """
+        homes = {self.home.get(o) for o in node.operands if not isinstance(o, Const | Size)}
+        own = [d for d in homes if d is not None and d.kind.fuses and len(homes) == 1]
+        hosts = sorted(self.hosts(node), key=lambda d: not d.kind.tiled)
+        return any(not self.absorb(node, draft) for draft in dict.fromkeys(own + hosts))

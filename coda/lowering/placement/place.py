@@ -348,7 +348,7 @@ class Partition(Materialisation):
 
     def in_rows(self, node: Node, index: int) -> None:
         """Place a node in a row-wise kernel after the GEMM `index`, or in a kernel of its own."""
-        why = "no kernel computes it"
+        why, kept = "no kernel computes it", list[Node]()
         for one in self.waiting_folds(node):
             if one not in self.home:  # placed with another
                 self.in_rows(one, index)
@@ -365,15 +365,18 @@ class Partition(Materialisation):
                     tried.add((draft, segment))
                     why = self.absorb_wide(node, draft, width, segment)
                     if not why:
+                        self.take_back(kept, draft)
                         return
                 draft = self.open(self.rowwise, index, self.space(width, rows))
                 why = self.absorb(node, draft)
                 if not why:
+                    self.take_back(kept, draft)
                     return
                 dropped = self.drop(draft)
-                given = dropped and give is not None and give(node)
+                given = give(node) if dropped and give is not None else []
                 if not given and give != self.provide:
                     break
+                kept += given
                 homes = [self.home.get(self.storage(o)) for o in node.operands]
                 index = max([index, *(h.order[0] for h in homes if h is not None)])
         self.by_itself(node, index, why)
