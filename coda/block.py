@@ -128,6 +128,7 @@ class Block:
         arch: str | None = None,
         dims: Mapping[str, int] | None = None,
         dtype: DType = bf16,
+        *,
         frozen: bool = False,
     ) -> Program:
         """The Program for these sizes.
@@ -147,13 +148,14 @@ class Block:
         target, graph = choose_target(arch or ""), self.graph_of(dtype)
         key = (graph, target, frozen, "lower", tuple(sorted((dims or {}).items())))
         if key not in self._programs:
-            self._programs[key] = lower(graph, dims or {}, target, frozen, stages=stages())
+            self._programs[key] = lower(graph, dims or {}, target, frozen=frozen, stages=stages())
         return self._programs[key]
 
     def explain(
         self,
         arch: str | None = None,
         dtype: DType = bf16,
+        *,
         frozen: bool = False,
         **dims: int,
     ) -> Explanation:
@@ -164,7 +166,7 @@ class Block:
         """
         from coda.lowering.explain import Explanation
 
-        return Explanation(self.lower(arch, dims, dtype, frozen))
+        return Explanation(self.lower(arch, dims, dtype, frozen=frozen))
 
     def explain_training(
         self,
@@ -219,11 +221,12 @@ class Block:
         self,
         arch: str | None = None,
         dtype: DType = bf16,
+        *,
         frozen: bool = False,
         **dims: int,
     ) -> str:
         """The generated CuTe DSL code. Arguments as in `lower`."""
-        return self.lower(arch, dims, dtype, frozen).source()
+        return self.lower(arch, dims, dtype, frozen=frozen).source()
 
     def __call__(
         self,
@@ -312,6 +315,7 @@ class Block:
         self,
         graph: Graph,
         target: Target,
+        *,
         frozen: bool,
         sizes: Mapping[str, int],
         terms: Terms = NO_TERMS,
@@ -332,7 +336,7 @@ class Block:
             if key in self._programs:
                 return self._programs[key]
         known = {s: sizes[s] for s in graph.symbols}
-        program = lower(graph, known, target, frozen, terms, stages=stages())
+        program = lower(graph, known, target, frozen=frozen, terms=terms, stages=stages())
         self._fixed[variant] = fixed = tuple(sorted(program.fixed))
         self._programs[(*variant, tuple((s, sizes[s]) for s in fixed))] = program
         return program

@@ -245,7 +245,7 @@ def check_memory(block: Block, dtype: DType, sizes: Mapping[str, int]) -> None:
 # options
 
 
-def check_training(backward: bool, memory: str, wanted: str, frozen: bool = False) -> None:
+def check_training(memory: str, wanted: str, *, backward: bool, frozen: bool = False) -> None:
     """Raise CodaError for options that contradict each other."""
     if (memory or wanted) and not backward:
         raise CodaError("--memory and --wanted belong to --backward", found=memory or wanted)

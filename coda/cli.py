@@ -95,6 +95,7 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    *,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print it")
     ] = False,
@@ -111,6 +112,7 @@ def _block(target: str, dtype: str) -> Block:
 @told
 def explain(
     target: BlockOrModel,
+    *,
     dims: Dims = "",
     arch: Arch = "",
     dtype: Type = "bf16",
@@ -134,7 +136,7 @@ def explain(
         _explain_model(target, parse_dims(dims), arch, dtype_of(dtype), backward, as_json)
         return
     block, element, sizes = _block(target, dtype), dtype_of(dtype), parse_dims(dims)
-    check_training(backward, memory, wanted, frozen)
+    check_training(memory, wanted, backward=backward, frozen=frozen)
     if passes or stop_after:
         graphs = [(block.graph_of(element), NO_TERMS)]
         if backward:
@@ -142,7 +144,7 @@ def explain(
             graphs = training_graphs(graphs[0][0], sizes, *kept)
         shown = stage_names(stop_after, "--stop-after")
         found = record_stages(
-            graphs, sizes, choose_target(arch), frozen, check=int(CHECK.get()), show=shown
+            graphs, sizes, choose_target(arch), frozen=frozen, check=int(CHECK.get()), show=shown
         )
         if as_json and not shown:
             _print_json({name: pass_facts(record) for name, record in found.items()})
@@ -154,7 +156,7 @@ def explain(
         found = block.explain_training(arch or None, element, *kept, **sizes)
         programs = [found.forward.program, found.backward.program]
     else:
-        found = block.explain(arch or None, element, frozen, **sizes)
+        found = block.explain(arch or None, element, frozen=frozen, **sizes)
         programs = [found.program]
     if as_json:
         _print_json(found.json())
@@ -169,6 +171,7 @@ def explain(
 def stage(
     name: Annotated[str, typer.Argument(help="a stage, as `coda explain --passes` lists them")],
     target: Target,
+    *,
     dims: Dims = "",
     arch: Arch = "",
     dtype: Type = "bf16",
@@ -203,8 +206,8 @@ def _explain_model(
             sizes.get("B", 1),
             sizes.get("S", 2048),
             dtype.torch,
-            training,
-            choose_target(arch).arch if arch else "",
+            training=training,
+            arch=choose_target(arch).arch if arch else "",
         )
     if as_json:
         _print_json(found.json())
@@ -216,6 +219,7 @@ def _explain_model(
 @told
 def run(
     target: Target,
+    *,
     dims: Dims = "",
     arch: Arch = "",
     dtype: Type = "bf16",
@@ -235,7 +239,7 @@ def run(
     """
     element, sizes = dtype_of(dtype), parse_dims(dims)
     block, seed = _block(target, dtype), check_seed(seed)
-    check_training(backward, memory, wanted)
+    check_training(memory, wanted, backward=backward)
     graph = block.graph_of(element)
     given = arguments_of(block, element, sizes, inputs, seed)
     chosen = choose_backend(backend)
@@ -266,6 +270,7 @@ def run(
 @told
 def check(
     target: Target,
+    *,
     dims: Dims = "",
     arch: Arch = "",
     dtype: Type = "bf16",
@@ -282,7 +287,7 @@ def check(
     Ends with 1 where one is.
     """
     element, block, seed = dtype_of(dtype), _block(target, dtype), check_seed(seed)
-    check_training(backward, memory, wanted)
+    check_training(memory, wanted, backward=backward)
     given = arguments_of(block, element, parse_dims(dims), inputs, seed)
     sizes = bind_sizes(block.graph_of(element), given, parse_dims(dims))
     options: dict[str, Any] = {"element": element, "arch": arch}
@@ -319,6 +324,7 @@ def _simulate(
 @told
 def compile_(
     target: Target,
+    *,
     dims: Dims = "",
     arch: Arch = "",
     dtype: Type = "bf16",
@@ -335,13 +341,13 @@ def compile_(
         raise CodaError("there is no such thing to emit", found=emit, help="source, ptx or cubin")
     out = check_kept(out)
     block, element, sizes = _block(target, dtype), dtype_of(dtype), parse_dims(dims)
-    check_training(backward, memory, wanted, frozen)
+    check_training(memory, wanted, backward=backward, frozen=frozen)
     if backward:
         kept = names_of(wanted), memory or None
         both = block.lower_training(arch or None, sizes, element, *kept)
         programs = dict(zip(("forward", "backward"), both, strict=True))
     else:
-        programs = {"": block.lower(arch or None, sizes, element, frozen)}
+        programs = {"": block.lower(arch or None, sizes, element, frozen=frozen)}
     with CACHE_DIR.as_given(out):
         done = [c for which, program in programs.items() for c in _compile(program, which)]
     if as_json:
@@ -398,7 +404,7 @@ def cache(
 
 @app.command()
 @told
-def doctor(as_json: Json = False) -> None:
+def doctor(*, as_json: Json = False) -> None:
     """What is installed, which GPU there is, which backends work, and what is missing."""
     report = examine()
     if as_json:

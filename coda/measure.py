@@ -177,6 +177,7 @@ def measure_gradients(
     backend: str = "",
     arch: str = "",
     dims: Mapping[str, int] | None = None,
+    *,
     seed: int = 0,
     wanted: Sequence[str] | None = None,
     memory: str | None = None,

@@ -118,6 +118,41 @@ def test_the_oracle_is_nobodys_base():
                 assert "ReferenceRun" not in map(ast.unparse, node.bases), module_of(file)
 
 
+def functions(tree, public=True):
+    """(name, node, is a method) of each function; with `public`, of those that others can call."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not (public and node.name.startswith("_")):
+            for one in node.body:
+                if isinstance(one, ast.FunctionDef):
+                    yield f"{node.name}.{one.name}", one, True
+        elif isinstance(node, ast.FunctionDef):
+            yield node.name, node, False
+
+
+def positional(node, method):
+    """The parameters that can be given by position, without self, and which have a default."""
+    given = [*node.args.posonlyargs, *node.args.args]
+    static = "staticmethod" in map(ast.unparse, node.decorator_list)
+    plain = len(given) - len(node.args.defaults)
+    values = [None] * plain + node.args.defaults
+    return list(zip(given, values, strict=True))[int(method and not static) :]
+
+
+# Their signatures are others': overrides of quack's classes, and operators with torch's schemas.
+OVERRIDES = ("kernels.gemm.ops", "kernels.gemm.ops_sm100", "kernels.gemm.quack_target")
+SCHEMAS = ("custom_op", "register_fake", "_op.register_fake")
+
+
+def is_ours(module, node):
+    decorators = " ".join(map(ast.unparse, node.decorator_list))
+    return module not in OVERRIDES and not any(name in decorators for name in SCHEMAS)
+
+
+def is_public(name):
+    last = name.split(".")[-1]
+    return not last.startswith("_") or last in ("__init__", "__call__")
+
+
 def test_files_and_functions_are_short():
     long = [f"{f.relative_to(ROOT)}" for f in FILES if f.read_text().count("\n") > 450]
     for file in FILES:
@@ -125,6 +160,40 @@ def test_files_and_functions_are_short():
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
                 long.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert not long
+
+
+def test_options_are_given_by_name():
+    """At most six positional parameters, and no bool among them.
+
+    The simulator's units are called by generated code, with a warp and its lanes before all else.
+    There only a bool with a default is an option.
+    """
+    wrong = []
+    for file in FILES:
+        module = module_of(file)
+        simulator = module.startswith("sim.")
+        for name, node, method in functions(ast.parse(file.read_text())):
+            given = positional(node, method)
+            if not is_ours(module, node) or not is_public(name):
+                continue
+            flags = [
+                arg.arg
+                for arg, value in given
+                if (isinstance(value, ast.Constant) and isinstance(value.value, bool))
+                or (not simulator and arg.annotation and ast.unparse(arg.annotation) == "bool")
+            ]
+            wrong += [f"{module}.{name}: {flag}" for flag in flags]
+            if len(given) > 6 and not simulator:
+                wrong.append(f"{module}.{name}: {len(given)} parameters")
+    assert not wrong
+
+
+def test_the_rules_for_options_see_what_is_wrong():
+    tree = ast.parse("class A:\n def f(self, a, b: bool, c=True, *, d=False): ...")
+    ((name, node, method),) = functions(tree)
+    given = positional(node, method)
+    assert (name, [a.arg for a, _ in given]) == ("A.f", ["a", "b", "c"])
+    assert [v.value for _, v in given if v] == [True]
 
 
 # These ask what a function or a monoid is, and never for one by its name. The frontend, the laws

@@ -152,7 +152,7 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     return cap * tanh(x * (1.0 / cap))
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotary position embedding, after Su et al. (2021).
 
     Args:

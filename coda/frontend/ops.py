@@ -110,32 +110,32 @@ def clamp(x: Tensor, low: Any = -math.inf, high: Any = math.inf) -> Tensor:
     return apply("clamp", x, low, high)
 
 
-def sum(x: Tensor, axis: int = -1, keepdims: bool = False) -> Tensor:
+def sum(x: Tensor, axis: int = -1, *, keepdims: bool = False) -> Tensor:
     """The sum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
-    return reduce("sum", x, axis, keepdims)
+    return reduce("sum", x, axis, keepdims=keepdims)
 
 
-def mean(x: Tensor, axis: int = -1, keepdims: bool = False) -> Tensor:
+def mean(x: Tensor, axis: int = -1, *, keepdims: bool = False) -> Tensor:
     """The mean over an axis, which is dropped, or kept with size 1 by `keepdims`."""
-    return reduce("mean", x, axis, keepdims)
+    return reduce("mean", x, axis, keepdims=keepdims)
 
 
-def max(x: Tensor, axis: int = -1, keepdims: bool = False) -> Tensor:
+def max(x: Tensor, axis: int = -1, *, keepdims: bool = False) -> Tensor:
     """The maximum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
-    return reduce("max", x, axis, keepdims)
+    return reduce("max", x, axis, keepdims=keepdims)
 
 
-def min(x: Tensor, axis: int = -1, keepdims: bool = False) -> Tensor:
+def min(x: Tensor, axis: int = -1, *, keepdims: bool = False) -> Tensor:
     """The minimum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
-    return reduce("min", x, axis, keepdims)
+    return reduce("min", x, axis, keepdims=keepdims)
 
 
-def logsumexp(x: Tensor, axis: int = -1, keepdims: bool = False) -> Tensor:
+def logsumexp(x: Tensor, axis: int = -1, *, keepdims: bool = False) -> Tensor:
     """log Σ exp(x) over an axis, without overflow."""
-    return reduce("logsumexp", x, axis, keepdims)
+    return reduce("logsumexp", x, axis, keepdims=keepdims)
 
 
-def cumsum(x: Tensor, axis: int = -1, reverse: bool = False) -> Tensor:
+def cumsum(x: Tensor, axis: int = -1, *, reverse: bool = False) -> Tensor:
     """The inclusive cumulative sum along an axis; with `reverse`, from its end to its start."""
     (node,) = _nodes("cumsum", x)
     if node.dtype.kind == "bool":

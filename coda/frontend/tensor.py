@@ -217,21 +217,21 @@ class Tensor(Valueless, metaclass=_Annotated):
 
     # Reductions, as methods.
 
-    def sum(self, axis: int = -1, keepdims: bool = False) -> Tensor:
+    def sum(self, axis: int = -1, *, keepdims: bool = False) -> Tensor:
         """The sum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
-        return reduce("sum", self, axis, keepdims)
+        return reduce("sum", self, axis, keepdims=keepdims)
 
-    def mean(self, axis: int = -1, keepdims: bool = False) -> Tensor:
+    def mean(self, axis: int = -1, *, keepdims: bool = False) -> Tensor:
         """The mean over an axis, which is dropped, or kept with size 1 by `keepdims`."""
-        return reduce("mean", self, axis, keepdims)
+        return reduce("mean", self, axis, keepdims=keepdims)
 
-    def max(self, axis: int = -1, keepdims: bool = False) -> Tensor:
+    def max(self, axis: int = -1, *, keepdims: bool = False) -> Tensor:
         """The maximum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
-        return reduce("max", self, axis, keepdims)
+        return reduce("max", self, axis, keepdims=keepdims)
 
-    def min(self, axis: int = -1, keepdims: bool = False) -> Tensor:
+    def min(self, axis: int = -1, *, keepdims: bool = False) -> Tensor:
         """The minimum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
-        return reduce("min", self, axis, keepdims)
+        return reduce("min", self, axis, keepdims=keepdims)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Tensor:
         """Take a numpy scalar as a left operand; raise TraceError for any other ufunc call."""
@@ -363,7 +363,7 @@ def matmul(x: Any, w: Any) -> Tensor:
     return Tensor(multiplied(x.node, w.node))
 
 
-def reduce(fn: str, x: Any, axis: int, keepdims: bool) -> Tensor:
+def reduce(fn: str, x: Any, axis: int, *, keepdims: bool) -> Tensor:
     """The reduction `fn` over one axis; floats only. Raises ShapeError and DtypeError."""
     if not isinstance(x, Tensor):
         raise TraceError(f"coda.{fn} takes a tensor of the block", found=kind(x))

@@ -93,7 +93,7 @@ def permuted(node: Node, order: Sequence[int]) -> Node:
     return node if at == tuple(range(node.rank)) else Permute(node, at)
 
 
-def transposed(node: Node, batches: bool = False) -> Node:
+def transposed(node: Node, *, batches: bool = False) -> Node:
     """Transpose a matrix, or with `batches` each matrix of [..., M, N]. Raises ShapeError."""
     if node.rank < 2 or (node.rank > 2 and not batches):
         raise ShapeError(

@@ -97,6 +97,7 @@ def explain_model(
     batch: int = 1,
     length: int = 2048,
     dtype: torch.dtype = torch.bfloat16,
+    *,
     training: bool = False,
     arch: str = "",
 ) -> ModelExplanation:

@@ -56,12 +56,12 @@ class RegionReport:
         graph, target = block.graph, choose_target("")
         ops = tuple(operator_name(n) for n in nodes if n.target not in VIEWS)
         if wanted is None:
-            program = block.program_for(graph, target, False, sizes)
+            program = block.program_for(graph, target, frozen=False, sizes=sizes)
             return RegionReport(graph, ops, sizes, Explanation(program), None)
         training = block.training_for(graph, wanted, block.memory, sizes)
         sides = [(training.forward, NO_TERMS), (training.backward, training.terms())]
         told = [
-            Explanation(block.program_for(side, target, False, sizes, terms))
+            Explanation(block.program_for(side, target, frozen=False, sizes=sizes, terms=terms))
             for side, terms in sides[: 2 if training.wanted else 1]
         ]
         return RegionReport(graph, ops, sizes, told[0], told[1] if len(told) == 2 else None)

@@ -22,7 +22,7 @@ def padded(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
     return torch.empty((rows, wide), dtype=dtype, device=device).narrow(1, 0, columns)
 
 
-def aligned(x: Tensor, turned: bool = False) -> Tensor:
+def aligned(x: Tensor, *, turned: bool = False) -> Tensor:
     """A matrix that TMA can read: contiguous rows, with a row stride of a multiple of 16 bytes.
 
     With `turned`, it may also be transposed (contiguous columns), which a GEMM's operands may be.

@@ -53,9 +53,9 @@ def lower(
     graph: Graph,
     dims: Mapping[str, int],
     target: Target | str = DEFAULT,
+    *,
     frozen: bool = False,
     terms: Terms = NO_TERMS,
-    *,
     stages: Stages | None = None,
 ) -> Program:
     """Lower a graph to the cheapest Program found, by the cost model.
@@ -74,7 +74,7 @@ def lower(
         DimError: for a missing, unknown or negative size, or one at which a tensor has no columns.
         InternalError: if the result of a stage is not well formed.
     """
-    asked = request(graph, dims, target, frozen, terms)
+    asked = request(graph, dims, target, frozen=frozen, terms=terms)
     with stages or Stages() as record:
         record.begin(graph)
 
@@ -85,7 +85,7 @@ def lower(
 
 
 def request(
-    graph: Graph, dims: Mapping[str, int], target: Target | str, frozen: bool, terms: Terms
+    graph: Graph, dims: Mapping[str, int], target: Target | str, *, frozen: bool, terms: Terms
 ) -> Request:
     """Check target and sizes. Raises ArchError and DimError."""
     target = target if isinstance(target, Target) else find_target(target)

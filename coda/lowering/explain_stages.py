@@ -36,8 +36,8 @@ def record_stages(
     graphs: Sequence[tuple[Graph, Terms]],
     sizes: Mapping[str, int],
     target: Target,
-    frozen: bool,
     *,
+    frozen: bool,
     check: int,
     show: Iterable[str],
 ) -> dict[str, Stages]:
@@ -49,7 +49,14 @@ def record_stages(
     for graph, terms in graphs:
         record = found[graph.name] = Stages(check, show)
         own = {s: n for s, n in sizes.items() if s in graph.symbols}
-        lower(graph, own if len(graphs) > 1 else sizes, target, frozen, terms, stages=record)
+        lower(
+            graph,
+            own if len(graphs) > 1 else sizes,
+            target,
+            frozen=frozen,
+            terms=terms,
+            stages=record,
+        )
     return found
 
 

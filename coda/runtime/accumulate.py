@@ -106,7 +106,7 @@ def joined(tensors: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
-def add(held: Tensor, gradient: Tensor, summed: bool) -> None:
+def add(held: Tensor, gradient: Tensor, *, summed: bool) -> None:
     """Store a gradient in the tensor that accumulates it.
 
     With `summed`, `gradient` already includes `held`: a kernel has added it, perhaps in place.

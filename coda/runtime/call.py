@@ -132,7 +132,7 @@ class Runnable(Protocol):
         ...
 
     def program_for(
-        self, graph: Graph, target: Target, frozen: bool, sizes: Sizes, terms: Terms = NO_TERMS
+        self, graph: Graph, target: Target, *, frozen: bool, sizes: Sizes, terms: Terms = NO_TERMS
     ) -> Program:
         """A Program of the block, or of its training's forward or backward, for these sizes."""
         ...
@@ -272,7 +272,9 @@ def run_block(inputs: Sequence[Tensor], options: CallOptions) -> Sequence[Tensor
     if known is None:
         graph, sizes = bind(options.handle, inputs, options.dims)
         chosen, target = choose_backend(options.backend), choose_target(options.arch)
-        program = block_of(options.handle).program_for(graph, target, options.frozen, sizes)
+        program = block_of(options.handle).program_for(
+            graph, target, frozen=options.frozen, sizes=sizes
+        )
         known = calls.programs[shaped] = program, sizes, chosen
     program, sizes, chosen = known
     if chosen == "cuda":

@@ -120,7 +120,7 @@ def compile_job(job: Job) -> Compiled:
     """Compile one kernel in this process."""
     from coda.lowering.compiler import lower
 
-    program = lower(parse(job.text), dict(job.dims), job.target, job.frozen, job.terms)
+    program = lower(parse(job.text), dict(job.dims), job.target, frozen=job.frozen, terms=job.terms)
     kernel = next(k for k in program.kernels if k.name == job.kernel)
     return compile_kernel(program, kernel)
 

@@ -38,6 +38,7 @@ class Environment:
         self,
         program: Program,
         inputs: Sequence[Tensor],
+        *,
         exact: bool,
         sizes: Mapping[str, int] | None,
     ) -> None:

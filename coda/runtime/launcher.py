@@ -89,7 +89,7 @@ class KernelRun(Environment):
         self.state = state_of(program)
         self.memo = self.state.memo
         self.recording = Recording(inputs)
-        super().__init__(program, inputs, False, sizes)
+        super().__init__(program, inputs, exact=False, sizes=sizes)
         self.raw: dict[str, Tensor] = {}
         named = {n.name: t for n, t in self.inputs.items() if isinstance(n, Input)}
         self.targets = self.updated(named)

@@ -147,7 +147,9 @@ class Plan:
         found = accumulating(self.training, targets, beside)
         terms = self.training.terms(found.updates)
         target, block = self.forward.target, block_of(self.handle)
-        return block.program_for(found.graph, target, False, self.sizes, terms), found.held
+        return block.program_for(
+            found.graph, target, frozen=False, sizes=self.sizes, terms=terms
+        ), found.held
 
     @cached_property
     def siblings(self) -> tuple[Names, ...]:
@@ -168,10 +170,12 @@ def make_plan(graph: Graph, sizes: Sizes, options: CallOptions) -> Plan:
     block, target = block_of(options.handle), choose_target(options.arch)
     names = wanted_names(graph, options.wanted)
     training = block.training_for(graph, names, options.memory, sizes)
-    forward = block.program_for(training.forward, target, False, sizes)
+    forward = block.program_for(training.forward, target, frozen=False, sizes=sizes)
     backward = None
     if training.wanted:
-        backward = block.program_for(training.backward, target, False, sizes, training.terms())
+        backward = block.program_for(
+            training.backward, target, frozen=False, sizes=sizes, terms=training.terms()
+        )
     asked = {i for i in graph.inputs if i.name in training.wanted}
     reached = tuple(bool(asked & set(walk([r]))) for _, r in graph.outputs)
     backend, layout = choose_backend(options.backend), Layout.of(training)

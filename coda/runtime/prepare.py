@@ -36,6 +36,7 @@ def folded_weights(
     nodes: Iterable[Node],
     tensors: Mapping[Node, Tensor],
     compute: torch.dtype,
+    *,
     rounding: bool,
 ) -> dict[Node, Tensor]:
     """Values of some prepacked nodes; weights that one GEMM reads are row slices of one matrix.

@@ -56,6 +56,7 @@ Tensors = Mapping[str, Tensor]
 def run_reference(
     program: Program,
     inputs: Sequence[Tensor],
+    *,
     exact: bool = False,
     sizes: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, ...]:
@@ -67,7 +68,7 @@ def run_reference(
         exact: compute in float64 and never round, instead of float32 with stored tensors rounded.
         sizes: of the symbols in this call, where they differ from those of the lowering.
     """
-    return ReferenceRun(program, inputs, exact, sizes).run()
+    return ReferenceRun(program, inputs, exact=exact, sizes=sizes).run()
 
 
 class ReferenceRun(Environment):

@@ -182,7 +182,7 @@ def _computed(
     for name, gradient in zip(plan.training.wanted, gradients, strict=True):
         found.append(None if name in held else gradient)
         if name in held:
-            add(held[name], gradient, name in targets)
+            add(held[name], gradient, summed=name in targets)
     return found
 
 

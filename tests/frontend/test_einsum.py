@@ -208,7 +208,7 @@ def test_what_is_wrong_is_one_error_with_the_line(write, kind, says):
 def test_cumulative_sums(axis, reverse):
     x = argument("x", (2, 3, 4))
     value = random_of(x, {}, 0)
-    y = coda.cumsum(Tensor(x), axis, reverse).node
+    y = coda.cumsum(Tensor(x), axis, reverse=reverse).node
     graph = Graph("f", (x,), (("y", y),))
     assert parse(show(graph)) == graph
     (found,) = evaluate([y], {x: value}, {})

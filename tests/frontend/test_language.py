@@ -111,7 +111,9 @@ def test_arithmetic():
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope_turns_pairs_of_columns(interleaved):
     cos, sin = X[:, :2].contiguous(), X[:, 2:4].contiguous()
-    found = value(lambda x, c, s: coda.rope(x.reshape(5, 2, 4), c, s, interleaved), Y, cos, sin)
+    found = value(
+        lambda x, c, s: coda.rope(x.reshape(5, 2, 4), c, s, interleaved=interleaved), Y, cos, sin
+    )
     heads = Y.reshape(5, 2, 4)
     first = slice(0, None, 2) if interleaved else slice(0, 2)
     second = slice(1, None, 2) if interleaved else slice(2, 4)

@@ -135,7 +135,7 @@ def test_what_is_committed_is_written_where_a_part_of_it_has_no_layout(monkeypat
     products = tuple(t.node for t in (left, middle, right))
     siblings, contract = place.group_siblings, Partition.contract
     together = dict.fromkeys(products, products)
-    monkeypatch.setattr(place, "group_siblings", lambda *a: siblings(*a) | together)
+    monkeypatch.setattr(place, "group_siblings", lambda *a, **k: siblings(*a, **k) | together)
     monkeypatch.setattr(Partition, "contract", lambda p, n: (contract(p, n), p.keep(middle.node)))
     (gemm,) = lower(graph, sizes).kernels
     assert gemm.stored[0] == products

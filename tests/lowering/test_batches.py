@@ -90,7 +90,10 @@ class Author:
         return coda.einsum("b m d, c m d -> b c", x, y)[:, :1, None] * x * 0.01
 
     def scanned(self, x):
-        return coda.cumsum(x, self.draw(st.sampled_from((-1, -2))), self.draw(st.booleans())) * 0.1
+        return (
+            coda.cumsum(x, self.draw(st.sampled_from((-1, -2))), reverse=self.draw(st.booleans()))
+            * 0.1
+        )
 
     KINDS = (
         *(elementwise, joined, normed, projected, attended, by_heads, by_a_matrix_of_its_own),

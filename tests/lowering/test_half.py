@@ -110,7 +110,7 @@ def test_however_much_is_saved(memory):
 @pytest.mark.parametrize("block", TORCHS, ids=lambda b: b.__name__)
 def test_laws_that_leave_a_scale_for_later_ask_for_the_range(block, frozen):
     def unscaled(dtype):
-        return {s.law.name for s in block.lower("sm_90a", sizes, dtype, frozen).steps}
+        return {s.law.name for s in block.lower("sm_90a", sizes, dtype, frozen=frozen).steps}
 
     sizes = {s: SIZES[s] for s in block.graph.symbols}
     laws = {n for d in (bf16, f32, f64) for n in unscaled(d) if "past_contraction" in n}

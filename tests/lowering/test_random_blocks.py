@@ -92,7 +92,7 @@ class Author:
         heads = x.reshape(M, x.shape[-1] // HEAD, HEAD)
         interleaved = self.draw(st.booleans())
         cos, sin = (self.input(n, (M, Dim.of(HEAD // 2))) for n in ("cos", "sin"))
-        return coda.rope(heads, cos, sin, interleaved).reshape(*x.shape)
+        return coda.rope(heads, cos, sin, interleaved=interleaved).reshape(*x.shape)
 
     def head_norm(self, x):
         heads = x.reshape(M, x.shape[-1] // HEAD, HEAD)
@@ -142,7 +142,7 @@ def values(graph, sizes=SIZES):
 def check(graph, frozen):
     used = {s for i in graph.inputs for d in i.shape for s in d.symbols}
     sizes = {s: n for s, n in SIZES.items() if s in used}
-    program = lower(graph, sizes, "sm_90a", frozen)
+    program = lower(graph, sizes, "sm_90a", frozen=frozen)
     assert "M" not in program.fixed
     for rows in (SIZES["M"], 1, 9):
         now = {**sizes, "M": rows}

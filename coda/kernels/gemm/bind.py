@@ -223,7 +223,7 @@ class Binding:
         if read is None:  # B is an activation
             return run.ready(run.value(roots[0]), made)
         whole = None if read.why else one_below_another([run.value(n) for n in roots])
-        if whole is None or aligned(whole, not by_halves) is not whole:
+        if whole is None or aligned(whole, turned=not by_halves) is not whole:
             make = lambda: made(*map(run.value, roots))  # noqa: E731
             return run.once(("matrix", kernel.name), roots, make)
         run.in_place([run.inputs[i] for i in read.together])

@@ -144,7 +144,9 @@ class _Emitter:
         sinks = self.sinks(body, returned)
         before = self.prepass()
         parameters = self.parameters()
-        text = self.module(head, parameters, body, returned, outputs, sinks, before)
+        text = self.module(
+            head, parameters, body, returned, outputs=outputs, sinks=sinks, before=before
+        )
         name = "coda_gemm_" + hashlib.sha256(text.encode()).hexdigest()[:24]
         passed = {o.name: safe(o.name) for o in self.passed}
         numbers = {s.name: s.group for s in self.epilogue.statistics if s.group}
@@ -236,6 +238,7 @@ class _Emitter:
         parameters: list[str],
         body: Lines,
         returned: list[tuple[str, str]],
+        *,
         outputs: list[tuple[str, str, int]],
         sinks: dict[str, str],
         before: tuple[Lines, list[tuple[str, str]]],

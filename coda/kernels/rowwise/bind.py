@@ -20,7 +20,7 @@ from coda.lowering.program.program import Program
 
 def load(program: Program, kernel: Rowwise, directory: Path, *, padded: bool) -> Module:
     """The emitted module of a row-wise kernel, for `padded` rows or contiguous ones."""
-    source = emit_rowwise(program, kernel, padded)
+    source = emit_rowwise(program, kernel, padded=padded)
     operands, once = kernel.body.epilogue.operands, (RowVector, Scalar)  # the same in every row
     shared = {o.name for o in operands if isinstance(o.access, once)}
     shared = tuple(name in shared for _, name, _, _ in source.parameters)
@@ -59,9 +59,9 @@ class Binding:
             tensors[sink.buffer] = found
             run.raw[sink.buffer] = run.summands(sink.buffer, found)
         if rows:
-            self.start(self.module(padded), tensors)
+            self.start(self.module(padded=padded), tensors)
 
-    def module(self, padded: bool) -> Module:
+    def module(self, *, padded: bool) -> Module:
         """The module for `padded` or contiguous rows, cached."""
         program, directory = self.run.program, self.run.directory
         found = lambda: load(program, self.kernel, directory, padded=padded)  # noqa: E731

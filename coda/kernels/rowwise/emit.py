@@ -58,12 +58,12 @@ class RowSource:
     padded: tuple[str, ...] = ()
 
 
-def emit_rowwise(program: Program, kernel: Rowwise, padded: bool = False) -> RowSource:
+def emit_rowwise(program: Program, kernel: Rowwise, *, padded: bool = False) -> RowSource:
     """The module of a row-wise kernel.
 
     With `padded`, rows of matrices begin at multiples of 16 bytes, whatever their width.
     """
-    return _Emitter(program, kernel, padded).emit()
+    return _Emitter(program, kernel, padded=padded).emit()
 
 
 class _Emitter(Folds):

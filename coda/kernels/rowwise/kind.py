@@ -74,7 +74,7 @@ def _emit(program: Program, kernel: Rowwise) -> Sequence[Source]:
     from coda.kernels.rowwise.emit import emit_rowwise
 
     every = {False, has_padded_rows(program, kernel)}
-    return [emit_rowwise(program, kernel, padded) for padded in sorted(every)]
+    return [emit_rowwise(program, kernel, padded=padded) for padded in sorted(every)]
 
 
 def _launch(run: LaunchRun, kernel: Rowwise) -> None:

@@ -75,7 +75,7 @@ def _fake(dtype: Any, rows: Any, columns: int, padded: bool) -> Any:
     return cute.runtime.make_fake_tensor(dtype, shape, stride=(apart, 1), assumed_align=align)
 
 
-def _laid_out(x: Tensor, rows: int, columns: int, padded: bool = False) -> Tensor:
+def _laid_out(x: Tensor, rows: int, columns: int, *, padded: bool = False) -> Tensor:
     """A tensor in the layout of `_fake`; a copy if it has another one."""
     if columns == 0:
         return x

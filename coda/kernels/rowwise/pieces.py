@@ -99,7 +99,7 @@ def has_padded_rows(program: Program, kernel: Rowwise) -> bool:
     return is_ragged(kernel.body, kernel.mainloop.width) and not found & theirs
 
 
-def pieces_of(body: Body, width: int, padded: bool = False) -> tuple[Piece, ...]:
+def pieces_of(body: Body, width: int, *, padded: bool = False) -> tuple[Piece, ...]:
     """The pieces of a row-wise kernel, in order; the tail of `padded` rows is one."""
     epilogue = body.epilogue
     lanes = epilogue.lanes

@@ -68,13 +68,15 @@ class Step:
 class Sweeps:
     """The source of sweeps over one row of a kernel."""
 
-    def __init__(self, program: Program, kernel: Rowwise, padded: bool = False) -> None:
+    def __init__(self, program: Program, kernel: Rowwise, *, padded: bool = False) -> None:
         self.program, self.kernel, self.padded = program, kernel, padded
         self.epilogue: Epilogue = kernel.body.epilogue
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
         self.lanes, self.split = self.epilogue.lanes, self.epilogue.split
         self.points = kernel.mainloop.width // self.lanes
-        self.pieces: tuple[Piece, ...] = pieces_of(kernel.body, kernel.mainloop.width, padded)
+        self.pieces: tuple[Piece, ...] = pieces_of(
+            kernel.body, kernel.mainloop.width, padded=padded
+        )
         self.vec = vector_length(self.epilogue, self.pieces)
         self.enter(self.pieces[0])
         self.groups = {s.name: s for s in self.epilogue.statistics if s.group}

@@ -97,6 +97,7 @@ Sides = tuple[Node, Node]
 
 
 def law(
+    *,
     choice: bool = False,
     loosens: float = 1.0,
     unscaled: bool = False,

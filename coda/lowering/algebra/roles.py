@@ -158,7 +158,7 @@ def in_order(roots: Iterable[Node]) -> list[Node]:
     return [*early, *before, *(n for n in nodes if n in wide), *after]
 
 
-def row_shapes(node: Node, mine: Dim, groups: bool = False) -> list[tuple[Dim, Dim]]:
+def row_shapes(node: Node, mine: Dim, *, groups: bool = False) -> list[tuple[Dim, Dim]]:
     """The (rows, columns) under which a node can be seen as a matrix, those of `mine` rows first.
 
     A reduction has as columns the axis that it reduces; with `groups`, also several groups of it.

@@ -123,7 +123,7 @@ def derive(
     exact = sources(compared(roots)) & set(walk(merged.roots))
     saved = _choose(merged, roots, sizes, memory, original, exact)
     kept = {n: _saved_type(n, exact) for n in saved if not isinstance(n, Input)}
-    return _split(graph, normal, gradients, kept, original, roles, taken, memory)
+    return _split(graph, normal, gradients, kept, original, roles=roles, taken=taken, memory=memory)
 
 
 def _saved_type(node: Node, exact: Set[Node]) -> DType:
@@ -241,9 +241,7 @@ def _choose(
         read = [n.operands if n.batched else (n.lhs,) for n in forward if isinstance(n, Contract)]
         lies |= {_loaded(o, free) for operands in read for o in operands}
     matrices = [n for n in walk(gradients) if isinstance(n, Contract) and n not in inside]
-    again: set[Node] = set()
-    if memory == "speed":
-        again = {_loaded(o, free) for n in matrices for o in n.operands}
+    again = {_loaded(o, free) for n in matrices for o in n.operands if memory == "speed"}
     bent = _bent(forward)
 
     def cost(node: Node) -> int | None:
@@ -288,6 +286,7 @@ def _split(
     gradients: list[tuple[str, Node]],
     kept: Mapping[Node, DType],
     original: Mapping[Node, Node],
+    *,
     roles: list[Input | None],
     taken: set[str],
     memory: str,

@@ -47,7 +47,7 @@ from coda.lowering.algebra.slices import joined
 
 
 def vjp(
-    cotangents: Mapping[Node, Node], wanted: Iterable[Node], kept: bool = False
+    cotangents: Mapping[Node, Node], wanted: Iterable[Node], *, kept: bool = False
 ) -> dict[Node, Node]:
     """`wanted` node -> its cotangent, of its shape and dtype; missing if no output depends on it.
 

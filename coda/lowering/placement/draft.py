@@ -215,7 +215,7 @@ class Drafts:
         return found
 
     def row_draft(
-        self, index: int, rows: Dim, width: int, behind: Order, narrow: bool = False
+        self, index: int, rows: Dim, width: int, behind: Order, *, narrow: bool = False
     ) -> Draft:
         """A row-wise builder ordered after `behind`, opened if there is none.
 
@@ -261,11 +261,11 @@ class Drafts:
         axis = node.rank + node.axis
         return self.counts_rows(node.arg.shape[axis]) and product(node.shape[axis:]) == ONE
 
-    def shapes(self, node: Node, groups: bool = False) -> list[tuple[Dim, Dim]]:
+    def shapes(self, node: Node, *, groups: bool = False) -> list[tuple[Dim, Dim]]:
         """The (rows, columns) of a node as a matrix whose columns have no token symbol."""
         if isinstance(node, Reduce) and self.folds_rows(node):
             return [(product(node.shape), ONE)]
-        found = row_shapes(node, self.rows, groups)
+        found = row_shapes(node, self.rows, groups=groups)
         found = [(rows, columns) for rows, columns in found if not self.counts_rows(columns)]
         if not found and not symbols_of(node.shape) - self.tokens and not isinstance(node, Reduce):
             last = max((i for i, d in enumerate(node.shape) if d.symbols), default=-1)

@@ -43,7 +43,7 @@ class Materialisation(Admission, ABC):
     def absorb(self, node: Node, draft: Draft) -> str:
         """Place a node in a kernel; the reason if the kernel refuses, otherwise ""."""
 
-    def materialise(self, node: Node, host: bool = False) -> None:
+    def materialise(self, node: Node, *, host: bool = False) -> None:
         """Make a node loadable; place it if it has no producer.
 
         With `host`, a node of arguments alone may be placed in an existing kernel.
@@ -61,7 +61,7 @@ class Materialisation(Admission, ABC):
             below = [self.home[n].order[0] for n in walk([under]) if n in self.home]
             self.in_rows(under, max(below, default=0))
 
-    def join(self, node: Concat, stacked: bool = False) -> bool:
+    def join(self, node: Concat, *, stacked: bool = False) -> bool:
         """Materialise a concatenation: each part's producer kernel writes its slice of one buffer.
 
         Parts are columns or, with `stacked`, rows. False if some part cannot be written so.

@@ -169,13 +169,13 @@ class Partition(Materialisation):
             draft.kept.add(node)
         return ""
 
-    def reach_all(self, node: Node, draft: Draft, whole: bool = False) -> None:
+    def reach_all(self, node: Node, draft: Draft, *, whole: bool = False) -> None:
         """Make the operands of a node available in a kernel, each at its columns."""
         for operand, segment in draft.space.parts(node):
             with draft.space.inside(segment):
-                self.reach(operand, draft, whole)
+                self.reach(operand, draft, whole=whole)
 
-    def reach(self, operand: Node, draft: Draft, whole: bool = False) -> None:
+    def reach(self, operand: Node, draft: Draft, *, whole: bool = False) -> None:
         """Make an operand available in a kernel: loaded, recomputed, or stored by its producer.
 
         A node without a producer that cannot be recomputed here gets a row-wise kernel, `whole`:
@@ -191,7 +191,7 @@ class Partition(Materialisation):
         again = is_pointwise(operand)
         try:
             if home is None:
-                self.reach_all(operand, draft, whole or not again)
+                self.reach_all(operand, draft, whole=whole or not again)
             draft.space.compute(operand)
         except Refused:
             if home is None and (again or whole):

@@ -207,7 +207,7 @@ def _stochastic_half(kind: str, clamp: bool, finite: bool) -> Run:
 
     def one(x: Array, random: Array) -> Array:
         chance = (random & u32((1 << count) - 1)).astype(f64) * 2.0**-count
-        return encode(narrow.relu(x) if clamp else x, kind, "rs", finite, chance)
+        return encode(narrow.relu(x) if clamp else x, kind, "rs", finite=finite, chance=chance)
 
     def run(a: Array, b: Array, random: Array) -> Array:
         return narrow.pack(one(a, random >> u32(16)), one(b, random))
@@ -222,7 +222,7 @@ def _tf32(table: Table) -> None:
         stem = f"cvt.{mode}{'.satfinite' if finite else ''}{'.relu' if clamp else ''}"
 
         def run(x: Array, mode: str = mode, clamp: bool = clamp, finite: bool = finite) -> Array:
-            return to_tf32(narrow.relu(x) if clamp else x, mode, finite)
+            return to_tf32(narrow.relu(x) if clamp else x, mode, finite=finite)
 
         define(table, f"{stem}.tf32.f32", run, "b32", "f32")
 

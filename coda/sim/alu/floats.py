@@ -201,9 +201,9 @@ def to_f16(x: Array) -> Array:
     return np.where(nan, u16(0x7FFF), out) if np.count_nonzero(nan) else out
 
 
-def to_tf32(x: Array, mode: str = "rna", finite: bool = False) -> Array:
+def to_tf32(x: Array, mode: str = "rna", *, finite: bool = False) -> Array:
     """f32 bits (u32) with the mantissa rounded to 10 bits; a NaN becomes 0x7fffffff."""
-    return np.where(x == x, encode(x, "tf32", mode, finite) << u32(13), u32(0x7FFFFFFF))
+    return np.where(x == x, encode(x, "tf32", mode, finite=finite) << u32(13), u32(0x7FFFFFFF))
 
 
 def from_f16(bits: Array) -> Array:
@@ -282,7 +282,7 @@ def _whole(scaled: Array, negative: Array, mode: str, chance: Array | None) -> A
 
 
 def encode(
-    x: Array, name: str, mode: str = "rn", finite: bool = False, chance: Array | None = None
+    x: Array, name: str, mode: str = "rn", *, finite: bool = False, chance: Array | None = None
 ) -> Array:
     """Codes (u32) of f32 or f64 values, rounded once; `finite`: saturated to the largest value."""
     form = FORMATS[name]

@@ -43,7 +43,7 @@ def to_half(kind: str, mode: str, clamp: bool, finite: bool) -> Run:
     def run(x: Array) -> Array:
         x = relu(x) if clamp else x
         if finite or (kind == "f16" and mode != "rn"):
-            return encode(x, kind, mode, finite).astype(u16)
+            return encode(x, kind, mode, finite=finite).astype(u16)
         return to_f16(x) if kind == "f16" else to_bf16(x, mode)
 
     return run
@@ -127,7 +127,7 @@ def _stochastic_four(name: str, clamp: bool) -> Run:
         out: Array = np.zeros((), u32)
         for x, bits in zip((a, b, e, f), chances, strict=True):
             chance = bits.astype(f64) * 2.0**-16
-            code = encode(relu(x) if clamp else x, name, "rs", True, chance)
+            code = encode(relu(x) if clamp else x, name, "rs", finite=True, chance=chance)
             out = (out << u32(shift)) | code
         return out.astype(u16) if name == "e2m1" else out
 

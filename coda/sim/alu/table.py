@@ -17,7 +17,7 @@ for _module in (integers, comparisons, reals, halves, convert):
     _module.fill(TABLE)
 
 
-def lookup(op: str, sources: int, pair: bool = False) -> Alu | None:
+def lookup(op: str, sources: int, *, pair: bool = False) -> Alu | None:
     """The entry for an opcode written with that many sources; `pair`: it has results `p|q`.
 
     Vectors among the operands count by their elements. None: there is no such instruction.

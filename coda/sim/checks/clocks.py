@@ -158,14 +158,14 @@ class Clocks:
         self.at[row, SEEN, own] += 1
         self.at[row, PAST, own] += 1
 
-    def release(self, row: int, key: Any, relaxed: bool = False) -> None:
+    def release(self, row: int, key: Any, *, relaxed: bool = False) -> None:
         """A warp releases `key`: whoever acquires it next joins the warp's clocks."""
-        self.give(key, self.known(row, relaxed))
+        self.give(key, self.known(row, relaxed=relaxed))
         if self.abroad[row] and not relaxed:
             _merge(self.coming_abroad.setdefault(key, {}), self.abroad[row])
         self.tick(row)
 
-    def known(self, row: int, relaxed: bool = False) -> Array:
+    def known(self, row: int, *, relaxed: bool = False) -> Array:
         """The clocks that a release by this warp publishes."""
         block = self.at[row].copy()
         np.maximum(block[PAST], block[SEEN], out=block[PAST])
@@ -226,7 +226,7 @@ class Clocks:
         seen = self.abroad[row].get(cluster)
         return seen is not None and component < len(seen) and bool(seen[component] >= clock)
 
-    def learn(self, row: int, component: int, clock: int, proxy: bool = True) -> None:
+    def learn(self, row: int, component: int, clock: int, *, proxy: bool = True) -> None:
         """A warp has waited for asynchronous operations (`proxy`: of the async proxy)."""
         for view in (SEEN, ASYNC, PAST) if proxy else (SEEN, PAST):
             self.at[row, view, component] = max(int(self.at[row, view, component]), clock)

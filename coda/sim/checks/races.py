@@ -380,7 +380,7 @@ class Races(Observer):
             for component, clock in op.clocks[:1] if reading else op.clocks:
                 latest[component] = max(latest.get(component, 0), clock)
         for component, clock in latest.items():
-            clocks.learn(row, component, clock, not ins.op.startswith("cp.async.wait"))
+            clocks.learn(row, component, clock, proxy=not ins.op.startswith("cp.async.wait"))
 
     # synchronisation
 
@@ -441,7 +441,7 @@ class Races(Observer):
     def cluster_arrive(self, ins: Instruction, row: int, cluster: int) -> None:
         phase = self.machine.cluster_barriers.phases.get(cluster, 0)
         self.clocks.phase[row] = phase
-        self.clocks.release(row, ("cluster", cluster, phase), "relaxed" in ins.op)
+        self.clocks.release(row, ("cluster", cluster, phase), relaxed="relaxed" in ins.op)
 
     def cluster_acquire(self, ins: Instruction, row: int, cluster: int) -> None:
         key = ("cluster", cluster, int(self.clocks.phase[row]))

@@ -209,6 +209,7 @@ def execute(launch: Launch, allocations: Allocations, options: Options) -> Launc
 
 def device(
     arch: str = "sm_90a",
+    *,
     sms: int = 4,
     schedule: Schedule = "eager",
     seed: int = 0,

@@ -292,7 +292,7 @@ def arithmetic(e: Emitter, ins: Instruction) -> bool:
     """Emit an instruction of the table of arithmetic; False where the table has none."""
     results = [x.strip() for x in ins.operands[0].split("|")] if ins.operands else []
     operands = [x for text in ins.operands[1:] for x in e.vector(text)]
-    row = lookup(ins.op, len(operands), len(results) == 2)
+    row = lookup(ins.op, len(operands), pair=len(results) == 2)
     if row is None:
         return False
     kinds = list(row.sources)

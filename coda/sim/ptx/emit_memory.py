@@ -160,7 +160,7 @@ def _red(e: Emitter, ins: Instruction, f: Fields) -> None:
     value = _packed(e, ins.operands[1], kind)
     e.line(
         f"M.atomics.run({e.site(ins)}, g, {e.mask(ins)}, {f['space']!r}, {f['op']!r}, {kind!r}, "
-        f"{base}, {offset}, [{value}], False)"
+        f"{base}, {offset}, [{value}], wanted=False)"
     )
 
 

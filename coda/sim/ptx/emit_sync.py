@@ -44,9 +44,11 @@ def _arrive(e: Emitter, ins: Instruction, f: Fields) -> None:
     place = _place(e, ins.operands[int(returns)])
     rest = ins.operands[1 + int(returns) :]
     number = e.value(rest[0], "u32") if rest else "1"
-    values = f"1, {number}" if f.get("expect") else f"{number}, 0"
+    values = f"count=1, expect={number}" if f.get("expect") else f"count={number}"
     drop = ins.op.startswith("mbarrier.arrive_drop")
-    out = e.new(f"M.mbarriers.arrive({e.site(ins)}, g, {e.mask(ins)}, {place}, {values}, {drop})")
+    out = e.new(
+        f"M.mbarriers.arrive({e.site(ins)}, g, {e.mask(ins)}, {place}, {values}, drop={drop})"
+    )
     if returns and ins.operands[0] != "_":
         e.put(ins.operands[0], out, "b64", ins)
 

@@ -241,7 +241,7 @@ def _redux(e: Emitter, ins: Instruction, f: Fields) -> None:
         v = f"np.abs({v})"
     nan = bool(f.get("nan"))
     run = e.function(special.reduce)
-    out = f"{run}({f['mode']!r}, {e.mask(ins)}, M.shape, {v}, {members}, {nan})"
+    out = f"{run}({f['mode']!r}, {e.mask(ins)}, M.shape, {v}, {members}, nan={nan})"
     e.put(ins.operands[0], f"spread({out}, M.shape)", f["type"], ins)
 
 

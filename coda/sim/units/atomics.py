@@ -83,6 +83,7 @@ class Atomics:
         base: Array,
         offset: int,
         operands: list[list[Array]],
+        *,
         wanted: bool = True,
     ) -> Any:
         """Apply an operation for each active lane; return the old contents if `wanted`.

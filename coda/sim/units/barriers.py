@@ -121,6 +121,7 @@ class Mbarriers:
         m: Any,
         a: Array,
         offset: int,
+        *,
         count: Any = 1,
         expect: Any = 0,
         drop: bool = False,

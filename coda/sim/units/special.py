@@ -102,7 +102,7 @@ _REDUCTIONS = {
 
 
 def reduce(
-    mode: str, active: Any, shape: tuple[int, int], v: Array, members: Array, nan: bool = False
+    mode: str, active: Any, shape: tuple[int, int], v: Array, members: Array, *, nan: bool = False
 ) -> Array:
     """redux.sync of integers or f32, [warps, 1]."""
     part = taking_part(active, members, shape)
