@@ -81,12 +81,43 @@ def test_what_a_gemm_cannot_store_is_computed_by_a_kernel_after_it(block, why):
     assert first.kind.name == "gemm"
     assert rest
     assert {k.kind.name for k in rest} == {"rows"}
+    assert_exact(block, program, sizes)
+
+
+def assert_exact(block, program, sizes):
+    """Hold the outputs of a Program, without rounding, to those of its block."""
     torch.manual_seed(0)
     inputs = block.graph.inputs
     given = [torch.randn([d.size(sizes) for d in i.shape]).to(i.dtype.torch) for i in inputs]
     exact = evaluate(block.graph.roots, dict(zip(inputs, given, strict=True)), sizes)
     for found, wanted in zip(run_reference(program, given, exact=True), exact, strict=True):
         torch.testing.assert_close(found.double(), wanted.double())
+
+
+@coda.block
+def no_room(x: T["M D"], w: T["D D"], u: T["D D"]):
+    """Six functions of a product, each the operand of another one, then the product itself."""
+    y = (x @ w.T).cast(coda.f32)
+    found = [(y * float(i)) @ u.cast(coda.f32).T for i in range(2, 8)]
+    return (*found, coda.softmax(y))
+
+
+@coda.block
+def room(x: T["M D"], w: T["D D"], u: T["D D"]):
+    """As above, but the last function is only returned."""
+    y = (x @ w.T).cast(coda.f32)
+    found = [(y * float(i)) @ u.cast(coda.f32).T for i in range(2, 7)]
+    return (*found, y * 7.0, coda.softmax(y))
+
+
+@pytest.mark.parametrize(("block", "times"), [(no_room, 2), (room, 1)])
+def test_a_product_is_computed_again_where_its_gemm_has_no_room_for_it(block, times):
+    sizes = {"M": 6, "D": 64}
+    program = lower(block.graph, sizes)
+    product = program.kernels[0].mainloop
+    assert [k.mainloop for k in program.kernels].count(product) == times
+    assert "shared memory does not hold 7 matrices" in [u.why for u in program.unfused]
+    assert_exact(block, program, sizes)
 
 
 @coda.block
