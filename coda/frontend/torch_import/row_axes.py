@@ -223,26 +223,39 @@ def canonical(graph: Graph) -> Graph:
     return rebuild(graph, shape, lambda d: d.substitute(found)) if found else graph
 
 
+def _with_parts(columns: set[Axis], merges: Sequence[tuple[list[Axis], ...]]) -> set[Axis]:
+    """Columns, and the axes into which a reshape divides one of them (heads of a row)."""
+    found = set(columns)
+    before = -1
+    while len(found) != before:
+        before = len(found)
+        for sides in merges:
+            for whole, several in (sides, sides[::-1]):
+                if len(whole) == 1 and whole[0] in found:
+                    found.update(several)
+    return found
+
+
 def _assign(axes: _Axes, nodes: Sequence[Node]) -> dict[Axis, Dim]:
     """Class of axes -> its symbol, if it is a row and never a column; a product if merged."""
-    columns = {axes.find(a) for a in axes.columns}
-    rows = {axes.find(a) for a in axes.rows if a[0].shape[a[1]] != ONE} - columns
     merges = [
         tuple([axes.find(a) for a in side] for side in (one, other)) for one, other in axes.merges
     ]
+    columns = _with_parts({axes.find(a) for a in axes.columns}, merges)
+    rows = {axes.find(a) for a in axes.rows if a[0].shape[a[1]] != ONE} - columns
     parts: dict[Axis, list[Axis]] = {}
     progress = True
     while progress:
         progress = False
         for a, b in merges:
             for whole, several in ((a, b), (b, a)):
-                if len(whole) == 1 and whole[0] in rows and not columns & set(several):
+                if len(whole) == 1 and whole[0] in rows and not set(several) <= columns:
                     known = parts.setdefault(whole[0], several)
                     if known != several and len(known) == len(several):
                         for x, y in zip(known, several, strict=True):
                             axes.same(x, y)
-                    progress |= not set(several) <= rows
-                    rows |= set(several)
+                    progress |= not set(several) <= rows | columns
+                    rows |= set(several) - columns
                 if len(whole) == 1 and set(several) <= rows and whole[0] not in rows | columns:
                     rows.add(whole[0])
                     parts.setdefault(whole[0], several)
@@ -256,7 +269,7 @@ def _assign(axes: _Axes, nodes: Sequence[Node]) -> dict[Axis, Dim]:
         if axis not in found:
             node, i = axis
             inner = parts.get(axis)
-            if node.shape[i].constant is None:
+            if node.shape[i].constant is None or axis in columns:
                 found[axis] = node.shape[i]
             else:
                 found[axis] = product(map(resolve, inner)) if inner else next(fresh)
