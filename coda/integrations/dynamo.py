@@ -26,7 +26,14 @@ from coda.block import Block
 from coda.errors import CodaError, UnsupportedError
 from coda.frontend.torch_import.importer import Imported, import_nodes, value_of
 from coda.integrations.rebuild import Rebuild
-from coda.integrations.regions import cut, is_parameter, with_all_parts, without_tail
+from coda.integrations.regions import (
+    Cut,
+    cut,
+    is_parameter,
+    of_batches,
+    with_all_parts,
+    without_tail,
+)
 from coda.integrations.report import GraphReport, RegionReport, count_operators, keep_report
 from coda.integrations.segments import left_alone, pieces, rebuilt
 from coda.integrations.writes import hidden_writes
@@ -218,7 +225,7 @@ def _split(gm: GraphModule, report: GraphReport, given: Mapping[FxNode, Tensor])
     modes = _modes(gm.graph)
     _mark_gradients(gm.graph, modes)
     outer = torch.is_grad_enabled()
-    found = cut(gm.graph, [n for n, m in modes.items() if m != outer])
+    found = _cut(gm.graph, [n for n, m in modes.items() if m != outer])
     regions: list[_Region] = []
     for whole in found.regions:
         region, why = _chosen(whole)
@@ -231,6 +238,21 @@ def _split(gm: GraphModule, report: GraphReport, given: Mapping[FxNode, Tensor])
         pairs = zip(region.imported.graph.inputs, region.imported.inputs, strict=True)
         region.report.settle({i.name: given.get(n) for i, n in pairs})
     return Rebuild(gm, [(r.nodes, r.imported, r.block) for r in regions], modes).run()
+
+
+def _cut(graph: FxGraph, fixed: Sequence[FxNode]) -> Cut:
+    """Partition a graph, at products of batches where a region over them has no gain.
+
+    It has none if torch runs a part of it: Inductor fuses that part with what is around it.
+    """
+    found = cut(graph, fixed)
+    ends: set[FxNode] = set()
+    for whole in found.regions:
+        products = of_batches(whole)
+        made = _made(whole) if products else None
+        if products and not (isinstance(made, _Region) and made.in_kernels):
+            ends.update(products)
+    return cut(graph, fixed, ends) if ends else found
 
 
 @dataclass(frozen=True)

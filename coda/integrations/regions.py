@@ -5,8 +5,8 @@ one of coda's. A region is a connected set of coda's operators of one level. It 
 path from one of them through torch back to another would end at a higher level. Operators that
 neither feed nor follow a contraction (position tables, masks) are left to torch and add no level.
 
-A product of two batches of matrices would be one operation of torch in a block as well. It stays
-outside: the blocks before and after it then serve any number of tokens.
+A product of two batches of matrices is inside a region if a GEMM of coda computes it. If not all of
+such a region runs in kernels of coda, or it does not pay, the graph is cut again at these products.
 
 Example: linear -> norm -> attention (torch's) -> linear -> add gives two regions, {linear, norm} on
 level 0 and {linear, add} on level 1, even where the last `add` also reads the first region.
@@ -14,15 +14,16 @@ level 0 and {linear, add} on level 1, even where the last `add` also reads the f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import Graph as FxGraph
 from torch.fx import Node as FxNode
 
 from coda.frontend.torch_import.aten import VIEWS
-from coda.frontend.torch_import.importer import is_of_batches, value_of, why_not
+from coda.frontend.torch_import.importer import products_of_batches, value_of, why_not
 from coda.ir.types import from_torch
+from coda.kernels.gemm.batches import why_not as no_gemm
 
 
 @dataclass
@@ -38,19 +39,23 @@ class Cut:
     left: dict[FxNode, str] = field(default_factory=dict)
 
 
-def cut(graph: FxGraph, fixed: Iterable[FxNode] = ()) -> Cut:
+def cut(graph: FxGraph, fixed: Iterable[FxNode] = (), ends: Collection[FxNode] = ()) -> Cut:
     """Partition a graph into regions.
 
     Args:
         graph: functional ATen operators, each with a fake value in `meta`.
         fixed: operators that torch must run.
+        ends: products of batches at which regions end.
     """
     left = {n: "it runs in another mode of autograd" for n in fixed}
     calls = [n for n in graph.nodes if n.op == "call_function"]
     for node in calls:
         why = left.get(node) or why_not(node)
-        if not why and _name(node) in BATCHES and is_of_batches(node):
-            why = "a product of two batches of matrices"
+        if not why and node in ends:
+            why = OF_BATCHES
+        if not why and _name(node) in BATCHES:
+            reasons = [r for c in products_of_batches(node) if (r := no_gemm(c, {}))]
+            why = f"{OF_BATCHES}: {reasons[0]}" if reasons else ""
         if why:
             left[node] = why
     _keep_predicates_inside(calls, left)
@@ -65,6 +70,11 @@ def cut(graph: FxGraph, fixed: Iterable[FxNode] = ()) -> Cut:
         else:
             regions.append(kept)
     return Cut(regions, left)
+
+
+def of_batches(nodes: Iterable[FxNode]) -> list[FxNode]:
+    """Those of some operators of coda's that multiply two batches of matrices."""
+    return [n for n in nodes if _name(n) in BATCHES and products_of_batches(n)]
 
 
 def _keep_predicates_inside(calls: Sequence[FxNode], left: dict[FxNode, str]) -> None:
@@ -173,7 +183,8 @@ def _name(node: FxNode) -> str:
     return getattr(node.target, "__name__", "").split(".")[0]
 
 
-PRODUCTS = ("linear", "mm", "addmm", "matmul", "einsum")
+PRODUCTS = ("linear", "mm", "addmm", "matmul", "einsum", "bmm", "baddbmm")
+OF_BATCHES = "a product of two batches of matrices"
 BATCHES = ("bmm", "baddbmm", "matmul", "einsum")  # which may multiply two batches of matrices
 
 

@@ -157,12 +157,11 @@ def why_not(node: FxNode) -> str:
     return ""
 
 
-def is_of_batches(node: FxNode) -> bool:
-    """Whether a node that a rule takes is a product of two batches of matrices."""
+def products_of_batches(node: FxNode) -> list[Contract]:
+    """The products of two batches of matrices that a node is, if a rule takes it."""
     found = apply_rule(node, lambda n: _argument(n, n.name))
-    return isinstance(found, Tensor) and any(
-        isinstance(n, Contract) and n.batched for n in walk([found.node])
-    )
+    nodes = walk([found.node]) if isinstance(found, Tensor) else ()
+    return [n for n in nodes if isinstance(n, Contract) and n.batched]
 
 
 def _argument(node: FxNode, name: str) -> Any:
