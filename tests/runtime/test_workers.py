@@ -13,23 +13,12 @@ from coda.integrations import dynamo
 from coda.runtime import compile as compiling
 from coda.runtime.workers import run_all
 from coda.sim.host import kept
-
-
-def times_two(job):
-    return 2 * job, os.environ["CODA_TEST_WORKER"], os.getpid()
-
-
-def fails(job):
-    raise ValueError(f"job {job} is no good")
-
-
-def ends(job):
-    os._exit(3)
+from tests.runtime.worker_jobs import ends, fails, times_two
 
 
 @pytest.fixture
 def environment():
-    """Workers find this module."""
+    """Workers find the module of their jobs."""
     return {"CODA_TEST_WORKER": "yes", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
