@@ -328,7 +328,7 @@ def _refuse_devices(imported: Imported) -> None:
     """Raise UnsupportedError if the backend cannot run a region on these devices and dtypes."""
     devices = {value_of(n).device for n in imported.inputs}
     if len(devices) > 1:
-        raise UnsupportedError("its tensors lie on several devices")
+        raise UnsupportedError("its tensors are on several devices")
     chosen = choose_backend("")
     if chosen == "cuda" and devices.pop().type != "cuda":
         raise UnsupportedError("its tensors are not on the GPU")
@@ -343,7 +343,7 @@ def _refuse_unknown_columns(imported: Imported) -> None:
     for node, source in zip(imported.graph.inputs, imported.inputs, strict=True):
         for dim, size in zip(node.shape, value_of(source).shape, strict=True):
             if dim.symbols - rows and free_unbacked_symbols(size):
-                raise UnsupportedError("a number of columns that only the call tells")
+                raise UnsupportedError("a number of columns that is known only in the call")
 
 
 def _wanted(imported: Imported) -> tuple[str, ...] | None:

@@ -37,7 +37,7 @@ def check_tensors(graph: Graph, inputs: Sequence[Tensor], undeclared: Sequence[b
             _refuse_type(node, tensor, [n for n, u in zip(declared, undeclared, strict=False) if u])
     devices = {t.device for t in inputs}
     if len(devices) > 1:
-        raise CallError("all tensors lie on one device", found=", ".join(map(str, devices)))
+        raise CallError("all tensors on one device", found=", ".join(map(str, devices)))
 
 
 def arrange(
@@ -133,7 +133,7 @@ def bind_sizes(
             )
         if missing:
             raise CallError(
-                f"the size of `{missing[0]}` cannot be told from the arguments",
+                f"the size of `{missing[0]}` cannot be determined from the arguments",
                 found=f"axis {axis} of `{node.name}` is `{dim}` = {size}",
                 help=f"pass dims={{'{missing[0]}': …}}",
             )

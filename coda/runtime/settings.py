@@ -62,7 +62,7 @@ BACKEND = Variable(
     "where blocks run; by default on a Hopper or Blackwell GPU if there is one, else in torch",
     ("", "reference", "cuda", "sim"),
 )
-ARCH = Variable("CODA_ARCH", "the arch to lower for where no GPU tells it", ARCHS, DEFAULT.arch)
+ARCH = Variable("CODA_ARCH", "the arch to lower for without a GPU", ARCHS, DEFAULT.arch)
 CACHE_DIR = Variable("CODA_CACHE_DIR", "where compiled kernels are kept between processes")
 CACHE = Variable("CODA_CACHE", "0: keep compiled kernels in this process only", ("0", "1"), "1")
 FALLBACK = Variable(

@@ -101,7 +101,7 @@ def _mesh_of(graph: Graph, tensors: Sequence[Any]) -> Any:
             )
         if t.device_mesh != first.device_mesh:
             raise CallError(
-                f"`{node.name}` lies on another mesh", found=f"{t.device_mesh}", help="use one mesh"
+                f"`{node.name}` is on another mesh", found=f"{t.device_mesh}", help="use one mesh"
             )
     return first.device_mesh
 
@@ -143,21 +143,21 @@ def _check_places(graph: Graph, tensors: Sequence[Any], axis: int, symbol: str) 
         if found != wanted:
             right = "Replicate()" if wanted is None else f"Shard({wanted})"
             raise CallError(
-                f"`{node.name}` does not lie as `{symbol}` does, which is shared out",
+                f"`{node.name}` is not sharded as `{symbol}` is",
                 found=repr(place),
                 help=f"{node.name}.redistribute(placements=[{right}])",
             )
         count = t.device_mesh.shape[axis]
         if wanted is not None and t.shape[wanted] % count:
             raise CallError(
-                f"`{symbol}` is not shared out evenly",
+                f"`{symbol}` is not sharded evenly",
                 found=f"axis {wanted} of `{node.name}` is {t.shape[wanted]}, on {count} ranks",
             )
 
 
 def _refusal(symbol: str, e: Inseparable) -> CallError:
     return CallError(
-        f"`{symbol}` is shared out among ranks, and `{describe(e.node)}` cannot be: {e}",
+        f"`{symbol}` is sharded among ranks, and `{describe(e.node)}` cannot be: {e}",
         help="end the block before it, and redistribute what it reads",
         where=e.node.where,
     )

@@ -95,7 +95,7 @@ def _why_fixed(weight: Tensor) -> str:
     if memory.is_shared() and not weight.is_cuda:
         return "is shared with other processes"
     if torch._C._storage_Use_Count(memory._cdata) > ALONE:
-        return "has memory that somebody else looks at"
+        return "has storage that another tensor aliases"
     return ""
 
 

@@ -223,7 +223,7 @@ def test_products_of_batches_whose_columns_a_call_tells_are_torch_s():
     for dynamic in (True, False):
         graph = traced(fn, X, Y, dynamic=dynamic)
         left = [why_not(n) for n in graph.nodes if "mm" in str(n.target) or "sum" in str(n.target)]
-        says = "a product of batches of matrices whose columns only the call tells"
+        says = "a batched contraction whose number of columns is known only in the call"
         assert left == ([says, says, ""] if dynamic else ["", "", ""])
 
 

@@ -156,7 +156,9 @@ def test_sizes_of_the_call(kind, training, open_sizes):
     check(kind(), [x, x.flip(0, 1), one, -x.abs()], training)  # many rows, one row, none
     report = coda.last_report()
     assert report.fused >= (0 if kind is Columns else 5)
-    told = [why for _, why in report.left if "a number of columns that only the call tells" in why]
+    told = [
+        why for _, why in report.left if "a number of columns that is known only in the call" in why
+    ]
     assert bool(told) == (kind is Columns)
 
 

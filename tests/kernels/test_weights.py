@@ -143,7 +143,7 @@ def test_partners_that_tiles_do_not_divide_are_copied(arch):
     block = gated_in_heads()
     program = lower(block.graph, sizes, with_configs(arch, 1))
     (read,) = weight_reads(program)
-    assert read.why == "partners lie 96 rows apart, which tiles of 64 pairs do not divide"
+    assert read.why == "the rows of a pair are 96 apart, which tiles of 64 pairs do not divide"
     inputs = random_inputs(block.graph, sizes)
     found = run(program, inputs)
     expected = block(*inputs, backend="reference", dims=sizes)

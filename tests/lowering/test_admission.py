@@ -64,7 +64,7 @@ def loaded_later(x: T["M D"], w: T["(H d) D"]):
 
 
 CASES = [
-    (two_distances, "the pairs of columns that its elements read do not lie in one pattern"),
+    (two_distances, "the column pairs that its elements read have no common distance"),
     (two_tables, "its columns read different tables"),
     (own_store, "it has 4 columns where the kernel has 128"),
     (many_matrices, "shared memory does not hold 7 matrices"),

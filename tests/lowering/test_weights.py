@@ -98,8 +98,12 @@ def plain(x: T["M D"], w: T["N D"]):
 @pytest.mark.parametrize(
     ("block", "sizes", "why"),
     [
-        (turned, {"H": 4, "d": 64}, "siblings that are stored turned lie beside each other"),
-        (one_turned, {"H": 4, "d": 64}, "its rows are taken in pairs, and it is stored turned"),
+        (
+            turned,
+            {"H": 4, "d": 64},
+            "siblings that are stored transposed are contiguous along columns",
+        ),
+        (one_turned, {"H": 4, "d": 64}, "its rows are read in pairs, and it is stored transposed"),
         (plain, {"N": 256, "D": 100}, "its rows are padded to multiples of 16 bytes"),
         (plain, {"N": 256}, ""),
     ],

@@ -146,7 +146,7 @@ def what_ranks_cannot_do_apart_is_refused(mesh):
     residual = place(inputs, mesh, split)
     refuse("only its part of the sum", mlp, residual)
     refuse(
-        "`w_up` does not lie as `F` does",
+        "`w_up` is not sharded as `F` is",
         mlp,
         place(inputs, mesh, [*split[:3], Replicate(), split[4]]),
     )
@@ -269,7 +269,7 @@ def fsdp2_keeps_its_own_buffers(mesh):
     model.forward = call
     hold_against_plain(mesh, model)
     assert len(model.seen) == 3
-    assert all("somebody else looks at" in why for why in model.seen)
+    assert all("another tensor aliases" in why for why in model.seen)
     assert coda.last_report().fused
     assert coda.last_report().copied
 

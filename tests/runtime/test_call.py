@@ -159,7 +159,7 @@ def test_sizes_that_shapes_do_not_tell():
         return coda.softmax(x.reshape("M (H d) -> M H d"))
 
     x = torch.randn(3, 8)
-    with pytest.raises(CallError, match="cannot be told"):
+    with pytest.raises(CallError, match="cannot be determined"):
         heads(x)
     expected = torch.softmax(x.reshape(3, 2, 4), -1)
     torch.testing.assert_close(heads(x, dims={"H": 2}), expected)

@@ -397,7 +397,7 @@ def _columns_are_known(*operands: Tensor) -> None:
     They are built into the kernels beside it, which would be compiled anew for each size.
     """
     if any(d.symbols for t in operands for d in t.shape[-2:]):
-        raise refuse("a product of batches of matrices whose columns only the call tells")
+        raise refuse("a batched contraction whose number of columns is known only in the call")
 
 
 @rule(aten.matmul.default, aten.mm.default, aten.bmm.default)

@@ -100,7 +100,7 @@ def batches(
         raise Unread("its operands divide the batch in two ways")
     size = next(iter(inner), ONE)
     if size.symbols - sizes.keys():
-        raise Unread(f"only a call tells the number `{size}` of matrices that lie side by side")
+        raise Unread(f"the number `{size}` of matrices side by side is known only in the call")
     a, b, *rest = (o.step(sizes) for o in found)
     return Batches(size.size(sizes), a, b, tuple(rest))
 
@@ -126,7 +126,7 @@ def why_not(node: Contract, sizes: Sizes) -> str:
         names = " and ".join(sorted(map(str, types)))
         return f"a product of batches of {names} is one operation of torch, not of bf16 or f16"
     if any(d.symbols - sizes.keys() for d in (node.shape[-1], node.lhs.shape[-1])):
-        return "only a call tells the columns of a product of batches"
+        return "the columns of a batched contraction are known only in the call"
     if any(d.size(sizes) == 0 for d in (node.shape[-1], node.lhs.shape[-1])):
         return "a product of batches without columns is one operation of torch"
     try:

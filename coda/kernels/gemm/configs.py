@@ -51,7 +51,9 @@ def _legal(target: Target, kernel: Gemm, config: Config, pipeline: Stages) -> st
         return f"shared memory has room for {max(pipeline.ab, 0)} stages of A and B"
     values, most = held(epilogue), HELD[target.tensor_memory]
     if values > most and cta_rows(config, target) * config.tile_n > 128 * 128:
-        return f"registers do not hold {values} values of the epilogue for each point"
+        return (
+            f"registers do not hold {values} values of the epilogue for each element or column pair"
+        )
     return ""
 
 

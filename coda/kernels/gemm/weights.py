@@ -70,10 +70,10 @@ def _scattered(program: Program, kernel: Gemm) -> str:
     if not split:
         return ""
     if any(is_turned(c.rhs) for c in kernel.mainloop.contracts):
-        return "its rows are taken in pairs, and it is stored turned"
+        return "its rows are read in pairs, and it is stored transposed"
     n = kernel.mainloop.problem(program.sizes)[1]
     if n > 2 * split and split % pairs and pairs % split:
-        return f"partners lie {split} rows apart, which tiles of {pairs} pairs do not divide"
+        return f"the rows of a pair are {split} apart, which tiles of {pairs} pairs do not divide"
     return ""
 
 
@@ -97,9 +97,9 @@ def _why(program: Program, kernel: Gemm, roots: Sequence[Node], together: Sequen
         arguments = [n.name for n in walk(made) if isinstance(n, Input)]
         return f"it is computed of {', '.join(arguments)}"
     if len(roots) > 1 and any(map(is_turned, roots)):
-        return "siblings that are stored turned lie beside each other"
+        return "siblings that are stored transposed are contiguous along columns"
     if not together and not all(_is_rows(u) for u in under):
-        return "its rows lie in another order"
+        return "its rows are stored in another order"
     columns = under[0].shape[-1].size(program.sizes)
     if columns * under[0].dtype.size % 16:
         return "its rows are padded to multiples of 16 bytes"

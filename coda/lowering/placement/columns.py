@@ -120,7 +120,7 @@ class Space(SpaceState):
             case Reduce():
                 return self._reduce(node)
             case _:
-                raise Refused(f"`{type(node).__name__.lower()}` is not computed point by point")
+                raise Refused(f"`{type(node).__name__.lower()}` is not elementwise")
 
     # Leaves.
 

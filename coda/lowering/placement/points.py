@@ -125,7 +125,7 @@ class Points:
             leaves, numbers = taken(value.leaves, element), taken(value.expr, element)
         lane = self.lanes_of(slots, columns)
         if lane is None:
-            raise Refused("an element reads columns of another point")
+            raise Refused("an element reads columns of another element or column pair")
         size = self.space.group_size
         if size:
             if self.split is not None and size % (2 * self.split):
@@ -148,7 +148,7 @@ class Points:
     def lanes_of(self, slots: Ints, columns: Ints) -> Ints | None:
         """Slots [points, k] -> the lane of each among its point's columns [points, lanes].
 
-        -1 for no slot; None if an element reads columns of another point.
+        -1 for no slot; None if an element reads columns of another element or column pair.
         """
         if slots.shape[1] == 0 or np.array_equal(slots, columns):
             return np.broadcast_to(np.arange(slots.shape[1]), slots.shape)

@@ -266,7 +266,7 @@ class SpaceState:
         if first < 0 and self.segment is not None and self.segment[1] == value.count:
             first = self.segment[0]
         if first < 0 or first + value.count > self.width:
-            raise Refused("it does not lie in the columns of the kernel, one by one")
+            raise Refused("its columns are not those of the kernel, one by one")
         return first
 
     def widened(self, value: Value) -> Value:

@@ -28,7 +28,7 @@ from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load
 NO_LANE = -1  # the lane of a load that is constant along the columns
 TILE_PARTS = (32, 64, 128, 256)  # group widths that align with every tile and subtile
 LONGEST = 100  # dependent operations in one kernel at most; later ones go to another kernel
-UNALIKE = "the pairs of columns that its elements read do not lie in one pattern"
+UNALIKE = "the column pairs that its elements read have no common distance"
 LEAF = "%"  # Load("%3") is row leaf 3: the vector element `leaves[:, 3]` of each element
 
 
@@ -245,7 +245,7 @@ def _union(slots: list[Ints]) -> tuple[Ints, list[Ints]]:
     last = reduce(np.maximum, columns)
     if any(np.any((c >= 0) & (c != first) & (c != last)) for c in columns):
         width = _most_columns(columns)
-        raise Refused(f"an element reads {width} columns of a row; an epilogue has two at hand")
+        raise Refused(f"an element reads {width} columns of a row; an epilogue has two")
     union = [np.where(last < 0, -1, first), np.where(last > first, last, -1)]
     union = np.stack(union if any_set(union[1]) else union[:1], 1)
     return union, [np.where(s < 0, -1, s != first[:, None]) for s in slots]

@@ -144,10 +144,10 @@ HOPPER_H200 = replace(
     l2=60 << 20,
     bandwidth=4.8e12,
     sources=(
-        ("multiprocessors", "as the driver tells; kernels of coda ran on one in November 2026"),
+        ("multiprocessors", "as the driver reports; kernels of coda ran on one in November 2026"),
         ("shared_memory", HOPPER_TUNING),
         ("registers", HOPPER_TUNING),
-        ("l2", "as the driver tells (cudaDeviceProp, public device reports)"),
+        ("l2", "as the driver reports (cudaDeviceProp, public device reports)"),
         (
             "peaks",
             "NVIDIA H200 data sheet, half of its figures with sparsity; measured by coda: "
@@ -175,10 +175,10 @@ BLACKWELL_B200 = Target(
     cta_pairs=True,
     tensor_memory=True,
     sources=(
-        ("multiprocessors", "as the driver tells (cudaDeviceProp, public device reports)"),
+        ("multiprocessors", "as the driver reports (cudaDeviceProp, public device reports)"),
         ("shared_memory", BLACKWELL_TUNING),
         ("registers", BLACKWELL_TUNING),
-        ("l2", "as the driver tells (cudaDeviceProp, public device reports)"),
+        ("l2", "as the driver reports (cudaDeviceProp, public device reports)"),
         ("peaks", "NVIDIA HGX B200 data sheet, an eighth of the board, dense"),
         ("bandwidth", "NVIDIA DGX B200 data sheet, an eighth of the system"),
         ("launch", LAUNCH),
@@ -192,10 +192,10 @@ BLACKWELL_B300 = replace(
     arch="sm_103a",
     capability=(10, 3),
     sources=(
-        ("multiprocessors", "as the driver tells (cudaDeviceProp, public device reports)"),
+        ("multiprocessors", "as the driver reports (cudaDeviceProp, public device reports)"),
         ("shared_memory", BLACKWELL_TUNING),
         ("registers", BLACKWELL_TUNING),
-        ("l2", "as the driver tells (cudaDeviceProp, public device reports)"),
+        ("l2", "as the driver reports (cudaDeviceProp, public device reports)"),
         ("peaks", "NVIDIA HGX B300 data sheet, an eighth of the board, dense"),
         ("bandwidth", "NVIDIA HGX B300 data sheet"),
         ("launch", LAUNCH),

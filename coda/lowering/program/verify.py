@@ -57,7 +57,7 @@ class _Check:
             elif isinstance(one, Cast | Expand) or is_view(one):
                 stack += one.operands
             else:
-                raise self.fault(f"{who} reads a `{type(one).__name__}` that nobody stores")
+                raise self.fault(f"{who} reads a `{type(one).__name__}` that no kernel stores")
 
     def operands(self, kernel: Kernel[Any]) -> None:
         """Check that each operand of an epilogue has as many elements as the kernel loads."""
