@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from coda.kernels.gemm.mainloop import Gemm
-from coda.kernels.gemm.stages import Stages, cta_rows, divided, need, stages
+from coda.kernels.gemm.stages import Masks, Stages, cta_rows, divided, masks, need, stages
 from coda.lowering.program.access import Periodic
 from coda.lowering.program.epilogue import held
 from coda.lowering.program.program import Program
@@ -71,7 +71,8 @@ def ranked(program: Program, kernel: Gemm) -> tuple[Config, ...]:
 
     One with fewer than `ENOUGH` A/B stages is legal only if all are.
     """
-    every = [offer(program, kernel, c, e) for c, e in program.target.configs]
+    masked = masks(kernel.body.epilogue)
+    every = [offer(program, kernel, c, e, masked) for c, e in program.target.configs]
     found = [o for o in every if not _legal(program.target, kernel, o.config, o.pipeline)]
     if not found:
         return (every[-1].config,)
@@ -79,13 +80,16 @@ def ranked(program: Program, kernel: Gemm) -> tuple[Config, ...]:
     return tuple(o.config for o in sorted(found, key=lambda o: o.seconds))
 
 
-def offer(program: Program, kernel: Gemm, config: Config, efficiency: float) -> Offer:
+def offer(
+    program: Program, kernel: Gemm, config: Config, efficiency: float, masked: Masks
+) -> Offer:
     """A config with the depths of its epilogue's pipelines, no deeper than they pay, and its time.
 
     The depths are quack's own, unless two stages buy one of A and B up to `AMPLE`; a single stage
-    only where nothing else leaves `ENOUGH`. `efficiency` is the tile's, as in `Target.configs`.
+    only where nothing else leaves `ENOUGH`. `efficiency` is the tile's, as in `Target.configs`, and
+    `masked` are the masks of the epilogue.
     """
-    needed, target = need(program, kernel, config), program.target
+    needed, target = need(program, kernel, config, masked), program.target
     chosen, pipeline = config, divided(needed, config, target)
     for loads, stores in SHALLOW:
         if pipeline.ab >= (AMPLE if min(loads, stores) > 1 else ENOUGH):

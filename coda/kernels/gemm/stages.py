@@ -110,7 +110,8 @@ def divide(need: Need, depths: tuple[int, int], capacity: int, *, tensor_memory:
 
 def stages(program: Program, kernel: Gemm, config: Config) -> Stages:
     """The stages of a GEMM of a program with a config."""
-    return divided(need(program, kernel, config), config, program.target)
+    masked = masks(kernel.body.epilogue)
+    return divided(need(program, kernel, config, masked), config, program.target)
 
 
 def divided(needed: Need, config: Config, target: Target) -> Stages:
@@ -119,8 +120,11 @@ def divided(needed: Need, config: Config, target: Target) -> Stages:
     return divide(needed, depths, target.shared_memory, tensor_memory=target.tensor_memory)
 
 
-def need(program: Program, kernel: Gemm, config: Config) -> Need:
-    """The shared memory that a GEMM needs with a config, whose depths do not matter."""
+def need(program: Program, kernel: Gemm, config: Config, masked: Masks) -> Need:
+    """The shared memory that a GEMM needs with a config, whose depths do not matter.
+
+    `masked` are the masks of its epilogue, which are the same for all configs.
+    """
     target, epilogue = program.target, kernel.body.epilogue
     rows = cta_rows(config, target)
     own, operands = by_gemm(epilogue), passed(epilogue)
@@ -130,7 +134,8 @@ def need(program: Program, kernel: Gemm, config: Config) -> Need:
     stored = [s.dtype.nbytes(high * wide * len(s.lanes) // epilogue.lanes) for s in other]
     loads = sum(dtype.nbytes(high * wide) for dtype in loaded)
     ragged = kernel.mainloop.problem(program.sizes)[1] % config.tile_n != 0
-    once = _vectors(epilogue, operands, (rows, config.tile_n), ragged=ragged)
+    once = _vectors(epilogue, operands, (rows, config.tile_n))
+    once += f32.nbytes(rows * masked.rows + config.tile_n * (masked.columns and ragged))
     once += _reductions(epilogue, rows, config.tile_n, _warps(config, target))
     once += padding(once + loads + sum(stored), tensor_memory=target.tensor_memory)
     share = config.tile_m // rows  # CTAs that share a tile of B
@@ -141,6 +146,24 @@ def need(program: Program, kernel: Gemm, config: Config) -> Need:
         once=once,
         subtiles=rows * config.tile_n // (high * wide),
         columns=wide,
+    )
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Whether sinks of an epilogue need a mask of the rows, and one of the columns (if ragged)."""
+
+    rows: bool
+    columns: bool
+
+
+def masks(epilogue: Epilogue) -> Masks:
+    """The masks of an epilogue, for any tile."""
+    kinds = {o.name: o for o in epilogue.operands}
+    rows = [s for s in epilogue.sinks if isinstance(s, SumRows)]
+    columns = [s for s in epilogue.sinks if not isinstance(s, SumRows)]
+    return Masks(
+        *(any(needs_mask(s, e, kinds) for s in some for e in s.lanes) for some in (rows, columns))
     )
 
 
@@ -211,10 +234,8 @@ def _loaded(epilogue: Epilogue, operands: list[Operand]) -> list[DType]:
     return [o.dtype for o in operands if isinstance(o.access, Tile)] + tables
 
 
-def _vectors(
-    epilogue: Epilogue, operands: list[Operand], tile: tuple[int, int], *, ragged: bool
-) -> int:
-    """Bytes of the vectors that are loaded, masks and indices included."""
+def _vectors(epilogue: Epilogue, operands: list[Operand], tile: tuple[int, int]) -> int:
+    """Bytes of the vectors that are loaded, indices included."""
     rows, columns = tile
     kinds = {o.name: o for o in epilogue.operands}
     total = 0
@@ -226,13 +247,6 @@ def _vectors(
                 total += operand.dtype.nbytes(rows)
             case _:
                 pass
-    masked = {
-        isinstance(s, SumRows)
-        for s in epilogue.sinks
-        for e in s.lanes
-        if (ragged or isinstance(s, SumRows)) and needs_mask(s, e, kinds)
-    }
-    total += sum(f32.nbytes(rows if down else columns) for down in masked)
     picked = [kinds[s.index].dtype for s in epilogue.sinks if isinstance(s, PickColumn)]
     return total + sum(dtype.nbytes(rows) for dtype in picked)
 
