@@ -210,7 +210,7 @@ def _sizes(text: str, equation: Equation, operands: Sequence[Node]) -> dict[str,
 
 
 @dataclass(frozen=True)
-class Term:
+class _Named:
     """An operand with the names of its axes, none of which has size 1."""
 
     names: Names
@@ -222,22 +222,22 @@ class Term:
             return self.node
         return permuted(self.node, [self.names.index(n) for n in names])
 
-    def without(self, name: str) -> Term:
+    def without(self, name: str) -> _Named:
         """The operand summed over one axis."""
         at = self.names.index(name)
         total = Reduce("sum", self.node, at - len(self.names))
         node = Reshape(total, (*total.shape[:at], *total.shape[at + 1 :]))
-        return Term(tuple(n for n in self.names if n != name), node)
+        return _Named(tuple(n for n in self.names if n != name), node)
 
 
-def _wide(names: Names, node: Node) -> Term:
+def _wide(names: Names, node: Node) -> _Named:
     """An operand with its axes of size 1 dropped, since it does not depend on them."""
     kept = [i for i, d in enumerate(node.shape) if d != ONE]
     node = _reshaped(node, tuple(node.shape[i] for i in kept))
-    return Term(tuple(names[i] for i in kept), node)
+    return _Named(tuple(names[i] for i in kept), node)
 
 
-def _product(a: Term, b: Term, result: Names) -> Term:
+def _product(a: _Named, b: _Named, result: Names) -> _Named:
     """Two operands multiplied, and summed over the axes that the result does not have.
 
     With contracted axes and row or column axes it is a contraction; without row and column axes a
@@ -252,15 +252,15 @@ def _product(a: Term, b: Term, result: Names) -> Term:
     names = (*batch, *rows, *columns)
     left, right = a.under((*batch, *rows, *summed)), b.under((*batch, *columns, *summed))
     if summed and alone:
-        return Term(names, _contracted(left, right, len(batch), len(summed)))
+        return _Named(names, _contracted(left, right, len(batch), len(summed)))
     lead, own = left.shape[: len(batch)], left.shape[len(batch) :]
     if not summed:
         ones = (ONE,) * len(columns), (ONE,) * len(rows)
         left = _reshaped(left, (*left.shape, *ones[0]))
         right = _reshaped(right, (*lead, *ones[1], *right.shape[len(batch) :]))
-        return Term(names, Map("mul", (left, right)))
+        return _Named(names, Map("mul", (left, right)))
     total = Reduce("sum", _reshaped(Map("mul", (left, right)), (*lead, product(own))), -1)
-    return Term(batch, Reshape(total, lead))
+    return _Named(batch, Reshape(total, lead))
 
 
 def _contracted(left: Node, right: Node, batch: int, summed: int) -> Node:

@@ -38,7 +38,7 @@ class origin:
         _origin.reset(self.token)
 
 
-class _Interned(type):
+class _InternedNode(type):
     """Equal constructor calls return the same object while a reference to it exists."""
 
     def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
@@ -64,7 +64,7 @@ def is_interned(node: Node) -> bool:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Node(metaclass=_Interned):
+class Node(metaclass=_InternedNode):
     """A value: a tensor with symbolic shape.
 
     Attributes:

@@ -73,12 +73,12 @@ def _emit(program: Program, kernel: Gemm) -> Source:
     a = label(kernel.mainloop.a, program)
     head = f"{kernel.name} of {program.graph.name}: {a} @ [{weights}].T"
     problem = shown_problem(program, kernel)
-    return _Emitter(program, kernel.body, ragged, base_of(program, kernel)).emit(
+    return _GemmEmitter(program, kernel.body, ragged, base_of(program, kernel)).emit(
         f"{head}, {problem}."
     )
 
 
-class _Emitter:
+class _GemmEmitter:
     def __init__(
         self,
         program: Program,

@@ -63,10 +63,10 @@ def emit_rowwise(program: Program, kernel: Rowwise, *, padded: bool = False) -> 
 
     With `padded`, rows of matrices begin at multiples of 16 bytes, whatever their width.
     """
-    return _Emitter(program, kernel, padded=padded).emit()
+    return _RowwiseEmitter(program, kernel, padded=padded).emit()
 
 
-class _Emitter(Folds):
+class _RowwiseEmitter(Folds):
     def emit(self) -> RowSource:
         if self.epilogue.sinks:
             body = self.block()

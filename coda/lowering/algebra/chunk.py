@@ -75,7 +75,7 @@ class Parted:
     part_of: Mapping[Node, int] = field(default_factory=dict[Node, int])
 
 
-class _Whole(Exception):
+class _AllOf(Exception):
     """A node cannot be computed in chunks."""
 
 
@@ -99,7 +99,7 @@ def chunk(graph: Graph, sizes: Mapping[str, int], passing: frozenset[str]) -> Pa
         for seeds in (_sources(node), [node]):
             try:
                 roots, part_of = _Parts(seeds, columns).run(graph)
-            except _Whole:
+            except _AllOf:
                 continue
             parted = graph.with_roots(roots)
             most = max((n.nbytes(sizes) for n in _between(parted, passing)), default=0)
@@ -165,7 +165,7 @@ class _Parts:
         self.part_of: dict[Node, int] = {}
 
     def run(self, graph: Graph) -> tuple[tuple[Node, ...], dict[Node, int]]:
-        """The new roots, and the chunk of each contraction. Raises _Whole."""
+        """The new roots, and the chunk of each contraction. Raises _AllOf."""
         for node in walk(graph.roots):
             if node not in self.axes and any(o in self.axes for o in node.operands):
                 axis = self.carried(node)
@@ -207,7 +207,7 @@ class _Parts:
         """The axis of a node that its operands' cut axis becomes; None where the node sums it."""
         found = {self.through(node, o, self.axes[o]) for o in node.operands if o in self.axes}
         if len(found) > 1:
-            raise _Whole
+            raise _AllOf
         return found.pop()
 
     def through(self, node: Node, operand: Node, axis: int) -> int | None:
@@ -221,7 +221,7 @@ class _Parts:
             case Slice() | Concat() if node.axis != axis:
                 return axis
             case Contract() if node.batched:
-                raise _Whole
+                raise _AllOf
             case Contract() if axis == -1:
                 return None
             case Contract(lhs=lhs, rhs=rhs) if lhs is not rhs:
@@ -231,7 +231,7 @@ class _Parts:
             case Reduce() if node.axis != axis:
                 return axis
             case _:
-                raise _Whole
+                raise _AllOf
 
     def summed(self, node: Node) -> Node:
         """A sum over the axis as the sum over its chunks; contractions give at least float32."""
@@ -310,10 +310,10 @@ def _with(shape: Shape, axis: int, size: Dim) -> Shape:
 
 
 def _same_axis(before: Shape, axis: int, after: Shape) -> int:
-    """The axis of `after`, a reshape of `before`, with the elements of `axis`. Raises _Whole."""
+    """The axis of `after`, a reshape of `before`, with the elements of `axis`. Raises _AllOf."""
     found = _find_axis(before, axis, after)
     if found is None:
-        raise _Whole
+        raise _AllOf
     return found
 
 

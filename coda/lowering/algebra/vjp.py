@@ -59,7 +59,7 @@ def vjp(
     Raises UnsupportedError for an operation without a derivative.
     """
     wanted = tuple(dict.fromkeys(wanted))
-    return _Backward(wanted, users(cotangents) if kept else {}).run(cotangents)
+    return _Cotangents(wanted, users(cotangents) if kept else {}).run(cotangents)
 
 
 def full(d: Node, shape: Shape) -> Node:
@@ -102,7 +102,7 @@ def _node(value: Term | float, like: DType) -> Node:
 
 
 @dataclass
-class _Backward:
+class _Cotangents:
     """One run from outputs to inputs.
 
     Attributes:

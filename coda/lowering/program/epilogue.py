@@ -61,7 +61,7 @@ class Literal:
         return hash(repr(self.value))
 
 
-class _Interned(type):
+class _InternedExpr(type):
     """Intern calls: equal calls are one object, so an expression is a graph with shared nodes."""
 
     def __call__(cls, fn: str, args: tuple[Expr, ...]) -> Any:
@@ -77,7 +77,7 @@ _interned: weakref.WeakValueDictionary[tuple[str, tuple[Expr, ...]], Call] = (
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Call(metaclass=_Interned):
+class Call(metaclass=_InternedExpr):
     """A call of a scalar function of `coda.ir.scalars`, by name. Interned: equality is identity.
 
     `depth` is the number of calls on the longest path to a leaf.
