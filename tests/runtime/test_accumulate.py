@@ -150,9 +150,9 @@ def written(monkeypatch):
     """For each sum that a kernel made: whether it was written where the gradient is kept."""
     found = []
 
-    def add(held, gradient, summed):
+    def add(held, gradient, *, summed):
         found.extend([gradient.data_ptr() == held.data_ptr()] if summed else [])
-        module.add(held, gradient, summed)
+        module.add(held, gradient, summed=summed)
 
     monkeypatch.setattr(train_module, "add", add)
     return found

@@ -189,9 +189,12 @@ def test_on_the_gpu(inputs):
 def test_copies_of_frozen_weights_are_made_only_for_speed(memory, monkeypatch):
     taken = []
     ask = coda.Block.program_for
-    monkeypatch.setattr(
-        coda.Block, "program_for", lambda *args: taken.append(args[3]) or ask(*args)
-    )
+
+    def asked(*args, frozen, **options):
+        taken.append(frozen)
+        return ask(*args, frozen=frozen, **options)
+
+    monkeypatch.setattr(coda.Block, "program_for", asked)
     block = coda.block(mlp.fn, memory=memory)
     inputs = random_inputs(block.graph, {"M": 7, "D": 16, "F": 24})
     found = block(*inputs)

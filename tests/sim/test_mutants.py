@@ -85,7 +85,7 @@ def chosen(subject: Subject, bench: Bench):
 def outcomes(name: str, subject: Subject, arch: str, cache, names: tuple[str, ...] = ()):
     """The outcome of each mutant of a kernel, or of those of some mutations."""
     case = subject.case
-    with sim.device(arch, case.sms, checks="warn", lineinfo=False, cache=cache) as gpu:
+    with sim.device(arch, sms=case.sms, checks="warn", lineinfo=False, cache=cache) as gpu:
         bench = Bench(case, gpu, subject.kernel, (("eager", 0),) if names else ())
         for mutant in chosen(subject, bench):
             if not names or mutant.mutation.name in names:

@@ -82,7 +82,7 @@ def run(
     Without line information: it takes a third of the compiler's time.
     """
     found = []
-    with sim.device(arch, case.sms, checks=checks, lineinfo=False, cache=cache) as gpu:
+    with sim.device(arch, sms=case.sms, checks=checks, lineinfo=False, cache=cache) as gpu:
         torch.manual_seed(0)
         problem = case.make()
         for schedule, seed in schedules:
