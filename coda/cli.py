@@ -122,10 +122,14 @@ def explain(
     wanted: Wanted = "",
     as_json: Json = False,
     text: Annotated[bool, typer.Option("--text", help="print the Program's text")] = False,
-    passes: Annotated[bool, typer.Option("--passes", help="what each stage did")] = False,
-    stop_after: Annotated[str, typer.Option(help="print what a stage leaves, as in laws")] = "",
+    passes: Annotated[
+        bool, typer.Option("--passes", help="list the stages and their effects")
+    ] = False,
+    stop_after: Annotated[
+        str, typer.Option(help="stop after a stage (such as laws), and print its result")
+    ] = "",
 ) -> None:
-    """What a block becomes: kernels, bytes, rooflines, and where each op went.
+    """The lowering of a block: kernels, bytes, rooflines, and the kernel of each op.
 
     With --passes: the stages of its lowering, what each did and how long it took.
 
@@ -175,9 +179,12 @@ def stage(
     dims: Dims = "",
     arch: Arch = "",
     dtype: Type = "bf16",
-    thrifty: Annotated[bool, typer.Option(help="as the backward of --memory min")] = False,
+    thrifty: Annotated[
+        bool,
+        typer.Option(help="compute large temporaries in chunks, as the backward of --memory min"),
+    ] = False,
 ) -> None:
-    """What one stage of lowering makes of a block alone, checked before and after.
+    """Run one stage of the lowering on a block, checked before and after.
 
     Stages from `place` on take a Program: that of the stages from `chunks` on, of the block as it
     is. Laws that leave a choice are applied wherever they can be.
@@ -192,7 +199,7 @@ def stage(
 def _explain_model(
     target: str, sizes: dict[str, int], arch: str, dtype: DType, training: bool, as_json: bool
 ) -> None:
-    """Print the graph breaks, blocks and rest of a model."""
+    """Print the graph breaks of a model, its blocks, and the ops outside of them."""
     unknown = sizes.keys() - {"B", "S"}
     if unknown:
         raise CodaError(
@@ -227,13 +234,13 @@ def run(
     inputs: Inputs = "",
     seed: Seed = 0,
     schedule: Annotated[str, typer.Option(help="of backend sim: eager, late or random")] = "eager",
-    show: Annotated[bool, typer.Option("--report", help="what backend sim saw")] = False,
+    show: Annotated[bool, typer.Option("--report", help="print the report of backend sim")] = False,
     backward: Backward = False,
     memory: Memory = "",
     wanted: Wanted = "",
     as_json: Json = False,
 ) -> None:
-    """Run a block, and measure its error against float64 beside torch's, op by op.
+    """Run a block, and measure its error against float64, next to torch's, op by op.
 
     With --backward: the errors of its gradients.
     """
@@ -274,7 +281,7 @@ def check(
     dims: Dims = "",
     arch: Arch = "",
     dtype: Type = "bf16",
-    backend: Annotated[str, typer.Option(help="one backend; else all that work here")] = "",
+    backend: Annotated[str, typer.Option(help="one backend; default: all that are available")] = "",
     inputs: Inputs = "",
     seed: Seed = 0,
     backward: Backward = False,
@@ -282,9 +289,9 @@ def check(
     wanted: Wanted = "",
     as_json: Json = False,
 ) -> None:
-    """Hold each kernel against float64 on every backend, and name the first that is wrong.
+    """Compare each kernel with float64 on every backend, and name the first that is wrong.
 
-    Ends with 1 where one is.
+    The exit code is 1 if one is wrong.
     """
     element, block, seed = dtype_of(dtype), _block(target, dtype), check_seed(seed)
     check_training(memory, wanted, backward=backward)
@@ -329,14 +336,14 @@ def compile_(
     arch: Arch = "",
     dtype: Type = "bf16",
     frozen: Frozen = False,
-    out: Annotated[str, typer.Option(help="a directory that loads without recompiling")] = "",
+    out: Annotated[str, typer.Option(help="write a directory that loads without recompiling")] = "",
     emit: Annotated[str, typer.Option(help="print source, ptx or cubin (its path)")] = "",
     backward: Backward = False,
     memory: Memory = "",
     wanted: Wanted = "",
     as_json: Json = False,
 ) -> None:
-    """Compile a block's kernels, with or without a GPU, and say what each takes."""
+    """Compile a block's kernels, with or without a GPU, and print the resources of each."""
     if emit not in ("", "source", "ptx", "cubin"):
         raise CodaError("there is no such thing to emit", found=emit, help="source, ptx or cubin")
     out = check_kept(out)
@@ -371,7 +378,7 @@ def _compile(program: Program, which: str) -> list[Compiled]:
 
 
 class CacheAction(StrEnum):
-    """What `coda cache` does."""
+    """The actions of `coda cache`."""
 
     LS = "ls"
     SIZE = "size"
@@ -385,7 +392,7 @@ class CacheAction(StrEnum):
 def cache(
     action: Annotated[CacheAction, typer.Argument(help="ls, size, prune, clear or path")],
 ) -> None:
-    """Look at the compiled kernels that are kept between processes, or delete them."""
+    """List or delete the compiled kernels in the cache on disk."""
     check_cache()
     if action is CacheAction.PATH:
         print(kernel_cache.cache_directory())
@@ -405,7 +412,7 @@ def cache(
 @app.command()
 @told
 def doctor(*, as_json: Json = False) -> None:
-    """What is installed, which GPU there is, which backends work, and what is missing."""
+    """Print the versions, the GPU, the available backends, and what is missing."""
     report = examine()
     if as_json:
         _print_json(report.json())

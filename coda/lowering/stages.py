@@ -51,22 +51,26 @@ def _laws_ended(graph: Graph) -> str:
 
 def _pushed_down(graph: Graph) -> str:
     ended = push_down(graph).roots == graph.roots
-    return "" if ended else "a pick or a slice of rows can go further down"
+    return "" if ended else "a pick or a slice of rows can move closer to an argument"
 
 
 def _columns_first(graph: Graph) -> str:
     ended = columns_first(graph).roots == graph.roots
-    return "" if ended else "an operation is over rows and columns at once"
+    return "" if ended else "a reduction is over rows and columns at once"
 
 
 def _constants_folded(graph: Graph) -> str:
     ended = fold_constants(graph, dict.fromkeys(graph.symbols, 1)).roots == graph.roots
-    return "" if ended else "a function of numbers is not evaluated"
+    return "" if ended else "a function of constants is not evaluated"
 
 
 def _placeable(parted: Parted) -> str:
     lost = parted.part_of.keys() - set(walk(parted.graph.roots))
-    return "a part is of no node of the graph" if lost else _columns_first(parted.graph)
+    return (
+        "a chunk refers to a node that is not in the graph"
+        if lost
+        else _columns_first(parted.graph)
+    )
 
 
 def _complete(program: Program) -> str:
@@ -76,7 +80,7 @@ def _complete(program: Program) -> str:
 
 def _memory_is_open(program: Program) -> str:
     planned = program.overwrites or program.freed
-    return "memory is planned already, by the order of kernels" if planned else ""
+    return "memory is planned already, for the present order of kernels" if planned else ""
 
 
 def _partials_sized(program: Program) -> str:
@@ -111,62 +115,62 @@ STAGES: dict[str, Stage] = {
     for name, does, requires, missing in (
         (
             "laws",
-            "apply equations of the algebra until none applies",
-            "types and shapes follow from operands, and names are unique",
+            "apply the laws of the algebra until none applies",
+            "types and shapes follow from operands; names are unique",
             _well_formed,
         ),
         (
             "pushdown",
             "move picks and slices of rows towards the arguments",
-            "no law without a choice applies any more",
+            "no law applies, except those marked as a choice",
             _laws_ended,
         ),
         (
             "columns",
             "reduce over columns first, then over rows",
-            "picks and slices are as far down as they go",
+            "picks and slices of rows are as close to the arguments as they can be",
             _pushed_down,
         ),
         (
             "constants",
-            "evaluate functions of numbers and sizes",
-            "no operation is over rows and columns at once",
+            "fold constants: evaluate functions of numbers and sizes",
+            "no reduction is over rows and columns at once",
             _columns_first,
         ),
         (
             "chunks",
-            "make the largest value between kernels in parts",
-            "functions of numbers alone are numbers",
+            "compute the largest temporary in chunks of columns",
+            "constants are folded",
             _constants_folded,
         ),
         (
             "place",
             "decide which kernel computes which node, and build the kernels",
-            "parts are of nodes of the graph, and no operation is over rows and columns at once",
+            "chunks are of nodes of the graph; no reduction is over rows and columns at once",
             _placeable,
         ),
         (
             "factor",
-            "compute once what the products of a kernel share",
-            "what a kernel reads is an argument, prepared, or written by an earlier one",
+            "compute once the factors that the products of a kernel share",
+            "a kernel reads arguments, prepacked tensors, and results of earlier kernels",
             _complete,
         ),
         (
             "order",
-            "launch first what frees memory",
+            "order kernels so that buffers die early",
             "memory is not planned yet",
             _memory_is_open,
         ),
         (
             "configure",
-            "choose tiles and clusters, and size partials by them",
+            "choose tiles and clusters, which set the sizes of partials",
             "memory is not planned yet",
             _memory_is_open,
         ),
         (
             "memory",
-            "decide when a buffer is dead, and what is written in place",
-            "partials have their sizes",
+            "liveness: when a buffer is dead, and which dead buffer a kernel writes in place",
+            "partials have sizes",
             _partials_sized,
         ),
     )

@@ -19,16 +19,15 @@ A law is an equation between two small graphs over variables with axes, in
 the property test that evaluates both sides in float64. `...` stands for any leading axes, a letter
 for an axis, 1 for a value that does not depend on it. Laws are applied from left to right, operands
 first, until none applies; those marked *choice* only where the Program becomes cheaper, by bytes
-and launches. A law in which a row's factor leaves a sum applies only where that factor is known too
-late for the kernel that makes the other operand; those that subtract a mean after the sum, and
-those that subtract a logsumexp, do not apply to values that are float32 from the start, which would
-lose bits. Laws that leave a factor or a shift for later, marked *far*, store values without it,
-which may be far larger or smaller: they apply to types that reach as far as float32, and so not to
-f16.
+and launches. A row factor moves past a contraction only if it becomes available after the kernel
+that produces the other operand. Laws that subtract a mean after the sum, or a logsumexp, do not
+apply to values that are float32 from the start: these would lose bits. Laws marked *far* store
+values without a factor or a shift that is applied later; such values may be far larger or smaller,
+so these laws apply to types with the exponent range of float32, and not to f16.
 
-The exchange of sums is tried on derivatives: where the forward has the other contraction, or
-(in `coda/lowering/algebra/linear.py`) where the outputs of the block are linear in what a row's
-factor multiplies.
+The exchange of two contractions is tried on derivatives: where the forward has the other
+contraction, or (in `coda/lowering/algebra/linear.py`) where the outputs of the block are linear in
+the value that a row factor multiplies.
 
 | law | identity | over |
 |---|---|---|

@@ -60,14 +60,16 @@ def broken(name):
     if name in BODY:
         said = {
             "pushdown": "square_of_product",
-            "columns": "further down",
+            "columns": "closer to an argument",
             "constants": "rows and columns at once",
             "chunks": "is not evaluated",
         }
         return block(BODY[name]), said[name]
     if name == "place":
         graph, other = parse(NORM), block("%0 = exp %x return y = %0")
-        return Parted(graph, (), {other.roots[0]: 0}), "a part is of no node"
+        return Parted(
+            graph, (), {other.roots[0]: 0}
+        ), "a chunk refers to a node that is not in the graph"
     program = placed()
     if name == "factor":
         return replace(program, kernels=program.kernels[1:]), "before it is written"

@@ -55,7 +55,7 @@ def test_a_damaged_file_is_deleted_with_a_warning(tmp_path, hurt):
     path = tmp_path / "file"
     kept.write(path, b"0123456789")
     hurt(path)
-    with pytest.warns(RuntimeWarning, match="it is made again"), pytest.raises(kept.Damaged):
+    with pytest.warns(RuntimeWarning, match="it is rebuilt"), pytest.raises(kept.Damaged):
         kept.read(path)
     assert not path.exists()
     kept.write(path, b"new")
@@ -158,7 +158,7 @@ def test_a_damaged_object_is_not_loaded(store, hurt):
 def test_an_object_without_its_ptx_is_not_loaded(store):
     path, _, _ = store
     load = kept.checked(lambda p: p, lambda p: True, lambda _: False)
-    with pytest.warns(RuntimeWarning, match="lost"), pytest.raises(kept.Damaged):
+    with pytest.warns(RuntimeWarning, match="missing"), pytest.raises(kept.Damaged):
         load(str(path))
     assert not path.exists()
 
@@ -298,12 +298,12 @@ def test_a_simulated_process_mends_its_cache(tmp_path):
         assert kept.intact(path)
     quiet = simulate(tmp_path)
     assert quiet.returncode == 0
-    assert "made again" not in quiet.stderr
+    assert "rebuilt" not in quiet.stderr
 
 
 @pytest.mark.slow
 def test_the_command_line_mends_what_it_prints(tmp_path):
-    """A damaged PTX or cubin is not printed, and is made again with the object."""
+    """A damaged PTX or cubin is not printed, and is rebuilt with the object."""
     block = tmp_path / "tiny.coda"
     block.write_text("block f(%x: [M, 64] bf16) {\n  %0 = square %x\n  return out = %0\n}\n")
     out = tmp_path / "out"
@@ -318,5 +318,5 @@ def test_the_command_line_mends_what_it_prints(tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count(".entry") == 1
         assert done.stdout.rstrip().endswith("}")
-        assert ("made again" in done.stderr) == bool(ending)
+        assert ("rebuilt" in done.stderr) == bool(ending)
     assert kept.intact(path)

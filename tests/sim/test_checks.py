@@ -62,7 +62,7 @@ def test_a_barrier_of_others_orders_nothing():
 def test_a_barrier_before_memory_is_used_again(schedule):
     once = WRITE + "bar.sync 0;" + READ
     clean(once + "bar.sync 0;" + WRITE, **schedule)
-    assert "overwrites what warp 1 reads" in only(once + WRITE, "race").message
+    assert "overwrites data that warp 1 reads" in only(once + WRITE, "race").message
 
 
 def test_two_writers_race_and_those_of_parts_of_a_word_do_not():
@@ -120,7 +120,7 @@ def test_a_bulk_copy_has_read_before_its_source_changes(schedule):
     clean(good + "bar.sync 0;" + WRITE, **schedule)
     kinds = {f.kind for f in found(good.replace(DRAIN, "") + "bar.sync 0;" + WRITE).findings}
     assert kinds == {"race", "exited"}
-    assert "leaves" in only(good.replace(DRAIN, ""), "exited").message
+    assert "a CTA exits" in only(good.replace(DRAIN, ""), "exited").message
 
 
 INIT = "@%p2 mbarrier.init.shared.b64 [%r4+1024], 1;"
@@ -137,7 +137,7 @@ def test_what_a_bulk_load_brings_is_read_after_its_mbarrier(schedule):
     clean(INIT + FENCE + "bar.sync 0;" + LOAD + WAIT + USE, **schedule)
     messages = [f.message for f in found(INIT + FENCE + "bar.sync 0;" + LOAD + USE).findings]
     assert any("a copy that completes on an mbarrier wrote" in m for m in messages)
-    assert any("leaves" in m for m in messages)
+    assert any("a CTA exits" in m for m in messages)
 
 
 def test_an_mbarrier_is_used_after_its_initialisation():
@@ -151,7 +151,7 @@ def test_memory_that_was_read_is_loaded_again():
     first = INIT + FENCE + "bar.sync 0;" + LOAD + WAIT + USE
     again = LOAD + WAIT.replace("W", "V").replace(", 0;", ", 1;")
     clean(first + "bar.sync 0;" + again)
-    assert "overwrites what warp 1 reads" in only(first + again, "race").message
+    assert "overwrites data that warp 1 reads" in only(first + again, "race").message
 
 
 @schedules
@@ -329,7 +329,7 @@ def test_a_tensor_map_that_is_changed_is_released_and_acquired(change):
 
 
 def test_levels():
-    with pytest.raises(CheckFailed, match="race: reads what warp 0 wrote"):
+    with pytest.raises(CheckFailed, match="race: reads data that warp 0 wrote"):
         found(WRITE + READ, kinds={"race": "raise"})
     assert not found(WRITE + READ, kinds={"race": "off", "leak": "warn"}).findings
     assert not found(WRITE + READ, kinds={}).per_allocation

@@ -170,19 +170,19 @@ def reciprocal_is_normal(nodes: Mapping[str, Node]) -> bool:
 
 @law(x="... K", r="... 1", when=reciprocal_is_normal)
 def divide_by_row(x: Node, r: Node) -> Sides:
-    """x / r = x · (1 / r): one reciprocal for each row."""
+    """x / r = x · (1 / r): one reciprocal per row."""
     return _div(x, r), _mul(x, Map("recip", (r,)))
 
 
 @law(x="... K", r="... 1", g="... K", unscaled=True, when=factor_comes_late)
 def row_factor_outward(x: Node, r: Node, g: Node) -> Sides:
-    """(x ⊙ r) ⊙ g = (x ⊙ g) ⊙ r: factors of a row last, where a contraction can give them up."""
+    """(x ⊙ r) ⊙ g = (x ⊙ g) ⊙ r: row factors last, where they can move past a contraction."""
     return _mul(_mul(x, r), g), _mul(_mul(x, g), r)
 
 
 @law(x="... K", r="... 1")
 def cast_inside_row_factor(x: Node, r: Node) -> Sides:
-    """cast(x ⊙ r) = cast(x) ⊙ cast(r): only what is stored rounds, and once.
+    """cast(x ⊙ r) = cast(x) ⊙ cast(r): a single rounding, of the stored value.
 
     Not to a type of a shorter range: what a scale brings into it may not fit without the scale.
     """
@@ -191,7 +191,7 @@ def cast_inside_row_factor(x: Node, r: Node) -> Sides:
 
 @law(x="... K", a="K", b="K", when=has_rows)
 def shifts_together(x: Node, a: Node, b: Node) -> Sides:
-    """(x + a) + b = x + (a + b): shifts by vectors are one shift by their sum."""
+    """(x + a) + b = x + (a + b): two shifts by vectors are one, by their sum."""
     return _add(_add(x, a), b), _add(x, _add(a, b))
 
 
@@ -200,13 +200,13 @@ def shifts_together(x: Node, a: Node, b: Node) -> Sides:
 
 @law(x="... K", r="... 1", w="N K", unscaled=True, when=factor_comes_late)
 def row_factor_past_contraction(x: Node, r: Node, w: Node) -> Sides:
-    """Σ_k (x r) w = r Σ_k x w: a factor of the row is applied to the accumulator instead."""
+    """Σ_k (x r) w = r Σ_k x w: the row factor is applied to the accumulator."""
     return _contract(_mul(x, r), w), _mul(_contract(x, w), r)
 
 
 @law(x="... K", r="... 1", b="K", w="N K", unscaled=True, when=factor_comes_late)
 def affine_past_contraction(x: Node, r: Node, b: Node, w: Node) -> Sides:
-    """Σ_k (x r + b) w = r Σ_k x w + Σ_k b w: the shift becomes a vector that only weights know."""
+    """Σ_k (x r + b) w = r Σ_k x w + Σ_k b w: the shift is a vector computed from weights."""
     return (
         _contract(_add(_mul(x, r), b), w),
         _add(_mul(_contract(x, w), r), _contract(b, w)),
@@ -239,19 +239,19 @@ def shifted_gain_past_contraction(x: Node, m: Node, g: Node, w: Node) -> Sides:
 
 @law(x="... K", g="K", w="N K", choice=True, unscaled=True)
 def gain_into_weight(x: Node, g: Node, w: Node) -> Sides:
-    """Σ_k (x g) w = Σ_k x (g w): a gain along the summed axis goes with the weight."""
+    """Σ_k (x g) w = Σ_k x (g w): a gain along k is folded into the weight."""
     return _contract(_mul(x, g), w), _contract(x, _mul(w, g))
 
 
 @law(x="L K", g="K", u="N L")
 def gain_past_contraction_over_rows(x: Node, g: Node, u: Node) -> Sides:
-    """Σ_l u (x g) = g Σ_l u x: a weight's gradient reads the activation as it is."""
+    """Σ_l u (x g) = g Σ_l u x: a weight's gradient reads x without its gain."""
     return _contract(u, _turned(_mul(x, g))), _mul(_contract(u, _turned(x)), g)
 
 
 @law(x="... K", y="... L", v="N K", w="N L", when=both_are_computed)
 def contractions_together(x: Node, y: Node, v: Node, w: Node) -> Sides:
-    """Σ_k x v + Σ_l y w = Σ_kl [x y] [v w]: two sums are one sum over both axes."""
+    """Σ_k x v + Σ_l y w = Σ_kl [x y] [v w]: two contractions are one, over both axes."""
     return (
         _add(_contract(x, v), _contract(y, w)),
         _contract(Concat((x, y), -1), Concat((v, w), -1)),
@@ -292,7 +292,7 @@ def lies_straight(nodes: Mapping[str, Node]) -> bool:
 
 @law(x="... K", y="... N", w="K N", choice=True, when=lies_straight)
 def row_sum_exchanged(x: Node, y: Node, w: Node) -> Sides:
-    """Σ_k x (Σ_n y w) = Σ_n y (Σ_k x w): a sum over a contraction's output is one over another's.
+    """Σ_k x (Σ_n y w) = Σ_n y (Σ_k x w): two contractions, exchanged.
 
     Softmax's Σ dP P is Σ dO O: known before the contraction that gives dP, whose epilogue needs it.
     """
@@ -304,7 +304,7 @@ def row_sum_exchanged(x: Node, y: Node, w: Node) -> Sides:
 
 @law(x="... K", y="... N", w="N K", choice=True)
 def row_sum_exchanged_turned(x: Node, y: Node, w: Node) -> Sides:
-    """Σ_k x (Σ_n y wᵀ) = Σ_n y (Σ_k x w): the same where the weight lies turned."""
+    """Σ_k x (Σ_n y wᵀ) = Σ_n y (Σ_k x w): the same for a transposed weight."""
     return (
         _over("sum", _mul(x, _contract(y, _turned(w)))),
         _over("sum", _mul(y, _contract(x, w))),
@@ -323,7 +323,7 @@ def variance_as_moments(x: Node) -> Sides:
 
 @law(x="... K")
 def logsumexp_of_exponentials(x: Node) -> Sides:
-    """log Σ exp x = logsumexp x, which does not overflow."""
+    """log Σ exp x = logsumexp x, which cannot overflow."""
     return _log(_over("sum", _exp(x))), _over("logsumexp", x)
 
 

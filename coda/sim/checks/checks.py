@@ -34,13 +34,13 @@ class Exits(Maps):
         for component, (clock, who) in self.last[cta].items():
             if past[component] < clock:
                 what = (
-                    f"a CTA leaves, and {self.earlier(component, who, 'may still touch')} its "
+                    f"a CTA exits, and {self.earlier(component, who, 'may still access')} its "
                     f"memory, {NO_ORDER}"
                 )
                 self.find("exited", what, who.ins, who.row, cta, who)
         self.gone[cta] = True
         for column, columns in machine.tensor_memory.allocated.get(cta, {}).items():
-            what = f"a CTA leaves with {columns} columns of tensor memory at {column} allocated"
+            what = f"a CTA exits with {columns} columns of tensor memory at {column} allocated"
             ins, row = self.allocations[cta, column]
             self.find("leak", what, ins, row, column)
 
@@ -68,7 +68,7 @@ class Exits(Maps):
         found = self.tensor.still_reading(sets, seen)
         if found:
             who, component = self.events.who(found[1]), int(self.events.component[found[1]])
-            what = f"frees what {self.earlier(component, who, 'reads')}, {NO_ORDER}"
+            what = f"frees columns that {self.earlier(component, who, 'reads')}, {NO_ORDER}"
             self.find("race", what, ins, row, column, who)
 
 

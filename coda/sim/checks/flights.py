@@ -174,7 +174,7 @@ class Flights(Observer):
         flying[rows] += 1
         touched = self.open[self.program.group[ins.line], rows]
         if touched.any():
-            what = "its registers were touched since the last wgmma.fence"
+            what = "its registers were accessed since the last wgmma.fence"
             self._find("in-flight", ins, int(rows[int(touched.argmax())]), what)
 
     def waited(self, ins: Instruction, row: int, ops: list[Operation], reading: bool) -> None:
@@ -204,7 +204,7 @@ class Flights(Observer):
             flying = self.flying.get(line)
             if flying is not None and (flying[rows] > 0).any():
                 row = int(rows[int((flying[rows] > 0).argmax())])
-                what = f"touches registers of the product at PTX line {line} before a wait for it"
+                what = f"accesses registers of the product at PTX line {line} before waiting for it"
                 self._find("in-flight", ins, row, what)
 
     def _use(self, block: Block, k: int, g: Any, m: Any) -> None:
@@ -218,7 +218,7 @@ class Flights(Observer):
             i for i in block.instructions if name in uses_and_writes(i, self.program.kernel)[0]
         )
         row = int(self.machine.rows(g)[int(bad.any(1).argmax())])
-        self._find("uninitialised", ins, row, f"uses register {name}, which nothing has written")
+        self._find("uninitialised", ins, row, f"uses register {name}, which is uninitialised")
 
     def _find(self, kind: str, ins: Instruction, row: int, what: str) -> None:
         key = (kind, ins.line, what)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 WORDS = WINDOW // 4
 STRONGS = ("atom", "red", "cp.reduce", "red.async")
-NO_ORDER = "with nothing in between that orders them"
+NO_ORDER = "and no synchronisation orders them"
 NO_FENCE = "with no fence.proxy.async in between"
 
 
@@ -82,7 +82,7 @@ class Races(Observer):
         return f"{self.clocks.owner(component)} {verb}{line}"
 
     def unwritten(self, ins: Instruction, row: int, word: int, memory: str) -> None:
-        what = f"reads {memory} that nothing has written"
+        what = f"reads {memory} that is uninitialised"
         self.find("uninitialised", what, ins, row, word)
 
     def conflict(
@@ -91,14 +91,14 @@ class Races(Observer):
         """Report an access not ordered after the event that wrote the word."""
         component = int(self.events.component[event])
         who = self.events.who(event) if event else None
-        what = f"{doing} what {self.earlier(component, who, 'wrote')}, "
+        what = f"{doing} data that {self.earlier(component, who, 'wrote')}, "
         self.find("race", what + (NO_FENCE if fence else NO_ORDER), ins, row, word, who)
 
     def overwrites(self, ins: Instruction, row: int, word: int, event: int) -> None:
         """Report a write not ordered after an event that reads the word."""
         who = self.events.who(event)
         component = int(self.events.component[event])
-        what = f"overwrites what {self.earlier(component, who, 'reads')}, {NO_ORDER}"
+        what = f"overwrites data that {self.earlier(component, who, 'reads')}, {NO_ORDER}"
         self.find("race", what, ins, row, word, who)
 
     # accesses by lanes
@@ -200,7 +200,7 @@ class Races(Observer):
     def leaves(self, ins: Instruction, row: int, target: int) -> None:
         """A warp accesses the memory of another CTA: report if that CTA has exited."""
         if self.gone[target]:
-            what = "touches the shared memory of a CTA that has left"
+            what = "accesses the shared memory of a CTA that has exited"
             self.find("exited", what, ins, row, target)
         own = int(self.clocks.own[row])
         self.last[target][own] = (int(self.clocks.at[row, SEEN, own]), Who(ins, row))
@@ -298,7 +298,7 @@ class Races(Observer):
             base = where % WINDOW
         for cta in ctas:
             if self.gone[cta]:
-                what = f"{op.unit} touches {memory} of a CTA that has left"
+                what = f"{op.unit} accesses {memory} of a CTA that has exited"
                 self.find("exited", what, op.ins, op.row, base)
             self.last[cta][channel[0]] = (channel[1], Who(op.ins, op.row))
         writers, readers = shadow.writers.reshape(shape), shadow.readers.reshape(shape)

@@ -39,9 +39,11 @@ def refusal(path: Path) -> str:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()
         if found.st_uid != os.geteuid():
-            return f"belongs to another user (uid {found.st_uid}), who may change what is run"
+            return (
+                f"belongs to another user (uid {found.st_uid}), who may change the code that runs"
+            )
         if stat.S_IMODE(found.st_mode) & 0o022:
-            return f"may be written by others: chmod go-w {path}"
+            return f"is writable by other users: chmod go-w {path}"
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as e:
@@ -98,9 +100,9 @@ def read(path: Path) -> bytes | None:
             return None
         data, words = path.read_bytes(), words_of(path)
         if not words:
-            raise Damaged("its digest is not there")
+            raise Damaged("it has no digest")
         if hashlib.sha256(data).hexdigest() != words[0]:
-            raise Damaged("its digest is another")
+            raise Damaged("its digest does not match")
     except (OSError, Damaged) as e:
         spoil(path, str(e))
         raise Damaged(f"{path}: {e}") from e
@@ -118,7 +120,7 @@ def intact(path: Path) -> bool:
 def spoil(path: Path, why: str) -> None:
     """Delete a file that must not be used, with a RuntimeWarning that says why."""
     warnings.warn(
-        f"the kept file {path} is not used: {why}; it is made again", RuntimeWarning, stacklevel=2
+        f"the cached file {path} is not used: {why}; it is rebuilt", RuntimeWarning, stacklevel=2
     )
     discard(path)
 
@@ -155,8 +157,8 @@ def checked(
         if ours(path):
             read(path)
             if not whole(words_of(path)[-1]):
-                spoil(path, "the PTX of its cubin is lost")
-                raise Damaged(f"{path}: the PTX of its cubin is lost")
+                spoil(path, "the PTX of its cubin is missing")
+                raise Damaged(f"{path}: the PTX of its cubin is missing")
         return load(file_path, *args, **kwargs)
 
     return load_module
