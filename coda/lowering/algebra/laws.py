@@ -280,13 +280,13 @@ def negation_past_sum(x: Node) -> Sides:
 
 
 @law(x="L K")
-def turned_twice(x: Node) -> Sides:
+def transposed_twice(x: Node) -> Sides:
     """(xᵀ)ᵀ = x."""
     return _turned(_turned(x)), x
 
 
 def lies_straight(nodes: Mapping[str, Node]) -> bool:
-    """Whether `w` is not transposed; `row_sum_exchanged_turned` is the law for transposes."""
+    """Whether `w` is not transposed; `row_sum_exchanged_transposed` is the law for transposes."""
     return not isinstance(nodes["w"], Permute)
 
 
@@ -303,7 +303,7 @@ def row_sum_exchanged(x: Node, y: Node, w: Node) -> Sides:
 
 
 @law(x="... K", y="... N", w="N K", choice=True)
-def row_sum_exchanged_turned(x: Node, y: Node, w: Node) -> Sides:
+def row_sum_exchanged_transposed(x: Node, y: Node, w: Node) -> Sides:
     """Σ_k x (Σ_n y wᵀ) = Σ_n y (Σ_k x w): the same for a transposed weight."""
     return (
         _over("sum", _mul(x, _contract(y, _turned(w)))),
@@ -375,7 +375,7 @@ LAWS: tuple[Law, ...] = (
 
 EXCHANGES: tuple[Law, ...] = (
     negation_past_sum,
-    turned_twice,
+    transposed_twice,
     row_sum_exchanged,
-    row_sum_exchanged_turned,
+    row_sum_exchanged_transposed,
 )
