@@ -122,12 +122,8 @@ def explain(
     wanted: Wanted = "",
     as_json: Json = False,
     text: Annotated[bool, typer.Option("--text", help="print the Program's text")] = False,
-    passes: Annotated[
-        bool, typer.Option("--passes", help="list the stages and their effects")
-    ] = False,
-    stop_after: Annotated[
-        str, typer.Option(help="stop after a stage (such as laws), and print its result")
-    ] = "",
+    passes: Annotated[bool, typer.Option("--passes", help="list the stages")] = False,
+    stop_after: Annotated[str, typer.Option(help="print the result of a stage such as laws")] = "",
 ) -> None:
     """The lowering of a block: kernels, bytes, rooflines, and the kernel of each op.
 
@@ -179,10 +175,7 @@ def stage(
     dims: Dims = "",
     arch: Arch = "",
     dtype: Type = "bf16",
-    thrifty: Annotated[
-        bool,
-        typer.Option(help="compute large temporaries in chunks, as the backward of --memory min"),
-    ] = False,
+    thrifty: Annotated[bool, typer.Option(help="chunk, as the backward of --memory min")] = False,
 ) -> None:
     """Run one stage of the lowering on a block, checked before and after.
 
