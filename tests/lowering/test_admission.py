@@ -153,6 +153,20 @@ def test_a_node_that_is_stored_elsewhere_is_still_computed_where_it_is_used():
     assert len(program.kernels) == 3
 
 
+@coda.block
+def gated_heads(x: T["M D"], a: T["(H d) D"], b: T["(H d) D"], g: T["d"]):
+    heads = coda.swiglu(x @ a.T, x @ b.T).reshape("M (H d) -> M H d")
+    return coda.rms_norm(heads, g, eps=0.5).reshape("M H d -> M (H d)")
+
+
+def test_what_follows_a_statistic_of_heads_is_computed_with_it():
+    """The number of columns is that of the heads, and the kernel has the columns of all heads."""
+    program = lower(gated_heads.graph, SIZES)
+    assert [k.kind.name for k in program.kernels] == ["gemm", "rows"]
+    assert [s.group for s in program.kernels[1].body.epilogue.statistics] == [SIZES["d"]]
+    assert_exact(gated_heads, program, SIZES)
+
+
 def test_what_is_committed_is_written_where_a_part_of_it_has_no_layout(monkeypatch):
     """Three products side by side are one matrix; without the middle one they are two."""
     sizes = {"M": 6, "N": 32, "D": 64}

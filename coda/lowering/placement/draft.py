@@ -196,13 +196,13 @@ class Drafts:
         return True
 
     def row_drafts(self, index: int, rows: Dim, width: int) -> list[Draft]:
-        """The row-wise builders behind a GEMM whose width allows `width` columns."""
+        """The row-wise builders behind a GEMM that can have `width` columns, or widen to them."""
         return [
             d
             for d in self.behind.get(index, ())
             if d.kind.whole_rows
             and d.space.rows == rows
-            and (width == d.space.width or 1 in (width, d.space.width))
+            and (width in d.space.widths or d.space.width == 1)
         ]
 
     def rooms(self, index: int, rows: Dim, width: int) -> list[Room]:

@@ -282,6 +282,12 @@ class SpaceState:
         sizes = [g.size for g in self.groups]
         return next(iter(sizes + [s.group for s in self.statistics.values() if s.group]), 0)
 
+    @property
+    def widths(self) -> set[int]:
+        """The numbers of columns of what is computed here: all, one for each group, one a row."""
+        groups = {self.width // self.group_size} if self.group_size else set[int]()
+        return {self.width, 1} | groups
+
     def id(self, expr: Expr) -> int:
         """The number of an expression."""
         if expr not in self.index:
