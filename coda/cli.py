@@ -47,7 +47,7 @@ from coda.lowering.compiler import request, run_stage
 from coda.lowering.explain_stages import pass_facts, passes_table, record_stages, training_graphs
 from coda.lowering.program.program import Program
 from coda.lowering.stages import show_value, stage_names
-from coda.measure import Report, measure, measure_gradients
+from coda.measure import ErrorReport, measure, measure_gradients
 from coda.options import (
     Arch,
     Backward,
@@ -304,8 +304,8 @@ def check(
 
 
 def _simulate(
-    call: Callable[[], Report], arch: str, schedule: str, seed: int
-) -> tuple[Report, Any]:
+    call: Callable[[], ErrorReport], arch: str, schedule: str, seed: int
+) -> tuple[ErrorReport, Any]:
     """Measure a block on a simulated GPU: the errors, and the simulator's report."""
     from coda.runtime.simulate import device
     from coda.sim import SimError

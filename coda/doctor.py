@@ -14,7 +14,7 @@ from rich.table import Table
 import coda
 from coda.errors import CodaError
 from coda.runtime.call import BACKENDS, gpu_target
-from coda.runtime.settings import VARIABLES, Variable
+from coda.runtime.settings import VARIABLES, EnvironmentVariable
 
 TESTED = {
     "torch": "2.13",
@@ -29,7 +29,7 @@ OPTIONAL = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
 
 
 @dataclass(frozen=True)
-class Finding:
+class DiagnosisLine:
     """One line of the report; `advice` is empty if nothing has to be done."""
 
     what: str
@@ -42,7 +42,7 @@ class Finding:
 class Diagnosis:
     """The report of `coda doctor`."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[DiagnosisLine, ...]
 
     @property
     def good(self) -> bool:
@@ -70,43 +70,43 @@ def _version(name: str) -> str:
         return ""
 
 
-def _package(name: str, tested: str) -> Finding:
+def _package(name: str, tested: str) -> DiagnosisLine:
     found = _version(name)
     if not found:
-        return Finding(name, "missing", f"pip install '{name}=={tested}.*'")
+        return DiagnosisLine(name, "missing", f"pip install '{name}=={tested}.*'")
     if not (found + ".").startswith(tested + "."):
-        return Finding(name, found, f"tested with {tested}: pip install '{name}=={tested}.*'")
-    return Finding(name, found)
+        return DiagnosisLine(name, found, f"tested with {tested}: pip install '{name}=={tested}.*'")
+    return DiagnosisLine(name, found)
 
 
-def _setting(variable: Variable) -> Finding:
+def _setting(variable: EnvironmentVariable) -> DiagnosisLine:
     try:
-        return Finding(variable.name, variable.get() or "not set")
+        return DiagnosisLine(variable.name, variable.get() or "not set")
     except CodaError as e:
-        return Finding(variable.name, e.found, e.message)
+        return DiagnosisLine(variable.name, e.found, e.message)
 
 
 def examine() -> Diagnosis:
     """Examine the installation."""
     findings = [
-        Finding("coda", coda.__version__),
-        Finding("python", platform.python_version()),
+        DiagnosisLine("coda", coda.__version__),
+        DiagnosisLine("python", platform.python_version()),
         *(_package(name, tested) for name, tested in TESTED.items()),
     ]
     for name in OPTIONAL:
         found = _version(name)
         advice = "" if found else f"pip install {name} (registers and spills in `coda compile`)"
-        findings.append(Finding(name, found or "missing", advice, needed=False))
+        findings.append(DiagnosisLine(name, found or "missing", advice, needed=False))
     compiler = shutil.which("cc") or shutil.which("gcc") or ""
     advice = "" if compiler else "install gcc or clang: backend sim builds a small library with it"
-    findings.append(Finding("C compiler", compiler or "missing", advice, needed=False))
+    findings.append(DiagnosisLine("C compiler", compiler or "missing", advice, needed=False))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     target = gpu_target()
     advice = "" if target else "no Hopper or Blackwell GPU: blocks run on backend reference"
     arch = target.arch if target else ""
-    findings.append(Finding("GPU", f"{gpu} {arch}".strip(), advice, needed=False))
+    findings.append(DiagnosisLine("GPU", f"{gpu} {arch}".strip(), advice, needed=False))
     needs = {"cuda": target is not None, "sim": bool(compiler)}
     working = [name for name in BACKENDS if needs.get(name, True)]
-    findings.append(Finding("backends", ", ".join(working)))
+    findings.append(DiagnosisLine("backends", ", ".join(working)))
     findings += [_setting(v) for v in VARIABLES]
     return Diagnosis(tuple(findings))

@@ -111,7 +111,7 @@ class Error:
 
 
 @dataclass(frozen=True)
-class Report:
+class ErrorReport:
     """Errors of all outputs of a block, as `coda run` prints them."""
 
     block: str
@@ -146,7 +146,7 @@ def measure(
     backend: str = "",
     arch: str = "",
     dims: Mapping[str, int] | None = None,
-) -> Report:
+) -> ErrorReport:
     """Run a block and compare its outputs with float64.
 
     Args:
@@ -167,7 +167,7 @@ def measure(
         Error(name, tuple(a.shape), relative(a, e), relative(b, e))
         for (name, _), a, e, b in zip(graph.outputs, outputs, exact, plain, strict=True)
     ]
-    return Report(graph.name, sizes, choose_backend(backend), tuple(errors))
+    return ErrorReport(graph.name, sizes, choose_backend(backend), tuple(errors))
 
 
 def measure_gradients(
@@ -181,7 +181,7 @@ def measure_gradients(
     seed: int = 0,
     wanted: Sequence[str] | None = None,
     memory: str | None = None,
-) -> Report:
+) -> ErrorReport:
     """Run a block and its backward on random cotangents, and compare the gradients with float64.
 
     Args:
@@ -229,7 +229,7 @@ def measure_gradients(
         for name, a, e, b in zip(names, coda_s, exact, torch_s, strict=True)
         if a is not None and e is not None and b is not None
     ]
-    return Report(graph.name, sizes, choose_backend(backend), tuple(errors))
+    return ErrorReport(graph.name, sizes, choose_backend(backend), tuple(errors))
 
 
 def relative(x: Tensor, exact: Tensor) -> float:

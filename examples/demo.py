@@ -3,7 +3,7 @@
 from llama_layer import DIMS, layer
 from rich.console import Console
 
-from coda.measure import Report, measure, measure_gradients, random_inputs
+from coda.measure import ErrorReport, measure, measure_gradients, random_inputs
 from coda.runtime.compile import compile_program, usage_table
 from coda.runtime.simulate import device
 
@@ -35,7 +35,7 @@ def main():
         assert not seen.findings
 
 
-def check(console: Console, report: Report) -> None:
+def check(console: Console, report: ErrorReport) -> None:
     """Print the errors against float64; none may be larger than torch's own, op by op."""
     console.print(report.table())
     assert all(e.coda <= e.torch for e in report.errors)

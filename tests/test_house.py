@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 from coda.ir.monoids import MONOIDS
@@ -108,6 +109,16 @@ def test_nothing_writes_the_environment():
             if wrong:
                 found.append(f"{module_of(file)}:{node.lineno}")
     assert not found
+
+
+def test_a_class_name_names_one_class():
+    named = Counter(
+        node.name
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in named.items() if count > 1] == []
 
 
 def test_the_oracle_is_nobodys_base():

@@ -27,7 +27,7 @@ from coda.errors import CodaError, UnsupportedError
 from coda.frontend.torch_import.importer import Imported, import_nodes, value_of
 from coda.integrations.rebuild import Rebuild
 from coda.integrations.regions import (
-    Cut,
+    RegionCut,
     cut,
     is_parameter,
     of_batches,
@@ -240,7 +240,7 @@ def _split(gm: GraphModule, report: GraphReport, given: Mapping[FxNode, Tensor])
     return Rebuild(gm, [(r.nodes, r.imported, r.block) for r in regions], modes).run()
 
 
-def _cut(graph: FxGraph, fixed: Sequence[FxNode]) -> Cut:
+def _cut(graph: FxGraph, fixed: Sequence[FxNode]) -> RegionCut:
     """Partition a graph, at products of batches where a region over them has no gain.
 
     It has none if torch runs a part of it: Inductor fuses that part with what is around it.

@@ -26,7 +26,7 @@ from coda.border import described, foreign
 from coda.errors import CodaError
 from coda.integrations.dynamo import look
 from coda.integrations.patch import call_quietly
-from coda.integrations.report import RegionReport, Report, forget_report, last_report
+from coda.integrations.report import CompileReport, RegionReport, forget_report, last_report
 from coda.runtime import settings
 
 HELP = "package.module:function, or a directory or file of a transformers configuration"
@@ -43,7 +43,7 @@ class ModelExplanation:
     """
 
     name: str
-    report: Report
+    report: CompileReport
     breaks: Mapping[str, int]
 
     @property

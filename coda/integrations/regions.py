@@ -27,7 +27,7 @@ from coda.kernels.gemm.batches import why_not as no_gemm
 
 
 @dataclass
-class Cut:
+class RegionCut:
     """The partition of a graph.
 
     Attributes:
@@ -39,7 +39,7 @@ class Cut:
     left: dict[FxNode, str] = field(default_factory=dict)
 
 
-def cut(graph: FxGraph, fixed: Iterable[FxNode] = (), ends: Collection[FxNode] = ()) -> Cut:
+def cut(graph: FxGraph, fixed: Iterable[FxNode] = (), ends: Collection[FxNode] = ()) -> RegionCut:
     """Partition a graph into regions.
 
     Args:
@@ -69,7 +69,7 @@ def cut(graph: FxGraph, fixed: Iterable[FxNode] = (), ends: Collection[FxNode] =
             left |= dict.fromkeys(kept, why)
         else:
             regions.append(kept)
-    return Cut(regions, left)
+    return RegionCut(regions, left)
 
 
 def of_batches(nodes: Iterable[FxNode]) -> list[FxNode]:

@@ -150,7 +150,7 @@ class GraphReport:
 
 
 @dataclass
-class Report:
+class CompileReport:
     """Graphs in the order in which they were compiled; `print` it, or take its `.json()`."""
 
     graphs: list[GraphReport] = field(default_factory=list)
@@ -224,9 +224,9 @@ def keep_report(graph: GraphReport) -> None:
     _graphs.append(graph)
 
 
-def last_report() -> Report:
+def last_report() -> CompileReport:
     """The report of all graphs compiled since `forget_report`, or since the start."""
-    return Report(list(_graphs))
+    return CompileReport(list(_graphs))
 
 
 def forget_report() -> None:

@@ -26,7 +26,7 @@ CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
 @dataclass
-class Piece:
+class Segment:
     """A contiguous sequence of nodes of a graph.
 
     Attributes:
@@ -83,15 +83,15 @@ def left_alone(gm: GraphModule, writes: Mapping[FxNode, str]) -> dict[FxNode, st
     return found | dict.fromkeys(switches, "autograd is switched here") if found else {}
 
 
-def pieces(gm: GraphModule, alone: Mapping[FxNode, str]) -> list[Piece]:
+def pieces(gm: GraphModule, alone: Mapping[FxNode, str]) -> list[Segment]:
     """Cut a graph before and after each run of nodes that torch must run unchanged."""
-    found: list[Piece] = []
+    found: list[Segment] = []
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):
             continue
         why = alone.get(node, "")
         if not found or found[-1].why != why:
-            found.append(Piece([], why, [], []))
+            found.append(Segment([], why, [], []))
         found[-1].nodes.append(node)
     for piece in found:
         mine = set(piece.nodes)
@@ -103,7 +103,7 @@ def pieces(gm: GraphModule, alone: Mapping[FxNode, str]) -> list[Piece]:
 
 def rebuilt(
     gm: GraphModule,
-    found: Sequence[Piece],
+    found: Sequence[Segment],
     example_inputs: Sequence[Any],
     made: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]],
 ) -> GraphModule:

@@ -52,7 +52,7 @@ class Inseparable(Exception):
 
 
 @dataclass(frozen=True)
-class Shared:
+class ShardedBlock:
     """A block with one sharded dim. A state is "split" (sharded), "full" (replicated) or "partial".
 
     Attributes:
@@ -67,7 +67,7 @@ class Shared:
     gradients: Mapping[str, str]
 
 
-def share(graph: Graph, symbol: str) -> Shared:
+def share(graph: Graph, symbol: str) -> ShardedBlock:
     """Propagate the sharding of a dim through a block and its backward pass. Raises Inseparable."""
     states: dict[Node, str] = {}
     for node in walk((*graph.inputs, *graph.roots)):
@@ -83,7 +83,7 @@ def share(graph: Graph, symbol: str) -> Shared:
     for node in graph.inputs:
         kinds = gradients.get(node, {FULL})
         named[node.name] = next(iter(kinds)) if len(kinds) == 1 else ""
-    return Shared(symbol, tuple(states[r] for r in graph.roots), named)
+    return ShardedBlock(symbol, tuple(states[r] for r in graph.roots), named)
 
 
 def axis_of(shape: Shape, symbol: str) -> int | None:

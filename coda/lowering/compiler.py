@@ -24,7 +24,7 @@ from coda.lowering.algebra.equivalence import kinds
 from coda.lowering.algebra.laws import LAWS
 from coda.lowering.algebra.policy import NO_TERMS, Terms
 from coda.lowering.algebra.pushdown import push_down
-from coda.lowering.algebra.rewrite import Accept, Law, Place, Step, rewrite
+from coda.lowering.algebra.rewrite import Accept, Law, LawApplication, Place, rewrite
 from coda.lowering.algebra.roles import row_symbols
 from coda.lowering.configure import configure
 from coda.lowering.placement.build import build, numbered
@@ -188,7 +188,7 @@ def _chunk(graph: Graph, asked: Request) -> Parted:
     return chunk(graph, asked.sizes, terms.passing) if terms.thrifty else Parted(graph)
 
 
-def _place(asked: Request, steps: list[Step], parted: Parted) -> Program:
+def _place(asked: Request, steps: list[LawApplication], parted: Parted) -> Program:
     """Place the nodes of a graph in normal form, and build the Program."""
     terms = asked.terms
     placed = Partition(

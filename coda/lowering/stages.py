@@ -22,7 +22,7 @@ from coda.lowering.algebra.constants import fold_constants
 from coda.lowering.algebra.laws import LAWS
 from coda.lowering.algebra.measure import falls
 from coda.lowering.algebra.pushdown import push_down
-from coda.lowering.algebra.rewrite import Step, rewrite
+from coda.lowering.algebra.rewrite import LawApplication, rewrite
 from coda.lowering.program.epilogue import ReduceColumns
 from coda.lowering.program.program import Program
 from coda.lowering.program.verify import verify_program
@@ -44,7 +44,7 @@ def _well_formed(graph: Graph) -> str:
 
 
 def _laws_ended(graph: Graph) -> str:
-    steps: list[Step] = []
+    steps: list[LawApplication] = []
     rewrite(graph.roots, LAWS, lambda law, node, place: False, steps.append)
     return f"the law `{steps[0].law.name}` still applies" if steps else ""
 
@@ -211,7 +211,7 @@ class Trial:
     check: int = 0
     only: frozenset[str] | None = None
     ran: list[Ran] = field(default_factory=list[Ran])
-    steps: list[Step] = field(default_factory=list[Step])
+    steps: list[LawApplication] = field(default_factory=list[LawApplication])
 
     def __call__(self, name: str, run: Callable[..., Any], value: Any, *more: Any) -> Any:
         """run(value, *more), checked, timed and recorded. Raises InternalError."""
@@ -237,7 +237,7 @@ class Trial:
                 help="this is a fault of coda, not of the block: please report it",
             )
 
-    def law(self, step: Step) -> None:
+    def law(self, step: LawApplication) -> None:
         """Record the application of a law. Raises InternalError if a check of it fails."""
         self.steps.append(step)
         if self.check > 1:

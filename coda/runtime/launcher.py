@@ -26,7 +26,7 @@ from coda.runtime.cache import kernel_directory, object_directory
 from coda.runtime.environment import Environment
 from coda.runtime.prepare import packed_row
 from coda.runtime.reference import compute_body
-from coda.runtime.replay import Recording, Replays, Step
+from coda.runtime.replay import Recording, Replays, ReplayStep
 from coda.runtime.sources import Sources
 from coda.runtime.weight_cache import Memo
 
@@ -249,7 +249,7 @@ class KernelRun(Environment):
 
     def launched(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         """Record a launch."""
-        self.recording.launched(Step(function, arguments))
+        self.recording.launched(ReplayStep(function, arguments))
 
     def summands(self, buffer: str, found: Tensor) -> Tensor:
         """Partials of sums over rows, [columns, parts]; some kernel columns may be parts."""

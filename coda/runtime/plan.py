@@ -27,7 +27,7 @@ from coda.runtime.call import (
 
 
 @dataclass(frozen=True)
-class Layout:
+class SavedLayout:
     """The positions of values that pass from a call to its backward.
 
     Attributes:
@@ -45,7 +45,7 @@ class Layout:
     gradients: tuple[int, ...]
 
     @staticmethod
-    def of(training: Training) -> Layout:
+    def of(training: Training) -> SavedLayout:
         """The layout of a training."""
         inputs, outputs = training.forward.inputs, training.forward.outputs
         places = {i.name: p for p, i in enumerate(inputs)}
@@ -55,7 +55,7 @@ class Layout:
         kept = [i.name for i in training.backward.inputs if i.name not in cotangents]
         position = {name: p for p, name in enumerate(kept)} | cotangents
         gradients = {name: p for p, name in enumerate(training.wanted)}
-        return Layout(
+        return SavedLayout(
             tuple(places[name] for name in kept),
             tuple(position[i.name] for i in training.backward.inputs),
             training.backward.inputs,
@@ -129,7 +129,7 @@ class Plan:
     backend: str
     reached: tuple[bool, ...]
     handle: str
-    layout: Layout
+    layout: SavedLayout
 
     def accumulating(
         self, targets: Mapping[str, DType], beside: Sequence[Names]
@@ -178,7 +178,7 @@ def make_plan(graph: Graph, sizes: Sizes, options: CallOptions) -> Plan:
         )
     asked = {i for i in graph.inputs if i.name in training.wanted}
     reached = tuple(bool(asked & set(walk([r]))) for _, r in graph.outputs)
-    backend, layout = choose_backend(options.backend), Layout.of(training)
+    backend, layout = choose_backend(options.backend), SavedLayout.of(training)
     return Plan(training, forward, backward, sizes, backend, reached, options.handle, layout)
 
 

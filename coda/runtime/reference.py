@@ -21,10 +21,10 @@ from coda.lowering.program.access import (
     ColumnVector,
     Grouped,
     Line,
+    OneElement,
     Partial,
     Periodic,
     RowVector,
-    Scalar,
     Span,
     Tile,
 )
@@ -209,7 +209,7 @@ class _Points:
         x = self.operands[operand.name]
         x = x.reshape(access.shape(self.rows, self.points, self.lanes))
         match access:
-            case Scalar() | ColumnVector():
+            case OneElement() | ColumnVector():
                 return x
             case RowVector():
                 return x[:, lane :: self.lanes]

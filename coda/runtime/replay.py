@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from coda.runtime.bounded import Bounded
-from coda.runtime.replay_code import Buffer, Event, Replay, Step, View
-from coda.runtime.weight_cache import Place, Witness
+from coda.runtime.replay_code import Event, Replay, ReplayBuffer, ReplayStep, View
+from coda.runtime.weight_cache import AddressWitness, Witness
 
 LIMIT = 1024  # replays of one Program: one for each layer and each set of shapes
 
@@ -50,7 +50,7 @@ class Roles:
         `gone` is called when one of these arguments is freed.
         """
         held: list[Witness] = [Witness(inputs[i], gone) for i in self.sources]
-        held += [Place(inputs[i], gone) for i in self.placed]
+        held += [AddressWitness(inputs[i], gone) for i in self.placed]
         return list(zip(held, self.sources + self.placed, strict=True))
 
 
@@ -112,7 +112,7 @@ class Recording:
         place = len(self.inputs) + self.count
         self.count += 1
         shape = tuple(buffer.shape), buffer.stride()
-        self.events.append((place, Buffer(*shape, buffer.dtype, buffer.device, start)))
+        self.events.append((place, ReplayBuffer(*shape, buffer.dtype, buffer.device, start)))
         self.bases.setdefault(_memory(buffer), []).append(_Base.of(place, buffer))
 
     def keep_only(self, buffers: Iterable[Tensor]) -> None:
@@ -128,7 +128,7 @@ class Recording:
         """Record a tensor that torch computes in each call, by `make(*made_of)`."""
         place = len(self.inputs) + self.count
         self.count += 1
-        self.launched(Step(make, tuple(made_of), place))
+        self.launched(ReplayStep(make, tuple(made_of), place))
         self.derived.append(value)  # alive for now, so that no other tensor gets its address
         if _memory(value) not in self.bases:
             self.bases[_memory(value)] = [_Base.of(place, value)]
@@ -153,11 +153,11 @@ class Recording:
         others = set(range(len(self.inputs))) - self.sources - placed
         return Roles(tuple(sorted(self.sources)), tuple(sorted(placed)), tuple(sorted(others)))
 
-    def launched(self, step: Step) -> None:
+    def launched(self, step: ReplayStep) -> None:
         """Record a launch, without the tensors of this call."""
         try:
             arguments = tuple(map(self.view, step.arguments))
-            self.events.append(Step(step.function, arguments, step.place))
+            self.events.append(ReplayStep(step.function, arguments, step.place))
         except _Unknown:
             self.complete = False
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Step:
+class ReplayStep:
     """One launch: a function and its arguments.
 
     Or a computation by torch: the function returns tensor number `place` of the call.
@@ -58,7 +58,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Buffer:
+class ReplayBuffer:
     """A buffer that a call allocates.
 
     Attributes:
@@ -81,7 +81,8 @@ class Buffer:
         return empty if start is None else lambda: empty().fill_(start)
 
 
-Event = Step | tuple[int, Buffer | None]  # a launch; or a buffer that is allocated, or dead (None)
+# A launch; or a buffer that is allocated, or dead (None).
+Event = ReplayStep | tuple[int, ReplayBuffer | None]
 
 
 class Replay:
@@ -121,7 +122,7 @@ class _Code:
     def __init__(self, inputs: int) -> None:
         self.lines: list[str] = []
         self.constants: dict[str, Any] = {}
-        self.buffers: dict[int, Buffer] = {}
+        self.buffers: dict[int, ReplayBuffer] = {}
         self.views: dict[View, str] = {}
         self.line("".join(f"t{i}, " for i in range(inputs)) + "= inputs")
 
@@ -129,7 +130,7 @@ class _Code:
         """Add a line."""
         self.lines.append(text)
 
-    def memory(self, place: int, buffer: Buffer | None) -> None:
+    def memory(self, place: int, buffer: ReplayBuffer | None) -> None:
         """Allocate a buffer, or drop it and all views of it."""
         if buffer is not None:
             self.buffers[place] = buffer

@@ -17,7 +17,7 @@ from coda.lowering.stages import Stages, stage_names
 
 
 @dataclass(frozen=True)
-class Variable:
+class EnvironmentVariable:
     """An environment variable: its name, what it means, the values it takes, its default."""
 
     name: str
@@ -57,27 +57,31 @@ def given() -> dict[str, str]:
     return dict(_given.get())
 
 
-BACKEND = Variable(
+BACKEND = EnvironmentVariable(
     "CODA_BACKEND",
     "where blocks run; by default on a Hopper or Blackwell GPU if there is one, else in torch",
     ("", "reference", "cuda", "sim"),
 )
-ARCH = Variable("CODA_ARCH", "the arch to lower for without a GPU", ARCHS, DEFAULT.arch)
-CACHE_DIR = Variable("CODA_CACHE_DIR", "where compiled kernels are kept between processes")
-CACHE = Variable("CODA_CACHE", "0: keep compiled kernels in this process only", ("0", "1"), "1")
-FALLBACK = Variable(
+ARCH = EnvironmentVariable("CODA_ARCH", "the arch to lower for without a GPU", ARCHS, DEFAULT.arch)
+CACHE_DIR = EnvironmentVariable(
+    "CODA_CACHE_DIR", "where compiled kernels are kept between processes"
+)
+CACHE = EnvironmentVariable(
+    "CODA_CACHE", "0: keep compiled kernels in this process only", ("0", "1"), "1"
+)
+FALLBACK = EnvironmentVariable(
     "CODA_FALLBACK",
     'what runs a model around its blocks under backend="coda"; by default inductor on a GPU',
     ("", "eager", "inductor"),
 )
 
-CHECK = Variable(
+CHECK = EnvironmentVariable(
     "CODA_CHECK",
     "checks of a lowering: 0 none, 1 the block and the Program, 2 each stage and each law",
     ("0", "1", "2"),
     "1",
 )
-SHOW = Variable("CODA_SHOW", "stages of lowering to print on stderr, as in `laws,place`")
+SHOW = EnvironmentVariable("CODA_SHOW", "stages of lowering to print on stderr, as in `laws,place`")
 
 VARIABLES = (BACKEND, ARCH, CACHE_DIR, CACHE, FALLBACK, CHECK, SHOW)
 

@@ -22,7 +22,7 @@ from coda.ir.sharding import (
     PARTIAL,
     SPLIT,
     Inseparable,
-    Shared,
+    ShardedBlock,
     axis_of,
     candidates,
     share,
@@ -106,7 +106,7 @@ def _mesh_of(graph: Graph, tensors: Sequence[Any]) -> Any:
     return first.device_mesh
 
 
-def _shared(graph: Graph, tensors: Sequence[Any], axis: int) -> Shared | None:
+def _shared(graph: Graph, tensors: Sequence[Any], axis: int) -> ShardedBlock | None:
     """The dim that is sharded on a mesh axis, and the states of outputs and gradients."""
     split: list[tuple[Input, int]] = []
     for node, t in zip(graph.inputs, tensors, strict=True):
@@ -193,7 +193,7 @@ class _Whole(torch.autograd.Function):
         return given[0].redistribute(placements=ctx.placements)
 
 
-def _placement(shape: Any, state: str | None, plan: Shared | None) -> Any:
+def _placement(shape: Any, state: str | None, plan: ShardedBlock | None) -> Any:
     """The placement of an output on one mesh axis."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 

@@ -31,7 +31,7 @@ from coda.runtime.call import (
 )
 from coda.runtime.donation import alone, given_up
 from coda.runtime.modes import is_transformed, opaque, refuse_vmap
-from coda.runtime.plan import Layout, Plan, make_plan, plan_of, wanted_names
+from coda.runtime.plan import Plan, SavedLayout, make_plan, plan_of, wanted_names
 
 
 def train_block(inputs: list[Tensor], options: CallOptions) -> Sequence[Tensor]:
@@ -309,7 +309,7 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     free = [i.dtype.name for i, undeclared in declared if undeclared]
     ctx.call = handle, [sizes[s] for s in graph.symbols], (free or ["bf16"])[0]
     ctx.options = backend, arch, memory, wanted
-    ctx.layout = Layout.of(training)
+    ctx.layout = SavedLayout.of(training)
     ctx.save_for_backward(*ctx.layout.saved(tensors, output))
 
 

@@ -87,7 +87,7 @@ class Witness:
         return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
-class Place(Witness):
+class AddressWitness(Witness):
     """A tensor at its address, for any values."""
 
     __slots__ = ()

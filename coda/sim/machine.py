@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from coda.sim.checks.observe import Observer, attach
 from coda.sim.ptx.decoded import Decoded, decode
 from coda.sim.ptx.parse import Instruction
-from coda.sim.tensorcore.tensor import Tensor
+from coda.sim.tensorcore.tensor import WgmmaUnit
 from coda.sim.tensorcore.tensor_memory import TensorMemory
 from coda.sim.types import (
     Allocations,
@@ -40,7 +40,7 @@ from coda.sim.units.joins import Joins
 from coda.sim.units.lanes import all_lanes, count_true, lowest, spread
 from coda.sim.units.launch_control import LaunchControl
 from coda.sim.units.matrices import Matrices
-from coda.sim.units.memory import Generic, Global, Shared
+from coda.sim.units.memory import Generic, Global, SharedMemory
 from coda.sim.units.named import ClusterBarriers, NamedBarriers
 from coda.sim.units.registers import Files, special_registers
 from coda.sim.units.stuck import deadlock, livelock
@@ -95,14 +95,14 @@ class Machine:
 
     def _units(self) -> None:
         self.agents = Agents(self)
-        self.shared = Shared(self, self.count, self.grid.shared_limit)
+        self.shared = SharedMemory(self, self.count, self.grid.shared_limit)
         self.memory: Global = self.grid.memory_for(self)
         self.generic, self.atomics = Generic(self), Atomics(self)
         self.matrices, self.copies = Matrices(self), Copies(self)
         self.mbarriers, self.named = Mbarriers(self), NamedBarriers(self)
         self.cluster_barriers = ClusterBarriers(self)
         self.transfers, self.launch_control = Transfers(self), LaunchControl(self)
-        self.tensor, self.tensor_memory = Tensor(self), TensorMemory(self)
+        self.tensor, self.tensor_memory = WgmmaUnit(self), TensorMemory(self)
         self.joins = Joins(self)
         self.observer = attach(self)
 

@@ -103,7 +103,7 @@ class Finding:
 
 
 @dataclass
-class Traffic:
+class BytesMoved:
     """Bytes moved by a launch, of one tensor or one unit: with repetitions, and unique."""
 
     loaded: int = 0
@@ -125,8 +125,8 @@ class LaunchResult:
 
     kernel: str
     findings: list[Finding] = field(default_factory=list)
-    per_allocation: dict[str, Traffic] = field(default_factory=dict)
-    per_unit: dict[str, Traffic] = field(default_factory=dict)
+    per_allocation: dict[str, BytesMoved] = field(default_factory=dict)
+    per_unit: dict[str, BytesMoved] = field(default_factory=dict)
     flops: int = 0
     instructions: Counter[str] = field(default_factory=Counter)
     warp_instructions: int = 0

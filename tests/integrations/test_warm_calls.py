@@ -60,8 +60,8 @@ def void(monkeypatch):
         arguments = module.arguments(self.rows, tensors, self.run.ready)
         self.run.launched(lambda *_: counts.update(["launch"]), arguments)
 
-    monkeypatch.setattr(gemm.Binding, "start", launch)
-    monkeypatch.setattr(rowwise.Binding, "start", launch_rows)
+    monkeypatch.setattr(gemm.GemmBinding, "start", launch)
+    monkeypatch.setattr(rowwise.RowwiseBinding, "start", launch_rows)
     make, keep = Memo.get, Replays.keep
 
     def get(self, name, tensors, value):

@@ -158,6 +158,6 @@ def test_loaded_kernels_are_those_of_their_config():
     gemm = next(gemms(program))
     other = replace(gemm, config=Config(128, 64))
     one = KernelRun(program, random_inputs(program.graph, program.sizes), program.sizes)
-    assert bind.Binding(one, gemm).gemm.config == gemm.config
-    assert bind.Binding(one, other).gemm.config == Config(128, 64)
-    assert bind.Binding(one, gemm).gemm is bind.Binding(one, gemm).gemm
+    assert bind.GemmBinding(one, gemm).gemm.config == gemm.config
+    assert bind.GemmBinding(one, other).gemm.config == Config(128, 64)
+    assert bind.GemmBinding(one, gemm).gemm is bind.GemmBinding(one, gemm).gemm

@@ -11,7 +11,7 @@ from coda.ir.evaluate import evaluate
 from coda.ir.graph import Contract, Input, Permute, Reshape, Slice
 from coda.ir.types import bf16, f32
 from coda.kernels.gemm.batch_operands import columns_by_matrix, laid_out
-from coda.kernels.gemm.batches import Batches, Step, batches, why_not
+from coda.kernels.gemm.batches import Batches, BatchStrides, batches, why_not
 from coda.kernels.gemm.kind import GEMM
 from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.program.cost import hbm_bytes, tensor_flops
@@ -48,11 +48,11 @@ def seen(x, inner, step):
     own, r, c = x.stride()
     every = rows * r if c == 1 else columns * c
     strides = {
-        Step.PLAIN: (own * inner, own),
-        Step.NESTED: (every, own),
-        Step.SHARED: (0, 0),
-        Step.SHARED_INSIDE: (every, 0),
-        Step.SHARED_OUTSIDE: (0, every),
+        BatchStrides.PLAIN: (own * inner, own),
+        BatchStrides.NESTED: (every, own),
+        BatchStrides.SHARED: (0, 0),
+        BatchStrides.SHARED_INSIDE: (every, 0),
+        BatchStrides.SHARED_OUTSIDE: (0, every),
     }[step]
     whole = x.as_strided((count // inner, inner, rows, columns), (*strides, r, c))
     return whole.reshape(x.shape)
@@ -61,14 +61,14 @@ def seen(x, inner, step):
 TOKENS = Input("t", (B, S, 3 * H * D), bf16)
 HEADS = Reshape(Slice(TOKENS, -1, H * D, H * D, 1), (B, S, H, D))
 OPERANDS = {
-    "heads": (Permute(HEADS, (0, 2, 1, 3)), Step.NESTED),
-    "heads, transposed": (Permute(HEADS, (0, 2, 3, 1)), Step.NESTED),
-    "contiguous": (Input("x", (B, H, S, D), bf16), Step.PLAIN),
-    "transposed": (Permute(Input("x", (B, H, D, S), bf16), (0, 1, 3, 2)), Step.PLAIN),
+    "heads": (Permute(HEADS, (0, 2, 1, 3)), BatchStrides.NESTED),
+    "heads, transposed": (Permute(HEADS, (0, 2, 3, 1)), BatchStrides.NESTED),
+    "contiguous": (Input("x", (B, H, S, D), bf16), BatchStrides.PLAIN),
+    "transposed": (Permute(Input("x", (B, H, D, S), bf16), (0, 1, 3, 2)), BatchStrides.PLAIN),
     "heads first": (Permute(Input("x", (H, B, S, D), bf16), (1, 0, 2, 3)), None),
-    "one for all": (Input("x", (S, D), bf16), Step.SHARED),
-    "one for each batch": (Input("x", (B, ONE, S, D), bf16), Step.SHARED_INSIDE),
-    "one for each head": (Input("x", (H, S, D), bf16), Step.SHARED_OUTSIDE),
+    "one for all": (Input("x", (S, D), bf16), BatchStrides.SHARED),
+    "one for each batch": (Input("x", (B, ONE, S, D), bf16), BatchStrides.SHARED_INSIDE),
+    "one for each head": (Input("x", (H, S, D), bf16), BatchStrides.SHARED_OUTSIDE),
     "heads inside": (Permute(Input("x", (B, S, D, H), bf16), (0, 3, 1, 2)), None),
 }
 
@@ -83,7 +83,7 @@ def test_how_an_operand_is_read(name):
     if step is None:
         assert "since an operand" in why_not(node, KNOWN) or "neither" in why_not(node, KNOWN)
         return
-    assert batches(node, KNOWN) == Batches(3, Step.NESTED, step)
+    assert batches(node, KNOWN) == Batches(3, BatchStrides.NESTED, step)
     assert why_not(node, KNOWN) == ""
     x = tensor(operand)
     found = laid_out(x, (2, 3), 3, step)
@@ -109,11 +109,11 @@ def strided(draw):
 
 
 @settings(SETTINGS, max_examples=150)
-@given(strided(), st.sampled_from(Step))
+@given(strided(), st.sampled_from(BatchStrides))
 def test_an_operand_of_any_strides_is_read_or_copied(x, step):
-    if step in (Step.SHARED, Step.SHARED_OUTSIDE):
+    if step in (BatchStrides.SHARED, BatchStrides.SHARED_OUTSIDE):
         x = x[:1]
-    if step in (Step.SHARED, Step.SHARED_INSIDE):
+    if step in (BatchStrides.SHARED, BatchStrides.SHARED_INSIDE):
         x = x[:, :1]
     found = laid_out(x, (2, 3), 3, step)
     assert all(

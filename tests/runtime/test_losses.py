@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import coda
 from coda.errors import CodaError
-from coda.kernels.gemm.bind import Binding
+from coda.kernels.gemm.bind import GemmBinding
 from coda.kernels.gemm.emit import emit_gemm
 from coda.kernels.gemm.kind import GEMM
 from coda.kernels.gemm.mainloop import gemms
@@ -251,7 +251,7 @@ def test_a_failed_backward_is_not_begun_again(runs, monkeypatch):
         x, w, y = data(SMALL, torch.bfloat16)
         loss = block(x, w.requires_grad_(), y, backend="sim")
         with monkeypatch.context() as patch:
-            patch.setattr(Binding, "launch", fails)
+            patch.setattr(GemmBinding, "launch", fails)
             with pytest.raises(MemoryError):
                 loss.backward()
         with pytest.raises(CodaError, match="has begun already"):

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from coda.runtime.replay import Recording, Replays, Step
+from coda.runtime.replay import Recording, Replays, ReplayStep
 from coda.runtime.weight_cache import Memo
 
 
@@ -60,7 +60,7 @@ def record(x, w, folded):
         out.add_(x * f)
 
     kernel(x[:, :2], folded, buffer[:, 1:3], 2)
-    recording.launched(Step(kernel, (x[:, :2], folded, buffer[:, 1:3], 2)))
+    recording.launched(ReplayStep(kernel, (x[:, :2], folded, buffer[:, 1:3], 2)))
     return recording, (buffer[:, 1:3],)
 
 
@@ -108,7 +108,7 @@ def test_a_replay_is_not_found_for_what_it_was_not_recorded_for():
 def test_a_call_that_copies_on_the_way_is_not_replayed():
     x, w = torch.randn(2, 4), torch.randn(2)
     recording, outputs = record(x, w, w * 3)
-    recording.launched(Step(print, (x.clone(),)))
+    recording.launched(ReplayStep(print, (x.clone(),)))
     replays = Replays()
     replays.keep(recording, outputs)
     assert replays.find([x, w]) is None
@@ -157,7 +157,7 @@ def test_an_argument_is_returned_only_where_the_call_writes_over_it():
     for updated in ([True], [False]):
         recording = Recording([x, total])
         kernel(x, total)
-        recording.launched(Step(kernel, (x, total)))
+        recording.launched(ReplayStep(kernel, (x, total)))
         replays = Replays()
         replays.keep(recording, (total,), updated)
         found = replays.find([x, total])
@@ -182,7 +182,7 @@ def test_what_torch_makes_in_a_call_is_made_again_of_the_new_arguments():
     def kernel(p, out):
         out.add_(p)
 
-    recording.launched(Step(kernel, (packed[:, 1:], buffer[:, 1:])))
+    recording.launched(ReplayStep(kernel, (packed[:, 1:], buffer[:, 1:])))
     replays = Replays()
     replays.keep(recording, (buffer,))
     other = torch.randn(2, 4)

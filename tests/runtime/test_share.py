@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import coda
 from coda.errors import CallError
-from coda.runtime.replay import Recording, Replays, Step
+from coda.runtime.replay import Recording, Replays, ReplayStep
 from coda.runtime.share import lie_together, share, shared_groups
 
 
@@ -173,7 +173,7 @@ def recorded(replays, x, weights):
     def kernel(x, w, out):
         out.copy_(x @ w.T)
 
-    recording.launched(Step(kernel, (x, whole, buffer)))
+    recording.launched(ReplayStep(kernel, (x, whole, buffer)))
     replays.keep(recording, (buffer,))
 
 

@@ -77,7 +77,7 @@ def test_a_chain_of_tcgen05_has_the_bits_of_its_instructions(kind, a, d, ctas):
             left = tensor.place(smem, 8192 * i, ra[128 * cta : 128 * cta + 128], 32, "k")
             rows = slice(cta * n // ctas, (cta + 1) * n // ctas)
             right = tensor.place(smem, 65536 + 4096 * i, rb[rows], 32, "k")
-        steps.append(tcgen05.Step(left, right, tensor.instruct(kind, m, n, a, a, d)))
+        steps.append(tcgen05.MmaOperands(left, right, tensor.instruct(kind, m, n, a, a, d)))
     form = tcgen05.parse_mma(
         f"tcgen05.mma.cta_group::{ctas}.kind::{kind}", ["[d]", "a", "b", "i", "{m}", "p"]
     )
@@ -116,7 +116,7 @@ def test_steps_do_not_depend_on_the_scales_of_others():
                 codes = np.full((rows, 1), 127 if i else 64, np.uint8)
                 tensor.put_scales(start[0], column, codes, 0, 0, partition)
         idesc = tensor.instruct(kind, m, n, "e5m2", "e5m2", scale=True)
-        steps.append(tcgen05.Step(left, right, idesc, 300 + 8 * i, 400 + 8 * i))
+        steps.append(tcgen05.MmaOperands(left, right, idesc, 300 + 8 * i, 400 + 8 * i))
     form = tcgen05.parse_mma(
         f"tcgen05.mma.cta_group::1.kind::{kind}.block_scale",
         ["[d]", "a", "b", "i", "[sa]", "[sb]", "p"],

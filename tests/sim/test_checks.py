@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from coda.sim.checks.counters import conflicts
-from coda.sim.types import CHECK_KINDS, CheckFailed, Fault, Traffic
+from coda.sim.types import CHECK_KINDS, BytesMoved, CheckFailed, Fault
 from tests.sim.kernels import kernel, launch
 from tests.sim.test_tma import encode
 
@@ -349,11 +349,11 @@ def test_a_finding_is_told_once_with_its_source_line():
 def test_traffic_by_tensor_and_unit():
     body = "ld.global.b32 %r7, [%rd9]; ld.global.b32 %r8, [%rd0]; @%p1 st.global.b32 [%rd9], %r7;"
     result = found(body)
-    assert result.per_allocation == {"array 0": Traffic(512, 128, 256, 128)}
-    assert result.per_unit == {"threads": Traffic(512, 128, 256, 128)}
+    assert result.per_allocation == {"array 0": BytesMoved(512, 128, 256, 128)}
+    assert result.per_unit == {"threads": BytesMoved(512, 128, 256, 128)}
     result = found(INIT + FENCE + "bar.sync 0;" + LOAD + WAIT + USE)
-    assert result.per_unit == {"bulk": Traffic(128, 0, 128, 0)}
-    assert result.per_allocation == {"array 0": Traffic(128, 0, 128, 0)}
+    assert result.per_unit == {"bulk": BytesMoved(128, 0, 128, 0)}
+    assert result.per_allocation == {"array 0": BytesMoved(128, 0, 128, 0)}
 
 
 def test_bank_conflicts():

@@ -17,7 +17,7 @@ from cutlass.cute.runtime import from_dlpack, make_fake_compact_tensor
 
 import coda.sim as sim
 from coda.sim.host import launch as shims
-from coda.sim.types import Finding, Launch, LaunchResult, Traffic
+from coda.sim.types import BytesMoved, Finding, Launch, LaunchResult
 
 MODULE = sys.modules["coda.sim.host.device"]
 
@@ -345,7 +345,7 @@ def finding(kernel):
 
 def test_report(machine, x, y):
     def answer(kernel):
-        result = LaunchResult(kernel, [finding(kernel)], {"a": Traffic(128, 0, 64, 0)})
+        result = LaunchResult(kernel, [finding(kernel)], {"a": BytesMoved(128, 0, 64, 0)})
         result.instructions, result.flops = Counter(load=3, fma=0), 4096
         result.sync_sites = {1: 4, 2: 0}
         return result

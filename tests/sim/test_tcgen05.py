@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coda.sim.tensorcore import tcgen05
-from coda.sim.tensorcore.tcgen05 import Step, parse_mma
+from coda.sim.tensorcore.tcgen05 import MmaOperands, parse_mma
 from coda.sim.types import Fault, Unsupported
 from tests.sim.operands import address, offsets, put, random_matrix, size_of
 
@@ -157,7 +157,7 @@ def test_products_of_all_kinds_and_layouts(case):
                 left = place(smem, 1024 + 16384 * i, raw, spans[0], majors[0])
             rows = slice(cta * n // ctas, (cta + 1) * n // ctas)
             right = place(smem, 65536 + 32768 * i, stored(cb[rows], b, kind), spans[1], majors[1])
-        steps.append(Step(left, right, idesc))
+        steps.append(MmaOperands(left, right, idesc))
     places = [lane_of(m, ctas, n, *at) for at in np.ndindex(m, n)]
     cta, lane, column = (np.array(x).reshape(m, n) for x in zip(*places, strict=True))
     before = tmems.copy()
@@ -236,7 +236,7 @@ def test_products_with_block_scales(case):
         f"tcgen05.mma.cta_group::{ctas}.kind::{kind}.block_scale{more}.collector::a::fill",
         ["[d]", "a", "b", "idesc", "[sa]", "[sb]", "p"],
     )
-    step = Step(left, right, idesc, 300 | ids[0] << 30, 320)
+    step = MmaOperands(left, right, idesc, 300 | ids[0] << 30, 320)
     tcgen05.accumulate(form, smems, tmems, 0, [step], False)
     want, exact = (va * fa) @ (vb * fb).T, np.abs(va * fa) @ np.abs(vb * fb).T
     for row in range(m):
@@ -254,7 +254,12 @@ def simple(rng, m=128, n=32, kind="f16", **more):
     vb, cb = random_matrix(rng, n, K[kind], name)
     smem, tmem = np.zeros(65536, np.uint8), np.zeros((128, 512), np.uint32)
     left, right = place(smem, 0, ca, 32, "k"), place(smem, 32768, cb, 32, "k")
-    return smem, tmem, va @ vb.T, Step(left, right, instruct(kind, m, n, name, name, d, **more))
+    return (
+        smem,
+        tmem,
+        va @ vb.T,
+        MmaOperands(left, right, instruct(kind, m, n, name, name, d, **more)),
+    )
 
 
 def test_disabled_lanes_keep_their_values():
@@ -314,7 +319,7 @@ def test_extreme_scales_do_not_overflow_on_the_way():
         "tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale.scale_vec::1X",
         ["[d]", *"abi", "s", "t", "p"],
     )
-    step = Step(left, right, instruct("mxf8f6f4", 128, 32, "e4m3", "e4m3"), 300, 320)
+    step = MmaOperands(left, right, instruct("mxf8f6f4", 128, 32, "e4m3", "e4m3"), 300, 320)
     tcgen05.accumulate(form, [smem], [tmem], 0, [step], False)
     assert np.abs(tmem.view(np.float32)[:, :32] - va @ vb.T).max() < 1e-4
     tmem[5, 300] = 255

@@ -1,6 +1,6 @@
 """The operand of a batched contraction -> a tensor [L, R, C] that a GEMM reads: an alias or a copy.
 
-The batch index of the tensor has one stride; `batches.Step` says which strides its outer and inner
+The batch index of the tensor has one stride; `BatchStrides` says which strides its outer and inner
 part have. q [b, s, h, d] read as [b, h, s, d] is NESTED: the tensor is [b · h, s, d] with strides
 (d, h · d, 1), and the kernel steps s · h · d from one b to the next.
 """
@@ -13,12 +13,12 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from coda.kernels.gemm.batches import ALIGNED, Step
+from coda.kernels.gemm.batches import ALIGNED, BatchStrides
 
 Strides = tuple[int, int, int]  # of the batch index, rows and columns
 
 
-def laid_out(x: Tensor, lead: tuple[int, ...], inner: int, step: Step) -> Tensor:
+def laid_out(x: Tensor, lead: tuple[int, ...], inner: int, step: BatchStrides) -> Tensor:
     """An operand [*b, R, C], b broadcast to `lead`, as [L, R, C]: an alias if its strides fit.
 
     Args:
@@ -38,7 +38,7 @@ def laid_out(x: Tensor, lead: tuple[int, ...], inner: int, step: Step) -> Tensor
     return parts.as_strided((count, *x.shape[-2:]), strides)
 
 
-def _strides(x: Tensor, step: Step) -> Strides | None:
+def _strides(x: Tensor, step: BatchStrides) -> Strides | None:
     """The strides of [outer, inner, R, C] as [L, R, C]; None if a kernel cannot read it by `step`.
 
     Axes of size 1 take any stride.
@@ -49,22 +49,22 @@ def _strides(x: Tensor, step: Step) -> Strides | None:
         return None
     pitch = _padded(columns, x)
     if rows == 1 and c == 1:
-        r = o if outer > 1 and step in (Step.NESTED, Step.SHARED_INSIDE) else pitch
-        r = i if inner > 1 and step is Step.SHARED_OUTSIDE else r
+        r = o if outer > 1 and step in (BatchStrides.NESTED, BatchStrides.SHARED_INSIDE) else pitch
+        r = i if inner > 1 and step is BatchStrides.SHARED_OUTSIDE else r
     every = rows * r if c == 1 else columns * c
     own, outside, inside = 0, outer == 1, inner == 1  # an index of one value has any stride
     match step:
-        case Step.PLAIN:
+        case BatchStrides.PLAIN:
             fits = outside or inside or o == inner * i
             own = pitch if outside and inside else o if inside else i
-        case Step.NESTED:
+        case BatchStrides.NESTED:
             fits = outside or o == every >= inner * i
             own = pitch if inside else i
-        case Step.SHARED:
+        case BatchStrides.SHARED:
             fits = (outside or o == 0) and (inside or i == 0)
-        case Step.SHARED_INSIDE:
+        case BatchStrides.SHARED_INSIDE:
             fits = (outside or o == every) and (inside or i == 0)
-        case Step.SHARED_OUTSIDE:
+        case BatchStrides.SHARED_OUTSIDE:
             fits = (outside or o == 0) and (inside or i == every)
         case _ as never:
             assert_never(never)
@@ -72,17 +72,17 @@ def _strides(x: Tensor, step: Step) -> Strides | None:
     return (own, r, c) if fits and not any(steps) and x.data_ptr() % ALIGNED == 0 else None
 
 
-def _copied(x: Tensor, step: Step) -> Tensor:
+def _copied(x: Tensor, step: BatchStrides) -> Tensor:
     """A copy of [outer, inner, R, C] that a kernel can read by `step`."""
     outer, inner, rows, columns = x.shape
-    if step in (Step.SHARED, Step.SHARED_OUTSIDE):
+    if step in (BatchStrides.SHARED, BatchStrides.SHARED_OUTSIDE):
         x = x[:1]
-    if step in (Step.SHARED, Step.SHARED_INSIDE):
+    if step in (BatchStrides.SHARED, BatchStrides.SHARED_INSIDE):
         x = x[:, :1]
-    kept = x.transpose(1, 2) if step is Step.NESTED else x
+    kept = x.transpose(1, 2) if step is BatchStrides.NESTED else x
     shape = (*kept.shape[:-1], _padded(columns, x))
     copy = torch.empty(shape, dtype=x.dtype, device=x.device)[..., :columns].copy_(kept)
-    made = copy.transpose(1, 2) if step is Step.NESTED else copy
+    made = copy.transpose(1, 2) if step is BatchStrides.NESTED else copy
     return made.expand(outer, inner, rows, columns)
 
 

@@ -1,6 +1,6 @@
 """quack's `gemm_epilogue` for operands of two batch axes, or shared by batches, without a copy.
 
-The host passes an operand as [L, R, C] with one stride for the batch index; `batches.Step` says
+The host passes an operand as [L, R, C] with one stride for the batch index; `BatchStrides` says
 which strides its outer and its inner part have.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import cutlass.cute as cute
 from quack.epilogue.frontend import EpiMod
 
-from coda.kernels.gemm.batches import Step
+from coda.kernels.gemm.batches import BatchStrides
 from coda.kernels.gemm.relaid import Relaid
 
 
@@ -40,23 +40,25 @@ class Strides:
     def store(self, name: str, x: Any) -> Any:
         """The matrix of a store with both strides of the batch index."""
         step = dict(self.stores).get(name)
-        return x if step is None else _strided(x, self.inner, Step[step])
+        return x if step is None else _strided(x, self.inner, BatchStrides[step])
 
     def operands(self, a: Any, b: Any) -> tuple[Any, Any]:
         """(A, B) with both strides of the batch index."""
-        return _strided(a, self.inner, Step[self.a]), _strided(b, self.inner, Step[self.b])
+        return _strided(a, self.inner, BatchStrides[self.a]), _strided(
+            b, self.inner, BatchStrides[self.b]
+        )
 
 
-def _strided(x: Any, inner: int, step: Step) -> Any:
+def _strided(x: Any, inner: int, step: BatchStrides) -> Any:
     """[R, C, L] with stride s of L -> [R, C, (inner, L / inner)], an alias."""
     axis = 0 if cute.is_static(x.stride[1]) else 1  # the axis that is not contiguous
     stride, every = x.stride[2], x.shape[axis] * x.stride[axis]
     strides: Any = {
-        Step.PLAIN: (stride, stride * inner),
-        Step.NESTED: (stride, every),
-        Step.SHARED: (0, 0),
-        Step.SHARED_INSIDE: (0, every),
-        Step.SHARED_OUTSIDE: (every, 0),
+        BatchStrides.PLAIN: (stride, stride * inner),
+        BatchStrides.NESTED: (stride, every),
+        BatchStrides.SHARED: (0, 0),
+        BatchStrides.SHARED_INSIDE: (0, every),
+        BatchStrides.SHARED_OUTSIDE: (every, 0),
     }[step]
     shape = (*x.shape[:2], (inner, x.shape[2] // inner))
     return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=(*x.stride[:2], strides)))

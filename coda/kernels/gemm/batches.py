@@ -7,7 +7,7 @@ strides. So the index has two parts, outer and inner, of which the inner one is 
     p [b, h, s, s], contiguous             inner h, stride s · s; outer b, stride h · s · s
     k [b, 1, s, d], shared by all heads    inner h, stride 0; outer b, stride s · d
 
-An operand is passed with one stride; those of both parts follow by the operand's `Step`.
+An operand is passed with one stride; those of both parts follow by its `BatchStrides`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Order = tuple[int, ...]  # of axes of a result in memory, outer to inner
 ALIGNED = 16  # bytes: the strides of an operand are multiples, so that TMA can read it
 
 
-class Step(Enum):
+class BatchStrides(Enum):
     """The strides of an operand's outer and inner batch index.
 
     They follow from the stride that it is passed with, and from the number and the stride of its
@@ -55,17 +55,17 @@ class Batches:
     """
 
     inner: int
-    a: Step
-    b: Step
-    stores: tuple[Step, ...] = ()
+    a: BatchStrides
+    b: BatchStrides
+    stores: tuple[BatchStrides, ...] = ()
 
     @property
     def plain(self) -> bool:
         """Whether each matrix has one stride for the whole batch."""
-        return {self.a, self.b, *self.stores} == {Step.PLAIN}
+        return {self.a, self.b, *self.stores} == {BatchStrides.PLAIN}
 
 
-PLAIN = Batches(1, Step.PLAIN, Step.PLAIN)
+PLAIN = Batches(1, BatchStrides.PLAIN, BatchStrides.PLAIN)
 
 
 class Unread(Exception):
@@ -196,21 +196,21 @@ class _Operand:
             raise Unread("the batch axes of a result have more than two strides")
         return _Operand(groups, (shape[-2], strides[-1]))
 
-    def step(self, sizes: Sizes) -> Step:
+    def step(self, sizes: Sizes) -> BatchStrides:
         """How the operand is read. Raises Unread."""
         strides = [stride for _, stride in self.groups]
         none, every = Dim.of(0), self.tokens[0] * self.tokens[1]
         match strides:
             case []:
-                return Step.PLAIN
+                return BatchStrides.PLAIN
             case [one]:
-                return Step.SHARED if one == none else Step.PLAIN
+                return BatchStrides.SHARED if one == none else BatchStrides.PLAIN
             case [outer, inner] if inner == none and outer == every:
-                return Step.SHARED_INSIDE
+                return BatchStrides.SHARED_INSIDE
             case [outer, inner] if outer == none and inner == every:
-                return Step.SHARED_OUTSIDE
+                return BatchStrides.SHARED_OUTSIDE
             case [outer, _] if outer == every and self.side_by_side(sizes):
-                return Step.NESTED
+                return BatchStrides.NESTED
         raise Unread("an operand's batch axes have strides of their own")
 
     def side_by_side(self, sizes: Sizes) -> bool:

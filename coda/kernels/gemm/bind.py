@@ -14,7 +14,7 @@ from coda.ir.dims import product
 from coda.ir.monoids import MONOIDS
 from coda.kernels.gemm import quack_target
 from coda.kernels.gemm.batch_operands import by_matrix, columns_by_matrix, laid_out
-from coda.kernels.gemm.batches import Step, batches_of
+from coda.kernels.gemm.batches import BatchStrides, batches_of
 from coda.kernels.gemm.emit import emit_gemm
 from coda.kernels.gemm.mainloop import Gemm, tiles
 from coda.kernels.gemm.source import Table
@@ -28,7 +28,7 @@ from coda.kernels.gemm.weights import (
 )
 from coda.kernels.protocol import LaunchRun, Tensors
 from coda.kernels.tensors import aligned, in_bytes, matrix, padded, written
-from coda.lowering.program.access import ColumnVector, Periodic, Scalar, Tile
+from coda.lowering.program.access import ColumnVector, OneElement, Periodic, Tile
 from coda.lowering.program.epilogue import PickColumn, ReduceColumns, SumRows
 from coda.lowering.program.program import Program
 
@@ -42,7 +42,7 @@ def _weight_reads(program: Program) -> dict[str, WeightRead]:
     return {r.kernel: r for r in weight_reads(program)}
 
 
-class Binding:
+class GemmBinding:
     """One launch of a GEMM."""
 
     def __init__(self, run: LaunchRun, kernel: Gemm) -> None:
@@ -84,7 +84,7 @@ class Binding:
             return self.run.ready(x, matrix)
         return self.of_batch(x, self.batch.a)
 
-    def of_batch(self, x: Tensor, step: Step) -> Tensor:
+    def of_batch(self, x: Tensor, step: BatchStrides) -> Tensor:
         """An operand of a batch as [L, R, K]: an alias if its strides allow it."""
         assert self.batch is not None
         lead = tuple(d.size(self.run.sizes) for d in self.kernel.mainloop.batch)
@@ -185,7 +185,7 @@ class Binding:
                 continue
             x = in_bytes(self.run.operand(self.body, name))
             match accesses[name]:
-                case Scalar():
+                case OneElement():
                     found[name] = self.run.ready(x, _number)
                 case ColumnVector():
                     found[name] = self.column(x)
@@ -245,7 +245,7 @@ class Binding:
         return found
 
 
-class Compilation(Binding):
+class GemmCompilation(GemmBinding):
     """A GEMM that is compiled for empty tensors of the right layout, and not launched."""
 
     def start(self, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any]) -> None:

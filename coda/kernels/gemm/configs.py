@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from coda.kernels.gemm.mainloop import Gemm
-from coda.kernels.gemm.stages import Masks, Stages, cta_rows, divided, masks, need, stages
+from coda.kernels.gemm.stages import Masks, PipelineStages, cta_rows, divided, masks, need, stages
 from coda.lowering.program.access import Periodic
 from coda.lowering.program.epilogue import held
 from coda.lowering.program.program import Program
@@ -36,7 +36,7 @@ def legal(program: Program, kernel: Gemm, config: Config) -> str:
     return _legal(program.target, kernel, config, stages(program, kernel, config))
 
 
-def _legal(target: Target, kernel: Gemm, config: Config, pipeline: Stages) -> str:
+def _legal(target: Target, kernel: Gemm, config: Config, pipeline: PipelineStages) -> str:
     epilogue = kernel.body.epilogue
     for statistic in epilogue.statistics:
         if statistic.group and config.tile_n % statistic.group:
@@ -62,7 +62,7 @@ class Offer:
     """A config of a kernel with its depths, its stages, and the estimated seconds."""
 
     config: Config
-    pipeline: Stages
+    pipeline: PipelineStages
     seconds: float
 
 

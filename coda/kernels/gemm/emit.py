@@ -15,16 +15,16 @@ from coda.kernels.gemm.imports import base_of, import_lines
 from coda.kernels.gemm.mainloop import Gemm, shown_problem, tiles
 from coda.kernels.gemm.operands import by_gemm, pack_tables, passed
 from coda.kernels.gemm.ragged import is_sum, needs_mask
-from coda.kernels.gemm.source import PAIRS, WHOLE, Source, Table
+from coda.kernels.gemm.source import PAIRS, WHOLE, GemmSource, Table
 from coda.kernels.lines import Lines, safe, stored
 from coda.lowering.program.access import (
     ColumnVector,
     Grouped,
     Line,
+    OneElement,
     Partial,
     Periodic,
     RowVector,
-    Scalar,
     Tile,
 )
 from coda.lowering.program.body import Body
@@ -52,7 +52,7 @@ COMPILED = {bf16, f16, e4m3, e5m2}
 PAUSE = 4  # elements or column pairs between pauses
 
 
-def emit_gemm(program: Program, kernel: Gemm) -> Source:
+def emit_gemm(program: Program, kernel: Gemm) -> GemmSource:
     """The module of a GEMM, shared with those equal up to renaming. Raises UnsupportedError."""
     kinds = {o.dtype for o in kernel.mainloop.operands}
     if len(kinds) > 1 or not kinds <= COMPILED:
@@ -66,7 +66,7 @@ def emit_gemm(program: Program, kernel: Gemm) -> Source:
     return _emit(program, first).renamed(names)
 
 
-def _emit(program: Program, kernel: Gemm) -> Source:
+def _emit(program: Program, kernel: Gemm) -> GemmSource:
     n = kernel.mainloop.problem(program.sizes)[1]
     weights = " | ".join(label(c.rhs, program) for c in kernel.mainloop.contracts)
     ragged = n % tiles(kernel).tile_n != 0
@@ -119,7 +119,7 @@ class _GemmEmitter:
                 return f"{table.name}_{lane}" if self.pair else table.name
             case RowVector() | Tile():
                 return f"{safe(operand.name)}_{lane}" if self.pair else safe(operand.name)
-            case ColumnVector() | Scalar():
+            case ColumnVector() | OneElement():
                 return safe(operand.name)
             case Grouped() | Line() | Partial():
                 raise _not_read(operand)
@@ -137,7 +137,7 @@ class _GemmEmitter:
 
     # The module.
 
-    def emit(self, head: str) -> Source:
+    def emit(self, head: str) -> GemmSource:
         body = Lines(self.leaf)
         returned: list[tuple[str, str]] = []
         d, outputs = self.stores(body, returned)
@@ -154,7 +154,7 @@ class _GemmEmitter:
         masks = ("inside",) if self.masked else ()
         rows = ("inside_rows",) if self.rows_masked else ()
         stored = tuple(outputs)
-        return Source(text, name, d, stored, passed, self.tables, sinks, masks, rows, numbers)
+        return GemmSource(text, name, d, stored, passed, self.tables, sinks, masks, rows, numbers)
 
     def parameters(self) -> list[str]:
         names = [safe(o.name) for o in self.passed]
@@ -365,7 +365,7 @@ class _GemmEmitter:
                 return "ColVecLoad"
             case Tile():
                 return "TileLoad"
-            case Scalar():
+            case OneElement():
                 return "Scalar"
             case Periodic() | Grouped() | Line() | Partial():
                 raise _not_read(operand)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from coda.kernels.gemm.batches import PLAIN, Step, batches_of
+from coda.kernels.gemm.batches import PLAIN, BatchStrides, batches_of
 from coda.kernels.gemm.mainloop import Gemm
 from coda.kernels.gemm.operands import by_gemm
 from coda.kernels.gemm.weights import halves
@@ -29,7 +29,9 @@ def base_of(program: Program, kernel: Gemm) -> tuple[str, str]:
         return "coda.kernels.gemm.relaid", ""
     stores = kernel.body.epilogue.stores
     own = by_gemm(kernel.body.epilogue)
-    moved = [(s, p) for s, p in zip(stores, batch.stores, strict=True) if p is not Step.PLAIN]
+    moved = [
+        (s, p) for s, p in zip(stores, batch.stores, strict=True) if p is not BatchStrides.PLAIN
+    ]
     names = {"D" if s is own else safe(s.buffer): p.name for s, p in moved}
     steps = f"inner={batch.inner}, a={batch.a.name!r}, b={batch.b.name!r},"
     steps += f" stores={names!r}," if names else ""

@@ -95,15 +95,15 @@ def _emit(program: Program, kernel: Gemm) -> Sequence[Source]:
 
 
 def _launch(run: LaunchRun, kernel: Gemm) -> None:
-    from coda.kernels.gemm.bind import Binding
+    from coda.kernels.gemm.bind import GemmBinding
 
-    Binding(run, kernel).launch()
+    GemmBinding(run, kernel).launch()
 
 
 def _compile(run: LaunchRun, kernel: Gemm) -> None:
-    from coda.kernels.gemm.bind import Compilation
+    from coda.kernels.gemm.bind import GemmCompilation
 
-    Compilation(run, kernel).launch()
+    GemmCompilation(run, kernel).launch()
 
 
 GEMM = Kind(

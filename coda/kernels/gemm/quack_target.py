@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from coda.errors import CallError
-from coda.kernels.gemm.source import PAIRS, WHOLE, Source, Table
+from coda.kernels.gemm.source import PAIRS, WHOLE, GemmSource, Table
 from coda.kernels.modules import load_module
 from coda.lowering.program.target import Config
 from coda.sim.host import kept
@@ -27,7 +27,7 @@ from coda.sim.host.kept import checked, recorded
 class Gemm:
     """A GEMM kernel: its emitted source, its tile config and the imported module."""
 
-    source: Source
+    source: GemmSource
     config: Config
     module: ModuleType
 
@@ -185,6 +185,6 @@ def cover_our_sources() -> None:
         quack.cache.EXTRA_SOURCE_DIRS.append(ours)
 
 
-def import_kernel(source: Source, config: Config, directory: Path) -> Gemm:
+def import_kernel(source: GemmSource, config: Config, directory: Path) -> Gemm:
     """Import an emitted source, written into `directory`, as a kernel."""
     return Gemm(source, config, load_module(source.text, source.name, directory))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-WHOLE, PAIRS = -1, -2  # in place of a lane number: see `Source.outputs`
+WHOLE, PAIRS = -1, -2  # in place of a lane number: see `GemmSource.outputs`
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Source:
+class GemmSource:
     """An emitted module.
 
     Attributes:
@@ -53,7 +53,7 @@ class Source:
     row_masks: tuple[str, ...]
     numbers: dict[str, int]
 
-    def renamed(self, names: Mapping[str, str]) -> Source:
+    def renamed(self, names: Mapping[str, str]) -> GemmSource:
         """The same module for a kernel with other operand and buffer names (old -> new)."""
         return replace(
             self,

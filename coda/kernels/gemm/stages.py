@@ -43,7 +43,7 @@ ACCUMULATORS = 2  # stages in tensor memory, for tiles of up to 256 columns
 
 
 @dataclass(frozen=True)
-class Stages:
+class PipelineStages:
     """Pipeline stages of a GEMM.
 
     Attributes:
@@ -83,7 +83,9 @@ class Need:
     columns: int
 
 
-def divide(need: Need, depths: tuple[int, int], capacity: int, *, tensor_memory: bool) -> Stages:
+def divide(
+    need: Need, depths: tuple[int, int], capacity: int, *, tensor_memory: bool
+) -> PipelineStages:
     """The stages of a GEMM whose epilogue has at least these depths.
 
     Args:
@@ -105,16 +107,16 @@ def divide(need: Need, depths: tuple[int, int], capacity: int, *, tensor_memory:
         more = max(0, min(rest // need.loads, min(DEEPEST, need.subtiles) - c))
         c, rest = c + more, rest - more * need.loads
     d += rest // need.stores if need.stores else 0
-    return Stages(ab, d, c, ACCUMULATORS if tensor_memory else 0)
+    return PipelineStages(ab, d, c, ACCUMULATORS if tensor_memory else 0)
 
 
-def stages(program: Program, kernel: Gemm, config: Config) -> Stages:
+def stages(program: Program, kernel: Gemm, config: Config) -> PipelineStages:
     """The stages of a GEMM of a program with a config."""
     masked = masks(kernel.body.epilogue)
     return divided(need(program, kernel, config, masked), config, program.target)
 
 
-def divided(needed: Need, config: Config, target: Target) -> Stages:
+def divided(needed: Need, config: Config, target: Target) -> PipelineStages:
     """The stages of a GEMM that needs so much, with the depths of a config."""
     depths = config.loads, config.stores
     return divide(needed, depths, target.shared_memory, tensor_memory=target.tensor_memory)

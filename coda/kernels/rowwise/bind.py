@@ -14,20 +14,20 @@ from coda.kernels.rowwise.launch import Module
 from coda.kernels.rowwise.mainloop import Rowwise
 from coda.kernels.rowwise.pieces import has_padded_rows, is_ragged
 from coda.kernels.tensors import in_bytes, is_padded, written
-from coda.lowering.program.access import Partial, RowVector, Scalar
+from coda.lowering.program.access import OneElement, Partial, RowVector
 from coda.lowering.program.program import Program
 
 
 def load(program: Program, kernel: Rowwise, directory: Path, *, padded: bool) -> Module:
     """The emitted module of a row-wise kernel, for `padded` rows or contiguous ones."""
     source = emit_rowwise(program, kernel, padded=padded)
-    operands, once = kernel.body.epilogue.operands, (RowVector, Scalar)  # the same in every row
+    operands, once = kernel.body.epilogue.operands, (RowVector, OneElement)  # the same in every row
     shared = {o.name for o in operands if isinstance(o.access, once)}
     shared = tuple(name in shared for _, name, _, _ in source.parameters)
     return Module(source, shared, program.arch, directory)
 
 
-class Binding:
+class RowwiseBinding:
     """One launch of a row-wise kernel."""
 
     def __init__(self, run: LaunchRun, kernel: Rowwise) -> None:
@@ -82,7 +82,7 @@ class Binding:
         return all(is_padded(x.reshape(self.rows, self.width)) for x in tiles)
 
 
-class Compilation(Binding):
+class RowwiseCompilation(RowwiseBinding):
     """A row-wise kernel that is compiled and not launched."""
 
     def start(self, module: Module, tensors: dict[str, Tensor]) -> None:

@@ -29,7 +29,7 @@ from coda.kernels.rowwise.pieces import (
     fold_warps,
     teams,
 )
-from coda.kernels.rowwise.sweeps import INDENT, Step, indented
+from coda.kernels.rowwise.sweeps import INDENT, VectorWork, indented
 from coda.lowering.program.access import Line, Partial
 from coda.lowering.program.epilogue import StoreExpr, SumRows
 from coda.lowering.program.program import Program
@@ -142,11 +142,11 @@ class _RowwiseEmitter(Folds):
         count = item.span.width // self.lanes if item.span else self.points
         return first <= piece.first < first + count
 
-    def stored(self, piece: Piece, sinks: Sequence[SumRows] = ()) -> Step:
+    def stored(self, piece: Piece, sinks: Sequence[SumRows] = ()) -> VectorWork:
         """The step that computes the stores of a piece, and adds to the sums over rows."""
         items = [s for s in (*self.wide_stores(), *sinks) if self.inside(s, piece)]
         exprs = [[piece.special(e) for e in s.lanes] for s in items]
-        step = Step([e for many in exprs for e in many], [])
+        step = VectorWork([e for many in exprs for e in many], [])
         step.inner, values = self.assigned(step.exprs, "v")
         for item, many in zip(items, exprs, strict=True):
             mine, values = values[: len(many)], values[len(many) :]
@@ -156,7 +156,7 @@ class _RowwiseEmitter(Folds):
                 self.add(item, mine, step)
         return step
 
-    def keep(self, store: StoreExpr, values: list[str], piece: Piece, step: Step) -> None:
+    def keep(self, store: StoreExpr, values: list[str], piece: Piece, step: VectorWork) -> None:
         """Append registers, assignments and the write of one wide store to a step."""
         name = f"{safe(store.buffer)}_out"
         values = [stored(v, store.dtype, self.math) for v in values]
@@ -210,7 +210,7 @@ class _RowwiseEmitter(Folds):
         own += [f"{n} = {n}_of[row - first]" for n in kept]
         return self.through_rows(piece, step, sinks, own)
 
-    def add(self, sink: SumRows, values: list[str], step: Step) -> None:
+    def add(self, sink: SumRows, values: list[str], step: VectorWork) -> None:
         """Append the additions of values to a sum over rows."""
         name = f"{safe(sink.buffer)}_out"
         if self.epilogue.apart(sink):
@@ -234,7 +234,7 @@ class _RowwiseEmitter(Folds):
         return made, [f"store({name}, part, {at}, {name}_v)"]
 
     def through_rows(
-        self, piece: Piece, step: Step, sinks: Sequence[SumRows], own: list[str]
+        self, piece: Piece, step: VectorWork, sinks: Sequence[SumRows], own: list[str]
     ) -> list[str]:
         """Loops over the vectors of a piece, and over the rows of the block for each."""
         rooms = [self.rooms(s, piece) for s in sinks]

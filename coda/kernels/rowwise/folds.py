@@ -15,7 +15,7 @@ from coda.ir.monoids import MONOIDS
 from coda.kernels.lines import safe, stored
 from coda.kernels.rowwise.pieces import LANES, fold_warps
 from coda.kernels.rowwise.sweeps import INDENT, Sweeps, indented
-from coda.lowering.program.access import ColumnVector, Line, Partial, Scalar
+from coda.lowering.program.access import ColumnVector, Line, OneElement, Partial
 from coda.lowering.program.epilogue import Statistic, StoreExpr
 
 TOTAL_WARPS = LANES  # warps of a CTA that reduces to one row; a lane of the first merges each
@@ -106,7 +106,7 @@ class Folds(Sweeps):
 
     def only_folds(self) -> bool:
         """Whether a row needs merged partials over rows and values of single columns only."""
-        read = (Line, Partial, ColumnVector, Scalar)
+        read = (Line, Partial, ColumnVector, OneElement)
         few = all(isinstance(o.access, read) for o in self.epilogue.operands)
         folded = all(s.operand in self.tall for s in self.epilogue.statistics)
         plain = folded and not self.wide_stores() and few

@@ -78,15 +78,15 @@ def _emit(program: Program, kernel: Rowwise) -> Sequence[Source]:
 
 
 def _launch(run: LaunchRun, kernel: Rowwise) -> None:
-    from coda.kernels.rowwise.bind import Binding
+    from coda.kernels.rowwise.bind import RowwiseBinding
 
-    Binding(run, kernel).launch()
+    RowwiseBinding(run, kernel).launch()
 
 
 def _compile(run: LaunchRun, kernel: Rowwise) -> None:
-    from coda.kernels.rowwise.bind import Compilation
+    from coda.kernels.rowwise.bind import RowwiseCompilation
 
-    Compilation(run, kernel).launch()
+    RowwiseCompilation(run, kernel).launch()
 
 
 ROWWISE = Kind(

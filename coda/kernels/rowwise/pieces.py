@@ -22,10 +22,10 @@ from coda.lowering.program.access import (
     ColumnVector,
     Grouped,
     Line,
+    OneElement,
     Partial,
     Periodic,
     RowVector,
-    Scalar,
     Span,
     Tile,
 )
@@ -135,7 +135,7 @@ def _patterns(epilogue: Epilogue) -> list[int]:
         match operand.access:
             case Periodic(period=points) | Grouped(size=points):
                 found.append(points)
-            case RowVector() | ColumnVector() | Tile() | Scalar() | Line() | Partial():
+            case RowVector() | ColumnVector() | Tile() | OneElement() | Line() | Partial():
                 pass
             case _ as never:
                 assert_never(never)

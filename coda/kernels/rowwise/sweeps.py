@@ -22,10 +22,10 @@ from coda.lowering.program.access import (
     ColumnVector,
     Grouped,
     Line,
+    OneElement,
     Partial,
     Periodic,
     RowVector,
-    Scalar,
     Span,
     Tile,
 )
@@ -49,7 +49,7 @@ def indented(lines: Iterable[str], depth: int = 1) -> list[str]:
 
 
 @dataclass
-class Step:
+class VectorWork:
     """The work on one vector of columns (or column pairs).
 
     Attributes:
@@ -99,7 +99,7 @@ class Sweeps:
     def load(self, operand: Operand, lane: int) -> str:
         name = safe(operand.name)
         match operand.access:
-            case ColumnVector() | Scalar():
+            case ColumnVector() | OneElement():
                 return f"{name}_0"
             case Grouped():
                 return f"{name}_v[0]"
@@ -138,7 +138,7 @@ class Sweeps:
         names = loads_of([e for e in exprs if e is not None])
         lines = []
         for o in self.epilogue.operands:
-            if isinstance(o.access, ColumnVector | Scalar) and o.name in names:
+            if isinstance(o.access, ColumnVector | OneElement) and o.name in names:
                 row = "row" if o.access.varies_with_row else "0"
                 lines.append(f"{safe(o.name)}_0 = {safe(o.name)}[{row}, 0].to(Float32)")
         return lines
@@ -177,7 +177,7 @@ class Sweeps:
         for name in sorted(loads_of(list(exprs))):
             x, vec, at = safe(name), self.vec, self.shifted(index, piece)
             match self.kinds[name].access:
-                case ColumnVector() | Scalar():  # loaded once for the row
+                case ColumnVector() | OneElement():  # loaded once for the row
                     continue
                 case RowVector():
                     lines.append(f"{x}_v = load({x}, 0, {at}, {self.lanes * vec})")
@@ -223,7 +223,7 @@ class Sweeps:
             ]
         return out
 
-    def step(self, step: Step, index: str, piece: Piece, inside: str) -> list[str]:
+    def step(self, step: VectorWork, index: str, piece: Piece, inside: str) -> list[str]:
         """The body of a loop over vectors; lanes do not diverge before reductions over lanes."""
         groups = self.needed_groups(step.exprs, piece)
         exprs = [*step.exprs, *(e for _, e in groups)]
@@ -232,7 +232,7 @@ class Sweeps:
         rest += [*indented(step.inner), *step.after]
         return [*loaded, *([f"if {inside}:", *indented(rest)] if inside else rest)]
 
-    def loop(self, piece: Piece, step: Step) -> list[str]:
+    def loop(self, piece: Piece, step: VectorWork) -> list[str]:
         """A sweep over a piece: lanes take vectors in turn, and loop over their elements."""
         vectors = piece.count // self.vec
         head = f"for step in cutlass.range({-(-vectors // LANES)}):"
@@ -325,7 +325,7 @@ class Sweeps:
             lines, values = self.assigned(exprs, prefix)
             for (stat, _), value in zip(chosen, values, strict=True):
                 lines.append(steps[stat.name].replace("@", value))
-            out += self.loop(piece, Step(exprs, lines))
+            out += self.loop(piece, VectorWork(exprs, lines))
         return out
 
     def pivot(self, stat: Statistic) -> list[str]:

@@ -42,7 +42,7 @@ STEP = 256  # columns of a chunk are a multiple of it: whole tiles
 
 
 @dataclass(frozen=True)
-class Cut:
+class ChunkedValue:
     """A value that is computed in chunks.
 
     Attributes:
@@ -71,7 +71,7 @@ class Parted:
     """A chunked graph, its cuts, and contraction -> number of the chunk that it belongs to."""
 
     graph: Graph
-    cuts: tuple[Cut, ...] = ()
+    cuts: tuple[ChunkedValue, ...] = ()
     part_of: Mapping[Node, int] = field(default_factory=dict[Node, int])
 
 
@@ -104,7 +104,7 @@ def chunk(graph: Graph, sizes: Mapping[str, int], passing: frozenset[str]) -> Pa
             parted = graph.with_roots(roots)
             most = max((n.nbytes(sizes) for n in _between(parted, passing)), default=0)
             if most < nbytes:
-                return Parted(parted, (Cut(node, columns, nbytes, bound),), part_of)
+                return Parted(parted, (ChunkedValue(node, columns, nbytes, bound),), part_of)
     return Parted(graph)
 
 

@@ -26,7 +26,7 @@ WIDE = DType("W", torch.float32, "float", 32, 24, 8)  # matches dtypes with floa
 
 
 @dataclass(frozen=True)
-class Variable:
+class LawVariable:
     """The shape of a variable of a law.
 
     Attributes:
@@ -38,11 +38,11 @@ class Variable:
     axes: tuple[str, ...]
 
     @staticmethod
-    def parse(text: str) -> Variable:
+    def parse(text: str) -> LawVariable:
         """Parse "... K", "N K" or "K"."""
         axes = text.split()
         leading = axes[:1] == ["..."]
-        return Variable(leading, tuple(axes[leading:]))
+        return LawVariable(leading, tuple(axes[leading:]))
 
     @property
     def shape(self) -> Shape:
@@ -74,7 +74,7 @@ class Law:
     identity: str
     left: Node
     right: Node
-    variables: Mapping[str, Variable] = field(hash=False)
+    variables: Mapping[str, LawVariable] = field(hash=False)
     choice: bool = False
     loosens: float = 1.0
     unscaled: bool = False
@@ -110,7 +110,7 @@ def law(
     """
 
     def make(fn: Callable[..., Sides]) -> Law:
-        parsed = {name: Variable.parse(text) for name, text in variables.items()}
+        parsed = {name: LawVariable.parse(text) for name, text in variables.items()}
         left, right = fn(**{n: Input(n, v.shape, f32) for n, v in parsed.items()})
         if not fn.__doc__:
             raise InternalError(f"the law {fn.__name__} does not state its identity")
@@ -169,7 +169,7 @@ def _same_attributes(pattern: Node, node: Node) -> bool:
     return True
 
 
-def _fit(variable: Variable, node: Node, b: Bindings) -> Bindings | None:
+def _fit(variable: LawVariable, node: Node, b: Bindings) -> Bindings | None:
     """The bindings extended by this node's axes; None if its shape does not fit the variable."""
     axes = variable.axes
     shape = node.shape
@@ -234,7 +234,7 @@ def _as(old: Node, new: Node) -> Node:
 
 
 @dataclass(frozen=True)
-class Step:
+class LawApplication:
     """One application of a law."""
 
     law: Law
@@ -250,7 +250,7 @@ def rewrite(
     roots: Sequence[Node],
     laws: Sequence[Law],
     accept: Accept,
-    tell: Callable[[Step], object] = lambda _: None,
+    tell: Callable[[LawApplication], object] = lambda _: None,
 ) -> tuple[Node, ...]:
     """Apply `laws` everywhere, in order, until none applies.
 
@@ -295,7 +295,7 @@ class _Rewrite:
 
     laws: Mapping[Kind, list[Law]]
     accept: Accept
-    tell: Callable[[Step], object]
+    tell: Callable[[LawApplication], object]
     done: dict[Node, Node] = field(default_factory=dict[Node, Node])
     places: dict[Node, Place] = field(default_factory=dict[Node, Place])
 
@@ -343,7 +343,7 @@ class _Rewrite:
                 continue
             if one.choice and not self.accept(one, node, self.place(node.operands[0])):
                 continue
-            self.tell(Step(one, node, new))
+            self.tell(LawApplication(one, node, new))
             return new
         return None
 

@@ -29,15 +29,15 @@ from coda.ir.graph import (
 )
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
-from coda.lowering.algebra.chunk import Cut
+from coda.lowering.algebra.chunk import ChunkedValue
 from coda.lowering.algebra.policy import Terms
-from coda.lowering.algebra.rewrite import Step, substituted
+from coda.lowering.algebra.rewrite import LawApplication, substituted
 from coda.lowering.placement.draft import Draft
 from coda.lowering.placement.layout import assemble
 from coda.lowering.placement.place import Partition
 from coda.lowering.placement.stores import Group, Sink, Store, grouped
 from coda.lowering.placement.values import Refused, Value
-from coda.lowering.program.access import Scalar
+from coda.lowering.program.access import OneElement
 from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import Operand
 from coda.lowering.program.kernel import Kernel
@@ -52,8 +52,8 @@ def build(
     target: Target,
     frozen: bool,
     terms: Terms,
-    steps: Sequence[Step],
-    cuts: Sequence[Cut],
+    steps: Sequence[LawApplication],
+    cuts: Sequence[ChunkedValue],
 ) -> Program:
     """Build the Program of a placement.
 
@@ -139,7 +139,7 @@ class _Build:
                 operand = replace(operand, dtype=self.buffers[place.buffer].dtype)
             elif node is not None and self.is_unrounded(node):
                 operand = replace(operand, dtype=f32)
-            if isinstance(operand.access, Scalar) and kernel.kind.scalars is not None:
+            if isinstance(operand.access, OneElement) and kernel.kind.scalars is not None:
                 operand = replace(operand, dtype=kernel.kind.scalars)
             operands.append(operand)
         epilogue = replace(body.epilogue, operands=tuple(operands))

@@ -34,9 +34,9 @@ from coda.lowering.program.access import (
     Access,
     ColumnVector,
     Grouped,
+    OneElement,
     Periodic,
     RowVector,
-    Scalar,
     Span,
     Tile,
 )
@@ -292,7 +292,7 @@ class Points:
             count = product(node.shape)
             over_rows = count.symbols & self.space.rows.symbols
             one = count == ONE or (not over_rows and self.space.size(count) == 1)
-            access = Scalar() if one else ColumnVector()
+            access = OneElement() if one else ColumnVector()
         self.operands[name] = Operand(name, dtype, access)
         self.nodes[name] = node
 

@@ -115,7 +115,7 @@ class Grouped:
 
 
 @dataclass(frozen=True)
-class Scalar:
+class OneElement:
     """[] or [1], one element for the whole kernel."""
 
     word: ClassVar[str] = "scalar"
@@ -142,6 +142,6 @@ class Partial:
     word: ClassVar[str] = "partial"
 
 
-PointAccess = RowVector | ColumnVector | Tile | Periodic | Grouped | Scalar
+PointAccess = RowVector | ColumnVector | Tile | Periodic | Grouped | OneElement
 FoldAccess = Line | Partial
 Access = PointAccess | FoldAccess

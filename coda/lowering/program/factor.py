@@ -21,7 +21,7 @@ from typing import Any
 
 from coda.ir.scalars import DIFFERENCE, NEGATION, PRODUCT, SCALARS, SQUARE, SUM
 from coda.ir.types import has_reciprocal
-from coda.lowering.program.access import ColumnVector, Scalar
+from coda.lowering.program.access import ColumnVector, OneElement
 from coda.lowering.program.epilogue import (
     Call,
     Epilogue,
@@ -90,7 +90,9 @@ def factor(program: Program) -> Program:
 
 def factored_epilogue(epilogue: Epilogue) -> Epilogue:
     """An Epilogue whose stores and sinks compute the same values with fewer operations."""
-    once_a_row = {o.name for o in epilogue.operands if isinstance(o.access, ColumnVector | Scalar)}
+    once_a_row = {
+        o.name for o in epilogue.operands if isinstance(o.access, ColumnVector | OneElement)
+    }
     groups = {s.name for s in epilogue.statistics if s.group}
 
     def once(leaf: Expr) -> bool:

@@ -14,9 +14,9 @@ from typing import Any
 from coda.ir.dims import Shape, product
 from coda.ir.graph import Graph, Node, Permute, Reshape, Slice
 from coda.ir.types import DType
-from coda.lowering.algebra.chunk import Cut
+from coda.lowering.algebra.chunk import ChunkedValue
 from coda.lowering.algebra.policy import Terms
-from coda.lowering.algebra.rewrite import Step
+from coda.lowering.algebra.rewrite import LawApplication
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.target import Target
 
@@ -103,12 +103,12 @@ class Program:
     stacked: frozenset[str]
     weights: frozenset[Node]
     prepared: Mapping[str, Node]
-    steps: tuple[Step, ...]
+    steps: tuple[LawApplication, ...]
     unfused: tuple[Unfused, ...]
     fixed: frozenset[str]
     frozen: bool
     terms: Terms
-    cuts: tuple[Cut, ...]
+    cuts: tuple[ChunkedValue, ...]
     overwrites: Mapping[str, str] = field(default_factory=dict[str, str])
     freed: tuple[tuple[str, ...], ...] = ()
 

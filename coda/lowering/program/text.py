@@ -21,10 +21,10 @@ from coda.lowering.program.access import (
     ColumnVector,
     Grouped,
     Line,
+    OneElement,
     Partial,
     Periodic,
     RowVector,
-    Scalar,
     Tile,
 )
 from coda.lowering.program.body import Body
@@ -150,7 +150,7 @@ def _operand(operand: Operand, body: Body, program: Program) -> str:
             return f"{text} repeating every {period}"
         case Grouped(size=size):
             return f"{text} for groups of {size}"
-        case RowVector() | ColumnVector() | Tile() | Scalar() | Line() | Partial():
+        case RowVector() | ColumnVector() | Tile() | OneElement() | Line() | Partial():
             return text
         case _ as never:
             assert_never(never)

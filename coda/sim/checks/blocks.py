@@ -25,7 +25,7 @@ from coda.sim.ptx.parse import Instruction
 
 if TYPE_CHECKING:
     from coda.sim.machine import Machine
-    from coda.sim.units.agents import Operation
+    from coda.sim.units.agents import AsyncOp
 
 Array = NDArray[Any]
 
@@ -162,7 +162,7 @@ class Blocks(Races):
     # accesses by units
 
     def unit_abroad(
-        self, op: Operation, where: Any, nbytes: int, channel: tuple[int, int], write: bool
+        self, op: AsyncOp, where: Any, nbytes: int, channel: tuple[int, int], write: bool
     ) -> None:
         starts = np.atleast_1d(np.asarray(where, np.int64))
         if not len(starts) or nbytes < 4:

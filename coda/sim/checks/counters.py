@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from coda.sim.checks.observe import MAKERS, Observer
 from coda.sim.ptx.parse import Instruction
-from coda.sim.types import Traffic
+from coda.sim.types import BytesMoved
 
 if TYPE_CHECKING:
     from coda.sim.machine import Machine
-    from coda.sim.units.agents import Operation
+    from coda.sim.units.agents import AsyncOp
 
 Array = NDArray[Any]
 CLASSES = ("threads", "tma", "bulk", "cp.async")
@@ -122,7 +122,7 @@ class Counters(Observer):
             self.tally.runs(0, False, at, nbytes)
         self.tally.runs(0, True, at, nbytes)
 
-    def issued(self, op: Operation) -> None:
+    def issued(self, op: AsyncOp) -> None:
         if op.unit not in CLASSES:
             return
         kind = CLASSES.index(op.unit)
@@ -141,12 +141,12 @@ class Counters(Observer):
     def finished(self) -> None:
         """Write the sums so far into the launch's result."""
         result = self.machine.result
-        units = {name: Traffic() for name in CLASSES}
+        units = {name: BytesMoved() for name in CLASSES}
         for marks in self.tally.all:
             if not marks.moved.any():
                 continue
             loaded, stored = marks.moved.sum(0).tolist()
-            result.per_allocation[marks.name] = Traffic(
+            result.per_allocation[marks.name] = BytesMoved(
                 loaded, stored, marks.unique(LOADED), marks.unique(STORED)
             )
             for k, name in enumerate(CLASSES):

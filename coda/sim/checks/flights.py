@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 
 from coda.sim.checks.observe import Observer
 from coda.sim.ptx.parse import Instruction
-from coda.sim.ptx.program import Block, registers_of, uses_and_writes
+from coda.sim.ptx.program import BasicBlock, registers_of, uses_and_writes
 
 if TYPE_CHECKING:
     from coda.sim.machine import Machine
     from coda.sim.ptx.decoded import Decoded
-    from coda.sim.units.agents import Operation
+    from coda.sim.units.agents import AsyncOp
 
 Array = NDArray[Any]
 
 
-class Program:
+class RegisterFacts:
     """Static facts about a kernel's registers.
 
     Products (PTX lines of wgmma) with the same registers form a group. Per block, `collisions` maps
@@ -66,7 +66,7 @@ class Program:
             self.readers.setdefault(name, set()).add(ins.line)
         return writes | set(reads)
 
-    def _collisions(self, block: Block) -> dict[int, Instruction]:
+    def _collisions(self, block: BasicBlock) -> dict[int, Instruction]:
         out: dict[int, Instruction] = {}
         for ins in block.instructions if self.group else ():
             uses, writes = uses_and_writes(ins, self.kernel)
@@ -80,14 +80,14 @@ class Program:
                     out.setdefault(line, ins)
         return out
 
-    def _touched(self, block: Block, groups: dict[frozenset[str], int]) -> Array:
+    def _touched(self, block: BasicBlock, groups: dict[frozenset[str], int]) -> Array:
         names: set[str] = set()
         for ins in block.instructions if groups else ():
             if not ins.op.startswith(("wgmma", "mov.")):
                 names = names.union(*uses_and_writes(ins, self.kernel))
         return np.array([k for members, k in groups.items() if members & names], np.int64)
 
-    def _uses(self, block: Block) -> set[str]:
+    def _uses(self, block: BasicBlock) -> set[str]:
         """Registers that a block reads, without accumulators: a product may start from zero."""
         out = set(block.uses)
         for ins in block.instructions:
@@ -131,7 +131,7 @@ class Program:
                     out[s] |= here
         return out
 
-    def _looks(self, block: Block) -> set[str]:
+    def _looks(self, block: BasicBlock) -> set[str]:
         """Registers that a block reads in instructions other than moves and selections."""
         out: set[str] = set()
         for ins in block.instructions:
@@ -144,7 +144,7 @@ def _numbers(names: set[str], numbered: dict[str, int]) -> list[int]:
     return sorted(numbered[x] for x in names & numbered.keys())
 
 
-def _successors(block: Block, k: int, entry_of: dict[str, int]) -> list[int]:
+def _successors(block: BasicBlock, k: int, entry_of: dict[str, int]) -> list[int]:
     last = block.instructions[-1]
     stem = last.op.split(".")[0]
     out = [entry_of[last.operands[0]]] if stem == "bra" else []
@@ -160,8 +160,8 @@ class Flights(Observer):
         super().__init__(machine)
         notes = machine.grid.notes
         if "registers" not in notes:
-            notes["registers"] = Program(machine.decoded)
-        self.program: Program = notes["registers"]
+            notes["registers"] = RegisterFacts(machine.decoded)
+        self.program: RegisterFacts = notes["registers"]
         self.reported: set[Any] = notes.setdefault("reported", set())
         self.flying: dict[int, Array] = {}
         self.open = np.ones((self.program.groups, machine.warps), bool)
@@ -177,7 +177,7 @@ class Flights(Observer):
             what = "its registers were accessed since the last wgmma.fence"
             self._find("in-flight", ins, int(rows[int(touched.argmax())]), what)
 
-    def waited(self, ins: Instruction, row: int, ops: list[Operation], reading: bool) -> None:
+    def waited(self, ins: Instruction, row: int, ops: list[AsyncOp], reading: bool) -> None:
         if ins.op.startswith("wgmma.wait"):
             for op in ops:
                 for product in op.chain:
@@ -187,7 +187,7 @@ class Flights(Observer):
         if ins.op.startswith("wgmma.fence"):
             self.open[:, g] = False
 
-    def block(self, block: Block, number: int, g: Any, m: Any) -> None:
+    def block(self, block: BasicBlock, number: int, g: Any, m: Any) -> None:
         program = self.program
         collisions = program.collisions[number]
         if collisions and self.flying:
@@ -207,7 +207,7 @@ class Flights(Observer):
                 what = f"accesses registers of the product at PTX line {line} before waiting for it"
                 self._find("in-flight", ins, row, what)
 
-    def _use(self, block: Block, k: int, g: Any, m: Any) -> None:
+    def _use(self, block: BasicBlock, k: int, g: Any, m: Any) -> None:
         bad = ~self.known[k][g]
         if m is not None:
             bad &= m

@@ -15,7 +15,7 @@ An observer subclasses `Observer` and overrides the events it needs. It may appe
 function in `MAKERS` makes the observers for the resident CTAs of a launch (one `Machine` per wave),
 or none if its checks are off; state that must outlive a wave goes to `machine.grid.notes`.
 
-The life of an asynchronous operation (`agents.Operation`): `issued` when the instruction has run,
+The life of an asynchronous operation (`agents.AsyncOp`): `issued` when the instruction has run,
 `moves(op, step)` just before a step moves data, `completed` after the last one, before which it
 has arrived at its mbarriers (`barrier_phase` may have been called on the way). The memory it
 accesses is in `op.reads` and `op.writes`, filled at issue if known then: tuples (space, where,
@@ -43,8 +43,8 @@ from coda.sim.ptx.parse import Instruction
 
 if TYPE_CHECKING:
     from coda.sim.machine import Machine
-    from coda.sim.ptx.program import Block
-    from coda.sim.units.agents import Operation
+    from coda.sim.ptx.program import BasicBlock
+    from coda.sim.units.agents import AsyncOp
 
 Array = NDArray[Any]
 
@@ -74,7 +74,7 @@ class Observer:
 
     # the course of execution
 
-    def block(self, block: Block, number: int, g: Any, m: Any) -> None:
+    def block(self, block: BasicBlock, number: int, g: Any, m: Any) -> None:
         """The warps run a block: it reads registers `block.uses`, then writes `block.writes`."""
 
     def finished(self) -> None:
@@ -113,16 +113,16 @@ class Observer:
     def product(self, ins: Instruction, rows: Array) -> None:
         """Warps execute a wgmma; its operation is `issued` later, with the rest of its chain."""
 
-    def issued(self, op: Operation) -> None:
+    def issued(self, op: AsyncOp) -> None:
         """An operation was handed to its unit."""
 
-    def moves(self, op: Operation, step: int) -> None:
+    def moves(self, op: AsyncOp, step: int) -> None:
         """A step of an operation is about to move data."""
 
-    def completed(self, op: Operation) -> None:
+    def completed(self, op: AsyncOp) -> None:
         """The last step of an operation has run."""
 
-    def waited(self, ins: Instruction, row: int, ops: list[Operation], reading: bool) -> None:
+    def waited(self, ins: Instruction, row: int, ops: list[AsyncOp], reading: bool) -> None:
         """A warp has waited for operations, or (`reading`) for their reading of operands only."""
 
     # synchronisation

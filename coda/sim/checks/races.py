@@ -16,13 +16,13 @@ from coda.sim.checks.clocks import ASYNC, INIT, SEEN, Clocks
 from coda.sim.checks.observe import Observer
 from coda.sim.checks.shadow import PART, PROXY, STRONG, Events, Shadow, Who
 from coda.sim.ptx.parse import Instruction
-from coda.sim.ptx.program import Block
+from coda.sim.ptx.program import BasicBlock
 from coda.sim.tensorcore.tensor_memory import COLUMNS
 from coda.sim.units.memory import WINDOW
 
 if TYPE_CHECKING:
     from coda.sim.machine import Machine
-    from coda.sim.units.agents import Operation
+    from coda.sim.units.agents import AsyncOp
 
 Array = NDArray[Any]
 WORDS = WINDOW // 4
@@ -207,7 +207,7 @@ class Races(Observer):
 
     # accesses by units
 
-    def issued(self, op: Operation) -> None:
+    def issued(self, op: AsyncOp) -> None:
         unit = op.unit
         if unit == "tcgen05.commit" or (unit == "cp.async" and op.signals):
             self._signal(op)
@@ -238,14 +238,14 @@ class Races(Observer):
         if unit == "tcgen05.ld":
             self.loads.setdefault(op.row, []).append((op.names, channels[0]))
 
-    def _phase(self, op: Operation, key: int) -> tuple[int, int]:
+    def _phase(self, op: AsyncOp, key: int) -> tuple[int, int]:
         """The component of an mbarrier, and the number of its current phase."""
         self._usable(op.ins, op.row, key, True)
         barrier = self.machine.mbarriers.table.get(key)
         done = barrier.completions if barrier else 0
         return self.clocks.barrier(key, key // WINDOW), done + 1
 
-    def _signal(self, op: Operation) -> None:
+    def _signal(self, op: AsyncOp) -> None:
         """A deferred arrival by a unit: it publishes its thread's clocks and earlier operations."""
         block = self.clocks.known(op.row)
         if op.unit == "cp.async":
@@ -261,7 +261,7 @@ class Races(Observer):
             if target != op.row % self.machine.count:
                 self.last[target][channel[0]] = (channel[1], Who(op.ins, op.row))
 
-    def moves(self, op: Operation, step: int) -> None:
+    def moves(self, op: AsyncOp, step: int) -> None:
         block = self.snapshots.pop(op.number, None)
         if block is not None:
             if block.shape[1] < self.clocks.width:
@@ -270,7 +270,7 @@ class Races(Observer):
                 self.clocks.give(("mbarrier", key), block.copy())
 
     def _unit(
-        self, op: Operation, block: Array, touched: Any, channel: tuple[int, int], write: bool
+        self, op: AsyncOp, block: Array, touched: Any, channel: tuple[int, int], write: bool
     ) -> None:
         """A unit accesses a piece of memory."""
         space, where, nbytes = touched
@@ -313,12 +313,12 @@ class Races(Observer):
             shadow.unit_reads(readers, at, event)
 
     def unit_abroad(
-        self, op: Operation, where: Any, nbytes: int, channel: tuple[int, int], write: bool
+        self, op: AsyncOp, where: Any, nbytes: int, channel: tuple[int, int], write: bool
     ) -> None:
         """A unit accesses global memory: see blocks.py."""
 
     def _unit_writers(
-        self, op: Operation, block: Array, ids: Array, access: tuple[Any, ...], shadow: Shadow
+        self, op: AsyncOp, block: Array, ids: Array, access: tuple[Any, ...], shadow: Shadow
     ) -> None:
         """Check an access of a unit against the events that last wrote the words."""
         write, flags, own, memory, base = access
@@ -345,7 +345,7 @@ class Races(Observer):
         return bool(after and not hidden)
 
     def _unit_readers(
-        self, op: Operation, block: Array, sets: Array, flags: int, own: int, base: int
+        self, op: AsyncOp, block: Array, sets: Array, flags: int, own: int, base: int
     ) -> None:
         """Check a write of a unit against earlier reads of the words."""
         if flags & STRONG:
@@ -354,7 +354,7 @@ class Races(Observer):
         if found:
             self.overwrites(op.ins, op.row, base, found[1])
 
-    def block(self, block: Block, number: int, g: Any, m: Any) -> None:
+    def block(self, block: BasicBlock, number: int, g: Any, m: Any) -> None:
         """A use of the results of a tcgen05.ld waits for it: ptxas inserts that wait."""
         if not self.loads:
             return
@@ -366,7 +366,7 @@ class Races(Observer):
                     self.clocks.learn(row, *channel)
                 self.loads[row] = [x for x in loads if x[1] not in used]
 
-    def waited(self, ins: Instruction, row: int, ops: list[Operation], reading: bool) -> None:
+    def waited(self, ins: Instruction, row: int, ops: list[AsyncOp], reading: bool) -> None:
         clocks = self.clocks
         if ins.op.startswith("tcgen05.wait"):
             kind = "tcgen05.ld" if "::ld" in ins.op else "tcgen05.st"

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from coda.sim.alu.table import DTYPE, lookup
-from coda.sim.ptx.parse import Instruction, Kernel
-from coda.sim.ptx.program import Block, Program, uses_and_writes
+from coda.sim.ptx.parse import Instruction, PtxKernel
+from coda.sim.ptx.program import BasicBlock, PtxProgram, uses_and_writes
 from coda.sim.types import Unsupported
 from coda.sim.units.lanes import both, spread
-from coda.sim.units.registers import SPECIALS, Layout
+from coda.sim.units.registers import SPECIALS, RegisterLayout
 
 INLINE = {
     **{np.add: "+", np.subtract: "-", np.multiply: "*", np.bitwise_and: "&", np.bitwise_or: "|"},
@@ -64,11 +64,15 @@ class Emitter:
     """Writes the source of one block's function."""
 
     def __init__(
-        self, program: Program, layout: Layout, number: int, block: Block | None = None
+        self,
+        program: PtxProgram,
+        layout: RegisterLayout,
+        number: int,
+        block: BasicBlock | None = None,
     ) -> None:
         self.program, self.layout, self.number = program, layout, number
-        self.kernel: Kernel = program.kernel
-        self.block: Block = block or program.blocks[number]
+        self.kernel: PtxKernel = program.kernel
+        self.block: BasicBlock = block or program.blocks[number]
         self.lines: list[str] = []
         self.names: dict[str, Any] = {"np": np, "both": both, "put": put, "spread": spread}
         self.now: dict[str, dict[str, str]] = {}
@@ -282,7 +286,7 @@ class Emitter:
         if not instructions:
             return None
         writes = {x for ins in instructions for x in uses_and_writes(ins, self.kernel)[1]}
-        block = Block(0, 0, instructions, writes=writes, live_out=writes)
+        block = BasicBlock(0, 0, instructions, writes=writes, live_out=writes)
         emitter = Emitter(self.program, self.layout, self.number, block)
         emitter.end = "pass"
         return emitter.compile()

@@ -9,7 +9,7 @@ from functools import lru_cache
 from coda.sim.ptx.codegen import Emitter
 from coda.sim.ptx.parse import parse
 from coda.sim.ptx.program import build
-from coda.sim.units.registers import Layout
+from coda.sim.units.registers import RegisterLayout
 
 
 class Decoded:
@@ -17,7 +17,7 @@ class Decoded:
 
     def __init__(self, text: str, kernel: str) -> None:
         self.program = build(parse(text, kernel))
-        self.layout = Layout(self.program.kernel)
+        self.layout = RegisterLayout(self.program.kernel)
         self.functions: list[Callable[..., None] | None] = [None] * len(self.program.blocks)
 
     def function(self, number: int) -> Callable[..., None]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
+class Modifier:
     """One place of a rule."""
 
     name: str
@@ -26,12 +26,12 @@ class Rule:
     def __init__(self, text: str) -> None:
         first, *places = text.split()
         self.head = first.split(".")
-        self.places: list[Place] = []
+        self.places: list[Modifier] = []
         for k, place in enumerate(places):
             match = re.match(r"^(\w*)([?=])(.*)$", place)
             assert match is not None, place
             choices = frozenset(match[3].split("|"))
-            self.places.append(Place(match[1] or str(k), match[2] == "?", choices))
+            self.places.append(Modifier(match[1] or str(k), match[2] == "?", choices))
 
     def match(self, op: str) -> dict[str, str] | None:
         """The modifiers of `op` by the names of their places ("" if left out), or None."""

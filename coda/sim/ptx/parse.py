@@ -45,7 +45,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Variable:
+class PtxVariable:
     """A variable of state space shared, global or const; nbytes None: the dynamic shared memory."""
 
     space: str
@@ -55,7 +55,7 @@ class Variable:
 
 
 @dataclass
-class Kernel:
+class PtxKernel:
     """A parsed entry function: registers by name with their width in bits, labels by position."""
 
     name: str
@@ -63,7 +63,7 @@ class Kernel:
     registers: dict[str, int] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    variables: dict[str, Variable] = field(default_factory=dict)
+    variables: dict[str, PtxVariable] = field(default_factory=dict)
     vectors: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -144,7 +144,7 @@ def _line_info(text: str) -> tuple[str, dict[int, str]]:
     return "\n".join(lines), positions
 
 
-def _variable(text: str) -> tuple[str, Variable] | None:
+def _variable(text: str) -> tuple[str, PtxVariable] | None:
     match = _VARIABLE.match(text)
     if match is None:
         return None
@@ -155,7 +155,7 @@ def _variable(text: str) -> tuple[str, Variable] | None:
         numbers = [int(x, 0) for x in value.strip().strip("{}").split(",") if x.strip()]
         data = b"".join((x & ((1 << 8 * size) - 1)).to_bytes(size, "little") for x in numbers)
     nbytes = None if count == "" else size * int(count or 1)
-    return name, Variable(space, int(align or size), nbytes, data)
+    return name, PtxVariable(space, int(align or size), nbytes, data)
 
 
 def _parameters(text: str) -> list[Parameter]:
@@ -176,7 +176,7 @@ def _parameters(text: str) -> list[Parameter]:
 class _Body:
     """The walk over a function's body."""
 
-    def __init__(self, kernel: Kernel, positions: dict[int, str]) -> None:
+    def __init__(self, kernel: PtxKernel, positions: dict[int, str]) -> None:
         self.kernel, self.positions = kernel, sorted(positions.items())
         self.scope = _Scope(None, 0)
         self.scopes = 0
@@ -270,7 +270,7 @@ class _Body:
 
 
 @lru_cache(maxsize=256)
-def parse(text: str, entry: str | None = None) -> Kernel:
+def parse(text: str, entry: str | None = None) -> PtxKernel:
     """Parse the entry function `entry` (the first one when None).
 
     Raises Unsupported, with the line, for a directive that is not known.
@@ -280,7 +280,7 @@ def parse(text: str, entry: str | None = None) -> Kernel:
     match = next((m for m in _ENTRY.finditer(text) if entry in (None, m[1])), None)
     if match is None:
         raise Unsupported(f"the PTX has no entry function {entry!r}")
-    kernel = Kernel(match[1], _parameters(match[2]))
+    kernel = PtxKernel(match[1], _parameters(match[2]))
     for statement in re.finditer(
         r"^\s*((?:\.\w+\s+)*\.(?:shared|global|const)\s[^;]*);", text, re.M
     ):

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from coda.sim.ptx.parse import Instruction, Kernel
+from coda.sim.ptx.parse import Instruction, PtxKernel
 
 PARKS = (
     *("bar.sync", "bar.red", "barrier.sync", "barrier.red", "barrier.cta.sync", "barrier.cta.red"),
@@ -53,7 +53,7 @@ _REGISTER = re.compile(r"[%A-Za-z_$][\w$%#]*(?:\.[xyzw]\b)?")
 
 
 @dataclass
-class Block:
+class BasicBlock:
     """Instructions [start, stop) and the registers that cross the block's borders.
 
     `reads` are needed on entry, also to keep the old value of a register that a predicated
@@ -80,24 +80,24 @@ class Block:
 
 
 @dataclass
-class Program:
+class PtxProgram:
     """Blocks in program order; `entry_of` maps a label to the block it starts.
 
     `early` has, for the line of a tcgen05.ld, the moves of its results that come before its wait.
     """
 
-    kernel: Kernel
-    blocks: list[Block]
+    kernel: PtxKernel
+    blocks: list[BasicBlock]
     entry_of: dict[str, int]
     early: dict[int, list[Instruction]]
 
 
-def registers_of(text: str, kernel: Kernel) -> list[str]:
+def registers_of(text: str, kernel: PtxKernel) -> list[str]:
     """Names of the registers that an operand mentions."""
     return [x for x in _REGISTER.findall(text) if x in kernel.registers]
 
 
-def uses_and_writes(ins: Instruction, kernel: Kernel) -> tuple[set[str], set[str]]:
+def uses_and_writes(ins: Instruction, kernel: PtxKernel) -> tuple[set[str], set[str]]:
     """(registers whose value an instruction reads, registers that it may write)."""
     uses: set[str] = set()
     writes: set[str] = set()
@@ -124,7 +124,7 @@ def membermask(ins: Instruction) -> str:
 Flow = list[tuple[set[str], set[str]]]  # (registers read, registers written) of each instruction
 
 
-def early_moves(kernel: Kernel, flow: Flow) -> dict[int, list[Instruction]]:
+def early_moves(kernel: PtxKernel, flow: Flow) -> dict[int, list[Instruction]]:
     """For each tcgen05.ld, by its line, the plain moves of its results that follow it.
 
     Kernels use the results before they wait for the load: ptxas tracks its registers, so a use
@@ -155,7 +155,7 @@ def early_moves(kernel: Kernel, flow: Flow) -> dict[int, list[Instruction]]:
     return out
 
 
-def _leaders(kernel: Kernel, flow: Flow) -> list[int]:
+def _leaders(kernel: PtxKernel, flow: Flow) -> list[int]:
     code = kernel.instructions
     leaders = {0, len(code)} | set(kernel.labels.values())
     effects = False
@@ -176,11 +176,11 @@ def _leaders(kernel: Kernel, flow: Flow) -> list[int]:
     return sorted(leaders)
 
 
-def build(kernel: Kernel) -> Program:
+def build(kernel: PtxKernel) -> PtxProgram:
     """Split a kernel into basic blocks and compute the liveness of its registers."""
     flow = [uses_and_writes(ins, kernel) for ins in kernel.instructions]
     leaders = _leaders(kernel, flow)
-    blocks = [Block(a, b, kernel.instructions[a:b]) for a, b in pairwise(leaders)]
+    blocks = [BasicBlock(a, b, kernel.instructions[a:b]) for a, b in pairwise(leaders)]
     number = {start: k for k, start in enumerate(leaders)}
     entry_of = {label: number[at] for label, at in kernel.labels.items()}
     early = early_moves(kernel, flow)
@@ -197,11 +197,11 @@ def build(kernel: Kernel) -> Program:
             if live != live_in[k]:
                 live_in[k] = live
                 changed = True
-    return Program(kernel, blocks, entry_of, early)
+    return PtxProgram(kernel, blocks, entry_of, early)
 
 
 def _prepare(
-    block: Block, k: int, flow: Flow, entry_of: dict[str, int], early: set[int]
+    block: BasicBlock, k: int, flow: Flow, entry_of: dict[str, int], early: set[int]
 ) -> list[int]:
     """Fill in a block's reads, writes, masks and needs; return the numbers of its successors."""
     masks: list[str] = []

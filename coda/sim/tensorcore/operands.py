@@ -33,7 +33,7 @@ PERIOD = 1024
 
 
 @dataclass(frozen=True)
-class Layout:
+class DescriptorLayout:
     """A matrix descriptor without its start: LBO and SBO in bytes, and a swizzle as in `tma`."""
 
     leading: int
@@ -47,7 +47,7 @@ class Matrix:
     """A decoded matrix descriptor."""
 
     start: int
-    layout: Layout
+    layout: DescriptorLayout
 
 
 WGMMA_SPANS = {0: 0, 1: 128, 2: 64, 3: 32}
@@ -63,7 +63,9 @@ def wgmma_matrix(descriptor: int) -> Matrix:
     """Decode a descriptor of wgmma; Unsupported if it uses a base offset or reserved bits."""
     if descriptor & 0x3FF1_C000_C000_C000 or descriptor >> 49 & 7:
         raise Unsupported(f"wgmma: matrix descriptor {descriptor:#018x} (base offset or others)")
-    layout = Layout(_bytes(descriptor, 16), _bytes(descriptor, 32), WGMMA_SPANS[descriptor >> 62])
+    layout = DescriptorLayout(
+        _bytes(descriptor, 16), _bytes(descriptor, 32), WGMMA_SPANS[descriptor >> 62]
+    )
     return Matrix(_bytes(descriptor, 0), layout)
 
 
@@ -75,13 +77,13 @@ def tcgen05_matrix(descriptor: int) -> Matrix:
     if descriptor & 0x1FFE_0000_C000_C000 or descriptor >> 46 & 7 != 1 or kind not in TCGEN05_SPANS:
         raise Unsupported(f"tcgen05: matrix descriptor {descriptor:#018x}")
     span, atom = TCGEN05_SPANS[kind]
-    layout = Layout(_bytes(descriptor, 16), _bytes(descriptor, 32), span, atom)
+    layout = DescriptorLayout(_bytes(descriptor, 16), _bytes(descriptor, 32), span, atom)
     return Matrix(_bytes(descriptor, 0), layout)
 
 
 @lru_cache(1024)
 def _relative(
-    layout: Layout, rows: int, row_bytes: int, element: int, major: Major, phase: int
+    layout: DescriptorLayout, rows: int, row_bytes: int, element: int, major: Major, phase: int
 ) -> Array:
     """Offsets of the chunks from the start, which is `phase` bytes into a period of 1024."""
     width = layout.span or CHUNK
@@ -132,7 +134,11 @@ def pieces(chunks: Array) -> tuple[Any, int]:
 
 @lru_cache(1024)
 def _chain(
-    parts: tuple[tuple[int, Layout], ...], rows: int, row_bytes: int, element: int, major: Major
+    parts: tuple[tuple[int, DescriptorLayout], ...],
+    rows: int,
+    row_bytes: int,
+    element: int,
+    major: Major,
 ) -> Array:
     offsets = [
         _relative(layout, rows, row_bytes, element, major, at % PERIOD) + at for at, layout in parts
@@ -159,7 +165,7 @@ def operand_offsets(
     return flat if major == "k" else flat.T
 
 
-class Lines(NamedTuple):
+class SharedLines(NamedTuple):
     """Numbers of 16-byte lines of shared memory, and the first and the end of their range."""
 
     numbers: Array
@@ -167,20 +173,20 @@ class Lines(NamedTuple):
     end: int
 
 
-def lines_of(offsets: Array) -> Lines:
+def lines_of(offsets: Array) -> SharedLines:
     """The lines at byte offsets."""
     numbers = offsets >> 4
-    return Lines(numbers, int(numbers.min()), int(numbers.max()) + 1)
+    return SharedLines(numbers, int(numbers.min()), int(numbers.max()) + 1)
 
 
-def check_lines(lines: Lines, nbytes: int) -> None:
+def check_lines(lines: SharedLines, nbytes: int) -> None:
     """Raise Fault unless the lines are inside shared memory of `nbytes`."""
     if lines.first < 0 or lines.end << 4 > nbytes:
         where = f"bytes {lines.first << 4:#x} to {lines.end << 4:#x}"
         raise Fault(f"an operand at {where} in {nbytes:#x} of shared memory")
 
 
-def fetch(smem: Array, lines: Lines) -> Array:
+def fetch(smem: Array, lines: SharedLines) -> Array:
     """The lines of one CTA's shared memory, as uint8[..., 16 * lines in the last dimension]."""
     check_lines(lines, smem.size)
     return smem.view(np.complex128).take(lines.numbers).view(np.uint8)

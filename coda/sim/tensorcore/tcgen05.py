@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from coda.sim.alu.floats import decode_table
 from coda.sim.tensorcore.operands import (
     TYPES,
-    Lines,
     Major,
+    SharedLines,
     by_step,
     chain_offsets,
     fetch,
@@ -189,7 +189,7 @@ def decode_shape(form: Mma, idesc: int) -> Shape:
     return shape
 
 
-class Step(NamedTuple):
+class MmaOperands(NamedTuple):
     """The operands of one instruction of a chain on the same D.
 
     `a` is a matrix descriptor, or the address of A in tensor memory; `scale_a` and `scale_b` are
@@ -203,7 +203,7 @@ class Step(NamedTuple):
     scale_b: int = 0
 
 
-class Piece(NamedTuple):
+class LanePiece(NamedTuple):
     """Lanes of D that get the rows `rows` of a CTA's A times the columns `columns` of B."""
 
     lanes: Lanes
@@ -211,7 +211,7 @@ class Piece(NamedTuple):
     columns: slice
 
 
-def d_pieces(form: Mma, shape: Shape, d: int) -> list[Piece]:
+def d_pieces(form: Mma, shape: Shape, d: int) -> list[LanePiece]:
     """Lanes and columns of the accumulators of one CTA; column 0 of D is at the address."""
     lane, column = split(d)
     rows = shape.m // form.ctas
@@ -222,11 +222,11 @@ def d_pieces(form: Mma, shape: Shape, d: int) -> list[Piece]:
         raise Fault(f"tcgen05: accumulators of {rows} rows at lane {lane}")
     if rows == 64 and not narrow:
         r = np.arange(64)
-        return [Piece(r // 16 * 32 + r % 16 + lane, slice(0, 64), slice(0, shape.n))]
+        return [LanePiece(r // 16 * 32 + r % 16 + lane, slice(0, 64), slice(0, shape.n))]
     half = shape.n // 2
     if form.scales:
         return [
-            Piece(
+            LanePiece(
                 slice(32 * q, 32 * q + 32),
                 slice(32 * q % rows, 32 * q % rows + 32),
                 slice(q // 2 * half, q // 2 * half + half) if narrow else slice(0, shape.n),
@@ -235,10 +235,10 @@ def d_pieces(form: Mma, shape: Shape, d: int) -> list[Piece]:
         ]
     if narrow:
         return [
-            Piece(slice(64 * h, 64 * h + 64), slice(0, 64), slice(h * half, h * half + half))
+            LanePiece(slice(64 * h, 64 * h + 64), slice(0, 64), slice(h * half, h * half + half))
             for h in range(2)
         ]
-    return [Piece(slice(0, 128), slice(0, 128), slice(0, shape.n))]
+    return [LanePiece(slice(0, 128), slice(0, 128), slice(0, shape.n))]
 
 
 def _name(kind: str, name: str, where: str) -> str:
@@ -259,7 +259,7 @@ def _offsets(descriptors: tuple[int, ...], name: str, rows: int, major: Major) -
 
 
 @lru_cache(2048)
-def _lines(descriptors: tuple[int, ...], name: str, rows: int, major: Major) -> Lines:
+def _lines(descriptors: tuple[int, ...], name: str, rows: int, major: Major) -> SharedLines:
     return lines_of(_offsets(descriptors, name, rows, major))
 
 
@@ -287,7 +287,7 @@ def b_pieces(form: Mma, shape: Shape, descriptors: tuple[int, ...]) -> tuple[Any
     return pieces(np.concatenate([b_offsets(form, shape, d).ravel() for d in descriptors]))
 
 
-def _b_rows(form: Mma, shape: Shape, smems: Sequence[Array], steps: Sequence[Step]) -> Array:
+def _b_rows(form: Mma, shape: Shape, smems: Sequence[Array], steps: Sequence[MmaOperands]) -> Array:
     """B of a chain as [n, k of the chain]."""
     name = _name(form.kind, shape.b, "p")
     descriptors = tuple(step.b for step in steps)
@@ -298,7 +298,7 @@ def _b_rows(form: Mma, shape: Shape, smems: Sequence[Array], steps: Sequence[Ste
     return parts[0] if form.ctas == 1 else np.concatenate(parts)
 
 
-def _a_rows(form: Mma, shape: Shape, smem: Array, steps: Sequence[Step]) -> Array:
+def _a_rows(form: Mma, shape: Shape, smem: Array, steps: Sequence[MmaOperands]) -> Array:
     """A of a chain in one CTA as [rows, k of the chain]."""
     name = _name(form.kind, shape.a, "p")
     descriptors = tuple(step.a for step in steps)
@@ -307,7 +307,7 @@ def _a_rows(form: Mma, shape: Shape, smem: Array, steps: Sequence[Step]) -> Arra
     return got.T if shape.a_major == "mn" else got
 
 
-def _a_lanes(form: Mma, shape: Shape, tmem: Array, step: Step, lanes: Lanes) -> Array:
+def _a_lanes(form: Mma, shape: Shape, tmem: Array, step: MmaOperands, lanes: Lanes) -> Array:
     lane, column = split(step.a)
     if column + 8 > COLUMNS or lane % 16:
         raise Fault(f"tcgen05: A at lane {lane}, column {column}")
@@ -333,7 +333,7 @@ def _factors(form: Mma, shape: Shape, tmem: Array, places: tuple[Array, Array], 
 
 
 def _scaled(
-    form: Mma, tmem: Array, piece: Piece, steps: Sequence[Step], a: Array, b: Array
+    form: Mma, tmem: Array, piece: LanePiece, steps: Sequence[MmaOperands], a: Array, b: Array
 ) -> Array:
     """The product of each step in one partition of 32 lanes, [steps, 32, columns]."""
     assert isinstance(piece.lanes, slice)
@@ -392,8 +392,8 @@ def _products(
     shape: Shape,
     smem: Array,
     tmem: Array,
-    pieces: list[Piece],
-    steps: Sequence[Step],
+    pieces: list[LanePiece],
+    steps: Sequence[MmaOperands],
     b: Array,
 ) -> list[Array]:
     """The new values of each piece of the D of one CTA, [steps, rows, columns].
@@ -422,7 +422,7 @@ def accumulate(
     smems: Sequence[Array],
     tmems: Sequence[Array],
     d: int,
-    steps: Sequence[Step],
+    steps: Sequence[MmaOperands],
     enable: bool,
     disabled: Sequence[int] = (),
 ) -> None:

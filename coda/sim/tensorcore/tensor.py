@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from coda.sim.ptx.parse import Instruction
 from coda.sim.tensorcore import wgmma
-from coda.sim.units.agents import Operation
+from coda.sim.units.agents import AsyncOp
 from coda.sim.units.lanes import spread
 from coda.sim.units.memory import WINDOW
 
@@ -37,7 +37,7 @@ class WgmmaSite:
 
 
 @dataclass(slots=True)
-class Chain:
+class WgmmaChain:
     """Wgmmas on the same accumulators of the same warpgroups, not issued yet.
 
     A step is (site, registers or descriptors of A, descriptors of B); A is None for a product that
@@ -51,12 +51,12 @@ class Chain:
     instructions: list[Instruction] = field(default_factory=list)
 
 
-class Tensor:
+class WgmmaUnit:
     """Issues the operations of wgmma."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.chain: Chain | None = None
+        self.chain: WgmmaChain | None = None
 
     def mma(self, ins: Instruction, g: Any, site: WgmmaSite, a: Any, b: Any, scale: Any) -> None:
         """wgmma.mma_async by complete warpgroups; `a` is None for A in registers."""
@@ -79,7 +79,9 @@ class Tensor:
         chain.instructions.append(ins)
         machine.progress += 1
 
-    def _chain(self, site: WgmmaSite, rows: Array, ctas: list[int], keeps: list[bool]) -> Chain:
+    def _chain(
+        self, site: WgmmaSite, rows: Array, ctas: list[int], keeps: list[bool]
+    ) -> WgmmaChain:
         """The open chain if the product continues it, else a new one."""
         chain = self.chain
         if chain is not None:
@@ -88,7 +90,7 @@ class Tensor:
             if same and np.array_equal(chain.rows, rows) and all(keeps):
                 return chain
             self.flush()
-        self.chain = chain = Chain(rows, ctas, keeps)
+        self.chain = chain = WgmmaChain(rows, ctas, keeps)
         return chain
 
     def registers(self, slots: Any, rows: Array) -> Array:
@@ -111,7 +113,7 @@ class Tensor:
             self._issue(chain, k)
 
     def _do(
-        self, chain: Chain, rows: Array, ctas: list[int], steps: list[Any], scale: list[bool]
+        self, chain: WgmmaChain, rows: Array, ctas: list[int], steps: list[Any], scale: list[bool]
     ) -> None:
         machine, site = self.machine, chain.steps[0][0]
         place = np.ix_(site.d, rows)
@@ -120,7 +122,7 @@ class Tensor:
         ins = chain.instructions[0]
         file[place] = machine.guard(ins, int(rows[0]), wgmma.accumulate, *args)
 
-    def _issue(self, chain: Chain, k: int) -> None:
+    def _issue(self, chain: WgmmaChain, k: int) -> None:
         """Issue one warpgroup's part of a chain as an operation."""
         machine = self.machine
         warps, cta, sites = (
@@ -138,7 +140,7 @@ class Tensor:
             ]
             self._do(chain, warps, [cta], steps, [chain.scale[k]])
 
-        operation = Operation(chain.instructions[0], int(warps[0]), "wgmma", [move])
+        operation = AsyncOp(chain.instructions[0], int(warps[0]), "wgmma", [move])
         operation.stream = ("wgmma", int(warps[0]))
         operation.rows, operation.registers = tuple(warps.tolist()), sites[0].d
         operation.names = sites[0].names
@@ -150,7 +152,7 @@ class Tensor:
             machine.agents.wgmma.add(row, operation)
         machine.agents.issue(operation)
 
-    def _describe(self, operation: Operation, chain: Chain, k: int) -> None:
+    def _describe(self, operation: AsyncOp, chain: WgmmaChain, k: int) -> None:
         """Record the shared memory that a warpgroup's part of a chain reads."""
         guard, row, base = self.machine.guard, operation.row, chain.ctas[k] * WINDOW
         form = chain.steps[0][0].form

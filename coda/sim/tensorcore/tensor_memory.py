@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from coda.sim.ptx.parse import Instruction
 from coda.sim.tensorcore import tcgen05, tmem
 from coda.sim.types import Deadlock
-from coda.sim.units.agents import Operation
+from coda.sim.units.agents import AsyncOp
 from coda.sim.units.lanes import spread
 from coda.sim.units.memory import OFFSET, RANK, WINDOW
 
@@ -24,7 +24,7 @@ COLUMNS = 512
 
 
 @dataclass(slots=True)
-class Chain:
+class Tcgen05Chain:
     """Products on the same accumulators, in the order of their issue.
 
     It is one operation, issued at its commit or before the next other tcgen05 operation: no
@@ -39,9 +39,9 @@ class Chain:
     d: int
     enable: bool
     masked: list[int]
-    steps: list[tcgen05.Step]
+    steps: list[tcgen05.MmaOperands]
 
-    def goes_on(self, new: Chain) -> bool:
+    def goes_on(self, new: Tcgen05Chain) -> bool:
         """Whether `new` adds to the same accumulators in the same way."""
         same = (self.form, self.row, self.d, self.ctas, self.masked) == (
             new.form,
@@ -65,7 +65,7 @@ class TensorMemory:
         self.machine = machine
         self.memories: dict[int, Array] = {}
         self.allocated: dict[int, dict[int, int]] = {}
-        self.chains: dict[int, Chain] = {}
+        self.chains: dict[int, Tcgen05Chain] = {}
 
     def of(self, cta: int) -> Array:
         """The tensor memory of a CTA, uint32 [128, 512]."""
@@ -162,7 +162,7 @@ class TensorMemory:
                 if moves is not None and not machine.agents.eager:
                     moves(machine, np.array([row]), None)
 
-            operation = Operation(ins, row, "tcgen05.ld", [move], stream=("tcgen05.ld", row))
+            operation = AsyncOp(ins, row, "tcgen05.ld", [move], stream=("tcgen05.ld", row))
             operation.rows, operation.registers, operation.names = (row,), slots, names
             operation.reads = self._touched(ins, row, form, address, split)
             machine.agents.issue(operation)
@@ -181,7 +181,7 @@ class TensorMemory:
                 memory, warp = self.of(machine.cta_of(row)), machine.warp_of(row)
                 machine.guard(ins, row, tmem.store, form, memory, address, warp, mine, split)
 
-            operation = Operation(ins, row, "tcgen05.st", [move], stream=("tcgen05.st", row))
+            operation = AsyncOp(ins, row, "tcgen05.st", [move], stream=("tcgen05.st", row))
             operation.writes = self._touched(ins, row, form, address, split)
             machine.agents.issue(operation)
 
@@ -210,7 +210,7 @@ class TensorMemory:
 
     # products and copies
 
-    def _issue(self, operation: Operation, ctas: list[int]) -> None:
+    def _issue(self, operation: AsyncOp, ctas: list[int]) -> None:
         self.flush(ctas)
         operation.stream = ("tcgen05", ctas[0])
         self.machine.agents.issue(operation)
@@ -222,21 +222,21 @@ class TensorMemory:
         """tcgen05.mma by each active lane; operands are D, A, B, descriptor, and scales."""
         machine = self.machine
         for row, _, (on, d, *rest) in machine.transfers.each(g, m, enable, *operands, *disabled):
-            step = tcgen05.Step(*rest[: len(operands) - 1])
+            step = tcgen05.MmaOperands(*rest[: len(operands) - 1])
             masked = rest[len(operands) - 1 :]
             ctas = self.group(row, form.ctas)
             shape = machine.guard(ins, row, tcgen05.decode_shape, form, step.idesc)
             machine.result.flops += 2 * shape.m * shape.n * shape.k
-            self._extend(Chain(ins, row, form, shape, ctas, d, bool(on), masked, [step]))
+            self._extend(Tcgen05Chain(ins, row, form, shape, ctas, d, bool(on), masked, [step]))
 
-    def _do(self, chain: Chain) -> None:
+    def _do(self, chain: Tcgen05Chain) -> None:
         machine = self.machine
         smems = [machine.shared.windows[c] for c in chain.ctas]
         tmems = [self.of(c) for c in chain.ctas]
         args = (chain.form, smems, tmems, chain.d, chain.steps, chain.enable, chain.masked)
         machine.guard(chain.ins, chain.row, tcgen05.accumulate, *args)
 
-    def _extend(self, new: Chain) -> None:
+    def _extend(self, new: Tcgen05Chain) -> None:
         old = self.chains.get(new.ctas[0])
         if old is not None and old.goes_on(new):
             old.steps += new.steps
@@ -255,7 +255,7 @@ class TensorMemory:
         if agents.eager and observer is None:
             self._do(chain)
             return
-        operation = Operation(chain.ins, chain.row, "tcgen05", [lambda: self._do(chain)])
+        operation = AsyncOp(chain.ins, chain.row, "tcgen05", [lambda: self._do(chain)])
         if observer is not None:
             self._describe(operation, chain)
         self._issue(operation, ctas)
@@ -265,7 +265,7 @@ class TensorMemory:
         for cta in list(self.chains):
             self.flush([*self.chains[cta].ctas])
 
-    def _describe(self, operation: Operation, chain: Chain) -> None:
+    def _describe(self, operation: AsyncOp, chain: Tcgen05Chain) -> None:
         """Record the memory that a chain of products reads and writes."""
         guard, form, shape = self.machine.guard, chain.form, chain.shape
         at = (chain.ins, chain.row)
@@ -300,7 +300,7 @@ class TensorMemory:
         ]
 
     @staticmethod
-    def _scale_places(cta: int, chain: Chain) -> list[Any]:
+    def _scale_places(cta: int, chain: Tcgen05Chain) -> list[Any]:
         """Regions of tensor memory that hold the scales of a chain: one column per 32 rows."""
         rows = {(step.scale_a, chain.shape.m // chain.form.ctas) for step in chain.steps}
         rows |= {(step.scale_b, chain.shape.n) for step in chain.steps}
@@ -324,7 +324,7 @@ class TensorMemory:
             def move(row: int = row, args: Any = args) -> None:
                 machine.guard(ins, row, tmem.copy, *args)
 
-            operation = Operation(ins, row, "tcgen05", [move])
+            operation = AsyncOp(ins, row, "tcgen05", [move])
             if machine.observer is not None:
                 at = machine.guard(ins, row, tmem.copy_offsets, form, source).ravel()
                 column = tmem.split(address)[1]
@@ -344,7 +344,7 @@ class TensorMemory:
             def move(row: int = row, address: int = address, group: list[int] = group) -> None:
                 machine.guard(ins, row, tmem.shift, [self.of(c) for c in group], address)
 
-            operation = Operation(ins, row, "tcgen05", [move])
+            operation = AsyncOp(ins, row, "tcgen05", [move])
             lane, column = tmem.split(address)
             where = [("tensor", (c, lane, 32, column, 8), 4) for c in group]
             operation.reads, operation.writes = list(where), list(where)
@@ -368,5 +368,5 @@ class TensorMemory:
                 for key in keys:
                     machine.mbarriers.arrive_once(ins, key, row)
 
-            operation = Operation(ins, row, "tcgen05.commit", [move], signals=tuple(keys))
+            operation = AsyncOp(ins, row, "tcgen05.commit", [move], signals=tuple(keys))
             self._issue(operation, self.group(row, ctas))

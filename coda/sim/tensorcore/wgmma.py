@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from coda.sim.tensorcore.operands import (
     TYPES,
-    Lines,
     Major,
+    SharedLines,
     by_step,
     chain_offsets,
     check_lines,
@@ -168,7 +168,7 @@ def element_offsets(form: Wgmma, descriptor: int, operand: str) -> Array:
 @lru_cache(2048)
 def _lines(
     descriptors: tuple[int, ...], rows: int, element: int, major: Major, paired: bool
-) -> Lines:
+) -> SharedLines:
     """The lines of a chain's operand; `paired`: of 8 rows the even ones come first."""
     matrices = [wgmma_matrix(d) for d in descriptors]
     at = chain_offsets(matrices, rows, 32, element, major)

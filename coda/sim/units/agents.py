@@ -23,7 +23,7 @@ RATES = (0.02, 0.15, 0.5)
 
 
 @dataclass(slots=True, eq=False)
-class Operation:
+class AsyncOp:
     """One asynchronous operation of the warp `row`, in steps that run in order.
 
     With two steps, the first reads the operands and the second writes the result, so that a wait
@@ -66,10 +66,10 @@ class Groups:
 
     def __init__(self, agents: Agents) -> None:
         self.agents = agents
-        self.open: dict[Hashable, list[Operation]] = {}
-        self.committed: dict[Hashable, list[list[Operation]]] = {}
+        self.open: dict[Hashable, list[AsyncOp]] = {}
+        self.committed: dict[Hashable, list[list[AsyncOp]]] = {}
 
-    def add(self, key: Hashable, operation: Operation) -> None:
+    def add(self, key: Hashable, operation: AsyncOp) -> None:
         """Put an operation into the group that is open."""
         self.open.setdefault(key, []).append(operation)
         self.committed.setdefault(key, [])
@@ -79,7 +79,7 @@ class Groups:
         if key in self.committed:
             self.committed[key].append(self.open.pop(key, []))
 
-    def older(self, key: Hashable, n: int) -> list[Operation]:
+    def older(self, key: Hashable, n: int) -> list[AsyncOp]:
         """The operations of all committed groups except the last `n`."""
         groups = self.committed.get(key)
         if not groups:
@@ -94,7 +94,7 @@ class Groups:
         while groups and all(op.finished for op in groups[0]) and len(groups) > n:
             groups.pop(0)
 
-    def everything(self, key: Hashable) -> list[Operation]:
+    def everything(self, key: Hashable) -> list[AsyncOp]:
         """All operations, committed or not."""
         return self.older(key, 0) + self.open.get(key, [])
 
@@ -109,13 +109,13 @@ class Agents:
         self.random = options.schedule == "random"
         self.rng = np.random.default_rng(options.seed)
         self.rate = RATES[options.seed % len(RATES)]
-        self.loose: dict[Operation, None] = {}
-        self.streams: dict[Hashable, deque[Operation]] = {}
-        self.with_registers: dict[Operation, None] = {}
+        self.loose: dict[AsyncOp, None] = {}
+        self.streams: dict[Hashable, deque[AsyncOp]] = {}
+        self.with_registers: dict[AsyncOp, None] = {}
         self.count = 0
         self.bulk, self.copies, self.wgmma = Groups(self), Groups(self), Groups(self)
 
-    def issue(self, operation: Operation) -> None:
+    def issue(self, operation: AsyncOp) -> None:
         """Hand an operation to its unit."""
         machine = self.machine
         machine.progress += 1
@@ -132,7 +132,7 @@ class Agents:
         if self.eager:
             self.finish(operation)
 
-    def finish(self, operation: Operation, steps: int = 99) -> None:
+    def finish(self, operation: AsyncOp, steps: int = 99) -> None:
         """Run the first `steps` steps of an operation, after earlier ones of its stream."""
         if operation.done >= min(steps, len(operation.steps)):
             return
@@ -142,7 +142,7 @@ class Agents:
                 self._run(queue[0], 99)
         self._run(operation, steps)
 
-    def _run(self, operation: Operation, steps: int) -> None:
+    def _run(self, operation: AsyncOp, steps: int) -> None:
         machine = self.machine
         while operation.done < min(steps, len(operation.steps)):
             if machine.observer is not None:
@@ -174,14 +174,14 @@ class Agents:
         while queue:
             self._run(queue[0], 99)
 
-    def pending(self) -> list[Operation]:
+    def pending(self) -> list[AsyncOp]:
         """All operations that have not finished, oldest first."""
         out = list(self.loose)
         for queue in self.streams.values():
             out += queue
         return sorted(out, key=lambda op: op.number)
 
-    def eligible(self) -> list[Operation]:
+    def eligible(self) -> list[AsyncOp]:
         """The operations that may complete now: heads of streams, and all outside of streams."""
         return [*self.loose, *(queue[0] for queue in self.streams.values() if queue)]
 

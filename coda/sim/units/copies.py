@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coda.sim.ptx.parse import Instruction
-from coda.sim.units.agents import Operation
+from coda.sim.units.agents import AsyncOp
 from coda.sim.units.lanes import spread
 from coda.sim.units.memory import SHIFT
 
@@ -74,7 +74,7 @@ class Copies:
                 data = machine.memory.views[1][low : low + n]
                 machine.shared.data[first : first + n] = data
 
-        operation = Operation(ins, row, "cp.async", [move], stream=("cp.async", row))
+        operation = AsyncOp(ins, row, "cp.async", [move], stream=("cp.async", row))
         operation.reads = [("global", a.astype(i64)[count > 0], size)]
         operation.writes = [("shared", index << SHIFT[size], size)]
         operation.nbytes = int(count.sum())
@@ -115,5 +115,5 @@ class Copies:
                 machine.mbarriers.take(ins, barrier, lanes, row)
 
             stream = ("cp.async", row)
-            operation = Operation(ins, row, "cp.async", [move], signals=(key,), stream=stream)
+            operation = AsyncOp(ins, row, "cp.async", [move], signals=(key,), stream=stream)
             machine.agents.issue(operation)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coda.sim.ptx.program import Block
+from coda.sim.ptx.program import BasicBlock
 
 if TYPE_CHECKING:
     from coda.sim.machine import Machine
@@ -29,7 +29,7 @@ class Joins:
         self.warps: dict[tuple[int, int], int] = {}
 
     def gather(
-        self, number: int, block: Block, rows: Array, m: Array | None
+        self, number: int, block: BasicBlock, rows: Array, m: Array | None
     ) -> tuple[Array, Array | None]:
         """(rows, lane mask) of the warps that may run the block now; the others are parked."""
         if m is not None:
@@ -38,7 +38,7 @@ class Joins:
             rows, m = self._warpgroups(number, rows, m)
         return rows, m
 
-    def _needed(self, block: Block, row: int) -> Array:
+    def _needed(self, block: BasicBlock, row: int) -> Array:
         """The lanes of a warp that must run the block together, exited ones included."""
         needed = np.zeros(32, bool)
         for mask in block.masks:
@@ -53,7 +53,7 @@ class Joins:
         return needed
 
     def _lanes(
-        self, number: int, block: Block, rows: Array, m: Array
+        self, number: int, block: BasicBlock, rows: Array, m: Array
     ) -> tuple[Array, Array | None]:
         machine = self.machine
         m = m.copy()

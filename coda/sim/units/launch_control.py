@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from coda.sim.ptx.parse import Instruction
 from coda.sim.units import tensormap
-from coda.sim.units.agents import Operation
+from coda.sim.units.agents import AsyncOp
 from coda.sim.units.memory import GENERIC, OFFSET, RANK
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class LaunchControl:
                 for key in keys:
                     machine.mbarriers.complete_tx(ins, key, 16, row)
 
-            operation = Operation(ins, row, "try_cancel", [move], signals=tuple(keys), nbytes=16)
+            operation = AsyncOp(ins, row, "try_cancel", [move], signals=tuple(keys), nbytes=16)
             operation.writes = [("shared", start, 16) for start in starts]
             machine.agents.issue(operation)
 

@@ -50,7 +50,7 @@ def _granules(values: list[Array], size: int, shape: tuple[int, ...]) -> Array:
     return packed.view(GRANULE[min(total, 16)])
 
 
-class Shared:
+class SharedMemory:
     """Shared memory of the resident CTAs."""
 
     def __init__(self, machine: Machine, ctas: int, limit: int) -> None:
@@ -307,7 +307,7 @@ class Generic:
     def load(
         self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, size: int, count: int
     ) -> Array:
-        """As `load` of Shared or Global, selected per lane."""
+        """As `load` of SharedMemory or Global, selected per lane."""
         a, shared, other = self._halves(m, a, offset)
         out = self.machine.memory.load(ins, g, other, a, 0, size, count)
         if shared.any():
@@ -318,7 +318,7 @@ class Generic:
     def store(
         self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, size: int, values: list[Any]
     ) -> None:
-        """As `store` of Shared or Global, selected per lane."""
+        """As `store` of SharedMemory or Global, selected per lane."""
         a, shared, other = self._halves(m, a, offset)
         self.machine.memory.store(ins, g, other, a, 0, size, values)
         self.machine.shared.store(ins, g, shared, a, 0, size, values)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coda.sim.ptx.parse import Kernel
+from coda.sim.ptx.parse import PtxKernel
 from coda.sim.types import Dim3
 
 Array = NDArray[Any]
@@ -41,10 +41,10 @@ SPECIALS: dict[str, str] = {
 }
 
 
-class Layout:
+class RegisterLayout:
     """Layout of a kernel's registers in the file: name -> (width in bits, slot)."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: PtxKernel) -> None:
         self.slots: dict[str, tuple[int, int]] = {}
         self.counts = dict.fromkeys(STORAGE, 0)
         for name, width in kernel.registers.items():
@@ -65,7 +65,7 @@ class Files:
     uint32: list[Array]
     uint64: list[Array]
 
-    def __init__(self, layout: Layout, warps: int) -> None:
+    def __init__(self, layout: RegisterLayout, warps: int) -> None:
         self.whole: dict[int, Array] = {}
         for width, count in layout.counts.items():
             file = np.zeros((count, warps, 32), STORAGE[width])

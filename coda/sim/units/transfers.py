@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from coda.sim.ptx.parse import WIDTH, Instruction
 from coda.sim.units import tma
-from coda.sim.units.agents import Operation
+from coda.sim.units.agents import AsyncOp
 from coda.sim.units.atomics import combine
 from coda.sim.units.lanes import spread
 from coda.sim.units.memory import OFFSET, RANK, WINDOW
@@ -152,7 +152,7 @@ class Transfers:
         mode: tma.Mode,
         base: int,
         targets: list[tuple[int, int]],
-    ) -> Operation:
+    ) -> AsyncOp:
         machine = self.machine
         nbytes = tma.moved_bytes(tmap, mode)
 
@@ -164,7 +164,7 @@ class Transfers:
                 machine.mbarriers.complete_tx(ins, key, nbytes, row)
 
         signals = tuple(key for _, key in targets)
-        operation = Operation(ins, row, "tma", [move], signals=signals, nbytes=nbytes)
+        operation = AsyncOp(ins, row, "tma", [move], signals=signals, nbytes=nbytes)
         operation.writes = [("shared", cta * WINDOW + base, nbytes) for cta, _ in targets]
         if machine.observer is not None:
             starts, length = tma.global_rows(tmap, coords, mode)
@@ -202,7 +202,7 @@ class Transfers:
         mode: tma.Mode,
         start: int,
         reduction: str,
-    ) -> Operation:
+    ) -> AsyncOp:
         machine = self.machine
         held: list[Array] = []
         window = machine.shared.windows[start // WINDOW]
@@ -216,13 +216,13 @@ class Transfers:
             else:
                 tma.store_box(tmap, coords, held[0], mode)
 
-        operation = Operation(ins, row, "tma", [read, write])
+        operation = AsyncOp(ins, row, "tma", [read, write])
         if machine.observer is not None:
             starts, length = tma.global_rows(tmap, coords, mode)
             operation.writes = [("global", starts, length)]
         return operation
 
-    def _in_group(self, operation: Operation, row: int, lane: int, start: int, nbytes: int) -> None:
+    def _in_group(self, operation: AsyncOp, row: int, lane: int, start: int, nbytes: int) -> None:
         operation.reads = [("shared", start, nbytes)]
         operation.nbytes = nbytes
         self.machine.agents.bulk.add((row, lane), operation)
@@ -277,7 +277,7 @@ class Transfers:
         starts: list[int],
         nbytes: int,
         keys: list[int],
-    ) -> Operation:
+    ) -> AsyncOp:
         machine = self.machine
 
         def move() -> None:
@@ -287,7 +287,7 @@ class Transfers:
             for key in keys:
                 machine.mbarriers.complete_tx(ins, key, nbytes, row)
 
-        operation = Operation(ins, row, "bulk", [move], signals=tuple(keys), nbytes=nbytes)
+        operation = AsyncOp(ins, row, "bulk", [move], signals=tuple(keys), nbytes=nbytes)
         operation.writes = [("shared", start, nbytes) for start in starts]
         return operation
 
@@ -311,7 +311,7 @@ class Transfers:
             first = machine.shared.span(ins, row, address, nbytes, 16)
             key = machine.shared.span(ins, row, bar, 8, 8)
             move = self._between(ins, row, first, start, nbytes, key, reduction)
-            operation = Operation(ins, row, "bulk", [move], signals=(key,), nbytes=nbytes)
+            operation = AsyncOp(ins, row, "bulk", [move], signals=(key,), nbytes=nbytes)
             operation.reads = [("shared", first, nbytes)]
             operation.writes = [("shared", start, nbytes)]
             machine.agents.issue(operation)
@@ -354,7 +354,7 @@ class Transfers:
             start = machine.shared.span(ins, row, where, nbytes, 16)
             part = self._range(ins, row, address, nbytes)
             steps = self._bulk_out(start, part, nbytes, reduction)
-            operation = Operation(ins, row, "bulk", steps)
+            operation = AsyncOp(ins, row, "bulk", steps)
             operation.writes = [("global", address, nbytes)]
             self._in_group(operation, row, lane, start, nbytes)
 
@@ -430,7 +430,7 @@ class Transfers:
                 target[...] = raw if reduction is None else _combined(reduction, target, raw)
                 machine.mbarriers.complete_tx(ins, key, total, row)
 
-            operation = Operation(ins, row, "st.async", [move], signals=(key,), nbytes=total)
+            operation = AsyncOp(ins, row, "st.async", [move], signals=(key,), nbytes=total)
             operation.writes = [("shared", start, total)]
             machine.agents.issue(operation)
 
