@@ -22,6 +22,7 @@ from coda.lowering.algebra.training import Training, check_memory, derive
 from coda.lowering.compiler import check_dims, lower
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
+from coda.lowering.program.text import program_source
 from coda.runtime.bind import arrange, given_sizes
 from coda.runtime.bounded import Bounded
 from coda.runtime.call import (
@@ -226,7 +227,7 @@ class Block:
         **dims: int,
     ) -> str:
         """The generated CuTe DSL code. Arguments as in `lower`."""
-        return self.lower(arch, dims, dtype, frozen=frozen).source()
+        return program_source(self.lower(arch, dims, dtype, frozen=frozen))
 
     def __call__(
         self,

@@ -161,7 +161,7 @@ def explain(
     if as_json:
         _print_json(found.json())
     elif text:
-        print("\n".join(p.text() for p in programs), end="")
+        print("\n".join(str(p) for p in programs), end="")
     else:
         found.print(_Output())
 

@@ -129,6 +129,17 @@ def test_the_oracle_is_nobodys_base():
                 assert "ReferenceRun" not in map(ast.unparse, node.bases), module_of(file)
 
 
+def test_kernels_are_computed_by_torch_only_where_no_code_defines_them():
+    """Kinds without code, the reference backend, and a row-wise kernel without columns."""
+    found = {
+        module_of(file)
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("kind.reference")
+    }
+    assert found == {"runtime.launcher", "runtime.reference", "kernels.rowwise.bind"}
+
+
 def functions(tree, public=True):
     """(name, node, is a method) of each function; with `public`, of those that others can call."""
     for node in tree.body:

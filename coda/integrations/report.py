@@ -18,6 +18,7 @@ from coda.integrations.weights import WeightUse, settle
 from coda.ir.graph import Graph
 from coda.lowering.algebra.policy import NO_TERMS
 from coda.lowering.explain import Explanation
+from coda.lowering.program.cost import hbm_bytes
 from coda.lowering.program.program import Program
 from coda.runtime.call import choose_target
 
@@ -88,7 +89,7 @@ class RegionReport:
         for side in (self.forward, self.backward):
             if side is not None:
                 program, machine = side.program, side.program.target
-                own += program.hbm_bytes / machine.bandwidth
+                own += hbm_bytes(program) / machine.bandwidth
                 own += machine.launch * len(program.kernels)
                 other += side.pointwise.hbm_bytes / machine.bandwidth
                 other += machine.launch * side.pointwise.launches
@@ -98,7 +99,7 @@ class RegionReport:
         """Launches, then megabytes: of coda, torch op by op, GEMMs with fused operators between."""
         sides = [e for e in (self.forward, self.backward) if e is not None]
         launches = [sum(len(e.program.kernels) for e in sides)]
-        moved = [sum(e.program.hbm_bytes for e in sides)]
+        moved = [sum(hbm_bytes(e.program) for e in sides)]
         for name in ("eager", "pointwise"):
             launches.append(sum(getattr(e, name).launches for e in sides))
             moved.append(sum(getattr(e, name).hbm_bytes for e in sides))

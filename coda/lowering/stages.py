@@ -299,7 +299,7 @@ def show_value(value: Value) -> str:
     if isinstance(value, Program):
         dead = zip(value.kernels, value.freed, strict=False)
         notes = [f"  dead after {k.name}: {', '.join(names)}" for k, names in dead if names]
-        return "\n".join([value.text().rstrip(), *notes]) + "\n"
+        return "\n".join([str(value).rstrip(), *notes]) + "\n"
     if isinstance(value, Parted):
         cuts = [f"in {len(c.columns)} parts: {c.columns} columns" for c in value.cuts]
         return "\n".join([str(value.graph).rstrip(), *cuts]) + "\n"

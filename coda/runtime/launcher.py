@@ -224,7 +224,7 @@ class KernelRun(Environment):
     def body(
         self, body: Body, acc: Tensor | None, points: tuple[int, int], tile_n: int = 0
     ) -> None:
-        """Compute a body by torch, for kernels that are not worth a launch."""
+        """Compute a body by torch: for kinds without code, and for kernels without columns."""
         compute_body(self, body, acc, points, tile_n)
 
     @property

@@ -60,7 +60,7 @@ def test_rows_are_not_built_into_a_backward(name):
 def test_program_of_the_backward(golden):
     """A whole layer; each mechanism alone is in stages/."""
     _, _, backward = trained(example("llama_layer"))
-    golden("llama_layer_backward.program", backward.text())
+    golden("llama_layer_backward.program", str(backward))
 
 
 @coda.block

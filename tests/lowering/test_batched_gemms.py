@@ -15,6 +15,7 @@ from coda.kernels.gemm.batches import Batches, BatchStrides, batches, why_not
 from coda.kernels.gemm.kind import GEMM
 from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.program.cost import hbm_bytes, tensor_flops
+from coda.lowering.program.text import program_source
 from coda.measure import random_inputs
 from coda.runtime.reference import run_reference
 from tests.lowering.test_random_blocks import SETTINGS
@@ -172,8 +173,8 @@ def test_one_kernel_with_its_epilogue():
     assert tensor_flops(program, kernel) == 2 * (2 * 4) * 72 * 72 * 16
     heads, square, rows = 2 * 72 * 4 * 16, 2 * 4 * 72 * 72, 2 * 4 * 72
     assert hbm_bytes(program) == 2 * (2 * heads + 2 * square + rows)
-    assert "8 · 72×72×16" in program.text()
-    assert "inner=4, a='NESTED', b='NESTED'," in program.source()
+    assert "8 · 72×72×16" in str(program)
+    assert "inner=4, a='NESTED', b='NESTED'," in program_source(program)
 
 
 def test_waves_and_partials_count_the_batch():

@@ -19,6 +19,7 @@ from coda.lowering.compiler import lower
 from coda.lowering.program.access import ColumnVector, RowVector, Tile
 from coda.lowering.program.epilogue import Acc, Call, Literal, Load, Operand
 from coda.lowering.program.target import TARGETS, Config
+from coda.lowering.program.text import program_source
 from tests.lowering.test_random_blocks import SETTINGS, SIZES, blocks
 
 ROW, COL = Load("row"), Load("col")
@@ -109,7 +110,7 @@ def test_what_is_not_compiled_is_refused_by_name():
 
     program = wide.lower("sm_90a", {"M": 8, "D": 16, "F": 32})
     with pytest.raises(UnsupportedError, match="8 or 16 bits"):
-        program.source()
+        program_source(program)
 
 
 def test_a_factor_that_is_infinite_outside_the_matrix_is_masked():

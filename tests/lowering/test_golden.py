@@ -9,6 +9,7 @@ import pytest
 
 from coda.ir.text import show
 from coda.lowering.compiler import lower
+from coda.lowering.program.text import program_source
 
 ROOT = Path(__file__).parents[2] / "examples"
 SMALL = {"M": 256, "D": 128, "F": 512, "H": 4, "G": 2, "d": 32, "V": 1000}
@@ -35,12 +36,12 @@ def test_normal_form(program, golden):
 
 
 def test_program(program, golden):
-    golden(f"{program[0]}.program", program[1].text())
+    golden(f"{program[0]}.program", str(program[1]))
     assert "M" not in program[1].fixed
 
 
 def test_source(program, golden):
-    golden(f"{program[0]}.py.txt", program[1].source())
+    golden(f"{program[0]}.py.txt", program_source(program[1]))
 
 
 def test_what_emitted_modules_import_is_there():

@@ -10,6 +10,7 @@ from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.compiler import lower
 from coda.lowering.explain import Explanation
 from coda.lowering.program.cost import hbm_bytes, kernel_seconds
+from coda.lowering.program.text import program_source
 from coda.runtime.reference import run_reference
 from tests.lowering.toy_kind import RUNNING
 
@@ -34,8 +35,8 @@ def test_a_kind_that_is_added_is_placed(toy):
     assert [k.kind for k in plain.kernels] == [GEMM, TORCH]
     assert [k.kind for k in program.kernels] == [GEMM, RUNNING]
     assert [k.name for k in program.kernels] == ["gemm0", "running1"]
-    assert "running1 = running sums of t" in program.text()
-    assert "running1: running, since the toy computes it" in program.source()
+    assert "running1 = running sums of t" in str(program)
+    assert "running1: running, since the toy computes it" in program_source(program)
 
 
 def test_a_kind_that_is_added_is_costed_and_explained(toy):

@@ -446,7 +446,7 @@ def test_memory_of_a_block():
         least.lower_training("sm_90a", sizes),
         mlp.lower_training("sm_90a", sizes, memory="min"),
     )
-    assert [p.text() for p in mine] == [p.text() for p in asked]
+    assert [str(p) for p in mine] == [str(p) for p in asked]
     assert [n.shape[-1] for _, n in mine[0].outputs[1:]] == [1]
     for wrong in (
         lambda: coda.block(memory="most"),

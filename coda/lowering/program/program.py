@@ -128,30 +128,8 @@ class Program:
             node = node.arg
         return node in self.weights or node in self.prepared.values()
 
-    @property
-    def hbm_bytes(self) -> int:
-        """Global-memory bytes of one call, with weights prepacked."""
-        from coda.lowering.program.cost import hbm_bytes
-
-        return hbm_bytes(self)
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of one call, on tensor cores and scalar units."""
-        from coda.lowering.program.cost import scalar_flops, tensor_flops
-
-        return sum(tensor_flops(self, k) + scalar_flops(self, k) for k in self.kernels)
-
-    def text(self) -> str:
+    def __str__(self) -> str:
         """The Program as text: each kernel's loads, expressions, stores and sinks."""
-        from coda.lowering.program.text import show_program
+        from coda.lowering.program.text import show_program  # it imports this module
 
         return show_program(self)
-
-    __str__ = text
-
-    def source(self) -> str:
-        """The generated CuTe DSL modules of all kernels, concatenated; equal modules once."""
-        from coda.lowering.program.text import kernel_source
-
-        return "\n\n".join(dict.fromkeys(kernel_source(self, k) for k in self.kernels))

@@ -46,7 +46,7 @@ from coda.lowering.program.target import Config
 
 
 def show_program(program: Program) -> str:
-    """The whole program."""
+    """The whole Program; `str(program)` is the same."""
     sizes = " ".join(f"{k}={v}" for k, v in program.sizes.items())
     lines = [f"program {program.graph.name} {program.arch} {sizes}"]
     for name, node in program.prepared.items():
@@ -62,6 +62,11 @@ def show_kernel(program: Program, kernel: Kernel[Any]) -> list[str]:
     """The lines of one kernel: head, loads, statistics, expressions, stores and sinks."""
     head = kernel.kind.explain(program, kernel).head
     return [f"  {kernel.name} = {head}", *_body(program, kernel)]
+
+
+def program_source(program: Program) -> str:
+    """The generated CuTe DSL modules of all kernels, concatenated; equal modules once."""
+    return "\n\n".join(dict.fromkeys(kernel_source(program, k) for k in program.kernels))
 
 
 def kernel_source(program: Program, kernel: Kernel[Any]) -> str:
