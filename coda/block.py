@@ -16,7 +16,7 @@ from coda.frontend.torch_import.autocast import autocast_graph, only_multiplied
 from coda.frontend.trace import call_in_order, declared, trace
 from coda.ir.graph import Graph, walk
 from coda.ir.types import DTYPES, DType, bf16, dtype_of, from_torch
-from coda.lowering.algebra.policy import NO_TERMS, Terms
+from coda.lowering.algebra.policy import DEFAULT_POLICY, MemoryPolicy
 from coda.lowering.algebra.roles import row_symbols
 from coda.lowering.algebra.training import Training, check_memory, derive
 from coda.lowering.compiler import check_dims, lower
@@ -213,8 +213,11 @@ class Block:
         sizes = check_dims(graph, dims or {})
         training = derive(graph, sizes, wanted, memory=memory or self.memory)
         forward, backward = (
-            lower(g, {s: sizes[s] for s in g.symbols}, target, terms=terms, stages=stages())
-            for g, terms in ((training.forward, NO_TERMS), (training.backward, training.terms()))
+            lower(g, {s: sizes[s] for s in g.symbols}, target, policy=policy, stages=stages())
+            for g, policy in (
+                (training.forward, DEFAULT_POLICY),
+                (training.backward, training.policy()),
+            )
         )
         return forward, backward
 
@@ -319,7 +322,7 @@ class Block:
         *,
         frozen: bool,
         sizes: Mapping[str, int],
-        terms: Terms = NO_TERMS,
+        policy: MemoryPolicy = DEFAULT_POLICY,
     ) -> Program:
         """A Program that serves these sizes; it serves all sizes of symbols that are not built in.
 
@@ -328,16 +331,16 @@ class Block:
             target: the GPU.
             frozen: whether weights keep their values.
             sizes: of every symbol.
-            terms: the memory policy of the Program.
+            policy: the memory policy of the Program.
         """
-        variant = (graph, target, frozen, terms)
+        variant = (graph, target, frozen, policy)
         fixed = self._fixed.get(variant)
         if fixed is not None:
             key = (*variant, tuple((s, sizes[s]) for s in fixed))
             if key in self._programs:
                 return self._programs[key]
         known = {s: sizes[s] for s in graph.symbols}
-        program = lower(graph, known, target, frozen=frozen, terms=terms, stages=stages())
+        program = lower(graph, known, target, frozen=frozen, policy=policy, stages=stages())
         self._fixed[variant] = fixed = tuple(sorted(program.fixed))
         self._programs[(*variant, tuple((s, sizes[s]) for s in fixed))] = program
         return program

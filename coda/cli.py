@@ -42,7 +42,7 @@ from coda.check import check_gradients, check_kernels
 from coda.doctor import examine
 from coda.errors import CodaError, InternalError
 from coda.ir.types import DType, dtype_of
-from coda.lowering.algebra.policy import NO_TERMS, Terms
+from coda.lowering.algebra.policy import DEFAULT_POLICY, MemoryPolicy
 from coda.lowering.compiler import request, run_stage
 from coda.lowering.explain_stages import pass_facts, passes_table, record_stages, training_graphs
 from coda.lowering.program.program import Program
@@ -138,7 +138,7 @@ def explain(
     block, element, sizes = _block(target, dtype), dtype_of(dtype), parse_dims(dims)
     check_training(memory, wanted, backward=backward, frozen=frozen)
     if passes or stop_after:
-        graphs = [(block.graph_of(element), NO_TERMS)]
+        graphs = [(block.graph_of(element), DEFAULT_POLICY)]
         if backward:
             kept = names_of(wanted), memory or block.memory
             graphs = training_graphs(graphs[0][0], sizes, *kept)
@@ -184,8 +184,8 @@ def stage(
     """
     (name,) = stage_names(name, "stage") or ("",)
     graph = _block(target, dtype).graph_of(dtype_of(dtype))
-    terms = Terms(thrifty=thrifty)
-    asked = request(graph, parse_dims(dims), choose_target(arch), frozen=False, terms=terms)
+    policy = MemoryPolicy(chunked=thrifty)
+    asked = request(graph, parse_dims(dims), choose_target(arch), frozen=False, policy=policy)
     print(show_value(run_stage(name, asked)), end="")
 
 

@@ -16,7 +16,7 @@ from coda.block import Block
 from coda.frontend.torch_import.aten import VIEWS
 from coda.integrations.weights import WeightUse, settle
 from coda.ir.graph import Graph
-from coda.lowering.algebra.policy import NO_TERMS
+from coda.lowering.algebra.policy import DEFAULT_POLICY
 from coda.lowering.explain import Explanation
 from coda.lowering.program.cost import hbm_bytes
 from coda.lowering.program.program import Program
@@ -60,10 +60,10 @@ class RegionReport:
             program = block.program_for(graph, target, frozen=False, sizes=sizes)
             return RegionReport(graph, ops, sizes, Explanation(program), None)
         training = block.training_for(graph, wanted, block.memory, sizes)
-        sides = [(training.forward, NO_TERMS), (training.backward, training.terms())]
+        sides = [(training.forward, DEFAULT_POLICY), (training.backward, training.policy())]
         told = [
-            Explanation(block.program_for(side, target, frozen=False, sizes=sizes, terms=terms))
-            for side, terms in sides[: 2 if training.wanted else 1]
+            Explanation(block.program_for(side, target, frozen=False, sizes=sizes, policy=policy))
+            for side, policy in sides[: 2 if training.wanted else 1]
         ]
         return RegionReport(graph, ops, sizes, told[0], told[1] if len(told) == 2 else None)
 

@@ -22,7 +22,7 @@ from coda.lowering.algebra.columns_first import columns_first
 from coda.lowering.algebra.constants import fold_constants
 from coda.lowering.algebra.equivalence import kinds
 from coda.lowering.algebra.laws import LAWS
-from coda.lowering.algebra.policy import NO_TERMS, Terms
+from coda.lowering.algebra.policy import DEFAULT_POLICY, MemoryPolicy
 from coda.lowering.algebra.pushdown import push_down
 from coda.lowering.algebra.rewrite import Accept, Law, LawApplication, Place, rewrite
 from coda.lowering.algebra.roles import row_symbols
@@ -46,7 +46,7 @@ class Request:
     sizes: dict[str, int]
     target: Target
     frozen: bool
-    terms: Terms
+    policy: MemoryPolicy
 
 
 def lower(
@@ -55,7 +55,7 @@ def lower(
     target: Target | str = DEFAULT,
     *,
     frozen: bool = False,
-    terms: Terms = NO_TERMS,
+    policy: MemoryPolicy = DEFAULT_POLICY,
     stages: Stages | None = None,
 ) -> Program:
     """Lower a graph to the cheapest Program found, by the cost model.
@@ -66,7 +66,7 @@ def lower(
             are only used to estimate costs.
         target: a GPU, or an arch or a GPU's name for `find_target`.
         frozen: whether weights keep their values (inference), so that prepacking happens once.
-        terms: the memory policy.
+        policy: the memory policy.
         stages: checks, shows and records the stages.
 
     Raises:
@@ -74,7 +74,7 @@ def lower(
         DimError: for a missing, unknown or negative size, or one at which a tensor has no columns.
         InternalError: if the result of a stage is not well formed.
     """
-    asked = request(graph, dims, target, frozen=frozen, terms=terms)
+    asked = request(graph, dims, target, frozen=frozen, policy=policy)
     with stages or Stages() as record:
         record.begin(graph)
 
@@ -85,11 +85,16 @@ def lower(
 
 
 def request(
-    graph: Graph, dims: Mapping[str, int], target: Target | str, *, frozen: bool, terms: Terms
+    graph: Graph,
+    dims: Mapping[str, int],
+    target: Target | str,
+    *,
+    frozen: bool,
+    policy: MemoryPolicy,
 ) -> Request:
     """Check target and sizes. Raises ArchError and DimError."""
     target = target if isinstance(target, Target) else find_target(target)
-    return Request(graph, check_dims(graph, dims), target, frozen, terms)
+    return Request(graph, check_dims(graph, dims), target, frozen, policy)
 
 
 def run_stages(
@@ -174,8 +179,8 @@ def decide(graph: Graph, lowered: Callable[[Accept, float], Program | None]) -> 
 
 def _least_price(asked: Request, graph: Graph) -> float:
     """A lower bound of the price of all Programs of a graph in normal form, in seconds."""
-    passing = asked.terms.passing
-    return least_price(graph, asked.sizes, asked.target, frozen=asked.frozen, passing=passing)
+    per_call = asked.policy.per_call
+    return least_price(graph, asked.sizes, asked.target, frozen=asked.frozen, per_call=per_call)
 
 
 def _apply_laws(accept: Accept, trial: Trial, graph: Graph) -> Graph:
@@ -184,22 +189,22 @@ def _apply_laws(accept: Accept, trial: Trial, graph: Graph) -> Graph:
 
 def _chunk(graph: Graph, asked: Request) -> Parted:
     """Chunk the largest intermediate, if the memory policy asks for it."""
-    terms = asked.terms
-    return chunk(graph, asked.sizes, terms.passing) if terms.thrifty else Parted(graph)
+    policy = asked.policy
+    return chunk(graph, asked.sizes, policy.per_call) if policy.chunked else Parted(graph)
 
 
 def _place(asked: Request, steps: list[LawApplication], parted: Parted) -> Program:
     """Place the nodes of a graph in normal form, and build the Program."""
-    terms = asked.terms
+    policy = asked.policy
     placed = Partition(
-        parted.graph, asked.sizes, kernels.KINDS, asked.target, terms.passing, parted.part_of
+        parted.graph, asked.sizes, kernels.KINDS, asked.target, policy.per_call, parted.part_of
     )
     return build(
         placed.run(),
         asked.graph,
         target=asked.target,
         frozen=asked.frozen,
-        terms=terms,
+        policy=policy,
         steps=steps,
         cuts=parted.cuts,
     )

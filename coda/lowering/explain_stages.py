@@ -10,7 +10,7 @@ from rich.table import Table
 
 from coda.ir.graph import Graph, walk
 from coda.lowering.algebra.chunk import Parted
-from coda.lowering.algebra.policy import NO_TERMS, Terms
+from coda.lowering.algebra.policy import DEFAULT_POLICY, MemoryPolicy
 from coda.lowering.algebra.training import derive
 from coda.lowering.compiler import check_dims, lower
 from coda.lowering.program.epilogue import calls
@@ -23,17 +23,17 @@ from coda.lowering.stages import Ran, Stages, Trial, Value
 
 def training_graphs(
     graph: Graph, sizes: Mapping[str, int], wanted: Sequence[str] | None, memory: str
-) -> list[tuple[Graph, Terms]]:
+) -> list[tuple[Graph, MemoryPolicy]]:
     """A block's training forward and backward, each with its memory policy.
 
     Raises CallError, DimError and UnsupportedError, as `derive` and `check_dims`.
     """
     training = derive(graph, check_dims(graph, sizes), wanted, memory=memory)
-    return [(training.forward, NO_TERMS), (training.backward, training.terms())]
+    return [(training.forward, DEFAULT_POLICY), (training.backward, training.policy())]
 
 
 def record_stages(
-    graphs: Sequence[tuple[Graph, Terms]],
+    graphs: Sequence[tuple[Graph, MemoryPolicy]],
     sizes: Mapping[str, int],
     target: Target,
     *,
@@ -46,7 +46,7 @@ def record_stages(
     `check` is 0, 1 or 2, as in `Stages`.
     """
     found: dict[str, Stages] = {}
-    for graph, terms in graphs:
+    for graph, policy in graphs:
         record = found[graph.name] = Stages(check, show)
         own = {s: n for s, n in sizes.items() if s in graph.symbols}
         lower(
@@ -54,7 +54,7 @@ def record_stages(
             own if len(graphs) > 1 else sizes,
             target,
             frozen=frozen,
-            terms=terms,
+            policy=policy,
             stages=record,
         )
     return found

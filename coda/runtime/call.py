@@ -16,7 +16,7 @@ from coda.errors import ArchError, CallError, UnsupportedError
 from coda.ir.graph import Graph
 from coda.ir.text import show
 from coda.ir.types import DType, bf16
-from coda.lowering.algebra.policy import NO_TERMS, Terms
+from coda.lowering.algebra.policy import DEFAULT_POLICY, MemoryPolicy
 from coda.lowering.algebra.training import Training
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import ONE_OF_ARCHS, Target, find_target, of_device
@@ -132,7 +132,13 @@ class Runnable(Protocol):
         ...
 
     def program_for(
-        self, graph: Graph, target: Target, *, frozen: bool, sizes: Sizes, terms: Terms = NO_TERMS
+        self,
+        graph: Graph,
+        target: Target,
+        *,
+        frozen: bool,
+        sizes: Sizes,
+        policy: MemoryPolicy = DEFAULT_POLICY,
     ) -> Program:
         """A Program of the block, or of its training's forward or backward, for these sizes."""
         ...

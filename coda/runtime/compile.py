@@ -18,7 +18,7 @@ from rich.table import Table
 
 from coda.ir.text import parse, show
 from coda.kernels.gemm import quack_target
-from coda.lowering.algebra.policy import Terms
+from coda.lowering.algebra.policy import MemoryPolicy
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
@@ -39,7 +39,7 @@ class Job:
     dims: tuple[tuple[str, int], ...]
     target: Target
     frozen: bool
-    terms: Terms
+    policy: MemoryPolicy
     kernel: str
 
 
@@ -91,7 +91,7 @@ def _jobs(program: Program) -> Iterator[tuple[Kernel[Any], Job]]:
     text, dims = show(program.graph), tuple(program.sizes.items())
     for kernel in program.kernels:
         if kernel.kind.code is not None:
-            options = program.target, program.frozen, program.terms
+            options = program.target, program.frozen, program.policy
             yield kernel, Job(text, dims, *options, kernel.name)
 
 
@@ -120,7 +120,9 @@ def compile_job(job: Job) -> Compiled:
     """Compile one kernel in this process."""
     from coda.lowering.compiler import lower
 
-    program = lower(parse(job.text), dict(job.dims), job.target, frozen=job.frozen, terms=job.terms)
+    program = lower(
+        parse(job.text), dict(job.dims), job.target, frozen=job.frozen, policy=job.policy
+    )
     kernel = next(k for k in program.kernels if k.name == job.kernel)
     return compile_kernel(program, kernel)
 

@@ -97,10 +97,10 @@ class SavedLayout:
         pairs = zip(arguments, self.inputs, strict=True)
         return [t if t.dtype == i.dtype.torch else t.to(i.dtype.torch) for t, i in pairs]
 
-    def spare(self, program: Program) -> dict[int, str]:
+    def donated(self, program: Program) -> dict[int, str]:
         """Saved values that a backward may write over: positions in `kept`, and names."""
         pairs = zip(self.inputs, self.read, strict=True)
-        over = program.terms.spare & set(program.overwrites.values())
+        over = program.policy.donated & set(program.overwrites.values())
         return {p: i.name for i, p in pairs if p >= 0 and i.name in over}
 
     def by_argument(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -145,10 +145,10 @@ class Plan:
             of the arguments whose gradients the tensor holds.
         """
         found = accumulating(self.training, targets, beside)
-        terms = self.training.terms(found.updates)
+        policy = self.training.policy(found.updates)
         target, block = self.forward.target, block_of(self.handle)
         return block.program_for(
-            found.graph, target, frozen=False, sizes=self.sizes, terms=terms
+            found.graph, target, frozen=False, sizes=self.sizes, policy=policy
         ), found.held
 
     @cached_property
@@ -174,7 +174,7 @@ def make_plan(graph: Graph, sizes: Sizes, options: CallOptions) -> Plan:
     backward = None
     if training.wanted:
         backward = block.program_for(
-            training.backward, target, frozen=False, sizes=sizes, terms=training.terms()
+            training.backward, target, frozen=False, sizes=sizes, policy=training.policy()
         )
     asked = {i for i in graph.inputs if i.name in training.wanted}
     reached = tuple(bool(asked & set(walk([r]))) for _, r in graph.outputs)

@@ -148,10 +148,10 @@ def _run_backward(ctx: Any, given: Sequence[Tensor | None]) -> Any:
     held = {n: t for n, t in held.items() if n in plan.training.wanted}
     targets = in_kernels(held)
     program, sums = _adding(plan, held, targets) if targets else (plan.backward, [])
-    places = plan.layout.spare(program)
-    spare = frozenset(places[p] for p in given_up(ctx, saved, tuple(places)))
+    places = plan.layout.donated(program)
+    donated = frozenset(places[p] for p in given_up(ctx, saved, tuple(places)))
     arguments = plan.layout.arguments(plan.sizes, saved[: ctx.count], given)
-    gradients = _computed(plan, program, [*arguments, *sums], held, targets, spare)
+    gradients = _computed(plan, program, [*arguments, *sums], held, targets, donated)
     return None, *plan.layout.by_argument(gradients)
 
 
@@ -172,12 +172,12 @@ def _computed(
     arguments: Sequence[Tensor],
     held: Mapping[str, Tensor],
     targets: Collection[str],
-    spare: frozenset[str],
+    donated: frozenset[str],
 ) -> list[Tensor | None]:
     """The gradients of differentiated arguments, None for those that were added in place."""
     count = len(plan.layout.inputs)
     typed = [*plan.layout.typed(arguments[:count]), *arguments[count:]]
-    gradients = execute(program, typed, plan.sizes, plan.backend, spare)
+    gradients = execute(program, typed, plan.sizes, plan.backend, donated)
     found: list[Tensor | None] = []
     for name, gradient in zip(plan.training.wanted, gradients, strict=True):
         found.append(None if name in held else gradient)

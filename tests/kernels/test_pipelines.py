@@ -131,7 +131,7 @@ def test_a_backward_with_large_tiles_is_right_at_any_depth(arch, depths):
     target = replace(target, configs=target.configs[:2])
     sizes = {s: SMALL[s] for s in block.graph.symbols}
     training = derive(block.graph, sizes, wanted)
-    program = lower(training.backward, sizes, target, terms=training.terms())
+    program = lower(training.backward, sizes, target, policy=training.policy())
     if depths is None:
         assert any(k.config.loads for k in gemms(program)) == (arch == "sm_90a")
     else:

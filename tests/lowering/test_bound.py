@@ -20,9 +20,9 @@ H100 = find_target("sm_90a")
 
 
 def bound_of(program):
-    passing = program.terms.passing
+    per_call = program.policy.per_call
     return least_price(
-        program.normal, program.sizes, program.target, frozen=program.frozen, passing=passing
+        program.normal, program.sizes, program.target, frozen=program.frozen, per_call=per_call
     )
 
 
@@ -40,7 +40,7 @@ def test_no_example_costs_less_than_its_bound(file):
     graph, sizes = module["layer"].graph, module["DIMS"]
     training = derive(graph, {s: sizes[s] for s in graph.symbols})
     found = programs(graph, sizes)[0] + programs(graph, sizes, frozen=True)[0]
-    found += programs(training.backward, sizes, terms=training.terms())[0]
+    found += programs(training.backward, sizes, policy=training.policy())[0]
     for program in found:
         assert 0.5 * price(program) < bound_of(program) <= price(program)
 

@@ -57,9 +57,9 @@ cuts = []
 @given(wide_blocks())
 def test_parts_of_a_backward_mean_what_it_means(graph):
     training = derive(graph, {s: SIZES[s] for s in graph.symbols}, memory="min")
-    backward, terms = training.backward, training.terms()
+    backward, policy = training.backward, training.policy()
     sizes = {s: SIZES[s] for s in backward.symbols}
-    program = lower(backward, sizes, terms=terms)
+    program = lower(backward, sizes, policy=policy)
     cuts.append(len(program.cuts))
     inputs = values(backward)
     expected = evaluate(backward.roots, dict(zip(backward.inputs, inputs, strict=True)), SIZES)

@@ -10,7 +10,7 @@ import coda
 from coda.ir.evaluate import evaluate
 from coda.kernels.rowwise.kind import ROWWISE
 from coda.kernels.torch_op.kind import TORCH
-from coda.lowering.algebra.policy import NO_TERMS
+from coda.lowering.algebra.policy import DEFAULT_POLICY
 from coda.lowering.algebra.training import MEMORY, derive
 from coda.lowering.compiler import lower
 from coda.runtime.reference import run_reference
@@ -177,8 +177,11 @@ def programs(block, memory="balanced", arch="sm_90a"):
     """The forward and the backward, lowered once."""
     sizes = sizes_of(block.graph)
     training = derive(block.graph, sizes, memory=memory)
-    for graph, terms in ((training.forward, NO_TERMS), (training.backward, training.terms())):
-        yield lower(graph, {s: sizes[s] for s in graph.symbols}, arch, terms=terms)
+    for graph, policy in (
+        (training.forward, DEFAULT_POLICY),
+        (training.backward, training.policy()),
+    ):
+        yield lower(graph, {s: sizes[s] for s in graph.symbols}, arch, policy=policy)
 
 
 def serves(program, rows):

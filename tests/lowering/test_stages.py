@@ -15,7 +15,7 @@ from coda.ir.text import parse
 from coda.ir.types import f16
 from coda.lowering import compiler
 from coda.lowering.algebra.chunk import Parted
-from coda.lowering.algebra.policy import NO_TERMS
+from coda.lowering.algebra.policy import DEFAULT_POLICY
 from coda.lowering.algebra.training import derive
 from coda.lowering.compiler import lower
 from coda.lowering.stages import STAGES, Stages, Trial
@@ -152,9 +152,9 @@ def test_examples_pass_every_check(file, memory):
     graph = made["mlp" if "mlp" in made else "layer"].graph
     sizes = {s: {"M": 256, "D": 128, "F": 512, "H": 4, "d": 32}[s] for s in graph.symbols}
     training = derive(graph, sizes, memory=memory)
-    for one, terms in ((training.forward, NO_TERMS), (training.backward, training.terms())):
+    for one, policy in ((training.forward, DEFAULT_POLICY), (training.backward, training.policy())):
         record = Stages(2)
-        program = lower(one, {s: sizes[s] for s in one.symbols}, terms=terms, stages=record)
+        program = lower(one, {s: sizes[s] for s in one.symbols}, policy=policy, stages=record)
         assert [r.stage.name for r in record.kept.ran] == list(STAGES)
         assert record.kept.ran[-1].after is program
         assert record.kept.steps == list(program.steps)

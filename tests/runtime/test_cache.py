@@ -19,7 +19,7 @@ COMPILE = textwrap.dedent(
     """
     import sys, time
     import coda
-    from coda.lowering.algebra.policy import NO_TERMS
+    from coda.lowering.algebra.policy import DEFAULT_POLICY
     from coda.lowering.program.target import DEFAULT
     from coda.runtime.compile import Job, compile_job
 
@@ -30,7 +30,7 @@ COMPILE = textwrap.dedent(
       return out = %1
     }
     '''
-    job = Job(TEXT, (("M", 8), ("D", 256)), DEFAULT, False, NO_TERMS, "rows0")
+    job = Job(TEXT, (("M", 8), ("D", 256)), DEFAULT, False, DEFAULT_POLICY, "rows0")
     start = time.monotonic()
     done = compile_job(job)
     print(time.monotonic() - start, done.cubin.exists(), done.source.name)

@@ -95,7 +95,7 @@ def has_padded_rows(program: Program, kernel: Rowwise) -> bool:
     """Whether a ragged row-wise kernel reads only tiles of coda's kernels or donated arguments."""
     tiles = kernel.body.epilogue.tiles
     found = {n for t in tiles for n in held_in(program, kernel.body.nodes[t])}
-    theirs = {i.name for i in program.graph.inputs} - program.terms.spare
+    theirs = {i.name for i in program.graph.inputs} - program.policy.donated
     return is_ragged(kernel.body, kernel.mainloop.width) and not found & theirs
 
 

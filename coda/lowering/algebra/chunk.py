@@ -79,16 +79,16 @@ class _AllOf(Exception):
     """A node cannot be computed in chunks."""
 
 
-def chunk(graph: Graph, sizes: Mapping[str, int], passing: frozenset[str]) -> Parted:
+def chunk(graph: Graph, sizes: Mapping[str, int], per_call: frozenset[str]) -> Parted:
     """The graph with its largest intermediate in chunks, if that takes more bytes than the bound.
 
     Args:
         graph: in normal form.
         sizes: the size of every symbol.
-        passing: names of arguments that are new in every call, and so are no weights.
+        per_call: names of arguments that are new in every call, and so are no weights.
     """
     bound = sum(n.nbytes(sizes) for n in (*graph.inputs, *graph.roots)) // SHARE
-    between = _between(graph, passing)
+    between = _between(graph, per_call)
     for node in sorted(between, key=lambda n: -n.nbytes(sizes)):
         nbytes = node.nbytes(sizes)
         if nbytes <= bound:
@@ -102,7 +102,7 @@ def chunk(graph: Graph, sizes: Mapping[str, int], passing: frozenset[str]) -> Pa
             except _AllOf:
                 continue
             parted = graph.with_roots(roots)
-            most = max((n.nbytes(sizes) for n in _between(parted, passing)), default=0)
+            most = max((n.nbytes(sizes) for n in _between(parted, per_call)), default=0)
             if most < nbytes:
                 return Parted(parted, (ChunkedValue(node, columns, nbytes, bound),), part_of)
     return Parted(graph)
@@ -133,10 +133,10 @@ def part_columns(columns: int, count: int) -> tuple[int, ...]:
     return (each,) * (whole - 1) + (each + rest,)
 
 
-def _between(graph: Graph, passing: frozenset[str]) -> list[Node]:
+def _between(graph: Graph, per_call: frozenset[str]) -> list[Node]:
     """Intermediates that a contraction reads from memory, in graph order: no inputs, no weights."""
     nodes = list(walk(graph.roots))
-    weights = weight_nodes(nodes, passing)
+    weights = weight_nodes(nodes, per_call)
     factors = [base(o) for n in nodes if isinstance(n, Contract) for o in n.operands]
     return [
         n

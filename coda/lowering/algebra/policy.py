@@ -8,20 +8,20 @@ Updates = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class Terms:
+class MemoryPolicy:
     """The memory policy of a Program.
 
     Attributes:
         updates: (output, argument) names: outputs that update an argument in place.
-        spare: names of donated arguments: dead after the call, so their storage may be reused.
-        passing: names of arguments that are new in every call, and so are no weights.
-        thrifty: whether large intermediates are computed in chunks.
+        donated: names of donated arguments: dead after the call, so their storage may be reused.
+        per_call: names of arguments that are new in every call, and so are no weights.
+        chunked: whether large intermediates are computed in chunks.
     """
 
     updates: Updates = ()
-    spare: frozenset[str] = frozenset()
-    passing: frozenset[str] = frozenset()
-    thrifty: bool = False
+    donated: frozenset[str] = frozenset()
+    per_call: frozenset[str] = frozenset()
+    chunked: bool = False
 
     @property
     def updated(self) -> frozenset[str]:
@@ -29,4 +29,4 @@ class Terms:
         return frozenset(name for name, _ in self.updates)
 
 
-NO_TERMS = Terms()
+DEFAULT_POLICY = MemoryPolicy()

@@ -231,12 +231,12 @@ def row_axes(contracts: Iterable[Contract], inputs: Iterable[Input]) -> Dim:
     return product(matrices[0].shape[:-1]) if matrices else ONE
 
 
-def weight_nodes(nodes: list[Node], passing: Collection[str] = ()) -> set[Node]:
+def weight_nodes(nodes: list[Node], per_call: Collection[str] = ()) -> set[Node]:
     """The weights of a graph: inputs without a token dim, and functions of them alone.
 
     Args:
         nodes: all nodes of the graph, operands first.
-        passing: names of arguments that are new in every call, and so are no weights.
+        per_call: names of arguments that are new in every call, and so are no weights.
     """
     tokens = row_symbols(nodes)
     if tokens:
@@ -247,7 +247,7 @@ def weight_nodes(nodes: list[Node], passing: Collection[str] = ()) -> set[Node]:
             i for n in nodes if isinstance(n, Contract) for o in _activations(n) for i in walk([o])
         }
         free = {n for n in walk(right) if isinstance(n, Input) and n not in left}
-    free = {n for n in free if n.name not in passing}
+    free = {n for n in free if n.name not in per_call}
     found: set[Node] = set(free)
     for node in nodes:
         if isinstance(node, Iota) and not tokens & node.count.symbols:

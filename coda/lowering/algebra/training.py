@@ -39,7 +39,7 @@ from coda.lowering.algebra.compared import compared, sources
 from coda.lowering.algebra.laws import EXCHANGES, LAWS
 from coda.lowering.algebra.merge_siblings import merge_siblings
 from coda.lowering.algebra.min_cut import minimum_cut
-from coda.lowering.algebra.policy import Terms, Updates
+from coda.lowering.algebra.policy import MemoryPolicy, Updates
 from coda.lowering.algebra.pushdown import push_down
 from coda.lowering.algebra.rewrite import Law, rewrite, substituted
 from coda.lowering.algebra.roles import is_pointwise, is_view, row_symbols, weight_nodes
@@ -71,11 +71,11 @@ class Training:
     wanted: tuple[str, ...]
     memory: str = "balanced"
 
-    def terms(self, updates: Updates = ()) -> Terms:
+    def policy(self, updates: Updates = ()) -> MemoryPolicy:
         """The backward's memory policy: saved activations are donated, `updates` are in place."""
         saved = frozenset(self.saved)
-        passing = saved | {name for name in self.cotangents if name}
-        return Terms(updates, saved, passing, self.memory == "min")
+        per_call = saved | {name for name in self.cotangents if name}
+        return MemoryPolicy(updates, saved, per_call, self.memory == "min")
 
 
 def derive(

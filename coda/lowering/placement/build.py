@@ -30,7 +30,7 @@ from coda.ir.graph import (
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
 from coda.lowering.algebra.chunk import ChunkedValue
-from coda.lowering.algebra.policy import Terms
+from coda.lowering.algebra.policy import MemoryPolicy
 from coda.lowering.algebra.rewrite import LawApplication, substituted
 from coda.lowering.placement.draft import Draft
 from coda.lowering.placement.layout import assemble
@@ -51,7 +51,7 @@ def build(
     *,
     target: Target,
     frozen: bool,
-    terms: Terms,
+    policy: MemoryPolicy,
     steps: Sequence[LawApplication],
     cuts: Sequence[ChunkedValue],
 ) -> Program:
@@ -60,7 +60,7 @@ def build(
     Args:
         partition: the placement of the graph in normal form.
         source: the block as the user wrote it.
-        target, frozen, terms, steps, cuts: as in `Program`.
+        target, frozen, policy, steps, cuts: as in `Program`.
 
     Raises:
         InternalError: if a value is needed that no kernel computes.
@@ -85,7 +85,7 @@ def build(
         unfused=tuple(u for u in partition.unfused if u.node in partition.home),
         fixed=frozenset(source.symbols) - partition.tokens,
         frozen=frozen,
-        terms=terms,
+        policy=policy,
         cuts=tuple(cuts),
     )
 

@@ -99,7 +99,7 @@ class Drafts:
         sizes: the size of every symbol.
         kinds: all kinds of kernel, in order of preference.
         target: the GPU for which costs are estimated.
-        passing: names of arguments that are new in every call, and so are no weights.
+        per_call: names of arguments that are new in every call, and so are no weights.
         part_of: contraction of a chunked value -> number of its chunk.
         home: node -> its producer kernel.
         drafts: all kernel builders, unordered.
@@ -118,7 +118,7 @@ class Drafts:
     sizes: Mapping[str, int]
     kinds: Sequence[Kind]
     target: Target
-    passing: frozenset[str] = frozenset()
+    per_call: frozenset[str] = frozenset()
     part_of: Mapping[Node, int] = field(default_factory=dict[Node, int])
     home: dict[Node, Draft] = field(default_factory=dict[Node, Draft])
     drafts: list[Draft] = field(default_factory=list[Draft])

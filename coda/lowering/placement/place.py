@@ -60,7 +60,7 @@ class Partition(Materialisation):
         nodes = in_order(self.graph.roots)
         self.users = users(self.graph.roots)
         self.named = {i.name: i for i in self.graph.inputs}
-        self.weights = weight_nodes(nodes, self.passing)
+        self.weights = weight_nodes(nodes, self.per_call)
         contracts = [n for n in gemms(nodes) if n not in self.weights]
         self.tokens, self.rows = row_symbols(nodes), row_axes(contracts, self.graph.inputs)
         uses = Uses.of(contracts, nodes, self.graph.roots, self.weights, self.part_of)

@@ -38,7 +38,7 @@ def least_price(
     target: Target,
     *,
     frozen: bool,
-    passing: Collection[str] = (),
+    per_call: Collection[str] = (),
 ) -> float:
     """A lower bound of `price` for all Programs of a graph, in seconds.
 
@@ -47,10 +47,10 @@ def least_price(
         sizes: the size of every symbol.
         target: the GPU.
         frozen: whether weights keep their values.
-        passing: names of arguments that are new in every call, and so are no weights.
+        per_call: names of arguments that are new in every call, and so are no weights.
     """
     nodes = list(walk(graph.roots))
-    weights = weight_nodes(nodes, passing)
+    weights = weight_nodes(nodes, per_call)
     contracts = [n for n in needed(graph.roots) if isinstance(n, Contract) and n not in weights]
     operands = dict.fromkeys(o for c in contracts for o in c.operands)
     written = {_in_memory(n) for n in (*graph.roots, *operands)} - weights

@@ -69,8 +69,8 @@ def plan_memory(program: Program) -> Program:
     count = range(len(program.kernels))
     freed = tuple(tuple(n for n, last in over.items() if last == i) for i in count)
     for i, kernel in enumerate(program.kernels):
-        spare = program.terms.spare & set(reads(program, kernel))
-        over |= dict.fromkeys(spare, i)
+        donated = program.policy.donated & set(reads(program, kernel))
+        over |= dict.fromkeys(donated, i)
     overwrites: dict[str, str] = {}
     for i, kernel in enumerate(program.kernels):
         overwrites |= _overwrites(program, kernel, {n for n, last in over.items() if last == i})
@@ -87,7 +87,7 @@ def _overwrites(program: Program, kernel: Kernel[Any], ending: Set[str]) -> dict
     """
     found: dict[str, str] = {}
     parts = {p for whole, some in program.joined.items() for p in (whole, *some)}
-    outputs = [n for o, n in program.outputs if o in program.terms.updated]
+    outputs = [n for o, n in program.outputs if o in program.policy.updated]
     updated = {name for node in outputs for name in held_in(program, node)}
     times = Counter(reads(program, kernel))
     free = {n for n in ending if times[n] == 1 and n not in parts}

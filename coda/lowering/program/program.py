@@ -15,7 +15,7 @@ from coda.ir.dims import Shape, product
 from coda.ir.graph import Graph, Node, Permute, Reshape, Slice
 from coda.ir.types import DType
 from coda.lowering.algebra.chunk import ChunkedValue
-from coda.lowering.algebra.policy import Terms
+from coda.lowering.algebra.policy import MemoryPolicy
 from coda.lowering.algebra.rewrite import LawApplication
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.target import Target
@@ -84,7 +84,7 @@ class Program:
         unfused: operations that could not be fused, with reasons.
         fixed: symbols whose sizes are compiled into the kernels; others may change between calls.
         frozen: whether weights keep their values, so that prepacking happens once.
-        terms: the memory policy.
+        policy: the memory policy.
         cuts: values that are computed in chunks.
         overwrites: output buffer -> dead buffer, or donated argument, whose storage it reuses. Set
             by the memory plan; empty before it.
@@ -107,7 +107,7 @@ class Program:
     unfused: tuple[Unfused, ...]
     fixed: frozenset[str]
     frozen: bool
-    terms: Terms
+    policy: MemoryPolicy
     cuts: tuple[ChunkedValue, ...]
     overwrites: Mapping[str, str] = field(default_factory=dict[str, str])
     freed: tuple[tuple[str, ...], ...] = ()
@@ -120,7 +120,7 @@ class Program:
     @property
     def updates(self) -> dict[str, str]:
         """Output name -> name of the argument that it updates in place."""
-        return dict(self.terms.updates)
+        return dict(self.policy.updates)
 
     def is_weight(self, node: Node) -> bool:
         """Whether a node is a weight, prepacked, or a view of either."""
