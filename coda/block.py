@@ -346,7 +346,7 @@ class Block:
         return program
 
     def training_for(
-        self, graph: Graph, wanted: tuple[str, ...], memory: str, sizes: Mapping[str, int]
+        self, graph: Graph, requires_grad: tuple[str, ...], memory: str, sizes: Mapping[str, int]
     ) -> Training:
         """The graphs of the forward that saves and of the backward, for any number of rows.
 
@@ -355,9 +355,9 @@ class Block:
         """
         tokens = row_symbols(walk(graph.roots))
         fixed = [(s, int(sizes[s])) for s in graph.symbols if s not in tokens] if tokens else []
-        key = (graph, wanted, memory, tuple(fixed))
+        key = (graph, requires_grad, memory, tuple(fixed))
         if key not in self._trainings:
-            self._trainings[key] = derive(graph, sizes, wanted, memory=memory)
+            self._trainings[key] = derive(graph, sizes, requires_grad, memory=memory)
         return self._trainings[key]
 
 

@@ -293,8 +293,8 @@ def _made(nodes: list[FxNode]) -> _Region | str:
         _refuse_devices(imported)
         _refuse_unknown_columns(imported)
         block = block_for(imported.graph)
-        sizes, wanted = _sizes(imported), _wanted(imported)
-        lowered = RegionReport.of(block, nodes, sizes, wanted)
+        sizes, requires_grad = _sizes(imported), _requires_grad(imported)
+        lowered = RegionReport.of(block, nodes, sizes, requires_grad)
         if not lowered.pays:
             raise UnsupportedError("torch does it as cheaply")
     except CodaError as e:
@@ -346,7 +346,7 @@ def _refuse_unknown_columns(imported: Imported) -> None:
                 raise UnsupportedError("a number of columns that is known only in the call")
 
 
-def _wanted(imported: Imported) -> tuple[str, ...] | None:
+def _requires_grad(imported: Imported) -> tuple[str, ...] | None:
     """Names of the arguments with requires_grad; None if autograd does not record."""
     if not torch.is_grad_enabled():
         return None

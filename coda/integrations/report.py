@@ -48,22 +48,22 @@ class RegionReport:
         block: Block,
         nodes: Sequence[FxNode],
         sizes: Mapping[str, int],
-        wanted: tuple[str, ...] | None,
+        requires_grad: tuple[str, ...] | None,
     ) -> RegionReport:
         """Lower a region as its calls will, and report it.
 
-        `wanted`: names of arguments with requires_grad, None without autograd. Raises CodaError.
+        `requires_grad`: names of the arguments with it, None without autograd. Raises CodaError.
         """
         graph, target = block.graph, choose_target("")
         ops = tuple(operator_name(n) for n in nodes if n.target not in VIEWS)
-        if wanted is None:
+        if requires_grad is None:
             program = block.program_for(graph, target, frozen=False, sizes=sizes)
             return RegionReport(graph, ops, sizes, Explanation(program), None)
-        training = block.training_for(graph, wanted, block.memory, sizes)
+        training = block.training_for(graph, requires_grad, block.memory, sizes)
         sides = [(training.forward, DEFAULT_POLICY), (training.backward, training.policy())]
         told = [
             Explanation(block.program_for(side, target, frozen=False, sizes=sizes, policy=policy))
-            for side, policy in sides[: 2 if training.wanted else 1]
+            for side, policy in sides[: 2 if training.requires_grad else 1]
         ]
         return RegionReport(graph, ops, sizes, told[0], told[1] if len(told) == 2 else None)
 

@@ -144,7 +144,7 @@ class Runnable(Protocol):
         ...
 
     def training_for(
-        self, graph: Graph, wanted: tuple[str, ...], memory: str, sizes: Sizes
+        self, graph: Graph, requires_grad: tuple[str, ...], memory: str, sizes: Sizes
     ) -> Training:
         """The graphs of the forward, which also returns what is saved, and of the backward."""
         ...
@@ -159,7 +159,7 @@ class CallOptions(NamedTuple):
         backend, arch: names, or "" for the default.
         frozen: whether weights keep their values.
         memory: "min", "balanced" or "speed": what training saves.
-        wanted: for each argument, whether its gradient is computed; empty without a backward.
+        requires_grad: of each argument: its gradient is computed; empty without a backward.
     """
 
     handle: str
@@ -168,7 +168,7 @@ class CallOptions(NamedTuple):
     arch: str = ""
     frozen: bool = False
     memory: str = "balanced"
-    wanted: tuple[bool, ...] = ()
+    requires_grad: tuple[bool, ...] = ()
 
     def key(self) -> tuple[Any, ...]:
         """The options, with the settings of the environment that complete them."""

@@ -54,7 +54,7 @@ class SavedLayout:
         cotangents = {name: -1 - p for p, name in enumerate(training.cotangents) if name}
         kept = [i.name for i in training.backward.inputs if i.name not in cotangents]
         position = {name: p for p, name in enumerate(kept)} | cotangents
-        gradients = {name: p for p, name in enumerate(training.wanted)}
+        gradients = {name: p for p, name in enumerate(training.requires_grad)}
         return SavedLayout(
             tuple(places[name] for name in kept),
             tuple(position[i.name] for i in training.backward.inputs),
@@ -168,23 +168,23 @@ def plan_of(inputs: Sequence[Tensor], options: CallOptions) -> Plan:
 def make_plan(graph: Graph, sizes: Sizes, options: CallOptions) -> Plan:
     """The Plan for a block of these sizes."""
     block, target = block_of(options.handle), choose_target(options.arch)
-    names = wanted_names(graph, options.wanted)
+    names = names_requiring_grad(graph, options.requires_grad)
     training = block.training_for(graph, names, options.memory, sizes)
     forward = block.program_for(training.forward, target, frozen=False, sizes=sizes)
     backward = None
-    if training.wanted:
+    if training.requires_grad:
         backward = block.program_for(
             training.backward, target, frozen=False, sizes=sizes, policy=training.policy()
         )
-    asked = {i for i in graph.inputs if i.name in training.wanted}
+    asked = {i for i in graph.inputs if i.name in training.requires_grad}
     reached = tuple(bool(asked & set(walk([r]))) for _, r in graph.outputs)
     backend, layout = choose_backend(options.backend), SavedLayout.of(training)
     return Plan(training, forward, backward, sizes, backend, reached, options.handle, layout)
 
 
-def wanted_names(graph: Graph, wanted: Sequence[bool]) -> tuple[str, ...]:
+def names_requiring_grad(graph: Graph, requires_grad: Sequence[bool]) -> tuple[str, ...]:
     """The names of the differentiated float arguments. Raises CallError for a constant."""
-    pairs = zip(graph.inputs, wanted, strict=True)
+    pairs = zip(graph.inputs, requires_grad, strict=True)
     names = tuple(i.name for i, asked in pairs if asked and i.dtype.kind == "float")
     for name in names:
         if name in graph.constants:

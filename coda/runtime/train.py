@@ -31,14 +31,14 @@ from coda.runtime.call import (
 )
 from coda.runtime.donation import alone, given_up
 from coda.runtime.modes import is_transformed, opaque, refuse_vmap
-from coda.runtime.plan import Plan, SavedLayout, make_plan, plan_of, wanted_names
+from coda.runtime.plan import Plan, SavedLayout, make_plan, plan_of, names_requiring_grad
 
 
 def train_block(inputs: list[Tensor], options: CallOptions) -> Sequence[Tensor]:
     """The outputs of a block; their gradients are computed by its derived backward."""
     if needs_dispatch(inputs) and not is_transformed():
-        handle, dims, backend, arch, _, memory, wanted = options
-        return train_op(handle, inputs, list(dims), backend, arch, memory, list(wanted))
+        handle, dims, backend, arch, _, memory, requires_grad = options
+        return train_op(handle, inputs, list(dims), backend, arch, memory, list(requires_grad))
     plan = plan_of(inputs, options)
     return (_Transformed if is_transformed() else _Eager).apply(plan, *inputs)
 
@@ -145,7 +145,7 @@ def _run_backward(ctx: Any, given: Sequence[Tensor | None]) -> Any:
         return None, *plan.layout.by_argument(_Backward.apply(plan, *arguments))
     names = [i.name for i in plan.training.forward.inputs]
     held = kept_gradients(names, ctx.leaves)
-    held = {n: t for n, t in held.items() if n in plan.training.wanted}
+    held = {n: t for n, t in held.items() if n in plan.training.requires_grad}
     targets = in_kernels(held)
     program, sums = _adding(plan, held, targets) if targets else (plan.backward, [])
     places = plan.layout.donated(program)
@@ -179,7 +179,7 @@ def _computed(
     typed = [*plan.layout.typed(arguments[:count]), *arguments[count:]]
     gradients = execute(program, typed, plan.sizes, plan.backend, donated)
     found: list[Tensor | None] = []
-    for name, gradient in zip(plan.training.wanted, gradients, strict=True):
+    for name, gradient in zip(plan.training.requires_grad, gradients, strict=True):
         found.append(None if name in held else gradient)
         if name in held:
             add(held[name], gradient, summed=name in targets)
@@ -215,21 +215,23 @@ def train_op(
     backend: str,
     arch: str,
     memory: str,
-    wanted: list[bool],
+    requires_grad: list[bool],
 ) -> list[Tensor]:
     """Run a block for training: its outputs, followed by the saved values."""
-    options = CallOptions(handle, tuple(dims), backend, arch, False, memory, tuple(wanted))
+    options = CallOptions(handle, tuple(dims), backend, arch, False, memory, tuple(requires_grad))
     plan = plan_of(inputs, options)
     found = execute(plan.forward, inputs, plan.sizes, plan.backend)
     return [t.contiguous() for t in apart(found)]
 
 
 def _training(
-    handle: str, graph: Graph, sizes: Sizes, memory: str, wanted: Sequence[bool]
+    handle: str, graph: Graph, sizes: Sizes, memory: str, requires_grad: Sequence[bool]
 ) -> Training:
     """The training of a call whose sizes torch may keep symbolic."""
     known = {s: size_hint(d) for s, d in sizes.items()}
-    return block_of(handle).training_for(graph, wanted_names(graph, wanted), memory, known)
+    return block_of(handle).training_for(
+        graph, names_requiring_grad(graph, requires_grad), memory, known
+    )
 
 
 @train_op.register_fake
@@ -240,10 +242,10 @@ def _(
     backend: str,
     arch: str,
     memory: str,
-    wanted: list[bool],
+    requires_grad: list[bool],
 ) -> list[Tensor]:
     graph, sizes = bind(handle, inputs, dims)
-    training = _training(handle, graph, sizes, memory, wanted)
+    training = _training(handle, graph, sizes, memory, requires_grad)
     return _empty(training.forward, sizes, inputs[0])
 
 
@@ -262,7 +264,7 @@ def backward_op(
     backend: str,
     arch: str,
     memory: str,
-    wanted: list[bool],
+    requires_grad: list[bool],
 ) -> list[Tensor]:
     """The gradients of a block's differentiated arguments.
 
@@ -271,11 +273,11 @@ def backward_op(
         tensors: the backward's arguments.
         sizes: of the block's symbols, in their order.
         dtype: of arguments that are declared without a type.
-        backend, arch, memory, wanted: as in the forward.
+        backend, arch, memory, requires_grad: as in the forward.
     """
     graph = block_of(handle).graph_of(DTYPES[dtype])
     known = dict(zip(graph.symbols, sizes, strict=True))
-    options = CallOptions(handle, (), backend, arch, False, memory, tuple(wanted))
+    options = CallOptions(handle, (), backend, arch, False, memory, tuple(requires_grad))
     plan = make_plan(graph, known, options)
     assert plan.backward is not None
     arguments = plan.layout.typed(tensors)
@@ -292,23 +294,23 @@ def _(
     backend: str,
     arch: str,
     memory: str,
-    wanted: list[bool],
+    requires_grad: list[bool],
 ) -> list[Tensor]:
     graph = block_of(handle).graph_of(DTYPES[dtype])
     known = dict(zip(graph.symbols, sizes, strict=True))
-    training = _training(handle, graph, known, memory, wanted)
+    training = _training(handle, graph, known, memory, requires_grad)
     return _empty(training.backward, known, tensors[0])
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    handle, tensors, dims, backend, arch, memory, wanted = inputs
+    handle, tensors, dims, backend, arch, memory, requires_grad = inputs
     graph, sizes = bind(handle, tensors, dims)
-    training = _training(handle, graph, sizes, memory, wanted)
+    training = _training(handle, graph, sizes, memory, requires_grad)
     ctx.training, ctx.sizes, ctx.dims = training, sizes, dims
     declared = zip(graph.inputs, block_of(handle).undeclared, strict=True)
     free = [i.dtype.name for i, undeclared in declared if undeclared]
     ctx.call = handle, [sizes[s] for s in graph.symbols], (free or ["bf16"])[0]
-    ctx.options = backend, arch, memory, wanted
+    ctx.options = backend, arch, memory, requires_grad
     ctx.layout = SavedLayout.of(training)
     ctx.save_for_backward(*ctx.layout.saved(tensors, output))
 
@@ -317,7 +319,7 @@ def _gradients(ctx: Any, given: Sequence[Tensor | None]) -> Any:
     kept, training = ctx.saved_tensors, ctx.training
     found: list[Tensor | None] = [None] * len(training.forward.inputs)
     handle, sizes, dtype = ctx.call
-    if training.wanted and any(d is not None for d in given):
+    if training.requires_grad and any(d is not None for d in given):
         arguments = ctx.layout.arguments(ctx.sizes, kept, given)
         gradients = backward_op(handle, arguments, sizes, dtype, *ctx.options)
         found = ctx.layout.by_argument(gradients)

@@ -53,13 +53,13 @@ def check(graph, inputs, sizes, memory="balanced", arch="sm_90a", tolerance=1e-8
     known = dict(zip([i.name for i in graph.inputs], plain, strict=True))
     known |= dict(zip(training.saved, found[len(outputs) :], strict=True))
     known |= {n: c for n, c in zip(training.cotangents, cotangents, strict=True) if n}
-    if not training.wanted:
+    if not training.requires_grad:
         assert all(e is None or not e.any() for e in expected)
         return None
     backward = lower(training.backward, sizes_of(training.backward, lowered), arch)
     given = [known[i.name] for i in training.backward.inputs]
     gradients = run_reference(backward, given, exact=True, sizes=sizes)
-    mine = dict(zip(training.wanted, gradients, strict=True))
+    mine = dict(zip(training.requires_grad, gradients, strict=True))
     for node, theirs in zip(floats, expected, strict=True):
         if node.name not in mine:
             assert theirs is None or not theirs.any()

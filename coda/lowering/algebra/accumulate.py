@@ -44,7 +44,7 @@ class Accumulation:
 def siblings(training: Training) -> tuple[Names, ...]:
     """Groups of arguments whose gradients together are all rows of one matrix, in row order."""
     parts: dict[Node, list[tuple[Slice, str]]] = {}
-    for name, (_, node) in zip(training.wanted, training.backward.outputs, strict=True):
+    for name, (_, node) in zip(training.requires_grad, training.backward.outputs, strict=True):
         if isinstance(node, Slice) and node.axis == -2 and node.step == 1:
             parts.setdefault(node.arg, []).append((node, name))
     found: list[Names] = []
@@ -70,13 +70,13 @@ def accumulating(
         beside: the groups of `siblings(training)` whose accumulators are the rows of one matrix.
     """
     graph = training.backward
-    places = {name: i for i, name in enumerate(training.wanted)}
+    places = {name: i for i, name in enumerate(training.requires_grad)}
     together = {name: names for names in beside for name in names}
     taken = {i.name for i in graph.inputs} | set(graph.symbols)
     inputs, outputs = list(graph.inputs), list(graph.outputs)
     updates: list[tuple[str, str]] = []
     held: list[Names] = []
-    for name in training.wanted:
+    for name in training.requires_grad:
         names = together.get(name, (name,))
         if name not in targets or name != names[0]:
             continue

@@ -59,8 +59,8 @@ class Training:
         saved: names of the saved activations, outputs of `forward` and inputs of `backward`.
         cotangents: for each output of the block, the name of its cotangent; None if the backward
             does not read it.
-        wanted: names of the arguments whose gradients the backward returns, in order. Arguments
-            that no output depends on are missing.
+        requires_grad: names of the arguments whose gradients the backward returns, in order.
+            Arguments that no output depends on are missing.
         memory: the memory mode, one of `MEMORY`.
     """
 
@@ -68,7 +68,7 @@ class Training:
     backward: Graph
     saved: tuple[str, ...]
     cotangents: tuple[str | None, ...]
-    wanted: tuple[str, ...]
+    requires_grad: tuple[str, ...]
     memory: str = "balanced"
 
     def policy(self, updates: Updates = ()) -> MemoryPolicy:

@@ -47,19 +47,19 @@ from coda.lowering.algebra.slices import joined
 
 
 def vjp(
-    cotangents: Mapping[Node, Node], wanted: Iterable[Node], *, kept: bool = False
+    cotangents: Mapping[Node, Node], leaves: Iterable[Node], *, kept: bool = False
 ) -> dict[Node, Node]:
-    """`wanted` node -> its cotangent, of its shape and dtype; missing if no output depends on it.
+    """Each of `leaves` -> its cotangent, of its shape and dtype; missing if no output depends on it.
 
     Args:
         cotangents: output node -> cotangent, of the output's shape and dtype.
-        wanted: inputs, or other nodes at which differentiation stops.
+        leaves: inputs, or other nodes at which differentiation stops.
         kept: whether derivatives may read the outputs (`lowering/algebra/linear.py`).
 
     Raises UnsupportedError for an operation without a derivative.
     """
-    wanted = tuple(dict.fromkeys(wanted))
-    return _Cotangents(wanted, users(cotangents) if kept else {}).run(cotangents)
+    leaves = tuple(dict.fromkeys(leaves))
+    return _Cotangents(leaves, users(cotangents) if kept else {}).run(cotangents)
 
 
 def full(d: Node, shape: Shape) -> Node:
@@ -106,14 +106,14 @@ class _Cotangents:
     """One run from outputs to inputs.
 
     Attributes:
-        wanted: where differentiation stops.
+        leaves: where differentiation stops.
         users: node -> its users; empty if derivatives may not read outputs.
         given: output -> its cotangent.
         found: node -> the summands of its cotangent so far.
         parts: node -> the cotangents of its slices so far.
     """
 
-    wanted: tuple[Node, ...]
+    leaves: tuple[Node, ...]
     users: Mapping[Node, list[Node]] = field(default_factory=dict[Node, list[Node]])
     given: Mapping[Node, Node] = field(default_factory=dict[Node, Node])
     found: dict[Node, list[Node]] = field(default_factory=dict[Node, list[Node]])
@@ -125,7 +125,7 @@ class _Cotangents:
     def run(self, cotangents: Mapping[Node, Node]) -> dict[Node, Node]:
         order = list(walk(cotangents))
         self.given = cotangents
-        self.active = set(self.wanted)
+        self.active = set(self.leaves)
         for node in order:
             if node.dtype.kind == "float" and any(o in self.active for o in node.operands):
                 self.active.add(node)
@@ -139,7 +139,7 @@ class _Cotangents:
                 d = self.total(node)
                 if d is None:
                     continue
-                if node in self.wanted:
+                if node in self.leaves:
                     out[node] = full(d, node.shape)
                 if not isinstance(node, Input):
                     self.rule(node, d)
