@@ -45,7 +45,7 @@ def described(error: BaseException) -> str:
     return f"{name}: {text.splitlines()[0]}" if text else name
 
 
-def told(command: Callable[P, R]) -> Callable[P, R]:
+def reported(command: Callable[P, R]) -> Callable[P, R]:
     """Wrap a command, so that all its failures are CodaErrors or exits that the shell expects.
 
     Raises:

@@ -35,7 +35,7 @@ from coda.border import (
     names_of,
     parse_dims,
     plain,
-    told,
+    reported,
     traced,
 )
 from coda.check import check_gradients, check_kernels
@@ -109,7 +109,7 @@ def _block(target: str, dtype: str) -> Block:
 
 
 @app.command()
-@told
+@reported
 def explain(
     target: BlockOrModel,
     *,
@@ -167,7 +167,7 @@ def explain(
 
 
 @app.command()
-@told
+@reported
 def stage(
     name: Annotated[str, typer.Argument(help="a stage, as `coda explain --passes` lists them")],
     target: Target,
@@ -216,7 +216,7 @@ def _explain_model(
 
 
 @app.command()
-@told
+@reported
 def run(
     target: Target,
     *,
@@ -267,7 +267,7 @@ def run(
 
 
 @app.command()
-@told
+@reported
 def check(
     target: Target,
     *,
@@ -321,7 +321,7 @@ def _simulate(
 
 
 @app.command(name="compile")
-@told
+@reported
 def compile_(
     target: Target,
     *,
@@ -381,7 +381,7 @@ class CacheAction(StrEnum):
 
 
 @app.command()
-@told
+@reported
 def cache(
     action: Annotated[CacheAction, typer.Argument(help="ls, size, prune, clear or path")],
 ) -> None:
@@ -403,7 +403,7 @@ def cache(
 
 
 @app.command()
-@told
+@reported
 def doctor(*, as_json: Json = False) -> None:
     """Print the versions, the GPU, the available backends, and what is missing."""
     report = examine()

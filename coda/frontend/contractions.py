@@ -65,8 +65,8 @@ def _fitting(x: Node, w: Node) -> str:
     if w.rank == 1:
         return "coda.sum(x * w) is the product with a vector"
     if x.rank and w.rank >= 2 and x.shape[-1] == w.shape[-1] != w.shape[-2]:
-        turned = "T" if w.rank == 2 else "mT"
-        return f"the axes agree if the right one is transposed: `@ w.{turned}`"
+        transposed = "T" if w.rank == 2 else "mT"
+        return f"the axes agree if the right one is transposed: `@ w.{transposed}`"
     if x.rank and w.rank > 2 and x.shape[-1] == w.shape[-2]:
         return "leading axes align at the right; each pair must be equal, or one of them 1"
     if w.rank > 2:

@@ -192,8 +192,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
         a, b = x[..., 0::2], x[..., 1::2]
     else:
         a, b = split(x, 2)
-    turned = (a * c - b * s, b * c + a * s)
-    y = stack(turned).reshape(*x.shape) if interleaved else concat(turned)
+    rotated = (a * c - b * s, b * c + a * s)
+    y = stack(rotated).reshape(*x.shape) if interleaved else concat(rotated)
     return y if rest is None else concat([y, rest])
 
 

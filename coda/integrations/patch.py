@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from coda.errors import CallError, UnsupportedError
-from coda.integrations import report as told
 from coda.integrations.dynamo import backend
 from coda.integrations.hooks import know_hooks, knows_hooks
 from coda.integrations.opaque_state import holding
+from coda.integrations.report import last_report
 from coda.integrations.weights import share_alike
 
 _calls: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
@@ -252,7 +252,7 @@ def _check(
     if inputs is None:
         return Patched(name, False, "the example does not reach it")
     modes = {m: m.training for m in layer.modules()}
-    before = len(told.last_report().graphs)
+    before = len(last_report().graphs)
     try:
         layer.eval()
         with torch.no_grad():
@@ -266,7 +266,7 @@ def _check(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    graphs = told.last_report().graphs[before:]
+    graphs = last_report().graphs[before:]
     fused, left = sum(g.fused for g in graphs), sum(sum(g.left.values()) for g in graphs)
     error, others = _distance(ours, exact), _distance(plain, exact)
     why = ""

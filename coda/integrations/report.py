@@ -61,11 +61,11 @@ class RegionReport:
             return RegionReport(graph, ops, sizes, Explanation(program), None)
         training = block.training_for(graph, requires_grad, block.memory, sizes)
         sides = [(training.forward, DEFAULT_POLICY), (training.backward, training.policy())]
-        told = [
+        parts = [
             Explanation(block.program_for(side, target, frozen=False, sizes=sizes, policy=policy))
             for side, policy in sides[: 2 if training.requires_grad else 1]
         ]
-        return RegionReport(graph, ops, sizes, told[0], told[1] if len(told) == 2 else None)
+        return RegionReport(graph, ops, sizes, parts[0], parts[1] if len(parts) == 2 else None)
 
     def settle(self, given: Mapping[str, Tensor | None]) -> None:
         """Move weights that a kernel reads as one matrix into one buffer; record all reads.
@@ -109,10 +109,10 @@ class RegionReport:
         """As plain data."""
         kept = ("launches", "hbm_bytes", "eager", "pointwise_fused", "unfused")
         sides = {"forward": self.forward, "backward": self.backward}
-        told = {k: e.json() for k, e in sides.items() if e is not None}
+        explained = {k: e.json() for k, e in sides.items() if e is not None}
         return {
             "ops": dict(Counter(self.ops)),
-            **{k: {name: v[name] for name in kept} for k, v in told.items()},
+            **{k: {name: v[name] for name in kept} for k, v in explained.items()},
             "weights": [w.json() for w in self.weights],
             "copied_bytes": self.copied,
         }

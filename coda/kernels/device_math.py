@@ -268,7 +268,7 @@ def _quarters_of_large(x: Any) -> tuple[Any, Any]:
     return cutlass.select_(below, -number, number), cutlass.select_(below, -left, left)
 
 
-def _turned(x: Any, quarter: int) -> Any:
+def _rotated(x: Any, quarter: int) -> Any:
     """sin(x + quarter · π/2), with an error of 2⁻²³, by polynomials for |r| ≤ π/4.
 
     The polynomials are those of Moshier's Cephes. The library's own function needs local memory
@@ -293,12 +293,12 @@ def _turned(x: Any, quarter: int) -> Any:
 
 def sin(a: Any) -> Any:
     """The sine of radians."""
-    return lanes(lambda x: _turned(x, 0), a)
+    return lanes(lambda x: _rotated(x, 0), a)
 
 
 def cos(a: Any) -> Any:
     """The cosine of radians."""
-    return lanes(lambda x: _turned(x, 1), a)
+    return lanes(lambda x: _rotated(x, 1), a)
 
 
 def power(a: Any, b: Any) -> Any:

@@ -22,15 +22,15 @@ def padded(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
     return torch.empty((rows, wide), dtype=dtype, device=device).narrow(1, 0, columns)
 
 
-def aligned(x: Tensor, *, turned: bool = False) -> Tensor:
+def aligned(x: Tensor, *, transposed: bool = False) -> Tensor:
     """A matrix that TMA can read: contiguous rows, with a row stride of a multiple of 16 bytes.
 
-    With `turned`, it may also be transposed (contiguous columns), which a GEMM's operands may be.
+    With `transposed`, its columns may be contiguous instead, as in the operands of a GEMM.
     Any other matrix is copied, such as an expanded one (stride 0).
     """
     size = x.element_size()
     apart = [s > 0 and s * size % 16 == 0 for s in x.stride()]
-    along = (x.stride(-1) == 1 and apart[0]) or (turned and x.stride(0) == 1 and apart[-1])
+    along = (x.stride(-1) == 1 and apart[0]) or (transposed and x.stride(0) == 1 and apart[-1])
     if along and x.data_ptr() % 16 == 0:
         return x
     copy = padded(x.shape[0], x.shape[1], x.dtype, x.device)

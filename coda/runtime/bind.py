@@ -160,11 +160,11 @@ def size_hint(size: int | torch.SymInt) -> int:
 
 def _refuse_size(node: Input, axis: int, found: torch.Size, sizes: Mapping[str, int]) -> None:
     expected = node.shape[axis].size(sizes)
-    turned = len(found) == 2 and found[1 - axis] == expected
+    transposed = len(found) == 2 and found[1 - axis] == expected
     raise CallError(
         f"axis {axis} of `{node.name}` is `{node.shape[axis]}` = {expected}",
         found=f"size {found[axis]}, with {_listed(sizes)}",
-        help=f"{node.name}.T has that size there" if turned else "",
+        help=f"{node.name}.T has that size there" if transposed else "",
     )
 
 

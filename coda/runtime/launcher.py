@@ -36,13 +36,13 @@ class State:
     """What is cached between calls of a Program, and freed with it.
 
     Attributes:
-        untold: the symbols that are not a dim of an argument by themselves.
+        implied: the symbols that are not a dim of an argument by themselves.
         loaded: loaded kernels, and constants by size and device.
         memo: prepacked operands.
-        found: replays, by donated arguments and the sizes of `untold`.
+        found: replays, by donated arguments and the sizes of `implied`.
     """
 
-    untold: tuple[str, ...]
+    implied: tuple[str, ...]
     loaded: Bounded[Hashable, Any] = field(default_factory=Bounded)
     memo: Memo = field(default_factory=Memo)
     found: Bounded[tuple[frozenset[str], tuple[int, ...]], Replays] = field(default_factory=Bounded)
@@ -53,7 +53,7 @@ class State:
         The arguments' shapes determine most sizes, but not the factors of a product such as `(H
         d)`.
         """
-        key = given, tuple(sizes.get(s, -1) for s in self.untold)
+        key = given, tuple(sizes.get(s, -1) for s in self.implied)
         if key not in self.found:
             self.found[key] = Replays()
         return self.found[key]
@@ -69,9 +69,9 @@ def state_of(program: Program) -> State:
     found = _states.get(program)
     if found is None:
         graph = program.graph
-        told = {d for i in graph.inputs for d in i.shape}
-        untold = [s for s in graph.symbols if Dim.of(s) not in told]
-        found = State(tuple(untold))
+        given = {d for i in graph.inputs for d in i.shape}
+        implied = [s for s in graph.symbols if Dim.of(s) not in given]
+        found = State(tuple(implied))
         _states[program] = found
     return found
 

@@ -31,7 +31,7 @@ from coda.runtime.call import (
 )
 from coda.runtime.donation import alone, given_up
 from coda.runtime.modes import is_transformed, opaque, refuse_vmap
-from coda.runtime.plan import Plan, SavedLayout, make_plan, plan_of, names_requiring_grad
+from coda.runtime.plan import Plan, SavedLayout, make_plan, names_requiring_grad, plan_of
 
 
 def train_block(inputs: list[Tensor], options: CallOptions) -> Sequence[Tensor]:

@@ -28,7 +28,7 @@ ARCHS = ("sm_90a", "sm_100a")
 def test_tma_reads_a_copy_of_what_is_expanded(x):
     x = x.bfloat16().as_strided(x.shape, x.stride())
     for transposed in (False, True):
-        y = aligned(x, turned=transposed)
+        y = aligned(x, transposed=transposed)
         assert y is not x
         assert 0 not in y.stride()
         assert torch.equal(x, y)

@@ -58,7 +58,7 @@ def test_a_program_keeps_a_bounded_number_of_replays_and_constants(monkeypatch):
     block = coda.parse("block b(%x: [M, H*d] f32) { %0 = reshape %x [M, H, d] return out = %0 }")
     program = block.lower(dims={"M": 4, "H": 2, "d": 8})
     state = state_of(program)
-    assert state.untold == ("H", "d")
+    assert state.implied == ("H", "d")
     for heads in (1, 2, 4, 8, 16):
         sizes = {"M": 4, "H": heads, "d": 16 // heads}
         state.of(frozenset(), sizes)

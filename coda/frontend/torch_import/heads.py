@@ -80,7 +80,7 @@ def _of_sliced_weight(node: Slice) -> Node | None:
         if one.rank == 1 or all(d == ONE for d in one.shape[:-1]):
             return part(one, one.rank - 1)
         matrix = isinstance(one, Contract) and not one.batched
-        if isinstance(one, Contract) and matrix and isinstance(_turned(one.rhs), Input):
+        if isinstance(one, Contract) and matrix and isinstance(_transposed(one.rhs), Input):
             return Contract(one.lhs, part(one.rhs, 0), one.result)
         if isinstance(one, Cast):
             inner = visit(one.arg)
@@ -94,5 +94,5 @@ def _of_sliced_weight(node: Slice) -> Node | None:
     return None if found is None else Reshape(found, node.shape)
 
 
-def _turned(node: Node) -> Node:
+def _transposed(node: Node) -> Node:
     return node.arg if isinstance(node, Permute) else node

@@ -93,7 +93,7 @@ def outward(roots: Iterable[Node]) -> list[tuple[Node, Order]]:
     return out
 
 
-def _is_turned_weight(node: Node) -> bool:
+def _is_transposed_weight(node: Node) -> bool:
     return isinstance(node, Permute) and isinstance(node.arg, Input) and node.rank == 2
 
 
@@ -103,14 +103,14 @@ def _outward(node: Node) -> Node:
         return permuted(node.arg, node.order)
     if isinstance(node, Reshape):
         return _reshape(node)
-    turned = [o for o in node.operands if isinstance(o, Permute) and not _is_turned_weight(o)]
-    if not turned:
+    moved = [o for o in node.operands if isinstance(o, Permute) and not _is_transposed_weight(o)]
+    if not moved:
         return node
     if isinstance(node, Map | Concat):
-        whole = [o for o in turned if o.rank == node.rank]
+        whole = [o for o in moved if o.rank == node.rank]
         return _elementwise(node, whole[0].order) if whole else node
     if isinstance(node, Cast | Slice | Reduce):
-        return _along(node, turned[0])
+        return _along(node, moved[0])
     return node
 
 
@@ -145,7 +145,7 @@ def _along(node: Cast | Slice | Reduce, arg: Permute) -> Node:
 def _reshape(node: Reshape) -> Node:
     """A reshape moves before a permutation that keeps the merged or split axes adjacent."""
     arg = node.arg
-    if not isinstance(arg, Permute) or _is_turned_weight(arg):
+    if not isinstance(arg, Permute) or _is_transposed_weight(arg):
         return reshaped(arg, node.to)
     groups = _groups(arg.shape, node.to)
     if groups is None:

@@ -75,7 +75,7 @@ class GemmBinding:
         splits = {s.buffer: self.body.epilogue.apart(s) for s in self.body.epilogue.stores}
         arguments = self.gemm.arguments(operands, stores, sinks, splits, self.indices())
         d = stores[source.d] if source.d else None
-        self.start(a if self.batch else run.ready(a, _turned), b, d, arguments)
+        self.start(a if self.batch else run.ready(a, _transposed), b, d, arguments)
 
     def left(self, rows: int) -> Tensor:
         """A [M, K], or [L, M, K] of a batch; of no rows as it is."""
@@ -162,10 +162,10 @@ class GemmBinding:
 
     def zeros(self, x: Tensor) -> Tensor:
         """16 columns of zeros in place of none, contiguous or transposed as `x`."""
-        turned = x.stride(0) == 1 and x.shape[0] * x.element_size() % 16 == 0
-        shape = (16, x.shape[0]) if turned else (x.shape[0], 16)
+        transposed = x.stride(0) == 1 and x.shape[0] * x.element_size() % 16 == 0
+        shape = (16, x.shape[0]) if transposed else (x.shape[0], 16)
         made = self.run.new(shape, x.dtype, "zero")
-        return made.T if turned else made
+        return made.T if transposed else made
 
     def indices(self) -> dict[str, Tensor]:
         """The index vectors [M] of sinks that pick a column, by emitted name."""
@@ -216,14 +216,14 @@ class GemmBinding:
         def made(*values: Tensor) -> Tensor:
             whole = weight_matrix(kernel, dict(zip(roots, values, strict=True)))
             whole = whole if by_halves else paired_rows(kernel, whole)
-            return aligned(whole, turned=not by_halves)
+            return aligned(whole, transposed=not by_halves)
 
         reads = run.loaded("weight reads", lambda: _weight_reads(run.program))
         read = reads.get(kernel.name)
         if read is None:  # B is an activation
             return run.ready(run.value(roots[0]), made)
         whole = None if read.why else one_below_another([run.value(n) for n in roots])
-        if whole is None or aligned(whole, turned=not by_halves) is not whole:
+        if whole is None or aligned(whole, transposed=not by_halves) is not whole:
             make = lambda: made(*map(run.value, roots))  # noqa: E731
             return run.once(("matrix", kernel.name), roots, make)
         run.in_place([run.inputs[i] for i in read.together])
@@ -257,7 +257,7 @@ class GemmCompilation(GemmBinding):
         _, n, k = self.problem
         first = self.contracts[0].rhs
         if len(self.contracts) == 1 and not self.body.epilogue.split:
-            return aligned(self.run.value(first), turned=True)
+            return aligned(self.run.value(first), transposed=True)
         return padded(n, k, first.dtype.torch, torch.device("cpu"))
 
     def tables(self) -> dict[str, Tensor]:
@@ -282,5 +282,5 @@ def _number(x: Tensor) -> Tensor:
     return x.reshape(-1).float()
 
 
-def _turned(x: Tensor) -> Tensor:
-    return aligned(x, turned=True)
+def _transposed(x: Tensor) -> Tensor:
+    return aligned(x, transposed=True)

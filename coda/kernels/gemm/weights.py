@@ -19,7 +19,7 @@ from torch import Tensor
 
 from coda.ir.graph import Input, Node, Slice, walk
 from coda.kernels.gemm.mainloop import Gemm, gemms, tiles
-from coda.lowering.algebra.roles import as_stored, base, is_turned, is_view, stacked
+from coda.lowering.algebra.roles import as_stored, base, is_transposed, is_view, stacked
 from coda.lowering.program.body import paired_columns
 from coda.lowering.program.cost import label
 from coda.lowering.program.program import Program
@@ -69,7 +69,7 @@ def _scattered(program: Program, kernel: Gemm) -> str:
     split, pairs = kernel.body.epilogue.split, tiles(kernel).tile_n // 2
     if not split:
         return ""
-    if any(is_turned(c.rhs) for c in kernel.mainloop.contracts):
+    if any(is_transposed(c.rhs) for c in kernel.mainloop.contracts):
         return "its rows are read in pairs, and it is stored transposed"
     n = kernel.mainloop.problem(program.sizes)[1]
     if n > 2 * split and split % pairs and pairs % split:
@@ -96,7 +96,7 @@ def _why(program: Program, kernel: Gemm, roots: Sequence[Node], together: Sequen
     if made:
         arguments = [n.name for n in walk(made) if isinstance(n, Input)]
         return f"it is computed of {', '.join(arguments)}"
-    if len(roots) > 1 and any(map(is_turned, roots)):
+    if len(roots) > 1 and any(map(is_transposed, roots)):
         return "siblings that are stored transposed are contiguous along columns"
     if not together and not all(_is_rows(u) for u in under):
         return "its rows are stored in another order"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from coda.ir.dims import Dim
 from coda.ir.graph import Cast, Concat, Contract, Graph, Input, Map, Node, Permute, Slice
 from coda.ir.types import DType
-from coda.lowering.algebra.roles import is_turned
+from coda.lowering.algebra.roles import is_transposed
 from coda.lowering.algebra.training import Training
 
 Names = tuple[str, ...]
@@ -124,7 +124,7 @@ def _apart(node: Node) -> Node:
     if not (isinstance(node, Slice) and node.axis == -2 and node.step == 1):
         return node
     whole = node.arg
-    if not (isinstance(whole, Contract) and is_turned(whole.lhs)):
+    if not (isinstance(whole, Contract) and is_transposed(whole.lhs)):
         return node
     lhs = _columns(whole.lhs.operands[0], node.start, node.size)
     return Contract(Permute(lhs, (1, 0)), whole.rhs, whole.result)

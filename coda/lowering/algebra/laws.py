@@ -59,7 +59,7 @@ def _contract(x: Node, w: Node) -> Node:
     return Contract(x, w, ANY)
 
 
-def _turned(x: Node) -> Node:
+def _transposed(x: Node) -> Node:
     return Permute(x, (1, 0))
 
 
@@ -246,7 +246,7 @@ def gain_into_weight(x: Node, g: Node, w: Node) -> Sides:
 @law(x="L K", g="K", u="N L")
 def gain_past_contraction_over_rows(x: Node, g: Node, u: Node) -> Sides:
     """Σ_l u (x g) = g Σ_l u x: a weight's gradient reads x without its gain."""
-    return _contract(u, _turned(_mul(x, g))), _mul(_contract(u, _turned(x)), g)
+    return _contract(u, _transposed(_mul(x, g))), _mul(_contract(u, _transposed(x)), g)
 
 
 @law(x="... K", y="... L", v="N K", w="N L", when=both_are_computed)
@@ -282,7 +282,7 @@ def negation_past_sum(x: Node) -> Sides:
 @law(x="L K")
 def transposed_twice(x: Node) -> Sides:
     """(xᵀ)ᵀ = x."""
-    return _turned(_turned(x)), x
+    return _transposed(_transposed(x)), x
 
 
 def lies_straight(nodes: Mapping[str, Node]) -> bool:
@@ -298,7 +298,7 @@ def row_sum_exchanged(x: Node, y: Node, w: Node) -> Sides:
     """
     return (
         _over("sum", _mul(x, _contract(y, w))),
-        _over("sum", _mul(y, _contract(x, _turned(w)))),
+        _over("sum", _mul(y, _contract(x, _transposed(w)))),
     )
 
 
@@ -306,7 +306,7 @@ def row_sum_exchanged(x: Node, y: Node, w: Node) -> Sides:
 def row_sum_exchanged_transposed(x: Node, y: Node, w: Node) -> Sides:
     """Σ_k x (Σ_n y wᵀ) = Σ_n y (Σ_k x w): the same for a transposed weight."""
     return (
-        _over("sum", _mul(x, _contract(y, _turned(w)))),
+        _over("sum", _mul(x, _contract(y, _transposed(w)))),
         _over("sum", _mul(y, _contract(x, w))),
     )
 

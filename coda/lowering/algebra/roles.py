@@ -52,14 +52,14 @@ def keeps_order(node: Node, under: Node) -> bool:
     return True
 
 
-def is_turned(node: Node) -> bool:
+def is_transposed(node: Node) -> bool:
     """Whether a node is a transposed matrix; a GEMM reads it without a copy."""
     return isinstance(node, Permute) and node.order == (1, 0)
 
 
 def as_stored(node: Node) -> Node:
     """The matrix in memory: a node without its transposition."""
-    return node.operands[0] if is_turned(node) else node
+    return node.operands[0] if is_transposed(node) else node
 
 
 def is_pointwise(node: Node) -> bool:
@@ -70,7 +70,7 @@ def is_pointwise(node: Node) -> bool:
 
 def over_rows(node: Contract) -> bool:
     """Whether a contraction sums over the rows of two activations, as a weight's gradient does."""
-    return is_turned(node.lhs) and is_turned(node.rhs)
+    return is_transposed(node.lhs) and is_transposed(node.rhs)
 
 
 def gemms(nodes: Iterable[Node]) -> list[Contract]:

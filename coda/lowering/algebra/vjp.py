@@ -49,7 +49,7 @@ from coda.lowering.algebra.slices import joined
 def vjp(
     cotangents: Mapping[Node, Node], leaves: Iterable[Node], *, kept: bool = False
 ) -> dict[Node, Node]:
-    """Each of `leaves` -> its cotangent, of its shape and dtype; missing if no output depends on it.
+    """Leaf -> its cotangent, of its shape and dtype; missing if no output depends on it.
 
     Args:
         cotangents: output node -> cotangent, of the output's shape and dtype.

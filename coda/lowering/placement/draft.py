@@ -29,7 +29,7 @@ from coda.ir.graph import (
 from coda.lowering.algebra.roles import (
     base,
     is_pointwise,
-    is_turned,
+    is_transposed,
     is_view,
     leaves_of,
     pointwise_leaves,
@@ -325,7 +325,7 @@ class Drafts:
         """The node whose memory a view aliases; the view itself if it needs its own memory."""
         while is_view(node):
             under = base(node)
-            free = isinstance(under, Input) or isinstance(node, Reshape) or is_turned(node)
+            free = isinstance(under, Input) or isinstance(node, Reshape) or is_transposed(node)
             free = free or self.only_in_batches(node)
             if not free and not (isinstance(node, Slice) and self.known_before(node.arg, node)):
                 return node
