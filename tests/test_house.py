@@ -121,6 +121,88 @@ def test_a_class_name_names_one_class():
     assert [name for name, count in named.items() if count > 1] == []
 
 
+FILLS = {"append", "add", "extend", "insert", "setdefault", "update"}
+
+
+def filled(tree):
+    """The names of the tables into which the statements of a tree write, and where they do."""
+    for node in ast.walk(tree):
+        called = getattr(node, "func", None)
+        if isinstance(called, ast.Attribute) and called.attr in FILLS:
+            yield ast.unparse(called.value).split(".")[0].split("[")[0], node.lineno
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            yield ast.unparse(node.value).split(".")[0].split("[")[0], node.lineno
+
+
+def at_import(tree):
+    """The expressions that a module runs when it is imported: decorators, not bodies."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield from node.decorator_list
+        elif not isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+
+
+def names_of_coda(tree):
+    """Name in a module -> (module, name) of coda that it was imported from."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "coda":
+            found |= {a.asname or a.name: (node.module[5:], a.name) for a in node.names}
+    return found
+
+
+def registrars(tree):
+    """The functions of a module that write into one of its tables: calls of them register."""
+    tables = {
+        ast.unparse(target)
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in getattr(node, "targets", [getattr(node, "target", None)])
+    }
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            own = {a.arg for a in node.args.args}
+            own |= {
+                n.id
+                for n in ast.walk(node)
+                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            }
+            if any(name in tables - own for name, _ in filled(node)):
+                yield node.name
+
+
+def registered(trees):
+    """Where a module writes into another one's table when it is imported."""
+    writers = {(m, n) for m, tree in trees.items() for n in registrars(tree)}
+    for module, tree in trees.items():
+        imported_names = names_of_coda(tree)
+        for node in at_import(tree):
+            for name, line in filled(node):
+                if name in imported_names:
+                    yield f"{module}:{line} {name}"
+            called = [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
+            yield from (
+                f"{module}:{node.lineno} {n}" for n in called if imported_names.get(n) in writers
+            )
+
+
+def test_nothing_registers_by_being_imported():
+    """Each module has a table of its own, and one place joins them."""
+    assert not list(registered({module_of(f): ast.parse(f.read_text()) for f in FILES}))
+    assert not [module_of(f) for f in FILES if "noqa: F401" in f.read_text()]
+
+
+def test_the_rule_for_registries_sees_what_is_wrong():
+    table = "RULES = {}\ndef rule(name):\n def add(f):\n  RULES[name] = f\n return add"
+    decorated = "from coda.one import rule\n@rule('a')\ndef f(): ..."
+    entered = "from coda.one import RULES as theirs\ntheirs.update(a=1)"
+    own = "from coda.one import RULES\nmine = []\nmine.append(1)\ndef f(): RULES['a'] = 1"
+    sources = {"one": table, "two": decorated, "three": entered, "four": own}
+    found = list(registered({name: ast.parse(text) for name, text in sources.items()}))
+    assert found == ["two:2 rule", "three:2 theirs"]
+
+
 def test_the_oracle_is_nobodys_base():
     """Backends share the values of a call with the reference backend, and not its executor."""
     for file in FILES:

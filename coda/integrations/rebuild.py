@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from coda.block import Block
-from coda.frontend.torch_import.aten import VIEWS
 from coda.frontend.torch_import.importer import Imported
+from coda.frontend.torch_import.operators import VIEWS
 
 aten = torch.ops.aten
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from torch.fx import Graph as FxGraph
 from torch.fx import Node as FxNode
 
-from coda.frontend.torch_import.aten import VIEWS
 from coda.frontend.torch_import.importer import products_of_batches, value_of, why_not
+from coda.frontend.torch_import.operators import VIEWS
 from coda.ir.types import from_torch
 from coda.kernels.gemm.batches import why_not as no_gemm
 

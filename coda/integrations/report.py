@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node as FxNode
 
 from coda.block import Block
-from coda.frontend.torch_import.aten import VIEWS
+from coda.frontend.torch_import.operators import VIEWS
 from coda.integrations.weights import WeightUse, settle
 from coda.ir.graph import Graph
 from coda.lowering.algebra.policy import DEFAULT_POLICY

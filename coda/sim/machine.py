@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coda.sim.checks.observe import Observer, attach
+from coda.sim.checks.observe import Observer
+from coda.sim.checks.observers import attach
 from coda.sim.ptx.decoded import Decoded, decode
 from coda.sim.ptx.parse import Instruction
 from coda.sim.tensorcore.tensor import WgmmaUnit

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from coda.frontend.torch_import.aten import RULES
+from coda.frontend.torch_import.operators import RULES
 from tests.edges.held import differences, of_block, of_coda, of_torch, take, wide
 
 aten = torch.ops.aten

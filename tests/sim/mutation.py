@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import coda.sim as sim
-from coda.sim.checks.observe import MAKERS, Observer
+from coda.sim.checks.observe import Observer
+from coda.sim.checks.observers import MAKERS
 from tests.sim.third_party.cases import Case, compare
 
 Edit = Callable[[str], str]

@@ -9,7 +9,6 @@ a rule, or with arguments that its rule refuses, is left to torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from coda.errors import UnsupportedError
 from coda.frontend import library, ops
 from coda.frontend.tensor import Tensor, matmul
-from coda.ir.dims import Shape
+from coda.frontend.torch_import.rules import OperatorRules, Result, Rule
 from coda.ir.graph import Cast, Contract, Input, walk
 from coda.ir.types import DType, bool_, f32, has_reciprocal
 
@@ -25,28 +24,8 @@ aten = torch.ops.aten
 REDUCTIONS = ("none", "mean", "sum")  # of losses, by torch's enum value
 
 
-@dataclass(frozen=True)
-class Result:
-    """Shape and dtype of an operator's (first) result, as inferred by torch."""
-
-    shape: Shape
-    dtype: DType
-
-
-Rule = Callable[..., Any]
-RULES: dict[Any, Rule] = {}
-VIEWS: set[Any] = set()  # operators that return an alias in torch
-
-
-def rule(*operators: Any, view: bool = False) -> Callable[[Rule], Rule]:
-    """Register a rule for some operators; `view`: they return aliases in torch."""
-
-    def enter(fn: Rule) -> Rule:
-        RULES.update(dict.fromkeys(operators, fn))
-        VIEWS.update(operators if view else ())
-        return fn
-
-    return enter
+TABLE = OperatorRules()
+rule = TABLE.enter
 
 
 def refuse(why: str) -> UnsupportedError:

@@ -13,9 +13,12 @@ import torch
 
 from coda.frontend import library, ops
 from coda.frontend.tensor import Tensor
-from coda.frontend.torch_import.aten import Result, Rule, cast, numbers, refuse, rule, wide
+from coda.frontend.torch_import.aten import cast, numbers, refuse, wide
+from coda.frontend.torch_import.rules import OperatorRules, Result, Rule
 
 aten = torch.ops.aten
+TABLE = OperatorRules()
+rule = TABLE.enter
 # Klambauer, Unterthiner, Mayr and Hochreiter (2017), with the digits of torch's source.
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 

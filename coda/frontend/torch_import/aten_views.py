@@ -10,11 +10,14 @@ import torch
 
 from coda.frontend import ops
 from coda.frontend.tensor import Tensor
-from coda.frontend.torch_import.aten import Result, cast, refuse, rule
+from coda.frontend.torch_import.aten import cast, refuse
+from coda.frontend.torch_import.rules import OperatorRules, Result
 from coda.ir.dims import Dim
 from coda.ir.graph import Expand, Permute, Reshape
 
 aten = torch.ops.aten
+TABLE = OperatorRules()
+rule = TABLE.enter
 
 
 @rule(

@@ -22,14 +22,11 @@ from torch.fx import Node as FxNode
 from coda.errors import CodaError, UnsupportedError, Where
 from coda.frontend.casts import seen
 from coda.frontend.tensor import Tensor
-from coda.frontend.torch_import import (
-    aten_activations,  # noqa: F401  (they register their rules)
-    aten_views,  # noqa: F401  (they register their rules)
-)
-from coda.frontend.torch_import.aten import RULES, VIEWS, Result
 from coda.frontend.torch_import.heads import heads_apart
+from coda.frontend.torch_import.operators import RULES, VIEWS
 from coda.frontend.torch_import.permutations import outward
 from coda.frontend.torch_import.row_axes import canonical, with_row_symbols
+from coda.frontend.torch_import.rules import Result
 from coda.ir.dims import Dim
 from coda.ir.graph import Contract, Graph, Input, Node, Reshape, walk
 from coda.ir.node import origin

@@ -14,7 +14,7 @@ import numpy as np
 from coda.sim.checks.clocks import PAST, SEEN
 from coda.sim.checks.flights import Flights
 from coda.sim.checks.maps import Maps
-from coda.sim.checks.observe import MAKERS, Observer
+from coda.sim.checks.observe import Observer
 from coda.sim.checks.races import NO_ORDER
 from coda.sim.ptx.parse import Instruction
 from coda.sim.tensorcore.tensor_memory import COLUMNS
@@ -77,6 +77,3 @@ def make(machine: Machine) -> list[Observer]:
     if all(level == "off" for level in machine.options.checks.values()):
         return []
     return [Exits(machine), Flights(machine)]
-
-
-MAKERS.append(make)

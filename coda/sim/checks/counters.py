@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from coda.sim.checks.observe import MAKERS, Observer
+from coda.sim.checks.observe import Observer
 from coda.sim.ptx.parse import Instruction
 from coda.sim.types import BytesMoved
 
@@ -184,6 +184,3 @@ def make(machine: Machine) -> list[Observer]:
     """Counters where any check is on."""
     on = any(level != "off" for level in machine.options.checks.values())
     return [Counters(machine)] if on else []
-
-
-MAKERS.append(make)

@@ -12,8 +12,9 @@
 
 An observer subclasses `Observer` and overrides the events it needs. It may append a `Finding` with
 `machine.find(kind, message, ins, row, address)`, which raises if the check's level is "raise". A
-function in `MAKERS` makes the observers for the resident CTAs of a launch (one `Machine` per wave),
-or none if its checks are off; state that must outlive a wave goes to `machine.grid.notes`.
+function in `observers.MAKERS` makes the observers for the resident CTAs of a launch (one `Machine`
+per wave), or none if its checks are off; state that must outlive a wave goes to
+`machine.grid.notes`.
 
 The life of an asynchronous operation (`agents.AsyncOp`): `issued` when the instruction has run,
 `moves(op, step)` just before a step moves data, `completed` after the last one, before which it
@@ -47,23 +48,6 @@ if TYPE_CHECKING:
     from coda.sim.units.agents import AsyncOp
 
 Array = NDArray[Any]
-
-
-Maker = Callable[["Machine"], "list[Observer]"]
-MAKERS: list[Maker] = []
-
-
-def attach(machine: Machine) -> Observer | None:
-    """The observer of the resident CTAs of a launch, or None if there is none."""
-    from coda.sim.checks import (
-        checks,  # noqa: F401  they add themselves to MAKERS
-        counters,  # noqa: F401  they add themselves to MAKERS
-    )
-
-    made = [observer for make in MAKERS for observer in make(machine)]
-    if len(made) > 1:
-        return Several(machine, made)
-    return made[0] if made else None
 
 
 class Observer:

@@ -261,7 +261,7 @@ class Emitter:
 
     def source(self) -> str:
         """The source of the block's function."""
-        from coda.sim.ptx.instructions import emit
+        from coda.sim.ptx.emit import emit
 
         for ins in self.block.instructions:
             try:

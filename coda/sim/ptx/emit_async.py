@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 
 from coda.sim.ptx.codegen import Emitter
-from coda.sim.ptx.instructions import Fields, rule
 from coda.sim.ptx.parse import WIDTH, Instruction, split_operands
+from coda.sim.ptx.rules import EmitterRules, Fields
 from coda.sim.types import Unsupported
 
+TABLE = EmitterRules()
+rule = TABLE.rule
 DIMENSIONS = "1d|2d|3d|4d|5d"
 HINT = "hint?L2::cache_hint"
 TX = "=mbarrier::complete_tx::bytes"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from coda.sim.ptx.codegen import Emitter, dtype_name
-from coda.sim.ptx.instructions import Fields, rule
 from coda.sim.ptx.parse import WIDTH, Instruction
+from coda.sim.ptx.rules import EmitterRules, Fields
 from coda.sim.types import Unsupported
 
+TABLE = EmitterRules()
+rule = TABLE.rule
 TYPES = "b8|u8|s8|b16|u16|s16|b32|u32|s32|f32|b64|u64|s64|f64|b128"
 SCOPES = "cta|cluster|gpu|sys"
 CACHE_HINTS = (

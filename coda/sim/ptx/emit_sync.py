@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from coda.sim.ptx.codegen import Emitter
-from coda.sim.ptx.instructions import Fields, rule
 from coda.sim.ptx.parse import Instruction
+from coda.sim.ptx.rules import EmitterRules, Fields
 from coda.sim.types import Unsupported
 
+TABLE = EmitterRules()
+rule = TABLE.rule
 SPACE = "?shared|shared::cta|shared::cluster"
 ORDER = "sem?release|relaxed|acquire scope?cta|cluster"
 CTA = "shared|shared::cta"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from coda.sim.ptx.codegen import Emitter
-from coda.sim.ptx.instructions import RULES, Fields, rule
+from coda.sim.ptx.codegen import Emit, Emitter
 from coda.sim.ptx.parse import Instruction
 from coda.sim.ptx.program import uses_and_writes
+from coda.sim.ptx.rules import EmitterRules, Fields
 from coda.sim.tensorcore import mma, tcgen05, tmem, wgmma
 from coda.sim.tensorcore.tensor import WgmmaSite
 from coda.sim.types import Unsupported
+
+TABLE = EmitterRules()
+rule = TABLE.rule
 
 
 class _Anything:
@@ -25,11 +29,11 @@ class _Anything:
         return {} if op.startswith(self.head) else None
 
 
-def parsed(head: str):  # noqa: ANN201
+def parsed(head: str) -> Callable[[Emit], Emit]:
     """Let a function emit all opcodes that begin with `head`; it refuses what is unknown."""
 
-    def add(emit):  # noqa: ANN001, ANN202
-        RULES.setdefault(head.split(".")[0], []).append((_Anything(head), emit))  # type: ignore[arg-type]
+    def add(emit: Emit) -> Emit:
+        TABLE.enter(head.split(".")[0], _Anything(head), emit)
         return emit
 
     return add

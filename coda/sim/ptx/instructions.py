@@ -1,55 +1,16 @@
-"""An instruction -> source in a block's function: control flow, moves, lanes, and all others.
-
-Each family of instructions has its rules (`grammar`) and a function that emits it. An opcode that
-no rule matches is Unsupported.
-"""
+"""Control flow, moves, lanes, and what no other module has -> source in a block's function."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
-
-from coda.sim.ptx.codegen import Emit, Emitter, arithmetic
-from coda.sim.ptx.grammar import Rule
+from coda.sim.ptx.codegen import Emitter
 from coda.sim.ptx.parse import WIDTH, Instruction
+from coda.sim.ptx.rules import EmitterRules, Fields
 from coda.sim.types import Unsupported
 from coda.sim.units import special
 from coda.sim.units.memory import GENERIC, RANK
 
-Fields = Mapping[str, str]
-RULES: dict[str, list[tuple[Rule, Emit]]] = {}
-
-
-def rule(*texts: str):  # noqa: ANN201
-    """Let a function emit the opcodes of these rules."""
-
-    def add(emit: Emit) -> Emit:
-        for text in texts:
-            one = Rule(text)
-            RULES.setdefault(one.head[0], []).append((one, emit))
-        return emit
-
-    return add
-
-
-@cache
-def _load_rules() -> None:
-    from coda.sim.ptx import emit_async, emit_memory, emit_sync, emit_tensor
-
-    assert all((emit_async, emit_memory, emit_sync, emit_tensor))
-
-
-def emit(e: Emitter, ins: Instruction) -> None:
-    """Emit one instruction; Unsupported where it is not modelled."""
-    _load_rules()
-    if arithmetic(e, ins):
-        return
-    for one, run in RULES.get(ins.op.split(".")[0], ()):
-        fields = one.match(ins.op)
-        if fields is not None:
-            run(e, ins, fields)
-            return
-    raise Unsupported(f"the instruction {ins.op} is not modelled")
+TABLE = EmitterRules()
+rule = TABLE.rule
 
 
 # control flow

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 
 from threadpoolctl import ThreadpoolController
 
@@ -19,8 +20,7 @@ _lock = threading.Lock()
 @cache
 def _controller() -> ThreadpoolController:
     """The BLAS libraries of this process; numpy has loaded its own by then."""
-    import numpy as np  # noqa: F401
-
+    import_module("numpy")
     return ThreadpoolController().select(user_api="blas")
 
 
