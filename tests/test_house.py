@@ -267,15 +267,10 @@ def test_files_and_functions_are_short():
 
 
 def test_options_are_given_by_name():
-    """At most six positional parameters, and no bool among them.
-
-    The simulator's units are called by generated code, with a warp and its lanes before all else.
-    There only a bool with a default is an option.
-    """
+    """At most six positional parameters, and no bool among them."""
     wrong = []
     for file in FILES:
         module = module_of(file)
-        simulator = module.startswith("sim.")
         for name, node, method in functions(ast.parse(file.read_text())):
             given = positional(node, method)
             if not is_ours(module, node) or not is_public(name):
@@ -284,10 +279,10 @@ def test_options_are_given_by_name():
                 arg.arg
                 for arg, value in given
                 if (isinstance(value, ast.Constant) and isinstance(value.value, bool))
-                or (not simulator and arg.annotation and ast.unparse(arg.annotation) == "bool")
+                or (arg.annotation and ast.unparse(arg.annotation) == "bool")
             ]
             wrong += [f"{module}.{name}: {flag}" for flag in flags]
-            if len(given) > 6 and not simulator:
+            if len(given) > 6:
                 wrong.append(f"{module}.{name}: {len(given)} parameters")
     assert not wrong
 

@@ -213,20 +213,20 @@ class Machine:
     # calls of the observer
 
     def saw_shared(
-        self, ins: Instruction, g: Any, m: Any, index: Array, nbytes: int, write: bool
+        self, ins: Instruction, g: Any, m: Any, index: Array, nbytes: int, *, write: bool
     ) -> None:
         """Call the observer for an access to shared memory."""
         assert self.observer is not None
         at = spread(index, self.shape)
-        self.observer.shared_access(ins, g, m, at, nbytes, write)
+        self.observer.shared_access(ins, g, m, at, nbytes, write=write)
 
     def saw_global(
-        self, ins: Instruction, g: Any, m: Any, addresses: Array, nbytes: int, write: bool
+        self, ins: Instruction, g: Any, m: Any, addresses: Array, nbytes: int, *, write: bool
     ) -> None:
         """Call the observer for an access to global memory."""
         assert self.observer is not None
         at = spread(addresses, self.shape)
-        self.observer.global_access(ins, g, m, at, nbytes, write)
+        self.observer.global_access(ins, g, m, at, nbytes, write=write)
 
     # program counters of lanes
 

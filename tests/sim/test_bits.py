@@ -90,7 +90,7 @@ def test_a_chain_of_tcgen05_has_the_bits_of_its_instructions(kind, a, d, ctas):
     def run(parts, enable):
         tmems = start.copy()
         for part in parts:
-            tcgen05.accumulate(form, smems, tmems, 0, part, enable, [0] * 4 * ctas)
+            tcgen05.accumulate(form, smems, tmems, 0, part, enable=enable, disabled=[0] * 4 * ctas)
             enable = True
         return tmems
 
@@ -122,9 +122,9 @@ def test_steps_do_not_depend_on_the_scales_of_others():
         ["[d]", "a", "b", "i", "[sa]", "[sb]", "p"],
     )
     one, other = start.copy(), start.copy()
-    tcgen05.accumulate(form, smem, one, 0, steps, False)
+    tcgen05.accumulate(form, smem, one, 0, steps, enable=False)
     for k, step in enumerate(steps):
-        tcgen05.accumulate(form, smem, other, 0, [step], bool(k))
+        tcgen05.accumulate(form, smem, other, 0, [step], enable=bool(k))
     assert same_bits(one, other)
 
 

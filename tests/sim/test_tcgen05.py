@@ -167,7 +167,7 @@ def test_products_of_all_kinds_and_layouts(case):
     tmems[cta, lane, column] = old.view(bits)
     operands = ["[d]", "[a]" if in_tmem else "a", "b", "idesc", "{m}", "p"]
     form = parse_mma(f"tcgen05.mma.cta_group::{ctas}.kind::{kind}", operands)
-    tcgen05.accumulate(form, smems, tmems, 0, steps, keep, [0] * 4 * ctas)
+    tcgen05.accumulate(form, smems, tmems, 0, steps, enable=keep, disabled=[0] * 4 * ctas)
     got = tmems[cta, lane, column].astype(bits).view(word).astype(np.float64)
     exact = want + keep * old.astype(np.float64)
     close(got, exact, 0 if d == "s32" else 2.0**-10 if d == "f16" else 2.0**-20)
@@ -237,7 +237,7 @@ def test_products_with_block_scales(case):
         ["[d]", "a", "b", "idesc", "[sa]", "[sb]", "p"],
     )
     step = MmaOperands(left, right, idesc, 300 | ids[0] << 30, 320)
-    tcgen05.accumulate(form, smems, tmems, 0, [step], False)
+    tcgen05.accumulate(form, smems, tmems, 0, [step], enable=False)
     want, exact = (va * fa) @ (vb * fb).T, np.abs(va * fa) @ np.abs(vb * fb).T
     for row in range(m):
         for column in (0, 1, n // 2 - 1, n // 2, n - 1):
@@ -267,7 +267,7 @@ def test_disabled_lanes_keep_their_values():
     tmem[:] = np.float32(7).view(np.uint32)
     form = parse_mma("tcgen05.mma.cta_group::1.kind::f16", ["[d]", "a", "b", "i", "{m}", "p"])
     masks = [0x0F0F0F0F, 0, 0xFFFFFFFF, 1]
-    tcgen05.accumulate(form, [smem], [tmem], 64, [step], False, masks)
+    tcgen05.accumulate(form, [smem], [tmem], 64, [step], enable=False, disabled=masks)
     got = tmem.view(np.float32)[:, 64:96]
     for lane in range(128):
         off = masks[lane // 32] >> lane % 32 & 1
@@ -281,14 +281,14 @@ def test_old_accumulators_are_scaled_down():
     form = parse_mma("tcgen05.mma.cta_group::1.kind::f16", ["[d]", "a", "b", "i", "p", "3"])
     assert form.scale_d == 3
     assert not form.masked
-    tcgen05.accumulate(form, [smem], [tmem], 0, [step], True)
+    tcgen05.accumulate(form, [smem], [tmem], 0, [step], enable=True)
     assert np.abs(tmem.view(np.float32)[:, :32] - (want + 8)).max() < 1e-4
 
 
 def test_half_the_lanes_at_lane_16():
     smem, tmem, want, step = simple(np.random.default_rng(2), m=64)
     form = parse_mma("tcgen05.mma.cta_group::1.kind::f16", ["[d]", "a", "b", "i", "p"])
-    tcgen05.accumulate(form, [smem], [tmem], 16 << 16 | 100, [step], False)
+    tcgen05.accumulate(form, [smem], [tmem], 16 << 16 | 100, [step], enable=False)
     for row in range(64):
         _, lane, _ = lane_of(64, 1, 32, row, 0, 16)
         assert np.abs(tmem.view(np.float32)[lane, 100:132] - want[row]).max() < 1e-4
@@ -300,7 +300,7 @@ def test_integers_saturate_when_asked():
         smem, tmem, want, step = simple(np.random.default_rng(3), kind="i8", more=more)
         tmem[:] = np.int32(2**31 - 1).view(np.uint32)
         form = parse_mma("tcgen05.mma.cta_group::1.kind::i8", ["[d]", "a", "b", "i", "p"])
-        tcgen05.accumulate(form, [smem], [tmem], 0, [step], True)
+        tcgen05.accumulate(form, [smem], [tmem], 0, [step], enable=True)
         total = want.astype(np.int64) + 2**31 - 1
         wrapped = (total + 2**31) % 2**32 - 2**31
         expected = np.minimum(total, top) if top else wrapped
@@ -320,10 +320,10 @@ def test_extreme_scales_do_not_overflow_on_the_way():
         ["[d]", *"abi", "s", "t", "p"],
     )
     step = MmaOperands(left, right, instruct("mxf8f6f4", 128, 32, "e4m3", "e4m3"), 300, 320)
-    tcgen05.accumulate(form, [smem], [tmem], 0, [step], False)
+    tcgen05.accumulate(form, [smem], [tmem], 0, [step], enable=False)
     assert np.abs(tmem.view(np.float32)[:, :32] - va @ vb.T).max() < 1e-4
     tmem[5, 300] = 255
-    tcgen05.accumulate(form, [smem], [tmem], 0, [step], False)
+    tcgen05.accumulate(form, [smem], [tmem], 0, [step], enable=False)
     assert np.isnan(tmem.view(np.float32)[5, :32]).all()
     assert not np.isnan(tmem.view(np.float32)[6, :32]).any()
 
@@ -394,10 +394,12 @@ def test_matrix_descriptors_and_places_that_are_refused():
     form = parse_mma("tcgen05.mma.cta_group::1.kind::f16", ["[d]", "a", "b", "i", "p"])
     for bad in (1 << 14, 1 << 46, 1 << 49, 1 << 52, 1 << 53, 1 << 61):
         with pytest.raises(Unsupported, match="tcgen05"):
-            tcgen05.accumulate(form, [smem], [tmem], 0, [step._replace(a=step.a ^ bad)], False)
+            tcgen05.accumulate(
+                form, [smem], [tmem], 0, [step._replace(a=step.a ^ bad)], enable=False
+            )
     for d, word in ((490, "column"), (16 << 16, "lane"), (128 << 16, "lane 128")):
         with pytest.raises(Fault, match=word):
-            tcgen05.accumulate(form, [smem], [tmem], d, [step], False)
+            tcgen05.accumulate(form, [smem], [tmem], d, [step], enable=False)
     shape = tcgen05.decode_shape(form, step.idesc | 1 << 16)
     with pytest.raises(Unsupported, match="mn-major"):
         tcgen05.b_offsets(form, shape, describe(0, 128, 512, 512, 32))

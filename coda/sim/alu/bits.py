@@ -93,7 +93,7 @@ def lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
     return out
 
 
-def funnel(left: bool, wrap: bool) -> Run:
+def funnel(*, left: bool, wrap: bool) -> Run:
     """shf: shift the 64 bits b:a and keep the upper (left) or lower half."""
 
     def run(a: Array, b: Array, n: Array) -> Array:
@@ -186,7 +186,7 @@ def nth_set(mask: Array, base: Array, offset: Array) -> Array:
     return out
 
 
-def extend(wrap: bool) -> Run:
+def extend(*, wrap: bool) -> Run:
     """szext: the low n bits of a, extended to 32; n beyond that: a itself (clamp), or n % 32."""
 
     def run(a: Array, n: Array) -> Array:
@@ -198,7 +198,7 @@ def extend(wrap: bool) -> Run:
     return run
 
 
-def mask(wrap: bool) -> Run:
+def mask(*, wrap: bool) -> Run:
     """bmsk: `length` one bits from position `at`."""
 
     def run(at: Array, length: Array) -> Array:

@@ -187,7 +187,7 @@ def _halves(table: Table) -> None:
     for kind, mode, clamp, finite in product(
         ("f16", "bf16"), ("rn", "rz"), (False, True), (False, True)
     ):
-        one = narrow.to_half(kind, mode, clamp, finite)
+        one = narrow.to_half(kind, mode, clamp=clamp, finite=finite)
         stem = f"cvt.{mode}{'.relu' if clamp else ''}{'.satfinite' if finite else ''}"
         if clamp or finite:
             define(table, f"{stem}.{kind}.f32", one, "b16", "f32")

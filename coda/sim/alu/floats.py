@@ -325,7 +325,7 @@ def decode(bits: Array, name: str) -> Array:
     return decode_table(name)[bits.astype(u8)]
 
 
-def encode_scale(x: Array, up: bool, finite: bool) -> Array:
+def encode_scale(x: Array, *, up: bool, finite: bool) -> Array:
     """Codes (u32) of the power of two below or above |x| (ue8m0: exponent + 127, 255 a NaN)."""
     size = np.abs(x.astype(f64))
     fraction, power = np.frexp(size)  # size = fraction * 2^power, fraction in [1/2, 1)

@@ -222,7 +222,7 @@ def _fields(table: Table) -> None:
         define(table, f"lop3.{name}.b32|", lop3, "b32|pred", *["b32"] * 4, "pred")
     for left, wrap in product((True, False), (True, False)):
         op = f"shf.{'l' if left else 'r'}.{'wrap' if wrap else 'clamp'}.b32"
-        define(table, op, bits.funnel(left, wrap), "b32", "b32", "b32", "u32")
+        define(table, op, bits.funnel(left=left, wrap=wrap), "b32", "b32", "b32", "u32")
     for t in ("u32", "s32", "u64", "s64"):
         define(table, f"bfe.{t}", bits.extract, t, t, "u32", "u32")
         define(table, f"bfind.{t}", bits.find, "u32", t)
@@ -234,8 +234,8 @@ def _fields(table: Table) -> None:
     define(table, "fns.b32", bits.nth_set, "b32", "b32", "u32", "s32")
     for wrap in (True, False):
         mode = "wrap" if wrap else "clamp"
-        define(table, f"szext.{mode}.{{u32,s32}}", bits.extend(wrap), "T", "T", "u32")
-        define(table, f"bmsk.{mode}.b32", bits.mask(wrap), "b32", "u32", "u32")
+        define(table, f"szext.{mode}.{{u32,s32}}", bits.extend(wrap=wrap), "T", "T", "u32")
+        define(table, f"bmsk.{mode}.b32", bits.mask(wrap=wrap), "b32", "u32", "u32")
 
 
 def fill(table: Table) -> None:

@@ -37,7 +37,7 @@ def pack(high: Array, low: Array) -> Array:
     return (high.astype(u32) << u32(16)) | low
 
 
-def to_half(kind: str, mode: str, clamp: bool, finite: bool) -> Run:
+def to_half(kind: str, mode: str, *, clamp: bool, finite: bool) -> Run:
     """A conversion of f32 to the bits of f16 or bf16."""
 
     def run(x: Array) -> Array:
@@ -93,7 +93,7 @@ def _narrow(table: Table) -> None:
         define(table, f"{stem}.f16x2", lambda x, f=run: f(*_two(x, "f16")), byte, "b32")
         define(table, f"{stem}.bf16x2", lambda x, f=run: f(*_two(x, "bf16")), byte, "b32")
         for kind, finite in (("f16", False), ("bf16", False), ("bf16", True)):
-            unpack, scaled = _narrow_unpack(name, to_half(kind, "rn", clamp, finite))
+            unpack, scaled = _narrow_unpack(name, to_half(kind, "rn", clamp=clamp, finite=finite))
             sat = ".satfinite" if finite else ""
             define(table, f"cvt.rn{mark}{sat}.{kind}x2.{name}x2", unpack, "b32", byte)
             if kind == "bf16":
@@ -139,7 +139,7 @@ def _scales(table: Table) -> None:
     for mode, finite in product(("rz", "rp"), (False, True)):
 
         def pair(high: Array, low: Array, up: bool = mode == "rp", finite: bool = finite) -> Array:
-            top, bottom = encode_scale(high, up, finite), encode_scale(low, up, finite)
+            top, bottom = (encode_scale(x, up=up, finite=finite) for x in (high, low))
             return ((top << u32(8)) | bottom).astype(u16)
 
         stem = f"cvt.{mode}{'.satfinite' if finite else ''}.ue8m0x2"
@@ -183,7 +183,7 @@ def _fixed(table: Table) -> None:
 
 
 def _fixed_unpack(finite: bool, clamp: bool) -> Run:
-    down = to_half("bf16", "rn", clamp, finite)
+    down = to_half("bf16", "rn", clamp=clamp, finite=finite)
 
     def run(x: Array, scale: Array = _UNIT) -> Array:
         out = []

@@ -59,7 +59,7 @@ class Blocks(Races):
     # accesses by lanes
 
     def global_access(
-        self, ins: Instruction, g: Any, m: Any, addresses: Array, nbytes: int, write: bool
+        self, ins: Instruction, g: Any, m: Any, addresses: Array, nbytes: int, *, write: bool
     ) -> None:
         rows = np.broadcast_to(self.machine.rows(g)[:, None], addresses.shape)
         r, at = (rows.ravel(), addresses.ravel()) if m is None else (rows[m], addresses[m])
@@ -162,7 +162,7 @@ class Blocks(Races):
     # accesses by units
 
     def unit_abroad(
-        self, op: AsyncOp, where: Any, nbytes: int, channel: tuple[int, int], write: bool
+        self, op: AsyncOp, where: Any, nbytes: int, channel: tuple[int, int], *, write: bool
     ) -> None:
         starts = np.atleast_1d(np.asarray(where, np.int64))
         if not len(starts) or nbytes < 4:

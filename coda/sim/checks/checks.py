@@ -63,7 +63,7 @@ class Exits(Maps):
         late, _ = self.tensor.unordered(ids, seen.__getitem__, 0)
         if late.any():
             event = int(ids[late][0])
-            self.conflict(ins, row, column, event, False, "frees")
+            self.conflict(ins, row, column, event, "frees")
         sets = self.tensor.readers.reshape(-1, 128, COLUMNS)[at]
         found = self.tensor.still_reading(sets, seen)
         if found:

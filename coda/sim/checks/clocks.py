@@ -231,7 +231,7 @@ class Clocks:
         for view in (SEEN, ASYNC, PAST) if proxy else (SEEN, PAST):
             self.at[row, view, component] = max(int(self.at[row, view, component]), clock)
 
-    def fence(self, row: int, proxy: bool) -> None:
+    def fence(self, row: int, *, proxy: bool) -> None:
         """A warp's fence makes SEEN visible to the async proxy (else to mbarriers only)."""
         at = self.at[row]
         if proxy:

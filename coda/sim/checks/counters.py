@@ -55,7 +55,7 @@ class Tally:
             return None
         return self.all[k]
 
-    def runs(self, kind: int, write: bool, starts: Array, length: int) -> None:
+    def runs(self, kind: int, starts: Array, length: int, *, write: bool) -> None:
         """Count runs of `length` contiguous bytes at `starts`, moved by access class `kind`."""
         if not len(starts) or not length:
             return
@@ -64,14 +64,14 @@ class Tally:
             return
         low, high = int(starts.min()), int(starts.max()) + length
         if found.base <= low and high <= found.base + found.nbytes:
-            self._add(found, kind, write, starts, length)
+            self._add(found, kind, starts, length, write=write)
             return
         owner = np.searchsorted(np.array(self.starts), starts, "right")
         for k in np.unique(owner).tolist():
             if k:
-                self._add(self.all[k - 1], kind, write, starts[owner == k], length)
+                self._add(self.all[k - 1], kind, starts[owner == k], length, write=write)
 
-    def _add(self, found: Marks, kind: int, write: bool, starts: Array, length: int) -> None:
+    def _add(self, found: Marks, kind: int, starts: Array, length: int, *, write: bool) -> None:
         found.moved[kind, int(write)] += len(starts) * length
         self._mark(found.marks, starts - found.base, length, np.uint8(1 << (kind + 4 * write)))
 
@@ -107,10 +107,10 @@ class Counters(Observer):
     # global memory
 
     def global_access(
-        self, ins: Instruction, g: Any, m: Any, addresses: Array, nbytes: int, write: bool
+        self, ins: Instruction, g: Any, m: Any, addresses: Array, nbytes: int, *, write: bool
     ) -> None:
         at = addresses.ravel() if m is None else addresses[m]
-        self.tally.runs(0, write, at.astype(np.int64), nbytes)
+        self.tally.runs(0, at.astype(np.int64), nbytes, write=write)
 
     def atomic(
         self, ins: Instruction, g: Any, m: Any, space: str, where: Array, nbytes: int
@@ -119,8 +119,8 @@ class Counters(Observer):
             return
         at = (where.ravel() if m is None else where[m]).astype(np.int64)
         if ins.op.startswith("atom"):
-            self.tally.runs(0, False, at, nbytes)
-        self.tally.runs(0, True, at, nbytes)
+            self.tally.runs(0, at, nbytes, write=False)
+        self.tally.runs(0, at, nbytes, write=True)
 
     def issued(self, op: AsyncOp) -> None:
         if op.unit not in CLASSES:
@@ -129,12 +129,12 @@ class Counters(Observer):
         for write, touched in ((False, op.reads), (True, op.writes)):
             for space, where, nbytes in touched:
                 if space == "global":
-                    self.tally.runs(kind, write, np.atleast_1d(where), nbytes)
+                    self.tally.runs(kind, np.atleast_1d(where), nbytes, write=write)
 
     # banks of shared memory
 
     def shared_access(
-        self, ins: Instruction, g: Any, m: Any, index: Array, nbytes: int, write: bool
+        self, ins: Instruction, g: Any, m: Any, index: Array, nbytes: int, *, write: bool
     ) -> None:
         self.machine.result.bank_conflicts += conflicts(index, m, nbytes)
 

@@ -177,7 +177,7 @@ class Flights(Observer):
             what = "its registers were accessed since the last wgmma.fence"
             self._find("in-flight", ins, int(rows[int(touched.argmax())]), what)
 
-    def waited(self, ins: Instruction, row: int, ops: list[AsyncOp], reading: bool) -> None:
+    def waited(self, ins: Instruction, row: int, ops: list[AsyncOp], *, reading: bool) -> None:
         if ins.op.startswith("wgmma.wait"):
             for op in ops:
                 for product in op.chain:

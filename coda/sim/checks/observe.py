@@ -70,12 +70,12 @@ class Observer:
     # generic accesses, by lanes
 
     def global_access(
-        self, ins: Instruction, g: Any, m: Any, addresses: Array, nbytes: int, write: bool
+        self, ins: Instruction, g: Any, m: Any, addresses: Array, nbytes: int, *, write: bool
     ) -> None:
         """Each active lane accesses `nbytes` of global memory at its address."""
 
     def shared_access(
-        self, ins: Instruction, g: Any, m: Any, index: Array, nbytes: int, write: bool
+        self, ins: Instruction, g: Any, m: Any, index: Array, nbytes: int, *, write: bool
     ) -> None:
         """Each active lane accesses `nbytes` of shared memory; reads come before the access.
 
@@ -88,7 +88,7 @@ class Observer:
         """Each active lane does an atomic operation; space is "shared" or "global"."""
 
     def matrix_access(
-        self, ins: Instruction, row: int, index: Array, nbytes: int, write: bool
+        self, ins: Instruction, row: int, index: Array, nbytes: int, *, write: bool
     ) -> None:
         """A warp accesses `nbytes` at each index of shared memory: alloc, tensormap.replace."""
 
@@ -106,7 +106,7 @@ class Observer:
     def completed(self, op: AsyncOp) -> None:
         """The last step of an operation has run."""
 
-    def waited(self, ins: Instruction, row: int, ops: list[AsyncOp], reading: bool) -> None:
+    def waited(self, ins: Instruction, row: int, ops: list[AsyncOp], *, reading: bool) -> None:
         """A warp has waited for operations, or (`reading`) for their reading of operands only."""
 
     # synchronisation
@@ -173,9 +173,9 @@ class Several(Observer):
 
 
 def _tell(told: list[Callable[..., None]]) -> Callable[..., None]:
-    def tell(*args: Any) -> None:
+    def tell(*args: Any, **options: bool) -> None:
         for each in told:
-            each(*args)
+            each(*args, **options)
 
     return tell
 

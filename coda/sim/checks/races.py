@@ -82,11 +82,10 @@ class Races(Observer):
         return f"{self.clocks.owner(component)} {verb}{line}"
 
     def unwritten(self, ins: Instruction, row: int, word: int, memory: str) -> None:
-        what = f"reads {memory} that is uninitialised"
-        self.find("uninitialised", what, ins, row, word)
+        self.find("uninitialised", f"reads {memory} that is uninitialised", ins, row, word)
 
     def conflict(
-        self, ins: Instruction, row: int, word: int, event: int, fence: bool, doing: str
+        self, ins: Instruction, row: int, word: int, event: int, doing: str, *, fence: bool = False
     ) -> None:
         """Report an access not ordered after the event that wrote the word."""
         component = int(self.events.component[event])
@@ -96,15 +95,14 @@ class Races(Observer):
 
     def overwrites(self, ins: Instruction, row: int, word: int, event: int) -> None:
         """Report a write not ordered after an event that reads the word."""
-        who = self.events.who(event)
-        component = int(self.events.component[event])
+        who, component = self.events.who(event), int(self.events.component[event])
         what = f"overwrites data that {self.earlier(component, who, 'reads')}, {NO_ORDER}"
         self.find("race", what, ins, row, word, who)
 
     # accesses by lanes
 
     def shared_access(
-        self, ins: Instruction, g: Any, m: Any, index: Array, nbytes: int, write: bool
+        self, ins: Instruction, g: Any, m: Any, index: Array, nbytes: int, *, write: bool
     ) -> None:
         words = max(nbytes // 4, 1)
         at = index // (4 * words)
@@ -118,7 +116,7 @@ class Races(Observer):
             self._lanes(ins, r, at, words, write, flags)
 
     def matrix_access(
-        self, ins: Instruction, row: int, index: Array, nbytes: int, write: bool
+        self, ins: Instruction, row: int, index: Array, nbytes: int, *, write: bool
     ) -> None:
         words = nbytes // 4
         at = index // nbytes
@@ -128,7 +126,7 @@ class Races(Observer):
         self, ins: Instruction, g: Any, m: Any, space: str, where: Array, nbytes: int
     ) -> None:
         if space == "shared":
-            self.shared_access(ins, g, m, where, nbytes, True)
+            self.shared_access(ins, g, m, where, nbytes, write=True)
 
     def _lanes(
         self, ins: Instruction, r: Array, at: Array, words: int, write: bool, flags: int
@@ -146,7 +144,7 @@ class Races(Observer):
             k, j = np.unravel_index(int(late.argmax()), late.shape)
             doing = "overwrites" if write else "reads"
             where = self._address(at[k] * words + j)
-            self.conflict(ins, int(r[k]), where, int(ids[k, j]), False, doing)
+            self.conflict(ins, int(r[k]), where, int(ids[k, j]), doing)
         self._remote(ins, r, at, words)
         if write:
             self._lanes_write(ins, r, at, words, flags)
@@ -185,7 +183,9 @@ class Races(Observer):
         if not flags and lost.any():  # two warps write a word at one instruction
             k = int(lost.argmax())
             event = int(writers[at[k]].max())
-            self.conflict(ins, int(r[k]), self._address(at[k] * words), event, False, "overwrites")
+            self.conflict(
+                ins, int(r[k]), self._address(at[k] * words), event, "overwrites", fence=False
+            )
 
     def _remote(self, ins: Instruction, r: Array, at: Array, words: int) -> None:
         """Record accesses to the shared memory of other CTAs, which must not exit before them."""
@@ -275,7 +275,7 @@ class Races(Observer):
         """A unit accesses a piece of memory."""
         space, where, nbytes = touched
         if space == "global":
-            self.unit_abroad(op, where, nbytes, channel, write)
+            self.unit_abroad(op, where, nbytes, channel, write=write)
             return
         proxy = space == "shared" and op.unit not in ("cp.async", "st.async")
         flags = (PROXY if proxy else 0) | (STRONG if op.ins.op.startswith(STRONGS) else 0)
@@ -313,7 +313,7 @@ class Races(Observer):
             shadow.unit_reads(readers, at, event)
 
     def unit_abroad(
-        self, op: AsyncOp, where: Any, nbytes: int, channel: tuple[int, int], write: bool
+        self, op: AsyncOp, where: Any, nbytes: int, channel: tuple[int, int], *, write: bool
     ) -> None:
         """A unit accesses global memory: see blocks.py."""
 
@@ -335,7 +335,7 @@ class Races(Observer):
         for fence, bad in ((False, late), (True, hidden)):
             if bad is not None and bad.any():
                 event = int(ids.ravel()[int(bad.argmax())])
-                self.conflict(op.ins, op.row, base, event, fence, doing)
+                self.conflict(op.ins, op.row, base, event, doing, fence=fence)
 
     def _in_order(self, event: int, block: Array, flags: int, own: int) -> bool:
         """Whether one event comes before an access of a unit, as `Shadow.unordered` for many."""
@@ -366,7 +366,7 @@ class Races(Observer):
                     self.clocks.learn(row, *channel)
                 self.loads[row] = [x for x in loads if x[1] not in used]
 
-    def waited(self, ins: Instruction, row: int, ops: list[AsyncOp], reading: bool) -> None:
+    def waited(self, ins: Instruction, row: int, ops: list[AsyncOp], *, reading: bool) -> None:
         clocks = self.clocks
         if ins.op.startswith("tcgen05.wait"):
             kind = "tcgen05.ld" if "::ld" in ins.op else "tcgen05.st"
@@ -392,7 +392,7 @@ class Races(Observer):
         if m is not None:
             rows = rows[m.any(1)]
         for row in rows.tolist():
-            self.clocks.fence(row, proxy)
+            self.clocks.fence(row, proxy=proxy)
 
     def barrier_init(self, ins: Instruction, row: int, key: int) -> None:
         clocks = self.clocks

@@ -49,7 +49,7 @@ class Device:
     """
 
     def __init__(
-        self, arch: str, sms: int, options: Options, lineinfo: bool, cache: Path | None
+        self, arch: str, sms: int, options: Options, *, lineinfo: bool, cache: Path | None
     ) -> None:
         if arch not in ARCHES:
             raise ValueError(f"arch is {' or '.join(ARCHES)}, not {arch!r}")
@@ -241,4 +241,5 @@ def device(
     else:
         levels.update(checks)
     options = Options(schedule, seed, levels, instructions)
-    return Device(arch, sms, options, lineinfo, None if cache is None else Path(cache))
+    found = None if cache is None else Path(cache)
+    return Device(arch, sms, options, lineinfo=lineinfo, cache=found)

@@ -50,8 +50,8 @@ def _tensor_load(e: Emitter, ins: Instruction, f: Fields) -> None:
     multicast = e.value(ins.operands[3], "u16") if f["multicast"] else "None"
     pair = "cta_group::2" in (f["g1"], f["g2"])
     e.line(
-        f"M.transfers.load({e.site(ins)}, g, {e.mask(ins)}, {to}, {source}, {coords}, {barrier}, "
-        f"{_mode(f)}, {multicast}, {pair})"
+        f"M.transfers.load({e.site(ins)}, g, {e.mask(ins)}, {to}, {source}, {coords}, "
+        f"barrier={barrier}, mode={_mode(f)}, multicast={multicast}, pair={pair})"
     )
 
 
@@ -66,7 +66,7 @@ def _tensor_store(e: Emitter, ins: Instruction, f: Fields) -> None:
     source = _place(e, ins.operands[1])
     e.line(
         f"M.transfers.store({e.site(ins)}, g, {e.mask(ins)}, {to}, {coords}, {source}, "
-        f"{_mode(f)}, {f.get('op', '')!r})"
+        f"mode={_mode(f)}, reduction={f.get('op', '')!r})"
     )
 
 
@@ -79,7 +79,7 @@ def _bulk_load(e: Emitter, ins: Instruction, f: Fields) -> None:
     multicast = e.value(ins.operands[4], "u16") if f["multicast"] else "None"
     e.line(
         f"M.transfers.bulk_load({e.site(ins)}, g, {e.mask(ins)}, {to}, {source}, {size}, "
-        f"{barrier}, {multicast})"
+        f"barrier={barrier}, multicast={multicast})"
     )
 
 
@@ -97,7 +97,7 @@ def _bulk_cluster(e: Emitter, ins: Instruction, f: Fields) -> None:
     reduction = (f["op"], f["type"]) if "op" in f else None
     e.line(
         f"M.transfers.bulk_to_cluster({e.site(ins)}, g, {e.mask(ins)}, {to}, {source}, {size}, "
-        f"{barrier}, {reduction})"
+        f"barrier={barrier}, reduction={reduction})"
     )
 
 
@@ -112,7 +112,7 @@ def _bulk_store(e: Emitter, ins: Instruction, f: Fields) -> None:
     reduction = (f["op"], f["type"]) if "op" in f else None
     e.line(
         f"M.transfers.bulk_store({e.site(ins)}, g, {e.mask(ins)}, {to}, {source}, {size}, "
-        f"{reduction})"
+        f"reduction={reduction})"
     )
 
 
@@ -124,7 +124,8 @@ def _commit(e: Emitter, ins: Instruction, f: Fields) -> None:
 @rule("cp.async.bulk.wait_group read?read")
 def _wait(e: Emitter, ins: Instruction, f: Fields) -> None:
     n = int(ins.operands[0], 0)
-    e.line(f"M.transfers.wait({e.site(ins)}, g, {e.mask(ins)}, {n}, {bool(f['read'])})")
+    reading = bool(f["read"])
+    e.line(f"M.transfers.wait({e.site(ins)}, g, {e.mask(ins)}, {n}, reading={reading})")
 
 
 @rule(
@@ -139,7 +140,7 @@ def _store_async(e: Emitter, ins: Instruction, f: Fields) -> None:
     reduction = (f["op"], kind) if "op" in f else None
     e.line(
         f"M.transfers.store_async({e.site(ins)}, g, {e.mask(ins)}, {to}, [{values}], {barrier}, "
-        f"{reduction})"
+        f"reduction={reduction})"
     )
 
 
@@ -154,7 +155,8 @@ def _try_cancel(e: Emitter, ins: Instruction, f: Fields) -> None:
     to, barrier = _place(e, ins.operands[0]), _place(e, ins.operands[1])
     every = bool(f["multicast"])
     e.line(
-        f"M.launch_control.try_cancel({e.site(ins)}, g, {e.mask(ins)}, {to}, {barrier}, {every})"
+        f"M.launch_control.try_cancel({e.site(ins)}, g, {e.mask(ins)}, {to}, {barrier}, "
+        f"every={every})"
     )
 
 
@@ -191,8 +193,8 @@ def _replace(e: Emitter, ins: Instruction, f: Fields) -> None:
     index = int(ins.operands[1], 0) if len(ins.operands) == 3 else None
     value = e.value(ins.operands[-1], f["type"])
     e.line(
-        f"M.launch_control.replace({e.site(ins)}, g, {e.mask(ins)}, {f['space']!r}, {place}, "
-        f"{f['field']!r}, {index}, {value})"
+        f"M.launch_control.replace({e.site(ins)}, g, {e.mask(ins)}, {place}, {value}, "
+        f"space={f['space']!r}, field={f['field']!r}, index={index})"
     )
 
 

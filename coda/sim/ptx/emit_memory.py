@@ -46,7 +46,8 @@ def _ld_param(e: Emitter, ins: Instruction, f: Fields) -> None:
             loaded = e.new(f"M.parameter({at}, np.{dtype_name(kind)})")
         else:
             raw = e.new(
-                f"M.memory.load({e.site(ins)}, g, m, {base}, {offset + k * size}, {size}, 1)"
+                f"M.memory.load({e.site(ins)}, g, m, {base}, {offset + k * size}, "
+                f"size={size}, count=1)"
             )
             loaded = e.new(f"{raw}.view(np.{dtype_name(kind)})")
         e.put(register, loaded, kind, ins)
@@ -63,14 +64,14 @@ def _ld_param(e: Emitter, ins: Instruction, f: Fields) -> None:
 def _ld(e: Emitter, ins: Instruction, f: Fields) -> None:
     kind, size, count = _elements(f["type"], e.vector(ins.operands[0]))
     base, offset = e.address(ins.operands[1])
-    site, mask = e.site(ins), e.mask(ins)
+    site, mask, load = e.site(ins), e.mask(ins), f"{MEMORY[f['space']]}.load"
     if size == 16:
         if count != 1:
             raise Unsupported("a vector of 128-bit elements")
-        raw = e.new(f"{MEMORY[f['space']]}.load({site}, g, {mask}, {base}, {offset}, 8, 2)")
+        raw = e.new(f"{load}({site}, g, {mask}, {base}, {offset}, size=8, count=2)")
         e.put(ins.operands[0], f"M.pair({raw}[0], {raw}[1])", "b128", ins)
         return
-    raw = e.new(f"{MEMORY[f['space']]}.load({site}, g, {mask}, {base}, {offset}, {size}, {count})")
+    raw = e.new(f"{load}({site}, g, {mask}, {base}, {offset}, size={size}, count={count})")
     for k, register in enumerate(e.vector(ins.operands[0])):
         if register == "_":
             continue
@@ -101,7 +102,7 @@ def _st(e: Emitter, ins: Instruction, f: Fields) -> None:
     else:
         values = [_stored(e, x, kind) for x in e.vector(ins.operands[1])]
     memory, mask = MEMORY[f["space"]], e.mask(ins)
-    arguments = f"{base}, {offset}, {size}, [{', '.join(values)}]"
+    arguments = f"{base}, {offset}, [{', '.join(values)}], size={size}"
     e.line(f"{memory}.store({e.site(ins)}, g, {mask}, {arguments})")
 
 
@@ -143,8 +144,8 @@ def _atom(e: Emitter, ins: Instruction, f: Fields) -> None:
     count = 2 if f["op"] == "cas" else 1
     operands = [_packed(e, x, kind) for x in ins.operands[2 : 2 + count]]
     out = e.new(
-        f"M.atomics.run({e.site(ins)}, g, {e.mask(ins)}, {f['space']!r}, {f['op']!r}, {kind!r}, "
-        f"{base}, {offset}, [{', '.join(operands)}])"
+        f"M.atomics.run({e.site(ins)}, g, {e.mask(ins)}, {base}, {offset}, "
+        f"[{', '.join(operands)}], space={f['space']!r}, operation={f['op']!r}, kind={kind!r})"
     )
     for k, register in enumerate(e.vector(ins.operands[0])):
         part = e.new(f"{out}[{k}]") if many > 1 else out
@@ -161,8 +162,8 @@ def _red(e: Emitter, ins: Instruction, f: Fields) -> None:
     base, offset = e.address(ins.operands[0])
     value = _packed(e, ins.operands[1], kind)
     e.line(
-        f"M.atomics.run({e.site(ins)}, g, {e.mask(ins)}, {f['space']!r}, {f['op']!r}, {kind!r}, "
-        f"{base}, {offset}, [{value}], wanted=False)"
+        f"M.atomics.run({e.site(ins)}, g, {e.mask(ins)}, {base}, {offset}, [{value}], "
+        f"space={f['space']!r}, operation={f['op']!r}, kind={kind!r}, wanted=False)"
     )
 
 
@@ -228,7 +229,7 @@ def _cp_async(e: Emitter, ins: Instruction, f: Fields) -> None:
         take = e.value(rest[0], "u32")
     e.line(
         f"M.copies.issue({e.site(ins)}, g, {e.mask(ins)}, ({to}, {to_offset}), "
-        f"({at}, {at_offset}), {size}, {take})"
+        f"({at}, {at_offset}), {size}, take={take})"
     )
 
 
@@ -246,5 +247,5 @@ def _cp_wait(e: Emitter, ins: Instruction, f: Fields) -> None:
 @rule("cp.async.mbarrier.arrive noinc?noinc ?shared|shared::cta type=b64")
 def _cp_arrive(e: Emitter, ins: Instruction, f: Fields) -> None:
     base, offset = e.address(ins.operands[0])
-    increment = not f["noinc"]
-    e.line(f"M.copies.arrive({e.site(ins)}, g, {e.mask(ins)}, {base}, {offset}, {increment})")
+    more = not f["noinc"]
+    e.line(f"M.copies.arrive({e.site(ins)}, g, {e.mask(ins)}, {base}, {offset}, more={more})")

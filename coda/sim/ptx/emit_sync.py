@@ -85,7 +85,7 @@ def _wait(e: Emitter, ins: Instruction, f: Fields) -> None:
         phase = f"{e.value(ins.operands[2], 'b64')}.astype(np.uint32)"
     e.end = (
         f"M.mbarriers.wait({e.site(ins)}, g, m, {e.mask(ins)}, ({base}, {offset}), {phase}, "
-        f"{slot}, {e.number + 1}, {f['how']!r})"
+        f"result={slot}, then={e.number + 1}, mode={f['how']!r})"
     )
 
 
@@ -117,8 +117,8 @@ def _bar_red(e: Emitter, ins: Instruction, f: Fields) -> None:
 def _meet(e: Emitter, ins: Instruction, operands: list[str], more: str) -> str:
     number = e.value(operands[0], "u32")
     count = e.value(operands[1], "u32") if len(operands) > 1 else "0"
-    site = e.site(ins)
-    return f"M.named.meet({site}, g, m, {e.mask(ins)}, {number}, {count}, {e.number + 1}{more})"
+    start = f"M.named.meet({e.site(ins)}, g, m, {e.mask(ins)}, {number}, {count}"
+    return f"{start}, then={e.number + 1}{more})"
 
 
 @rule(

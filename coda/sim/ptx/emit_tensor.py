@@ -128,7 +128,10 @@ def _load(e: Emitter, ins: Instruction, f: Fields) -> None:
     e.direct |= set(e.vector(ins.operands[0]))
     place, names = _place(e, ins.operands[1]), (e.constant(form), e.constant(slots))
     site, early = e.site(ins), e.constant(_early(e, ins))
-    e.line(f"M.tensor_memory.load({site}, g, {names[0]}, {names[1]}, {place}, {split}, {early})")
+    e.line(
+        f"M.tensor_memory.load({site}, g, {names[0]}, {names[1]}, {place}, "
+        f"split={split}, early={early})"
+    )
 
 
 @parsed("tcgen05.st.")
@@ -147,7 +150,7 @@ def _store(e: Emitter, ins: Instruction, f: Fields) -> None:
 @rule("tcgen05.wait::ld.sync.aligned", "tcgen05.wait::st.sync.aligned")
 def _wait(e: Emitter, ins: Instruction, f: Fields) -> None:
     _whole(e, ins)
-    e.line(f"M.tensor_memory.wait({e.site(ins)}, g, {'::ld' in ins.op})")
+    e.line(f"M.tensor_memory.wait({e.site(ins)}, g, loads={'::ld' in ins.op})")
 
 
 @parsed("tcgen05.mma")
@@ -166,7 +169,7 @@ def _tcgen05_mma(e: Emitter, ins: Instruction, f: Fields) -> None:
     enable = e.value(rest[0], "pred")
     e.line(
         f"M.tensor_memory.mma({e.site(ins)}, g, {e.mask(ins)}, {e.constant(form)}, "
-        f"[{', '.join(values)}], {enable}, [{', '.join(masked)}])"
+        f"[{', '.join(values)}], enable={enable}, disabled=[{', '.join(masked)}])"
     )
 
 

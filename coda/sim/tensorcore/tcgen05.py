@@ -13,9 +13,8 @@ the partition works on, for 64 rows in two CTAs). A column has 4 bytes: the fact
 K from byte SFA_ID or SFB_ID on.
 
 Operands are scaled in f32, where that is exact, or in f64; see `tensorcore.product` for sums. The
-accumulator is added last. The operands of a chain of instructions on the same D are fetched
-together; each instruction is a product of its own, added in the order of the instructions, so that
-the bits of D do not depend on how a chain is cut.
+accumulator is added last. The operands of a chain of instructions on the same D are fetched at
+once; their products are added one by one, so that D does not depend on how a chain is cut.
 """
 
 from __future__ import annotations
@@ -423,6 +422,7 @@ def accumulate(
     tmems: Sequence[Array],
     d: int,
     steps: Sequence[MmaOperands],
+    *,
     enable: bool,
     disabled: Sequence[int] = (),
 ) -> None:

@@ -181,5 +181,5 @@ class WgmmaUnit:
             return
         for row in self.machine.rows(g).tolist():
             if self.machine.observer is not None:
-                self.machine.observer.waited(ins, row, groups.older(row, n), False)
+                self.machine.observer.waited(ins, row, groups.older(row, n), reading=False)
             groups.wait(row, n)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,7 +106,7 @@ class TensorMemory:
             machine.progress += 1
             if machine.observer is not None:
                 index = np.array([at])
-                machine.observer.matrix_access(ins, row, index, 4, True)
+                machine.observer.matrix_access(ins, row, index, 4, write=True)
                 machine.observer.tensor_alloc(ins, row, cta, column, columns)
 
     @staticmethod
@@ -141,6 +142,7 @@ class TensorMemory:
         form: tmem.Move,
         slots: Array,
         place: Any,
+        *,
         split: int,
         early: tuple[frozenset[str], Callable[..., None] | None],
     ) -> None:
@@ -198,14 +200,14 @@ class TensorMemory:
         place = (machine.cta_of(row), int(lanes.min()), height, int(columns.min()), width)
         return [("tensor", place, 4)]
 
-    def wait(self, ins: Instruction, g: Any, loads: bool) -> None:
+    def wait(self, ins: Instruction, g: Any, *, loads: bool) -> None:
         """tcgen05.wait::ld and ::st."""
         machine = self.machine
         kind = "tcgen05.ld" if loads else "tcgen05.st"
         for row in machine.rows(g).tolist():
             queue = machine.agents.streams.get((kind, row))
             if machine.observer is not None:
-                machine.observer.waited(ins, row, list(queue or ()), False)
+                machine.observer.waited(ins, row, list(queue or ()), reading=False)
             machine.agents.finish_stream((kind, row))
 
     # products and copies
@@ -217,7 +219,7 @@ class TensorMemory:
 
     def mma(
         self, ins: Instruction, g: Any, m: Any, form: tcgen05.Mma, operands: list[Any],
-        enable: Any, disabled: list[Any],
+        *, enable: Any, disabled: list[Any],
     ) -> None:  # fmt: skip
         """tcgen05.mma by each active lane; operands are D, A, B, descriptor, and scales."""
         machine = self.machine
@@ -233,8 +235,8 @@ class TensorMemory:
         machine = self.machine
         smems = [machine.shared.windows[c] for c in chain.ctas]
         tmems = [self.of(c) for c in chain.ctas]
-        args = (chain.form, smems, tmems, chain.d, chain.steps, chain.enable, chain.masked)
-        machine.guard(chain.ins, chain.row, tcgen05.accumulate, *args)
+        run = partial(tcgen05.accumulate, enable=chain.enable, disabled=chain.masked)
+        machine.guard(chain.ins, chain.row, run, chain.form, smems, tmems, chain.d, chain.steps)
 
     def _extend(self, new: Tcgen05Chain) -> None:
         old = self.chains.get(new.ctas[0])

@@ -66,6 +66,13 @@ def combine(operation: str, kind: str, old: Array, values: list[Array]) -> Array
     return down(_FOLD[operation](*parts)).view(old.dtype)
 
 
+def combined(reduction: tuple[str, str], old: Array, new: Array) -> Array:
+    """Bytes after a reduction (operation, type) of bytes."""
+    operation, kind = reduction
+    unit = f"u{WIDTH[kind] // 8}"
+    return combine(operation, kind, old.view(unit), [new.view(unit)]).view(np.uint8)
+
+
 class Atomics:
     """The unit that carries out atomics."""
 
@@ -77,21 +84,21 @@ class Atomics:
         ins: Instruction,
         g: Any,
         m: Any,
-        space: str,
-        operation: str,
-        kind: str,
         base: Array,
         offset: int,
         operands: list[list[Array]],
         *,
+        space: str,
+        operation: str,
+        kind: str,
         wanted: bool = True,
     ) -> Any:
         """Apply an operation for each active lane; return the old contents if `wanted`.
 
         Args:
+            operands: one or two (cas) lists with a value for each vector element.
             space: "shared...", "global", or "" for generic addresses.
             operation, kind: such as "add" and "f32".
-            operands: one or two (cas) lists with a value for each vector element.
 
         Returns unsigned bits [warps, 32], of a vector [elements, warps, 32]; 0 if not `wanted`.
         """

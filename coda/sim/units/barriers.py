@@ -197,11 +197,11 @@ class Mbarriers:
     def succeed(self, waiter: Waiter, barrier: Mbarrier) -> None:
         """Resume lanes that wait for a phase that is complete."""
         machine = self.machine
-        self.answer(waiter, True)
+        self.answer(waiter, result=True)
         if machine.observer is not None:
             machine.observer.barrier_acquire(waiter.ins, waiter.row, barrier.key)
 
-    def answer(self, waiter: Waiter, result: bool) -> None:
+    def answer(self, waiter: Waiter, *, result: bool) -> None:
         """Give parked lanes the result of their wait, and resume them."""
         machine = self.machine
         if waiter.result >= 0:
@@ -216,6 +216,7 @@ class Mbarriers:
         acting: Any,
         place: tuple[Array, int],
         parity: Array,
+        *,
         result: int,
         then: int,
         mode: str,
@@ -285,7 +286,7 @@ class Mbarriers:
         for barrier, _ in waiting:
             barrier.waiters = []
         for _, waiter in waiting:
-            self.answer(waiter, False)
+            self.answer(waiter, result=False)
         return bool(waiting)
 
 

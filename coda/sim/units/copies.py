@@ -36,6 +36,7 @@ class Copies:
         to: tuple[Array, int],
         source: tuple[Array, int],
         size: int,
+        *,
         take: Array | None,
     ) -> None:
         """Queue the copies of all active lanes; of `size` bytes those past `take` become zero."""
@@ -97,10 +98,12 @@ class Copies:
             if n < 0:
                 groups.commit(row)
             if machine.observer is not None:
-                machine.observer.waited(ins, row, groups.older(row, max(n, 0)), False)
+                machine.observer.waited(ins, row, groups.older(row, max(n, 0)), reading=False)
             groups.wait(row, max(n, 0))
 
-    def arrive(self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, more: bool) -> None:
+    def arrive(
+        self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, *, more: bool
+    ) -> None:
         """cp.async.mbarrier.arrive: each lane arrives when its copies so far are done."""
         machine = self.machine
         keys = machine.mbarriers.keys(ins, g, m, a, offset)

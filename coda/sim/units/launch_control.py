@@ -29,7 +29,7 @@ class LaunchControl:
         self.machine = machine
 
     def try_cancel(
-        self, ins: Instruction, g: Any, m: Any, place: Any, barrier: Any, every: bool
+        self, ins: Instruction, g: Any, m: Any, place: Any, barrier: Any, *, every: bool
     ) -> None:
         """Cancel the next cluster; the response goes to one CTA or to all of the cluster."""
         machine = self.machine
@@ -84,7 +84,7 @@ class LaunchControl:
         if space.startswith("shared") or (not space and address & GENERIC):
             start = machine.shared.span(ins, row, address & 0xFFFFFFFF, 128, 64)
             if machine.observer is not None:
-                machine.observer.matrix_access(ins, row, np.array([start]), 128, write)
+                machine.observer.matrix_access(ins, row, np.array([start]), 128, write=write)
             return machine.shared.data[start : start + 128]
         machine.memory.span(ins, row, address, address + 128)
         if machine.observer is not None and write:
@@ -96,11 +96,12 @@ class LaunchControl:
         ins: Instruction,
         g: Any,
         m: Any,
-        space: str,
         place: Any,
+        value: Any,
+        *,
+        space: str,
         field: str,
         index: int | None,
-        value: Any,
     ) -> None:
         """tensormap.replace by each active lane (equal ones once)."""
         machine = self.machine

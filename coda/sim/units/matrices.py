@@ -37,7 +37,7 @@ class Matrices:
     def _saw(self, ins: Instruction, g: Any, index: Array, write: bool) -> None:
         observer = self.machine.observer
         if observer is not None:
-            observer.shared_access(ins, g, None, index << 4, 16, write)
+            observer.shared_access(ins, g, None, index << 4, 16, write=write)
 
     def load(self, ins: Instruction, g: Any, a: Array, offset: int, form: Form) -> list[Array]:
         """The destination registers, each [warps, 32]."""
@@ -48,7 +48,9 @@ class Matrices:
         raw = np.ascontiguousarray(self.machine.shared.views[16][index])
         if shape == "m8n8":
             halves = raw.view(np.uint16).reshape(len(index), count, 8, 8)
-            return [special.rows_to_fragments(halves[:, k], transpose) for k in range(count)]
+            return [
+                special.rows_to_fragments(halves[:, k], transpose=transpose) for k in range(count)
+            ]
         matrices = raw.view(np.uint8).reshape(len(index), count, 16, 16).transpose(0, 1, 3, 2)
         return [self._bytes(matrices[:, k], half) for k in range(count) for half in (0, 1)]
 
@@ -70,7 +72,7 @@ class Matrices:
         for k, value in enumerate(values):
             register = spread(value, machine.shape)
             if shape == "m8n8":
-                rows = special.fragments_to_rows(register, transpose)
+                rows = special.fragments_to_rows(register, transpose=transpose)
             else:
                 rows = special.fragment_bytes_to_columns(register)
             lines = rows.reshape(len(index), 8, -1).view(np.complex128)[..., 0]

@@ -105,7 +105,7 @@ class SharedMemory:
         raise AssertionError("a check refused an access that is right")
 
     def load(
-        self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, size: int, count: int
+        self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, *, size: int, count: int
     ) -> Array:
         """`count` elements of `size` bytes per lane, [warps, 32] or [count, warps, 32]."""
         total = size * count
@@ -118,7 +118,15 @@ class SharedMemory:
         return _elements(self.views[total][index], size, count)
 
     def store(
-        self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, size: int, values: list[Any]
+        self,
+        ins: Instruction,
+        g: Any,
+        m: Any,
+        a: Array,
+        offset: int,
+        values: list[Any],
+        *,
+        size: int,
     ) -> None:
         """Store the vector `values` of each active lane."""
         if m is not None and not m.any():
@@ -235,7 +243,7 @@ class Global:
         return ""
 
     def load(
-        self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, size: int, count: int
+        self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, *, size: int, count: int
     ) -> Array:
         """`count` elements of `size` bytes per lane, [warps, 32] or [count, warps, 32]."""
         total = size * count
@@ -258,7 +266,15 @@ class Global:
         return _elements(self.views[total][index.astype(i64)], size, count)
 
     def store(
-        self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, size: int, values: list[Any]
+        self,
+        ins: Instruction,
+        g: Any,
+        m: Any,
+        a: Array,
+        offset: int,
+        values: list[Any],
+        *,
+        size: int,
     ) -> None:
         """Store the vector `values` of each active lane."""
         if m is not None and not m.any():
@@ -305,20 +321,28 @@ class Generic:
         return a, shared & active, ~shared & active
 
     def load(
-        self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, size: int, count: int
+        self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, *, size: int, count: int
     ) -> Array:
         """As `load` of SharedMemory or Global, selected per lane."""
         a, shared, other = self._halves(m, a, offset)
-        out = self.machine.memory.load(ins, g, other, a, 0, size, count)
+        out = self.machine.memory.load(ins, g, other, a, 0, size=size, count=count)
         if shared.any():
-            inside = self.machine.shared.load(ins, g, shared, a, 0, size, count)
+            inside = self.machine.shared.load(ins, g, shared, a, 0, size=size, count=count)
             out = np.where(shared, inside, out)
         return out
 
     def store(
-        self, ins: Instruction, g: Any, m: Any, a: Array, offset: int, size: int, values: list[Any]
+        self,
+        ins: Instruction,
+        g: Any,
+        m: Any,
+        a: Array,
+        offset: int,
+        values: list[Any],
+        *,
+        size: int,
     ) -> None:
         """As `store` of SharedMemory or Global, selected per lane."""
         a, shared, other = self._halves(m, a, offset)
-        self.machine.memory.store(ins, g, other, a, 0, size, values)
-        self.machine.shared.store(ins, g, shared, a, 0, size, values)
+        self.machine.memory.store(ins, g, other, a, 0, values, size=size)
+        self.machine.shared.store(ins, g, shared, a, 0, values, size=size)

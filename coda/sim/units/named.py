@@ -45,6 +45,7 @@ class NamedBarriers:
         acting: Any,
         number: Array,
         count: Array,
+        *,
         then: int,
         reduction: tuple[str, Any, int] | None = None,
     ) -> None:

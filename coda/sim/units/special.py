@@ -121,14 +121,14 @@ def reduce(
     return fold.reduce(filled, axis=1, keepdims=True, dtype=v.dtype)
 
 
-def rows_to_fragments(rows: Array, transpose: bool) -> Array:
+def rows_to_fragments(rows: Array, *, transpose: bool) -> Array:
     """8x8 matrices of 16-bit elements [n, 8, 8] to one 32-bit register [n, 32]."""
     if transpose:
         rows = rows.transpose(0, 2, 1)
     return np.ascontiguousarray(rows).reshape(len(rows), 64).view(u32)
 
 
-def fragments_to_rows(register: Array, transpose: bool) -> Array:
+def fragments_to_rows(register: Array, *, transpose: bool) -> Array:
     """One 32-bit register [n, 32] to 8x8 matrices of 16-bit elements [n, 8, 8]."""
     rows = np.ascontiguousarray(register).view(u16).reshape(len(register), 8, 8)
     return np.ascontiguousarray(rows.transpose(0, 2, 1)) if transpose else rows
@@ -146,4 +146,4 @@ def fragment_bytes_to_columns(register: Array) -> Array:
 
 def move_transposed(register: Array) -> Array:
     """movmatrix.trans of an 8x8 matrix of 16-bit elements."""
-    return rows_to_fragments(fragments_to_rows(register, True), False)
+    return rows_to_fragments(fragments_to_rows(register, transpose=True), transpose=False)

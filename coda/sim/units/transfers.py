@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coda.sim.ptx.parse import WIDTH, Instruction
+from coda.sim.ptx.parse import Instruction
 from coda.sim.units import tma
 from coda.sim.units.agents import AsyncOp
-from coda.sim.units.atomics import combine
+from coda.sim.units.atomics import combined
 from coda.sim.units.lanes import spread
 from coda.sim.units.memory import OFFSET, RANK, WINDOW
 from coda.sim.units.tma_reduce import reduce_box
@@ -66,17 +66,17 @@ class Transfers:
         )
 
     def targets(
-        self, ins: Instruction, row: int, to: int, barrier: int, multicast: int | None, pair: bool
+        self, ins: Instruction, row: int, to: int, barrier: int, mask: int | None, *, pair: bool
     ) -> list[tuple[int, int]]:
         """(CTA, key of its mbarrier) for each destination CTA of a load, all at offset `to`."""
         machine = self.machine
         size = machine.geometry.cluster_size
-        if multicast is None:
+        if mask is None:
             key = machine.shared.span(ins, row, barrier, 8, 8)
             return [(self._window(row, to >> RANK), key)]
         out = []
         for rank in range(16):
-            if not multicast >> rank & 1:
+            if not mask >> rank & 1:
                 continue
             if rank >= size:
                 what = f"a multicast to CTA {rank} of a cluster of {size}"
@@ -124,6 +124,7 @@ class Transfers:
         to: Place,
         source: Place,
         coords: list[Array],
+        *,
         barrier: Place,
         mode: tma.Mode,
         multicast: Array | None,
@@ -139,7 +140,7 @@ class Transfers:
             nbytes = tma.moved_bytes(tmap, mode)
             machine.shared.span(ins, row, where, nbytes, 128)
             machine.guard(ins, row, self._touches, ins, row, tmap, rest, mode)
-            targets = self.targets(ins, row, where, bar, mask, pair)
+            targets = self.targets(ins, row, where, bar, mask, pair=pair)
             operation = self._box_load(ins, row, tmap, rest, mode, where & OFFSET, targets)
             machine.agents.issue(operation)
 
@@ -179,6 +180,7 @@ class Transfers:
         to: Place,
         coords: list[Array],
         source: Place,
+        *,
         mode: tma.Mode,
         reduction: str = "",
     ) -> None:
@@ -251,6 +253,7 @@ class Transfers:
         to: Place,
         source: Place,
         size: Array,
+        *,
         barrier: Place,
         multicast: Array | None,
     ) -> None:
@@ -263,7 +266,7 @@ class Transfers:
             machine.shared.span(ins, row, where, nbytes, 16)
             part = self._range(ins, row, address, nbytes)
             mask = rest[0] if extra else None
-            targets = self.targets(ins, row, where, bar, mask, False)
+            targets = self.targets(ins, row, where, bar, mask, pair=False)
             starts = [cta * WINDOW + (where & OFFSET) for cta, _ in targets]
             operation = self._bulk_in(ins, row, part, starts, nbytes, [k for _, k in targets])
             operation.reads = [("global", address, nbytes)]
@@ -299,6 +302,7 @@ class Transfers:
         to: Place,
         source: Place,
         size: Array,
+        *,
         barrier: Place,
         reduction: tuple[str, str] | None,
     ) -> None:
@@ -331,7 +335,7 @@ class Transfers:
         def move() -> None:
             data = machine.shared.data[first : first + nbytes].copy()
             target = machine.shared.data[start : start + nbytes]
-            target[...] = data if reduction is None else _combined(reduction, target, data)
+            target[...] = data if reduction is None else combined(reduction, target, data)
             machine.mbarriers.complete_tx(ins, key, nbytes, row)
 
         return move
@@ -344,6 +348,7 @@ class Transfers:
         to: Place,
         source: Place,
         size: Array,
+        *,
         reduction: tuple[str, str] | None,
     ) -> None:
         """cp.async.bulk (or cp.reduce) from shared to global memory."""
@@ -369,7 +374,7 @@ class Transfers:
 
         def write() -> None:
             target = machine.memory.views[1][part]
-            target[...] = held[0] if reduction is None else _combined(reduction, target, held[0])
+            target[...] = held[0] if reduction is None else combined(reduction, target, held[0])
 
         return [read, write]
 
@@ -381,13 +386,13 @@ class Transfers:
         for key in self._threads(g, m, groups.committed):
             groups.commit(key)
 
-    def wait(self, ins: Instruction, g: Any, m: Any, n: int, reading: bool) -> None:
+    def wait(self, ins: Instruction, g: Any, m: Any, n: int, *, reading: bool) -> None:
         """cp.async.bulk.wait_group."""
         machine = self.machine
         groups = machine.agents.bulk
         for key in self._threads(g, m, groups.committed):
             if machine.observer is not None:
-                machine.observer.waited(ins, key[0], groups.older(key, n), reading)
+                machine.observer.waited(ins, key[0], groups.older(key, n), reading=reading)
             groups.wait(key, n, 1 if reading else 99)
 
     def _threads(self, g: Any, m: Any, known: Any) -> list[tuple[int, int]]:
@@ -408,6 +413,7 @@ class Transfers:
         to: Place,
         values: list[Array],
         barrier: Place,
+        *,
         reduction: tuple[str, str] | None = None,
     ) -> None:
         """st.async and red.async of each active lane."""
@@ -427,19 +433,12 @@ class Transfers:
 
             def move(start: int = start, raw: Array = raw, key: int = key, row: int = row) -> None:
                 target = machine.shared.data[start : start + total]
-                target[...] = raw if reduction is None else _combined(reduction, target, raw)
+                target[...] = raw if reduction is None else combined(reduction, target, raw)
                 machine.mbarriers.complete_tx(ins, key, total, row)
 
             operation = AsyncOp(ins, row, "st.async", [move], signals=(key,), nbytes=total)
             operation.writes = [("shared", start, total)]
             machine.agents.issue(operation)
-
-
-def _combined(reduction: tuple[str, str], old: Array, new: Array) -> Array:
-    """Bytes after a reduction (operation, type) of bytes."""
-    operation, kind = reduction
-    unit = f"u{WIDTH[kind] // 8}"
-    return combine(operation, kind, old.view(unit), [new.view(unit)]).view(np.uint8)
 
 
 def _extent(tmap: tma.TensorMap) -> tuple[int, int]:
