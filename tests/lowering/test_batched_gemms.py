@@ -15,7 +15,7 @@ from coda.kernels.gemm.batches import Batches, BatchStrides, batches, why_not
 from coda.kernels.gemm.kind import GEMM
 from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.program.cost import hbm_bytes, tensor_flops
-from coda.lowering.program.text import program_source
+from coda.lowering.program.text import program_source, show_program
 from coda.measure import random_inputs
 from coda.runtime.reference import run_reference
 from tests.lowering.test_random_blocks import SETTINGS
@@ -236,3 +236,28 @@ def test_rows_that_are_read_in_both_orders_are_stored_in_both():
 
     (kernel,) = f.lower("sm_90a", {"B": 2, "S": 72}).kernels
     assert [s.rows and s.rows.order for s in kernel.body.epilogue.stores] == [None, (0, 2, 1)]
+
+
+@coda.block
+def heads(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"], r: T["B 4 S 1"]):
+    scores = coda.einsum("b i h d, b j h d -> b h i j", q, k) * r
+    e = coda.exp(scores)
+    p = e / coda.sum(e, keepdims=True)
+    return coda.einsum("b h i j, b j h d -> b i h d", p, v)
+
+
+def test_laws_of_sums_hold_for_each_head():
+    """1 / Σ leaves p v, and the derivative of softmax reads no scores in a row-wise kernel."""
+    sizes = {"B": 2, "S": 72}
+    program = heads.lower("sm_90a", sizes)
+    assert "× 72" not in "".join(t for t in show_program(program).splitlines() if "= rows" in t)
+    scores, tokens = 2 * (2 * 4 * 72 * 72), 2 * (2 * 72 * 4 * 32)
+    assert 2 * scores + 4 * tokens <= hbm_bytes(program) < 2 * scores + 4 * tokens + scores // 4
+
+    @coda.block
+    def softmaxed(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"]):
+        scores = coda.einsum("b i h d, b j h d -> b h i j", q, k) * 0.125
+        return coda.einsum("b h i j, b j h d -> b i h d", coda.softmax(scores), v)
+
+    _, backward = softmaxed.lower_training("sm_90a", sizes)
+    assert "× 72" not in "".join(t for t in show_program(backward).splitlines() if "= rows" in t)

@@ -1,5 +1,7 @@
 """Products of batches in blocks: right wherever they stand, and every pass knows that they are."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,16 +174,22 @@ SHARED = {
 }
 
 
+def accepted(budget, law, *_):
+    """All laws with a choice, but of exchanges only as many as the budget has."""
+    return law in LAWS or next(budget, False)
+
+
 @pytest.mark.parametrize("planted", PLANTED)
 @pytest.mark.parametrize("shared", SHARED)
-def test_laws_of_matrices_leave_batches_right(planted, shared):
+def test_laws_leave_batches_right(planted, shared):
     x, w = operands(*SHARED[shared])
     r, g = Input("r", (*x.shape[:-1], ONE), f64), Input("g", (D,), f64)
     node = PLANTED[planted](x, w, Map("rsqrt", (Reduce("mean", Map("exp", (r,)), -1),)), g)
     inputs = dict(zip((x, w, r, g), values(Graph("f", (x, w, r, g), ()), SIZES), strict=True))
     (expected,) = evaluate([node], inputs, SIZES)
     for laws in (LAWS, (*EXCHANGES, *LAWS)):
-        after = rewrite([node], laws, lambda *_: True)
+        budget = iter([True])  # an exchange can be exchanged back
+        after = rewrite([node], laws, partial(accepted, budget))
         torch.testing.assert_close(evaluate(after, inputs, SIZES)[0], expected)
     reached = set(walk([node]))
     check(Graph("f", tuple(i for i in (x, w, r, g) if i in reached), (("out", node),)))

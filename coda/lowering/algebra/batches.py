@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from coda.ir.dims import ONE, Shape, product
 from coda.ir.graph import Contract, Expand, Node, Permute, Reshape
+from coda.lowering.algebra.roles import transposed
 
 
 def lhs_cotangent(node: Contract, d: Node) -> Node:
@@ -29,13 +30,13 @@ def lhs_cotangent(node: Contract, d: Node) -> Node:
 
 def rhs_cotangent(node: Contract, d: Node) -> Node:
     """The cotangent of the right operand; the arguments are those of `lhs_cotangent`."""
-    return _cotangent(_transposed(d), node.lhs, node.rhs)
+    return _cotangent(transposed(d), node.lhs, node.rhs)
 
 
 def _cotangent(d: Node, other: Node, mine: Node) -> Node:
     """Σ_q d[*b, p, q] other[*b, q, k], summed over the batches that `mine` [*b, P, K] shares."""
     left, right = _shared_last(d, other, mine.shape)
-    return _reshaped(Contract(left, _transposed(right), mine.dtype), mine.shape)
+    return _reshaped(Contract(left, transposed(right), mine.dtype), mine.shape)
 
 
 def _shared_last(d: Node, other: Node, mine: Shape) -> tuple[Node, Node]:
@@ -63,12 +64,6 @@ def _shared_last(d: Node, other: Node, mine: Shape) -> tuple[Node, Node]:
     summed = product(other.shape[len(kept) : -1])
     d = Reshape(d, (*d.shape[: len(kept) + 1], summed))
     return d, Reshape(other, (*other.shape[: len(kept)], summed, other.shape[-1]))
-
-
-def _transposed(node: Node) -> Node:
-    """The last two axes exchanged."""
-    last = node.rank - 1
-    return Permute(node, (*range(last - 1), last, last - 1))
 
 
 def _reshaped(node: Node, shape: Shape) -> Node:

@@ -29,6 +29,7 @@ from coda.ir.graph import (
 )
 from coda.ir.types import f32, has_reciprocal
 from coda.lowering.algebra.rewrite import ANY, WIDE, Law, Sides, law
+from coda.lowering.algebra.roles import is_transposed_view
 
 
 def _mul(a: Node, b: Node) -> Node:
@@ -85,12 +86,16 @@ def depth(node: Node) -> int:
 
 
 def factor_comes_late(nodes: Mapping[str, Node]) -> bool:
-    """Whether `r` becomes available only after the kernel that produces `x`.
+    """Whether `r` becomes available only after the kernel that produces `x`."""
+    return comes_late(nodes["r"], nodes["x"])
+
+
+def comes_late(r: Node, x: Node) -> bool:
+    """Whether a factor becomes available only after the kernel that produces what it multiplies.
 
     A factor that is an argument is available to every kernel; it moves past the sum only if no
     kernel produces `x`.
     """
-    r, x = nodes["r"], nodes["x"]
     if depth(r) != depth(x):
         return depth(r) > depth(x)
     return in_memory(x) or any(isinstance(n, Reduce) for n in walk([r]))
@@ -198,10 +203,24 @@ def shifts_together(x: Node, a: Node, b: Node) -> Sides:
 # Law 1, pull out: a factor that does not depend on the summed axis leaves the sum.
 
 
-@law(x="... K", r="... 1", w="N K", unscaled=True, when=factor_comes_late)
+@law(x="... K", r="... 1", w="* N K", unscaled=True, when=factor_comes_late)
 def row_factor_past_contraction(x: Node, r: Node, w: Node) -> Sides:
     """Σ_k (x r) w = r Σ_k x w: the row factor is applied to the accumulator."""
     return _contract(_mul(x, r), w), _mul(_contract(x, w), r)
+
+
+def column_factor_comes_late(nodes: Mapping[str, Node]) -> bool:
+    """Whether `w` is of a batch, and `c` available only after the kernel that produces it.
+
+    A factor of a matrix stays with it: both are weights, or it is prepared once.
+    """
+    return nodes["w"].rank > 2 and comes_late(nodes["c"], nodes["w"])
+
+
+@law(x="... K", w="* N K", c="* N 1", unscaled=True, when=column_factor_comes_late)
+def column_factor_past_contraction(x: Node, w: Node, c: Node) -> Sides:
+    """Σ_k x (w c) = cᵀ Σ_k x w: a factor of a column of each batch, which a token's key has."""
+    return _contract(x, _mul(w, c)), _mul(_contract(x, w), _transposed(c))
 
 
 @law(x="... K", r="... 1", b="K", w="N K", unscaled=True, when=factor_comes_late)
@@ -218,7 +237,17 @@ def _row_sums(w: Node) -> Node:
     return Permute(_over("sum", w), (1, 0))
 
 
-@law(x="... K", m="... 1", w="N K", unscaled=True, when=cancels_in_float32)
+def shift_cancels(nodes: Mapping[str, Node]) -> bool:
+    """Whether a shift may be subtracted after the sum; for a batch, if `x` is in memory as it is.
+
+    A matrix's sums are prepared once, those of a batch are computed anew: they cost less than `x`
+    written without its shift, and more than a shift in the kernel that produces `x`.
+    """
+    plain = nodes["w"].rank <= 2
+    return cancels_in_float32(nodes) and (plain or in_memory(nodes["x"]))
+
+
+@law(x="... K", m="... 1", w="* N K", unscaled=True, when=shift_cancels)
 def row_shift_past_contraction(x: Node, m: Node, w: Node) -> Sides:
     """Σ_k (x − m) w = Σ_k x w − m Σ_k w: a rank-one correction in the epilogue."""
     return _contract(_sub(x, m), w), _sub(_contract(x, w), _mul(m, _row_sums(w)))
@@ -243,10 +272,32 @@ def gain_into_weight(x: Node, g: Node, w: Node) -> Sides:
     return _contract(_mul(x, g), w), _contract(x, _mul(w, g))
 
 
-@law(x="L K", g="K", u="N L")
+def gain_is_free(nodes: Mapping[str, Node]) -> bool:
+    """Whether `g` is a vector that multiplies a matrix, or comes late for `x` of a batch."""
+    x, g = nodes["x"], nodes["g"]
+    if x.rank > 2:
+        return comes_late(g, x)
+    return g.shape[-1:] not in ((), (ONE,))
+
+
+@law(x="* L K", g="* 1 K", u="* N L", when=gain_is_free)
 def gain_past_contraction_over_rows(x: Node, g: Node, u: Node) -> Sides:
     """Σ_l u (x g) = g Σ_l u x: a weight's gradient reads x without its gain."""
     return _contract(u, _transposed(_mul(x, g))), _mul(_contract(u, _transposed(x)), g)
+
+
+def rows_are_contiguous(nodes: Mapping[str, Node]) -> bool:
+    """Whether the rows of all batches of `x` can be joined without a copy."""
+    x = nodes["x"]
+    while isinstance(x, Reshape):
+        x = x.arg
+    return not isinstance(x, Permute)
+
+
+@law(x="... M K", w="1 N K", when=rows_are_contiguous)
+def batches_that_share_a_matrix(x: Node, w: Node) -> Sides:
+    """Σ_k x[b] w, one w for all b: one contraction over the rows of all batches."""
+    return _contract(x, w), _contract(x, Reshape(w, w.shape[-2:]))
 
 
 @law(x="... K", y="... L", v="N K", w="N L", when=both_are_computed)
@@ -287,10 +338,10 @@ def transposed_twice(x: Node) -> Sides:
 
 def lies_straight(nodes: Mapping[str, Node]) -> bool:
     """Whether `w` is not transposed; `row_sum_exchanged_transposed` is the law for transposes."""
-    return not isinstance(nodes["w"], Permute)
+    return not is_transposed_view(nodes["w"])
 
 
-@law(x="... K", y="... N", w="K N", choice=True, when=lies_straight)
+@law(x="... K", y="... N", w="* K N", choice=True, when=lies_straight)
 def row_sum_exchanged(x: Node, y: Node, w: Node) -> Sides:
     """Σ_k x (Σ_n y w) = Σ_n y (Σ_k x w): two contractions, exchanged.
 
@@ -302,7 +353,7 @@ def row_sum_exchanged(x: Node, y: Node, w: Node) -> Sides:
     )
 
 
-@law(x="... K", y="... N", w="N K", choice=True)
+@law(x="... K", y="... N", w="* N K", choice=True)
 def row_sum_exchanged_transposed(x: Node, y: Node, w: Node) -> Sides:
     """Σ_k x (Σ_n y wᵀ) = Σ_n y (Σ_k x w): the same for a transposed weight."""
     return (
@@ -362,7 +413,9 @@ LAWS: tuple[Law, ...] = (
     row_factor_outward,
     cast_inside_row_factor,
     shifts_together,
+    batches_that_share_a_matrix,
     row_factor_past_contraction,
+    column_factor_past_contraction,
     affine_past_contraction,
     shifted_gain_past_contraction,
     row_shift_past_contraction,

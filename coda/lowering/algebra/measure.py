@@ -26,6 +26,7 @@ from coda.ir.scalars import SCALARS
 
 # From the largest; any other kind ranks below all of these.
 RANKS = (
+    "batches",  # a batched contraction
     "contract",
     "shift",  # the sum of a matrix and a vector that all its rows share
     "add",
@@ -45,7 +46,7 @@ def kind(node: Node) -> str:
     """A node's symbol in the path order: one of `RANKS`, or the name of its class or function."""
     match node:
         case Contract():
-            return "contract"
+            return "batches" if node.batched else "contract"
         case Cast():
             return "cast"
         case Reduce(fn=fn):
@@ -112,7 +113,7 @@ class Order:
         x, y = kind(a), kind(b)
         if x != y:
             return _RANK.get(x, 0) > _RANK.get(y, 0)
-        if x in ("contract", "shift"):
+        if x in ("batches", "contract", "shift"):
             return self.first_larger(_ordered(a), _ordered(b))
         return self.more(a.operands, b.operands)
 

@@ -1,8 +1,12 @@
 """Graph and laws -> graph to which no law applies: the rewrite engine.
 
 A law is an equation between two graphs over variables: its left side is the pattern, its right side
-the replacement. A variable's shape is "... K", "N K" or "... 1": `...` matches any leading axes, a
-name binds one axis, 1 matches a value that does not depend on the axis.
+the replacement. A variable's shape is "... K", "N K", "* N K" or "... 1": `...` matches any leading
+axes, a name binds one axis, 1 matches a value that does not depend on the axis. `*` matches batch
+axes, each of its size or 1, and none in a contraction with a matrix: one law holds for both.
+
+    Σ_k (x r) w = r Σ_k x w    x[... K] r[... 1] w[* N K]    q [b, h, M, K], s [b, h, M, 1] and
+                                                             k [b, 1, N, K] match as well
 """
 
 from __future__ import annotations
@@ -16,10 +20,11 @@ import torch
 
 from coda.errors import InternalError
 from coda.ir.dims import ONE, Dim, Shape, product
-from coda.ir.graph import Cast, Const, Contract, Input, Map, Node, Reduce, Reshape, Size
+from coda.ir.graph import Cast, Const, Contract, Input, Map, Node, Permute, Reduce, Reshape, Size
 from coda.ir.node import origin
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, f32
+from coda.lowering.algebra.roles import is_transposed_view, transposed
 
 ANY = DType("T", torch.float32, "float", 32, 24, 8)  # matches any dtype in a pattern
 WIDE = DType("W", torch.float32, "float", 32, 24, 8)  # matches dtypes with float32's range
@@ -32,21 +37,30 @@ class LawVariable:
     Attributes:
         leading: whether any number of leading axes may come first.
         axes: names of the axes after them; "1" for an axis on which the value does not depend.
+        batch: whether batch axes may come first. Then an axis of `axes` that another variable binds
+            may have size 1 or be missing: the value does not depend on it.
     """
 
     leading: bool
     axes: tuple[str, ...]
+    batch: bool = False
 
     @staticmethod
     def parse(text: str) -> LawVariable:
-        """Parse "... K", "N K" or "K"."""
+        """Parse "... K", "* N K", "N K" or "K"."""
         axes = text.split()
-        leading = axes[:1] == ["..."]
-        return LawVariable(leading, tuple(axes[leading:]))
+        leading, batch = axes[0] == "...", axes[0] == "*"
+        return LawVariable(leading, tuple(axes[leading or batch :]), batch)
+
+    def __str__(self) -> str:
+        return " ".join(("...",) * self.leading + ("*",) * self.batch + self.axes)
 
     @property
     def shape(self) -> Shape:
-        """The shape that the variable has in the law's own two sides: one leading axis `L`."""
+        """The shape that the variable has in the law's own two sides: one leading axis `L`.
+
+        The own sides have no batch axes; `instantiate` makes sides of batches.
+        """
         return tuple(Dim.of(int(a) if a == "1" else a) for a in ("L",) * self.leading + self.axes)
 
 
@@ -135,9 +149,11 @@ def _unify(law: Law, pattern: Node, node: Node, b: Bindings) -> Iterator[Binding
         if axes is not None:
             yield {**axes, pattern.name: node}
         return
-    if type(pattern) is not type(node) or not _same_attributes(pattern, node):
+    if isinstance(pattern, Permute):
+        if is_transposed_view(node):
+            yield from _unify(law, pattern.arg, transposed(node), b)
         return
-    if isinstance(node, Contract) and node.batched:  # laws hold for contractions with a matrix
+    if type(pattern) is not type(node) or not _same_attributes(pattern, node):
         return
     if isinstance(node, Cast):
         b = {**b, "element type": node.to}
@@ -175,17 +191,22 @@ def _fit(variable: LawVariable, node: Node, b: Bindings) -> Bindings | None:
     shape = node.shape
     if variable.leading and axes == ("1",) and not shape:
         return b
+    if variable.batch:
+        shape = (ONE,) * (len(axes) - len(shape)) + shape
     if len(shape) < len(axes):
         return None
     lead, tail = shape[: len(shape) - len(axes)], shape[len(shape) - len(axes) :]
-    if not variable.leading and any(d != ONE for d in lead):
+    if not (variable.leading or variable.batch) and any(d != ONE for d in lead):
         return None
     new = dict(b)
     for axis, dim in zip(axes, tail, strict=True):
         if axis == "1":
             if dim != ONE:
                 return None
-        elif dim == ONE or new.setdefault("axis " + axis, dim) != dim:
+        elif dim == ONE:
+            if not variable.batch or "axis " + axis not in new:
+                return None
+        elif new.setdefault("axis " + axis, dim) != dim:
             return None
     return new
 
@@ -199,6 +220,11 @@ def instantiate(side: Node, b: Bindings, memo: dict[Node, Node]) -> Node:
         assert isinstance(new, Node)
         if side.rank == 1 and new.rank > 1:
             new = Reshape(new, new.shape[-1:])
+    elif isinstance(side, Permute):
+        new = transposed(instantiate(side.arg, b, memo))
+    elif isinstance(side, Reshape):
+        axes = {name.removeprefix("axis "): d for name, d in b.items() if isinstance(d, Dim)}
+        new = Reshape(instantiate(side.arg, b, memo), tuple(d.substitute(axes) for d in side.to))
     else:
         operands = [instantiate(o, b, memo) for o in side.operands]
         new = side.with_operands(operands)

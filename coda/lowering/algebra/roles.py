@@ -57,6 +57,22 @@ def is_transposed(node: Node) -> bool:
     return isinstance(node, Permute) and node.order == (1, 0)
 
 
+def transposed(node: Node) -> Node:
+    """The last two axes exchanged, as one permutation of what is in memory; vectors stay."""
+    last = node.rank - 1
+    if last < 1:
+        return node
+    order = (*range(last - 1), last, last - 1)
+    if isinstance(node, Permute):
+        node, order = node.arg, tuple(node.order[i] for i in order)
+    return node if order == tuple(range(last + 1)) else Permute(node, order)
+
+
+def is_transposed_view(node: Node) -> bool:
+    """Whether a node's last two axes are in the reverse of their order in memory."""
+    return isinstance(node, Permute) and node.rank > 1 and node.order[-1] < node.order[-2]
+
+
 def as_stored(node: Node) -> Node:
     """The matrix in memory: a node without its transposition."""
     return node.operands[0] if is_transposed(node) else node
