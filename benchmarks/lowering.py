@@ -66,7 +66,9 @@ def main():
             continue
         module = runpy.run_path(str(path), run_name="example")
         for name, block in module.items():
-            if not isinstance(block, Block):
+            if (
+                not isinstance(block, Block) or "DIMS" not in module
+            ):  # a script with sizes of its own
                 continue
             every = {**module["DIMS"], **module.get("STARCODER2_DIMS", {})}
             dims = {s: every[s] for s in block.graph.symbols}
