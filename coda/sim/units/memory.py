@@ -50,6 +50,38 @@ def _granules(values: list[Array], size: int, shape: tuple[int, ...]) -> Array:
     return packed.view(GRANULE[min(total, 16)])
 
 
+def _read(views: Any, index: Array, size: int, count: int) -> Array:
+    """Gather `count` elements of `size` bytes per lane.
+
+    `index` counts vectors in the view of their bytes; those of 32 bytes are two of 16.
+    """
+    total = size * count
+    if total == 32:
+        wide = np.stack([views[16][index], views[16][index + 1]], -1)
+        return np.ascontiguousarray(wide.view(f"u{size}").transpose(2, 0, 1))
+    return _elements(views[total][index], size, count)
+
+
+def _write(
+    views: Any, index: Array, m: Any, values: list[Any], size: int, shape: tuple[int, int]
+) -> None:
+    """Scatter the vector `values` of each active lane; `index` as in `_read`."""
+    total = size * len(values)
+    if len(values) == 1:
+        granules = spread(values[0], shape)
+    else:
+        granules = _granules(values, size, shape)
+        if total < 32:
+            granules = granules[..., 0]
+    if m is not None:
+        index, granules = index[m], granules[m]
+    if total == 32:
+        views[16][index] = granules[..., 0]
+        views[16][index + 1] = granules[..., 1]
+    else:
+        views[total][index] = granules
+
+
 class SharedMemory:
     """Shared memory of the resident CTAs."""
 
@@ -112,10 +144,7 @@ class SharedMemory:
         index, _ = self.index(ins, g, m, a, offset, total)
         if self.machine.observer is not None:
             self.machine.saw_shared(ins, g, m, index << SHIFT[total], total, write=False)
-        if total == 32:
-            wide = np.stack([self.views[16][2 * index], self.views[16][2 * index + 1]], -1)
-            return np.ascontiguousarray(wide.view(f"u{size}").transpose(2, 0, 1))
-        return _elements(self.views[total][index], size, count)
+        return _read(self.views, 2 * index if total == 32 else index, size, count)
 
     def store(
         self,
@@ -137,21 +166,8 @@ class SharedMemory:
         if machine.observer is not None:
             machine.saw_shared(ins, g, m, index << SHIFT[total], total, write=True)
         machine.progress += 1
-        index = spread(index, machine.shape)
-        if len(values) == 1:
-            value = spread(values[0], machine.shape)
-            granules = value
-        else:
-            granules = _granules(values, size, machine.shape)
-            if total < 32:
-                granules = granules[..., 0]
-        if m is not None:
-            index, granules = index[m], granules[m]
-        if total == 32:
-            self.views[16][2 * index] = granules[..., 0]
-            self.views[16][2 * index + 1] = granules[..., 1]
-        else:
-            self.views[total][index] = granules
+        index = spread(2 * index if total == 32 else index, machine.shape)
+        _write(self.views, index, m, values, size, machine.shape)
 
     def locate(self, row: int, address: int) -> int:
         """Byte index in `data` of a shared address as warp `row` sees it."""
@@ -259,11 +275,8 @@ class Global:
             self.check(ins, g, None, a, total)
         if self.machine.observer is not None:
             self.machine.saw_global(ins, g, m, a, total, write=False)
-        index = (a - u64(64)) >> u64(SHIFT[min(total, 16)])
-        if total == 32:
-            wide = np.stack([self.views[16][index], self.views[16][index + u64(1)]], -1)
-            return np.ascontiguousarray(wide.view(f"u{size}").transpose(2, 0, 1))
-        return _elements(self.views[total][index.astype(i64)], size, count)
+        index = ((a - u64(64)) >> u64(SHIFT[min(total, 16)])).astype(i64)
+        return _read(self.views, index, size, count)
 
     def store(
         self,
@@ -287,19 +300,7 @@ class Global:
             machine.saw_global(ins, g, m, a, total, write=True)
         machine.progress += 1
         index = ((spread(a, machine.shape) - u64(64)) >> u64(SHIFT[min(total, 16)])).astype(i64)
-        if len(values) == 1:
-            granules = spread(values[0], machine.shape)
-        else:
-            granules = _granules(values, size, machine.shape)
-            if total < 32:
-                granules = granules[..., 0]
-        if m is not None:
-            index, granules = index[m], granules[m]
-        if total == 32:
-            self.views[16][index] = granules[..., 0]
-            self.views[16][index + 1] = granules[..., 1]
-        else:
-            self.views[total][index] = granules
+        _write(self.views, index, m, values, size, machine.shape)
 
     def span(self, ins: Instruction, row: int, low: int, high: int) -> None:
         """Raise Fault unless one allocation holds the range [low, high)."""
