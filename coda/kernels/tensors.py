@@ -15,10 +15,15 @@ def matrix(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def padded_length(count: int, dtype: torch.dtype) -> int:
+    """The least number of elements ≥ `count` that fills a multiple of 16 bytes."""
+    step = max(1, 16 // dtype.itemsize)
+    return -(-count // step) * step
+
+
 def padded(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised matrix [rows, columns] whose row stride is a multiple of 16 bytes."""
-    step = max(1, 16 // dtype.itemsize)
-    wide = -(-columns // step) * step
+    wide = padded_length(columns, dtype)
     return torch.empty((rows, wide), dtype=dtype, device=device).narrow(1, 0, columns)
 
 

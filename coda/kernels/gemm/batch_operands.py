@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from coda.kernels.gemm.batches import ALIGNED, BatchStrides
+from coda.kernels.tensors import padded, padded_length
 
 Strides = tuple[int, int, int]  # of the batch index, rows and columns
 
@@ -47,7 +48,7 @@ def _strides(x: Tensor, step: BatchStrides) -> Strides | None:
     o, i, r, c = x.stride()
     if 1 not in (r, c) or (c != 1 and columns == 1):
         return None
-    pitch = _padded(columns, x)
+    pitch = padded_length(columns, x.dtype)
     if rows == 1 and c == 1:
         r = o if outer > 1 and step in (BatchStrides.NESTED, BatchStrides.SHARED_INSIDE) else pitch
         r = i if inner > 1 and step is BatchStrides.SHARED_OUTSIDE else r
@@ -80,16 +81,10 @@ def _copied(x: Tensor, step: BatchStrides) -> Tensor:
     if step in (BatchStrides.SHARED, BatchStrides.SHARED_INSIDE):
         x = x[:, :1]
     kept = x.transpose(1, 2) if step is BatchStrides.NESTED else x
-    shape = (*kept.shape[:-1], _padded(columns, x))
+    shape = (*kept.shape[:-1], padded_length(columns, x.dtype))
     copy = torch.empty(shape, dtype=x.dtype, device=x.device)[..., :columns].copy_(kept)
     made = copy.transpose(1, 2) if step is BatchStrides.NESTED else copy
     return made.expand(outer, inner, rows, columns)
-
-
-def _padded(columns: int, x: Tensor) -> int:
-    """The least number of elements ≥ columns that fills a multiple of 16 bytes."""
-    each = ALIGNED // x.element_size()
-    return -(-columns // each) * each
 
 
 def by_matrix(x: Tensor, matrices: int) -> Tensor:
@@ -101,7 +96,6 @@ def columns_by_matrix(x: Tensor, matrices: int) -> Tensor:
     """One number for each row, [L · M], as [L, M] with a stride of L of whole 16 bytes."""
     x = by_matrix(x.reshape(-1), matrices)
     rows = x.shape[1]
-    if x.is_contiguous() and rows == _padded(rows, x):
+    if x.is_contiguous() and rows == padded_length(rows, x.dtype):
         return x
-    wide = torch.empty((matrices, _padded(rows, x)), dtype=x.dtype, device=x.device)
-    return wide[:, :rows].copy_(x)
+    return padded(matrices, rows, x.dtype, x.device).copy_(x)

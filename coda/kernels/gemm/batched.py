@@ -22,7 +22,7 @@ def gemm_epilogue(
 ) -> Callable[[Any], EpiMod]:
     """As quack's, for a batch whose inner index has size `inner`.
 
-    `a`, `b` and `stores` name the Steps of A, B and of those stores that are not plain.
+    `a`, `b` and `stores` name the `BatchStrides` of A, B and of those stores that are not plain.
     """
     steps = tuple((stores or {}).items())
     return lambda fn: Relaid(fn, Strides(inner, a, b, steps), **options)
@@ -30,7 +30,7 @@ def gemm_epilogue(
 
 @dataclass(frozen=True)
 class Strides:
-    """Matrices with a batch index of two parts; `a`, `b` and `stores` have names of Steps."""
+    """Matrices with a batch index of two parts; `a`, `b` and `stores` name `BatchStrides`."""
 
     inner: int
     a: str
