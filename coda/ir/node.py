@@ -130,7 +130,7 @@ class Node(metaclass=_InternedNode):
         return type(self)(*values)
 
 
-Field = Node | tuple[object, ...] | Dim | DType | str | float  # what a node is constructed from
+Field = Node | tuple[object, ...] | Dim | DType | str | float  # an argument of a node
 
 
 def is_operand(value: Field) -> bool:
