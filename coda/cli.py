@@ -175,7 +175,7 @@ def stage(
     dims: Dims = "",
     arch: Arch = "",
     dtype: Type = "bf16",
-    thrifty: Annotated[bool, typer.Option(help="chunk, as the backward of --memory min")] = False,
+    chunked: Annotated[bool, typer.Option(help="chunk, as the backward of --memory min")] = False,
 ) -> None:
     """Run one stage of the lowering on a block, checked before and after.
 
@@ -184,7 +184,7 @@ def stage(
     """
     (name,) = stage_names(name, "stage") or ("",)
     graph = _block(target, dtype).graph_of(dtype_of(dtype))
-    policy = MemoryPolicy(chunked=thrifty)
+    policy = MemoryPolicy(chunked=chunked)
     asked = request(graph, parse_dims(dims), choose_target(arch), frozen=False, policy=policy)
     print(show_value(run_stage(name, asked)), end="")
 
