@@ -323,9 +323,10 @@ def _held(
             known = given | {n: values[n] for n, p in program.places.items() if p.buffer in read}
             mine = [n for n, p in program.places.items() if p.buffer == buffer and n not in known]
             rounded = {n: x.to(n.dtype.torch) for n, x in known.items()}  # as torch stores them
-            plain = evaluate(mine, rounded, sizes, None)
-            errors = map(deviation, plain, evaluate(mine, rounded, sizes))
-            exact = evaluate(mine, known, sizes)
+            plain, exact = evaluate(mine, rounded, sizes, None), evaluate(mine, rounded, sizes)
+            errors = list(map(deviation, plain, exact))
+            if not all(torch.equal(x, rounded[n].to(x.dtype)) for n, x in known.items()):
+                exact = evaluate(mine, known, sizes)
             for node, wide, error in zip(mine, exact, errors, strict=True):
                 yield Checked(
                     part,
