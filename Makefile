@@ -21,6 +21,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Errors and times on the Hopper or Blackwell GPU of this machine, in build/bench-gpu.json.
+bench-gpu: $(VENV)/ready
+	$(BIN)/python benchmarks/gpu.py
+
 # The site, with the reference of the API from the docstrings, in build/site. A warning is an error.
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
@@ -40,4 +44,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,sass]'
 	touch $@
 
-.PHONY: demo test sweep lint docs dist dist-check
+.PHONY: demo test sweep bench-gpu lint docs dist dist-check
