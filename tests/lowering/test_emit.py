@@ -54,6 +54,15 @@ def test_what_vanishes_outside_the_matrix(expr, zero):
     assert vanishes(expr, KINDS) is zero
 
 
+def waits_for_the_kernel_before(text):
+    """Whether a row-wise kernel may start early, and first waits for the results that it reads."""
+    module = ast.parse(text)
+    body = next(f.body for f in module.body if isinstance(f, ast.FunctionDef))
+    first = [ast.unparse(line).removeprefix("cute.arch.") for line in body[:2]]
+    waits = first == ["griddepcontrol_wait()", "griddepcontrol_launch_dependents()"]
+    return waits and "use_pdl=True" in text
+
+
 @SETTINGS
 @given(blocks(dtype=bf16))
 def test_every_text_is_python_and_names_its_kernel_alone(graph):
@@ -65,6 +74,7 @@ def test_every_text_is_python_and_names_its_kernel_alone(graph):
             source = emit_gemm(program, kernel)
         elif kernel.kind is ROWWISE:
             source = emit_rowwise(program, kernel)
+            assert waits_for_the_kernel_before(source.text)
         else:
             continue
         ast.parse(source.text)

@@ -288,6 +288,8 @@ class _RowwiseEmitter(Folds):
             "",
             "@cute.kernel",
             f"def kernel({tensors}, rows: cutlass.Int32):",
+            "    cute.arch.griddepcontrol_wait()",
+            "    cute.arch.griddepcontrol_launch_dependents()",
             "    thread, _, _ = cute.arch.thread_idx()",
             "    block, _, _ = cute.arch.block_idx()",
             "    lane = thread % LANES",
@@ -301,6 +303,7 @@ class _RowwiseEmitter(Folds):
             f"        grid=[cute.ceil_div(rows, {each}), 1, 1],",
             f"        block=[{warps} * LANES, 1, 1],",
             "        stream=stream,",
+            "        use_pdl=True,",
             "    )",
         ]
         return "\n".join(lines) + "\n"
