@@ -95,7 +95,7 @@ def test_quack_lays_out_what_was_computed(arch, laid_out):
     """Of a layer that is trained: loads, tables, stores of halves, sums. quack's own too."""
     with device(arch):
         for program in programs("llama_layer", arch)[1:]:
-            config = replace(program.target.configs[0][0], loads=2, stores=1)
+            config = replace(program.target.configs[0], loads=2, stores=1)
             for kernel in gemms(program):
                 if kernel.body.epilogue.operands:
                     assert laid_out(program, kernel, config) == computed(program, kernel, config)
@@ -111,7 +111,7 @@ def test_quack_lays_out_what_was_computed_for_every_kernel_and_config(name, arch
     compared = 0
     with device(arch):
         for program in programs(name, arch):
-            configs = [c for c, _ in program.target.configs]
+            configs = list(program.target.configs)
             for kernel in gemms(program):
                 groups = [s.group for s in kernel.body.epilogue.statistics if s.group]
                 for config in (*configs, *others):

@@ -31,13 +31,10 @@ def page():
         cells += [f"{flops / 1e12:.0f}" for _, flops in t.peaks]
         cells += [f"{t.bandwidth / 1e12:g}", f"{t.launch * 1e6:g}"]
         out.append("".join(f"| {c} " for c in cells) + "|\n")
-    out.append("\nTiles of a GEMM, with the efficiency of their mainloops:\n\n")
+    out.append("\nTiles of a GEMM:\n\n")
     out.append("| GPU | tiles |\n|---|---|\n")
     for t in TARGETS:
-        tiles = [
-            f"{c.tile_m}×{c.tile_n} cluster {c.cluster[0]}×{c.cluster[1]}: {efficiency:g}"
-            for c, efficiency in t.configs
-        ]
+        tiles = [f"{c.tile_m}×{c.tile_n} cluster {c.cluster[0]}×{c.cluster[1]}" for c in t.configs]
         out.append(f"| {t.name} | {', '.join(tiles)} |\n")
     out.append("\nSpeed of a mainloop by its stages of A and B, as a fraction of its best:\n\n")
     out.append("| GPU | stages: speed |\n|---|---|\n")

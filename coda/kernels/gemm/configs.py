@@ -1,10 +1,8 @@
 """A GEMM of a Program -> its legal tile configs, ranked by estimated time.
 
 A config has a tile, and depths of its epilogue's pipelines that leave enough stages to A and B
-(`stages.py`). The estimate is that of a mainloop, wave by wave of tiles over the multiprocessors:
-
-    seconds = waves · (FLOPs of a CTA's tile / (peak of a multiprocessor · efficiency of the tile
-              · speed by A/B stages) + exposed round trips of the epilogue)
+(`stages.py`). The estimate is the model of time (`time.py`), and for depths of one stage the round
+trips of the epilogue.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from coda.kernels.gemm.mainloop import Gemm
 from coda.kernels.gemm.stages import Masks, PipelineStages, cta_rows, divided, masks, need, stages
+from coda.kernels.gemm.time import TileGrid, Work, time_of, work
 from coda.lowering.program.access import Periodic
 from coda.lowering.program.epilogue import held
 from coda.lowering.program.program import Program
@@ -71,8 +70,8 @@ def ranked(program: Program, kernel: Gemm) -> tuple[Config, ...]:
 
     One with fewer than `ENOUGH` A/B stages is legal only if all are.
     """
-    masked = masks(kernel.body.epilogue)
-    every = [offer(program, kernel, c, e, masked) for c, e in program.target.configs]
+    masked, own = masks(kernel.body.epilogue), work(program, kernel)
+    every = [offer(program, kernel, c, masked, own) for c in program.target.configs]
     found = [o for o in every if not _legal(program.target, kernel, o.config, o.pipeline)]
     if not found:
         return (every[-1].config,)
@@ -80,14 +79,12 @@ def ranked(program: Program, kernel: Gemm) -> tuple[Config, ...]:
     return tuple(o.config for o in sorted(found, key=lambda o: o.seconds))
 
 
-def offer(
-    program: Program, kernel: Gemm, config: Config, efficiency: float, masked: Masks
-) -> Offer:
+def offer(program: Program, kernel: Gemm, config: Config, masked: Masks, own: Work) -> Offer:
     """A config with the depths of its epilogue's pipelines, no deeper than they pay, and its time.
 
     The depths are quack's own, unless two stages buy one of A and B up to `AMPLE`; a single stage
-    only where nothing else leaves `ENOUGH`. `efficiency` is the tile's, as in `Target.configs`, and
-    `masked` are the masks of the epilogue.
+    only where nothing else leaves `ENOUGH`. `masked` are the masks of the epilogue, and `own` is
+    the work of the kernel.
     """
     needed, target = need(program, kernel, config, masked), program.target
     chosen, pipeline = config, divided(needed, config, target)
@@ -98,24 +95,8 @@ def offer(
         found = divided(needed, other, target)
         if found.ab > pipeline.ab:
             chosen, pipeline = other, found
-    mainloop = _mainloop(program, kernel, chosen) / (efficiency * target.speed(pipeline.ab))
+    time = time_of(own, chosen, needed, pipeline, target)
     hidden = target.tensor_memory  # behind the mainloop of the next tile
     waits = 0 if hidden else (chosen.loads, chosen.stores).count(1)
-    tile = mainloop + waits * needed.subtiles * ROUND_TRIP
-    return Offer(chosen, pipeline, _waves(program, kernel, chosen) * tile)
-
-
-def _mainloop(program: Program, kernel: Gemm, config: Config) -> float:
-    """Seconds of the mainloop of one tile at the peak of a multiprocessor."""
-    target, (_, _, k) = program.target, kernel.mainloop.problem(program.sizes)
-    rate = target.peak(kernel.mainloop.a.dtype) / target.multiprocessors
-    return 2 * cta_rows(config, target) * config.tile_n * max(k, 1) / rate
-
-
-def _waves(program: Program, kernel: Gemm, config: Config) -> int:
-    """How many tiles the multiprocessors compute one after the other."""
-    target, (m, n, _) = program.target, kernel.mainloop.problem(program.sizes)
-    matrices = kernel.mainloop.matrices(program.sizes)
-    tiles = max(1, matrices * -(-m // config.tile_m)) * -(-n // config.tile_n)
-    ctas = config.tile_m // cta_rows(config, target)
-    return -(-tiles // (target.multiprocessors // ctas))
+    waves = TileGrid.of(own, chosen, target).waves
+    return Offer(chosen, pipeline, time.seconds + waves * waits * needed.subtiles * ROUND_TRIP)

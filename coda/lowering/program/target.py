@@ -33,6 +33,33 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What a GPU achieves in kernels, as the model of time sees it; `docs/model.md` has the fits.
+
+    Attributes:
+        tensor: (bits of an operand's element, FLOP/s of an SM's tensor cores in mainloops).
+        bandwidth: of global memory, bytes/s.
+        feed: of an SM, bytes/s from L2 into shared memory.
+        start: seconds of a GEMM in which nothing overlaps: its launch, first loads, last stores.
+        latency: seconds of a k-step whose operand no other CTA has read before.
+        issue: instructions of a thread that an SM issues, per second.
+        special: special functions of a thread that an SM computes, per second.
+    """
+
+    tensor: tuple[tuple[int, float], ...]
+    bandwidth: float
+    feed: float
+    start: float
+    latency: float
+    issue: float
+    special: float
+
+    def tensor_of(self, bits: int) -> float:
+        """FLOP/s of an SM for operands of so many bits, as `Target.peak`."""
+        return dict(self.tensor)[8 if bits <= 8 else 16]
+
+
+@dataclass(frozen=True)
 class Target:
     """A GPU, for which Programs are lowered, costed and compiled.
 
@@ -47,8 +74,8 @@ class Target:
         peaks: (bits of an operand's element, FLOP/s of the tensor cores), dense.
         bandwidth: of global memory, bytes/s.
         launch: least time of a launch, seconds.
-        configs: (config, efficiency) of its GEMMs, from the largest tile to the smallest. The
-            efficiency is the mainloop's speed as a fraction of the best config's.
+        rates: what its kernels achieve.
+        configs: of its GEMMs, from the largest tile to the smallest.
         pipeline: (stages, speed): the mainloop's speed with so many stages of A and B, as a
             fraction of its best, by increasing stages; between two entries, the lower one's.
         cta_pairs: whether two CTAs of a cluster can share one tile of a GEMM.
@@ -67,7 +94,8 @@ class Target:
     peaks: tuple[tuple[int, float], ...]
     bandwidth: float
     launch: float
-    configs: tuple[tuple[Config, float], ...]
+    rates: Rates
+    configs: tuple[Config, ...]
     pipeline: tuple[tuple[int, float], ...]
     cta_pairs: bool
     tensor_memory: bool
@@ -86,30 +114,53 @@ class Target:
         return next(found, self.pipeline[0][1])
 
 
-# (config, efficiency). Configs that spill registers with heavy epilogues are left out, among them
+# Configs that spill registers with heavy epilogues are left out, among them
 # quack's default for Hopper (128×192 ping-pong).
 HOPPER_CONFIGS = (
-    (Config(128, 256, (2, 1)), 1.0),
-    (Config(256, 128, (2, 1)), 0.98),
-    (Config(128, 128, (2, 1)), 0.85),
-    (Config(128, 64, (1, 1)), 0.6),
+    Config(128, 256, (2, 1)),
+    Config(256, 128, (2, 1)),
+    Config(128, 128, (2, 1)),
+    Config(128, 64, (1, 1)),
 )
 BLACKWELL_CONFIGS = (
-    (Config(256, 256, (2, 1)), 1.0),
-    (Config(256, 128, (2, 1)), 0.9),
-    (Config(128, 128, (1, 1)), 0.75),
-    (Config(128, 64, (1, 1)), 0.5),
+    Config(256, 256, (2, 1)),
+    Config(256, 128, (2, 1)),
+    Config(128, 128, (1, 1)),
+    Config(128, 64, (1, 1)),
 )
 
-PIPELINE = ((2, 0.635), (3, 1.0))
+PIPELINE = ((2, 0.57), (3, 1.0))
+# Two stages, tensor cores and feed: fitted on twelve GEMMs of a Llama-3-8B layer's training on an
+# H200, and on seven tiles of quack's GEMM of 8192×4096×4096 there. The start and the latency: on
+# the same tiles at M = 64. Issue and special functions: 4 · 32 and 16 a clock at 1.75 GHz.
+HOPPER_RATES = Rates(
+    tensor=((16, 6.06e12), (8, 9.7e12)),
+    bandwidth=3.05e12,
+    feed=79e9,
+    start=5e-6,
+    latency=0.4e-6,
+    issue=128 * 1.75e9,
+    special=16 * 1.75e9,
+)
+BLACKWELL_RATES = Rates(
+    tensor=((16, 10.8e12), (8, 21.6e12)),
+    bandwidth=7e12,
+    feed=118e9,
+    start=4e-6,
+    latency=0.2e-6,
+    issue=128 * 1.85e9,
+    special=16 * 1.85e9,
+)
 
 HOPPER_TUNING = "NVIDIA Hopper tuning guide: 227 KB a block, 64 K registers a multiprocessor"
 BLACKWELL_TUNING = "NVIDIA Blackwell tuning guide: 227 KB a block, 64 K registers a multiprocessor"
-MODEL = "coda's own model: ranks by tile, not measured on this GPU"
+MODEL = "quack's defaults; chosen from by coda's model of time"
 LAUNCH = "assumed; folds of a few KB took 2.4 to 3.3 µs each on an H200 (measured by coda, 2026)"
 MEASURED = (
     "measured by coda on an H200: seven kernels of a Llama-3-8B layer, 128×256, 2 to 4 stages"
 )
+
+RATES = "fitted: docs/model.md"
 
 HOPPER_H100 = Target(
     name="H100 SXM",
@@ -122,6 +173,7 @@ HOPPER_H100 = Target(
     peaks=((16, 989e12), (8, 1979e12)),
     bandwidth=3.35e12,
     launch=2e-6,
+    rates=HOPPER_RATES,
     configs=HOPPER_CONFIGS,
     pipeline=PIPELINE,
     cta_pairs=False,
@@ -134,6 +186,7 @@ HOPPER_H100 = Target(
         ("peaks", "NVIDIA H100 data sheet, half of its figures with sparsity"),
         ("bandwidth", "NVIDIA H100 data sheet"),
         ("launch", LAUNCH),
+        ("rates", RATES),
         ("configs", MODEL),
         ("pipeline", f"{MEASURED}; not on this GPU"),
     ),
@@ -143,6 +196,7 @@ HOPPER_H200 = replace(
     name="H200",
     l2=60 << 20,
     bandwidth=4.8e12,
+    rates=replace(HOPPER_RATES, tensor=((16, 6.26e12), (8, 10e12)), bandwidth=4.24e12),
     sources=(
         ("multiprocessors", "as the driver reports; kernels of coda ran on one in November 2026"),
         ("shared_memory", HOPPER_TUNING),
@@ -155,7 +209,8 @@ HOPPER_H200 = replace(
         ),
         ("bandwidth", "NVIDIA H200 data sheet; measured by coda: 4.24 TB/s (a copy)"),
         ("launch", LAUNCH),
-        ("configs", "coda's own model; quack's bare GEMM on an H200 ranks the large tiles alike"),
+        ("rates", RATES),
+        ("configs", MODEL),
         ("pipeline", MEASURED),
     ),
 )
@@ -170,6 +225,7 @@ BLACKWELL_B200 = Target(
     peaks=((16, 2250e12), (8, 4500e12)),
     bandwidth=8e12,
     launch=2e-6,
+    rates=BLACKWELL_RATES,
     configs=BLACKWELL_CONFIGS,
     pipeline=PIPELINE,
     cta_pairs=True,
@@ -182,6 +238,7 @@ BLACKWELL_B200 = Target(
         ("peaks", "NVIDIA HGX B200 data sheet, an eighth of the board, dense"),
         ("bandwidth", "NVIDIA DGX B200 data sheet, an eighth of the system"),
         ("launch", LAUNCH),
+        ("rates", RATES),
         ("configs", MODEL),
         ("pipeline", f"{MEASURED}; not on this GPU"),
     ),
@@ -199,6 +256,7 @@ BLACKWELL_B300 = replace(
         ("peaks", "NVIDIA HGX B300 data sheet, an eighth of the board, dense"),
         ("bandwidth", "NVIDIA HGX B300 data sheet"),
         ("launch", LAUNCH),
+        ("rates", RATES),
         ("configs", "as the B200's: not measured on this GPU"),
         ("pipeline", f"{MEASURED}; not on this GPU"),
     ),

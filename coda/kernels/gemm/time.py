@@ -1,0 +1,168 @@
+"""A GEMM and a config -> its modelled time.
+
+    seconds = start + overlapped(waves · (k-steps · step + exposed epilogue), bytes / bandwidth)
+    step    = overlapped(FLOPs / rate of an SM, operand bytes / feed of an SM, latency) / stages
+
+- waves: tiles, in whole clusters, over the SMs: ragged tiles and clusters cost as full ones.
+- operand bytes: of the tile's A and B from L2, each shared by the CTAs of a cluster (multicast).
+- latency: of a k-step whose operand comes from memory and not from L2: all of it where no other CTA
+  reads the same one (few rows), nothing where many do.
+- stages: the mainloop's speed with so many stages of A and B.
+- epilogue: its bytes at the SM's share of the bandwidth, since all SMs are in it at once; or its
+  instructions, or special functions. A mainloop hides it in ping-pong and in tensor memory, but for
+  the last tile's.
+- bandwidth: of memory, or of the SMs that have a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coda.ir.scalars import SCALARS
+from coda.kernels.gemm.mainloop import Gemm
+from coda.kernels.gemm.stages import (
+    Need,
+    PipelineStages,
+    cta_rows,
+    divided,
+    masks,
+    need,
+)
+from coda.lowering.program.cost import traffic
+from coda.lowering.program.epilogue import calls
+from coda.lowering.program.program import Program
+from coda.lowering.program.target import Config, Target
+from coda.lowering.program.time import Time, overlapped
+
+K_STEP = 128  # bytes of a row of A or B in a k-step
+SHARES = 2  # an SM alone may take so many of its shares of the bandwidth
+MOVES = 3  # instructions for each element that an epilogue loads or stores, beside its functions
+
+
+@dataclass(frozen=True)
+class Work:
+    """A GEMM, as far as its time depends on it; the same for all configs.
+
+    Attributes:
+        problem: (M, N, K) of each matrix.
+        matrices: the number of matrices.
+        bits: of an element of A and B.
+        moved: bytes of global memory that it reads and writes.
+        instructions: of its epilogue at an element, without loads and stores.
+        special: those of them that are for the special-function unit.
+    """
+
+    problem: tuple[int, int, int]
+    matrices: int
+    bits: int
+    moved: int
+    instructions: float = 0.0
+    special: float = 0.0
+
+
+def work(program: Program, kernel: Gemm) -> Work:
+    """The work of a GEMM of a program."""
+    epilogue, moved = kernel.body.epilogue, traffic(program, kernel)
+    exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
+    exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
+    functions = [SCALARS[c.fn] for c in calls(exprs)]
+    return Work(
+        kernel.mainloop.problem(program.sizes),
+        max(1, kernel.mainloop.matrices(program.sizes)),
+        kernel.mainloop.a.dtype.bits,
+        moved.read_bytes + moved.write_bytes,
+        sum(f.flops for f in functions) / epilogue.lanes,
+        sum(f.special for f in functions) / epilogue.lanes,
+    )
+
+
+def gemm_time(program: Program, kernel: Gemm, config: Config) -> Time:
+    """The modelled time of a GEMM of a program with a config."""
+    needed = need(program, kernel, config, masks(kernel.body.epilogue))
+    pipeline = divided(needed, config, program.target)
+    return time_of(work(program, kernel), config, needed, pipeline, program.target)
+
+
+def time_of(
+    work: Work, config: Config, needed: Need, pipeline: PipelineStages, target: Target
+) -> Time:
+    """The modelled time of a GEMM.
+
+    Args:
+        work: the GEMM.
+        config: its tile.
+        needed: bytes of its shared memory, and its subtiles.
+        pipeline: its stages.
+        target: the GPU.
+    """
+    rates, sms, grid = target.rates, target.multiprocessors, TileGrid.of(work, config, target)
+    rows, columns = cta_rows(config, target), config.tile_n
+    steps = max(1, -(-work.problem[2] * work.bits // (8 * K_STEP)))
+    tensor = 2 * rows * columns * 8 * K_STEP / work.bits / rates.tensor_of(work.bits)
+    fed = K_STEP * (rows / config.cluster[1] + columns / config.cluster[0]) / rates.feed
+    latency = rates.latency * grid.fresh
+    step = overlapped(tensor, fed, latency) / target.speed(pipeline.ab)
+    mainloop, tile = steps * step, rows * columns
+    epilogue = _epilogue(work, needed, tile, target)
+    hidden = pipeline.accumulator > 1 or config.pingpong
+    if hidden:
+        exposed = epilogue + (grid.waves - 1) * max(0.0, epilogue - mainloop)
+    else:
+        exposed = grid.waves * epilogue
+    busy = grid.waves * mainloop + exposed
+    memory = work.moved / min(rates.bandwidth, SHARES * rates.bandwidth / sms * grid.busy)
+    least = grid.waves * steps * tensor
+    parts = {
+        "memory": memory,
+        "tensor cores": least,
+        "operand feed": grid.waves * steps * fed,
+        "latency of a k-step": grid.waves * steps * latency,
+        "epilogue": exposed,
+    }
+    return Time(
+        launch=rates.start,
+        mainloop=least,
+        feed=grid.waves * mainloop - least,
+        epilogue=exposed,
+        memory=overlapped(busy, memory) - busy,
+        bound=max(parts, key=lambda part: parts[part]),
+    )
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """The tiles of a GEMM on a GPU.
+
+    Attributes:
+        waves: how many tiles an SM computes one after the other, at most.
+        busy: SMs that have a tile.
+        fresh: the share of a k-step's bytes, of A or of B, that no other cluster reads.
+    """
+
+    waves: int
+    busy: int
+    fresh: float
+
+    @staticmethod
+    def of(work: Work, config: Config, target: Target) -> TileGrid:
+        """The tiles of a GEMM with a config; clusters that reach over an edge are computed too."""
+        (m, n, _), (down, across) = work.problem, config.cluster
+        rows = max(1, -(-m // (cta_rows(config, target) * down)))
+        columns = max(1, -(-n // (config.tile_n * across)))
+        clusters, size = work.matrices * rows * columns, down * across
+        at_once = max(1, target.multiprocessors // size)
+        busy = size * min(clusters, at_once)
+        return TileGrid(-(-clusters // at_once), busy, 1 / min(rows, columns))
+
+
+def _epilogue(work: Work, needed: Need, tile: int, target: Target) -> float:
+    """Seconds of the epilogue of a CTA's tile of so many elements."""
+    rates, sms = target.rates, target.multiprocessors
+    moved = (needed.loads + needed.stores) * needed.subtiles
+    bytes_per_element = moved / tile
+    issued = work.instructions + MOVES * (1 + bytes_per_element / 2)
+    return max(
+        moved * sms / rates.bandwidth,
+        tile * issued / rates.issue,
+        tile * work.special / rates.special,
+    )
