@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 Schedule = Literal["eager", "late", "random"]
 Level = Literal["off", "warn", "raise"]
 Dim3 = tuple[int, int, int]
@@ -27,6 +30,11 @@ CHECK_KINDS = (
 )
 
 
+# Words of global memory that a launch accessed: (first word, number of words) of an allocation
+# -> uint8, 0: not accessed, 1: read, 2: written.
+Touched = Mapping[tuple[int, int], NDArray[np.uint8]]
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch as the runtime received it.
@@ -34,7 +42,8 @@ class Launch:
     `grid` and `cluster` count CTAs, `block` threads, as (x, y, z). `smem` is the dynamic shared
     memory in bytes; `args` is the address of the `void**` array that `cudaLaunchKernelEx` gets:
     element i points to the i-th kernel parameter. `attributes` maps ids of launch attributes to
-    their raw values.
+    their raw values. `before` is the memory of launches that may still run when this one begins,
+    since it has the attribute for programmatic launches.
     """
 
     kernel: str
@@ -47,6 +56,7 @@ class Launch:
     args: int
     attributes: Mapping[int, bytes] = field(default_factory=dict)
     arch: str = "sm_90a"
+    before: Touched = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,8 @@ class LaunchResult:
     included: a wait that never ran was not tested; `sync_text` has their PTX. `flops` counts the
     tensor cores' alone, as 2 m n k. `per_allocation` is by name of the tensor, `per_unit` by unit
     (threads, tma, bulk, cp.async), `instructions` by mnemonic; `bank_conflicts` counts extra passes
-    and `seconds` is the wall time of the simulation.
+    and `seconds` is the wall time of the simulation. `unfinished` is the memory of this launch, and
+    of launches before it that may run until it has ended; empty if checks are off.
     """
 
     kernel: str
@@ -134,6 +145,7 @@ class LaunchResult:
     sync_sites: dict[int, int] = field(default_factory=dict)
     sync_text: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
+    unfinished: Touched = field(default_factory=dict, repr=False)
 
 
 class Allocations:

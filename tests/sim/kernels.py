@@ -1,12 +1,13 @@
 """Short PTX kernels run on numpy arrays: no compiler, no torch."""
 
 import ctypes
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 
 from coda.sim.machine import run
-from coda.sim.types import Allocations, Launch, LaunchResult, Options
+from coda.sim.types import Allocations, Launch, LaunchResult, Options, Touched
 
 SCHEDULES = [
     {"schedule": "eager"},
@@ -62,15 +63,17 @@ def launch(
     block: int = 32,
     cluster: tuple[int, int, int] = (1, 1, 1),
     smem: int = 0,
+    before: Touched = MappingProxyType({}),
     **options,
 ) -> LaunchResult:
-    """Run kernel `k` on arrays, which it may change."""
+    """Run kernel `k` on arrays, which it may change, beside launches that may still run."""
     pointers = [ctypes.c_uint64(a.ctypes.data) for a in arrays]
     args = (ctypes.c_void_p * len(arrays))(*[ctypes.addressof(p) for p in pointers])
     allocations = Allocations()
     for i, a in enumerate(arrays):
         allocations.add(a.ctypes.data, a.nbytes, f"array {i}")
-    one = Launch("k", text, b"", grid, (block, 1, 1), cluster, smem, ctypes.addressof(args))
+    shape = grid, (block, 1, 1), cluster, smem
+    one = Launch("k", text, b"", *shape, ctypes.addressof(args), before=before)
     return run(one, allocations, Options(**options))
 
 

@@ -42,19 +42,24 @@ class Blocks(Races):
         self.sizes = [nbytes for _, nbytes, _ in ranges]
         self.shadows: dict[int, Shadow] = {}
 
-    def _parts(self, starts: Array, nbytes: int) -> Iterator[tuple[Shadow, Array, slice | Array]]:
-        """Yield (shadow, words [runs, words], which runs) for each allocation that holds runs."""
+    def _places(self, starts: Array, nbytes: int) -> Iterator[tuple[int, Array, slice | Array]]:
+        """Yield (number, words [runs, words], which runs) for each allocation that holds runs."""
         owner = np.searchsorted(self.bases, starts, "right") - 1
         whole = int(owner[0]) == int(owner[-1]) and bool(np.equal(owner, owner[0]).all())
         for k in owner[:1].tolist() if whole else np.unique(owner).tolist():
             if k < 0:
                 continue
+            which = slice(None) if whole else np.flatnonzero(owner == k)
+            first = (starts[which] - (self.starts[k] & ~3)) >> 2
+            yield k, first[:, None] + np.arange(max(nbytes // 4, 1)), which
+
+    def _parts(self, starts: Array, nbytes: int) -> Iterator[tuple[Shadow, Array, slice | Array]]:
+        """Yield (shadow, words [runs, words], which runs) for each allocation that holds runs."""
+        for k, words, which in self._places(starts, nbytes):
             shadow = self.shadows.get(k)
             if shadow is None:
                 shadow = self.shadows[k] = Shadow(self.events, self.sizes[k] // 4 + 2)
-            which = slice(None) if whole else np.flatnonzero(owner == k)
-            first = (starts[which] - (self.starts[k] & ~3)) >> 2
-            yield shadow, first[:, None] + np.arange(max(nbytes // 4, 1)), which
+            yield shadow, words, which
 
     # accesses by lanes
 

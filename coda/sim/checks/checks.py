@@ -27,6 +27,7 @@ class Exits(Maps):
     """The checks at the end of a CTA and of its tensor memory."""
 
     def exited(self, cta: int) -> None:
+        super().exited(cta)
         machine = self.machine
         rows = np.arange(cta, machine.warps, machine.count)
         block = self.clocks.at[rows]

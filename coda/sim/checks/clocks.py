@@ -2,8 +2,9 @@
 
 A clock has one component per ordered sequence of events. Each cluster has its own: one for each
 warp's own accesses, one for each warp and kind of asynchronous operation that its kernel uses
-(groups of bulk copies, wgmma, ...), one for the tcgen05 operations of each CTA, and one for each
-mbarrier, which counts completed phases: a TMA write is visible to warps that acquired its phase.
+(groups of bulk copies, wgmma, ...), one for the tcgen05 operations of each CTA, one for launches
+before this one, and one for each mbarrier, which counts completed phases: a TMA write is visible to
+warps that acquired its phase.
 
 A warp has five vector clocks: SEEN, events that happen before it in the generic proxy; ASYNC, those
 of them that the async proxy sees too, after a proxy fence; INIT, mbarrier initialisations that it
@@ -65,7 +66,8 @@ class Clocks:
                 self.first[kind] = used
                 used += self.per
         self.products = used
-        self.fixed = used + self.size
+        self.launches = used + self.size
+        self.fixed = self.launches + 1
         self.clusters = machine.count // self.size
         self.width = self.fixed + MBARRIERS
         self.at = np.zeros((machine.warps, len(VIEWS), self.width), np.int32)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coda.sim.checks.blocks import Blocks
 from coda.sim.checks.clocks import MAPS
+from coda.sim.checks.launches import Launches
 from coda.sim.ptx.parse import Instruction
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ BYTES = 128
 NO_MAP_FENCE = "with no fence.proxy.tensormap in between"
 
 
-class Maps(Blocks):
+class Maps(Launches):
     """The checks of tensor maps in global memory."""
 
     def __init__(self, machine: Machine) -> None:

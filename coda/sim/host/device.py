@@ -16,7 +16,14 @@ from torch import Tensor
 
 from coda.sim.host import kept
 from coda.sim.host.hooks import install
-from coda.sim.host.launch import PtxStore, cannot_keep, check_target, default_cache, load_shim
+from coda.sim.host.launch import (
+    PtxStore,
+    cannot_keep,
+    check_target,
+    default_cache,
+    is_programmatic,
+    load_shim,
+)
 from coda.sim.host.patches import Patches
 from coda.sim.host.report import Launched, Report, occupancy
 from coda.sim.host.tensors import CudaIsCpu, Memory, wrap
@@ -30,6 +37,7 @@ from coda.sim.types import (
     Options,
     Schedule,
     SimError,
+    Touched,
     Unsupported,
 )
 
@@ -60,6 +68,7 @@ class Device:
         self.kernels = None if cache is None else str(cache / f"{arch}{'-lines' * lineinfo}")
         self.memory = Memory()
         self.launched: list[Launched] = []
+        self.unfinished: Touched = {}  # memory of launches that may run when the next one begins
         self.pending: BaseException | None = None
         self.thread: int | None = None
 
@@ -161,7 +170,8 @@ class Device:
     def _run(self, launch: Launch) -> None:
         ptx = self.store.find(launch.cubin, launch.kernel)
         check_target(ptx, launch)
-        launch = dataclasses.replace(launch, ptx=ptx)
+        before = self.unfinished if is_programmatic(launch) else {}
+        launch = dataclasses.replace(launch, ptx=ptx, before=before)
         record = Launched(
             launch.kernel,
             launch.grid,
@@ -177,6 +187,7 @@ class Device:
         try:
             options = dataclasses.replace(self.options, sms=self.sms)
             record.result = execute(launch, self.memory.allocations(), options)
+            self.unfinished = record.result.unfinished
         except BaseException as error:
             record.error = f"{type(error).__name__}: {error}"
             if isinstance(error, SimError) and error.finding is not None:

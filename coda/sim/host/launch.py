@@ -27,6 +27,7 @@ from coda.sim.types import Fault, Launch, SimError, Unsupported
 SOURCE = Path(__file__).with_name("launch.c")
 MAX_SMEM = 232448  # bytes of shared memory that one block may have
 CLUSTER_DIMENSION = 4  # cudaLaunchAttributeClusterDimension
+PROGRAMMATIC = 6  # cudaLaunchAttributeProgrammaticStreamSerialization
 
 _FATBIN_MAGIC, _ELF_MAGIC = 0xBA55ED50, b"\x7fELF"
 _CUBIN_ENTRY = 2
@@ -269,6 +270,11 @@ def _launch(image: int, name: str, config: _Config, args: int, arch: str) -> Lau
     )
     check_shape(launch)
     return launch
+
+
+def is_programmatic(launch: Launch) -> bool:
+    """Whether a launch may begin before the one in front of it has ended."""
+    return any(launch.attributes.get(PROGRAMMATIC, b"")[:4])
 
 
 def check_shape(launch: Launch) -> None:
