@@ -323,7 +323,7 @@ class Drafts:
 
     def storage(self, node: Node) -> Node:
         """The node whose memory a view aliases; the view itself if it needs its own memory."""
-        while is_view(node):
+        while is_view(node) and node not in self.piece_of:
             under = base(node)
             free = isinstance(under, Input) or isinstance(node, Reshape) or is_transposed(node)
             free = free or self.only_in_batches(node)

@@ -77,8 +77,8 @@ class Materialisation(Admission, ABC):
             return False
         for part in parts:
             self.materialise(part)
-        if any(p not in self.home for p in parts):  # a part became a view of another value
-            return False
+        if any(p not in self.home or self.storage(p) is not p for p in parts):
+            return False  # a part became a view of another value
         rows = [a.shape[node.axis] if stacked else product(node.shape[:-1]) for a in flat(node)]
         spaces = [self.home[p].space for p in parts]
         fits = [s.rows == r for s, r in zip(spaces, rows, strict=True)]

@@ -11,6 +11,7 @@ whose partials a row-wise kernel folds. Kernel builders decide at once what they
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,6 +48,8 @@ from coda.lowering.placement.space_state import Segment
 from coda.lowering.placement.values import LONGEST, Refused, Value
 from coda.lowering.program.cost import seconds_of
 from coda.lowering.program.program import Unfused
+
+Give = Callable[[Node], list[Node]]  # makes nodes loadable, and returns some of them
 
 NEAR = 4  # row-wise kernels before a node's operands that are tried
 
@@ -348,7 +351,6 @@ class Partition(Materialisation):
 
     def in_rows(self, node: Node, index: int) -> None:
         """Place a node in a row-wise kernel after the GEMM `index`, or in a kernel of its own."""
-        why, kept = "no kernel computes it", list[Node]()
         for one in self.waiting_folds(node):
             if one not in self.home:  # placed with another
                 self.in_rows(one, index)
@@ -356,30 +358,57 @@ class Partition(Materialisation):
             index = self.after_rows(node, index)
         elif isinstance(node, Reduce) and self.summed_in_pass(node, index):
             return
+        # First recompute the operands; then load the operands' operands; last, the operands.
+        why = self.in_some_rows(node, index, (self.provide, self.keep_operands, None))
+        if not why:
+            return
+        for operand in node.operands:
+            self.materialise(operand)
+        if isinstance(node, Concat) and self.join(node):
+            return
+        self.loadable.add(node)
+        if self.in_some_rows(node, self.after_operands(node, index), (None,)):
+            self.by_itself(node, index, why)
+
+    def in_some_rows(self, node: Node, index: int, gives: Sequence[Give | None]) -> str:
+        """Place a node in a row-wise kernel, an open one or a new one.
+
+        Args:
+            node: the node.
+            index: the number of a GEMM before the kernel.
+            gives: each makes more nodes loadable, and is called where all kernels refuse.
+
+        Returns:
+            The reason if all kernels refuse; otherwise "".
+        """
+        why, kept = "no kernel computes it", list[Node]()
         for rows, columns in self.shapes(node, groups=True):
             width, tried = columns.size(self.sizes), set[Room]()
-            # First recompute the operands; then load the operands' operands; last, the operands.
-            for give in (self.provide, self.keep_operands, None):
+            for give in gives:
                 rooms = self.later_or_wider(self.rooms(index, rows, width), node)
                 for draft, segment in (r for r in rooms if r not in tried):
                     tried.add((draft, segment))
                     why = self.absorb_wide(node, draft, width, segment)
                     if not why:
                         self.take_back(kept, draft)
-                        return
+                        return ""
                 draft = self.open(self.rowwise, index, self.space(width, rows))
                 why = self.absorb(node, draft)
                 if not why:
                     self.take_back(kept, draft)
-                    return
+                    return ""
                 dropped = self.drop(draft)
                 given = give(node) if dropped and give is not None else []
                 if not given and give != self.provide:
                     break
                 kept += given
-                homes = [self.home.get(self.storage(o)) for o in node.operands]
-                index = max([index, *(h.order[0] for h in homes if h is not None)])
-        self.by_itself(node, index, why)
+                index = self.after_operands(node, index)
+        return why
+
+    def after_operands(self, node: Node, index: int) -> int:
+        """The number of the last GEMM before the kernels of a node's operands; at least `index`."""
+        homes = [self.home.get(self.storage(o)) for o in node.operands]
+        return max([index, *(h.order[0] for h in homes if h is not None)])
 
     def absorb_wide(self, node: Node, draft: Draft, width: int, segment: Segment | None) -> str:
         """Place a node in a row-wise kernel, which widens to the node's width if it is narrower."""
@@ -408,8 +437,7 @@ class Partition(Materialisation):
         """Place a node in a kernel of its own, after the GEMM `index` and its operands' kernels."""
         for operand in node.operands:
             self.materialise(operand)
-        homes = [self.home.get(self.storage(o)) for o in node.operands]
-        index = max([index, *(h.order[0] for h in homes if h is not None)])
+        index = self.after_operands(node, index)
         draft = self.open(self.opener(node), index, Space(0, ONE, self.known))
         draft.why = why
         draft.homed.append(node)
