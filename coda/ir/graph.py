@@ -211,6 +211,11 @@ class Permute(Node):
             )
         return tuple(self.arg.shape[i] for i in self.order), self.arg.dtype
 
+    @property
+    def inverse(self) -> tuple[int, ...]:
+        """The order of the permutation that undoes this one."""
+        return tuple(self.order.index(i) for i in range(len(self.order)))
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Slice(Node):

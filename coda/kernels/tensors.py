@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from coda.ir.types import from_torch
+from coda.lowering.program.epilogue import RowOrder
 
 
 def matrix(x: Tensor) -> Tensor:
@@ -19,6 +21,13 @@ def padded_length(count: int, dtype: torch.dtype) -> int:
     """The least number of elements ≥ `count` that fills a multiple of 16 bytes."""
     step = max(1, 16 // dtype.itemsize)
     return -(-count // step) * step
+
+
+def by_axes(x: Tensor, rows: RowOrder, sizes: Mapping[str, int]) -> Tensor:
+    """A buffer [rows, columns] as [*axes of the kernel's rows, columns], an alias."""
+    axes = [d.size(sizes) for d in rows.axes]
+    whole = x.unflatten(0, [axes[i] for i in rows.order])
+    return whole.permute(*rows.inverse, len(axes))
 
 
 def padded(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -76,7 +76,15 @@ def in_two_orders(p: T["B 3 S S"], v: T["B S 3 24"], c: T["B 3 S 24"]):
     return y, coda.einsum("b h i d -> b i h d", coda.tanh(y))
 
 
+@coda.block
+def attention(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"]):
+    e = coda.exp(coda.einsum("b i h d, b j h d -> b h i j", q, k) * 0.125)
+    p = e / coda.sum(e, keepdims=True)
+    return coda.einsum("b h i j, b j h d -> b i h d", p, v)
+
+
 CASES = {
+    "attention": (attention, {"B": 2, "S": 67}),
     "heads": (heads, {"B": 2, "S": 72}),
     "heads of one batch": (heads, {"B": 1, "S": 136}),
     "values": (values, {"B": 2, "S": 72}),
@@ -120,7 +128,7 @@ def test_batches_are_no_further_from_float64_than_torch(name, arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", ["heads", "shared by batches", "softmax"])
+@pytest.mark.parametrize("name", ["attention", "heads", "shared by batches", "softmax"])
 def test_gradients(name, arch):
     block, sizes = CASES[name]
     inputs = random_inputs(block.graph, sizes)

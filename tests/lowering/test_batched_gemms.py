@@ -246,6 +246,12 @@ def heads(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"], r: T["B 4 S 1"])
     return coda.einsum("b h i j, b j h d -> b i h d", p, v)
 
 
+@coda.block
+def softmaxed(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"]):
+    scores = coda.einsum("b i h d, b j h d -> b h i j", q, k) * 0.125
+    return coda.einsum("b h i j, b j h d -> b i h d", coda.softmax(scores), v)
+
+
 def test_laws_of_sums_hold_for_each_head():
     """1 / Σ leaves p v, and the derivative of softmax reads no scores in a row-wise kernel."""
     sizes = {"B": 2, "S": 72}
@@ -254,10 +260,35 @@ def test_laws_of_sums_hold_for_each_head():
     scores, tokens = 2 * (2 * 4 * 72 * 72), 2 * (2 * 72 * 4 * 32)
     assert 2 * scores + 4 * tokens <= hbm_bytes(program) < 2 * scores + 4 * tokens + scores // 4
 
-    @coda.block
-    def softmaxed(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"]):
-        scores = coda.einsum("b i h d, b j h d -> b h i j", q, k) * 0.125
-        return coda.einsum("b h i j, b j h d -> b i h d", coda.softmax(scores), v)
-
     _, backward = softmaxed.lower_training("sm_90a", sizes)
     assert "× 72" not in "".join(t for t in show_program(backward).splitlines() if "= rows" in t)
+
+
+@coda.block
+def by_hand(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"]):
+    e = coda.exp(coda.einsum("b i h d, b j h d -> b h i j", q, k) * 0.125)
+    p = e / coda.sum(e, keepdims=True)
+    return coda.einsum("b h i j, b j h d -> b i h d", p, v)
+
+
+@pytest.mark.parametrize(
+    ("block", "launches", "scores"), [(softmaxed, (3, 5), (5, 6)), (by_hand, (3, 6), (3, 6))]
+)
+def test_no_value_is_read_in_two_orders(block, launches, scores):
+    """Σ dO O is taken in the order of tokens, in which O is returned, and stored in that of p v."""
+    programs = block.lower_training("sm_90a", {"B": 2, "S": 1024})
+    assert tuple(len(p.kernels) for p in programs) == launches
+    assert TORCH not in {k.kind for p in programs for k in p.kernels}
+    (store,) = programs[1].kernels[0].body.epilogue.stores
+    assert store.rows.order == (0, 2, 1)
+    matrix = 2 * (2 * 4 * 1024 * 1024)
+    assert tuple(hbm_bytes(p) // matrix for p in programs) == scores
+
+
+def test_the_gradient_of_a_transposed_operand_is_stored_as_it_is():
+    @coda.block
+    def f(p: T["B 3 S S"], v: T["B S 3 24"]):
+        return coda.einsum("b h i j, b j h d -> b i h d", p, v)
+
+    _, backward = f.lower_training("sm_90a", {"B": 2, "S": 72})
+    assert [k.kind for k in backward.kernels] == [GEMM, GEMM]

@@ -105,7 +105,7 @@ def conditioning(law: Law, values, sizes) -> float:
     return product * sizes["K"] ** 0.5
 
 
-OF_BATCHES_ALONE = ("column_factor_past_contraction",)
+OF_BATCHES_ALONE = ("column_factor_past_contraction", "row_factor_to_other_operand")
 PLANTED = [(law, ()) for law in (*LAWS, *EXCHANGES) if law.name not in OF_BATCHES_ALONE]
 PLANTED += [(law, ("B", 3)) for law in BATCHED]
 
@@ -127,7 +127,7 @@ def test_it_fires_where_it_is_planted(law, batch):
         for name, node in of_batches(law, own).items()
     }
     computed = {n: Map("tanh", (node,)) for n, node in arguments.items()}
-    for bound in (arguments, computed):
+    for bound in (arguments, computed, {**computed, "x": arguments["x"]}):
         if batch:
             left = instantiate(law.left, {**bound, "element type": f32}, {})
         else:

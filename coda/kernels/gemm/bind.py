@@ -27,7 +27,7 @@ from coda.kernels.gemm.weights import (
     weight_reads,
 )
 from coda.kernels.protocol import LaunchRun, Tensors
-from coda.kernels.tensors import aligned, in_bytes, matrix, padded, written
+from coda.kernels.tensors import aligned, by_axes, in_bytes, matrix, padded, written
 from coda.lowering.program.access import ColumnVector, OneElement, Periodic, Tile
 from coda.lowering.program.epilogue import PickColumn, ReduceColumns, SumRows
 from coda.lowering.program.program import Program
@@ -98,10 +98,8 @@ class GemmBinding:
             if self.batch is None or store.rows is None:
                 found[store.buffer] = self.by_matrix(x)
                 continue
-            axes = [d.size(self.run.sizes) for d in store.rows.axes]
-            whole = x.unflatten(0, [axes[j] for j in store.rows.order])
-            whole = whole.permute(*store.rows.inverse, len(axes))
-            lead, step = tuple(axes[:-1]), self.batch.stores[i]
+            whole = by_axes(x, store.rows, self.run.sizes)
+            lead, step = tuple(whole.shape[:-2]), self.batch.stores[i]
             found[store.buffer] = laid_out(whole, lead, self.batch.inner, step)
             assert found[store.buffer].data_ptr() == x.data_ptr()
         return found

@@ -76,8 +76,8 @@ def _contracted(run: Run, kernel: Gemm) -> Tensor:
     return evaluate([node], known, run.sizes, run.compute)[0]
 
 
-def _reorders(node: Contract, order: tuple[int, ...], sizes: Sizes) -> str:
-    return why_not_in(node, order, sizes)
+def _reorders(node: Node, order: tuple[int, ...], sizes: Sizes) -> str:
+    return why_not_in(node, order, sizes) if isinstance(node, Contract) else "it is no contraction"
 
 
 def _partials(program: Program, kernel: Gemm, sizes: Sizes) -> Partials:

@@ -13,7 +13,7 @@ from coda.kernels.rowwise.emit import emit_rowwise
 from coda.kernels.rowwise.launch import Module
 from coda.kernels.rowwise.mainloop import Rowwise
 from coda.kernels.rowwise.pieces import has_padded_rows, is_ragged
-from coda.kernels.tensors import in_bytes, is_padded, written
+from coda.kernels.tensors import by_axes, in_bytes, is_padded, written
 from coda.lowering.program.access import OneElement, Partial, RowVector
 from coda.lowering.program.program import Program
 
@@ -51,7 +51,11 @@ class RowwiseBinding:
             width = product(run.program.buffers[store.buffer].shape[1:]).size(run.sizes)
             fill = "padded" if padded and width > 1 else ""
             found = run.room(store.buffer, rows, width, store.dtype.torch, fill)
-            run.buffers[store.buffer], tensors[store.buffer] = found, written(found)
+            run.buffers[store.buffer], found = found, written(found)
+            if store.rows and rows:
+                found = by_axes(found, store.rows, run.sizes)
+                found = found.permute(*reversed(range(found.ndim - 1)), found.ndim - 1)
+            tensors[store.buffer] = found
         for sink in self.body.epilogue.row_sums:
             parts = self.kernel.kind.partials(run.program, self.kernel, run.sizes).of_rows
             width = sink.span.width if sink.span else self.width

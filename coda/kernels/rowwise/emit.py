@@ -48,6 +48,8 @@ class RowSource:
         types: coda's name of each parameter's dtype; "byte" for one that is stored as uint8.
         partials: the buffers of sums over rows, which have a row for each partial.
         padded: matrices whose rows begin at multiples of 16 bytes, whatever their width.
+        axes: (buffer, axes of its rows) of results whose rows are in another order. They are passed
+            with an axis for each, inner to outer, and strides of their own.
     """
 
     text: str
@@ -56,6 +58,7 @@ class RowSource:
     types: tuple[str, ...]
     partials: tuple[str, ...]
     padded: tuple[str, ...] = ()
+    axes: tuple[tuple[str, int], ...] = ()
 
 
 def emit_rowwise(program: Program, kernel: Rowwise, *, padded: bool = False) -> RowSource:
@@ -76,6 +79,9 @@ class _RowwiseEmitter(Folds):
             body = self.folds()
         else:
             body = ["if row < rows:", *indented([*self.row(), *self.wide(), *self.narrow()])]
+        reordered = [f"{safe(s.buffer)}_out" for s in self.epilogue.stores if s.rows]
+        self.rows |= {"by_row"} if reordered else set()
+        body = [*(f"{name} = by_row({name})" for name in reordered), *body]
         parameters = self.parameters()
         names = [p[0] for p in parameters]
         text = self.module(names, body)
@@ -83,7 +89,8 @@ class _RowwiseEmitter(Folds):
         partials = tuple(s.buffer for s in self.epilogue.sinks)
         matrices = [*self.epilogue.tiles, *(s.buffer for s in self.epilogue.stores)]
         padded = tuple(matrices) if self.padded else ()
-        return RowSource(text, name, parameters, self.types(parameters), partials, padded)
+        axes = tuple((s.buffer, len(s.rows.axes)) for s in self.epilogue.stores if s.rows)
+        return RowSource(text, name, parameters, self.types(parameters), partials, padded, axes)
 
     def parameters(self) -> tuple[tuple[str, str, int, bool], ...]:
         found: list[tuple[str, str, int, bool]] = []

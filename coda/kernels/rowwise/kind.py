@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from coda.ir.dims import ONE
 from coda.ir.graph import Node
 from coda.kernels.protocol import LaunchRun, Run
 from coda.kernels.rowwise.mainloop import Rows, Rowwise
@@ -65,6 +66,10 @@ def _reference(run: Run, kernel: Rowwise) -> None:
     run.body(kernel.body, None, kernel.mainloop.points(run.sizes))
 
 
+def _reorders(node: Node, order: tuple[int, ...], sizes: Sizes) -> str:
+    return "" if node.shape[-1] == ONE else "it stores matrices in the order of its rows"
+
+
 def _partials(program: Program, kernel: Rowwise, sizes: Sizes) -> Partials:
     rows, width = kernel.mainloop.points(sizes)
     return Partials(row_parts(kernel.body, width, rows))
@@ -97,6 +102,7 @@ ROWWISE = Kind(
     explain=_explain,
     reference=_reference,
     partials=_partials,
+    reorders=_reorders,
     code=Code(_emit, _launch, _compile),
     whole_rows=True,
 )

@@ -43,6 +43,10 @@ def _compile(source: RowSource, shared: tuple[bool, ...], arch: str) -> Any:
     for (_, name, columns, _), kind, once in zip(
         source.parameters, source.types, shared, strict=True
     ):
+        axes = dict(source.axes).get(name)
+        if axes is not None:
+            tensors.append(_fake_by_axes(_TYPES[kind], axes, columns))
+            continue
         lead = cute.sym_int() if name in source.partials else 1 if once else rows
         tensors.append(_fake(_TYPES[kind], lead, columns, name in source.padded))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
@@ -73,6 +77,14 @@ def _fake(dtype: Any, rows: Any, columns: int, padded: bool) -> Any:
     align = max(size, 16 if columns > 1 else 1)
     shape = (rows, columns)
     return cute.runtime.make_fake_tensor(dtype, shape, stride=(apart, 1), assumed_align=align)
+
+
+def _fake_by_axes(dtype: Any, axes: int, columns: int) -> Any:
+    """A placeholder [*axes of rows, columns] with any strides of its rows."""
+    shape = (*(cute.sym_int() for _ in range(axes)), columns)
+    stride = (*(cute.sym_int64() for _ in range(axes)), 1)
+    size = dtype.width // 8
+    return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=size)
 
 
 def _laid_out(x: Tensor, rows: int, columns: int, *, padded: bool = False) -> Tensor:
@@ -126,7 +138,7 @@ class Module:
             tensors: operands and results by name.
             ready: ready(x, change) is `change(x)`, recorded for replays.
         """
-        kept = self.source.partials
+        kept = {*self.source.partials, *dict(self.source.axes)}
         found = [
             tensors[source]
             if source in kept

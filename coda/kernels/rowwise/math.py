@@ -25,6 +25,11 @@ def load(x: Any, row: Any, index: Any, count: int) -> Any:
     return wide
 
 
+def by_row(x: Any) -> Any:
+    """[..., columns], whose other axes are those of the rows from inner to outer, as a matrix."""
+    return cute.group_modes(x, 0, cute.rank(x) - 1)
+
+
 def store(x: Any, row: Any, index: Any, values: Any) -> None:
     """Store a float32 vector as vector `index` of row `row`, rounded to the dtype of `x`."""
     part = cute.local_tile(x[row, None], (cute.size(values),), (index,))

@@ -2,7 +2,7 @@
 
 For y = x wᵀ with x [*b, M, K], w [*b, N, K], and d [*b, M, N] the cotangent of y:
 
-    dx = d w        dw = dᵀ x
+    dx = d w        dw = dᵀ x       of w = vᵀ, a transposed view:   dw = (xᵀ d)ᵀ, so that dv = xᵀ d
 
 If several batches share an operand, its cotangent is the sum of theirs. That sum is part of the
 contraction, which then runs over two axes, so no partial cotangent is rounded. Queries
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from coda.ir.dims import ONE, Shape, product
 from coda.ir.graph import Contract, Expand, Node, Permute, Reshape
-from coda.lowering.algebra.roles import transposed
+from coda.lowering.algebra.roles import is_transposed_view, transposed
 
 
 def lhs_cotangent(node: Contract, d: Node) -> Node:
@@ -36,7 +36,11 @@ def rhs_cotangent(node: Contract, d: Node) -> Node:
 def _cotangent(d: Node, other: Node, mine: Node) -> Node:
     """Σ_q d[*b, p, q] other[*b, q, k], summed over the batches that `mine` [*b, P, K] shares."""
     left, right = _shared_last(d, other, mine.shape)
-    return _reshaped(Contract(left, transposed(right), mine.dtype), mine.shape)
+    if is_transposed_view(mine):
+        found = transposed(Contract(transposed(right), left, mine.dtype))
+    else:
+        found = Contract(left, transposed(right), mine.dtype)
+    return _reshaped(found, mine.shape)
 
 
 def _shared_last(d: Node, other: Node, mine: Shape) -> tuple[Node, Node]:

@@ -149,3 +149,15 @@ def rows_are_contiguous(nodes: Mapping[str, Node]) -> bool:
 def lies_straight(nodes: Mapping[str, Node]) -> bool:
     """Whether `w` is not transposed; `row_sum_exchanged_transposed` is the law for transposes."""
     return not is_transposed_view(nodes["w"])
+
+
+def other_is_computed(nodes: Mapping[str, Node]) -> bool:
+    """Whether `u` of a batch is computed, when `r` is known, and `x` is in memory as it is."""
+    u, x = nodes["u"], nodes["x"]
+    known = depth(nodes["r"]) <= depth(u)
+    return u.rank > 2 and known and in_memory(x) and not in_memory(u)
+
+
+def are_two(nodes: Mapping[str, Node]) -> bool:
+    """Whether `x` and `y` are two values: a square is spelled as one."""
+    return nodes["x"] is not nodes["y"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from coda.ir.graph import Cast, Concat, Const, Contract, Map, Node, Permute, Reduce, Reshape
 from coda.lowering.algebra.conditions import (
+    are_two,
     both_are_computed,
     cancels_in_float32,
     column_factor_comes_late,
@@ -19,11 +20,12 @@ from coda.lowering.algebra.conditions import (
     has_rounded,
     has_rows,
     lies_straight,
+    other_is_computed,
     reciprocal_is_normal,
     rows_are_contiguous,
     shift_cancels,
 )
-from coda.lowering.algebra.rewrite import ANY, WIDE, Law, Sides, law
+from coda.lowering.algebra.rewrite import ANY, ROWS_PERMUTED, WIDE, Law, Sides, law
 
 
 def _mul(a: Node, b: Node) -> Node:
@@ -56,6 +58,10 @@ def _contract(x: Node, w: Node) -> Node:
 
 def _transposed(x: Node) -> Node:
     return Permute(x, (1, 0))
+
+
+def _rows_permuted(x: Node) -> Node:
+    return Permute(x, ROWS_PERMUTED)
 
 
 def _over(fn: str, x: Node) -> Node:
@@ -164,6 +170,16 @@ def gain_past_contraction_over_rows(x: Node, g: Node, u: Node) -> Sides:
     return _contract(u, _transposed(_mul(x, g))), _mul(_contract(u, _transposed(x)), g)
 
 
+@law(x="* L K", r="* L 1", u="* N L", when=other_is_computed)
+def row_factor_to_other_operand(x: Node, r: Node, u: Node) -> Sides:
+    """Σ_l u (x r) = Σ_l (u r) x: the factor is applied where u is computed; x is read as it is.
+
+    Softmax's gradient of v is eᵀ (r dO); a kernel that computes e stores P = e r as cheaply.
+    """
+    scaled = _transposed(_mul(_transposed(u), r))
+    return _contract(u, _transposed(_mul(x, r))), _contract(scaled, _transposed(x))
+
+
 @law(x="... M K", w="1 N K", when=rows_are_contiguous)
 def batches_that_share_a_matrix(x: Node, w: Node) -> Sides:
     """Σ_k x[b] w, one w for all b: one contraction over the rows of all batches."""
@@ -189,6 +205,21 @@ def row_factor_past_sum(x: Node, r: Node) -> Sides:
 def sums_together(x: Node, y: Node) -> Sides:
     """Σ_k x + Σ_k y = Σ_k (x + y)."""
     return _add(_over("sum", x), _over("sum", y)), _over("sum", _add(x, y))
+
+
+# One permutation of the rows of all operands leaves products and sums, which keep rows apart.
+
+
+@law(x="... M K", y="... M K", when=are_two)
+def permutation_past_product(x: Node, y: Node) -> Sides:
+    """xᵖ yᵖ = (x y)ᵖ: rows that are permuted alike are multiplied as they are in memory."""
+    return _mul(_rows_permuted(x), _rows_permuted(y)), _rows_permuted(_mul(x, y))
+
+
+@law(x="... M K")
+def permutation_past_sum(x: Node) -> Sides:
+    """Σ_k xᵖ = (Σ_k x)ᵖ: rows are summed in the order in which they are in memory."""
+    return _over("sum", _rows_permuted(x)), _rows_permuted(_over("sum", x))
 
 
 # Law 2, swap: exchange two sums of a derivative if the forward has the other contraction.
@@ -286,9 +317,12 @@ LAWS: tuple[Law, ...] = (
     row_shift_past_contraction,
     gain_into_weight,
     gain_past_contraction_over_rows,
+    row_factor_to_other_operand,
     contractions_together,
     row_factor_past_sum,
     sums_together,
+    permutation_past_product,
+    permutation_past_sum,
 )
 
 EXCHANGES: tuple[Law, ...] = (

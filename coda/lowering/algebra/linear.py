@@ -5,12 +5,14 @@ operations alone, the cotangent of r is
 
     Σ dz · x = (Σ dz · z) / r = (Σ dy · y) / r
 
-a sum over the outputs, which stay in memory anyway, instead of over x, which need not be saved.
+a sum over the outputs, which stay in memory anyway, instead of over x, which need not be saved. If
+outputs have the rows in another order, o [b, i, h, d] of z [b, h, i, d], so has the sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from coda.ir.dims import ONE, Shape, product
 from coda.ir.graph import (
@@ -25,6 +27,20 @@ from coda.ir.graph import (
     Slice,
 )
 from coda.ir.scalars import SCALARS
+from coda.lowering.algebra.roles import permuted
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Outputs that are linear in a node, row by row.
+
+    Attributes:
+        nodes: the outputs.
+        order: axis i of their rows is axis order[i] of the node's.
+    """
+
+    nodes: tuple[Node, ...]
+    order: tuple[int, ...]
 
 
 def row_factor(node: Map) -> Node | None:
@@ -44,11 +60,12 @@ def row_factor(node: Map) -> Node | None:
 
 def linear_outputs(
     node: Node, users: Mapping[Node, list[Node]], outputs: Mapping[Node, Node]
-) -> list[Node] | None:
+) -> Outputs | None:
     """The outputs that a node reaches by linear operations; None if it has any other use.
 
-    Every operation takes each row (one index of all axes but the last) to the same row, and no
-    output has a user inside the graph. The order is that of the node's users.
+    Every operation takes each row (one index of all axes but the last) to one row, all outputs have
+    the rows in one order, and none has a user inside the graph. They come in the order of the
+    node's users.
     """
     reached: dict[Node, None] = {node: None}
     ends: list[Node] = []
@@ -65,11 +82,19 @@ def linear_outputs(
         stack += reversed(new)
         if not above and one not in outputs:
             return None
-    inside, rows = reached.keys(), node.shape[:-1]
-    linear = all(
-        n is node or (_is_linear(n, inside) and _keeps_rows(n, inside, rows)) for n in reached
-    )
-    return ends if linear else None
+    orders = {node: tuple(range(node.rank - 1))}
+    stack = list(ends)
+    while stack:
+        one = stack[-1]
+        waiting = [o for o in one.operands if o in reached and o not in orders]
+        if one not in orders and not waiting:
+            order = _row_order(one, orders, node.shape) if _is_linear(one, reached) else None
+            if order is None:
+                return None
+            orders[one] = order
+        stack = stack + waiting if waiting else stack[:-1]
+    found = {orders[n] for n in ends}
+    return Outputs(tuple(ends), found.pop()) if len(found) == 1 else None
 
 
 def _is_linear(node: Node, inside: Collection[Node]) -> bool:
@@ -86,40 +111,49 @@ def _is_linear(node: Node, inside: Collection[Node]) -> bool:
             return False
 
 
-def _keeps_rows(node: Node, inside: Collection[Node], rows: Shape) -> bool:
-    """Whether a node has the leading axes `rows`, and each row is computed from that row alone.
+def _row_order(
+    node: Node, orders: Mapping[Node, tuple[int, ...]], shape: Shape
+) -> tuple[int, ...] | None:
+    """The order in which a node has the rows of `shape`; None if it mixes rows.
 
-    Its operands of `inside` have these leading axes as well.
+    `orders` has those of its operands that count; each row of the node is computed of one of them.
     """
-    lead = len(rows)
-    if node.shape[:lead] != rows:
-        return False
+    inside = [o for o in node.operands if o in orders]
+    below, lead = {orders[o] for o in inside}, len(shape) - 1
+    if len(below) > 1:
+        return None
+    order = below.pop()
+    keeps = True
     match node:
         case Slice(axis=axis) | Concat(axis=axis):
-            return node.rank + axis >= lead
-        case Permute(order=order):
-            return order[:lead] == tuple(range(lead))
+            keeps = node.rank + axis >= lead
+        case Permute(order=axes):
+            keeps = sorted(axes[:lead]) == list(range(lead))
+            order = tuple(order[i] for i in axes[:lead]) if keeps else order
         case Map():
-            return all(o.rank == node.rank for o in node.operands if o in inside)
+            keeps = all(o.rank == node.rank for o in inside)
         case Contract(lhs=lhs):
-            return lhs.rank > lead
+            keeps = lhs.rank > lead
         case _:
-            return True
+            pass
+    return order if keeps and node.shape[:lead] == tuple(shape[i] for i in order) else None
 
 
-def factor_cotangent(factor: Node, outputs: list[Node], cotangents: Mapping[Node, Node]) -> Node:
+def factor_cotangent(factor: Node, found: Outputs, cotangents: Mapping[Node, Node]) -> Node:
     """The cotangent of a row factor, (Σ dy · y) / r over all columns of the outputs.
 
     Args:
         factor: r, [..., 1].
-        outputs: y, each with the leading axes of the factor.
+        found: outputs y, each with the leading axes of the factor, perhaps in another order.
         cotangents: dy of each output, of its shape.
     """
-    lead = factor.shape[:-1]
+    lead = tuple(factor.shape[i] for i in found.order)
     parts: list[Node] = []
-    for one in outputs:
+    for one in found.nodes:
         rest = product(one.shape[len(lead) :])
         flat = [Reshape(n, (*lead, rest)) for n in (cotangents[one], one)]
         parts.append(Map("mul", tuple(n.arg if n.arg.shape == n.shape else n for n in flat)))
     whole = parts[0] if len(parts) == 1 else Concat(tuple(parts), -1)
-    return Map("mul", (Reduce("sum", whole, -1), Map("recip", (factor,))))
+    back = (*(found.order.index(i) for i in range(len(lead))), len(lead))
+    total = permuted(Reduce("sum", whole, -1), back)
+    return Map("mul", (total, Map("recip", (factor,))))

@@ -20,12 +20,14 @@ from collections import Counter
 from collections.abc import Iterable
 
 from coda.ir.dims import ONE
-from coda.ir.graph import Cast, Contract, Map, Node, Reduce, walk
+from coda.ir.graph import Cast, Contract, Input, Map, Node, Reduce, walk
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
+from coda.lowering.algebra.roles import base
 
 # From the largest; any other kind ranks below all of these.
 RANKS = (
+    "scaled",  # a contraction whose right operand is an argument times a row factor
     "batches",  # a batched contraction
     "contract",
     "shift",  # the sum of a matrix and a vector that all its rows share
@@ -46,6 +48,8 @@ def kind(node: Node) -> str:
     """A node's symbol in the path order: one of `RANKS`, or the name of its class or function."""
     match node:
         case Contract():
+            if _is_scaled_argument(node.rhs):
+                return "scaled"
             return "batches" if node.batched else "contract"
         case Cast():
             return "cast"
@@ -68,6 +72,19 @@ def kind(node: Node) -> str:
 def _is_scaled(node: Map) -> bool:
     """Whether a product has a row factor ([..., 1]) and an operand with columns."""
     return len({a.shape[-1:] in ((), (ONE,)) for a in node.args}) == 2
+
+
+def _is_scaled_argument(node: Node) -> bool:
+    """Whether an operand is an argument times (or divided by) a row factor, or a view of that.
+
+    No law makes such an operand of another one, so a contraction's rank does not rise if its
+    operand is rewritten.
+    """
+    product = base(node)
+    if not isinstance(product, Map) or not SCALARS[product.fn].powers or not _is_scaled(product):
+        return False
+    wide = [a for a in product.args if a.shape[-1:] not in ((), (ONE,))]
+    return all(isinstance(base(a), Input) for a in wide)
 
 
 def _is_shifted(node: Map) -> bool:
@@ -113,7 +130,7 @@ class Order:
         x, y = kind(a), kind(b)
         if x != y:
             return _RANK.get(x, 0) > _RANK.get(y, 0)
-        if x in ("batches", "contract", "shift"):
+        if x in ("scaled", "batches", "contract", "shift"):
             return self.first_larger(_ordered(a), _ordered(b))
         return self.more(a.operands, b.operands)
 

@@ -3,7 +3,9 @@
 A law is an equation between two graphs over variables: its left side is the pattern, its right side
 the replacement. A variable's shape is "... K", "N K", "* N K" or "... 1": `...` matches any leading
 axes, a name binds one axis, 1 matches a value that does not depend on the axis. `*` matches batch
-axes, each of its size or 1, and none in a contraction with a matrix: one law holds for both.
+axes, each of its size or 1, and none in a contraction with a matrix: one law holds for both. A
+Permute stands for the exchange of the last two axes, or (`ROWS_PERMUTED`) for one permutation of
+all others.
 
     Σ_k (x r) w = r Σ_k x w    x[... K] r[... 1] w[* N K]    q [b, h, M, K], s [b, h, M, 1] and
                                                              k [b, 1, N, K] match as well
@@ -15,6 +17,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TypeGuard
 
 import torch
 
@@ -28,6 +31,7 @@ from coda.lowering.algebra.roles import is_transposed_view, transposed
 
 ANY = DType("T", torch.float32, "float", 32, 24, 8)  # matches any dtype in a pattern
 WIDE = DType("W", torch.float32, "float", 32, 24, 8)  # matches dtypes with float32's range
+ROWS_PERMUTED = (1, 0, 2)  # in a pattern: any order of the axes but the last, the same everywhere
 
 
 @dataclass(frozen=True)
@@ -149,9 +153,14 @@ def _unify(law: Law, pattern: Node, node: Node, b: Bindings) -> Iterator[Binding
         if axes is not None:
             yield {**axes, pattern.name: node}
         return
-    if isinstance(pattern, Permute):
+    if isinstance(pattern, Permute) and pattern.order != ROWS_PERMUTED:
         if is_transposed_view(node):
             yield from _unify(law, pattern.arg, transposed(node), b)
+        return
+    if isinstance(pattern, Permute):
+        like = b.get("permuted", node)
+        if _permutes_rows(node) and isinstance(like, Permute) and like.order == node.order:
+            yield from _unify(law, pattern.arg, node.arg, {**b, "permuted": node})
         return
     if type(pattern) is not type(node) or not _same_attributes(pattern, node):
         return
@@ -162,6 +171,12 @@ def _unify(law: Law, pattern: Node, node: Node, b: Bindings) -> Iterator[Binding
         orders.append(node.operands[::-1])
     for operands in orders:
         yield from _unify_all(law, pattern.operands, operands, b)
+
+
+def _permutes_rows(node: Node) -> TypeGuard[Permute]:
+    """Whether a node has the axes of its operand in another order, the last one in its place."""
+    last = node.rank - 1
+    return isinstance(node, Permute) and node.order[last] == last
 
 
 def _unify_all(
@@ -221,7 +236,9 @@ def instantiate(side: Node, b: Bindings, memo: dict[Node, Node]) -> Node:
         if side.rank == 1 and new.rank > 1:
             new = Reshape(new, new.shape[-1:])
     elif isinstance(side, Permute):
-        new = transposed(instantiate(side.arg, b, memo))
+        arg, like = instantiate(side.arg, b, memo), b.get("permuted", side)
+        assert isinstance(like, Permute)
+        new = Permute(arg, like.order) if side.order == ROWS_PERMUTED else transposed(arg)
     elif isinstance(side, Reshape):
         axes = {name.removeprefix("axis "): d for name, d in b.items() if isinstance(d, Dim)}
         new = Reshape(instantiate(side.arg, b, memo), tuple(d.substitute(axes) for d in side.to))

@@ -62,10 +62,14 @@ def transposed(node: Node) -> Node:
     last = node.rank - 1
     if last < 1:
         return node
-    order = (*range(last - 1), last, last - 1)
+    return permuted(node, (*range(last - 1), last, last - 1))
+
+
+def permuted(node: Node, order: tuple[int, ...]) -> Node:
+    """A node with its axes in another order, as at most one permutation of what is in memory."""
     if isinstance(node, Permute):
         node, order = node.arg, tuple(node.order[i] for i in order)
-    return node if order == tuple(range(last + 1)) else Permute(node, order)
+    return node if order == tuple(range(node.rank)) else Permute(node, order)
 
 
 def is_transposed_view(node: Node) -> bool:

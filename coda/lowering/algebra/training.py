@@ -28,8 +28,10 @@ from coda.ir.graph import (
     Iota,
     Map,
     Node,
+    Permute,
     Reduce,
     Size,
+    users,
     walk,
 )
 from coda.ir.scalars import SCALARS
@@ -42,7 +44,13 @@ from coda.lowering.algebra.min_cut import minimum_cut
 from coda.lowering.algebra.policy import MemoryPolicy, Updates
 from coda.lowering.algebra.pushdown import push_down
 from coda.lowering.algebra.rewrite import Law, rewrite, substituted
-from coda.lowering.algebra.roles import is_pointwise, is_view, row_symbols, weight_nodes
+from coda.lowering.algebra.roles import (
+    is_pointwise,
+    is_view,
+    permuted,
+    row_symbols,
+    weight_nodes,
+)
 from coda.lowering.algebra.vjp import vjp
 
 MEMORY = ("min", "balanced", "speed")
@@ -119,6 +127,7 @@ def derive(
     gradients = [(f"d{i.name}", found[i]) for i in asked if i in found]
     if memory != "min":
         gradients = exchanged(gradients, merged)
+    gradients = as_read(gradients, merged)
     roots = [n for _, n in gradients]
     exact = sources(compared(roots)) & set(walk(merged.roots))
     saved = _choose(merged, roots, sizes, memory, original, exact)
@@ -153,6 +162,39 @@ def exchanged(gradients: list[tuple[str, Node]], forward: Graph) -> list[tuple[s
 
     roots = rewrite([n for _, n in gradients], EXCHANGES, accept)
     return [(name, root) for (name, _), root in zip(gradients, roots, strict=True)]
+
+
+def as_read(gradients: list[tuple[str, Node]], forward: Graph) -> list[tuple[str, Node]]:
+    """Gradients that read a result of the forward in the order in which the forward stores it.
+
+    A computed value whose only user permutes its rows is stored permuted, if that is returned or
+    read in that order. So p v [b, h, i, d], returned as o [b, i, h, d], is read as a view of o, and
+    is not saved in both orders.
+    """
+    above, returned = users(forward.roots), set(forward.roots)
+    stands: dict[Node, Node] = {}
+    for node, readers in above.items():
+        if isinstance(node, Input) or is_view(node) or node in returned or len(readers) != 1:
+            continue
+        (reader,) = readers
+        if not isinstance(reader, Permute) or reader.order[-1] != node.rank - 1:
+            continue
+        if reader in returned or not _only_in_batches(reader, above):
+            stands[node] = Permute(reader, reader.inverse)
+            stands[reader] = reader
+    for node in walk(n for _, n in gradients):
+        if isinstance(node, Permute) and node.arg in stands and node not in stands:
+            stands[node] = permuted(stands[node.arg], node.order)
+    roots = substituted([n for _, n in gradients], stands)
+    return [(name, root) for (name, _), root in zip(gradients, roots, strict=True)]
+
+
+def _only_in_batches(view: Node, above: Mapping[Node, list[Node]]) -> bool:
+    """Whether only batched contractions read a view; they read it with any strides."""
+    return all(
+        (isinstance(u, Contract) and u.batched) or (is_view(u) and _only_in_batches(u, above))
+        for u in above[view]
+    )
 
 
 def differentiated(graph: Graph, wanted: Sequence[str] | None) -> list[str]:
@@ -230,7 +272,7 @@ def _choose(
 
     def of_rows(node: Reduce) -> bool:
         """Whether a statistic has one number per full row; per-head statistics are recomputed."""
-        return all(d == ONE or d.symbols & tokens for d in node.shape)
+        return all(d == ONE or d.symbols & tokens for d in node.shape) or _of_batch(node)
 
     statistics = [n for n in forward if isinstance(n, Reduce)]
     kept: set[Node] = exact | {n for n in statistics if n not in chosen and of_rows(n)}
@@ -255,6 +297,19 @@ def _choose(
 
     prices = {n: 2 * n.nbytes(sizes) for n in again & inside}
     return minimum_cut(list(needed), free, kept, cost, prices)
+
+
+def _of_batch(node: Reduce) -> bool:
+    """Whether a reduction is over all columns of an elementwise function of a batch of matrices."""
+    shape, stack, seen = node.arg.shape, [node.arg], set[Node]()
+    while stack and node.axis == -1:
+        one = stack.pop()
+        if isinstance(one, Contract) and one.batched:
+            return True
+        if isinstance(one, Map | Cast) and one not in seen:
+            seen.add(one)
+            stack += [o for o in one.operands if o.shape == shape]
+    return False
 
 
 def _bent(nodes: Iterable[Node]) -> set[Node]:

@@ -43,6 +43,7 @@ from coda.ir.scalars import SCALARS, Term
 from coda.ir.types import DType, i32
 from coda.lowering.algebra.batches import lhs_cotangent, rhs_cotangent
 from coda.lowering.algebra.linear import factor_cotangent, linear_outputs, row_factor
+from coda.lowering.algebra.roles import permuted
 from coda.lowering.algebra.slices import joined
 
 
@@ -196,9 +197,8 @@ class _Cotangents:
         match node:
             case Reshape(arg=arg):
                 self.give(arg, _reshaped(d, node.shape, arg.shape))
-            case Permute(arg=arg, order=order):
-                back = tuple(order.index(i) for i in range(len(order)))
-                self.give(arg, Permute(d, back))
+            case Permute(arg=arg) as n:
+                self.give(arg, permuted(d, n.inverse))
             case Slice(arg=arg) as n:
                 if n.shape == arg.shape:
                     self.give(arg, d)

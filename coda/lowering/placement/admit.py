@@ -128,7 +128,7 @@ class Admission(Drafts):
         return ""
 
     def reorder(self, node: Node, draft: Draft) -> bool:
-        """Let a GEMM store a node with its rows in another order than the kernel has them in.
+        """Let a kernel store a node with its rows in another order than the kernel has them in.
 
         The node is a permutation of rows that nobody reads in the kernel's own order, or an
         elementwise function of such a node and of numbers and vectors that are equal in all rows.
@@ -153,10 +153,13 @@ class Admission(Drafts):
 
     def permuted(self, node: Permute, draft: Draft) -> tuple[Node, RowOrder] | None:
         """The value that a kernel has of which a node is a permutation of rows; None if none."""
-        source, (first, *_) = node.arg, draft.contracts
+        source = node.arg
+        first = draft.contracts[0] if draft.contracts else source
         fits = source.shape == first.shape and node.order[-1] == node.rank - 1
         fits = fits and self.home.get(source) is draft
-        alone = set(self.users[source]) == {node} and source not in self.loadable
+        fits = fits and product(source.shape[:-1]) == draft.rows
+        own = draft.kind.tiled and source in self.loadable  # it is stored in both orders
+        alone = set(self.users[source]) == {node} and not own
         if not (fits and alone) or draft.kind.reorders(first, node.order, self.known):
             return None
         return source, RowOrder(source.shape[:-1], node.order[:-1])

@@ -353,6 +353,10 @@ class Drafts:
         """Whether a view is only returned, so that it can alias its operand's memory."""
         return is_view(node) and all(self.only_returned(u) for u in self.users[node])
 
+    def is_returned_view(self, node: Node) -> bool:
+        """Whether a node is only returned, as a view of what is in memory."""
+        return self.only_returned(node) and self.storage(node) is not node
+
     def name(self, node: Node) -> str:
         """The name of a materialised node, given at the first call."""
         if node not in self.names:

@@ -298,7 +298,7 @@ def _store(build: Layout, store: Store) -> StoreExpr:
     if all(v.narrow for v in store.values) and space.width != 1:
         (value,) = store.values
         expr = build.bind(at_point(space.exprs[int(value.expr[0])], (), [], {}), {})
-        return StoreExpr(store.buffer, store.dtype, (expr,), ColumnVector())
+        return StoreExpr(store.buffer, store.dtype, (expr,), ColumnVector(), store.rows)
     value, span = beside(store.values), None
     if space.whole_rows and not build.is_filled_by(value):
         value, span = space.widened(value), _span(space, value)

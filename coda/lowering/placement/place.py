@@ -116,7 +116,7 @@ class Partition(Materialisation):
             if self.only_returned(node):
                 return
             self.unfused.append(Unfused(node, self.shared.get(node, why)))
-        if last.kind.whole_rows and self.only_returned(node) and self.storage(node) is not node:
+        if last.kind.whole_rows and (self.is_returned_view(node) or self.reorder(node, last)):
             return
         self.in_rows(node, last.order[0])
 

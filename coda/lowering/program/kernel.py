@@ -185,7 +185,7 @@ def _no_configs(program: Program, kernel: Kernel[Any]) -> Sequence[Config]:
     return ()
 
 
-def _own_order(node: Contract, order: tuple[int, ...], sizes: Sizes) -> str:
+def _own_order(node: Node, order: tuple[int, ...], sizes: Sizes) -> str:
     return "its kernels store their rows in their own order"
 
 
@@ -217,8 +217,9 @@ class Kind:
         reference: (run, kernel): compute it in torch; `run` is a `kernels.protocol.Run`.
         configs: (program, kernel) -> the configs that fit, the best by the kind's model first.
         partials: (program, kernel, sizes) -> the number of partials of its sinks.
-        reorders: (contraction, order of its axes, sizes that are compiled in) -> the reason why a
-            kernel cannot store the contraction with its axes in this order; "" if it can.
+        reorders: (contraction or, in a row-wise kernel, node; order of its axes; sizes that are
+            compiled in) -> the reason why a kernel cannot store it with its axes in this order; ""
+            if it can.
         code: emission, compilation and launch; None if every backend runs the reference.
     """
 
@@ -230,7 +231,7 @@ class Kind:
     reference: Callable[[Any, Kernel[Any]], None]
     configs: Callable[[Program, Kernel[Any]], Sequence[Config]] = _no_configs
     partials: Callable[[Program, Kernel[Any], Sizes], Partials] = _one_partial
-    reorders: Callable[[Contract, tuple[int, ...], Sizes], str] = _own_order
+    reorders: Callable[[Node, tuple[int, ...], Sizes], str] = _own_order
     code: Code | None = None
     tiled: bool = False
     whole_rows: bool = False
