@@ -82,6 +82,7 @@ class Scalar:
         selects: whether the result is always one of the arguments: it is not rounded, and literal
             arguments are rounded to the type of the others.
         exact: whether the result is computed without rounding, such as a negation or a predicate.
+        rounds_to: the dtype to which it rounds; None for every other function.
         written: whether it is a rounding by a cast that the user wrote.
         chooses: whether the first argument selects one of the others as the result.
         derivative: (d, y, *arguments) -> the cotangent of each argument, from the cotangent d of
@@ -100,6 +101,7 @@ class Scalar:
     commutes: bool = False
     selects: bool = False
     exact: bool = False
+    rounds_to: DType | None = None
     written: bool = False
     chooses: bool = False
     derivative: Derivative | None = None
@@ -369,7 +371,7 @@ def _rounding(dtype: DType) -> Scalar:
         return x if x.dtype == torch.float64 else x.to(dtype.torch).to(x.dtype)
 
     name = f"rounded_{dtype.name}"
-    return Scalar(name, 1, evaluate, exact=True, derivative=lambda d, y, a: (d,))
+    return Scalar(name, 1, evaluate, exact=True, rounds_to=dtype, derivative=lambda d, y, a: (d,))
 
 
 def cast_to(dtype: DType) -> str:
@@ -392,6 +394,7 @@ def _cast(dtype: DType) -> Scalar:
         1,
         evaluate,
         exact=True,
+        rounds_to=dtype,
         written=True,
         derivative=lambda d, y, a: (d.to(name),),
     )

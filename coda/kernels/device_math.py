@@ -13,6 +13,8 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, Uint64
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
 from quack.epilogue.math import F2, pack, unpack
 
 __all__ = ["pack", "unpack"]
@@ -56,11 +58,10 @@ def recip(a: Any) -> Any:
 def rounded_bf16(a: Any) -> Any:
     """Round to bf16.
 
-    Values are converted in pairs: a pair that is also stored shares the instruction, and a single
-    conversion would run on the special-function unit, which is needed for exponentials.
+    A value is the upper half of its word, so two are unpacked by a shift and a mask.
     """
     low, high = a if isinstance(a, tuple) else (a, a)
-    bits = cute.recast_tensor(_neighbours(low, high, "bf16"), Int32)[0]
+    bits = _both(low, high, "bf16")
     wide = cute.make_rmem_tensor(2, Int32)
     wide[0], wide[1] = bits << 16, bits & Int32(-65536)
     found = cute.recast_tensor(wide, Float32)
@@ -69,7 +70,24 @@ def rounded_bf16(a: Any) -> Any:
 
 def rounded_f16(a: Any) -> Any:
     """Round to f16."""
-    return _rounded(a, "f16")
+    low, high = a if isinstance(a, tuple) else (a, a)
+    narrow = cute.make_rmem_tensor(2, cutlass.Float16)
+    cute.recast_tensor(narrow, Int32)[0] = _both(low, high, "f16")
+    found = narrow.load().to(Float32)
+    return _like(a, found[0], found[1]) if isinstance(a, tuple) else found[1]
+
+
+@dsl_user_op
+def _both(low: Any, high: Any, to: str, *, loc: Any = None, ip: Any = None) -> Any:
+    """Two values, rounded to a type of 16 bits, in one word: one instruction.
+
+    A pair that is also stored shares it. LLVM would convert one value alone, or one twice, by an
+    instruction that ptxas moves into the mainloop of sm_90a, where it reads the accumulator, so
+    that products wait for each other (C7514).
+    """
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (high, low)]
+    text = f"cvt.rn.{to}x2.f32 $0, $1, $2;"
+    return Int32(llvm.inline_asm(T.i32(), operands, text, "=r,f,f", has_side_effects=False))
 
 
 def rounded_e4m3(a: Any) -> Any:

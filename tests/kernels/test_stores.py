@@ -1,5 +1,6 @@
 """Stores and sums of epilogues that quack has no operator for, on both archs."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,44 @@ def test_sums_over_rows_beside_several_stores(arch, sizes):
     with device(arch, checks="raise") as gpu:
         hold(measure(crowded, crowded.graph, inputs, "sim", dims=sizes), spread=1.0)
         assert not gpu.report().findings
+
+
+@coda.block
+def halves_of_products(x: T["M K"], w: T["N K"], y: T["M N", coda.f32]):
+    """Roundings of two neighbouring columns."""
+    z = (x @ w.T).cast(coda.f32) * y
+    return z.cast(coda.bf16).cast(coda.f32), z.cast(coda.f16).cast(coda.f32)
+
+
+@coda.block
+def halves_of_values(y: T["M N", coda.f32]):
+    """Roundings of single values."""
+    return y.cast(coda.bf16).cast(coda.f32), y.cast(coda.f16).cast(coda.f32)
+
+
+def hostile_floats(shape):
+    """Ties, subnormals, overflows, infinities, NaN and zeros of both types, among random bits."""
+    edges = [0.0, 1.0 + 2**-9, 1.0 + 3 * 2**-9, 1.0 + 2**-12, 2**-24, 2**-25, 3 * 2**-25, 65504.0]
+    edges += [65519.996, 65520.0, 2**-126, 2**-127, 3 * 2**-149, 3.3e38, 3.4e38, math.inf, math.nan]
+    generator = torch.Generator().manual_seed(5)
+    bits = torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)
+    found = bits.view(torch.float32)
+    chosen = torch.tensor([*edges, *(-e for e in edges)])
+    which = torch.randint(2 * len(chosen), shape, generator=generator)
+    return torch.where(which < len(chosen), chosen[which % len(chosen)], found)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("block", [halves_of_products, halves_of_values], ids=lambda b: b.__name__)
+def test_roundings_have_the_bits_of_torch(block, arch):
+    y = hostile_floats((64, 72))
+    operands = [torch.ones(n, 16, dtype=torch.bfloat16) / 4 for n in y.shape]  # products are 1
+    with device(arch, checks="raise"):
+        found = block(*operands[: len(block.graph.inputs) - 1], y, backend="sim")
+    for one, dtype in zip(found, (torch.bfloat16, torch.float16), strict=True):
+        true = y.to(dtype).float()
+        assert torch.equal(one.isnan(), true.isnan())
+        assert torch.equal(one.nan_to_num().view(torch.int32), true.nan_to_num().view(torch.int32))
 
 
 @coda.block

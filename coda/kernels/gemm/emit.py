@@ -45,6 +45,7 @@ from coda.lowering.program.epilogue import (
     SumRows,
     conditions,
     held,
+    rounds_to_halves,
 )
 from coda.lowering.program.program import Program
 
@@ -97,6 +98,9 @@ class _GemmEmitter:
         several = len(self.epilogue.stores) > 1 and bool(self.epilogue.row_sums)
         crowded = held(self.epilogue) + conditions(self.epilogue) > 5
         self.pauses = program.target.tensor_memory and (crowded or several)
+        # On sm_100a quack calls the epilogue for two columns in any case.
+        self.two_columns = not self.pair and not program.target.tensor_memory
+        self.two_columns &= rounds_to_halves(self.epilogue)
         self.masked = self.rows_masked = False
 
     # Leaves.
@@ -328,6 +332,8 @@ class _GemmEmitter:
         if self.pair:
             # The DSL's loop vectoriser crashes on sm_100a where both lanes share a value.
             lines.append('    mode="acc_pair", vectorize=False,')
+        if self.two_columns:
+            lines.append("    two_columns=True,")
         if before[1]:
             names = ", ".join(repr(n) for n, _ in before[1])
             lines.append(f"    prepass=prepass, prepass_outs=({names},),")

@@ -15,6 +15,7 @@ from quack.epilogue.frontend import EpiMod
 from quack.epilogue.ops import TileStore
 
 from coda.kernels.gemm.staged import Staged
+from coda.kernels.gemm.two_columns import TwoColumns
 
 
 class Change(Protocol):
@@ -40,10 +41,12 @@ class Relaid(EpiMod):
     `change` is part of the kernel's identity; None changes nothing.
     """
 
-    def __init__(self, fn: Any, change: Change | None, **options: Any) -> None:
+    def __init__(
+        self, fn: Any, change: Change | None, *, two_columns: bool = False, **options: Any
+    ) -> None:
         super().__init__(fn, **options)
-        self.change = change
-        self.semantic_key = (*self.semantic_key, repr(change))
+        self.change, self.two_columns = change, two_columns
+        self.semantic_key = (*self.semantic_key, repr(change), two_columns)
         self.semantic_digest = hashlib.sha256(repr(self.semantic_key).encode()).hexdigest()
         self._ident = f"{fn.__name__}_{self.semantic_digest[:16]}"
         self._derived: dict[type, type] = {}
@@ -53,8 +56,8 @@ class Relaid(EpiMod):
         if plain not in self._derived:
             members: dict[str, Any] = {"change": self.change, "__module__": __name__}
             name = f"{plain.__name__}_{hashlib.sha256(repr(self.change).encode()).hexdigest()[:16]}"
-            mixins = (Staged,) if self.change is None else (_Relaid, Staged)
-            self._derived[plain] = type(name, (*mixins, plain), members)
+            mixins = (_Relaid,) * (self.change is not None) + (TwoColumns,) * self.two_columns
+            self._derived[plain] = type(name, (*mixins, Staged, plain), members)
         return self._derived[plain]
 
 

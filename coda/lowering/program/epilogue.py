@@ -301,6 +301,13 @@ def conditions(epilogue: Epilogue) -> int:
     return sum(SCALARS[c.fn].result == "bool" for c in calls(lanes) if c.fn in SCALARS)
 
 
+def rounds_to_halves(epilogue: Epilogue) -> bool:
+    """Whether an epilogue's results contain a rounding to a dtype of 16 bits."""
+    lanes = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
+    found = (SCALARS[c.fn].rounds_to for c in calls(lanes) if c.fn in SCALARS)
+    return any(dtype is not None and dtype.bits == 16 for dtype in found)
+
+
 def leaves(exprs: Iterable[Expr]) -> set[Expr]:
     """All leaves of some expressions."""
     found: set[Expr] = set()

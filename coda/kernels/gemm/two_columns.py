@@ -1,0 +1,49 @@
+"""A mixin for quack's GEMM classes: an epilogue of elements is called for two columns at once.
+
+Values are converted to a dtype of 16 bits two at a time, and a pair that is also stored shares the
+instruction. quack calls the epilogue for two neighbouring columns on sm_100a, for each column on
+sm_90a. Here it is two on both: `rounded_bf16` of (y[j], y[j + 1]) is one instruction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cutlass.cute as cute
+from quack.epilogue.math import Pair
+
+
+class TwoColumns:
+    """A mixin of a GEMM class, whose epilogue computes a `Pair` of neighbouring columns."""
+
+    def epi_visit_subtile(
+        self, params: Any, epi_loop_tensors: Any, tRS_rD: Any, tRS_rC: Any = None
+    ) -> Any:
+        """quack's loop over a thread's columns of a subtile, two in each step."""
+        gemm: Any = self
+        ops = {op.name: op for op in gemm._epi_ops}
+        loaded = {}
+        for name, kind in gemm._epi_mod_operands:
+            loaded[name] = epi_loop_tensors[name]
+            if kind == "tile":
+                loaded[name] = loaded[name].to(gemm.acc_dtype)
+            elif kind == "value":
+                loaded[name] = ops[name].fn_prepare(gemm, loaded[name], False)
+        outputs = tuple(
+            cute.make_rmem_tensor(tRS_rD.layout.shape, gemm.acc_dtype)
+            for _ in gemm._epi_mod_outputs
+        )
+        sinks = gemm._make_sink_tmps(ops, tRS_rD.layout.shape)
+        names = ("D", *gemm._epi_mod_outputs, *gemm._epi_mod_sinks)
+        results = dict(zip(names, (tRS_rD, *outputs, *sinks), strict=True))
+        for i in range(0, cute.size(tRS_rD), 2):
+            both = {
+                name: (
+                    loaded[name] if kind == "scalar" else Pair(loaded[name][i], loaded[name][i + 1])
+                )
+                for name, kind in gemm._epi_mod_operands
+            }
+            for name, value in gemm._epi_mod_fn(Pair(tRS_rD[i], tRS_rD[i + 1]), **both).items():
+                results[name][i], results[name][i + 1] = value[0], value[1]
+        gemm._flush_sinks(ops, epi_loop_tensors, sinks)
+        return outputs
