@@ -267,12 +267,16 @@ class _Region:
     @property
     def in_kernels(self) -> bool:
         """Whether all of it runs in generated kernels, none of it op by op in torch."""
-        kernels = self.report.forward.program.kernels
-        return all(k.kind.code is not None for k in kernels)
+        sides = [e for e in (self.report.forward, self.report.backward) if e is not None]
+        return all(k.kind.code is not None for e in sides for k in e.program.kernels)
 
 
 def _chosen(whole: list[FxNode]) -> tuple[_Region | None, str]:
-    """(region, or its part up to the last contractions, or None; why nodes are left to torch)."""
+    """(region, or its part up to the last contractions, or None; why nodes are left to torch).
+
+    If a part of the region is an operation of torch's, forward or backward, the part up to the last
+    contractions is taken where that saves more time.
+    """
     made = _made(whole)
     if isinstance(made, _Region) and made.in_kernels:
         return made, ""
@@ -280,7 +284,7 @@ def _chosen(whole: list[FxNode]) -> tuple[_Region | None, str]:
     short = _made(shorter) if shorter else ""
     if isinstance(made, str):
         return (short if isinstance(short, _Region) else None), made
-    if isinstance(short, _Region):
+    if isinstance(short, _Region) and short.report.gain > made.report.gain:
         return short, "its region stays torch's: no kernel takes a part of it"
     return made, ""
 
@@ -295,7 +299,7 @@ def _made(nodes: list[FxNode]) -> _Region | str:
         block = block_for(imported.graph)
         sizes, requires_grad = _sizes(imported), _requires_grad(imported)
         lowered = RegionReport.of(block, nodes, sizes, requires_grad)
-        if not lowered.pays:
+        if lowered.gain <= 0:
             raise UnsupportedError("torch does it as cheaply")
     except CodaError as e:
         return f"its region stays torch's: {e.message}"

@@ -81,19 +81,17 @@ class RegionReport:
         return sum(w.copied for w in self.weights)
 
     @property
-    def pays(self) -> bool:
-        """Whether its estimated time, bytes / bandwidth + launches, is below that of separate GEMMs
+    def gain(self) -> float:
+        """Estimated seconds, bytes / bandwidth + launches, that it saves of those of separate GEMMs
         with all operators between them fused.
         """
-        own = other = 0.0
+        saved = 0.0
         for side in (self.forward, self.backward):
             if side is not None:
-                program, machine = side.program, side.program.target
-                own += hbm_bytes(program) / machine.bandwidth
-                own += machine.launch * len(program.kernels)
-                other += side.pointwise.hbm_bytes / machine.bandwidth
-                other += machine.launch * side.pointwise.launches
-        return own < other
+                program, other = side.program, side.pointwise
+                saved += (other.hbm_bytes - hbm_bytes(program)) / program.target.bandwidth
+                saved += program.target.launch * (other.launches - len(program.kernels))
+        return saved
 
     def numbers(self) -> list[str]:
         """Launches, then megabytes: of coda, torch op by op, GEMMs with fused operators between."""
