@@ -20,18 +20,20 @@ Parts = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Warp:
-    """How the lanes of a warp reduce values, by functions of kernels/rowwise/math.py.
+    """How the threads of a row reduce values, by functions of kernels/rowwise/math.py.
 
     Attributes:
-        start: the functions that return the identity, one for each plane of a lane's state.
-        step: an operator or a scalar function of (state, value); a function of the same module
-            if the state has several planes.
-        merge: state of each lane -> the reduction over the warp, in all lanes.
+        start: the functions that return the identity, one for each plane of a thread's state.
+        step: an operator or a scalar function of (state, value); if the state has several planes,
+            a function of (state, several values).
+        merge: function of two states -> the state of both.
+        finish: function of a state -> the value; "" if the state is the value.
     """
 
     start: tuple[str, ...]
     step: str
     merge: str
+    finish: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ class Monoid:
         tiled: whether a GEMM's epilogue can compute it (quack's maximum loses NaN).
         average_of: the monoid of which this is the average over all values; "" for none.
         counted: whether the merge needs the number of values in each partial: the state of a fold
-            is (count, *planes), and a row-wise kernel computes it in two sweeps.
+            is (count, *planes).
         also: the monoid whose value is the first plane; "" for none.
         sink: the quack epilogue op that reduces over a tile, formatted with the buffer's name.
         group: the op that reduces over groups of columns before the epilogue; "" for none.
-        warp: how a warp computes it.
+        warp: how the threads of a row compute it.
         nests: whether reducing the reductions of parts of equal length gives the reduction of all.
         scan: values along `dim` -> their inclusive scan; None if there is no such operation.
     """
@@ -77,7 +79,7 @@ class Monoid:
     also: str = ""
     sink: str = ""
     group: str = ""
-    warp: Warp = Warp(("zero",), "+", "warp_sum")
+    warp: Warp = Warp(("zero",), "+", "sum_merge")
 
     @property
     def is_plain_sum(self) -> bool:
@@ -187,7 +189,7 @@ _ROWS = (
         held=True,
         chosen=True,
         tiled=False,
-        warp=Warp(("lowest",), "maximum", "warp_max"),
+        warp=Warp(("lowest",), "maximum", "max_merge"),
     ),
     Monoid(
         "min",
@@ -198,7 +200,7 @@ _ROWS = (
         held=True,
         chosen=True,
         tiled=False,
-        warp=Warp(("highest",), "minimum", "warp_min"),
+        warp=Warp(("highest",), "minimum", "min_merge"),
     ),
     Monoid(
         "logsumexp",
@@ -208,7 +210,7 @@ _ROWS = (
         lambda p, n: p[0],
         held=True,
         sink="LogSumExp({0!r})",
-        warp=Warp(("lowest", "zero"), "lse_step", "warp_lse"),
+        warp=Warp(("least_finite", "zero"), "lse_step", "lse_merge", "lse_finish"),
     ),
     Monoid(
         "variance",
@@ -220,7 +222,7 @@ _ROWS = (
         counted=True,
         also="mean",
         sink="Moments({0!r})",
-        warp=Warp(("zero", "zero", "zero"), "moments_merge", "warp_moments"),
+        warp=Warp(("zero", "zero", "zero"), "moments_step", "moments_merge"),
     ),
 )
 

@@ -415,7 +415,7 @@ def moments_merge(a: tuple[Any, Any, Any], b: tuple[Any, Any, Any]) -> tuple[Any
     weighted sum.
     """
     total = a[0] + b[0]
-    share = b[0] / cute.arch.fmax(total, Float32(1.0))
+    share = b[0] * cute.arch.rcp_approx(cute.arch.fmax(total, Float32(1.0)))
     delta = b[1] - a[1]
     weighed = a[1] * (Float32(1.0) - share) + b[1] * share
     mean = cutlass.select_(cute.math.abs(delta) < Float32(math.inf), a[1] + delta * share, weighed)

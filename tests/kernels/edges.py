@@ -26,7 +26,7 @@ def rows_of_edges(columns, generator):
     plain = torch.randn(columns, generator=generator)
     made = [torch.full((columns,), v) for v in (-INF, INF, NAN, 0.0, -0.0, 1e6, 12345.678)]
     made += [torch.full((columns,), v) for v in (-1e30, -3e38 / columns, 1e-40, -1.5)]
-    made += [plain, plain + 3e4, plain * 1e18, plain * 1e-18]
+    made += [plain, plain + 3e4, plain * (8e18 / columns**0.5), plain * 1e-18]
     for ends in ((INF, -INF), (INF, INF), (-INF, -INF), (NAN, INF), (3e38, 1.0), (88.0, -200.0)):
         for places in ((0, columns - 1), (columns // 2, 1)):
             row = plain.clone()

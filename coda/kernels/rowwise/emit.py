@@ -1,11 +1,13 @@
-"""A row-wise kernel -> the source of a Python module: a CuTe DSL kernel with a warp for each row.
+"""A row-wise kernel -> the source of a Python module: a CuTe DSL kernel with threads for each row.
 
-Statistics come first, independent ones in one sweep over the row, then a sweep that stores. Each
-sweep reads the row again (from cache), so that no width spills registers.
+Statistics come first, independent ones in one sweep over the row, then a sweep that stores and
+takes the statistics that only single columns read. `plan.py` chooses the threads of a row, and
+whether the row stays in registers between its sweeps or is read again.
 
-In a kernel that sums over rows, a CTA has a block of rows: its warps first compute the statistics,
-row by row; then each warp has some columns, with the sums in registers, and writes a partial. A
-kernel that only merges such partials has a row in each lane, so that loads coalesce.
+In a kernel that sums over rows, a CTA has a block of rows. It walks through them, with the sums of
+a thread's columns in registers, and writes a partial of each. Where these do not fit, its warps
+first compute the statistics of all rows; then each warp has some columns of them. A kernel that
+only merges such partials has a row in each lane, so that loads coalesce.
 
     x / rms(x)    sweep 1: Σ x² over the row    sweep 2: store x · rsqrt(mean)
 """
@@ -20,18 +22,11 @@ from coda.ir.dims import product, show_shape
 from coda.kernels.lines import safe, stored
 from coda.kernels.rowwise.folds import TOTAL_WARPS, Folds
 from coda.kernels.rowwise.mainloop import Rowwise
-from coda.kernels.rowwise.pieces import (
-    LANES,
-    TALL_ROWS,
-    TALL_WARPS,
-    WARPS,
-    Piece,
-    fold_warps,
-    teams,
-)
+from coda.kernels.rowwise.pieces import LANES, Piece, fold_warps
+from coda.kernels.rowwise.plan import TALL_ROWS, TALL_WARPS
 from coda.kernels.rowwise.sweeps import INDENT, VectorWork, indented
 from coda.lowering.program.access import Line, Partial
-from coda.lowering.program.epilogue import StoreExpr, SumRows
+from coda.lowering.program.epilogue import Expr, Statistic, StoreExpr, SumRows
 from coda.lowering.program.program import Program
 
 
@@ -71,14 +66,18 @@ def emit_rowwise(program: Program, kernel: Rowwise, *, padded: bool = False) -> 
 
 class _RowwiseEmitter(Folds):
     def emit(self) -> RowSource:
-        if self.epilogue.sinks:
+        if self.plan.summed:
+            body = self.walk()
+        elif self.epilogue.sinks:
             body = self.block()
         elif self.is_total():
             body = self.total()
         elif self.only_folds():
             body = self.folds()
         else:
-            body = ["if row < rows:", *indented([*self.row(), *self.wide(), *self.narrow()])]
+            row = [*self.row(), *self.wide(), *self.narrow()]
+            guarded = ["if row < rows:", *indented(row)] if self.plan.rows > 1 else row
+            body = [*self.shared_states(), *guarded]
         reordered = [f"{safe(s.buffer)}_out" for s in self.epilogue.stores if s.rows]
         self.rows |= {"by_row"} if reordered else set()
         body = [*(f"{name} = by_row({name})" for name in reordered), *body]
@@ -122,26 +121,28 @@ class _RowwiseEmitter(Folds):
             for _, source, _, written in parameters
         )
 
-    # The work of a warp on one row.
+    # The work on one row.
 
     def row(self) -> list[str]:
-        """Lines that compute the statistics of one row."""
+        """Lines that compute the statistics of one row, but those of the sweep that stores."""
         every = [e for s in (*self.epilogue.stores, *self.epilogue.sinks) for e in s.lanes]
         body = self.once_loaded([*every, *(s.expr for s in self.epilogue.statistics)])
+        body += self.hold()
         for fold in [s for s in self.epilogue.statistics if s.operand]:
             body += self.fold(fold)
-        for level in self.levels():
+        for level in self.early():
             body += self.sweep(level)
         return body
 
     def wide(self) -> list[str]:
-        """The sweep that stores."""
-        out: list[str] = []
+        """The sweep that stores, and takes the last statistics."""
+        late = [s for level in self.late() for s in level]
+        out = [self.start(s) for s in self.own(late)]
         for piece in self.pieces:
             self.enter(piece)
-            step = self.stored(piece)
-            out += self.loop(piece, step) if step.exprs else []
-        return out
+            if self.stored(piece, late, 1).exprs:
+                out += self.loop(piece, lambda count, p=piece: self.stored(p, late, count))
+        return [*out, *(self.ends(late) if late else [])]
 
     def inside(self, item: StoreExpr | SumRows, piece: Piece) -> bool:
         """Whether a store or a sink covers the columns of a piece."""
@@ -149,42 +150,88 @@ class _RowwiseEmitter(Folds):
         count = item.span.width // self.lanes if item.span else self.points
         return first <= piece.first < first + count
 
-    def stored(self, piece: Piece, sinks: Sequence[SumRows] = ()) -> VectorWork:
-        """The step that computes the stores of a piece, and adds to the sums over rows."""
-        items = [s for s in (*self.wide_stores(), *sinks) if self.inside(s, piece)]
+    def stored(self, piece: Piece, late: Sequence[Statistic], count: int) -> VectorWork:
+        """The work that computes the stores of a piece, its sums over rows, and statistics."""
+        items = [s for s in (*self.wide_stores(), *self.epilogue.row_sums) if self.inside(s, piece)]
+        chosen = self.chosen(late, piece)
         exprs = [[piece.special(e) for e in s.lanes] for s in items]
-        step = VectorWork([e for many in exprs for e in many], [])
-        step.inner, values = self.assigned(step.exprs, "v")
+        reduced = [piece.special(s.expr) for s in chosen if s.expr is not None]
+        work = VectorWork([*(e for many in exprs for e in many), *reduced], [])
+        work.inner, values = self.assigned(work.exprs, "v")
         for item, many in zip(items, exprs, strict=True):
             mine, values = values[: len(many)], values[len(many) :]
             if isinstance(item, StoreExpr):
-                self.keep(item, mine, piece, step)
+                self.keep(item, mine, piece, work)
             else:
-                self.add(item, mine, step)
-        return step
+                self.add(item, mine, piece, work)
+        self.take(chosen, values, work, count)
+        return work
 
-    def keep(self, store: StoreExpr, values: list[str], piece: Piece, step: VectorWork) -> None:
-        """Append registers, assignments and the write of one wide store to a step."""
-        name = f"{safe(store.buffer)}_out"
+    def keep(self, store: StoreExpr, values: list[str], piece: Piece, work: VectorWork) -> None:
+        """Append registers, assignments and the write of one wide store to the work."""
+        name, tag = f"{safe(store.buffer)}_out", self.tag
         values = [stored(v, store.dtype, self.math) for v in values]
         self.rows |= {"vector", "store"}
-        at = self.shifted("index", piece, self.begin(store.span))
+        at = self.shifted(f"index{tag}", piece, self.begin(store.span))
         if self.epilogue.apart(store):
-            step.rooms += [f"{name}_{i} = vector({self.vec})" for i in (0, 1)]
-            step.inner += [f"{name}_{i}[j] = {v}" for i, v in enumerate(values)]
-            for i in (0, 1):
-                where = self.apart(at, self.split, i)
-                step.after.append(f"store({name}, row, {where}, {name}_{i})")
+            work.rooms += [f"{name}_{i}{tag} = vector({self.vec})" for i in "ab"]
+            pairs = zip("ab", values, strict=True)
+            work.inner += [f"{name}_{i}{tag}[j] = {v}" for i, v in pairs]
+            for lane, i in enumerate("ab"):
+                where = self.apart(at, self.split, lane)
+                work.after.append(f"store({name}, row, {where}, {name}_{i}{tag})")
             return
-        step.rooms.append(f"{name}_v = vector({len(values) * self.vec})")
+        work.rooms.append(f"{name}_v{tag} = vector({len(values) * self.vec})")
         points = ["j"] if len(values) == 1 else ["2 * j", "2 * j + 1"]
-        step.inner += [f"{name}_v[{i}] = {v}" for i, v in zip(points, values, strict=True)]
-        step.after.append(f"store({name}, row, {at}, {name}_v)")
+        pairs = zip(points, values, strict=True)
+        work.inner += [f"{name}_v{tag}[{i}] = {v}" for i, v in pairs]
+        work.after.append(f"store({name}, row, {at}, {name}_v{tag})")
 
     def narrow(self) -> list[str]:
         """Lines that write the values of single columns."""
         computed, written = self.narrow_lines()
-        return [*computed, "if lane == 0:", *indented(written)] if written else []
+        return [*computed, "if place == 0:", *indented(written)] if written else []
+
+    # The work of a CTA that walks through a block of rows, with sums over them in registers.
+
+    def walk(self) -> list[str]:
+        """Each row in turn; the sums of a thread's columns are written at the end."""
+        made, written = [list[str](), list[str]()]
+        for i, piece in enumerate(self.pieces):
+            self.enter(piece)
+            threads, vectors = self.plan.threads, piece.count // self.vec
+            full, ragged = divmod(vectors, threads)
+            for sink in [s for s in self.epilogue.row_sums if self.inside(s, piece)]:
+                name, size = f"{safe(sink.buffer)}_out", self.vec
+                self.rows |= {"zero_vectors", "store", "add_to"}
+                at = self.shifted("index", piece, self.begin(sink.span))
+                split = self.epilogue.apart(sink)
+                size *= 1 if split else len(sink.lanes)
+                for lane, suffix in enumerate("ab" if split else "v"):
+                    found = f"{name}_{suffix}_of{i}"
+                    where = self.apart(at, self.split, lane) if split else at
+                    made.append(f"{found} = zero_vectors({size}, {full + (ragged > 0)})")
+                    one = [f"index = k * {threads} + place"]
+                    one.append(f"store({name}, part, {where}, {found}[k])")
+                    head = f"for k in cutlass.range_constexpr({full}):"
+                    written += [head, *indented(one)] if full else []
+                    if ragged:
+                        written += [f"index = {full} * {threads} + place"]
+                        written += [f"if index < {vectors}:"]
+                        written += [f"{INDENT}store({name}, part, {where}, {found}[{full}])"]
+        sides = self.plan.rows
+        row = [*self.row(), *self.wide(), *self.narrow()]
+        slot = [f"slot = step % 2 * {sides} + side"] if self.plan.warps > 1 else []
+        return [
+            *self.shared_states(),
+            *made,
+            f"for step in cutlass.range({TALL_ROWS // sides}):",
+            f"{INDENT}row = block * {TALL_ROWS} + step * {sides} + side",
+            f"{INDENT}if row < rows:",
+            *indented([*slot, *row], 2),
+            f"part = block * {sides} + side",
+            *written,
+        ]
 
     # The work of a CTA on a block of rows, in kernels that sum over rows.
 
@@ -209,49 +256,59 @@ class _RowwiseEmitter(Folds):
 
     def columns(self, piece: Piece, kept: list[str]) -> list[str]:
         """The columns of a piece: a warp has vectors of them, and loops over the rows."""
-        sinks = [s for s in self.epilogue.row_sums if self.inside(s, piece)]
-        step = self.stored(piece, sinks)
-        if not step.exprs:
+        self.enter(piece)
+        exprs = self.stored(piece, (), 1).exprs
+        if not exprs:
             return []
-        own = self.once_loaded(self.with_groups(step.exprs))
+        sinks = [s for s in self.epilogue.row_sums if self.inside(s, piece)]
+        own = self.once_loaded(self.with_groups(exprs))
         own += [f"{n} = {n}_of[row - first]" for n in kept]
-        return self.through_rows(piece, step, sinks, own)
+        return self.through_rows(piece, exprs, sinks, own)
 
-    def add(self, sink: SumRows, values: list[str], step: VectorWork) -> None:
+    def add(self, sink: SumRows, values: list[str], piece: Piece, work: VectorWork) -> None:
         """Append the additions of values to a sum over rows."""
         name = f"{safe(sink.buffer)}_out"
         if self.epilogue.apart(sink):
-            into = [f"{name}_{i}[j]" for i in (0, 1)]
+            into = [(f"{name}_{i}", "j") for i in "ab"]
         elif len(values) == 1:
-            into = [f"{name}_v[j]"]
+            into = [(f"{name}_v", "j")]
         else:
-            into = [f"{name}_v[2 * j]", f"{name}_v[2 * j + 1]"]
-        step.inner += [f"{x} = {x} + {v}" for x, v in zip(into, values, strict=True)]
+            into = [(f"{name}_v", "2 * j"), (f"{name}_v", "2 * j + 1")]
+        self.rows.add("add_to")
+        if self.plan.summed:
+            of = f"_of{self.pieces.index(piece)}[{self.slot}]"
+            into = [(f"{x}{of}", j) for x, j in into]
+        pairs = zip(into, values, strict=True)
+        work.inner += [f"add_to({x}, {j}, {v})" for (x, j), v in pairs]
 
-    def rooms(self, sink: SumRows, piece: Piece) -> tuple[list[str], list[str]]:
+    def sums(self, sink: SumRows, piece: Piece) -> tuple[list[str], list[str]]:
         """Lines that make the registers of a sum over rows, and lines that write it."""
         name = f"{safe(sink.buffer)}_out"
         self.rows |= {"zeros", "store"}
         at = self.shifted("index", piece, self.begin(sink.span))
         if self.epilogue.apart(sink):
-            where = [self.apart(at, self.split, i) for i in (0, 1)]
-            made = [f"{name}_{i} = zeros({self.vec})" for i in (0, 1)]
-            return made, [f"store({name}, part, {w}, {name}_{i})" for i, w in enumerate(where)]
+            where = [self.apart(at, self.split, lane) for lane in (0, 1)]
+            made = [f"{name}_{i} = zeros({self.vec})" for i in "ab"]
+            pairs = zip(where, "ab", strict=True)
+            return made, [f"store({name}, part, {w}, {name}_{i})" for w, i in pairs]
         made = [f"{name}_v = zeros({len(sink.lanes) * self.vec})"]
         return made, [f"store({name}, part, {at}, {name}_v)"]
 
     def through_rows(
-        self, piece: Piece, step: VectorWork, sinks: Sequence[SumRows], own: list[str]
+        self, piece: Piece, exprs: Sequence[Expr], sinks: Sequence[SumRows], own: list[str]
     ) -> list[str]:
         """Loops over the vectors of a piece, and over the rows of the block for each."""
-        rooms = [self.rooms(s, piece) for s in sinks]
-        before, after = ([line for r in rooms for line in r[i]] for i in (0, 1))
-        sides = teams(self.pieces, self.vec)
+        found = [self.sums(s, piece) for s in sinks]
+        before, after = ([line for r in found for line in r[i]] for i in (0, 1))
+        sides = self.plan.rows
         wide = TALL_WARPS // sides
         vectors = piece.count // self.vec
         at = f"(turn * {wide} + warp % {wide}) * LANES + lane"
-        ragged = bool(self.needed_groups(step.exprs, piece)) and vectors % LANES
-        body = self.step(step, "index", piece, f"at < {vectors}" if ragged else "")
+        ragged = bool(self.needed_groups(exprs, piece)) and vectors % LANES
+        self.next()
+        inside = f"at < {vectors}" if ragged else ""
+        body = self.batch(piece, lambda count: self.stored(piece, (), count), "index", 1, inside)
+        self.tag = ""
         rows = [
             f"for step in cutlass.range({TALL_ROWS // sides}):",
             f"{INDENT}row = first + step * {sides} + warp // {wide}",
@@ -262,7 +319,8 @@ class _RowwiseEmitter(Folds):
         head = f"for turn in cutlass.range({-(-vectors // (LANES * wide))}):"
         if ragged:
             last = [f"if at < {vectors}:", *indented(last)]
-            return [head, *indented([*self.clamped(at, vectors), *before, *rows, *last])]
+            clamped = [f"at = {at}", f"index = {self.clamped('at', vectors)}"]
+            return [head, *indented([*clamped, *before, *rows, *last])]
         inner = [f"index = {at}", f"if index < {vectors}:", *indented([*before, *rows, *last])]
         return [head, *indented(inner)]
 
@@ -316,12 +374,26 @@ class _RowwiseEmitter(Folds):
         return "\n".join(lines) + "\n"
 
     def block_shape(self) -> tuple[int, int, list[str]]:
-        """Warps of a CTA, rows of a CTA, and lines that compute a warp's indices."""
-        if self.epilogue.sinks:
-            return TALL_WARPS, TALL_ROWS, ["warp = thread // LANES"]
+        """Warps of a CTA, rows of a CTA, and lines that compute a thread's indices."""
+        warp = "warp = thread // LANES"
         if self.is_total():
-            return TOTAL_WARPS, 1, ["warp = thread // LANES", "row = block"]
-        if self.only_folds():
+            return TOTAL_WARPS, 1, [warp, "row = block"]
+        if not self.epilogue.sinks and self.only_folds():
             warps = fold_warps(self.kernel.mainloop.rows.size(self.program.sizes))
-            return warps, LANES, ["warp = thread // LANES", "row = block * LANES + lane"]
-        return WARPS, WARPS, [f"row = block * {WARPS} + thread // LANES"]
+            return warps, LANES, [warp, "row = block * LANES + lane"]
+        threads, rows = self.plan.threads, self.plan.rows
+        if self.epilogue.sinks and not self.plan.summed:
+            return TALL_WARPS, TALL_ROWS, [warp, "place = lane"]
+        if self.plan.warps == 1:
+            shape = ["place = lane"]
+            side = "thread // LANES"
+        else:
+            shape = [f"place = thread % {threads}", "warp = place // LANES"]
+            side = f"thread // {threads}"
+        shape.append(f"side = {side}" if self.plan.summed else self.first_row(side))
+        return self.plan.warps * rows, self.plan.block, shape
+
+    def first_row(self, side: str) -> str:
+        """The line that computes the row of a thread, the only one that it has."""
+        rows = self.plan.rows
+        return f"row = block * {rows} + {side}" if rows > 1 else "row = block"

@@ -8,21 +8,24 @@ to a single row has one CTA, all of whose warps share the partials.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from coda.ir.dims import ONE
 from coda.ir.monoids import MONOIDS
 from coda.kernels.lines import safe, stored
 from coda.kernels.rowwise.pieces import LANES, fold_warps
-from coda.kernels.rowwise.sweeps import INDENT, Sweeps, indented
+from coda.kernels.rowwise.plan import has_planes
+from coda.kernels.rowwise.statistics import Statistics
+from coda.kernels.rowwise.sweeps import INDENT, indented
 from coda.lowering.program.access import ColumnVector, Line, OneElement, Partial
-from coda.lowering.program.epilogue import Statistic, StoreExpr
+from coda.lowering.program.epilogue import Expr, Statistic, StoreExpr
 
 TOTAL_WARPS = LANES  # warps of a CTA that reduces to one row; a lane of the first merges each
 Fold = tuple[list[str], list[str], list[str]]  # start, step and end
 
 
-class Folds(Sweeps):
+class Folds(Statistics):
     """The source of statistics that are merged from an operand."""
 
     def fold(self, stat: Statistic) -> list[str]:
@@ -55,7 +58,7 @@ class Folds(Sweeps):
         last = stat.width - stat.count * (parts - 1)
         count = f"cutlass.select_(part < {parts - 1}, Float32({stat.count}.0), Float32({last}.0))"
         two = f"{source}[row, 2 * part], {source}[row, 2 * part + 1]"
-        return self.moments(stat, f"({count}, {two})", f"* {1.0 / stat.width!r}")
+        return self.moments(stat, f"({count}, {two})")
 
     def of_parts(self, stat: Statistic) -> Fold:
         """A merge of any number of partials, or a reduction of values of rows."""
@@ -63,19 +66,19 @@ class Folds(Sweeps):
         value += ".to(Float32)" if stat.operand in self.lines else ""
         if not MONOIDS[stat.monoid].counted:
             return self.accumulate(stat, value)
-        return self.moments(stat, f"(Float32(1.0), {value}, zero())", f"/ {stat.name}_n")
+        self.rows.add("zero")
+        return self.moments(stat, f"(Float32(1.0), {value}, zero())")
 
-    def moments(self, stat: Statistic, state: str, share: str) -> Fold:
+    def accumulate(self, stat: Statistic, value: str) -> Fold:
+        """A fold of values by the lanes of a warp."""
+        value = f"({value},)" if has_planes(stat) else value
+        end = self.finish(stat, self.over_lanes(stat))
+        return [self.start(stat)], [self.step(stat, value)], end
+
+    def moments(self, stat: Statistic, state: str) -> Fold:
         """A merge of (count, mean, Σ(x − mean)²), whose last plane becomes the variance."""
-        name = stat.name
-        self.rows |= {"warp_moments", "zero"}
-        self.math.add("moments_merge")
-        start = [f"{name}_s = (zero(), zero(), zero())"]
-        end = [
-            f"{name}_n, {name}_mean, {name}_m2 = warp_moments({name}_s)",
-            f"{name} = {name}_m2 {share}",
-        ]
-        return start, [f"{name}_s = moments_merge({name}_s, {state})"], end
+        inner = [f"{stat.name}_s = {self.merge(stat)}({stat.name}_s, {state})"]
+        return [self.start(stat)], inner, self.finish(stat, self.over_lanes(stat))
 
     def wide_stores(self) -> list[StoreExpr]:
         """The stores with more than one column."""
@@ -90,17 +93,22 @@ class Folds(Sweeps):
         stores = [s for s in self.epilogue.stores if self.once(s)]
         exprs = [s.lanes[0] for s in stores]
         lines, values = self.assigned(exprs, "w")
-        loads = (
-            self.loads(exprs, "0", self.pieces[0])
-            if stores and self.kernel.mainloop.width == 1
-            else []
-        )
+        loads = self.one_column(exprs) if self.kernel.mainloop.width == 1 else []
         written: list[str] = []
         for store, value in zip(stores, values, strict=True):
             target = f"{safe(store.buffer)}_out"
             shown = stored(value.replace("[j]", "[0]"), store.dtype, self.math)
             written.append(f"{target}[row, 0] = Float32({shown}).to({target}.element_type)")
         return [*loads, *(line.replace("[j]", "[0]") for line in lines)], written
+
+    def one_column(self, exprs: Sequence[Expr]) -> list[str]:
+        """Lines that load the only column of a row."""
+        out: list[str] = []
+        for p in self.vectors_of(exprs, "0", self.pieces[0]):
+            self.rows.add("load")
+            x = safe(p.name)
+            out.append(f"{x}{p.suffix} = load({x}, {p.row}, {p.at}, {p.size})")
+        return out
 
     # CTAs that only merge partials over rows.
 
@@ -166,7 +174,7 @@ class Folds(Sweeps):
             if monoid.counted:
                 planes = [f"{name}_{plane}" for plane in ("n", *monoid.planes)]
                 state = ", ".join(f"{p}_of[lane]" for p in planes)
-                start2, inner2, end2 = self.moments(stat, f"({state})", f"/ {name}_n")
+                start2, inner2, end2 = self.moments(stat, f"({state})")
             out += [f"{p}_of = room({TOTAL_WARPS})" for p in planes]
             out += [*start, *loop, *indented(inner, 2), *end, "if lane == 0:"]
             out += [f"{INDENT}{p}_of[warp] = {p}" for p in planes]

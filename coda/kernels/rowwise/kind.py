@@ -8,7 +8,8 @@ from coda.ir.dims import ONE
 from coda.ir.graph import Node
 from coda.kernels.protocol import LaunchRun, Run
 from coda.kernels.rowwise.mainloop import Rows, Rowwise
-from coda.kernels.rowwise.pieces import has_padded_rows, row_parts
+from coda.kernels.rowwise.pieces import has_padded_rows
+from coda.kernels.rowwise.plan import row_parts
 from coda.lowering.program.access import ColumnVector
 from coda.lowering.program.kernel import (
     Account,

@@ -1,28 +1,45 @@
-"""Functions that emitted row-wise kernels call: vector loads and stores, warp reductions."""
+"""Functions that emitted row-wise kernels call: vector loads and stores, reductions over a row."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
-from coda.kernels.device_math import maximum, minimum, moments_merge
+from coda.kernels.device_math import maximum, minimum, moments_merge, pivot
 
 LANES = 32
 NEG_INF = -math.inf
+MOST = 3.4028234663852886e38  # the largest finite float32
+
+
+def vectors(x: Any, size: int, count: int) -> list[Any]:
+    """Registers for `count` vectors of `size` elements of `x`, uninitialised."""
+    layout = cute.make_layout(size)
+    return [cute.make_rmem_tensor(layout, x.element_type) for _ in range(count)]
+
+
+def fill(held: Any, x: Any, row: Any, index: Any) -> None:
+    """Load vector `index` of row `row`, as many contiguous elements as `held` has."""
+    cute.autovec_copy(cute.local_tile(x[row, None], (cute.size(held),), (index,)), held)
+
+
+def wide(held: Any) -> Any:
+    """A vector in registers as float32."""
+    found = vector(cute.size(held))
+    found.store(held.load().to(Float32))
+    return found
 
 
 def load(x: Any, row: Any, index: Any, count: int) -> Any:
     """Load vector `index` of row `row`: `count` contiguous elements, as float32 in registers."""
-    part = cute.local_tile(x[row, None], (count,), (index,))
-    held = cute.make_rmem_tensor(part.layout, part.element_type)
-    cute.autovec_copy(part, held)
-    wide = cute.make_rmem_tensor(part.layout, Float32)
-    wide.store(held.load().to(Float32))
-    return wide
+    (held,) = vectors(x, count, 1)
+    fill(held, x, row, index)
+    return wide(held)
 
 
 def by_row(x: Any) -> Any:
@@ -50,66 +67,119 @@ def zeros(count: int) -> Any:
     return made
 
 
+def zero_vectors(size: int, count: int) -> list[Any]:
+    """Registers with `count` vectors of `size` float32 zeros."""
+    return [zeros(size) for _ in range(count)]
+
+
+def add_to(to: Any, j: int, value: Any) -> None:
+    """Add a value to element `j` of registers."""
+    to[j] = to[j] + value
+
+
 def room(count: int) -> Any:
     """Allocate `count` float32 values in shared memory."""
     allocator = cutlass.utils.SmemAllocator()
     return allocator.allocate_tensor(Float32, cute.make_layout(count), 16)
 
 
-def _over_lanes(planes: tuple[Any, ...], merge: Any, lanes: int = LANES) -> tuple[Any, ...]:
+def rooms(planes: int, count: int) -> list[Any]:
+    """Allocate `count` states of so many planes in shared memory."""
+    return [room(count) for _ in range(planes)]
+
+
+def keep(rooms: Sequence[Any], at: Any, state: Any) -> None:
+    """Write a state to slot `at` of shared memory."""
+    for plane, x in zip(rooms, state if isinstance(state, tuple) else (state,), strict=True):
+        plane[at] = x
+
+
+def kept(rooms: Sequence[Any], at: Any) -> Any:
+    """Read the state in slot `at` of shared memory."""
+    found = tuple(plane[at] for plane in rooms)
+    return found if len(found) > 1 else found[0]
+
+
+def over_lanes(state: Any, merge: Callable[[Any, Any], Any], lanes: int = LANES) -> Any:
+    """The merged states of each aligned group of `lanes` lanes of a warp, in all of them."""
     offset = lanes // 2
     while offset:
-        others = tuple(cute.arch.shuffle_sync_bfly(p, offset=offset) for p in planes)
-        planes = merge(planes, others)
+        if isinstance(state, tuple):
+            other = tuple(cute.arch.shuffle_sync_bfly(p, offset=offset) for p in state)
+        else:
+            other = cute.arch.shuffle_sync_bfly(state, offset=offset)
+        state = merge(state, other)
         offset //= 2
-    return planes
+    return state
 
 
-def warp_sum(x: Any) -> Any:
-    """The sum over the lanes of a warp."""
-    return _over_lanes((x,), lambda a, b: (a[0] + b[0],))[0]
+def sum_merge(a: Any, b: Any) -> Any:
+    """a + b."""
+    return a + b
 
 
-def lanes_sum(x: Any, lanes: int) -> Any:
-    """The sum over each aligned group of `lanes` lanes of a warp."""
-    return _over_lanes((x,), lambda a, b: (a[0] + b[0],), lanes)[0]
+def max_merge(a: Any, b: Any) -> Any:
+    """The larger value; NaN if either is NaN."""
+    return maximum(a, b)
 
 
-def warp_max(x: Any) -> Any:
-    """The maximum over the lanes of a warp; NaN if any is NaN."""
-    return _over_lanes((x,), lambda a, b: (maximum(a[0], b[0]),))[0]
-
-
-def warp_min(x: Any) -> Any:
-    """The minimum over the lanes of a warp; NaN if any is NaN."""
-    return _over_lanes((x,), lambda a, b: (minimum(a[0], b[0]),))[0]
+def min_merge(a: Any, b: Any) -> Any:
+    """The smaller value; NaN if either is NaN."""
+    return minimum(a, b)
 
 
 def lse_merge(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Merge (max, Σ exp(x − max)) of two parts."""
-    top = maximum(a[0], b[0])
-    base = cutlass.select_(top == Float32(NEG_INF), Float32(0.0), top)
-    return top, a[1] * _exp(a[0] - base) + b[1] * _exp(b[0] - base)
+    """Merge (top, Σ exp(x − top)) of two parts.
+
+    `top` is the maximum as a finite float32: at least −MOST, at most MOST, and without regard to
+    NaN. So no difference is infinite minus infinite: x = ∞ makes the sum ∞, NaN makes it NaN, and
+    no value, or only −∞, makes it 0.
+    """
+    top = cute.arch.fmax(a[0], b[0])
+    return top, a[1] * _exp(a[0] - top) + b[1] * _exp(b[0] - top)
 
 
 def _exp(x: Any) -> Any:
     return cute.math.exp(x, fastmath=True)
 
 
-def lse_step(state: tuple[Any, Any], x: Any) -> tuple[Any, Any]:
-    """Add a value to a state (max, Σ exp(x − max))."""
-    return lse_merge(state, (x, Float32(1.0)))
+def _values(values: Any) -> Sequence[Any]:
+    return values if isinstance(values, tuple) else [values[i] for i in range(cute.size(values))]
 
 
-def warp_lse(state: tuple[Any, Any]) -> Any:
-    """log Σ exp over the lanes of a warp, from their states (max, Σ exp(x − max))."""
-    top, total = _over_lanes(state, lse_merge)
-    return cutlass.select_(top == Float32(math.inf), top, top + cute.math.log(total, fastmath=True))
+def lse_step(state: tuple[Any, Any], values: Any) -> tuple[Any, Any]:
+    """Add values, a tuple or registers, to a state of `lse_merge`; its sum is rescaled once."""
+    top, total = state
+    several = _values(values)
+    for x in several:
+        top = cute.arch.fmax(top, x)
+    top = cute.arch.fmin(top, Float32(MOST))
+    total = total * _exp(state[0] - top)
+    for x in several:
+        total = total + _exp(x - top)
+    return top, total
 
 
-def warp_moments(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-    """(count, mean, Σ(x − mean)²) over the lanes of a warp."""
-    return _over_lanes(state, moments_merge)
+def lse_finish(state: tuple[Any, Any]) -> Any:
+    """log Σ exp of a state (top, Σ exp(x − top))."""
+    return state[0] + cute.math.log(state[1], fastmath=True)
+
+
+def moments_step(state: tuple[Any, Any, Any], values: Any) -> tuple[Any, Any, Any]:
+    """Add values, a tuple or registers, to a state (count, mean, Σ(x − mean)²).
+
+    Their own mean is computed first, about one of them, and then the squares about that mean.
+    """
+    several = _values(values)
+    near = pivot(several[0], len(several))
+    total = Float32(0.0)
+    for x in several:
+        total = total + (x - near)
+    mean = near + total * Float32(1.0 / len(several))
+    squares = Float32(0.0)
+    for x in several:
+        squares = squares + (x - mean) * (x - mean)
+    return moments_merge(state, (Float32(len(several)), mean, squares))
 
 
 def zero() -> Any:
@@ -120,6 +190,11 @@ def zero() -> Any:
 def lowest() -> Any:
     """−inf as a float32."""
     return Float32(NEG_INF)
+
+
+def least_finite() -> Any:
+    """The least finite float32."""
+    return Float32(-MOST)
 
 
 def highest() -> Any:

@@ -35,9 +35,6 @@ from coda.lowering.program.memory import held_in
 from coda.lowering.program.program import Program
 
 LANES = 32
-WARPS = 4  # rows of a CTA, one for each warp
-TALL_WARPS = 8  # warps of a CTA that sums over rows; more would have too few registers
-TALL_ROWS = 64  # rows of such a CTA
 FOLD_WARPS = 8  # warps of a CTA that merges partial sums of 32 rows
 _MOST = 8
 
@@ -151,22 +148,6 @@ def vector_length(epilogue: Epilogue, pieces: Sequence[Piece]) -> int:
     lengths += [s.group // lanes for s in epilogue.statistics if s.group]
     common = gcd(*lengths)
     return common & -common
-
-
-def teams(pieces: tuple[Piece, ...], vector: int) -> int:
-    """How many warps of a CTA that sums over rows share the same columns, with different rows."""
-    chunks = max(-(-p.count // (vector * LANES)) for p in pieces)
-    found = 1
-    while found * 2 * chunks <= TALL_WARPS:
-        found *= 2
-    return found
-
-
-def row_parts(body: Body, width: int, rows: int) -> int:
-    """The number of partials of a sum over the rows of a row-wise kernel."""
-    pieces = pieces_of(body, width)
-    blocks = -(-rows // TALL_ROWS)
-    return max(1, blocks * teams(pieces, vector_length(body.epilogue, pieces)))
 
 
 def stats_of(expr: Expr | None) -> set[str]:

@@ -1,8 +1,26 @@
-"""The sweeps of a warp over a row -> lines of source that load, reduce and store each piece."""
+"""The sweeps over a row -> lines of source that load, compute and store the vectors of each piece.
+
+The threads of a row take its vectors in turn, some (`RowPlan.depth`) at once: these are loaded
+before the first is used, so that several loads are in flight. A row that is held is loaded before
+its first sweep. Here of 16-bit columns, by 64 threads, two vectors at once:
+
+    x_r1 = vectors(x, 8, 2)
+    for k in cutlass.range_constexpr(2):
+        index1 = (turn * 2 + k) * 64 + place
+        fill(x_r1[k], x, row, index1)
+    for k in cutlass.range_constexpr(2):
+        x_v1 = wide(x_r1[k])
+        for j in cutlass.range_constexpr(8):
+            a0 = square(x_v1[j])
+            s0_s = s0_s + a0
+
+Names end in the number of their batch of vectors: a name that is assigned before and inside a loop
+would be a value that the loop carries.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -10,14 +28,12 @@ from coda.ir.monoids import MONOIDS
 from coda.kernels.lines import Lines, safe
 from coda.kernels.rowwise.mainloop import Rowwise
 from coda.kernels.rowwise.pieces import (
-    LANES,
     Piece,
     leaves_of_kind,
     loads_of,
     pieces_of,
-    stats_of,
-    vector_length,
 )
+from coda.kernels.rowwise.plan import by_row, every_expr, plan_of, reads, vector_lengths
 from coda.lowering.program.access import (
     ColumnVector,
     Grouped,
@@ -32,7 +48,6 @@ from coda.lowering.program.access import (
 from coda.lowering.program.epilogue import (
     Epilogue,
     Expr,
-    Literal,
     Load,
     Operand,
     Stat,
@@ -50,19 +65,42 @@ def indented(lines: Iterable[str], depth: int = 1) -> list[str]:
 
 @dataclass
 class VectorWork:
-    """The work on one vector of columns (or column pairs).
+    """The work on the vectors of a batch.
 
     Attributes:
         exprs: the expressions whose loads it needs.
-        inner: lines for each element `j` of the vector.
-        rooms: lines that make registers for its results.
-        after: lines after the last element.
+        inner: lines for each element `j` of a vector.
+        rooms: lines that make registers for the results of a vector.
+        after: lines after the last element of a vector.
+        before: lines before the first vector.
+        last: lines after the last vector.
     """
 
     exprs: list[Expr]
     inner: list[str]
     rooms: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)
+    last: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class VectorLoad:
+    """One vector of an operand for a vector of the kernel: of a split pair, there are two.
+
+    Attributes:
+        name: the operand.
+        suffix: how the variable of its values ends.
+        row: the text of the row in memory.
+        at: the text of the vector's index in memory.
+        size: its elements.
+    """
+
+    name: str
+    suffix: str
+    row: str
+    at: str
+    size: int
 
 
 class Sweeps:
@@ -77,14 +115,17 @@ class Sweeps:
         self.pieces: tuple[Piece, ...] = pieces_of(
             kernel.body, kernel.mainloop.width, padded=padded
         )
-        self.vec = vector_length(self.epilogue, self.pieces)
-        self.enter(self.pieces[0])
+        self.lengths = vector_lengths(self.epilogue, self.pieces, padded=padded)
+        self.plan = plan_of(kernel.body, self.pieces, padded=padded)
+        self.vec = self.lengths[0]
         self.groups = {s.name: s for s in self.epilogue.statistics if s.group}
         folds = [s for s in self.epilogue.statistics if s.operand]
         self.tall: set[str | None] = {s.operand for s in folds if not s.count}
         self.lines = self.epilogue.lines
         self.math: set[str] = set()
         self.rows: set[str] = {"LANES"}
+        self.batches = 0
+        self.tag = self.slot = ""
 
     # Leaves.
 
@@ -97,18 +138,19 @@ class Sweeps:
         raise AssertionError(expr)
 
     def load(self, operand: Operand, lane: int) -> str:
-        name = safe(operand.name)
+        name, tag = safe(operand.name), self.tag
         match operand.access:
             case ColumnVector() | OneElement():
                 return f"{name}_0"
             case Grouped():
-                return f"{name}_v[0]"
+                return f"{name}_v{tag}[0]"
             case Periodic():
-                return f"{name}_v[j]"
+                return f"{name}_v{tag}[j]"
             case Tile() if self.split:
-                return f"{name}_{lane}[j]"
+                return f"{name}_{'ab'[lane]}{tag}[j]"
             case RowVector() | Tile():
-                return f"{name}_v[2 * j + {lane}]" if self.lanes == 2 else f"{name}_v[j]"
+                at = f"2 * j + {lane}" if self.lanes == 2 else "j"
+                return f"{name}_v{tag}[{at}]"
             case Line() | Partial():
                 raise AssertionError(operand)
             case _ as never:
@@ -116,22 +158,14 @@ class Sweeps:
 
     def assigned(self, exprs: Sequence[Expr], prefix: str) -> tuple[list[str], list[str]]:
         """Lines that compute expressions, and the texts of their values."""
-        lines = Lines(self.leaf, prefix=prefix)
+        lines = Lines(self.leaf, prefix=f"{prefix}{self.tag}_" if self.tag else prefix)
         values = lines.assign(exprs)
         self.math |= lines.imported
         return lines.lines, values
 
     def reads(self, exprs: Iterable[Expr | None]) -> set[str]:
         """The statistics that expressions read, directly or through statistics of groups."""
-        found: set[str] = set()
-        stack = [s for e in exprs for s in stats_of(e)]
-        while stack:
-            name = stack.pop()
-            if name not in found:
-                found.add(name)
-                if name in self.groups:
-                    stack += stats_of(self.groups[name].expr)
-        return found
+        return reads(self.epilogue, [e for e in exprs if e is not None])
 
     def once_loaded(self, exprs: Iterable[Expr | None]) -> list[str]:
         """Lines that load the column vectors and scalars that expressions read."""
@@ -152,8 +186,7 @@ class Sweeps:
 
     def enter(self, piece: Piece) -> None:
         """Set the vector length for a piece; in `padded` rows the tail has shorter vectors."""
-        if self.padded:
-            self.vec = vector_length(self.epilogue, [piece])
+        self.vec = self.lengths[self.pieces.index(piece)]
 
     def shifted(self, index: str, piece: Piece, first: int = 0) -> str:
         """The vector index in a tensor whose columns begin at `first`."""
@@ -171,34 +204,41 @@ class Sweeps:
         """The first column (or column pair) of a tensor with a span."""
         return span.first // self.lanes if span else 0
 
-    def loads(self, exprs: Sequence[Expr], index: str, piece: Piece) -> list[str]:
-        """Lines that load the vectors that expressions read."""
-        lines = []
+    def vectors_of(self, exprs: Sequence[Expr], index: str, piece: Piece) -> list[VectorLoad]:
+        """The vectors that expressions load at a vector of a piece."""
+        found: list[VectorLoad] = []
         for name in sorted(loads_of(list(exprs))):
-            x, vec, at = safe(name), self.vec, self.shifted(index, piece)
+            vec, at = self.vec, self.shifted(index, piece)
             match self.kinds[name].access:
                 case ColumnVector() | OneElement():  # loaded once for the row
                     continue
                 case RowVector():
-                    lines.append(f"{x}_v = load({x}, 0, {at}, {self.lanes * vec})")
+                    found.append(VectorLoad(name, "_v", "0", at, self.lanes * vec))
                 case Tile(span=span) if self.split:
                     at = self.shifted(index, piece, self.begin(span))
                     for lane in (0, 1):
                         where = self.apart(at, self.split, lane)
-                        lines.append(f"{x}_{lane} = load({x}, row, {where}, {vec})")
+                        found.append(VectorLoad(name, "_" + "ab"[lane], "row", where, vec))
                 case Tile(span=span):
                     at = self.shifted(index, piece, self.begin(span))
-                    lines.append(f"{x}_v = load({x}, row, {at}, {self.lanes * vec})")
+                    found.append(VectorLoad(name, "_v", "row", at, self.lanes * vec))
                 case Periodic(period=period):
-                    lines.append(f"{x}_v = load({x}, row, {at} % {period // vec}, {vec})")
+                    found.append(VectorLoad(name, "_v", "row", f"{at} % {period // vec}", vec))
                 case Grouped(size=size):
-                    lines.append(f"{x}_v = load({x}, row, {at} // {size // vec}, 1)")
+                    found.append(VectorLoad(name, "_v", "row", f"{at} // {size // vec}", 1))
                 case Line() | Partial():
                     raise AssertionError(name)
                 case _ as never:
                     assert_never(never)
-            self.rows.add("load")
-        return lines
+        return found
+
+    def held(self, part: VectorLoad) -> bool:
+        """Whether the vectors of an operand are in registers before the first sweep."""
+        return self.plan.held and by_row(self.kinds[part.name])
+
+    def holder(self, part: VectorLoad, piece: Piece) -> str:
+        """The variable of the vectors that are held."""
+        return f"{safe(part.name)}_h{self.pieces.index(piece)}{part.suffix}"
 
     def needed_groups(self, exprs: Sequence[Expr], piece: Piece) -> list[tuple[Statistic, Expr]]:
         """The group statistics that expressions read in a piece, in order of dependence."""
@@ -210,152 +250,141 @@ class Sweeps:
         """Lines that compute group statistics over the lanes that share each group."""
         out: list[str] = []
         for stat, expr in groups:
-            name = stat.name
+            name, warp = stat.name, MONOIDS[stat.monoid].warp
             lines, (value,) = self.assigned([expr], f"{name}_x")
-            self.rows |= {"zero", "lanes_sum"}
+            self.rows |= {*warp.start, warp.merge, "over_lanes"}
             share = f" * {1.0 / stat.group!r}" if MONOIDS[stat.monoid].average_of else ""
             lanes = stat.group // self.lanes // self.vec
             out += [
                 f"{name}_s = zero()",
                 f"for j in cutlass.range_constexpr({self.vec}):",
                 *indented([*lines, f"{name}_s = {name}_s + {value}"]),
-                f"{name} = lanes_sum({name}_s, {lanes}){share}",
+                f"{name} = over_lanes({name}_s, {warp.merge}, {lanes}){share}",
             ]
         return out
 
-    def step(self, step: VectorWork, index: str, piece: Piece, inside: str) -> list[str]:
-        """The body of a loop over vectors; lanes do not diverge before reductions over lanes."""
-        groups = self.needed_groups(step.exprs, piece)
-        exprs = [*step.exprs, *(e for _, e in groups)]
-        loaded = [*self.loads(exprs, index, piece), *self.group_lines(groups)]
-        rest = [*step.rooms, f"for j in cutlass.range_constexpr({self.vec}):"]
-        rest += [*indented(step.inner), *step.after]
-        return [*loaded, *([f"if {inside}:", *indented(rest)] if inside else rest)]
+    # Batches of vectors.
 
-    def loop(self, piece: Piece, step: VectorWork) -> list[str]:
-        """A sweep over a piece: lanes take vectors in turn, and loop over their elements."""
+    def batch(
+        self, piece: Piece, make: Callable[[int], VectorWork], at: str, count: int, inside: str = ""
+    ) -> list[str]:
+        """The work on `count` vectors of a thread.
+
+        Args:
+            piece: where they are.
+            make: number of vectors -> the work on them, whose names end in `self.tag`.
+            at: the text of the index of vector `k`.
+            count: how many there are.
+            inside: the condition under which a vector, clamped to the last one, is there.
+        """
+        tag = self.tag
+        work = make(count)
+        groups = self.needed_groups(work.exprs, piece)
+        exprs = [*work.exprs, *(e for _, e in groups)]
+        parts = self.vectors_of(exprs, f"index{tag}", piece)
+        many = f"for k in cutlass.range_constexpr({count}):"
+        index, k = f"index{tag} = {at}", "k" if count > 1 else "0"
+
+        def each(lines: list[str]) -> list[str]:
+            return [many, *indented([index, *lines])] if count > 1 else lines
+
+        loads, values = [], []
+        out = [index] if count == 1 else []
+        for p in parts:
+            x, held = safe(p.name), self.holder(p, piece) if self.held(p) else ""
+            if not held:
+                out.append(f"{x}_r{p.suffix}{tag} = vectors({x}, {p.size}, {count})")
+                loads.append(f"fill({x}_r{p.suffix}{tag}[{k}], {x}, {p.row}, {p.at})")
+            source = f"{held}[{self.slot}]" if held else f"{x}_r{p.suffix}{tag}[{k}]"
+            values.append(f"{x}{p.suffix}{tag} = wide({source})")
+        self.rows |= {"vectors", "fill", "wide"} if loads else {"wide"} if values else set()
+        rest = [*work.rooms, f"for j in cutlass.range_constexpr({self.vec}):"]
+        rest += [*indented(work.inner), *work.after]
+        out += each(loads) if loads else []
+        if inside and groups:
+            kept = [f"if {inside}:", *indented([*rest, *work.last])]
+            return [*out, *work.before, *values, *self.group_lines(groups), *kept]
+        out += [*work.before, *each([*values, *self.group_lines(groups), *rest]), *work.last]
+        return [index, f"if {inside}:", *indented(out[1:])] if inside else out
+
+    def next(self) -> str:
+        """Begin a batch; its tag."""
+        self.batches += 1
+        self.tag = str(self.batches)
+        return self.tag
+
+    def loop(self, piece: Piece, make: Callable[[int], VectorWork]) -> list[str]:
+        """A sweep over a piece: the threads of a row take its vectors in turn."""
+        self.enter(piece)
+        threads, depth = self.plan.threads, self.plan.depth
         vectors = piece.count // self.vec
-        head = f"for step in cutlass.range({-(-vectors // LANES)}):"
-        if self.needed_groups(step.exprs, piece) and vectors % LANES:
-            lines = self.clamped("step * LANES + lane", vectors)
-            return [head, *indented([*lines, *self.step(step, "index", piece, f"at < {vectors}")])]
-        lines = ["index = step * LANES + lane", f"if index < {vectors}:"]
-        return [head, *indented(lines), *indented(self.step(step, "index", piece, ""), 2)]
-
-    def clamped(self, at: str, vectors: int) -> list[str]:
-        """Lines that compute a lane's vector index, clamped to the last vector."""
-        last = f"cutlass.Int32({vectors - 1})"
-        return [f"at = {at}", f"index = cutlass.select_(at < {vectors}, at, {last})"]
-
-    # Statistics of the row.
-
-    def levels(self) -> list[list[Statistic]]:
-        """Statistics of the row in levels; those of one level are independent of each other."""
-        own = [s for s in self.epilogue.statistics if s.expr is not None and not s.group]
-        known = {s.name for s in self.epilogue.statistics if s.operand} | self.groups.keys()
-        left, found = own, list[list[Statistic]]()
-        while left:
-            now = [s for s in left if self.reads([s.expr]) <= known]
-            found.append(now)
-            known |= {s.name for s in now}
-            left = [s for s in left if s not in now]
-        return found
-
-    def length(self, stat: Statistic) -> str:
-        """The text of the number of row values that a statistic reduces."""
-        return f"Float32({safe(stat.operand or '')}.shape[1])"
-
-    def accumulate(self, stat: Statistic, value: str) -> tuple[list[str], list[str], list[str]]:
-        """Start, step and end lines of a reduction over the lanes' values."""
-        name, monoid = stat.name, MONOIDS[stat.monoid]
-        warp = monoid.warp
-        self.rows |= {*warp.start, warp.merge}
-        start = ", ".join(f"{s}()" for s in warp.start)
-        if len(warp.start) > 1:
-            start = f"({start})"
-            self.rows.add(warp.step)
-        elif warp.step.isidentifier():
-            self.math.add(warp.step)
-        step = f"{warp.step}({name}_s, {value})"
-        if not warp.step.isidentifier():
-            step = f"{name}_s {warp.step} {value}"
-        end = f"{warp.merge}({name}_s)"
-        if monoid.average_of:
-            end += f" * {1.0 / stat.width!r}" if stat.width else f" / {self.length(stat)}"
-        return [f"{name}_s = {start}"], [f"{name}_s = {step}"], [f"{name} = {end}"]
-
-    def sweep(self, level: list[Statistic]) -> list[str]:
-        """One sweep over the row for the statistics of a level, and a second one for variances."""
-        pivots = {(s.expr, MONOIDS[s.monoid].also): s.name for s in level}
-        starts: list[str] = []
-        ends: list[str] = []
-        steps: dict[str, str] = {}
-        for stat in level:
-            if (stat.expr, stat.monoid) in pivots:
-                ends.append(f"{stat.name} = {pivots[stat.expr, stat.monoid]}_mean")
-                continue
-            if MONOIDS[stat.monoid].counted:
-                self.rows |= {"zero", "warp_sum"}
-                starts += [*self.pivot(stat), f"{stat.name}_s = zero()"]
-                steps[stat.name] = f"{stat.name}_s = {stat.name}_s + (@ - {stat.name}_k)"
-                mean = f"{stat.name}_k + warp_sum({stat.name}_s) * {1.0 / stat.width!r}"
-                ends.append(f"{stat.name}_mean = {mean}")
-                continue
-            start, step, end = self.accumulate(stat, "@")
-            starts, ends = starts + start, ends + end
-            steps[stat.name] = step[0]
-        ends.sort(key=lambda line: line.endswith("_mean"))
-        out = [*starts, *self.reduced(level, steps, "a"), *ends]
-        return out + self.deviations([s for s in level if MONOIDS[s.monoid].counted])
-
-    def reduced(self, level: list[Statistic], steps: dict[str, str], prefix: str) -> list[str]:
-        """Loops over the pieces, each with a step for every statistic that is not 0 there."""
+        full, ragged = divmod(vectors, threads)
+        turns, left = divmod(full, depth)
         out: list[str] = []
-        for piece in self.pieces:
-            self.enter(piece)
-            chosen: list[tuple[Statistic, Expr]] = []
-            for stat in level:
-                if stat.name in steps and stat.expr is not None:
-                    expr = piece.special(stat.expr)
-                    if not (MONOIDS[stat.monoid].sums and expr == Literal(0.0)):
-                        chosen.append((stat, expr))
-            if not chosen:
-                continue
-            exprs = [e for _, e in chosen]
-            lines, values = self.assigned(exprs, prefix)
-            for (stat, _), value in zip(chosen, values, strict=True):
-                lines.append(steps[stat.name].replace("@", value))
-            out += self.loop(piece, VectorWork(exprs, lines))
+        first = "0"
+        if turns:
+            first, head = f"turn * {depth}", "range_constexpr" if self.plan.held else "range"
+            self.next()
+            lines = self.several(piece, make, "0" if turns == 1 else first, depth)
+            loop = [f"for turn in cutlass.{head}({turns}):", *indented(lines)]
+            out += loop if turns > 1 else lines
+        if left:
+            self.next()
+            out += self.several(piece, make, str(turns * depth), left)
+        if ragged:
+            out += self.partial(piece, make, full)
+        self.tag = ""
         return out
 
-    def pivot(self, stat: Statistic) -> list[str]:
-        """Lines that load the row's first value, the offset of sums (`device_math.pivot`)."""
-        assert stat.expr is not None
-        self.enter(self.pieces[0])
-        expr = self.pieces[0].special(stat.expr)
-        lines, (value,) = self.assigned([expr], f"{stat.name}_p")
-        self.math.add("pivot")
-        chosen = f"{stat.name}_k = pivot({value}, {stat.width})"
-        out = [*self.loads([expr], "0", self.pieces[0]), *lines, chosen]
-        for name in loads_of([expr]):
-            for suffix in ("_v", "_0[", "_1["):
-                new = suffix.replace("_", f"_{stat.name}", 1)
-                out = [line.replace(safe(name) + suffix, safe(name) + new) for line in out]
-        return [line.replace("[j]", "[0]").replace("2 * j", "0") for line in out]
+    def several(
+        self, piece: Piece, make: Callable[[int], VectorWork], first: str, count: int
+    ) -> list[str]:
+        """A batch of vectors, from the `first` of each thread on."""
+        slots = [x for x in (first if first != "0" else "", "k" if count > 1 else "") if x]
+        self.slot = " + ".join(slots) or "0"
+        at = f"({self.slot})" if " " in self.slot else self.slot
+        return self.batch(piece, make, f"{at} * {self.plan.threads} + place", count)
 
-    def deviations(self, variances: list[Statistic]) -> list[str]:
-        """The sweep that computes Σ(x − mean)² for variances."""
-        if not variances:
-            return []
-        steps: dict[str, str] = {}
-        starts: list[str] = []
-        ends: list[str] = []
-        for stat in variances:
-            name = stat.name
-            starts.append(f"{name}_q = zero()")
-            steps[name] = f"{name}_q = {name}_q + (@ - {name}_mean) * (@ - {name}_mean)"
-            ends.append(f"{name} = warp_sum({name}_q) * {1.0 / stat.width!r}")
-        return [*starts, *self.reduced(variances, steps, "b"), *ends]
+    def partial(self, piece: Piece, make: Callable[[int], VectorWork], full: int) -> list[str]:
+        """The last vectors of a piece, which only some threads have."""
+        tag, vectors = self.next(), piece.count // self.vec
+        self.slot = str(full)
+        at = f"{full} * {self.plan.threads} + place"
+        if not self.needed_groups(make(1).exprs, piece):
+            return self.batch(piece, make, at, 1, f"index{tag} < {vectors}")
+        last = self.clamped(f"at{tag}", vectors)
+        lines = self.batch(piece, make, last, 1, f"at{tag} < {vectors}")
+        return [f"at{tag} = {at}", *lines]
+
+    def clamped(self, at: str, vectors: int) -> str:
+        """The text of a vector index that is clamped to the last vector."""
+        return f"cutlass.select_({at} < {vectors}, {at}, cutlass.Int32({vectors - 1}))"
+
+    def hold(self) -> list[str]:
+        """Lines that load a row into registers, if it is held."""
+        out: list[str] = []
+        for piece in self.pieces if self.plan.held else ():
+            self.enter(piece)
+            exprs = [piece.special(e) for e in every_expr(self.epilogue)]
+            parts = [p for p in self.vectors_of(exprs, "index", piece) if self.held(p)]
+            if not parts:
+                continue
+            threads, vectors = self.plan.threads, piece.count // self.vec
+            full, ragged = divmod(vectors, threads)
+            self.rows |= {"vectors", "fill"}
+            names = [(self.holder(p, piece), p, safe(p.name)) for p in parts]
+            out += [f"{n} = vectors({x}, {p.size}, {full + (ragged > 0)})" for n, p, x in names]
+            lines = [f"index = k * {threads} + place"]
+            lines += [f"fill({n}[k], {x}, row, {p.at})" for n, p, x in names]
+            out += [f"for k in cutlass.range_constexpr({full}):", *indented(lines)] if full else []
+            last = [f"fill({n}[{full}], {x}, row, {p.at})" for n, p, x in names]
+            if ragged and self.needed_groups(exprs, piece):
+                out += [f"at = {full} * {threads} + place"]
+                out += [f"index = {self.clamped('at', vectors)}", *last]
+            elif ragged:
+                out += [f"index = {full} * {threads} + place", f"if index < {vectors}:"]
+                out += indented(last)
+        return out
 
     def stat_names(self, exprs: Iterable[Expr | None]) -> list[str]:
         """The variables of the row statistics that expressions read."""

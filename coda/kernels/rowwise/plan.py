@@ -1,0 +1,267 @@
+"""A row-wise kernel -> its plan: the threads of a row, its sweeps over memory, what it holds.
+
+The arithmetic, for rows of B bytes in their tiles (all matrices with a row for each row):
+
+    threads of a row    the least power of two, from 32 to 512, with at most 48 registers (192
+                        bytes) of tiles for each thread: 32 up to B = 6144, 512 up to 98304
+    held                with more than one sweep, if 512 threads need at most 64 registers for it
+                        (B ≤ 131072): then memory is read once
+    else                1024 threads re-read the row for each sweep. One CTA is resident on each
+                        multiprocessor, so that the L2 cache has all rows between their sweeps:
+                        132 rows of 256 KB are 34 MB. A single sweep needs no cache: 256 threads
+    vectors at once     those of 32 registers, at most 32 elements: loads in flight for a thread
+
+A kernel with sums over rows has a vector for each thread as long as 512 threads are enough, and
+walks through the rows of a block: a thread has the same columns in each, and their sums in
+registers (at most 64, with what is loaded). A row then is read once too. Wider ones first compute
+the statistics of a block's rows, and then its columns, which reads memory again.
+
+RMSNorm of 4096 bf16 columns: 8192 bytes are 64 registers of a warp, and 32 of 64 threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coda.ir.monoids import MONOIDS
+from coda.kernels.rowwise.mainloop import Rowwise
+from coda.kernels.rowwise.pieces import LANES, Piece, loads_of, pieces_of, stats_of, vector_length
+from coda.lowering.program.access import Grouped, Periodic, RowVector, Tile
+from coda.lowering.program.body import Body
+from coda.lowering.program.epilogue import Epilogue, Expr, Operand, Statistic
+from coda.lowering.program.program import Program
+
+WARPS = 4  # rows of a CTA with a warp for each row
+TALL_ROWS = 64  # rows of a CTA that sums over rows
+TALL_WARPS = 8  # warps of such a CTA, or more if its rows have more
+SHARED = 192  # bytes of tiles for each thread, by which the threads of a row are chosen
+MOST_HELD = 64  # registers for a row that stays in them
+SUMMED = 64  # registers for sums over rows, and for what they are computed of
+AT_ONCE = 32  # registers, and elements, of the vectors that are loaded before they are used
+_MOST_THREADS = 512
+_STREAMING = 1024  # threads of a row that is read again
+_SINGLE = 256  # threads of a row that is read once, at most
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """How the threads of a row-wise kernel share its rows.
+
+    Attributes:
+        threads: threads of a row, a multiple of 32.
+        rows: rows that a CTA has at once.
+        block: rows that a CTA has in all; more than `rows` if it sums over rows.
+        depth: vectors of each operand that a thread loads before it uses them.
+        held: whether a row is loaded into registers, for all of its sweeps.
+        summed: whether sums over rows are kept in registers, while a CTA walks through its rows.
+        sweeps: how often the tiles are read from memory, or from a cache.
+    """
+
+    threads: int
+    rows: int
+    block: int
+    depth: int
+    held: bool
+    summed: bool
+    sweeps: int
+
+    @property
+    def warps(self) -> int:
+        """Warps of a row."""
+        return self.threads // LANES
+
+
+def plan(program: Program, kernel: Rowwise) -> RowPlan:
+    """The plan of a row-wise kernel that does more than merge what earlier kernels left.
+
+    It is a function of the widths and dtypes of operands, and of the statistics.
+    """
+    return plan_of(kernel.body, pieces_of(kernel.body, kernel.mainloop.width))
+
+
+def resident_rows(program: Program, kernel: Rowwise, registers: int = 64) -> int:
+    """The rows that a GPU works on at once, with so many registers for each thread."""
+    found, target = plan(program, kernel), program.target
+    threads = found.threads * found.rows
+    warps = min(64, target.registers // (registers * LANES))
+    return found.rows * target.multiprocessors * max(1, min(32, warps * LANES // threads))
+
+
+def plan_of(body: Body, pieces: tuple[Piece, ...], *, padded: bool = False) -> RowPlan:
+    """The plan for a body whose columns are in these pieces."""
+    epilogue = body.epilogue
+    lengths = vector_lengths(epilogue, pieces, padded=padded)
+    levels = levels_of(epilogue)
+    own = sum(not is_late(epilogue, level) for level in levels)
+    last = bool(wide_exprs(epilogue)) or own < len(levels)
+    sweeps = max(1, own + last)
+    if epilogue.sinks:
+        return _tall(epilogue, pieces, lengths, sweeps)
+    counts = (32, 64, 128, 256, _MOST_THREADS)
+    need = {t: held_registers(epilogue, pieces, lengths, t) for t in counts}
+    threads = next((t for t in counts if need[t] * 4 <= SHARED), _MOST_THREADS)
+    held = sweeps > 1 and need[threads] <= MOST_HELD
+    if not held:
+        threads = min(threads, _SINGLE) if sweeps == 1 else _STREAMING
+    rows = WARPS if threads == LANES else 1
+    depth = at_once(epilogue, max(lengths), held=held)
+    return RowPlan(threads, rows, rows, depth, held, False, 1 if held else sweeps)
+
+
+def _tall(
+    epilogue: Epilogue, pieces: tuple[Piece, ...], lengths: tuple[int, ...], sweeps: int
+) -> RowPlan:
+    """The plan of a kernel that sums over rows."""
+    vector = lengths[0]
+    vectors = max(-(-p.count // vector) for p in pieces)
+    threads = LANES
+    while threads < min(vectors, _MOST_THREADS):
+        threads *= 2
+    sums = sum(len(s.lanes) for s in epilogue.row_sums)
+    slots = sum(-(-p.count // (vector * threads)) for p in pieces)
+    need = sums * vector * slots + held_registers(epilogue, pieces, lengths, threads)
+    if need <= SUMMED:
+        rows = max(1, TALL_WARPS * LANES // threads)
+        depth = at_once(epilogue, vector, held=True)
+        return RowPlan(threads, rows, TALL_ROWS, depth, True, True, 1)
+    rows, depth = teams(pieces, vector), at_once(epilogue, vector, held=False)
+    return RowPlan(LANES, rows, TALL_ROWS, depth, False, False, len(levels_of(epilogue)) + 1)
+
+
+def vector_lengths(
+    epilogue: Epilogue, pieces: tuple[Piece, ...], *, padded: bool
+) -> tuple[int, ...]:
+    """The vector length of each piece: one for all, but in `padded` rows."""
+    if padded:
+        return tuple(vector_length(epilogue, [p]) for p in pieces)
+    return (vector_length(epilogue, pieces),) * len(pieces)
+
+
+def teams(pieces: tuple[Piece, ...], vector: int) -> int:
+    """How many warps of a CTA that sums over rows share the same columns, with different rows."""
+    chunks = max(-(-p.count // (vector * LANES)) for p in pieces)
+    found = 1
+    while found * 2 * chunks <= TALL_WARPS:
+        found *= 2
+    return found
+
+
+def row_parts(body: Body, width: int, rows: int) -> int:
+    """The number of partials of a sum over the rows of a row-wise kernel."""
+    found = plan_of(body, pieces_of(body, width))
+    return max(1, -(-rows // found.block) * found.rows)
+
+
+def by_row(operand: Operand) -> bool:
+    """Whether an operand has vectors of its own for each row."""
+    return isinstance(operand.access, Tile | Periodic)
+
+
+def registers(operand: Operand, lanes: int, vector: int) -> int:
+    """The registers of one vector of an operand."""
+    match operand.access:
+        case Tile() | RowVector():
+            return -(-lanes * vector * operand.dtype.size // 4)
+        case Periodic():
+            return -(-vector * operand.dtype.size // 4)
+        case Grouped():
+            return 1
+        case _:
+            return 0
+
+
+def held_registers(
+    epilogue: Epilogue, pieces: tuple[Piece, ...], lengths: tuple[int, ...], threads: int
+) -> int:
+    """The registers of a thread for a whole row of each operand with rows, of `threads` threads."""
+    found = 0
+    for piece, vector in zip(pieces, lengths, strict=True):
+        names = loads_of([piece.special(e) for e in every_expr(epilogue)])
+        words = sum(
+            registers(o, epilogue.lanes, vector)
+            for o in epilogue.operands
+            if by_row(o) and o.name in names
+        )
+        found += words * -(-piece.count // (vector * threads))
+    return found
+
+
+def at_once(epilogue: Epilogue, vector: int, *, held: bool) -> int:
+    """How many vectors of each operand a thread loads before it uses them."""
+    loaded = [o for o in epilogue.operands if not (held and by_row(o))]
+    words = sum(registers(o, epilogue.lanes, vector) for o in loaded)
+    found = 1
+    while found * 2 * max(words, vector * epilogue.lanes) <= AT_ONCE:
+        found *= 2
+    return min(found, 8)
+
+
+def wide_exprs(epilogue: Epilogue) -> list[Expr]:
+    """The expressions of stores with several columns, and of sums over rows."""
+    stores = [s for s in epilogue.stores if isinstance(s.access, Tile)]
+    return [e for s in (*stores, *epilogue.row_sums) for e in s.lanes]
+
+
+def every_expr(epilogue: Epilogue) -> list[Expr]:
+    """All expressions of an epilogue's elements."""
+    stats = [s.expr for s in epilogue.statistics if s.expr is not None]
+    return [*stats, *wide_exprs(epilogue)]
+
+
+def reads(epilogue: Epilogue, exprs: list[Expr]) -> set[str]:
+    """The statistics that expressions read, directly or through statistics of groups."""
+    groups = {s.name: s.expr for s in epilogue.statistics if s.group}
+    found: set[str] = set()
+    stack = [s for e in exprs for s in stats_of(e)]
+    while stack:
+        name = stack.pop()
+        if name not in found:
+            found.add(name)
+            stack += stats_of(groups.get(name))
+    return found
+
+
+def levels_of(epilogue: Epilogue) -> list[list[Statistic]]:
+    """Statistics of the row in levels; those of one level are independent of each other.
+
+    The last level is computed in the sweep that stores if nothing that it stores, and no other
+    statistic, reads one of its members (`is_late`).
+    """
+    own = [s for s in epilogue.statistics if s.expr is not None and not s.group]
+    known = {s.name for s in epilogue.statistics if s.operand or s.group}
+    read = _early(epilogue)
+    left = [s for s in own if s.name in read]
+    found = list[list[Statistic]]()
+    while left:
+        now = [s for s in left if s.expr is None or reads(epilogue, [s.expr]) <= known]
+        found.append(now)
+        known |= {s.name for s in now}
+        left = [s for s in left if s not in now]
+    late = [s for s in own if s.name not in read]
+    return [*found, late] if late else found
+
+
+def is_late(epilogue: Epilogue, level: list[Statistic]) -> bool:
+    """Whether no stored column and no other statistic reads a level's members."""
+    read = _early(epilogue)
+    return not any(s.name in read for s in level)
+
+
+def _early(epilogue: Epilogue) -> set[str]:
+    """The statistics that a stored column or another statistic reads, or computed with such a one.
+
+    A variance also gives the mean of the same values.
+    """
+    read = reads(epilogue, every_expr(epilogue))
+    of = {s.name: (s.expr, MONOIDS[s.monoid].also) for s in epilogue.statistics}
+    own = {s.name: (s.expr, s.monoid) for s in epilogue.statistics}
+    for one, pair in of.items():
+        for other in own:
+            if own[other] == pair and {one, other} & read:
+                read |= {one, other}
+    return read
+
+
+def has_planes(stat: Statistic) -> bool:
+    """Whether a statistic's state takes several values in one step."""
+    return len(MONOIDS[stat.monoid].warp.start) > 1

@@ -1,0 +1,177 @@
+"""Statistics of a row -> lines of source: a thread's own values, then the lanes, then the warps.
+
+A thread reduces the values of its vectors to a state. The lanes of a warp merge their states by
+shuffles, and the warps of a row through shared memory: each writes its state, and after a barrier
+every warp merges them all, in the same order, so that all threads have the same value.
+
+    s0_s = s0_s + square(x)              each value
+    s0_s = over_lanes(s0_s, sum_merge)   each warp
+    keep(s0_of, warp, s0_s)              lane 0, then a barrier
+    s0 = over_lanes(kept(s0_of, lane % 2), sum_merge, 2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from coda.ir.monoids import MONOIDS
+from coda.kernels.lines import safe
+from coda.kernels.rowwise.pieces import Piece
+from coda.kernels.rowwise.plan import has_planes, is_late, levels_of
+from coda.kernels.rowwise.sweeps import Sweeps, VectorWork, indented
+from coda.lowering.program.epilogue import Literal, Statistic
+
+
+class Statistics(Sweeps):
+    """The source of statistics over the elements of a row."""
+
+    def early(self) -> list[list[Statistic]]:
+        """The levels of statistics that have sweeps of their own."""
+        return [v for v in levels_of(self.epilogue) if v not in self.late()]
+
+    def late(self) -> list[list[Statistic]]:
+        """The level of statistics that is computed in the sweep that stores, if there is one.
+
+        Where columns are computed apart from statistics there is none.
+        """
+        if self.epilogue.sinks and not self.plan.summed:
+            return []
+        return [v for v in levels_of(self.epilogue)[-1:] if is_late(self.epilogue, v)]
+
+    def length(self, stat: Statistic) -> str:
+        """The text of the number of row values that a statistic reduces."""
+        return f"Float32({safe(stat.operand or '')}.shape[1])"
+
+    def merge(self, stat: Statistic) -> str:
+        """The function that merges two states of a statistic, imported."""
+        monoid = MONOIDS[stat.monoid]
+        (self.math if monoid.counted else self.rows).add(monoid.warp.merge)
+        return monoid.warp.merge
+
+    def start(self, stat: Statistic) -> str:
+        """The line that begins a statistic's state."""
+        warp = MONOIDS[stat.monoid].warp
+        self.rows |= {*warp.start}
+        start = ", ".join(f"{s}()" for s in warp.start)
+        return f"{stat.name}_s = {f'({start})' if len(warp.start) > 1 else start}"
+
+    def step(self, stat: Statistic, value: str) -> str:
+        """The line that adds a value to a statistic's state: several, if it has planes."""
+        name, step = stat.name, MONOIDS[stat.monoid].warp.step
+        if not step.isidentifier():
+            return f"{name}_s = {name}_s {step} {value}"
+        (self.rows if has_planes(stat) else self.math).add(step)
+        return f"{name}_s = {step}({name}_s, {value})"
+
+    def finish(self, stat: Statistic, state: str) -> list[str]:
+        """Lines that compute a statistic's value from the state of the row."""
+        name, monoid = stat.name, MONOIDS[stat.monoid]
+        if monoid.counted:
+            share = f"* {1.0 / stat.width!r}" if stat.width else f"/ {name}_n"
+            names = ", ".join(f"{name}_{p}" for p in ("n", *monoid.planes))
+            return [f"{names} = {state}", f"{name} = {name}_{monoid.planes[-1]} {share}"]
+        value = state
+        if monoid.warp.finish:
+            self.rows.add(monoid.warp.finish)
+            value = f"{monoid.warp.finish}({state})"
+        if monoid.average_of:
+            value += f" * {1.0 / stat.width!r}" if stat.width else f" / {self.length(stat)}"
+        return [f"{name} = {value}"]
+
+    def over_lanes(self, stat: Statistic) -> str:
+        """The text of a statistic's state, merged over the lanes of a warp."""
+        self.rows.add("over_lanes")
+        return f"over_lanes({stat.name}_s, {self.merge(stat)})"
+
+    def own(self, level: Sequence[Statistic]) -> list[Statistic]:
+        """The statistics of a level that are reduced; a mean is a plane of a variance beside it."""
+        return [s for s in level if not self.variance(s, level)]
+
+    def variance(self, stat: Statistic, level: Sequence[Statistic]) -> str:
+        """The statistic of a level of which this one is a plane; "" for none."""
+        pairs = {(s.expr, MONOIDS[s.monoid].also): s.name for s in level}
+        return pairs.get((stat.expr, stat.monoid), "")
+
+    def ends(self, level: Sequence[Statistic]) -> list[str]:
+        """Lines that merge the threads' states of a level."""
+        own, warps = self.own(level), self.plan.warps
+        planes = [s for s in level if s not in own]
+        means = [f"{s.name} = {self.variance(s, level)}_mean" for s in planes]
+        if warps == 1:
+            found = [line for s in own for line in self.finish(s, self.over_lanes(s))]
+            return [*found, *means]
+        self.rows |= {"keep", "kept"}
+        out = [f"{s.name}_s = {self.over_lanes(s)}" for s in own]
+        at = "warp" if self.plan.rows == self.plan.block else f"slot * {warps} + warp"
+        out += ["if lane == 0:", *indented([f"keep({s.name}_of, {at}, {s.name}_s)" for s in own])]
+        out.append(self.barrier())
+        for s in own:
+            other = at.replace("warp", f"lane % {warps}")
+            state = f"over_lanes(kept({s.name}_of, {other}), {self.merge(s)}, {warps})"
+            out += self.finish(s, state)
+        return [*out, *means]
+
+    def barrier(self) -> str:
+        """The line at which the threads of a row wait for each other."""
+        if self.plan.rows == 1:
+            return "cute.arch.sync_threads()"
+        threads = self.plan.threads
+        return f"cute.arch.barrier(barrier_id=side + 1, number_of_threads={threads})"
+
+    def shared_states(self) -> list[str]:
+        """Lines that allocate the states of warps in shared memory.
+
+        Rows that a CTA has in turn have two slots, so that a warp which is a row ahead overwrites
+        nothing that another one still reads.
+        """
+        if self.plan.warps == 1:
+            return []
+        slots = 1 if self.plan.rows == self.plan.block else 2 * self.plan.rows
+        out: list[str] = []
+        for level in levels_of(self.epilogue):
+            for s in self.own(level):
+                self.rows.add("rooms")
+                planes = len(MONOIDS[s.monoid].warp.start)
+                out.append(f"{s.name}_of = rooms({planes}, {slots * self.plan.warps})")
+        return out
+
+    def sweep(self, level: list[Statistic]) -> list[str]:
+        """One sweep over the row for the statistics of a level."""
+        out = [self.start(s) for s in self.own(level)]
+        for piece in self.pieces:
+            if self.chosen(level, piece):
+                out += self.loop(piece, lambda count, p=piece: self.reduced(level, p, count))
+        return [*out, *self.ends(level)]
+
+    def chosen(self, level: Sequence[Statistic], piece: Piece) -> list[Statistic]:
+        """The statistics of a level that a piece adds to: sums are often 0 there."""
+        found: list[Statistic] = []
+        for s in self.own(level):
+            zero = s.expr is not None and piece.special(s.expr) == Literal(0.0)
+            if not (MONOIDS[s.monoid].sums and zero):
+                found.append(s)
+        return found
+
+    def reduced(self, level: Sequence[Statistic], piece: Piece, count: int) -> VectorWork:
+        """The work that adds the values of a batch to the states of a level."""
+        chosen = self.chosen(level, piece)
+        exprs = [piece.special(s.expr) for s in chosen if s.expr is not None]
+        work = VectorWork(exprs, [])
+        work.inner, values = self.assigned(exprs, "a")
+        self.take(chosen, values, work, count)
+        return work
+
+    def take(
+        self, stats: Sequence[Statistic], values: Sequence[str], work: VectorWork, count: int
+    ) -> None:
+        """Append lines that add the values of a batch to the states of statistics."""
+        for stat, value in zip(stats, values, strict=True):
+            if not has_planes(stat):
+                work.inner.append(self.step(stat, value))
+                continue
+            name = f"{stat.name}_b{self.tag}"
+            self.rows.add("vector")
+            at = f"k * {self.vec} + j" if count > 1 else "j"
+            work.before.append(f"{name} = vector({count * self.vec})")
+            work.inner.append(f"{name}[{at}] = {value}")
+            work.last.append(self.step(stat, name))

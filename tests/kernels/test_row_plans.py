@@ -1,0 +1,149 @@
+"""Row-wise kernels of every plan: threads for each row, rows in registers or read again.
+
+Each shape of code is executed from its PTX at hostile values: a warp for each row and several, rows
+that are no multiple of a vector or of the threads' vectors, statistics of heads, single columns
+beside stores, and sums over rows. The simulator's counts show how often a row is read.
+"""
+
+import pytest
+import torch
+
+import coda
+from coda.frontend.tensor import Tensor
+from coda.ir.graph import Reduce
+from coda.ir.monoids import MONOIDS
+from coda.kernels.rowwise.kind import ROWWISE
+from coda.kernels.rowwise.plan import plan
+from coda.runtime.simulate import device
+from tests.kernels.edges import differ, rows_of_edges, run
+from tests.kernels.test_kernels import ARCHS
+
+T = coda.Tensor
+SLOW = pytest.mark.slow
+
+
+@coda.block
+def statistics(y: T["M N", coda.f32]):
+    """Each reduction as a column; of some, the row without it; and one that reads another."""
+    columns = {fn: Tensor(Reduce(fn, y.node, -1)) for fn in MONOIDS}
+    top = coda.max(y, keepdims=True)
+    away = {
+        "below": y - top,
+        "normal": y - coda.logsumexp(y, keepdims=True),
+        "centred": y - coda.mean(y, keepdims=True),
+    }
+    return columns | away | {"spread": coda.max(abs(y - top))}
+
+
+@coda.block
+def one_sweep(y: T["M N", coda.f32]):
+    """Reductions that nothing wide reads, beside a store."""
+    columns = {fn: Tensor(Reduce(fn, y.node, -1)) for fn in MONOIDS}
+    return columns | {"twice": y * 2.0}
+
+
+def plans(block, sizes, arch="sm_90a"):
+    program = block.lower(arch, sizes)
+    return [plan(program, k) for k in program.kernels if k.kind is ROWWISE]
+
+
+def hold(found, reference, exact, y):
+    """Hold results against the reference and float64, by the largest finite value of their row."""
+    finite = y.nan_to_num(0.0, 0.0, 0.0).double()
+    size = finite.abs().amax(1)
+    for name, value in found.items():
+        base = size if value.ndim == 1 else size[:, None]
+        slack = base * 1e-6 + exact[name].float().abs().nan_to_num(0, 0) * 1e-5
+        if name == "variance":  # of a mean that is rounded to float32
+            slack = (base * 2**-22).square() + exact[name].abs().nan_to_num(0, 0) * 1e-2
+        for expected in (reference[name], exact[name].float()):
+            wrong = differ(value, expected, slack)
+            assert not wrong.any(), (name, wrong.nonzero()[:4], value[wrong], expected[wrong])
+
+
+# Columns of float32: a warp for each row; a vector that only some threads have; single elements, by
+# a prime number of them; 16 warps; more than registers have.
+WIDTHS = {43: 1, 776: 1, 1912: 2, 1999: 2, 12296: 16, 33000: 32}
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_plans_of_statistics(columns):
+    (found,) = plans(statistics, {"M": 8, "N": columns})
+    assert found.threads == 32 * WIDTHS[columns]
+    assert found.held == (columns < 33000)
+    (found,) = plans(one_sweep, {"M": 8, "N": columns})
+    assert (found.threads, found.sweeps) == (32 * min(8, WIDTHS[columns]), 1)
+
+
+@SLOW
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_statistics_at_hostile_values(columns, arch):
+    y = rows_of_edges(columns, torch.Generator().manual_seed(0))
+    hold(*run(statistics, (y,), arch), y)
+    hold(*run(one_sweep, (y,), arch), y)
+
+
+@coda.block
+def summed(y: T["M N"], g: T["N"]):
+    """A norm, and sums over rows of what its statistic scales; a statistic that none reads."""
+    unit = y * coda.rsqrt(coda.mean(y * y, keepdims=True) + 1e-6)
+    return {
+        "unit": unit * g,
+        "dg": coda.sum(unit * y, axis=0),
+        "db": coda.sum(y, axis=0),
+        "top": coda.max(y),
+    }
+
+
+@coda.block
+def heads(y: T["M (H d)"], g: T["d"]):
+    """The same for each head of a row, whose columns neighbouring lanes have."""
+    x = y.reshape("M (H d) -> M H d")
+    unit = x * coda.rsqrt(coda.mean(x * x, keepdims=True) + 1e-6)
+    out = (unit * g).reshape("M H d -> M (H d)")
+    return {"unit": out, "total": coda.sum(out), "over": coda.sum(out * y, axis=0)}
+
+
+# Columns of bf16 and the threads of a row; more than registers have are computed apart.
+SUMMED = {96: 32, 504: 64, 2000: 256, 4104: 512, 40008: 32}
+
+
+def hold_sums(block, inputs, arch):
+    with device(arch, checks="raise") as gpu:
+        found = block(*inputs, backend="sim", arch=arch)
+        assert not gpu.report().findings
+    exact = block(*(x.double() for x in inputs), backend="reference", arch=arch)
+    for name, x in found.items():
+        scale = exact[name].abs().max().item()
+        torch.testing.assert_close(x.double(), exact[name], rtol=1e-2, atol=4e-3 * scale)
+
+
+@pytest.mark.parametrize("columns", SUMMED)
+def test_plans_of_sums_over_rows(columns):
+    (found, *_) = plans(summed, {"M": 8, "N": columns})
+    assert (found.threads, found.summed) == (SUMMED[columns], columns < 40000)
+
+
+@pytest.mark.parametrize(
+    ("columns", "arch"),
+    [
+        pytest.param(n, a, marks=() if (n, a) == (504, "sm_90a") else SLOW)
+        for n in SUMMED
+        for a in ARCHS
+    ],
+)
+def test_sums_over_rows(columns, arch):
+    g = torch.Generator().manual_seed(0)
+    rows = 130 if columns < 40000 else 3
+    y, w = (torch.randn(*s, generator=g).bfloat16() for s in ((rows, columns), (columns,)))
+    hold_sums(summed, (y, w), arch)
+
+
+@SLOW
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("count", "size"), [(3, 64), (5, 128), (9, 256)])
+def test_sums_over_rows_of_heads(count, size, arch):
+    g = torch.Generator().manual_seed(0)
+    y, w = (torch.randn(*s, generator=g).bfloat16() for s in ((67, count * size), (size,)))
+    hold_sums(heads, (y, w), arch)
