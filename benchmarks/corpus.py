@@ -9,7 +9,7 @@ This script runs against any tree of coda, so that both are written by the same 
 
 An entry is one Program: a block, an arch, sizes (`small`, `real`), a part (`inference`, `forward`
 that saves, `backward`) and a memory policy. It is a file of sections: facts (launches, bytes,
-microseconds of the roofline, largest error), graph, normal form, Program, sources, costs of each
+modelled microseconds, largest error), graph, normal form, Program, sources, costs of each
 kernel, and for small sizes a digest of each output's bits on the reference backend. An error is
 an entry as well: its class and its message.
 
@@ -215,8 +215,8 @@ def facts_of(program):
     kernels = found["kernels"]
     totals = ("launches", "hbm_bytes", "prepared_bytes", "temporary_bytes")
     facts = {name: found[name] for name in totals}
-    facts["microseconds"] = sum(k["roofline_us"] for k in kernels)
-    keys = ("read_bytes", "write_bytes", "flops", "roofline_us")
+    facts["microseconds"] = sum(k["modelled_us"] for k in kernels)
+    keys = ("read_bytes", "write_bytes", "flops", "modelled_us")
     lines = [f"{k['name']} {k['kind']} " + " ".join(f"{x} {k[x]!r}" for x in keys) for k in kernels]
     return facts, "\n".join(lines)
 

@@ -43,11 +43,11 @@ def rows(name, part, program):
     return found
 
 
-def programs(name, arch):
-    """(part, Program) of an example's inference, and of its training."""
+def programs(name, arch, **sizes):
+    """(part, Program) of an example's inference, and of its training, perhaps with other sizes."""
     file, block, dims = EXAMPLES[name]
     module = runpy.run_path(str(ROOT / f"examples/{file}.py"))
-    block, dims = module[block], module[dims]
+    block, dims = module[block], module[dims] | sizes
     floats = [i.name for i in block.graph.inputs if i.dtype.kind == "float"]
     wanted = [n for n in floats if n not in ("cos", "sin")]
     forward, backward = block.lower_training(arch, dims, wanted=wanted)

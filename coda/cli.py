@@ -125,7 +125,7 @@ def explain(
     passes: Annotated[bool, typer.Option("--passes", help="list the stages")] = False,
     stop_after: Annotated[str, typer.Option(help="print the result of a stage such as laws")] = "",
 ) -> None:
-    """The lowering of a block: kernels, bytes, rooflines, and the kernel of each op.
+    """The lowering of a block: kernels, bytes, modelled times, and the kernel of each op.
 
     With --passes: the stages of its lowering, what each did and how long it took.
 

@@ -1,10 +1,11 @@
-"""Program -> report: kernels, bytes, roofline times, baselines, and the kernels of each op."""
+"""Program -> report: kernels, bytes, modelled times, baselines, and the kernels of each op."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rich.console import Console
@@ -14,13 +15,14 @@ from rich.table import Table
 from coda.errors import Where
 from coda.ir.graph import Node, walk
 from coda.kernels.gemm.weights import WeightRead, weight_reads
+from coda.lowering.program.baseline import baseline_seconds, kernel_baseline
 from coda.lowering.program.cost import (
     Baseline,
     describe,
     eager,
     hbm_bytes,
     is_free,
-    kernel_seconds,
+    kernel_time,
     pointwise_fused,
     prepare_bytes,
     scalar_flops,
@@ -31,6 +33,7 @@ from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.memory import temporary_bytes
 from coda.lowering.program.program import Program
 from coda.lowering.program.text import at, lines, show_config
+from coda.lowering.program.time import Time
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,28 @@ class Explanation:
         self.eager: Baseline = eager(program.graph, program)
         self.pointwise: Baseline = pointwise_fused(program.graph, program)
         self.placed: list[Placed] = list(place_ops(program))
+        self.times: list[Time] = [kernel_time(program, k) for k in program.kernels]
+
+    @property
+    def seconds(self) -> float:
+        """The modelled time of all kernels."""
+        return sum(t.seconds for t in self.times)
+
+    @cached_property
+    def baseline(self) -> float | None:
+        """Seconds of GEMMs by cuBLAS with the rest fused; None on a GPU without figures."""
+        return baseline_seconds(self.program.graph, self.program)
 
     def json(self) -> dict[str, Any]:
         """The report as plain data; sizes in bytes, times in µs."""
         program = self.program
         return {
             "arch": program.arch,
+            "modelled_us": self.seconds * 1e6,
+            "cublas_us": None if self.baseline is None else self.baseline * 1e6,
+            "slower": [{"kernel": k, "us": us, "why": why} for k, us, why in self._slower()],
             "dims": dict(program.sizes),
-            "kernels": [self._kernel(k) for k in program.kernels],
+            "kernels": [self._kernel(k, t) for k, t in self._timed()],
             "launches": len(program.kernels),
             "hbm_bytes": hbm_bytes(program),
             "prepared_bytes": prepare_bytes(program),
@@ -67,7 +84,7 @@ class Explanation:
             "laws": [{"law": s.law.name, "at": str(s.before.where)} for s in program.steps],
             "ops": [{"op": p.op, "at": str(p.where), "went": p.went} for p in self.placed],
             "passes": [
-                {"kernel": k.name, "why": why, "bytes": moved, "roofline_us": time * 1e6}
+                {"kernel": k.name, "why": why, "bytes": moved, "modelled_us": time * 1e6}
                 for k, why, moved, time in self._passes()
             ],
             "temporary_bytes": temporary_bytes(program),
@@ -77,12 +94,21 @@ class Explanation:
 
     def _passes(self) -> Iterable[tuple[Kernel[Any], str, int, float]]:
         """(kernel, reason that it is separate, bytes, seconds) of each row-wise kernel."""
-        for kernel in self.program.kernels:
+        for kernel, time in self._timed():
             if kernel.kind.whole_rows:
                 moved = traffic(self.program, kernel)
-                time, _ = kernel_seconds(self.program, kernel)
                 why = kernel.kind.explain(self.program, kernel).why
-                yield kernel, why, moved.read_bytes + moved.write_bytes, time
+                yield kernel, why, moved.read_bytes + moved.write_bytes, time.seconds
+
+    def _timed(self) -> Iterable[tuple[Kernel[Any], Time]]:
+        return zip(self.program.kernels, self.times, strict=True)
+
+    def _slower(self) -> Iterable[tuple[str, float, str]]:
+        """(kernel, µs, reason) of those slower than cuBLAS and one more kernel for their rest."""
+        for kernel, time in self._timed():
+            other = kernel_baseline(self.program, kernel)
+            if other is not None and time.seconds > other:
+                yield kernel.name, (time.seconds - other) * 1e6, time.said
 
     def _weight(self, read: WeightRead) -> dict[str, Any]:
         """How a GEMM reads its weights."""
@@ -98,11 +124,10 @@ class Explanation:
     def _unfused(self) -> list[Any]:
         return list({(at(u.node), u.why): u for u in self.program.unfused}.values())
 
-    def _kernel(self, kernel: Kernel[Any]) -> dict[str, Any]:
+    def _kernel(self, kernel: Kernel[Any], time: Time) -> dict[str, Any]:
         program = self.program
         moved = traffic(program, kernel)
-        time, bound = kernel_seconds(program, kernel)
-        found = {
+        found: dict[str, Any] = {
             "name": kernel.name,
             "kind": kernel.kind.name,
             "flops": tensor_flops(program, kernel) + scalar_flops(program, kernel),
@@ -110,8 +135,9 @@ class Explanation:
             "write_bytes": moved.write_bytes,
             "reads": [{"tensor": t, "bytes": n} for t, n in moved.reads],
             "writes": [{"tensor": t, "bytes": n} for t, n in moved.writes],
-            "roofline_us": time * 1e6,
-            "bound": bound,
+            "modelled_us": time.seconds * 1e6,
+            "parts_us": {part: seconds * 1e6 for part, seconds in time.parts.items()},
+            "bound": time.bound,
             "fused": list(dict.fromkeys(at(n) for n in kernel.nodes if not is_free(n))),
         }
         if kernel.config is not None:
@@ -133,10 +159,11 @@ class Explanation:
         """Write the report to a console."""
         program = self.program
         sizes = " ".join(f"{k}={v}" for k, v in program.sizes.items())
-        where = f"{program.arch} (roofline of {program.target.name})"
+        where = f"{program.arch} (times modelled for {program.target.name})"
         console.print(f"{program.graph.name} on {where}, {sizes}")
         console.print(self.kernels())
         console.print(self._totals())
+        self.print_slower(console)
         if program.prepared:
             moved = prepare_bytes(program) / 1e6
             names = ", ".join(program.prepared)
@@ -153,6 +180,16 @@ class Explanation:
             console.print(f"not fused: {at(one.node)}: {one.why}")
         if not unfused:
             console.print("nothing was left unfused")
+
+    def print_slower(self, console: Console) -> None:
+        """Print the modelled time beside the baseline's, and the kernels that are slower."""
+        if self.baseline is not None:
+            own, other = self.seconds * 1e6, self.baseline * 1e6
+            console.print(
+                f"modelled: {own:.1f} µs; GEMMs by cuBLAS and the rest fused: {other:.1f} µs"
+            )
+        for name, us, why in self._slower():
+            console.print(f"{name} is {us:.1f} µs slower than cuBLAS and a kernel beside: {why}")
 
     def print_weights(self, console: Console) -> None:
         """Print the weights that a GEMM reads from a copy, or in place if they share a buffer."""
@@ -188,25 +225,25 @@ class Explanation:
         for column in ("kernel", "what", "GFLOP", "MB in", "MB out", "µs", "bound by"):
             right = column in ("GFLOP", "MB in", "MB out", "µs")
             table.add_column(column, justify="right" if right else "left", overflow="fold")
-        for kernel in self.program.kernels:
-            table.add_row(*self._row(kernel))
+        for kernel, time in self._timed():
+            table.add_row(*self._row(kernel, time))
         return table
 
-    def _row(self, kernel: Kernel[Any]) -> list[str]:
+    def _row(self, kernel: Kernel[Any], time: Time) -> list[str]:
         program = self.program
         moved = traffic(program, kernel)
-        time, bound = kernel_seconds(program, kernel)
         flops = tensor_flops(program, kernel) + scalar_flops(program, kernel)
         account = kernel.kind.explain(program, kernel)
         what = account.what + (f"\nstages {account.pipeline}" if account.pipeline else "")
         loads: Iterable[str] = [t for t, _ in moved.reads]
         if kernel.kind.fuses:
             loads = [f"{o.name} ({o.access.word})" for o in kernel.body.epilogue.operands]
-        numbers = [flops / 1e9, moved.read_bytes / 1e6, moved.write_bytes / 1e6, time * 1e6]
+        numbers = [flops / 1e9, moved.read_bytes / 1e6, moved.write_bytes / 1e6]
+        numbers.append(time.seconds * 1e6)
         shown = [f"{n:.1f}" for n in numbers]
         what += f"\nloads {', '.join(loads) or 'nothing else'}"
         what += f"\nwrites {', '.join(t for t, _ in moved.writes)}"
-        return [escape(c) for c in (kernel.name, what, *shown, bound)]
+        return [escape(c) for c in (kernel.name, what, *shown, time.bound)]
 
     def _totals(self) -> Table:
         table = Table(title="totals", title_justify="left")

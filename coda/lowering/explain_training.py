@@ -154,7 +154,7 @@ class TrainingExplanation:
         """Write the report to a console."""
         program = self.forward.program
         sizes = " ".join(f"{k}={v}" for k, v in self.sizes.items())
-        where = f"{program.arch} (roofline of {program.target.name})"
+        where = f"{program.arch} (times modelled for {program.target.name})"
         console.print(f"training {self.graph.name} on {where}, {sizes}")
         console.print(f"gradients of {', '.join(self.differentiated)}{self._others()}")
         for name, one in (("forward", self.forward), ("backward", self.backward)):
@@ -168,6 +168,7 @@ class TrainingExplanation:
             f"{most[1]} in the backward"
         )
         for one in (self.forward, self.backward):
+            one.print_slower(console)
             one.print_weights(console)
             one.print_passes(console)
 

@@ -16,7 +16,7 @@ from coda.lowering.algebra.accumulate import accumulating, siblings
 from coda.lowering.algebra.training import derive
 from coda.lowering.compiler import lower
 from coda.lowering.explain_training import TrainingExplanation
-from coda.lowering.program.cost import hbm_bytes, kernel_seconds
+from coda.lowering.program.cost import hbm_bytes, kernel_time
 from coda.measure import measure, random_inputs, relative
 from coda.runtime.compile import compile_program
 
@@ -175,7 +175,7 @@ def test_memory_is_traded_for_traffic_in_one_direction(example, arch):
         programs = block.lower_training(arch, dims, wanted=wanted_of(block), memory=memory)
         saved.append(TrainingExplanation(block.graph, *programs).saved_bytes["coda"])
         moved.append(sum(map(hbm_bytes, programs)))
-        seconds.append(sum(kernel_seconds(p, k)[0] for p in programs for k in p.kernels))
+        seconds.append(sum(kernel_time(p, k).seconds for p in programs for k in p.kernels))
     assert saved == sorted(saved)
     assert moved[1] >= moved[2]
     assert seconds == sorted(seconds, reverse=True)

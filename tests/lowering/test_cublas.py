@@ -26,7 +26,7 @@ def test_the_baseline_is_frozen(shape):
 
 
 def test_what_was_measured_agrees_with_the_model():
-    """None of these was fitted. Few rows miss: 15 µs for 10, 37 for 28."""
+    """No constant was fitted on these. Few rows miss: 15 µs for 10, 37 for 28."""
     many = {shape: us for shape, us in MEASURED.items() if shape[0] >= 512 and shape[1] != 1600}
     errors = [abs(modelled(H200, *shape) * 1e6 / us - 1) for shape, us in many.items()]
     assert len(errors) == 19

@@ -9,7 +9,7 @@ from coda.kernels.gemm.kind import GEMM
 from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.compiler import lower
 from coda.lowering.explain import Explanation
-from coda.lowering.program.cost import hbm_bytes, kernel_seconds
+from coda.lowering.program.cost import hbm_bytes, kernel_time
 from coda.lowering.program.text import program_source
 from coda.runtime.reference import run_reference
 from tests.lowering.toy_kind import RUNNING
@@ -43,9 +43,9 @@ def test_a_kind_that_is_added_is_costed_and_explained(toy):
     plain, program = toy
     elements = DIMS["M"] * DIMS["F"]
     assert hbm_bytes(program) == hbm_bytes(plain)
-    seconds, bound = kernel_seconds(program, program.kernels[1])
-    assert seconds == pytest.approx(2 * 2 * elements / program.target.bandwidth)
-    assert bound == "memory"
+    time, rates = kernel_time(program, program.kernels[1]), program.target.rates
+    assert time.seconds == pytest.approx(rates.ramp + 2 * 2 * elements / rates.bandwidth)
+    assert time.bound == "memory"
     kernel = Explanation(program).json()["kernels"][1]
     assert (kernel["kind"], kernel["flops"]) == ("running", elements)
     assert kernel["read_bytes"] == kernel["write_bytes"] == 2 * elements

@@ -95,7 +95,7 @@ def offer(program: Program, kernel: Gemm, config: Config, masked: Masks, own: Wo
         found = divided(needed, other, target)
         if found.ab > pipeline.ab:
             chosen, pipeline = other, found
-    time = time_of(own, chosen, needed, pipeline, target)
+    time = time_of(own, chosen, pipeline, target)
     hidden = target.tensor_memory  # behind the mainloop of the next tile
     waits = 0 if hidden else (chosen.loads, chosen.stores).count(1)
     waves = TileGrid.of(own, chosen, target).waves

@@ -13,6 +13,7 @@ from coda.kernels.gemm.batches import why_not, why_not_in
 from coda.kernels.gemm.configs import ranked
 from coda.kernels.gemm.mainloop import Contractions, Gemm, shown_problem, tiles
 from coda.kernels.gemm.stages import cta_rows, stages
+from coda.kernels.gemm.time import gemm_time
 from coda.kernels.gemm.weights import paired_rows, weight_matrix
 from coda.kernels.protocol import LaunchRun, Run
 from coda.kernels.tensors import matrix
@@ -29,6 +30,7 @@ from coda.lowering.program.kernel import (
 )
 from coda.lowering.program.program import Program
 from coda.lowering.program.text import show_config
+from coda.lowering.program.time import Time
 
 
 def _refuses(node: Node, sizes: Sizes) -> str:
@@ -45,6 +47,10 @@ def _flops(kernel: Gemm, sizes: Sizes) -> Flops:
     rows, n = kernel.mainloop.points(sizes)
     k = kernel.mainloop.problem(sizes)[2]
     return Flops(tensor=2 * rows * n * k, dtype=kernel.mainloop.a.dtype)
+
+
+def _time(program: Program, kernel: Gemm) -> Time:
+    return gemm_time(program, kernel, kernel.config or ranked(program, kernel)[0])
 
 
 def _explain(program: Program, kernel: Gemm) -> Account:
@@ -111,6 +117,7 @@ GEMM = Kind(
     refuses=_refuses,
     mainloop=_mainloop,
     flops=_flops,
+    time=_time,
     explain=_explain,
     reference=_reference,
     configs=ranked,

@@ -21,14 +21,11 @@ from dataclasses import dataclass
 from coda.ir.scalars import SCALARS
 from coda.kernels.gemm.mainloop import Gemm
 from coda.kernels.gemm.stages import (
-    Need,
     PipelineStages,
     cta_rows,
-    divided,
-    masks,
-    need,
+    stages,
 )
-from coda.lowering.program.cost import traffic
+from coda.lowering.program.cost import memory_bytes, traffic
 from coda.lowering.program.epilogue import calls
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Config, Target
@@ -48,6 +45,7 @@ class Work:
         matrices: the number of matrices.
         bits: of an element of A and B.
         moved: bytes of global memory that it reads and writes.
+        carried: those of them that its epilogue moves, for each element of the accumulator.
         instructions: of its epilogue at an element, without loads and stores.
         special: those of them that are for the special-function unit.
     """
@@ -56,6 +54,7 @@ class Work:
     matrices: int
     bits: int
     moved: int
+    carried: float
     instructions: float = 0.0
     special: float = 0.0
 
@@ -66,11 +65,15 @@ def work(program: Program, kernel: Gemm) -> Work:
     exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
     exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
     functions = [SCALARS[c.fn] for c in calls(exprs)]
+    rows, columns = kernel.mainloop.points(program.sizes)
+    total = moved.read_bytes + moved.write_bytes
+    operands = sum(memory_bytes(o, program) for o in kernel.mainloop.operands)
     return Work(
         kernel.mainloop.problem(program.sizes),
         max(1, kernel.mainloop.matrices(program.sizes)),
         kernel.mainloop.a.dtype.bits,
-        moved.read_bytes + moved.write_bytes,
+        total,
+        (total - operands) / max(1, rows * columns),
         sum(f.flops for f in functions) / epilogue.lanes,
         sum(f.special for f in functions) / epilogue.lanes,
     )
@@ -78,23 +81,12 @@ def work(program: Program, kernel: Gemm) -> Work:
 
 def gemm_time(program: Program, kernel: Gemm, config: Config) -> Time:
     """The modelled time of a GEMM of a program with a config."""
-    needed = need(program, kernel, config, masks(kernel.body.epilogue))
-    pipeline = divided(needed, config, program.target)
-    return time_of(work(program, kernel), config, needed, pipeline, program.target)
+    pipeline = stages(program, kernel, config)
+    return time_of(work(program, kernel), config, pipeline, program.target)
 
 
-def time_of(
-    work: Work, config: Config, needed: Need, pipeline: PipelineStages, target: Target
-) -> Time:
-    """The modelled time of a GEMM.
-
-    Args:
-        work: the GEMM.
-        config: its tile.
-        needed: bytes of its shared memory, and its subtiles.
-        pipeline: its stages.
-        target: the GPU.
-    """
+def time_of(work: Work, config: Config, pipeline: PipelineStages, target: Target) -> Time:
+    """The modelled time of a GEMM with a config, which has these stages."""
     rates, sms, grid = target.rates, target.multiprocessors, TileGrid.of(work, config, target)
     rows, columns = cta_rows(config, target), config.tile_n
     steps = max(1, -(-work.problem[2] * work.bits // (8 * K_STEP)))
@@ -103,7 +95,7 @@ def time_of(
     latency = rates.latency * grid.fresh
     step = overlapped(tensor, fed, latency) / target.speed(pipeline.ab)
     mainloop, tile = steps * step, rows * columns
-    epilogue = _epilogue(work, needed, tile, target)
+    epilogue = _epilogue(work, tile, target)
     hidden = pipeline.accumulator > 1 or config.pingpong
     if hidden:
         exposed = epilogue + (grid.waves - 1) * max(0.0, epilogue - mainloop)
@@ -155,14 +147,12 @@ class TileGrid:
         return TileGrid(-(-clusters // at_once), busy, 1 / min(rows, columns))
 
 
-def _epilogue(work: Work, needed: Need, tile: int, target: Target) -> float:
+def _epilogue(work: Work, tile: int, target: Target) -> float:
     """Seconds of the epilogue of a CTA's tile of so many elements."""
-    rates, sms = target.rates, target.multiprocessors
-    moved = (needed.loads + needed.stores) * needed.subtiles
-    bytes_per_element = moved / tile
-    issued = work.instructions + MOVES * (1 + bytes_per_element / 2)
-    return max(
-        moved * sms / rates.bandwidth,
-        tile * issued / rates.issue,
-        tile * work.special / rates.special,
+    rates, share = target.rates, target.rates.bandwidth / target.multiprocessors
+    issued = work.instructions + MOVES * (1 + work.carried / 2)
+    return tile * max(
+        work.carried / share,
+        issued / rates.issue,
+        work.special / rates.special,
     )

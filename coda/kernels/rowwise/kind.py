@@ -10,6 +10,7 @@ from coda.kernels.protocol import LaunchRun, Run
 from coda.kernels.rowwise.mainloop import Rows, Rowwise
 from coda.kernels.rowwise.pieces import has_padded_rows
 from coda.kernels.rowwise.plan import row_parts
+from coda.kernels.rowwise.time import rowwise_time
 from coda.lowering.program.access import ColumnVector
 from coda.lowering.program.kernel import (
     Account,
@@ -100,6 +101,7 @@ ROWWISE = Kind(
     refuses=_refuses,
     mainloop=_mainloop,
     flops=_flops,
+    time=rowwise_time,
     explain=_explain,
     reference=_reference,
     partials=_partials,

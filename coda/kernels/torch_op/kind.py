@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from coda.ir.dims import product
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Contract, Node
 from coda.kernels.protocol import Run
-from coda.lowering.program.cost import describe, label
+from coda.lowering.program.cost import describe, label, streamed
 from coda.lowering.program.kernel import Account, Builder, Flops, Kernel, Kind, Sizes
 from coda.lowering.program.program import Program
+from coda.lowering.program.time import Time, overlapped
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,16 @@ def _flops(kernel: Kernel[Operation], sizes: Sizes) -> Flops:
     return Flops(tensor=2 * elements * depth, scalar=elements)
 
 
+def _time(program: Program, kernel: Kernel[Operation]) -> Time:
+    """Bytes and FLOPs at achieved rates."""
+    time, target = streamed(program, kernel), program.target
+    flops = _flops(kernel, program.sizes)
+    tensor = flops.tensor / (target.rates.tensor_of(flops.dtype.bits) * target.multiprocessors)
+    memory = overlapped(time.memory, tensor) - tensor
+    bound = "tensor cores" if tensor > time.memory else "memory"
+    return replace(time, mainloop=tensor, memory=memory, bound=bound)
+
+
 def _explain(program: Program, kernel: Kernel[Operation]) -> Account:
     one = kernel.mainloop
     args = ", ".join(label(o, program) for o in one.operands)
@@ -91,6 +102,7 @@ TORCH = Kind(
     refuses=_refuses,
     mainloop=_mainloop,
     flops=_flops,
+    time=_time,
     explain=_explain,
     reference=_reference,
 )

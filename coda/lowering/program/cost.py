@@ -1,8 +1,6 @@
-"""Program -> FLOPs, global-memory bytes and roofline time, per kernel and in total.
+"""Program -> FLOPs, global-memory bytes and modelled time, per kernel and in total.
 
-Each tensor that a kernel reads or writes counts once. Peaks and bandwidth are the target's:
-
-    seconds = max(bytes / bandwidth, tensor-core FLOPs / peak)
+Each tensor that a kernel reads or writes counts once. The time of a kernel is its kind's (`time`).
 """
 
 from __future__ import annotations
@@ -36,6 +34,7 @@ from coda.lowering.program.epilogue import calls
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
+from coda.lowering.program.time import Time
 
 HELD = 16  # price of a byte resident between calls, in bytes of traffic per call
 
@@ -123,14 +122,16 @@ def scalar_flops(program: Program, kernel: Kernel[Any]) -> int:
     return kernel.kind.flops(kernel, program.sizes).scalar + computed
 
 
-def kernel_seconds(program: Program, kernel: Kernel[Any]) -> tuple[float, str]:
-    """The roofline time of a kernel without its launch, and its bound."""
-    target = program.target
-    moved = traffic(program, kernel)
-    memory = (moved.read_bytes + moved.write_bytes) / target.bandwidth
-    flops = kernel.kind.flops(kernel, program.sizes)
-    compute = flops.tensor / target.peak(flops.dtype)
-    return max(memory, compute), "tensor cores" if compute > memory else "memory"
+def kernel_time(program: Program, kernel: Kernel[Any]) -> Time:
+    """The modelled time of a kernel."""
+    return kernel.kind.time(program, kernel)
+
+
+def streamed(program: Program, kernel: Kernel[Any]) -> Time:
+    """The modelled time of a kernel that reads and writes each tensor once, and contracts none."""
+    moved, rates = traffic(program, kernel), program.target.rates
+    memory = (moved.read_bytes + moved.write_bytes) / rates.bandwidth
+    return Time(launch=rates.ramp, memory=memory, bound="memory")
 
 
 def prepare_bytes(program: Program) -> int:
@@ -252,6 +253,13 @@ def pointwise_fused(graph: Graph, program: Program) -> Baseline:
         launches += 1
         total += sum(n.nbytes(program.sizes) for n in (*known, *written))
     return Baseline(launches, total)
+
+
+def rest_of(fused: Baseline, graph: Graph, program: Program) -> Baseline:
+    """What remains of `pointwise_fused` without its contractions."""
+    contracts = [n for n in walk(graph.roots) if isinstance(n, Contract)]
+    moved = sum(_eager_bytes(n, program) for n in contracts)
+    return Baseline(fused.launches - len(contracts), fused.hbm_bytes - moved)
 
 
 def _storage(node: Node) -> Node:

@@ -17,6 +17,7 @@ from coda.ir.graph import Contract, Node
 from coda.ir.types import DType, bf16
 from coda.lowering.program.body import NO_BODY, Body
 from coda.lowering.program.target import Config
+from coda.lowering.program.time import Time
 
 if TYPE_CHECKING:
     from coda.lowering.program.program import Program
@@ -213,6 +214,7 @@ class Kind:
             goes to the first kind that does not refuse it.
         mainloop: (builder, node -> name of its buffer) -> the mainloop.
         flops: (kernel, sizes) -> FLOPs of the mainloop.
+        time: (program, kernel) -> the modelled time, with the kernel's config.
         explain: (program, kernel) -> the kernel in words.
         reference: (run, kernel): compute it in torch; `run` is a `kernels.protocol.Run`.
         configs: (program, kernel) -> the configs that fit, the best by the kind's model first.
@@ -227,6 +229,7 @@ class Kind:
     refuses: Callable[[Node, Sizes], str]
     mainloop: Callable[[Builder, Callable[[Node], str]], Mainloop]
     flops: Callable[[Kernel[Any], Sizes], Flops]
+    time: Callable[[Program, Kernel[Any]], Time]
     explain: Callable[[Program, Kernel[Any]], Account]
     reference: Callable[[Any, Kernel[Any]], None]
     configs: Callable[[Program, Kernel[Any]], Sequence[Config]] = _no_configs

@@ -41,6 +41,7 @@ class Rates:
         bandwidth: of global memory, bytes/s.
         feed: of an SM, bytes/s from L2 into shared memory.
         start: seconds of a GEMM in which nothing overlaps: its launch, first loads, last stores.
+        ramp: the same of any other kernel.
         latency: seconds of a k-step whose operand no other CTA has read before.
         issue: instructions of a thread that an SM issues, per second.
         special: special functions of a thread that an SM computes, per second.
@@ -50,6 +51,7 @@ class Rates:
     bandwidth: float
     feed: float
     start: float
+    ramp: float
     latency: float
     issue: float
     special: float
@@ -129,25 +131,29 @@ BLACKWELL_CONFIGS = (
     Config(128, 64, (1, 1)),
 )
 
-PIPELINE = ((2, 0.57), (3, 1.0))
-# Two stages, tensor cores and feed: fitted on twelve GEMMs of a Llama-3-8B layer's training on an
-# H200, and on seven tiles of quack's GEMM of 8192×4096×4096 there. The start and the latency: on
-# the same tiles at M = 64. Issue and special functions: 4 · 32 and 16 a clock at 1.75 GHz.
+PIPELINE = ((2, 0.577), (3, 1.0))
+# Five figures were fitted on 26 GEMMs on an H200 (docs/model.md): two stages, the tensor cores, the
+# feed, the start and the latency. Of an H100, its bandwidth alone: cuBLAS on both has the same SM.
+# Issue and special functions: 4 · 32 and 16 a clock, at 1.75 GHz.
 HOPPER_RATES = Rates(
-    tensor=((16, 6.06e12), (8, 9.7e12)),
-    bandwidth=3.05e12,
-    feed=79e9,
-    start=5e-6,
-    latency=0.4e-6,
+    tensor=((16, 6.24e12), (8, 10e12)),
+    bandwidth=2.95e12,
+    feed=77e9,
+    start=8.6e-6,
+    ramp=3e-6,
+    latency=0.24e-6,
     issue=128 * 1.75e9,
     special=16 * 1.75e9,
 )
+# Tensor cores and bandwidth were fitted on cuBLAS; the feed is 64 bytes a clock, at 1.85 GHz; start
+# and latency are assumed to be an H200's.
 BLACKWELL_RATES = Rates(
-    tensor=((16, 10.8e12), (8, 21.6e12)),
-    bandwidth=7e12,
+    tensor=((16, 12.3e12), (8, 24.6e12)),
+    bandwidth=7.29e12,
     feed=118e9,
-    start=4e-6,
-    latency=0.2e-6,
+    start=8.6e-6,
+    ramp=3e-6,
+    latency=0.24e-6,
     issue=128 * 1.85e9,
     special=16 * 1.85e9,
 )
@@ -196,7 +202,7 @@ HOPPER_H200 = replace(
     name="H200",
     l2=60 << 20,
     bandwidth=4.8e12,
-    rates=replace(HOPPER_RATES, tensor=((16, 6.26e12), (8, 10e12)), bandwidth=4.24e12),
+    rates=replace(HOPPER_RATES, bandwidth=4.24e12),
     sources=(
         ("multiprocessors", "as the driver reports; kernels of coda ran on one in November 2026"),
         ("shared_memory", HOPPER_TUNING),

@@ -30,16 +30,29 @@ class Time:
     """
 
     launch: float
-    mainloop: float
-    feed: float
-    epilogue: float
-    memory: float
-    bound: str
+    mainloop: float = 0.0
+    feed: float = 0.0
+    epilogue: float = 0.0
+    memory: float = 0.0
+    bound: str = "memory"
 
     @property
     def seconds(self) -> float:
         """The sum of the parts."""
         return self.launch + self.mainloop + self.feed + self.epilogue + self.memory
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part, by its name."""
+        names = ("launch", "mainloop", "feed", "epilogue", "memory")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def said(self) -> str:
+        """The parts beside the mainloop that take longest, in words."""
+        rest = sorted(self.parts.items(), key=lambda part: -part[1])
+        shown = [f"{name} {s * 1e6:.1f} µs" for name, s in rest if s >= 0.05e-6]
+        return ", ".join(shown)
 
 
 def overlapped(*parts: float) -> float:

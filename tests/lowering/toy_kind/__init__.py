@@ -6,7 +6,7 @@ import torch
 
 from coda.ir.dims import product
 from coda.ir.graph import Node, Scan
-from coda.lowering.program.cost import label
+from coda.lowering.program.cost import label, streamed
 from coda.lowering.program.kernel import Account, Flops, Kind
 
 
@@ -54,6 +54,7 @@ RUNNING = Kind(
     refuses=_refuses,
     mainloop=_mainloop,
     flops=lambda kernel, sizes: Flops(scalar=product(kernel.mainloop.node.shape).size(sizes)),
+    time=streamed,
     explain=_explain,
     reference=_reference,
 )

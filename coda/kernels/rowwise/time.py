@@ -1,0 +1,69 @@
+"""A row-wise kernel -> its modelled time.
+
+    seconds = ramp + overlapped(bytes / bandwidth, instructions / issue, special functions)
+
+Each sweep but the first finds the row in L2, or reads it from memory again: in L2 are half of its
+bytes' worth of the rows that a GPU works on at once (each half of an H100's L2 keeps a copy of what
+its SMs read), and from there to a whole L2's worth, a growing part of each row is missing.
+"""
+
+from __future__ import annotations
+
+from coda.ir.scalars import SCALARS
+from coda.kernels.rowwise.mainloop import Rowwise
+from coda.kernels.rowwise.pieces import LANES
+from coda.kernels.rowwise.plan import plan, resident_rows
+from coda.lowering.program.access import Periodic, Tile
+from coda.lowering.program.cost import operand_bytes, traffic
+from coda.lowering.program.epilogue import calls
+from coda.lowering.program.program import Program
+from coda.lowering.program.time import Time, overlapped
+
+MOVES = 2  # instructions for each element that is loaded or stored, beside its functions
+
+
+def rowwise_time(program: Program, kernel: Rowwise) -> Time:
+    """The modelled time of a row-wise kernel."""
+    target, rates = program.target, program.target.rates
+    moved = traffic(program, kernel)
+    sweeps = plan(program, kernel).sweeps
+    again = (sweeps - 1) * _missing(program, kernel) * _swept(program, kernel) if sweeps > 1 else 0
+    memory = (moved.read_bytes + moved.write_bytes + again) / rates.bandwidth
+    issued, special = _instructions(program, kernel, sweeps)
+    sms = target.multiprocessors
+    issue = issued / (rates.issue * sms)
+    unit = special / (rates.special * sms)
+    work = max(issue, unit)
+    parts = {"memory": memory, "instructions": issue, "special functions": unit}
+    bound = max(parts, key=lambda part: parts[part])
+    return Time(rates.ramp, mainloop=work, memory=overlapped(work, memory) - work, bound=bound)
+
+
+def _swept(program: Program, kernel: Rowwise) -> int:
+    """Bytes of the operands with elements of their own in each row."""
+    body = kernel.body
+    wide = [o for o in body.epilogue.operands if isinstance(o.access, Tile | Periodic)]
+    return sum(operand_bytes(kernel, o.name, program) for o in wide if o.name in body.nodes)
+
+
+def _missing(program: Program, kernel: Rowwise) -> float:
+    """The share of a row's bytes that L2 no longer has when the row is read again."""
+    rows = kernel.mainloop.points(program.sizes)[0]
+    at_once = min(rows, resident_rows(program, kernel))
+    resident = at_once * _swept(program, kernel) / max(1, rows)
+    return min(1.0, max(0.0, 2 * resident / program.target.l2 - 1))
+
+
+def _instructions(program: Program, kernel: Rowwise, sweeps: int) -> tuple[float, float]:
+    """Instructions of threads, and those of them for the special-function unit."""
+    epilogue = kernel.body.epilogue
+    exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
+    exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
+    functions = [SCALARS[c.fn] for c in calls(exprs)]
+    rows, columns = kernel.mainloop.points(program.sizes)
+    points = rows * max(columns, LANES) / epilogue.lanes
+    moves = MOVES * epilogue.lanes * (len(epilogue.tiles) * sweeps + len(epilogue.stores))
+    return (
+        points * (sum(f.flops for f in functions) + moves),
+        points * sum(f.special for f in functions),
+    )
