@@ -142,7 +142,8 @@ class Explanation:
         }
         if kernel.config is not None:
             found["config"] = show_config(kernel.config)
-            found["pipeline"] = kernel.kind.explain(program, kernel).pipeline
+            account = kernel.kind.explain(program, kernel)
+            found |= {"pipeline": account.pipeline, "choice": account.choice}
         if kernel.kind.fuses:
             epilogue = kernel.body.epilogue
             found["operands"] = [f"{o.name} {o.access.word} {o.dtype}" for o in epilogue.operands]
@@ -235,6 +236,7 @@ class Explanation:
         flops = tensor_flops(program, kernel) + scalar_flops(program, kernel)
         account = kernel.kind.explain(program, kernel)
         what = account.what + (f"\nstages {account.pipeline}" if account.pipeline else "")
+        what += f"\n{account.choice}" if account.choice else ""
         loads: Iterable[str] = [t for t, _ in moved.reads]
         if kernel.kind.fuses:
             loads = [f"{o.name} ({o.access.word})" for o in kernel.body.epilogue.operands]

@@ -22,6 +22,7 @@ from coda.lowering.algebra.policy import MemoryPolicy
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
+from coda.lowering.program.text import show_config
 from coda.runtime.cache import kernel_directory, prune
 from coda.runtime.sass import Usage, usage
 from coda.runtime.settings import given
@@ -144,10 +145,11 @@ def beside(base: Path, ending: str) -> Path:
 
 
 def base_of(program: Program, kernel: Kernel[Any]) -> Path:
-    """The path of a kernel's compiled files, without a suffix."""
+    """The path of a kernel's compiled files, without a suffix: of its source, arch and config."""
     assert kernel.kind.code is not None
     name = kernel.kind.code.emit(program, kernel)[-1].name
-    return kernel_directory() / f"{name}.{program.arch}"
+    config = show_config(kernel.config).replace("×", "x") if kernel.config else ""
+    return kernel_directory() / "-".join([f"{name}.{program.arch}", *config.split()])
 
 
 class captured:

@@ -11,12 +11,13 @@ from coda.kernels.gemm import bind, imports
 from coda.kernels.gemm.mainloop import gemms
 from coda.kernels.gemm.weights import halves, weight_reads
 from coda.lowering.compiler import lower
-from coda.lowering.program.target import Config, find_target
+from coda.lowering.program.target import Config
 from coda.lowering.program.text import program_source
 from coda.measure import random_inputs
 from coda.runtime.launcher import KernelRun
 from coda.runtime.prepare import one_below_another
 from coda.runtime.simulate import device, run_simulated
+from tests.kernels.forced import forced
 
 ARCHS = ("sm_90a", "sm_100a")
 T = coda.Tensor
@@ -66,7 +67,11 @@ def features(F):
     return gated, {"M": 200, "D": 128, "F": F}
 
 
-# The number is that of the tile in the arch's table: clusters, two CTAs that share a tile, and one.
+# The number is that of a tile: clusters, two CTAs that share a tile, and one.
+TILES = {
+    "sm_90a": (Config(128, 256, (2, 1)), Config(256, 128, (2, 1)), Config(128, 64)),
+    "sm_100a": (Config(256, 256, (2, 1)), Config(256, 128, (2, 1)), Config(128, 64)),
+}
 CASES = [
     (*heads(3, 1, 64), 0),
     pytest.param(*heads(5, 2, 64), 0, marks=pytest.mark.slow),
@@ -74,15 +79,9 @@ CASES = [
     *(
         pytest.param(*case, tile, marks=pytest.mark.slow)
         for case in (heads(3, 2, 128), heads(3, 1, 32), features(176))
-        for tile in (0, 1, 3)
+        for tile in (0, 1, 2)
     ),
 ]
-
-
-def with_configs(arch, tile):
-    """The arch's default target with one of its tiles alone."""
-    target = find_target(arch)
-    return replace(target, configs=target.configs[tile : tile + 1])
 
 
 def run(program, inputs):
@@ -95,8 +94,8 @@ def run(program, inputs):
 @pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("make", "sizes", "tile"), CASES)
 def test_rows_in_pairs_by_layout_are_those_of_a_copy(make, sizes, tile, arch, monkeypatch):
-    target = with_configs(arch, tile)
-    program, copying = (lower(make().graph, sizes, target) for _ in range(2))
+    config = TILES[arch][tile]
+    program, copying = (forced(lower(make().graph, sizes, arch), config) for _ in range(2))
     inputs = random_inputs(program.graph, sizes)
     (gemm,) = gemms(program)
     assert halves(program, gemm) == sizes.get("d", 2 * sizes.get("F", 0)) // 2
@@ -142,7 +141,7 @@ def test_weights_in_one_buffer_are_not_copied_and_changes_are_seen(arch, monkeyp
 def test_partners_that_tiles_do_not_divide_are_copied(arch):
     sizes = {"M": 200, "D": 128, "H": 3, "d": 192}
     block = gated_in_heads()
-    program = lower(block.graph, sizes, with_configs(arch, 1))
+    program = forced(lower(block.graph, sizes, arch), TILES[arch][1])
     (read,) = weight_reads(program)
     assert read.why == "the rows of a pair are 96 apart, which tiles of 64 pairs do not divide"
     inputs = random_inputs(block.graph, sizes)

@@ -8,6 +8,7 @@ import pytest
 import coda
 from coda.errors import ArchError
 from coda.kernels.gemm.mainloop import gemms
+from coda.kernels.gemm.space import space
 from coda.lowering.compiler import lower
 from coda.lowering.program.target import ARCHS, TARGETS, find_target, of_device
 from coda.lowering.program.text import program_source
@@ -31,11 +32,14 @@ def page():
         cells += [f"{flops / 1e12:.0f}" for _, flops in t.peaks]
         cells += [f"{t.bandwidth / 1e12:g}", f"{t.launch * 1e6:g}"]
         out.append("".join(f"| {c} " for c in cells) + "|\n")
-    out.append("\nTiles of a GEMM:\n\n")
-    out.append("| GPU | tiles |\n|---|---|\n")
-    for t in TARGETS:
-        tiles = [f"{c.tile_m}×{c.tile_n} cluster {c.cluster[0]}×{c.cluster[1]}" for c in t.configs]
-        out.append(f"| {t.name} | {', '.join(tiles)} |\n")
+    out.append("\nTiles of a GEMM, with their clusters:\n\n| arch | tiles |\n|---|---|\n")
+    for arch in ARCHS:
+        tiles: dict[str, list[str]] = {}
+        for c in space(find_target(arch)):
+            tile = f"{c.tile_m}×{c.tile_n}{' ping-pong' if c.pingpong else ''}"
+            tiles.setdefault(tile, []).append("{}×{}".format(*c.cluster))
+        shown = [f"{tile} ({', '.join(clusters)})" for tile, clusters in tiles.items()]
+        out.append(f"| {arch} | {'; '.join(shown)} |\n")
     out.append("\nSpeed of a mainloop by its stages of A and B, as a fraction of its best:\n\n")
     out.append("| GPU | stages: speed |\n|---|---|\n")
     for t in TARGETS:

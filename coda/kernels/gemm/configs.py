@@ -1,16 +1,32 @@
-"""A GEMM of a Program -> its legal tile configs, ranked by estimated time.
+"""A GEMM of a Program -> its legal configs, ranked by estimated time.
 
-A config has a tile, and depths of its epilogue's pipelines that leave enough stages to A and B
-(`stages.py`). The estimate is the model of time (`time.py`), and for depths of one stage the round
-trips of the epilogue.
+The space of configs (`space.py`) is cut in three steps: what the epilogue or the shared memory
+forbids (`legal`), what no estimate would choose (padding, tiles taller than the matrix, too few
+tiles), and what is slower. A config has a tile, and depths of its epilogue's pipelines that leave
+enough stages to A and B (`stages.py`). The estimate is the model of time (`time.py`), and for
+depths of one stage the round trips of the epilogue.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 from coda.kernels.gemm.mainloop import Gemm
-from coda.kernels.gemm.stages import Masks, PipelineStages, cta_rows, divided, masks, need, stages
+from coda.kernels.gemm.space import most_held, space
+from coda.kernels.gemm.stages import (
+    Demand,
+    Need,
+    PipelineStages,
+    cta_rows,
+    demand,
+    divided,
+    need,
+    subtile,
+)
 from coda.kernels.gemm.time import TileGrid, Work, time_of, work
 from coda.lowering.program.access import Periodic
 from coda.lowering.program.epilogue import held
@@ -24,36 +40,72 @@ AMPLE = 4  # A/B stages after which the epilogue gives up nothing more
 # cheapest. With one stage of stores the next subtile waits until the copy to memory has read the
 # last; with one stage of loads each subtile waits for memory.
 SHALLOW = ((2, 2), (2, 1), (1, 2), (1, 1))
-# Values of an epilogue that registers hold at each point of a CTA's tile above 128×128, by whether
-# the accumulator is in tensor memory: ptxas 13 spills in kernels of the examples that hold more.
-HELD = {False: 8, True: 5}
 ROUND_TRIP = 0.6e-6  # seconds that a subtile waits if a pipeline has one stage (assumed)
+# Configs that coda's kernels have used most, by whether the accumulator is in tensor memory.
+# Another one is taken if the estimate says that it is faster by more than `ERROR`, its own error.
+USUAL = {
+    False: (
+        Config(128, 256, (2, 1)),
+        Config(256, 128, (2, 1)),
+        Config(128, 128, (2, 1)),
+        Config(128, 64),
+    ),
+    True: (
+        Config(256, 256, (2, 1)),
+        Config(256, 128, (2, 1)),
+        Config(128, 128),
+        Config(128, 64),
+    ),
+}
+ERROR = 0.1
+PADDING = 0.15  # of elements that a tiling may compute beyond those of the best
 
 
-def legal(program: Program, kernel: Gemm, config: Config) -> str:
-    """The reason why a config is illegal for a kernel; "" if it is legal."""
-    return _legal(program.target, kernel, config, stages(program, kernel, config))
+class Refusal(NamedTuple):
+    """Why a config is not taken for a kernel: in one word, and in a sentence."""
+
+    topic: str
+    sentence: str
 
 
-def _legal(target: Target, kernel: Gemm, config: Config, pipeline: PipelineStages) -> str:
+@dataclass(frozen=True)
+class Case:
+    """What decides about the configs of a GEMM.
+
+    Attributes:
+        work: its sizes and its epilogue's instructions.
+        demand: what the epilogue keeps in shared memory.
+        held: values that the epilogue holds at each element or column pair, of tables as well.
+        sums: those of them that are reduced.
+        pairs: whether operators store values of column pairs.
+        blocks: columns of the blocks in which a row is read or written: tables that repeat along a
+            row, and stored pairs of columns that are apart in their buffer.
+    """
+
+    work: Work
+    demand: Demand
+    held: int
+    sums: int
+    pairs: bool
+    blocks: tuple[int, ...]
+
+
+def case_of(program: Program, kernel: Gemm) -> Case:
+    """What decides about the configs of a GEMM of a program."""
     epilogue = kernel.body.epilogue
-    for statistic in epilogue.statistics:
-        if statistic.group and config.tile_n % statistic.group:
-            return f"a group of {statistic.group} columns does not divide its tile"
-    for operand in epilogue.operands:
-        if not isinstance(operand.access, Periodic):
-            continue
-        columns = operand.access.period * epilogue.lanes
-        if config.tile_n % columns and columns % config.tile_n:
-            return f"a table of {columns} columns does not fit its tile"
-    if pipeline.ab < RUNS:
-        return f"shared memory has room for {max(pipeline.ab, 0)} stages of A and B"
-    values, most = held(epilogue), HELD[target.tensor_memory]
-    if values > most and cta_rows(config, target) * config.tile_n > 128 * 128:
-        return (
-            f"registers do not hold {values} values of the epilogue for each element or column pair"
-        )
-    return ""
+    wanted = demand(epilogue)
+    periods = [o.access.period for o in epilogue.operands if isinstance(o.access, Periodic)]
+    blocks = [p * epilogue.lanes for p in periods]
+    if any(map(epilogue.apart, epilogue.stores)):
+        blocks.append(2 * epilogue.split)
+    return Case(
+        work=work(program, kernel),
+        demand=wanted,
+        held=held(epilogue) + len(periods),
+        sums=len(epilogue.sinks),
+        pairs=epilogue.pair and bool(wanted.stored),
+        blocks=tuple(dict.fromkeys(blocks)),
+    )
 
 
 @dataclass(frozen=True)
@@ -65,28 +117,124 @@ class Offer:
     seconds: float
 
 
-def ranked(program: Program, kernel: Gemm) -> tuple[Config, ...]:
-    """The legal configs by increasing estimated time; the smallest config if none is legal.
+@dataclass(frozen=True)
+class Choice:
+    """The configs of a kernel.
 
-    One with fewer than `ENOUGH` A/B stages is legal only if all are.
+    Attributes:
+        offers: legal ones, the best first; at least one.
+        dropped: (topic, count) of the others of the space.
     """
-    masked, own = masks(kernel.body.epilogue), work(program, kernel)
-    every = [offer(program, kernel, c, masked, own) for c in program.target.configs]
-    found = [o for o in every if not _legal(program.target, kernel, o.config, o.pipeline)]
-    if not found:
-        return (every[-1].config,)
-    found = [o for o in found if o.pipeline.ab >= ENOUGH] or found
-    return tuple(o.config for o in sorted(found, key=lambda o: o.seconds))
+
+    offers: tuple[Offer, ...]
+    dropped: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        dropped = ", ".join(f"{topic} {count}" for topic, count in self.dropped)
+        return f"best of {len(self.offers)} configs" + (dropped and f"; dropped: {dropped}")
 
 
-def offer(program: Program, kernel: Gemm, config: Config, masked: Masks, own: Work) -> Offer:
-    """A config with the depths of its epilogue's pipelines, no deeper than they pay, and its time.
+def legal(program: Program, kernel: Gemm, config: Config) -> str:
+    """The reason why a config is illegal for a kernel; "" if it is legal."""
+    case = case_of(program, kernel)
+    needed = need(case.demand, case.work.problem[1], config, program.target)
+    found = refused(case, config, program.target) or crowded(
+        divided(needed, config, program.target), ENOUGH
+    )
+    return found.sentence if found else ""
+
+
+def refused(case: Case, config: Config, target: Target) -> Refusal | None:
+    """Why a kernel's epilogue forbids a config, whatever its depths; None if it does not."""
+    for group in case.demand.groups:
+        if config.tile_n % group:
+            return Refusal("groups", f"a group of {group} columns does not divide its tile")
+    for columns in case.blocks:
+        if config.tile_n % columns and columns % config.tile_n:
+            return Refusal("blocks", f"a block of {columns} columns does not fit its tile")
+    if case.pairs and not target.tensor_memory and config.tile_n % 32:
+        return Refusal("pairs", "stores of column pairs take tiles of a multiple of 32 columns")
+    if target.tensor_memory and cta_rows(config, target) < 128 and case.demand.sums:
+        return Refusal("rows", "sums over rows take CTAs of 128 rows, whose warps have one each")
+    loaded = next(iter(case.demand.loaded), None)
+    columns = subtile(config, target, case.demand.own, loaded)[1]
+    if case.held > most_held(config, target, columns=columns, sums=case.sums):
+        return Refusal(
+            "registers",
+            f"registers do not hold {case.held} values of the epilogue for each element or "
+            "column pair",
+        )
+    return None
+
+
+def crowded(pipeline: PipelineStages, least: int) -> Refusal | None:
+    """Why a config's shared memory is too small; None if A and B have enough stages."""
+    if pipeline.ab >= least:
+        return None
+    stages = max(pipeline.ab, 0)
+    return Refusal("memory", f"shared memory has room for {stages} stages of A and B")
+
+
+def ranked(program: Program, kernel: Gemm) -> tuple[Config, ...]:
+    """The legal configs, the best first; the smallest config if none is legal."""
+    return tuple(o.config for o in choice(program, kernel).offers)
+
+
+def choice(program: Program, kernel: Gemm) -> Choice:
+    """The configs of a kernel: those that are legal, ranked, and the number of the others."""
+    return _choice(case_of(program, kernel), program.target)
+
+
+@lru_cache(maxsize=1024)
+def _choice(case: Case, target: Target) -> Choice:
+    every = space(target)
+    dropped: Counter[str] = Counter()
+    legal = [c for c in every if not _counted(refused(case, c, target), dropped)]
+    offers = list(_offers(case, _worth_it(legal, case, target, dropped), target))
+    found = [o for o in offers if not _counted(crowded(o.pipeline, ENOUGH), dropped)]
+    if not found:  # every config waits for memory, if there is one
+        found = [o for o in offers if o.pipeline.ab >= RUNS]
+        found = found or list(_offers(case, every[-1:], target))
+        dropped.pop("memory", None)
+    return Choice(_in_order(found, target), tuple(sorted(dropped.items())))
+
+
+def _counted(reason: Refusal | None, dropped: Counter[str]) -> bool:
+    """Whether there is a reason, which is counted then."""
+    dropped.update([reason.topic] if reason else ())
+    return reason is not None
+
+
+def _offers(case: Case, configs: Iterable[Config], target: Target) -> Iterator[Offer]:
+    """Each config with its depths, its stages and its time."""
+    planned: dict[tuple[int, ...], tuple[Need, Config, PipelineStages]] = {}
+    for config in configs:
+        tile = cta_rows(config, target), config.tile_m, config.tile_n, config.pingpong
+        if tile not in planned:
+            needed = need(case.demand, case.work.problem[1], config, target)
+            planned[tile] = needed, *deepened(needed, config, target)
+        needed, like, pipeline = planned[tile]
+        yield _offer(case, replace(like, cluster=config.cluster), needed, pipeline, target)
+
+
+def _offer(
+    case: Case, config: Config, needed: Need, pipeline: PipelineStages, target: Target
+) -> Offer:
+    time = time_of(case.work, config, pipeline, target).seconds
+    hidden = target.tensor_memory  # behind the mainloop of the next tile
+    waits = 0 if hidden else (config.loads, config.stores).count(1)
+    if waits:
+        waves = TileGrid.of(case.work, config, target).waves
+        time += waves * waits * needed.subtiles * ROUND_TRIP
+    return Offer(config, pipeline, time)
+
+
+def deepened(needed: Need, config: Config, target: Target) -> tuple[Config, PipelineStages]:
+    """A config with depths of the epilogue's pipelines that are no deeper than they pay.
 
     The depths are quack's own, unless two stages buy one of A and B up to `AMPLE`; a single stage
-    only where nothing else leaves `ENOUGH`. `masked` are the masks of the epilogue, and `own` is
-    the work of the kernel.
+    only where nothing else leaves `ENOUGH`.
     """
-    needed, target = need(program, kernel, config, masked), program.target
     chosen, pipeline = config, divided(needed, config, target)
     for loads, stores in SHALLOW:
         if pipeline.ab >= (AMPLE if min(loads, stores) > 1 else ENOUGH):
@@ -95,8 +243,51 @@ def offer(program: Program, kernel: Gemm, config: Config, masked: Masks, own: Wo
         found = divided(needed, other, target)
         if found.ab > pipeline.ab:
             chosen, pipeline = other, found
-    time = time_of(own, chosen, pipeline, target)
-    hidden = target.tensor_memory  # behind the mainloop of the next tile
-    waits = 0 if hidden else (chosen.loads, chosen.stores).count(1)
-    waves = TileGrid.of(own, chosen, target).waves
-    return Offer(chosen, pipeline, time.seconds + waves * waits * needed.subtiles * ROUND_TRIP)
+    return chosen, pipeline
+
+
+def _worth_it(
+    found: list[Config], case: Case, target: Target, dropped: Counter[str]
+) -> list[Config]:
+    """The configs without those that no estimate would choose, which are counted."""
+    (m, n, _), matrices = case.work.problem, case.work.matrices
+
+    def padded(config: Config) -> int:
+        return -(-m // config.tile_m) * config.tile_m * -(-n // config.tile_n) * config.tile_n
+
+    def busy(config: Config) -> int:
+        return matrices * -(-m // cta_rows(config, target)) * -(-n // config.tile_n)
+
+    height = max(-(-m // 64) * 64, min((c.tile_m for c in found), default=0))
+    most = (1 + PADDING) * min(map(padded, found), default=0)
+    half = target.multiprocessors // 2
+    half = half if any(busy(c) >= half for c in found) else 0
+    kept: list[Config] = []
+    for config in found:
+        if config.tile_m > height:
+            dropped["height"] += 1
+        elif padded(config) > most:
+            dropped["padding"] += 1
+        elif busy(config) < half:
+            dropped["few tiles"] += 1
+        else:
+            kept.append(config)
+    return kept
+
+
+def _in_order(offers: Iterable[Offer], target: Target) -> tuple[Offer, ...]:
+    """Offers by increasing time; before the fastest, one that is as fast within `ERROR`.
+
+    It is a usual config, or else one whose clusters are pairs of CTAs along the rows.
+    """
+    usual = USUAL[target.tensor_memory]
+    order = {plain: i for i, plain in enumerate(usual)}
+
+    def rank(offer: Offer) -> int:
+        plain = replace(offer.config, loads=0, stores=0)
+        return order.get(plain, len(usual) + (plain.cluster[1] > 1))
+
+    found = sorted(offers, key=lambda o: (o.seconds, rank(o)))
+    close = [o for o in found if o.seconds * (1 - ERROR) <= found[0].seconds]
+    first = min(close, key=lambda o: max(rank(o), len(usual) - 1))
+    return (first, *(o for o in found if o is not first))

@@ -10,7 +10,7 @@ from coda.ir.evaluate import evaluate
 from coda.ir.graph import Contract, Node
 from coda.ir.types import f32
 from coda.kernels.gemm.batches import why_not, why_not_in
-from coda.kernels.gemm.configs import ranked
+from coda.kernels.gemm.configs import choice, ranked
 from coda.kernels.gemm.mainloop import Contractions, Gemm, shown_problem, tiles
 from coda.kernels.gemm.stages import cta_rows, stages
 from coda.kernels.gemm.time import gemm_time
@@ -60,7 +60,9 @@ def _explain(program: Program, kernel: Gemm) -> Account:
     if kernel.config is None:  # it is chosen after placement
         return Account(head, multiplied)
     config, pipeline = show_config(kernel.config), str(stages(program, kernel, kernel.config))
-    return Account(f"{head} {config}", f"{multiplied}, {config}", pipeline=pipeline)
+    chosen = str(choice(program, kernel))
+    shown = f"{head} {config}", f"{multiplied}, {config}"
+    return Account(*shown, pipeline=pipeline, choice=chosen)
 
 
 def _reference(run: Run, kernel: Gemm) -> None:

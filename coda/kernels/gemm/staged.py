@@ -12,7 +12,7 @@ from typing import Any
 import cutlass.cute as cute
 
 from coda.errors import InternalError
-from coda.kernels.gemm.stages import Need, divide, padding
+from coda.kernels.gemm.stages import Need, accumulators, divide, padding
 
 
 def depths(loads: int, stores: int) -> tuple[tuple[str, Any], ...]:
@@ -47,9 +47,8 @@ class Staged:
 
     def _divided(self, need: Need, depths: tuple[int, int], capacity: int) -> tuple[int, ...]:
         """Stages in quack's order: of the accumulator if in tensor memory, A/B, D, C."""
-        tensor_memory = self._tensor_memory
-        found = divide(need, depths, capacity, tensor_memory=tensor_memory)
-        first = (found.accumulator,) if tensor_memory else ()
+        found = divide(need, depths, capacity)
+        first = (found.accumulator,) if found.accumulator else ()
         return (*first, found.ab, found.d, found.c)
 
     @property
@@ -74,4 +73,5 @@ class Staged:
             once=operators.unstaged + padding(all_bytes, tensor_memory=self._tensor_memory),
             subtiles=rows * columns // (high * wide),
             columns=wide,
+            accumulators=accumulators(columns) if self._tensor_memory else 0,
         )

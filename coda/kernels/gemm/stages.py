@@ -24,13 +24,7 @@ from coda.kernels.gemm.mainloop import Gemm
 from coda.kernels.gemm.operands import by_gemm, pack_tables, passed
 from coda.kernels.gemm.ragged import needs_mask
 from coda.lowering.program.access import ColumnVector, RowVector, Tile
-from coda.lowering.program.epilogue import (
-    Epilogue,
-    Operand,
-    PickColumn,
-    ReduceColumns,
-    SumRows,
-)
+from coda.lowering.program.epilogue import Epilogue, PickColumn, ReduceColumns, SumRows
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Config, Target
 
@@ -39,7 +33,6 @@ PADDING = 1024  # bytes that alignment may take behind an epilogue's memory (sm_
 ROW_OF_K = 128  # bytes of one row of a tile of A or B in a k-step
 DEEPEST = 5  # stages of loaded subtiles at most (sm_90a)
 NARROW = 16  # columns of subtiles of which quack keeps twice as many
-ACCUMULATORS = 2  # stages in tensor memory, for tiles of up to 256 columns
 
 
 @dataclass(frozen=True)
@@ -73,6 +66,7 @@ class Need:
         once: of what has one stage: vectors, sums, statistics; and of the padding behind them.
         subtiles: the number of subtiles of the tile.
         columns: columns of a subtile.
+        accumulators: stages of the accumulator in tensor memory; 0 if it is in registers.
     """
 
     ab: int
@@ -81,20 +75,19 @@ class Need:
     once: int
     subtiles: int
     columns: int
+    accumulators: int = 0
 
 
-def divide(
-    need: Need, depths: tuple[int, int], capacity: int, *, tensor_memory: bool
-) -> PipelineStages:
+def divide(need: Need, depths: tuple[int, int], capacity: int) -> PipelineStages:
     """The stages of a GEMM whose epilogue has at least these depths.
 
     Args:
-        need: bytes of each part.
+        need: bytes of each part. quack's rules depend on where the accumulator is.
         depths: stages of loaded and of stored subtiles; 0 for quack's own choice.
         capacity: bytes of shared memory of a CTA.
-        tensor_memory: whether the accumulator is in tensor memory, on which quack's rules depend.
     """
     loads, stores = depths
+    tensor_memory = need.accumulators > 0
     usual = 4 if need.columns <= NARROW else 2
     d, c = stores or usual, loads or (usual if tensor_memory else 4)
     if not tensor_memory:
@@ -107,48 +100,96 @@ def divide(
         more = max(0, min(rest // need.loads, min(DEEPEST, need.subtiles) - c))
         c, rest = c + more, rest - more * need.loads
     d += rest // need.stores if need.stores else 0
-    return PipelineStages(ab, d, c, ACCUMULATORS if tensor_memory else 0)
+    return PipelineStages(ab, d, c, need.accumulators)
 
 
 def stages(program: Program, kernel: Gemm, config: Config) -> PipelineStages:
     """The stages of a GEMM of a program with a config."""
-    masked = masks(kernel.body.epilogue)
-    return divided(need(program, kernel, config, masked), config, program.target)
+    n = kernel.mainloop.problem(program.sizes)[1]
+    needed = need(demand(kernel.body.epilogue), n, config, program.target)
+    return divided(needed, config, program.target)
 
 
 def divided(needed: Need, config: Config, target: Target) -> PipelineStages:
     """The stages of a GEMM that needs so much, with the depths of a config."""
-    depths = config.loads, config.stores
-    return divide(needed, depths, target.shared_memory, tensor_memory=target.tensor_memory)
+    return divide(needed, (config.loads, config.stores), target.shared_memory)
 
 
-def need(program: Program, kernel: Gemm, config: Config, masked: Masks) -> Need:
-    """The shared memory that a GEMM needs with a config, whose depths do not matter.
+@dataclass(frozen=True)
+class Demand:
+    """What an epilogue keeps in shared memory, for any tile.
 
-    `masked` are the masks of its epilogue, which are the same for all configs.
+    Attributes:
+        loaded: dtypes of the matrices that are loaded as subtiles.
+        own: the dtype that the GEMM itself stores; None if only its operators store.
+        stored: bits per element of the tile of each other store.
+        row, column: bytes for each row and for each column of a tile, of vectors and row masks.
+        mask: whether a mask of the columns is needed where they are ragged.
+        groups: columns of each statistic over groups.
+        sums: the number of sums over rows.
+        planes: float32 planes of all reductions over columns.
     """
-    target, epilogue = program.target, kernel.body.epilogue
-    rows = cta_rows(config, target)
-    own, operands = by_gemm(epilogue), passed(epilogue)
-    loaded = _loaded(epilogue, operands)
-    high, wide = subtile(config, target, own.dtype if own else None, next(iter(loaded), None))
+
+    loaded: tuple[DType, ...]
+    own: DType | None
+    stored: tuple[int, ...]
+    row: int
+    column: int
+    mask: bool
+    groups: tuple[int, ...]
+    sums: int
+    planes: int
+
+
+def demand(epilogue: Epilogue) -> Demand:
+    """What an epilogue keeps in shared memory."""
+    own, operands, masked = by_gemm(epilogue), passed(epilogue), masks(epilogue)
+    kinds = {o.name: o.dtype for o in epilogue.operands}
+    tables = [kinds[t.operands[0]] for t in pack_tables(epilogue) if t.by_tma]
     other = [s for s in epilogue.stores if s is not own]
-    stored = [s.dtype.nbytes(high * wide * len(s.lanes) // epilogue.lanes) for s in other]
-    loads = sum(dtype.nbytes(high * wide) for dtype in loaded)
-    ragged = kernel.mainloop.problem(program.sizes)[1] % config.tile_n != 0
-    once = _vectors(epilogue, operands, (rows, config.tile_n))
-    once += f32.nbytes(rows * masked.rows + config.tile_n * (masked.columns and ragged))
-    once += _reductions(epilogue, rows, config.tile_n, _warps(config, target))
-    once += padding(once + loads + sum(stored), tensor_memory=target.tensor_memory)
+    picked = [kinds[s.index] for s in epilogue.sinks if isinstance(s, PickColumn)]
+    rows = [o.dtype for o in operands if isinstance(o.access, ColumnVector)] + picked
+    columns = [o.dtype for o in operands if isinstance(o.access, RowVector)]
+    reduced = [MONOIDS[s.monoid] for s in epilogue.sinks if isinstance(s, ReduceColumns)]
+    return Demand(
+        loaded=(*(o.dtype for o in operands if isinstance(o.access, Tile)), *tables),
+        own=own.dtype if own else None,
+        stored=tuple(s.dtype.bits * len(s.lanes) // epilogue.lanes for s in other),
+        row=sum(d.nbytes(1) for d in rows) + f32.nbytes(masked.rows),
+        column=sum(d.nbytes(1) for d in columns),
+        mask=masked.columns,
+        groups=tuple(s.group for s in epilogue.statistics if s.group),
+        sums=len(epilogue.row_sums),
+        planes=sum(len(m.warp.start) for m in reduced),
+    )
+
+
+def need(wanted: Demand, columns: int, config: Config, target: Target) -> Need:
+    """The shared memory that a GEMM of so many columns needs with a config of any depths."""
+    rows = cta_rows(config, target)
+    high, wide = subtile(config, target, wanted.own, next(iter(wanted.loaded), None))
+    points = high * wide
+    loads = sum(dtype.bits for dtype in wanted.loaded) * points // 8
+    stored = sum(wanted.stored) * points // 8
+    ragged = wanted.mask and columns % config.tile_n != 0
+    once = wanted.row * rows + (wanted.column + f32.nbytes(ragged)) * config.tile_n
+    once += _reductions(wanted, rows, config.tile_n, _warps(config, target))
+    once += padding(once + loads + stored, tensor_memory=target.tensor_memory)
     share = config.tile_m // rows  # CTAs that share a tile of B
     return Need(
         ab=(rows + config.tile_n // share) * ROW_OF_K,
         loads=loads,
-        stores=sum(stored) + (own.dtype.nbytes(high * wide) if own else 0),
+        stores=stored + (wanted.own.bits * points // 8 if wanted.own else 0),
         once=once,
-        subtiles=rows * config.tile_n // (high * wide),
+        subtiles=rows * config.tile_n // points,
         columns=wide,
+        accumulators=accumulators(config.tile_n) if target.tensor_memory else 0,
     )
+
+
+def accumulators(columns: int) -> int:
+    """Stages of an accumulator in tensor memory, which has 512 columns."""
+    return 2 if columns <= 256 else 1
 
 
 @dataclass(frozen=True)
@@ -229,41 +270,9 @@ def _warps(config: Config, target: Target) -> tuple[int, int]:
     return 4 * down, across
 
 
-def _loaded(epilogue: Epilogue, operands: list[Operand]) -> list[DType]:
-    """The dtypes of the matrices that are loaded as subtiles: operands, then packed tables."""
-    kinds = {o.name: o.dtype for o in epilogue.operands}
-    tables = [kinds[t.operands[0]] for t in pack_tables(epilogue) if t.by_tma]
-    return [o.dtype for o in operands if isinstance(o.access, Tile)] + tables
-
-
-def _vectors(epilogue: Epilogue, operands: list[Operand], tile: tuple[int, int]) -> int:
-    """Bytes of the vectors that are loaded, indices included."""
-    rows, columns = tile
-    kinds = {o.name: o for o in epilogue.operands}
-    total = 0
-    for operand in operands:
-        match operand.access:
-            case RowVector():
-                total += operand.dtype.nbytes(columns)
-            case ColumnVector():
-                total += operand.dtype.nbytes(rows)
-            case _:
-                pass
-    picked = [kinds[s.index].dtype for s in epilogue.sinks if isinstance(s, PickColumn)]
-    return total + sum(dtype.nbytes(rows) for dtype in picked)
-
-
-def _reductions(epilogue: Epilogue, rows: int, columns: int, warps: tuple[int, int]) -> int:
+def _reductions(wanted: Demand, rows: int, columns: int, warps: tuple[int, int]) -> int:
     """Bytes through which warps combine their sums and statistics."""
     down, across = warps
-    groups = [columns // s.group for s in epilogue.statistics if s.group]
-    values = sum(rows * count * across for count in groups)
-    for sink in epilogue.sinks:
-        match sink:
-            case SumRows():
-                values += columns * (down - 1)
-            case ReduceColumns(monoid=monoid):
-                values += rows * (across - 1) * len(MONOIDS[monoid].warp.start)
-            case PickColumn():
-                pass
+    values = sum(rows * (columns // group) * across for group in wanted.groups)
+    values += wanted.sums * columns * (down - 1) + wanted.planes * rows * (across - 1)
     return f32.nbytes(values)

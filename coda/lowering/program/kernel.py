@@ -158,12 +158,15 @@ class Account:
         what: its entry in the table of `explain`.
         why: the reason that it is a separate kernel; "" if it follows from its mainloop.
         pipeline: the stages of its pipelines in shared memory; "" if it has none.
+        choice: from how many configs its own was chosen, and how many others were dropped by which
+            reason; "" if it has no config.
     """
 
     head: str
     what: str
     why: str = ""
     pipeline: str = ""
+    choice: str = ""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,6 @@ class Target:
         bandwidth: of global memory, bytes/s.
         launch: least time of a launch, seconds.
         rates: what its kernels achieve.
-        configs: of its GEMMs, from the largest tile to the smallest.
         pipeline: (stages, speed): the mainloop's speed with so many stages of A and B, as a
             fraction of its best, by increasing stages; between two entries, the lower one's.
         cta_pairs: whether two CTAs of a cluster can share one tile of a GEMM.
@@ -97,7 +96,6 @@ class Target:
     bandwidth: float
     launch: float
     rates: Rates
-    configs: tuple[Config, ...]
     pipeline: tuple[tuple[int, float], ...]
     cta_pairs: bool
     tensor_memory: bool
@@ -115,21 +113,6 @@ class Target:
         found = (speed for least, speed in reversed(self.pipeline) if stages >= least)
         return next(found, self.pipeline[0][1])
 
-
-# Configs that spill registers with heavy epilogues are left out, among them
-# quack's default for Hopper (128×192 ping-pong).
-HOPPER_CONFIGS = (
-    Config(128, 256, (2, 1)),
-    Config(256, 128, (2, 1)),
-    Config(128, 128, (2, 1)),
-    Config(128, 64, (1, 1)),
-)
-BLACKWELL_CONFIGS = (
-    Config(256, 256, (2, 1)),
-    Config(256, 128, (2, 1)),
-    Config(128, 128, (1, 1)),
-    Config(128, 64, (1, 1)),
-)
 
 PIPELINE = ((2, 0.577), (3, 1.0))
 # Five figures were fitted on 26 GEMMs on an H200 (docs/model.md): two stages, the tensor cores, the
@@ -160,7 +143,6 @@ BLACKWELL_RATES = Rates(
 
 HOPPER_TUNING = "NVIDIA Hopper tuning guide: 227 KB a block, 64 K registers a multiprocessor"
 BLACKWELL_TUNING = "NVIDIA Blackwell tuning guide: 227 KB a block, 64 K registers a multiprocessor"
-MODEL = "quack's defaults; chosen from by coda's model of time"
 LAUNCH = "assumed; folds of a few KB took 2.4 to 3.3 µs each on an H200 (measured by coda, 2026)"
 MEASURED = (
     "measured by coda on an H200: seven kernels of a Llama-3-8B layer, 128×256, 2 to 4 stages"
@@ -180,7 +162,6 @@ HOPPER_H100 = Target(
     bandwidth=3.35e12,
     launch=2e-6,
     rates=HOPPER_RATES,
-    configs=HOPPER_CONFIGS,
     pipeline=PIPELINE,
     cta_pairs=False,
     tensor_memory=False,
@@ -193,7 +174,6 @@ HOPPER_H100 = Target(
         ("bandwidth", "NVIDIA H100 data sheet"),
         ("launch", LAUNCH),
         ("rates", RATES),
-        ("configs", MODEL),
         ("pipeline", f"{MEASURED}; not on this GPU"),
     ),
 )
@@ -216,7 +196,6 @@ HOPPER_H200 = replace(
         ("bandwidth", "NVIDIA H200 data sheet; measured by coda: 4.24 TB/s (a copy)"),
         ("launch", LAUNCH),
         ("rates", RATES),
-        ("configs", MODEL),
         ("pipeline", MEASURED),
     ),
 )
@@ -232,7 +211,6 @@ BLACKWELL_B200 = Target(
     bandwidth=8e12,
     launch=2e-6,
     rates=BLACKWELL_RATES,
-    configs=BLACKWELL_CONFIGS,
     pipeline=PIPELINE,
     cta_pairs=True,
     tensor_memory=True,
@@ -245,7 +223,6 @@ BLACKWELL_B200 = Target(
         ("bandwidth", "NVIDIA DGX B200 data sheet, an eighth of the system"),
         ("launch", LAUNCH),
         ("rates", RATES),
-        ("configs", MODEL),
         ("pipeline", f"{MEASURED}; not on this GPU"),
     ),
 )
@@ -263,7 +240,6 @@ BLACKWELL_B300 = replace(
         ("bandwidth", "NVIDIA HGX B300 data sheet"),
         ("launch", LAUNCH),
         ("rates", RATES),
-        ("configs", "as the B200's: not measured on this GPU"),
         ("pipeline", f"{MEASURED}; not on this GPU"),
     ),
 )
