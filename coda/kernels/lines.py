@@ -19,6 +19,7 @@ from coda.ir.types import DType
 from coda.lowering.program.epilogue import Call, Expr, Literal, calls
 
 RESERVED = {"acc", "c", "D", "epilogue", "pause", "prepass", "KERNEL"}
+NUMBER = "number_of_"  # how the variables of positions begin
 
 
 @dataclass
@@ -85,4 +86,5 @@ def number(value: float) -> str:
 
 def safe(name: str) -> str:
     """A name that is neither reserved in emitted functions nor a keyword of Python."""
-    return name + "_" if name in RESERVED or keyword.iskeyword(name) else name
+    taken = name in RESERVED or name.startswith(NUMBER) or keyword.iskeyword(name)
+    return name + "_" if taken else name

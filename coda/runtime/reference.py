@@ -38,6 +38,7 @@ from coda.lowering.program.epilogue import (
     Load,
     Operand,
     PickColumn,
+    Position,
     ReduceColumns,
     RowOrder,
     Stat,
@@ -181,6 +182,12 @@ class _Points:
     def points(self) -> int:
         return self.width // self.lanes
 
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the operands."""
+        some = next(iter(self.operands.values()), self.acc)
+        return some.device if some is not None else None
+
     def evaluate(self, expr: Expr) -> Tensor:
         """An expression for all elements or pairs, broadcastable to [rows, points]."""
         if expr not in self.memo:
@@ -196,10 +203,12 @@ class _Points:
                 return self.load(self.kinds[name], lane)
             case Stat(name=name, plane=plane):
                 return self.stats[name if plane is None else f"{name}.{plane}"]
+            case Position(axis=axis, inner=inner, count=count):
+                number = torch.arange(self.rows if axis == "row" else self.points) // inner
+                number = (number % count if count else number).to(self.device, self.compute)
+                return number[:, None] if axis == "row" else number[None]
             case Literal(value=value):
-                some = next(iter(self.operands.values()), self.acc)
-                device = some.device if some is not None else None
-                return torch.tensor(value, dtype=self.compute, device=device)
+                return torch.tensor(value, dtype=self.compute, device=self.device)
             case Call(fn=fn, args=args):
                 return SCALARS[fn].evaluate(*(self.evaluate(a) for a in args))
 

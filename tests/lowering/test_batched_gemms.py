@@ -292,3 +292,21 @@ def test_the_gradient_of_a_transposed_operand_is_stored_as_it_is():
 
     _, backward = f.lower_training("sm_90a", {"B": 2, "S": 72})
     assert [k.kind for k in backward.kernels] == [GEMM, GEMM]
+
+
+@coda.block
+def causal(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"]):
+    scores = coda.einsum("b i h d, b j h d -> b h i j", q, k) * 0.125
+    i, j = coda.iota(q.shape[1]), coda.iota(k.shape[1])
+    p = coda.softmax(coda.where(j <= i[:, None], scores, float("-inf")))
+    return coda.einsum("b h i j, b j h d -> b i h d", p, v)
+
+
+def test_a_mask_of_positions_moves_no_bytes():
+    sizes = {"B": 2, "S": 1024}
+    plain = [softmaxed.lower("sm_90a", sizes), *softmaxed.lower_training("sm_90a", sizes)]
+    masked = [causal.lower("sm_90a", sizes), *causal.lower_training("sm_90a", sizes)]
+    assert [hbm_bytes(p) for p in masked] == [hbm_bytes(p) for p in plain]
+    assert [len(p.kernels) for p in masked] == [len(p.kernels) for p in plain]
+    assert "le column, row%1024" in str(masked[0])
+    assert not any(p.prepared for p in masked)

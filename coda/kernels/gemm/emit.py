@@ -13,7 +13,7 @@ from coda.ir.types import bf16, e4m3, e5m2, f16, f32
 from coda.kernels.gemm.dedupe import first_alike
 from coda.kernels.gemm.imports import base_of, import_lines
 from coda.kernels.gemm.mainloop import Gemm, shown_problem, tiles
-from coda.kernels.gemm.operands import by_gemm, pack_tables, passed
+from coda.kernels.gemm.operands import by_gemm, numbered, pack_tables, passed
 from coda.kernels.gemm.ragged import is_sum, needs_mask
 from coda.kernels.gemm.source import PAIRS, WHOLE, GemmSource, Table
 from coda.kernels.lines import Lines, safe, stored
@@ -38,6 +38,7 @@ from coda.lowering.program.epilogue import (
     Load,
     Operand,
     PickColumn,
+    Position,
     ReduceColumns,
     SinkExpr,
     Stat,
@@ -93,6 +94,7 @@ class _GemmEmitter:
         self.pair = self.epilogue.pair
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
         self.passed, self.tables = passed(self.epilogue), pack_tables(self.epilogue)
+        self.numbered = numbered(self.epilogue)
         self.classes: set[str] = set()
         # Many values per element, for several columns at once, exceed the registers.
         several = len(self.epilogue.stores) > 1 and bool(self.epilogue.row_sums)
@@ -113,6 +115,8 @@ class _GemmEmitter:
                 return self.load(self.kinds[name], lane)
             case Stat(name=name):
                 return f"{name}_0" if self.pair else name
+            case Position():
+                return f"{self.numbered[expr]}_0" if self.pair else self.numbered[expr]
         raise AssertionError(expr)
 
     def load(self, operand: Operand, lane: int) -> str:
@@ -137,6 +141,8 @@ class _GemmEmitter:
                 return "acc"
             case Load(operand=name):
                 return safe(name)
+            case Position():
+                return self.numbered[expr]
         raise AssertionError(expr)
 
     # The module.
@@ -155,6 +161,7 @@ class _GemmEmitter:
         passed = {o.name: safe(o.name) for o in self.passed}
         numbers = {s.name: s.group for s in self.epilogue.statistics if s.group}
         numbers |= {"pause": PAUSE} if self.pauses else {}
+        numbers |= dict.fromkeys(self.numbered.values(), 1)
         masks = ("inside",) if self.masked else ()
         rows = ("inside_rows",) if self.rows_masked else ()
         stored = tuple(outputs)
@@ -165,7 +172,7 @@ class _GemmEmitter:
         names += [t.name for t in self.tables]
         names += [s.name for s in self.epilogue.statistics if s.group]
         names += [safe(s.buffer) for s in self.epilogue.sinks if self.in_turn(s)]
-        names += ["pause"] * self.pauses
+        names += [*self.numbered.values(), *["pause"] * self.pauses]
         return names + ["inside"] * self.masked + ["inside_rows"] * self.rows_masked
 
     def stores(
@@ -278,6 +285,7 @@ class _GemmEmitter:
         paired = {safe(o.name) for o in self.passed if isinstance(o.access, lanes)}
         paired |= {t.name for t in self.tables} | {"inside"}
         paired |= {s.name for s in self.epilogue.statistics if s.group}
+        paired |= {*self.numbered.values()}
         lines = ["acc0, acc1 = unpack(acc)"]
         return lines + [f"{p}_0, {p}_1 = unpack({p})" for p in parameters if p in paired]
 
@@ -358,6 +366,8 @@ class _GemmEmitter:
             if self.in_turn(sink):
                 name = safe(sink.buffer)
                 found.append((name, f"SumInTurn({name!r})"))
+        for at, name in self.numbered.items():
+            found.append((name, f"Number({name!r}, {at.axis!r}, {at.inner}, {at.count})"))
         found += [("pause", 'Pause("pause")')] * self.pauses
         found += [("inside", 'RowVecLoad("inside")')] * self.masked
         return found + [("inside_rows", 'ColVecLoad("inside_rows")')] * self.rows_masked

@@ -12,8 +12,8 @@ from coda.kernels.lines import safe
 from coda.lowering.program.program import Program
 
 OURS = {
-    "ops": {"GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "PairStore"}
-    | {"Select", "SplitStore"},
+    "ops": {"GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "Number"}
+    | {"PairStore", "Select", "SplitStore"},
     "ops_sm100": {"Pause", "RowInTurn", "SumInTurn"},
 }
 

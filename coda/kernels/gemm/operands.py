@@ -8,8 +8,18 @@ RoPE in a kernel of column pairs, with cos and sin [M, 64] and a gain [N]:
 from __future__ import annotations
 
 from coda.kernels.gemm.source import Table
+from coda.kernels.lines import NUMBER
 from coda.lowering.program.access import Partial, Periodic
-from coda.lowering.program.epilogue import Epilogue, Load, Operand, PickColumn, StoreExpr, leaves
+from coda.lowering.program.epilogue import (
+    Epilogue,
+    Load,
+    Operand,
+    PickColumn,
+    Position,
+    StoreExpr,
+    leaves,
+    positions,
+)
 
 
 def pack_tables(epilogue: Epilogue) -> tuple[Table, ...]:
@@ -33,6 +43,11 @@ def passed(epilogue: Epilogue) -> list[Operand]:
     used = _loads(epilogue)
     own = [o for o in epilogue.operands if not isinstance(o.access, Periodic | Partial)]
     return [o for o in own if o.name in used or o.name not in chosen]
+
+
+def numbered(epilogue: Epilogue) -> dict[Position, str]:
+    """The names of the parameters that are positions."""
+    return {at: f"{NUMBER}{at.axis}{i}" for i, at in enumerate(positions(epilogue))}
 
 
 def by_gemm(epilogue: Epilogue) -> StoreExpr | None:

@@ -1,4 +1,4 @@
-"""Epilogue ops that quack does not have: group statistics, moments, stores of column pairs.
+"""Epilogue ops that quack does not have: positions, group statistics, moments, stores of pairs.
 
 Two more correct quack's: a log Σ exp that is +inf and not NaN for +inf, and a selection by column
 index that is NaN for an index out of range.
@@ -17,6 +17,7 @@ from quack.compile_utils import div_for_dtype, fake_batched
 from quack.epilogue.ops import (
     ColVecReduce,
     ColVecSelect,
+    EpiOp,
     GroupedColStatsBase,
     OnlineLSEReduce,
     TileStore,
@@ -27,6 +28,81 @@ from quack.epilogue.ops import (
 from coda.kernels.device_math import moments_merge, pivot
 
 _F16_NAN = 0x7FFF  # equals no index
+
+
+class Given(EpiOp):
+    """An op whose argument is known when a kernel is compiled: a launch passes nothing."""
+
+    def host_arg_key(self, value: Any) -> Any:
+        return value
+
+    def host_fake_arg(self, key: Any, fctx: Any) -> Any:
+        return key
+
+    def host_call_arg(self, value: Any, key: Any) -> Any:
+        return None
+
+    def host_arg_form(self, value: Any) -> str:
+        return "Const"
+
+    def arg_spec_type(self, const: bool = False) -> Any:
+        return cutlass.Constexpr[int]
+
+    def param_fields(self) -> Any:
+        return [(self.name, object, None)]
+
+    def to_params(self, gemm: Any, args: Any) -> Any:
+        return {self.name: None}
+
+
+class Number(Given):
+    """row // inner % count, or the column, in float32: a `Position` of the Program.
+
+    Rows are those of all matrices of a batch, one matrix after another. It loads nothing.
+
+    Args:
+        name: of the epilogue's parameter.
+        axis: "row" or "column".
+        inner, count: as in `Position`.
+    """
+
+    fn_port = "value"
+
+    def __init__(self, name: str, axis: str, inner: int, count: int) -> None:
+        super().__init__(name)
+        self.axis, self.inner, self.count = axis, inner, count
+
+    def config_key(self) -> Any:
+        return self.axis, self.inner, self.count
+
+    @cute.jit
+    def begin(self, gemm: Any, param: Any, smem_tensor: Any, ctx: Any) -> Any:
+        """The coordinates of a thread's elements in the tile, and the tile's first number."""
+        coordinates = ctx.partition_for_epilogue_fn(
+            cute.make_identity_tensor((ctx.tile_M, ctx.tile_N))
+        )
+        if const_expr(ctx.tiled_copy_t2r is not None):
+            coordinates = ctx.tiled_copy_r2s.retile(coordinates)
+        batch = ctx.tile_coord_mnkl[3]
+        if const_expr(self.axis == "row"):
+            first = ctx.tile_coord_mnkl[0] * ctx.tile_M
+            first = first + batch * ctx.varlen_manager.len_m(batch)
+        else:
+            first = ctx.tile_coord_mnkl[1] * ctx.tile_N
+        return cute.group_modes(coordinates, 3, cute.rank(coordinates)), first
+
+    @cute.jit
+    def begin_loop(self, gemm: Any, state: Any, epi_coord: Any) -> Any:
+        mine = state[0][None, None, None, epi_coord]
+        made = cute.make_rmem_tensor(cute.make_layout(cute.size(mine)), Float32)
+        for i in cutlass.range_constexpr(cute.size(mine)):
+            number = state[1] + mine[i][0 if const_expr(self.axis == "row") else 1]
+            if const_expr(self.inner > 1):
+                number = number // self.inner
+            if const_expr(self.count > 0):
+                number = number % self.count
+            made[i] = Float32(number)
+        return made
 
 
 class GroupSum(GroupedColStatsBase):

@@ -11,35 +11,19 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, const_expr
-from quack.epilogue.ops import EpiOp, RowVecLoad, RowVecReduce
+from quack.epilogue.ops import RowVecLoad, RowVecReduce
+
+from coda.kernels.gemm.ops import Given
 
 COLUMNS = 8  # reduced together over a warp; each lane holds the sum of one of them
 SHARED = 4  # lanes that hold the same sum
 LANES = 32
 
 
-class Pause(EpiOp):
+class Pause(Given):
     """A CTA fence after every few elements, across which ptxas does not schedule."""
 
     fn_port = "apply"
-
-    def host_arg_key(self, value: Any) -> Any:
-        return value
-
-    def host_fake_arg(self, key: Any, fctx: Any) -> Any:
-        return key
-
-    def host_call_arg(self, value: Any, key: Any) -> Any:
-        return None
-
-    def host_arg_form(self, value: Any) -> str:
-        return "Const"
-
-    def arg_spec_type(self, const: bool = False) -> Any:
-        return cutlass.Constexpr[int]
-
-    def param_fields(self) -> Any:
-        return [(self.name, object, None)]
 
     def to_params(self, gemm: Any, args: Any) -> Any:
         gemm.points_between_pauses = getattr(args, self.name)

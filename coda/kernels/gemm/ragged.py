@@ -85,7 +85,7 @@ class _Outside:
                 if expr not in self.known:
                     self.known[expr] = self.computed(expr)
                 return self.known[expr]
-        return ()
+        return ()  # also of a position, which is finite, but may be any number
 
     def loaded(self, access: Access) -> tuple[float, ...]:
         """The sample numbers of a load."""

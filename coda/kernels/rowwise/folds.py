@@ -14,7 +14,7 @@ from dataclasses import replace
 from coda.ir.dims import ONE
 from coda.ir.monoids import MONOIDS
 from coda.kernels.lines import safe, stored
-from coda.kernels.rowwise.pieces import LANES, fold_warps
+from coda.kernels.rowwise.pieces import COLUMN, LANES, fold_warps, reads_columns
 from coda.kernels.rowwise.plan import has_planes
 from coda.kernels.rowwise.statistics import Statistics
 from coda.kernels.rowwise.sweeps import INDENT, indented
@@ -108,6 +108,9 @@ class Folds(Statistics):
             self.rows.add("load")
             x = safe(p.name)
             out.append(f"{x}{p.suffix} = load({x}, {p.row}, {p.at}, {p.size})")
+        if reads_columns(list(exprs)):
+            self.rows.add("numbers")
+            out.append(f"{COLUMN}_v = numbers(0, 1)")
         return out
 
     # CTAs that only merge partials over rows.

@@ -42,6 +42,14 @@ def load(x: Any, row: Any, index: Any, count: int) -> Any:
     return wide(held)
 
 
+def numbers(index: Any, count: int) -> Any:
+    """The numbers of the columns of vector `index`, in float32: index · count + 0, 1, …"""
+    made = vector(count)
+    for i in range(count):
+        made[i] = Float32(index * count + i)
+    return made
+
+
 def by_row(x: Any) -> Any:
     """[..., columns], whose other axes are those of the rows from inner to outer, as a matrix."""
     return cute.group_modes(x, 0, cute.rank(x) - 1)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from coda.ir.scalars import SCALARS
+from coda.kernels.lines import NUMBER
 from coda.kernels.rowwise.mainloop import Rowwise
 from coda.lowering.program.access import (
     ColumnVector,
@@ -30,12 +31,13 @@ from coda.lowering.program.access import (
     Tile,
 )
 from coda.lowering.program.body import Body
-from coda.lowering.program.epilogue import Call, Epilogue, Expr, Literal, Load, Stat
+from coda.lowering.program.epilogue import Call, Epilogue, Expr, Literal, Load, Position, Stat
 from coda.lowering.program.memory import held_in
 from coda.lowering.program.program import Program
 
 LANES = 32
 FOLD_WARPS = 8  # warps of a CTA that merges partial sums of 32 rows
+COLUMN = NUMBER + "column"  # the variable of a vector of column numbers
 _MOST = 8
 
 
@@ -153,6 +155,11 @@ def vector_length(epilogue: Epilogue, pieces: Sequence[Piece]) -> int:
 def stats_of(expr: Expr | None) -> set[str]:
     """The statistics that an expression reads."""
     return {s.name for s in leaves_of_kind(expr, Stat)}
+
+
+def reads_columns(exprs: list[Expr]) -> bool:
+    """Whether expressions read the number of the column."""
+    return any(p.axis == "column" for e in exprs for p in leaves_of_kind(e, Position))
 
 
 def loads_of(exprs: list[Expr]) -> set[str]:

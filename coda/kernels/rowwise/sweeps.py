@@ -25,13 +25,15 @@ from dataclasses import dataclass, field
 from typing import assert_never
 
 from coda.ir.monoids import MONOIDS
-from coda.kernels.lines import Lines, safe
+from coda.kernels.lines import NUMBER, Lines, safe
 from coda.kernels.rowwise.mainloop import Rowwise
 from coda.kernels.rowwise.pieces import (
+    COLUMN,
     Piece,
     leaves_of_kind,
     loads_of,
     pieces_of,
+    reads_columns,
 )
 from coda.kernels.rowwise.plan import by_row, every_expr, plan_of, reads, vector_lengths
 from coda.lowering.program.access import (
@@ -50,8 +52,10 @@ from coda.lowering.program.epilogue import (
     Expr,
     Load,
     Operand,
+    Position,
     Stat,
     Statistic,
+    positions,
 )
 from coda.lowering.program.program import Program
 
@@ -135,7 +139,15 @@ class Sweeps:
                 return self.load(self.kinds[name], lane)
             case Stat(name=name, plane=plane):
                 return f"{name}_{plane}" if plane else name
+            case Position(axis="column"):
+                return f"{COLUMN}_v{self.tag}[j]"
+            case Position():
+                return self.row_number(expr)
         raise AssertionError(expr)
+
+    def row_number(self, at: Position) -> str:
+        """The variable of a number of the row."""
+        return f"{NUMBER}row_{at.inner}_{at.count}"
 
     def load(self, operand: Operand, lane: int) -> str:
         name, tag = safe(operand.name), self.tag
@@ -175,6 +187,10 @@ class Sweeps:
             if isinstance(o.access, ColumnVector | OneElement) and o.name in names:
                 row = "row" if o.access.varies_with_row else "0"
                 lines.append(f"{safe(o.name)}_0 = {safe(o.name)}[{row}, 0].to(Float32)")
+        for at in (p for p in positions(self.epilogue) if p.axis == "row"):
+            number = f"row // {at.inner}" if at.inner > 1 else "row"
+            number += f" % {at.count}" if at.count else ""
+            lines.append(f"{self.row_number(at)} = Float32({number})")
         return lines
 
     def with_groups(self, exprs: Iterable[Expr | None]) -> list[Expr | None]:
@@ -298,6 +314,10 @@ class Sweeps:
             source = f"{held}[{self.slot}]" if held else f"{x}_r{p.suffix}{tag}[{k}]"
             values.append(f"{x}{p.suffix}{tag} = wide({source})")
         self.rows |= {"vectors", "fill", "wide"} if loads else {"wide"} if values else set()
+        if reads_columns(exprs):
+            self.rows.add("numbers")
+            of = f"numbers({self.shifted(f'index{tag}', piece)}, {self.vec})"
+            values.append(f"{COLUMN}_v{tag} = {of}")
         rest = [*work.rooms, f"for j in cutlass.range_constexpr({self.vec}):"]
         rest += [*indented(work.inner), *work.after]
         out += each(loads) if loads else []

@@ -21,7 +21,7 @@ from math import prod
 
 import numpy as np
 
-from coda.ir.dims import ONE, product
+from coda.ir.dims import ONE, broadcast, product
 from coda.ir.graph import (
     Cast,
     Concat,
@@ -37,10 +37,11 @@ from coda.ir.graph import (
     Slice,
 )
 from coda.ir.monoids import MONOIDS
-from coda.ir.scalars import CHOICE
+from coda.ir.scalars import CHOICE, SUM
 from coda.ir.types import f32
 from coda.lowering.algebra.roles import base
 from coda.lowering.placement.arrays import any_set, distinct
+from coda.lowering.placement.positions import along
 from coda.lowering.placement.space_state import GroupStatistic, RowStatistic, SpaceState, is_number
 from coda.lowering.placement.values import (
     LEAF,
@@ -53,7 +54,7 @@ from coda.lowering.placement.values import (
     combine,
     spread,
 )
-from coda.lowering.program.epilogue import Acc, Literal, Load, Stat
+from coda.lowering.program.epilogue import Acc, Call, Literal, Load, Position, Stat
 
 GROUPED = "a matrix with one element for each group of columns"
 
@@ -126,6 +127,12 @@ class Space(SpaceState):
 
     def operand(self, node: Node, columns: int) -> Value:
         """The value of an operand of an elementwise operation with `columns` column axes."""
+        if node in self.positions:
+            try:
+                return self._position(node, columns)
+            except Refused:
+                if node not in self.weights:
+                    raise
         name = self.leaf(node)
         if isinstance(node, Const | Size) and name is None:
             value = node.value if isinstance(node, Const) else self.size(node.dim)
@@ -168,6 +175,32 @@ class Space(SpaceState):
         source = np.full(value.count, self.sources.index(node))
         value.leaves = np.stack([source, index], 1)[:, None]
         return value
+
+    def _position(self, node: Node, columns: int) -> Value:
+        """The value of a node of `positions`, which loads nothing. Raises Refused."""
+        match node:
+            case Map(fn=fn, args=args):
+                return combine(self, fn, [self.operand(a, columns) for a in args])
+            case Cast(arg=arg):
+                return self._cast(node, self.operand(arg, columns))
+            case _:
+                found = along(node, self.sizes)
+        if -found.axis <= columns:
+            shape = (1,) * (columns + found.axis) + (self.size(found.size),)
+            return self._source(shape + (1,) * (-found.axis - 1), node)
+        axes = node.shape[: node.rank - columns] if columns else node.shape
+        fitting = [axes] if product(axes) == self.rows else [*self.leads]
+        fitting = [lead for lead in fitting if broadcast(axes, lead) == lead]
+        if len(fitting) != 1:
+            raise Refused("its leading axes are not the rows of the kernel")
+        (lead,) = fitting
+        at = len(lead) + found.axis + columns
+        count = ONE if product(lead[:at]) == ONE else lead[at]
+        inner = self.size(product(lead[at + 1 :]))
+        number = Position("row", inner, 0 if count == ONE else self.size(count))
+        first = Literal(float(found.first))
+        expr = Call(SUM, (number, first)) if found.first else number
+        return self.at((1,) * columns, expr, None)
 
     # Operations.
 

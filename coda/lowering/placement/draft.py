@@ -131,6 +131,7 @@ class Drafts:
     piece_of: dict[Node, Node] = field(default_factory=dict[Node, Node])
     stacked: set[Node] = field(default_factory=set[Node])
     weights: set[Node] = field(default_factory=set[Node])
+    positions: set[Node] = field(default_factory=set[Node])
     siblings: dict[Node, tuple[Contract, ...]] = field(
         default_factory=dict[Node, tuple[Contract, ...]]
     )
@@ -168,7 +169,7 @@ class Drafts:
         self.opened += 1
         draft = Draft(kind, (index, self.opened), space, contracts)
         space.leaf = lambda n: self.leaf(n, draft)
-        space.weights = self.weights
+        space.weights, space.positions = self.weights, self.positions
         self.drafts.append(draft)
         self.behind.setdefault(index, []).append(draft)
         return draft

@@ -34,6 +34,7 @@ from coda.lowering.algebra.roles import (
     gemms,
     in_order,
     is_pointwise,
+    position_nodes,
     row_axes,
     row_symbols,
     stacks,
@@ -66,6 +67,7 @@ class Partition(Materialisation):
         self.weights = weight_nodes(nodes, self.per_call)
         contracts = [n for n in gemms(nodes) if n not in self.weights]
         self.tokens, self.rows = row_symbols(nodes), row_axes(contracts, self.graph.inputs)
+        self.positions = position_nodes(nodes, self.known)
         uses = Uses.of(contracts, nodes, self.graph.roots, self.weights, self.part_of)
         groups = group_siblings(contracts, uses)
         seconds = partial(seconds_of, self.target)
@@ -186,10 +188,9 @@ class Partition(Materialisation):
         """
         self.settle(operand, draft)
         home = self.home.get(operand)
-        known = home is draft or isinstance(operand, Const | Size)
+        known = home is draft or isinstance(operand, Const | Size) or operand in self.positions
+        known = known or operand in draft.space.values
         if known or self.leaf(operand, draft) is not None:
-            return
-        if operand in draft.space.values:
             return
         again = is_pointwise(operand)
         try:

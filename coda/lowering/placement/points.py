@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import Node, Slice
-from coda.ir.scalars import AT_MOST, CHOICE
+from coda.ir.scalars import AT_MOST, CHOICE, SUM
 from coda.ir.types import DType, f32
 from coda.lowering.placement.arrays import classes, constant, distinct, rows_are_equal, taken
 from coda.lowering.placement.columns import GROUPED, Space
+from coda.lowering.placement.positions import along
 from coda.lowering.placement.values import (
     LEAF,
     NO_LANE,
@@ -48,6 +49,7 @@ from coda.lowering.program.epilogue import (
     Literal,
     Load,
     Operand,
+    Position,
 )
 
 
@@ -179,10 +181,13 @@ class Points:
 
     # Row operands.
 
-    def vector(self, leaf: Ints) -> Load:
-        """The load of `leaf` [points, 2], the (source, index) of one vector element per point."""
+    def vector(self, leaf: Ints) -> Expr:
+        """The value of `leaf` [points, 2], the (source, index) of one vector element per point."""
         source, index = leaf[:, 0], leaf[:, 1]
         sources = self.space.sources
+        number = self.number(source, index)
+        if number is not None:
+            return number
         tables = {s for s in distinct(source) if s >= 0 and sources[s] in self.space.tables}
         if tables:
             return self.table(source, index, tables)
@@ -190,6 +195,20 @@ class Points:
         if key not in self.vectors:
             self.vectors[key] = self.lane_of_row(Packed("", source, index))
         return Load(*self.vectors[key])
+
+    def number(self, source: Ints, index: Ints) -> Expr | None:
+        """A vector that is the number of the column, plus a constant; None for any other."""
+        used = np.flatnonzero(source >= 0)
+        known = distinct(source.take(used))
+        if self.split is not None or len(known) != 1:
+            return None
+        node = self.space.sources[known[0]]
+        away = index.take(used) - used
+        if node not in self.space.positions or not rows_are_equal(away):
+            return None
+        first = along(node, self.space.sizes).first + int(away[0])
+        column = Position("column")
+        return Call(SUM, (column, Literal(float(first)))) if first else column
 
     def constant(self, numbers: NDArray[np.float64]) -> Load:
         """The load of a packed vector of constants, [points]."""
@@ -308,7 +327,7 @@ class Points:
         return Tile(Span(self.space.offsets[name], columns))
 
 
-def at_point(expr: Expr, lanes: tuple[int, ...], names: list[Load], memo: dict[Call, Expr]) -> Expr:
+def at_point(expr: Expr, lanes: tuple[int, ...], names: list[Expr], memo: dict[Call, Expr]) -> Expr:
     """An element's expression at a point: slots become lanes, row leaves become loads."""
     match expr:
         case Acc(lane=lane):

@@ -84,6 +84,7 @@ class SpaceState:
         sizes: the sizes of all symbols on which columns may depend.
         leaf: node -> name under which the kernel loads it; None if it does not.
         weights: the weights of the graph, known before the call.
+        positions: nodes that follow from where an element is.
         accumulators: contraction of this GEMM -> its first column.
         whole_rows: whether the kernel is row-wise, so that it can read its own row statistics.
         batched: whether its rows are those of the matrices of a batch, one matrix after another.
@@ -108,6 +109,7 @@ class SpaceState:
     sizes: Mapping[str, int]
     leaf: Callable[[Node], str | None] = lambda node: None
     weights: Collection[Node] = ()
+    positions: Collection[Node] = ()
     accumulators: Mapping[Node, int] = field(default_factory=dict[Node, int])
     whole_rows: bool = False
     batched: bool = False

@@ -48,6 +48,26 @@ class Stat:
     plane: str | None = None
 
 
+@dataclass(frozen=True)
+class Position:
+    """A number that follows from where the point is: row // inner % count, or its column.
+
+    Attributes:
+        axis: "row" or "column", of the kernel. Column numbers are those of single columns.
+        inner: rows for which the number stays the same. In a kernel of rows [b, h, s] the number of
+            the head has inner s and count h, that of the token 1 and s.
+        count: it begins at 0 again after so many numbers; 0 if it never does.
+    """
+
+    axis: str
+    inner: int = 1
+    count: int = 0
+
+    def __str__(self) -> str:
+        inner = f"//{self.inner}" if self.inner > 1 else ""
+        return self.axis + inner + (f"%{self.count}" if self.count else "")
+
+
 @dataclass(frozen=True, eq=False)
 class Literal:
     """A constant. Compared by repr: -0.0 differs from 0.0, and NaN equals NaN."""
@@ -95,7 +115,7 @@ class Call(metaclass=_InternedExpr):
         return f"<{self.fn} of {len(self.args)}, {self.depth} deep>"
 
 
-Expr = Acc | Load | Stat | Literal | Call
+Expr = Acc | Load | Stat | Position | Literal | Call
 
 
 @dataclass(frozen=True)
@@ -338,6 +358,13 @@ def calls(exprs: Iterable[Expr]) -> list[Call]:
     for expr in exprs:
         visit(expr)
     return list(found)
+
+
+def positions(epilogue: Epilogue) -> list[Position]:
+    """The distinct positions that an Epilogue reads, in a fixed order."""
+    exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
+    exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
+    return sorted((e for e in leaves(exprs) if isinstance(e, Position)), key=str)
 
 
 def stat_names(exprs: Iterable[Expr]) -> set[str]:

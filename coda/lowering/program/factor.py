@@ -28,6 +28,7 @@ from coda.lowering.program.epilogue import (
     Expr,
     Literal,
     Load,
+    Position,
     Stat,
     calls,
     leaves,
@@ -98,6 +99,8 @@ def factored_epilogue(epilogue: Epilogue) -> Epilogue:
     def once(leaf: Expr) -> bool:
         if isinstance(leaf, Load):
             return leaf.operand in once_a_row
+        if isinstance(leaf, Position):
+            return leaf.axis == "row"
         return isinstance(leaf, Stat) and leaf.name not in groups
 
     results = [*epilogue.stores, *epilogue.sinks]

@@ -37,6 +37,7 @@ from coda.lowering.program.epilogue import (
     Load,
     Operand,
     PickColumn,
+    Position,
     Stat,
     calls,
 )
@@ -179,6 +180,8 @@ def _name(expr: Expr | None, names: dict[Expr, str]) -> str:
             return f"{name}.{lane}" if lane else name
         case Stat(name=name, plane=plane):
             return f"{name}.{plane}" if plane else name
+        case Position():
+            return str(expr)
         case Literal(value=value):
             return f"{value:g}"
         case Call():

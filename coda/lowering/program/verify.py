@@ -10,7 +10,7 @@ from coda.ir.dims import product
 from coda.ir.graph import Cast, Const, Expand, Input, Iota, Node, Size
 from coda.lowering.algebra.roles import is_view
 from coda.lowering.program.access import Line, Partial
-from coda.lowering.program.epilogue import SumRows
+from coda.lowering.program.epilogue import SumRows, positions
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
 
@@ -37,6 +37,7 @@ class _Check:
             for node in kernel.reads():
                 self.known(node, f"the kernel `{kernel.name}`")
             self.operands(kernel)
+            self.positions(kernel)
             self.sinks(kernel)
             self.written.update(kernel.writes())
         for name, node in self.program.outputs:
@@ -77,6 +78,12 @@ class _Check:
             if elements != down * along:
                 found = f"{elements} elements where it loads {down} x {along}"
                 raise self.fault(f"{who} reads `{name}`, which has {found}")
+
+    def positions(self, kernel: Kernel[Any]) -> None:
+        """Check that no kernel of column pairs reads numbers of single columns."""
+        epilogue = kernel.body.epilogue
+        if epilogue.pair and any(p.axis == "column" for p in positions(epilogue)):
+            raise self.fault(f"the kernel `{kernel.name}` of column pairs reads a column's number")
 
     def sinks(self, kernel: Kernel[Any]) -> None:
         """Check that reductions and picks of columns are in a kernel that has tiles."""
