@@ -140,6 +140,22 @@ def test_sums_over_rows(columns, arch):
     hold_sums(summed, (y, w), arch)
 
 
+@coda.block
+def unread(y: T["M N"], z: T["M N"]):
+    """Sums over rows beside statistics that no column reads: a row need not be held."""
+    return {"dot": coda.sum(y * z), "dy": coda.sum(y, axis=0), "dz": coda.sum(z * y, axis=0)}
+
+
+@SLOW
+@pytest.mark.parametrize("arch", ARCHS)
+def test_sums_over_rows_that_are_not_held(arch):
+    (found, *_) = plans(unread, {"M": 8, "N": 18440})
+    assert (found.threads, found.summed, found.held) == (512, True, False)
+    g = torch.Generator().manual_seed(0)
+    y, z = (torch.randn(67, 18440, generator=g).bfloat16() for _ in range(2))
+    hold_sums(unread, (y, z), arch)
+
+
 @SLOW
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("count", "size"), [(3, 64), (5, 128), (9, 256)])

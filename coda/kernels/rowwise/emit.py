@@ -23,7 +23,7 @@ from coda.kernels.lines import safe, stored
 from coda.kernels.rowwise.folds import TOTAL_WARPS, Folds
 from coda.kernels.rowwise.mainloop import Rowwise
 from coda.kernels.rowwise.pieces import LANES, Piece, fold_warps
-from coda.kernels.rowwise.plan import TALL_ROWS, TALL_WARPS
+from coda.kernels.rowwise.plan import TALL_ROWS, TALL_WARPS, covers
 from coda.kernels.rowwise.sweeps import INDENT, VectorWork, indented
 from coda.lowering.program.access import Line, Partial
 from coda.lowering.program.epilogue import Expr, Statistic, StoreExpr, SumRows
@@ -146,9 +146,7 @@ class _RowwiseEmitter(Folds):
 
     def inside(self, item: StoreExpr | SumRows, piece: Piece) -> bool:
         """Whether a store or a sink covers the columns of a piece."""
-        first = self.begin(item.span)
-        count = item.span.width // self.lanes if item.span else self.points
-        return first <= piece.first < first + count
+        return covers(self.epilogue, item.span, piece)
 
     def stored(self, piece: Piece, late: Sequence[Statistic], count: int) -> VectorWork:
         """The work that computes the stores of a piece, its sums over rows, and statistics."""

@@ -13,8 +13,8 @@ The arithmetic, for rows of B bytes in their tiles (all matrices with a row for 
 
 A kernel with sums over rows has a vector for each thread as long as 512 threads are enough, and
 walks through the rows of a block: a thread has the same columns in each, and their sums in
-registers (at most 64, with what is loaded). A row then is read once too. Wider ones first compute
-the statistics of a block's rows, and then its columns, which reads memory again.
+registers (at most 80, with a row that has to be held). A row then is read once too. Wider ones
+first compute the statistics of a block's rows, and then its columns, which reads memory again.
 
 RMSNorm of 4096 bf16 columns: 8192 bytes are 64 registers of a warp, and 32 of 64 threads.
 """
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from coda.ir.monoids import MONOIDS
 from coda.kernels.rowwise.mainloop import Rowwise
 from coda.kernels.rowwise.pieces import LANES, Piece, loads_of, pieces_of, stats_of, vector_length
-from coda.lowering.program.access import Grouped, Periodic, RowVector, Tile
+from coda.lowering.program.access import Grouped, Periodic, RowVector, Span, Tile
 from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import Epilogue, Expr, Operand, Statistic
 from coda.lowering.program.program import Program
@@ -36,7 +36,7 @@ TALL_ROWS = 64  # rows of a CTA that sums over rows
 TALL_WARPS = 8  # warps of such a CTA, or more if its rows have more
 SHARED = 192  # bytes of tiles for each thread, by which the threads of a row are chosen
 MOST_HELD = 64  # registers for a row that stays in them
-SUMMED = 64  # registers for sums over rows, and for what they are computed of
+SUMMED = 80  # registers for sums over rows, and for a row that is held beside them
 AT_ONCE = 32  # registers, and elements, of the vectors that are loaded before they are used
 _MOST_THREADS = 512
 _STREAMING = 1024  # threads of a row that is read again
@@ -117,13 +117,15 @@ def _tall(
     threads = LANES
     while threads < min(vectors, _MOST_THREADS):
         threads *= 2
-    sums = sum(len(s.lanes) for s in epilogue.row_sums)
-    slots = sum(-(-p.count // (vector * threads)) for p in pieces)
-    need = sums * vector * slots + held_registers(epilogue, pieces, lengths, threads)
+    held = sweeps > 1
+    need = held_registers(epilogue, pieces, lengths, threads) if held else 0
+    for piece in pieces:
+        sums = sum(len(s.lanes) for s in epilogue.row_sums if covers(epilogue, s.span, piece))
+        need += sums * vector * -(-piece.count // (vector * threads))
     if need <= SUMMED:
         rows = max(1, TALL_WARPS * LANES // threads)
-        depth = at_once(epilogue, vector, held=True)
-        return RowPlan(threads, rows, TALL_ROWS, depth, True, True, 1)
+        depth = at_once(epilogue, vector, held=held)
+        return RowPlan(threads, rows, TALL_ROWS, depth, held, True, 1)
     rows, depth = teams(pieces, vector), at_once(epilogue, vector, held=False)
     return RowPlan(LANES, rows, TALL_ROWS, depth, False, False, len(levels_of(epilogue)) + 1)
 
@@ -150,6 +152,14 @@ def row_parts(body: Body, width: int, rows: int) -> int:
     """The number of partials of a sum over the rows of a row-wise kernel."""
     found = plan_of(body, pieces_of(body, width))
     return max(1, -(-rows // found.block) * found.rows)
+
+
+def covers(epilogue: Epilogue, span: Span | None, piece: Piece) -> bool:
+    """Whether a tensor with such a span has the columns of a piece."""
+    if span is None:
+        return True
+    first = span.first // epilogue.lanes
+    return first <= piece.first < first + span.width // epilogue.lanes
 
 
 def by_row(operand: Operand) -> bool:

@@ -343,7 +343,8 @@ class Sweeps:
         out: list[str] = []
         first = "0"
         if turns:
-            first, head = f"turn * {depth}", "range_constexpr" if self.plan.held else "range"
+            unrolled = self.plan.held or self.plan.summed  # each vector has registers of its own
+            first, head = f"turn * {depth}", "range_constexpr" if unrolled else "range"
             self.next()
             lines = self.several(piece, make, "0" if turns == 1 else first, depth)
             loop = [f"for turn in cutlass.{head}({turns}):", *indented(lines)]
