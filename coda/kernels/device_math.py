@@ -339,18 +339,14 @@ def _product(a: Any, count: int) -> Any:
     return half * half * a if count % 2 else half * half
 
 
-def _nan_first(x: Any, y: Any, larger: Any) -> Any:
-    return cutlass.select_(x != x, x, cutlass.select_(y != y, y, larger))
-
-
 def maximum(a: Any, b: Any) -> Any:
     """The larger of two values; NaN if either is NaN."""
-    return lanes(lambda x, y: _nan_first(x, y, cute.arch.fmax(x, y)), _f(a), _f(b))
+    return lanes(lambda x, y: cute.arch.fmax(x, y, nan=True), _f(a), _f(b))
 
 
 def minimum(a: Any, b: Any) -> Any:
     """The smaller of two values; NaN if either is NaN."""
-    return lanes(lambda x, y: _nan_first(x, y, cute.arch.fmin(x, y)), _f(a), _f(b))
+    return lanes(lambda x, y: cute.arch.fmin(x, y, nan=True), _f(a), _f(b))
 
 
 def clamp(a: Any, low: Any, high: Any) -> Any:
