@@ -98,7 +98,8 @@ def plan_of(body: Body, pieces: tuple[Piece, ...], *, padded: bool = False) -> R
     if epilogue.sinks:
         return _tall(epilogue, pieces, lengths, sweeps)
     counts = (32, 64, 128, 256, _MOST_THREADS)
-    need = {t: held_registers(epilogue, pieces, lengths, t) for t in counts}
+    words = row_words(epilogue, pieces, lengths)
+    need = {t: held_registers(words, t) for t in counts}
     threads = next((t for t in counts if need[t] * 4 <= SHARED), _MOST_THREADS)
     held = sweeps > 1 and need[threads] <= MOST_HELD
     if not held:
@@ -118,7 +119,8 @@ def _tall(
     while threads < min(vectors, _MOST_THREADS):
         threads *= 2
     held = sweeps > 1
-    need = held_registers(epilogue, pieces, lengths, threads) if held else 0
+    words = row_words(epilogue, pieces, lengths) if held else []
+    need = held_registers(words, threads)
     for piece in pieces:
         sums = sum(len(s.lanes) for s in epilogue.row_sums if covers(epilogue, s.span, piece))
         need += sums * vector * -(-piece.count // (vector * threads))
@@ -180,20 +182,24 @@ def registers(operand: Operand, lanes: int, vector: int) -> int:
             return 0
 
 
-def held_registers(
-    epilogue: Epilogue, pieces: tuple[Piece, ...], lengths: tuple[int, ...], threads: int
-) -> int:
-    """The registers of a thread for a whole row of each operand with rows, of `threads` threads."""
-    found = 0
+def row_words(
+    epilogue: Epilogue, pieces: tuple[Piece, ...], lengths: tuple[int, ...]
+) -> list[tuple[int, int]]:
+    """(vectors, registers of one vector of each operand with rows) of each piece."""
+    found: list[tuple[int, int]] = []
+    exprs = every_expr(epilogue)
     for piece, vector in zip(pieces, lengths, strict=True):
-        names = loads_of([piece.special(e) for e in every_expr(epilogue)])
-        words = sum(
-            registers(o, epilogue.lanes, vector)
-            for o in epilogue.operands
-            if by_row(o) and o.name in names
-        )
-        found += words * -(-piece.count // (vector * threads))
+        memo: dict[Expr, Expr] = {}
+        names = loads_of([piece.special(e, memo) for e in exprs])
+        own = [o for o in epilogue.operands if by_row(o) and o.name in names]
+        words = sum(registers(o, epilogue.lanes, vector) for o in own)
+        found.append((piece.count // vector, words))
     return found
+
+
+def held_registers(words: list[tuple[int, int]], threads: int) -> int:
+    """The registers of a thread for a whole row of each operand with rows, of `threads` threads."""
+    return sum(each * -(-vectors // threads) for vectors, each in words)
 
 
 def at_once(epilogue: Epilogue, vector: int, *, held: bool) -> int:
