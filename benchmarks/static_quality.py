@@ -20,7 +20,7 @@ from coda.kernels.gemm.mainloop import gemms
 from coda.lowering.compiler import lower
 from coda.lowering.configure import size_partials
 from coda.lowering.program.target import Config, find_target
-from coda.runtime.compile import captured, compile_kernel
+from coda.runtime.compile import captured, compile_kernel, compiling_environment
 from coda.runtime.dry_run import without_driver
 from coda.runtime.sass import usage
 
