@@ -5,6 +5,10 @@ that are no multiple of a vector or of the threads' vectors, statistics of heads
 beside stores, and sums over rows. The simulator's counts show how often a row is read.
 """
 
+import re
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -163,3 +167,41 @@ def test_sums_over_rows_of_heads(count, size, arch):
     g = torch.Generator().manual_seed(0)
     y, w = (torch.randn(*s, generator=g).bfloat16() for s in ((67, count * size), (size,)))
     hold_sums(heads, (y, w), arch)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def documented():
+    """(arch, kernel) -> the cells of the tables of docs/rows.md."""
+    found, arch = {}, ""
+    for line in (ROOT / "docs/rows.md").read_text().splitlines():
+        if line.startswith("### "):
+            arch = line.removeprefix("### ")
+        elif arch and re.match(r"\| [a-z]", line) and not line.startswith("| kernel"):
+            name, *cells = line.strip("| ").split(" | ")
+            found[arch, name] = [None if c == "–" else float(c) for c in cells]
+    return found
+
+
+def test_the_table_beside_quack():
+    """Each row is read once, and nothing is spilled; widths and threads are those of the plan."""
+    rows = runpy.run_path(str(ROOT / "benchmarks/rows.py"))
+    table = documented()
+    assert table.keys() == {(a, n) for a in ARCHS for n in rows["BLOCKS"]}
+    for (arch, name), cells in table.items():
+        program = rows["program_of"](name, arch)
+        (kernel,) = [k for k in program.kernels if k.kind is ROWWISE]
+        assert cells[0] == kernel.mainloop.width == rows["width_of"](name)
+        assert cells[2] == plan(program, kernel).threads
+        assert (cells[-2], cells[-1]) == (0, 1.0)
+
+
+@SLOW
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "layer_norm", "softmax", "logsumexp", "dlogits", "rope_backward"]
+)
+def test_rows_are_moved_once(name, arch):
+    rows = runpy.run_path(str(ROOT / "benchmarks/rows.py"))
+    assert rows["moved"](name, arch) <= 1.05
