@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from coda.ir.scalars import SCALARS
 from coda.kernels.rowwise.mainloop import Rowwise
-from coda.kernels.rowwise.pieces import LANES
-from coda.kernels.rowwise.plan import plan, resident_rows
+from coda.kernels.rowwise.plan import every_expr, plan, resident_rows
 from coda.lowering.program.access import Periodic, Tile
 from coda.lowering.program.cost import operand_bytes, traffic
 from coda.lowering.program.epilogue import calls
@@ -55,13 +54,14 @@ def _missing(program: Program, kernel: Rowwise) -> float:
 
 
 def _instructions(program: Program, kernel: Rowwise, sweeps: int) -> tuple[float, float]:
-    """Instructions of threads, and those of them for the special-function unit."""
+    """Instructions of threads, and those for the special-function unit, of what has columns."""
     epilogue = kernel.body.epilogue
-    exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
-    exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
+    exprs = every_expr(epilogue)
+    if not exprs:  # it only merges what earlier kernels left
+        return 0.0, 0.0
     functions = [SCALARS[c.fn] for c in calls(exprs)]
     rows, columns = kernel.mainloop.points(program.sizes)
-    points = rows * max(columns, LANES) / epilogue.lanes
+    points = rows * columns / epilogue.lanes
     moves = MOVES * epilogue.lanes * (len(epilogue.tiles) * sweeps + len(epilogue.stores))
     return (
         points * (sum(f.flops for f in functions) + moves),
