@@ -1,7 +1,9 @@
 """Writes docs/model.md: constants, errors, the examples beside cuBLAS, and which decisions flip.
 
-`python benchmarks/model_page.py` takes some minutes, and needs no GPU. The page's head and what is
-between its tables is written by hand; a table stands between `<!-- name -->` and `<!-- end -->`.
+`python benchmarks/model_page.py` takes ten minutes, eight of them for `held_out`, and needs no GPU.
+`python benchmarks/model_page.py examples slower` writes these tables alone. The page's head and
+what is between its tables is written by hand; a table stands between `<!-- name -->` and
+`<!-- end -->`.
 """
 
 import re
@@ -9,6 +11,7 @@ import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -17,8 +20,10 @@ import stages
 
 from coda.kernels.gemm.configs import ranked
 from coda.kernels.gemm.mainloop import gemms
+from coda.lowering import compiler
 from coda.lowering.explain import Explanation
 from coda.lowering.program import cublas
+from coda.lowering.program.cost import HELD, held_bytes, kernel_time, prepare_bytes
 from coda.lowering.program.target import find_target
 from coda.lowering.program.text import show_config
 
@@ -156,22 +161,24 @@ def rowwise():
     return table(["kernel", "MB", "MB again", "measured", "modelled", "error"], rows)
 
 
-def examples(names=tuple(stages.EXAMPLES)):
+def examples():
     """Each example beside cuBLAS with the rest fused: modelled µs, and the quotient."""
-    rows = []
-    for name in names:
-        for count in ROWS:
-            parts = {}
-            for gpu in GPUS:
-                for part, program in stages.programs(name, gpu, M=count):
-                    parts.setdefault(part, []).append(Explanation(program))
-            for part, found in parts.items():
-                cells = [
-                    f"{e.seconds * 1e6:.0f} / {e.baseline * 1e6:.0f} = {e.seconds / e.baseline:.2f}"
-                    for e in found
-                ]
-                rows.append([name, part, count, *cells])
+    rows = [row for name in stages.EXAMPLES for row in beside(name, name)]
+    rows += beside("Llama-3.2-1B", "llama_layer", D=2048, F=8192, H=32, G=8, d=64)
     return table(["example", "part", "rows", *GPUS], rows)
+
+
+def beside(shown, name, **sizes):
+    """The rows of an example."""
+    for count in ROWS:
+        parts = {}
+        for gpu in GPUS:
+            for part, program in stages.programs(name, gpu, M=count, **sizes):
+                parts.setdefault(part, []).append(Explanation(program))
+        for part, found in parts.items():
+            times = [(e.seconds, e.baseline) for e in found]
+            cells = [f"{a * 1e6:.0f} / {b * 1e6:.0f} = {a / b:.2f}" for a, b in times]
+            yield [shown, part, count, *cells]
 
 
 def slower():
@@ -220,13 +227,48 @@ def flips():
     return table(["GPU", "constant", "-10 %", "+10 %", "of GEMMs"], rows)
 
 
+def choices():
+    """How many Programs of the examples move if laws are chosen by another price."""
+    rows = []
+    for gpu in ("H200", "B200"):
+        found = [p for n in stages.EXAMPLES for _, p in stages.programs(n, gpu)]
+        target = find_target(gpu)
+        changes = {"modelled time for bytes and launches": target}
+        for factor, sign in ((0.9, "-"), (1.1, "+")):
+            changes[f"bandwidth {sign}10 %"] = replace(target, bandwidth=target.bandwidth * factor)
+            changes[f"launch {sign}10 %"] = replace(target, launch=target.launch * factor)
+        for name, other in changes.items():
+            by_time = other is target
+            count = sum(str(again(p, other, by_time=by_time)) != str(p) for p in found)
+            rows.append([gpu, name, count, len(found)])
+    return table(["GPU", "price", "move", "of Programs"], rows)
+
+
+def again(program, target, *, by_time):
+    """A Program lowered for another GPU, and if asked with its laws chosen by modelled time."""
+    price, bound = compiler.price, compiler.least_price
+    with (
+        patch.object(compiler, "price", seconds if by_time else price),
+        patch.object(compiler, "least_price", (lambda *_, **__: 0.0) if by_time else bound),
+    ):
+        options = {"frozen": program.frozen, "policy": program.policy}
+        return compiler.lower(program.graph, program.sizes, target, **options)
+
+
+def seconds(program):
+    """The price of a Program by modelled time; prepared weights count as in `cost.price`."""
+    made = 0 if program.frozen else prepare_bytes(program) + HELD * held_bytes(program)
+    times = sum(kernel_time(program, k).seconds for k in program.kernels)
+    return times + made / program.target.rates.bandwidth
+
+
 def tile(config):
     """A config without the depths of its pipelines, in words."""
     return show_config(replace(config, loads=0, stores=0))
 
 
 QUICK = (constants, sets, tiles, layers, published, attention, rowwise)
-SLOW = (held_out, examples, slower, flips)
+SLOW = (held_out, examples, slower, flips, choices)
 
 
 def renewed(text, writers):
