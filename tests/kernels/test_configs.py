@@ -90,7 +90,7 @@ def test_configs_are_refused_with_a_reason():
 
 def test_tensor_memory_has_one_accumulator_of_512_columns():
     program, kernel = program_of(plain, "sm_100a", M=8192, K=512, N=4096)
-    offers = {o.config: o.pipeline for o in choice(program, kernel).offers}
+    offers = {replace(o.config, dynamic=False): o.pipeline for o in choice(program, kernel).offers}
     assert offers[Config(256, 512, (2, 1))].accumulator == 1
     assert offers[Config(256, 256, (2, 1))].accumulator == 2
 
@@ -126,6 +126,20 @@ def test_another_config_is_taken_if_it_is_clearly_faster():
     assert wide.config == Config(128, 256, (2, 1))
     best = min(o.seconds for o in choice(program, wide).offers)
     assert choice(program, wide).offers[0].seconds <= best / 0.9
+
+
+def test_several_waves_take_tiles_from_a_queue():
+    """Cluster launch control, where there is one; a single wave has nothing to take."""
+    for m, arch, dynamic in (
+        (8192, "sm_100a", True),
+        (128, "sm_100a", False),
+        (8192, "H200", False),
+    ):
+        _, kernel = program_of(plain, arch, M=m, K=4096, N=4096)
+        assert kernel.config.dynamic == dynamic
+        assert ("dynamic" in show_config(kernel.config)) == dynamic
+    program, kernel = program_of(plain, "H200", M=8192, K=4096, N=4096)
+    assert "launch control" in legal(program, kernel, replace(kernel.config, dynamic=True))
 
 
 def test_few_rows_take_low_tiles():
@@ -168,6 +182,8 @@ KINDS = {
         Config(128, 192, (1, 2)),
         Config(128, 64, (2, 1)),
         Config(128, 16, (1, 1)),
+        Config(256, 128, (2, 1), dynamic=True),
+        Config(128, 64, (1, 1), dynamic=True),
     ],
 }
 CASES = [(arch, config) for arch, configs in KINDS.items() for config in configs]

@@ -14,7 +14,15 @@ from coda.lowering.program.target import ARCHS, TARGETS, find_target, of_device
 from coda.lowering.program.text import program_source
 
 PAGE = Path(__file__).parents[2] / "docs/targets.md"
-SAID = ("name", "arch", "capability", "cta_pairs", "tensor_memory", "sources")  # no figures
+SAID = (
+    "name",
+    "arch",
+    "capability",
+    "cta_pairs",
+    "tensor_memory",
+    "launch_control",
+    "sources",
+)  # no figures
 
 
 @coda.block

@@ -146,6 +146,8 @@ def legal(program: Program, kernel: Gemm, config: Config) -> str:
 
 def refused(case: Case, config: Config, target: Target) -> Refusal | None:
     """Why a kernel's epilogue forbids a config, whatever its depths; None if it does not."""
+    if config.dynamic and not target.launch_control:
+        return Refusal("queue", "this GPU has no cluster launch control, which hands out tiles")
     for group in case.demand.groups:
         if config.tile_n % group:
             return Refusal("groups", f"a group of {group} columns does not divide its tile")
@@ -214,19 +216,13 @@ def _offers(case: Case, configs: Iterable[Config], target: Target) -> Iterator[O
             needed = need(case.demand, case.work.problem[1], config, target)
             planned[tile] = needed, *deepened(needed, config, target)
         needed, like, pipeline = planned[tile]
-        yield _offer(case, replace(like, cluster=config.cluster), needed, pipeline, target)
-
-
-def _offer(
-    case: Case, config: Config, needed: Need, pipeline: PipelineStages, target: Target
-) -> Offer:
-    time = time_of(case.work, config, pipeline, target).seconds
-    hidden = target.tensor_memory  # behind the mainloop of the next tile
-    waits = 0 if hidden else (config.loads, config.stores).count(1)
-    if waits:
         waves = TileGrid.of(case.work, config, target).waves
-        time += waves * waits * needed.subtiles * ROUND_TRIP
-    return Offer(config, pipeline, time)
+        dynamic = target.launch_control and waves > 1  # as the library; one wave has no queue
+        like = replace(like, cluster=config.cluster, dynamic=dynamic)
+        time = time_of(case.work, like, pipeline, target).seconds
+        hidden = target.tensor_memory  # behind the mainloop of the next tile
+        waits = 0 if hidden else (like.loads, like.stores).count(1)
+        yield Offer(like, pipeline, time + waves * waits * needed.subtiles * ROUND_TRIP)
 
 
 def deepened(needed: Need, config: Config, target: Target) -> tuple[Config, PipelineStages]:
@@ -284,7 +280,7 @@ def _in_order(offers: Iterable[Offer], target: Target) -> tuple[Offer, ...]:
     order = {plain: i for i, plain in enumerate(usual)}
 
     def rank(offer: Offer) -> int:
-        plain = replace(offer.config, loads=0, stores=0)
+        plain = replace(offer.config, loads=0, stores=0, dynamic=False)
         return order.get(plain, len(usual) + (plain.cluster[1] > 1))
 
     found = sorted(offers, key=lambda o: (o.seconds, rank(o)))

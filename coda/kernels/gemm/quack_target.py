@@ -89,6 +89,7 @@ class Gemm:
             cluster_M=config.cluster[0],
             cluster_N=config.cluster[1],
             pingpong=config.pingpong,
+            is_dynamic_persistent=config.dynamic,
             post_init_attrs=depths(config.loads, config.stores),
             _launch=launch,
         )

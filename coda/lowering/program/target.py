@@ -21,7 +21,8 @@ class Config:
 
     With `pingpong`, two consumer warpgroups of a CTA alternate between tiles (sm_90a). `loads` and
     `stores` are the least pipeline stages of an epilogue's loaded and stored subtiles, 0 for the
-    kernel library's own: what they leave of shared memory are stages of A and B.
+    kernel library's own: what they leave of shared memory are stages of A and B. With `dynamic`,
+    CTAs take tiles from a queue of the hardware (cluster launch control) and not in a fixed order.
     """
 
     tile_m: int
@@ -30,6 +31,7 @@ class Config:
     pingpong: bool = False
     loads: int = 0
     stores: int = 0
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Target:
         cta_pairs: whether two CTAs of a cluster can share one tile of a GEMM.
         tensor_memory: whether accumulators are in tensor memory, from which an epilogue's thread
             loads 32 columns at once.
+        launch_control: whether running clusters can take over those that have not started.
         sources: (field, source) of each figure.
     """
 
@@ -99,6 +102,7 @@ class Target:
     pipeline: tuple[tuple[int, float], ...]
     cta_pairs: bool
     tensor_memory: bool
+    launch_control: bool
     sources: tuple[tuple[str, str], ...] = field(repr=False)
 
     def peak(self, dtype: DType) -> float:
@@ -165,6 +169,7 @@ HOPPER_H100 = Target(
     pipeline=PIPELINE,
     cta_pairs=False,
     tensor_memory=False,
+    launch_control=False,
     sources=(
         ("multiprocessors", "NVIDIA H100 architecture white paper"),
         ("shared_memory", HOPPER_TUNING),
@@ -214,6 +219,7 @@ BLACKWELL_B200 = Target(
     pipeline=PIPELINE,
     cta_pairs=True,
     tensor_memory=True,
+    launch_control=True,
     sources=(
         ("multiprocessors", "as the driver reports (cudaDeviceProp, public device reports)"),
         ("shared_memory", BLACKWELL_TUNING),

@@ -101,6 +101,7 @@ def show_config(config: Config) -> str:
     """`128×256 cluster 2×1`, with `depths 2+1` (loads, stores) if not the library's."""
     text = f"{config.tile_m}×{config.tile_n} cluster {config.cluster[0]}×{config.cluster[1]}"
     text += " ping-pong" if config.pingpong else ""
+    text += " dynamic" if config.dynamic else ""
     given = config.loads or config.stores
     return text + (f" depths {config.loads}+{config.stores}" if given else "")
 
