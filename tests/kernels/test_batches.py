@@ -83,7 +83,20 @@ def attention(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"]):
     return coda.einsum("b h i j, b j h d -> b i h d", p, v)
 
 
+@coda.block
+def masks(
+    q: T["B S 3 16"],
+    k: T["B S 3 16"],
+    c: T["S S"],
+    h: T["3 S S"],
+    m: T["B 1 S S"],
+):
+    s = coda.einsum("b i h d, b j h d -> b h i j", q, k)
+    return coda.tanh(s * 0.25 + c) + h * m
+
+
 CASES = {
+    "masks": (masks, {"B": 2, "S": 72}),
     "attention": (attention, {"B": 2, "S": 67}),
     "heads": (heads, {"B": 2, "S": 72}),
     "heads of one batch": (heads, {"B": 1, "S": 136}),

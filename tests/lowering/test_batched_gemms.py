@@ -310,3 +310,26 @@ def test_a_mask_of_positions_moves_no_bytes():
     assert [len(p.kernels) for p in masked] == [len(p.kernels) for p in plain]
     assert "le column, row%1024" in str(masked[0])
     assert not any(p.prepared for p in masked)
+
+
+@coda.block
+def masks(q: T["B S 3 16"], k: T["B S 3 16"], c: T["S S"], h: T["3 S S"], m: T["B 1 S S"]):
+    s = coda.einsum("b i h d, b j h d -> b h i j", q, k)
+    return coda.tanh(s * 0.25 + c) + h * m
+
+
+def test_matrices_that_batches_share_are_read_in_place():
+    sizes = {"B": 2, "S": 72}
+    program = masks.lower("sm_90a", sizes)
+    (kernel,) = program.kernels
+    heads, square = 2 * 72 * 3 * 16, 72 * 72
+    assert hbm_bytes(program) == 2 * (2 * heads + (1 + 3 + 2) * square + 6 * square)
+    assert all(s.in_place for s in kernel.body.spread.values())
+    found = "{'c_': 'SHARED', 'h': 'SHARED_OUTSIDE', 'm': 'SHARED_INSIDE'}"
+    assert found in program_source(program)
+
+
+def test_a_shared_matrix_of_rows_that_tma_cannot_read_is_expanded():
+    program = masks.lower("sm_90a", {"B": 2, "S": 67})
+    (kernel,) = (k for k in program.kernels if k.kind is GEMM)
+    assert not any(s.in_place for s in kernel.body.spread.values())

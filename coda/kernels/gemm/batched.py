@@ -18,28 +18,29 @@ from coda.kernels.gemm.relaid import Relaid
 
 
 def gemm_epilogue(
-    inner: int, a: str, b: str, stores: Mapping[str, str] | None = None, **options: Any
+    inner: int, a: str, b: str, tiles: Mapping[str, str] | None = None, **options: Any
 ) -> Callable[[Any], EpiMod]:
     """As quack's, for a batch whose inner index has size `inner`.
 
-    `a`, `b` and `stores` name the `BatchStrides` of A, B and of those stores that are not plain.
+    `a`, `b` and `tiles` name the `BatchStrides` of A, B and of those matrices of the epilogue,
+    stored or loaded, that are not plain.
     """
-    steps = tuple((stores or {}).items())
+    steps = tuple((tiles or {}).items())
     return lambda fn: Relaid(fn, Strides(inner, a, b, steps), **options)
 
 
 @dataclass(frozen=True)
 class Strides:
-    """Matrices with a batch index of two parts; `a`, `b` and `stores` name `BatchStrides`."""
+    """Matrices with a batch index of two parts; `a`, `b` and `tiles` name `BatchStrides`."""
 
     inner: int
     a: str
     b: str
-    stores: tuple[tuple[str, str], ...] = ()
+    tiles: tuple[tuple[str, str], ...] = ()
 
-    def store(self, name: str, x: Any) -> Any:
-        """The matrix of a store with both strides of the batch index."""
-        step = dict(self.stores).get(name)
+    def tile(self, name: str, x: Any) -> Any:
+        """A matrix of the epilogue with both strides of the batch index."""
+        step = dict(self.tiles).get(name)
         return x if step is None else _strided(x, self.inner, BatchStrides[step])
 
     def operands(self, a: Any, b: Any) -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ from coda.ir.graph import Contract, Input, Node, Permute, Reshape, Slice
 from coda.ir.types import bf16, f16
 from coda.kernels.gemm.mainloop import Gemm
 from coda.lowering.algebra.roles import base, is_view
+from coda.lowering.program.body import Body
 from coda.lowering.program.program import Program
 
 Sizes = Mapping[str, int]
@@ -52,17 +53,19 @@ class Batches:
         inner: the size of the inner batch index; 1 if there is only an outer one.
         a, b: how A and B are read.
         stores: how each store of the body is written, in order.
+        loads: how each matrix of the body is read that some matrices of the batch share, in order.
     """
 
     inner: int
     a: BatchStrides
     b: BatchStrides
     stores: tuple[BatchStrides, ...] = ()
+    loads: tuple[BatchStrides, ...] = ()
 
     @property
     def plain(self) -> bool:
         """Whether each matrix has one stride for the whole batch."""
-        return {self.a, self.b, *self.stores} == {BatchStrides.PLAIN}
+        return {self.a, self.b, *self.stores, *self.loads} == {BatchStrides.PLAIN}
 
 
 PLAIN = Batches(1, BatchStrides.PLAIN, BatchStrides.PLAIN)
@@ -80,6 +83,7 @@ def batches(
     sizes: Sizes,
     stored: Callable[[Node], bool] = lambda n: False,
     orders: Sequence[Order | None] = (),
+    shared: Sequence[Node] = (),
 ) -> Batches:
     """How a GEMM reads the operands of a batched contraction, and writes its results.
 
@@ -88,6 +92,7 @@ def batches(
         sizes: the sizes that are known when it is compiled.
         stored: whether a view has memory of its own, in which it is contiguous.
         orders: for each result, the order of the contraction's rows in memory; None for their own.
+        shared: operands of the epilogue that lack some of the batch axes.
 
     Raises:
         Unread: if TMA cannot read an operand.
@@ -95,6 +100,7 @@ def batches(
     lead = node.shape[:-2]
     found = [_Operand.of(o, lead, sizes, stored) for o in node.operands]
     found += [_Operand.written(node.shape, order) for order in orders]
+    found += [_Operand.of(o, lead, sizes, stored) for o in shared]
     inner = {o.groups[-1][0] for o in found if len(o.groups) == 2}
     if len(inner) > 1:
         raise Unread("its operands divide the batch in two ways")
@@ -102,7 +108,8 @@ def batches(
     if size.symbols - sizes.keys():
         raise Unread(f"the number `{size}` of matrices side by side is known only in the call")
     a, b, *rest = (o.step(sizes) for o in found)
-    return Batches(size.size(sizes), a, b, tuple(rest))
+    stores, loads = tuple(rest[: len(orders)]), tuple(rest[len(orders) :])
+    return Batches(size.size(sizes), a, b, stores, loads)
 
 
 def batches_of(program: Program, kernel: Gemm) -> Batches:
@@ -112,11 +119,22 @@ def batches_of(program: Program, kernel: Gemm) -> Batches:
     made = set(program.prepared.values())
     in_memory = lambda n: n in program.places or n in made  # noqa: E731
     orders = [s.rows.order if s.rows else None for s in kernel.body.epilogue.stores]
+    shared = [kernel.body.nodes[name] for name in shared_tiles(kernel.body)]
     try:
-        return batches(node, known, in_memory, orders)
+        return batches(node, known, in_memory, orders, shared)
     except Unread:  # the operands are copied
-        x, w = (Input("copy", (*node.shape[:-2], *o.shape[-2:]), o.dtype) for o in node.operands)
-        return batches(Contract(x, w, node.result), known, orders=orders)
+        return batches(_copied(node), known, orders=orders, shared=shared)
+
+
+def _copied(node: Contract) -> Contract:
+    """A contraction of contiguous copies of its operands, each with all batch axes."""
+    x, w = (Input("copy", (*node.shape[:-2], *o.shape[-2:]), o.dtype) for o in node.operands)
+    return Contract(x, w, node.result)
+
+
+def shared_tiles(body: Body) -> list[str]:
+    """The matrices of a body that some matrices of the batch share, and that are read in place."""
+    return [o.name for o in body.epilogue.operands if (s := body.spread.get(o.name)) and s.in_place]
 
 
 def why_not(node: Contract, sizes: Sizes) -> str:
@@ -142,6 +160,19 @@ def why_not_in(node: Contract, order: Order, sizes: Sizes) -> str:
         return "it has no batch"
     try:
         batches(node, sizes, orders=(order[:-1],))
+    except Unread as reason:
+        return str(reason)
+    return ""
+
+
+def why_not_shared(node: Contract, body: Body, shared: Sequence[Node], sizes: Sizes) -> str:
+    """The reason why a GEMM cannot read matrices that some matrices of its batch share."""
+    if not node.batched or any(o.shape[-2:] != node.shape[-2:] for o in shared):
+        return "they are no matrices of the batch"
+    orders = [s.rows.order if s.rows else None for s in body.epilogue.stores]
+    try:
+        batches(_copied(node), sizes, orders=orders, shared=shared)
+        batches(node, sizes, orders=orders, shared=shared)
     except Unread as reason:
         return str(reason)
     return ""

@@ -14,7 +14,7 @@ from coda.ir.dims import product
 from coda.ir.monoids import MONOIDS
 from coda.kernels.gemm import quack_target
 from coda.kernels.gemm.batch_operands import by_matrix, columns_by_matrix, laid_out
-from coda.kernels.gemm.batches import BatchStrides, batches_of
+from coda.kernels.gemm.batches import BatchStrides, batches_of, shared_tiles
 from coda.kernels.gemm.emit import emit_gemm
 from coda.kernels.gemm.mainloop import Gemm, tiles
 from coda.kernels.gemm.source import Table
@@ -178,8 +178,14 @@ class GemmBinding:
         """Operands other than tables, in the layouts of their accesses, by name."""
         found: dict[str, Tensor] = {}
         accesses = {o.name: o.access for o in self.body.epilogue.operands}
+        loads = self.batch.loads if self.batch else ()
+        shared = dict(zip(shared_tiles(self.body), loads, strict=True))
         for name in self.body.nodes:
             if isinstance(accesses[name], Periodic):  # see `tables`
+                continue
+            if name in shared:
+                x = in_bytes(self.run.value(self.body.nodes[name]))
+                found[name] = self.of_batch(x, shared[name])
                 continue
             x = in_bytes(self.run.operand(self.body, name))
             match accesses[name]:

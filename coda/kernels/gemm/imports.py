@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from coda.kernels.gemm.batches import PLAIN, BatchStrides, batches_of
+from coda.kernels.gemm.batches import PLAIN, BatchStrides, batches_of, shared_tiles
 from coda.kernels.gemm.mainloop import Gemm
 from coda.kernels.gemm.operands import by_gemm
 from coda.kernels.gemm.weights import halves
@@ -33,8 +33,10 @@ def base_of(program: Program, kernel: Gemm) -> tuple[str, str]:
         (s, p) for s, p in zip(stores, batch.stores, strict=True) if p is not BatchStrides.PLAIN
     ]
     names = {"D" if s is own else safe(s.buffer): p.name for s, p in moved}
+    shared = zip(shared_tiles(kernel.body), batch.loads, strict=True)
+    names |= {safe(name): p.name for name, p in shared if p is not BatchStrides.PLAIN}
     steps = f"inner={batch.inner}, a={batch.a.name!r}, b={batch.b.name!r},"
-    steps += f" stores={names!r}," if names else ""
+    steps += f" tiles={names!r}," if names else ""
     return "coda.kernels.gemm.batched", steps
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Contract, Node
 from coda.ir.types import f32
-from coda.kernels.gemm.batches import why_not, why_not_in
+from coda.kernels.gemm.batches import why_not, why_not_in, why_not_shared
 from coda.kernels.gemm.configs import choice, ranked
 from coda.kernels.gemm.mainloop import Contractions, Gemm, shown_problem, tiles
 from coda.kernels.gemm.stages import cta_rows, stages
@@ -17,6 +17,7 @@ from coda.kernels.gemm.time import gemm_time
 from coda.kernels.gemm.weights import paired_rows, weight_matrix
 from coda.kernels.protocol import LaunchRun, Run
 from coda.kernels.tensors import matrix
+from coda.lowering.program.body import Body
 from coda.lowering.program.cost import label
 from coda.lowering.program.kernel import (
     Account,
@@ -88,6 +89,10 @@ def _reorders(node: Node, order: tuple[int, ...], sizes: Sizes) -> str:
     return why_not_in(node, order, sizes) if isinstance(node, Contract) else "it is no contraction"
 
 
+def _shares(builder: Builder, body: Body, operands: Sequence[Node], sizes: Sizes) -> str:
+    return why_not_shared(builder.contracts[0], body, operands, sizes)
+
+
 def _partials(program: Program, kernel: Gemm, sizes: Sizes) -> Partials:
     m, n, _ = kernel.mainloop.problem(sizes)
     config = tiles(kernel)
@@ -125,6 +130,7 @@ GEMM = Kind(
     configs=ranked,
     partials=_partials,
     reorders=_reorders,
+    shares=_shares,
     code=Code(_emit, _launch, _compile),
     tiled=True,
     scalars=f32,

@@ -35,7 +35,7 @@ class Halves:
         """(A, B) in the order in which the mainloop reads them."""
         return a, by_halves(b, self.split, self.groups)
 
-    def store(self, name: str, x: Any) -> Any:
+    def tile(self, name: str, x: Any) -> Any:
         """The matrix of a store, unchanged."""
         return x
 

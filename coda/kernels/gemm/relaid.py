@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from quack.epilogue.frontend import EpiMod
-from quack.epilogue.ops import TileStore
+from quack.epilogue.ops import TileLoad, TileStore
 
 from coda.kernels.gemm.staged import Staged
 from coda.kernels.gemm.two_columns import TwoColumns
@@ -25,8 +25,8 @@ class Change(Protocol):
         """A [M, K, L] and B [N, K, L] as the mainloop reads them."""
         ...
 
-    def store(self, name: str, x: Any) -> Any:
-        """The matrix [M, N, L] of a store as the epilogue writes it; "D" is the GEMM's own."""
+    def tile(self, name: str, x: Any) -> Any:
+        """A matrix [M, N, L] as the epilogue writes or reads it; "D" is the GEMM's own store."""
         ...
 
 
@@ -68,10 +68,11 @@ class _Relaid:
 
     def rotate_batch_last(self, mA: Any, mB: Any, *rest: Any, **options: Any) -> Any:
         a, b, d, c, arguments = super().rotate_batch_last(mA, mB, *rest, **options)  # type: ignore[misc]
-        d = None if d is None else self.change.store("D", d)
-        ops = (op.name for op in getattr(self, "_epi_ops", ()) if isinstance(op, TileStore))
+        d = None if d is None else self.change.tile("D", d)
+        tiles = TileStore | TileLoad
+        ops = (op.name for op in getattr(self, "_epi_ops", ()) if isinstance(op, tiles))
         found = {n: x for n in ops if (x := getattr(arguments, n, None)) is not None}
-        changed = {n: self.change.store(n, x) for n, x in found.items()}
+        changed = {n: self.change.tile(n, x) for n, x in found.items()}
         if changed:
             arguments = arguments._replace(**changed)
         return *self.change.operands(a, b), d, c, arguments

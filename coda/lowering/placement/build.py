@@ -38,7 +38,7 @@ from coda.lowering.placement.place import Partition
 from coda.lowering.placement.stores import Group, Sink, Store, grouped
 from coda.lowering.placement.values import Refused, Value
 from coda.lowering.program.access import OneElement
-from coda.lowering.program.body import Body
+from coda.lowering.program.body import Body, Spread
 from coda.lowering.program.epilogue import Operand
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Buffer, ColumnSlice, Program
@@ -211,6 +211,7 @@ class _Build:
                 self.buffers.pop(self.places.pop(node).buffer, None)
             stored, sunk = [n for n in draft.homed if n in draft.kept], list(draft.sinks)
             groups, body = self.assemble(draft, stored, sunk)
+        body = replace(body, spread=self.shared(draft, body))
         for node in (*body.nodes.values(), *body.sources.values()):
             self.need(node)
             self.loaded.add(self.partition.storage(node))
@@ -248,6 +249,16 @@ class _Build:
         return tuple(n for n in found if not isinstance(n, Const | Size))
 
     # Stores.
+
+    def shared(self, draft: Draft, body: Body) -> dict[str, Spread]:
+        """The expansions of operands; in place where a kernel can read them with a stride of 0."""
+        found, shared = dict(body.spread), list[Node]()
+        tiles = [n for n in body.epilogue.tiles if n in body.spread]
+        for name in tiles:
+            more = [*shared, body.nodes[name]]
+            if not draft.kind.shares(draft, body, more, self.partition.known):
+                shared, found[name] = more, replace(found[name], in_place=True)
+        return found
 
     def place(self, draft: Draft, group: Group) -> Store:
         """Create the buffer of a group, record its nodes' column slices, and return its Store."""

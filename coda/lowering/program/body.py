@@ -21,10 +21,12 @@ class Spread:
     Attributes:
         lead: the row axes of the kernel.
         columns: the number of the operand's trailing axes that are columns.
+        in_place: whether the kernel reads it as it is, with a stride of 0 over what it lacks.
     """
 
     lead: Shape
     columns: int
+    in_place: bool = False
 
 
 @dataclass(eq=False)

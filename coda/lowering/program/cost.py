@@ -72,7 +72,7 @@ def memory_bytes(node: Node, program: Program) -> int:
 def operand_bytes(kernel: Kernel[Any], name: str, program: Program) -> int:
     """Bytes that a kernel reads of an operand, expanded over the rows if it has to be."""
     node, spread = kernel.body.nodes[name], kernel.body.spread.get(name)
-    if spread is None:
+    if spread is None or spread.in_place:
         return memory_bytes(node, program)
     columns = product(node.shape[node.rank - spread.columns :])
     return node.dtype.nbytes((product(spread.lead) * columns).size(program.sizes))

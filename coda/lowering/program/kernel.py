@@ -193,6 +193,10 @@ def _own_order(node: Node, order: tuple[int, ...], sizes: Sizes) -> str:
     return "its kernels store their rows in their own order"
 
 
+def _expanded(builder: Builder, body: Body, operands: Sequence[Node], sizes: Sizes) -> str:
+    return "its kernels read an element for each row"
+
+
 def _one_partial(program: Program, kernel: Kernel[Any], sizes: Sizes) -> Partials:
     return Partials()
 
@@ -225,6 +229,8 @@ class Kind:
         reorders: (contraction or, in a row-wise kernel, node; order of its axes; sizes that are
             compiled in) -> the reason why a kernel cannot store it with its axes in this order; ""
             if it can.
+        shares: (builder, body, matrices that lack some row axes, sizes that are compiled in) -> the
+            reason why a kernel cannot read all of them as they are; "" if it can.
         code: emission, compilation and launch; None if every backend runs the reference.
     """
 
@@ -238,6 +244,7 @@ class Kind:
     configs: Callable[[Program, Kernel[Any]], Sequence[Config]] = _no_configs
     partials: Callable[[Program, Kernel[Any], Sizes], Partials] = _one_partial
     reorders: Callable[[Node, tuple[int, ...], Sizes], str] = _own_order
+    shares: Callable[[Builder, Body, Sequence[Node], Sizes], str] = _expanded
     code: Code | None = None
     tiled: bool = False
     whole_rows: bool = False
