@@ -109,6 +109,38 @@ def heads(y: T["M (H d)"], g: T["d"]):
     return {"unit": out, "total": coda.sum(out), "over": coda.sum(out * y, axis=0)}
 
 
+@coda.block
+def padded(x: T["M D"], w: T["N D"]):
+    """Statistics of rows that a GEMM of ours wrote, which begin at multiples of 16 bytes."""
+    y = x @ w.T
+    z = y - coda.max(y, keepdims=True)
+    unit = z * coda.rsqrt(coda.mean(z * z, keepdims=True) + 1e-3)
+    return {"unit": unit, "least": coda.min(y), "lse": coda.logsumexp(z)}
+
+
+@SLOW
+@pytest.mark.parametrize("columns", [77, 1999])
+def test_rows_with_a_tail(columns):
+    """All but the last few columns are read by vectors, also by several warps."""
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 64, generator=g).bfloat16() for n in (37, columns))
+    with device("sm_90a", checks="raise"):
+        found = padded(x, w, backend="sim", arch="sm_90a")
+    expected = padded(x, w, backend="reference", arch="sm_90a")
+    for name, y in found.items():
+        torch.testing.assert_close(y, expected[name], rtol=1e-2, atol=1e-2)
+
+
+@SLOW
+@pytest.mark.parametrize("schedule", ["late", "random"])
+@pytest.mark.parametrize(("block", "columns"), [(statistics, 1912), (one_sweep, 12296)])
+def test_warps_of_a_row_wait_for_each_other(block, columns, schedule):
+    y = rows_of_edges(columns, torch.Generator().manual_seed(0))[:8]
+    with device("sm_90a", checks="raise", schedule=schedule, seed=3) as gpu:
+        block(y, backend="sim", arch="sm_90a")
+        assert not gpu.report().findings
+
+
 # Columns of bf16 and the threads of a row; more than registers have are computed apart.
 SUMMED = {96: 32, 504: 64, 2000: 256, 4104: 512, 40008: 32}
 

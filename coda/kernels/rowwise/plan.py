@@ -25,7 +25,15 @@ from dataclasses import dataclass
 
 from coda.ir.monoids import MONOIDS
 from coda.kernels.rowwise.mainloop import Rowwise
-from coda.kernels.rowwise.pieces import LANES, Piece, loads_of, pieces_of, stats_of, vector_length
+from coda.kernels.rowwise.pieces import (
+    LANES,
+    Piece,
+    has_padded_rows,
+    loads_of,
+    pieces_of,
+    stats_of,
+    vector_length,
+)
 from coda.lowering.program.access import Grouped, Periodic, RowVector, Span, Tile
 from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import Epilogue, Expr, Operand, Statistic
@@ -76,7 +84,9 @@ def plan(program: Program, kernel: Rowwise) -> RowPlan:
 
     It is a function of the widths and dtypes of operands, and of the statistics.
     """
-    return plan_of(kernel.body, pieces_of(kernel.body, kernel.mainloop.width))
+    padded = has_padded_rows(program, kernel)
+    pieces = pieces_of(kernel.body, kernel.mainloop.width, padded=padded)
+    return plan_of(kernel.body, pieces, padded=padded)
 
 
 def resident_rows(program: Program, kernel: Rowwise, registers: int = 64) -> int:
