@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import coda
+from coda.kernels.gemm import configs
 from coda.kernels.gemm.configs import USUAL, case_of, choice, legal, refused
 from coda.kernels.gemm.mainloop import gemms
 from coda.kernels.gemm.space import space
@@ -86,6 +87,16 @@ def test_configs_are_refused_with_a_reason():
     program, kernel = program_of(boundary, "sm_90a", M=8192, K=512, N=1024)
     assert "registers" in legal(program, kernel, Config(128, 192, (2, 1), pingpong=True))
     assert legal(program, kernel, Config(128, 256, (2, 1), loads=2, stores=2)) == ""
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_kernel_without_a_legal_config_has_the_smallest_usual_one(arch, monkeypatch):
+    program, kernel = program_of(plain, arch, M=8192, K=512, N=1024)
+    reason = configs.Refusal("groups", "no tile is right")
+    monkeypatch.setattr(configs, "refused", lambda *_: reason)
+    found = configs._choice.__wrapped__(case_of(program, kernel), program.target)
+    assert [tile(o.config) for o in found.offers] == [(128, 64)]
+    assert dict(found.dropped) == {"groups": len(space(program.target))}
 
 
 def test_tensor_memory_has_one_accumulator_of_512_columns():

@@ -178,7 +178,7 @@ def crowded(pipeline: PipelineStages, least: int) -> Refusal | None:
 
 
 def ranked(program: Program, kernel: Gemm) -> tuple[Config, ...]:
-    """The legal configs, the best first; the smallest config if none is legal."""
+    """The legal configs, the best first; the smallest usual one if none is legal."""
     return tuple(o.config for o in choice(program, kernel).offers)
 
 
@@ -196,7 +196,7 @@ def _choice(case: Case, target: Target) -> Choice:
     found = [o for o in offers if not _counted(crowded(o.pipeline, ENOUGH), dropped)]
     if not found:  # every config waits for memory, if there is one
         found = [o for o in offers if o.pipeline.ab >= RUNS]
-        found = found or list(_offers(case, every[-1:], target))
+        found = found or list(_offers(case, USUAL[target.tensor_memory][-1:], target))
         dropped.pop("memory", None)
     return Choice(_in_order(found, target), tuple(sorted(dropped.items())))
 
