@@ -23,6 +23,8 @@ def minimum_cut(
     sources: Set[Node],
     cost: Callable[[Node], int | None],
     again: Mapping[Node, int] = MappingProxyType({}),
+    *,
+    nodes: Iterable[Node] | None = None,
 ) -> list[Node]:
     """Nodes from which all of `needed` can be computed, of the least total cost.
 
@@ -34,6 +36,7 @@ def minimum_cut(
         sources: nodes that must not be recomputed; inputs are sources, too.
         cost: of saving a node, in bytes; None if it cannot be saved.
         again: cost of recomputing a node, in bytes, in addition to the cost of its operands.
+        nodes: the part of the graph to be cut, operands first; by default all that `needed` reads.
     """
     needed = list(needed)
     edges: dict[Point, dict[Point, int]] = {}
@@ -42,7 +45,7 @@ def minimum_cut(
         edges.setdefault(a, {})[b] = edges.get(a, {}).get(b, 0) + capacity
         edges.setdefault(b, {}).setdefault(a, 0)
 
-    nodes = [n for n in walk(needed) if n not in free]
+    nodes = [n for n in (walk(needed) if nodes is None else nodes) if n not in free]
     for node in nodes:
         price = cost(node)
         edge((node, 0), (node, 1), _ENDLESS if price is None else price + 1)

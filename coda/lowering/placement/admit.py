@@ -39,7 +39,7 @@ class Admission(Drafts):
         draft: Draft,
         stored: Node | None = None,
         sink: tuple[Reduce | Pick, Value] | None = None,
-    ) -> None:
+    ) -> Layout | None:
         """Lay out a kernel's commitments together with one more node.
 
         Args:
@@ -47,11 +47,14 @@ class Admission(Drafts):
             stored: a node that it computes, to be stored as well.
             sink: a reduction or a pick, with the value that it reduces.
 
+        Returns:
+            The layout; None for a kind that does not fuse.
+
         Raises:
             Refused: if there is no such layout. The commitments are unchanged.
         """
         if not draft.kind.fuses:
-            return
+            return None
         nodes = [n for n in draft.homed if n in draft.kept]
         if stored is not None and stored not in draft.kept:
             nodes.append(stored)
@@ -64,6 +67,7 @@ class Admission(Drafts):
             found = Layout.of(draft.space, stores, sinks, self.operand_of, before)
             found.check()
         draft.layout = None if named else found
+        return found
 
     def sink_of(self, draft: Draft, node: Reduce | Pick, value: Value, buffer: str = "") -> Sink:
         """The sink of a pick, or of a reduction over columns or rows. Raises Refused."""

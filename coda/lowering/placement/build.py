@@ -30,10 +30,12 @@ from coda.ir.graph import (
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
 from coda.lowering.algebra.chunk import ChunkedValue
+from coda.lowering.algebra.compared import compared, sources
 from coda.lowering.algebra.policy import MemoryPolicy
 from coda.lowering.algebra.rewrite import LawApplication, substituted
-from coda.lowering.placement.draft import Draft
+from coda.lowering.placement.draft import Draft, Order
 from coda.lowering.placement.layout import assemble
+from coda.lowering.placement.loads import Loads
 from coda.lowering.placement.place import Partition
 from coda.lowering.placement.stores import Group, Sink, Store, grouped
 from coda.lowering.placement.values import Refused, Value
@@ -152,6 +154,11 @@ class _Build:
         return prepared and under not in self.factors and node.dtype.kind == "float"
 
     @cached_property
+    def exact(self) -> set[Node]:
+        """The nodes that are compared with their maximum as they are in memory."""
+        return sources(compared(self.roots))
+
+    @cached_property
     def factors(self) -> set[Node]:
         """The operands of contractions."""
         return {o for d in self.partition.drafts for c in d.contracts for o in c.operands}
@@ -204,6 +211,8 @@ class _Build:
             for operand in mainloop.operands:
                 self.need(operand)
             return Kernel("", draft.kind, mainloop, nodes=tuple(stored))
+        if draft.kind.whole_rows:
+            self.choose_loads(draft, stored, sunk)
         try:
             groups, body = self.assemble(draft, stored, sunk)
         except Refused:  # the layout exists for all commitments together, but not for this subset
@@ -221,6 +230,27 @@ class _Build:
         names = tuple(tuple(g.nodes) for g in groups)
         nodes = self.computed(draft, [*stored, *sunk])
         return Kernel("", draft.kind, mainloop, body, names, tuple(sunk), nodes)
+
+    def choose_loads(self, draft: Draft, stored: list[Node], sunk: list[Reduce | Pick]) -> None:
+        """Let a kernel load what costs the fewest bytes; what an earlier one loads is needed."""
+
+        def is_needed(node: Node) -> bool:
+            earlier = self.first_reader.get(node, draft.order) < draft.order
+            return earlier or node in self.needed or node in self.multiplied
+
+        Loads(self.partition, draft, stored, sunk, is_needed, self.exact).reduce_bytes()
+
+    @cached_property
+    def first_reader(self) -> dict[Node, Order]:
+        """Materialised node -> the order of the first kernel that loads it, as placed."""
+        found: dict[Node, Order] = {}
+        for draft in sorted(self.partition.drafts, key=lambda d: d.order, reverse=True):
+            computed = {*draft.homed, *draft.space.values}
+            for node in {self.partition.storage(o) for n in computed for o in n.operands}:
+                home = self.partition.home.get(node)
+                if home is not None and home.order < draft.order:
+                    found[node] = draft.order
+        return {n: order for n, order in found.items() if n in self.partition.loadable}
 
     def result(self, node: Node) -> None:
         """Create the buffer of a kernel without a body, in the node's shape."""

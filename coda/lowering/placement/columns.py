@@ -85,6 +85,7 @@ class Space(SpaceState):
         """Compute a reduction, and `mean`, its first plane, by folding a kernel's partials."""
         name = f"f{len(self.folds)}"
         self.folds[name] = node
+        self.folded |= {node} if mean is None else {node, mean}
         self.values[node] = self.at(self.columns(node), Stat(name), None)
         if mean is not None:
             self.values[mean] = self.at(self.columns(mean), Stat(name, MONOIDS[node.fn].also), None)

@@ -61,6 +61,7 @@ class Draft:
         sinks: reductions and picks that it writes as sinks, with the values that they reduce.
         over_rows: those of them that sum over rows.
         kept: nodes that it is committed to store if another kernel loads them.
+        hidden: nodes that it computes although it could load them.
         layout: the layout of all its commitments; None before the first, or if it must be redone.
         why: for a kernel of one operation, the reason that no kernel fuses it.
     """
@@ -73,6 +74,7 @@ class Draft:
     sinks: dict[Reduce | Pick, Value] = field(default_factory=dict[Reduce | Pick, Value])
     over_rows: set[Node] = field(default_factory=set[Node])
     kept: set[Node] = field(default_factory=set[Node])
+    hidden: set[Node] = field(default_factory=set[Node])
     layout: Layout | None = None
     why: str = ""
 
@@ -308,6 +310,8 @@ class Drafts:
             return self.name(node)
         if node in self.weights:
             return self.name(node)
+        if node in draft.hidden:
+            return None
         if self.in_memory(node, draft):
             return self.name(node)
         under = self.storage(node)

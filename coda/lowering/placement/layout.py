@@ -143,6 +143,12 @@ class Layout(Points):
             if isinstance(sink, Picked):
                 self.bind(Load(sink.index, NO_LANE), {})
 
+    @property
+    def epilogue(self) -> Epilogue:
+        """What is laid out so far, without statistics."""
+        stores, sinks = tuple(self.stored.values()), tuple(self.sunk.values())
+        return Epilogue(self.split or 0, tuple(self.operands.values()), (), stores, sinks)
+
     def check(self) -> None:
         """Raise Refused if statistics cannot be laid out, or shared memory does not suffice."""
         if self.space.groups or self.space.statistics:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
+from typing import Self
 
 import numpy as np
 
@@ -102,6 +103,7 @@ class SpaceState:
         segment, segments: the columns at which narrower matrices are loaded now; all so far.
         offsets: operand narrower than the kernel -> its first column.
         sunk: values that are summed over the rows.
+        folded: the reductions of `folds`, and the first planes of those with two.
     """
 
     width: int
@@ -133,6 +135,26 @@ class SpaceState:
     segments: dict[Segment, None] = field(default_factory=dict[Segment, None])
     offsets: dict[str, int] = field(default_factory=dict[str, int])
     sunk: list[Value] = field(default_factory=list[Value])
+    folded: set[Node] = field(default_factory=set[Node])
+
+    def emptied(self) -> Self:
+        """The same columns before anything is computed, but for what is folded from partials."""
+        return replace(
+            self,
+            values={n: v for n, v in self.values.items() if n in self.folded},
+            exprs=list(self.exprs),
+            index=dict(self.index),
+            sources=[],
+            groups=[],
+            statistics={},
+            leads=dict(self.leads),
+            spread={},
+            tables={},
+            segment=None,
+            segments=dict(self.segments),
+            offsets={},
+            sunk=[],
+        )
 
     def order_of(self, node: Node) -> RowOrder | None:
         """The order of the rows of a stored node; None for the kernel's own."""
