@@ -8,6 +8,7 @@ from pathlib import Path
 
 from coda.kernels.gemm.mainloop import gemms
 from coda.kernels.gemm.operands import pack_tables
+from coda.kernels.gemm.row_folds import split_folds
 from coda.kernels.gemm.stages import stages
 from coda.lowering.program.text import show_config
 
@@ -34,7 +35,8 @@ def rows(name, part, program):
     """The rows of a Program: `part` is inference, forward or backward."""
     found = ""
     for kernel in gemms(program):
-        epilogue, pipeline = kernel.body.epilogue, stages(program, kernel, kernel.config)
+        epilogue, _ = split_folds(kernel.body.epilogue)
+        pipeline = stages(program, kernel, kernel.config)
         problem = "×".join(map(str, kernel.mainloop.problem(program.sizes)))
         loads = len(epilogue.tiles) + sum(t.by_tma for t in pack_tables(epilogue))
         cells = [name, f"{part} {kernel.name}", problem, f"{loads}, {len(epilogue.stores)}"]

@@ -27,6 +27,7 @@ from coda.lowering.algebra.pushdown import push_down
 from coda.lowering.algebra.rewrite import Accept, Law, LawApplication, Place, rewrite
 from coda.lowering.algebra.roles import row_symbols
 from coda.lowering.configure import configure
+from coda.lowering.fold_in import fold_in
 from coda.lowering.placement.build import build, numbered
 from coda.lowering.placement.place import Partition
 from coda.lowering.program.bound import least_price
@@ -119,6 +120,7 @@ def run_stages(
     program = stage("factor", factor, program)
     program = stage("order", _order, program)
     program = stage("configure", configure, program)
+    program = stage("folds", fold_in, program)
     return stage("memory", plan_memory, program)
 
 

@@ -130,6 +130,11 @@ def did(ran: Ran, trial: Trial) -> str:
             found = [] if program is ran.before else ["launches in the order that frees memory"]
         case "configure", Program() as program:
             found = list(dict.fromkeys(show_config(k.config) for k in program.kernels if k.config))
+        case "folds", Program() as program:
+            assert isinstance(ran.before, Program)
+            kept = {k.name for k in program.kernels}
+            gone = [k.name for k in ran.before.kernels if k.name not in kept]
+            found = [f"{name} into its reader" for name in gone]
         case "memory", Program() as program:
             kept = f"{temporary_bytes(program) / 1e6:.1f} MB of temporaries at most"
             found = [kept, *(f"{new} over {old}" for new, old in program.overwrites.items())]

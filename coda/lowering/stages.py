@@ -168,6 +168,12 @@ STAGES: dict[str, Stage] = {
             _memory_is_open,
         ),
         (
+            "folds",
+            "let the only reader of a row's statistic fold its partials",
+            "partials have sizes, and memory is not planned yet",
+            _partials_sized,
+        ),
+        (
             "memory",
             "liveness: when a buffer is dead, and which dead buffer a kernel writes in place",
             "partials have sizes",
@@ -175,7 +181,7 @@ STAGES: dict[str, Stage] = {
         ),
     )
 }
-PROGRAM = ("chunks", "place", "factor", "order", "configure", "memory")  # Graph -> Program
+PROGRAM = ("chunks", "place", "factor", "order", "configure", "folds", "memory")  # Graph -> Program
 
 
 def stage_names(text: str, what: str) -> tuple[str, ...]:

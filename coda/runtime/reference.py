@@ -300,6 +300,7 @@ class _Points:
             self.epilogue, self.acc, self.operands, self.rows, self.width, self.compute
         )
         single.epilogue = Epilogue(0, self.epilogue.operands, (), (), ())
+        single.stats = self.stats
         x = single.evaluate(stat.expr).expand(self.rows, self.width)
         x = x.reshape(self.rows, self.width // stat.group, stat.group)
         x = MONOIDS[stat.monoid].reduce(x, 2)

@@ -72,6 +72,7 @@ class GemmBinding:
                 operands |= dict.fromkeys(masks, self.ones(count, a.device))
         stores = self.written_to(stores)
         sinks = {name: self.by_matrix(x) for name, x in sinks.items()}
+        sinks |= {s.buffer: stores[s.buffer] for s in self.body.epilogue.stores if s.is_column}
         splits = {s.buffer: self.body.epilogue.apart(s) for s in self.body.epilogue.stores}
         arguments = self.gemm.arguments(operands, stores, sinks, splits, self.indices())
         d = stores[source.d] if source.d else None
@@ -95,6 +96,9 @@ class GemmBinding:
         found: dict[str, Tensor] = {}
         for i, store in enumerate(self.body.epilogue.stores):
             x = written(stores[store.buffer])
+            if store.is_column:
+                found[store.buffer] = x.reshape(-1)
+                continue
             if self.batch is None or store.rows is None:
                 found[store.buffer] = self.by_matrix(x)
                 continue
@@ -126,7 +130,8 @@ class GemmBinding:
         for store in self.body.epilogue.stores:
             buffer = run.program.buffers[store.buffer]
             width = product(buffer.shape[1:]).size(run.sizes)
-            stores[store.buffer] = run.room(store.buffer, rows, width, store.dtype.torch, "padded")
+            fill = "" if store.is_column else "padded"
+            stores[store.buffer] = run.room(store.buffer, rows, width, store.dtype.torch, fill)
         parts = self.kernel.kind.partials(run.program, self.kernel, run.sizes)
         sinks: dict[str, Tensor] = {}
         for sink in self.body.epilogue.sinks:
@@ -198,7 +203,7 @@ class GemmBinding:
                     found[name] = self.by_matrix(whole)
                 case access:
                     raise AssertionError(access)
-        return found
+        return found | {name: self.run.raw[name] for name in self.body.epilogue.partials}
 
     def column(self, x: Tensor) -> Tensor:
         """A column vector [M], or [L, M] of a batch."""

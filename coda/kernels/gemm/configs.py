@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from coda.kernels.gemm.mainloop import Gemm
+from coda.kernels.gemm.row_folds import split_folds
 from coda.kernels.gemm.space import most_held, space
 from coda.kernels.gemm.stages import (
     Demand,
@@ -92,7 +93,7 @@ class Case:
 
 def case_of(program: Program, kernel: Gemm) -> Case:
     """What decides about the configs of a GEMM of a program."""
-    epilogue = kernel.body.epilogue
+    epilogue, _ = split_folds(kernel.body.epilogue)
     wanted = demand(epilogue)
     periods = [o.access.period for o in epilogue.operands if isinstance(o.access, Periodic)]
     blocks = [p * epilogue.lanes for p in periods]

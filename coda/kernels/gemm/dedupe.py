@@ -41,7 +41,10 @@ def renamed(epilogue: Epilogue, names: Mapping[str, str]) -> Epilogue:
     return Epilogue(
         epilogue.distance,
         tuple(replace(o, name=names[o.name]) for o in epilogue.operands),
-        tuple(replace(s, expr=s.expr and expr(s.expr)) for s in epilogue.statistics),
+        tuple(
+            replace(s, expr=s.expr and expr(s.expr), operand=s.operand and names[s.operand])
+            for s in epilogue.statistics
+        ),
         tuple(replace(s, buffer=names[s.buffer], lanes=lanes(s.lanes)) for s in epilogue.stores),
         tuple(replace(s, buffer=names[s.buffer], lanes=lanes(s.lanes)) for s in epilogue.sinks),
     )

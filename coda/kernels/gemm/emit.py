@@ -15,6 +15,7 @@ from coda.kernels.gemm.imports import base_of, import_lines
 from coda.kernels.gemm.mainloop import Gemm, shown_problem, tiles
 from coda.kernels.gemm.operands import by_gemm, numbered, pack_tables, passed
 from coda.kernels.gemm.ragged import is_sum, needs_mask
+from coda.kernels.gemm.row_folds import split_folds
 from coda.kernels.gemm.source import PAIRS, WHOLE, GemmSource, Table
 from coda.kernels.lines import Lines, safe, stored
 from coda.lowering.program.access import (
@@ -90,7 +91,9 @@ class _GemmEmitter:
     ) -> None:
         self.program, self.body, self.ragged = program, body, ragged
         self.base = base
-        self.epilogue: Epilogue = body.epilogue
+        self.epilogue: Epilogue
+        self.epilogue, self.folds = split_folds(body.epilogue)
+        self.fold_of = {n: (f, i) for f in self.folds for i, n in enumerate(f.values)}
         self.pair = self.epilogue.pair
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
         self.passed, self.tables = passed(self.epilogue), pack_tables(self.epilogue)
@@ -152,19 +155,23 @@ class _GemmEmitter:
         returned: list[tuple[str, str]] = []
         d, outputs = self.stores(body, returned)
         sinks = self.sinks(body, returned)
+        columns = {safe(buffer): buffer for f in self.folds for buffer, *_ in f.stores}
         before = self.prepass()
         parameters = self.parameters()
         text = self.module(
             head, parameters, body, returned, outputs=outputs, sinks=sinks, before=before
         )
         name = "coda_gemm_" + hashlib.sha256(text.encode()).hexdigest()[:24]
-        passed = {o.name: safe(o.name) for o in self.passed}
+        passed = {o.name: safe(o.name) for o in self.passed if o.name not in self.fold_of}
+        passed |= {f.partials: f.first for f in self.folds}
         numbers = {s.name: s.group for s in self.epilogue.statistics if s.group}
+        numbers |= {n: 1 for n, (_, i) in self.fold_of.items() if i}
         numbers |= {"pause": PAUSE} if self.pauses else {}
         numbers |= dict.fromkeys(self.numbered.values(), 1)
         masks = ("inside",) if self.masked else ()
         rows = ("inside_rows",) if self.rows_masked else ()
         stored = tuple(outputs)
+        sinks |= columns
         return GemmSource(text, name, d, stored, passed, self.tables, sinks, masks, rows, numbers)
 
     def parameters(self) -> list[str]:
@@ -260,14 +267,25 @@ class _GemmEmitter:
         if before[1]:
             needed = [p for p in parameters if _mentions(before[0], p)]
             lines = [*self.function("prepass", needed, [], *before), "", "", *lines]
-        imported = sorted(body.imported | before[0].imported | ({"pack", "unpack"} & self.used))
+        imported = body.imported | before[0].imported | ({"pack", "unpack"} & self.used)
+        for fold in reversed(self.folds):
+            rows = Lines(fold.leaf)
+            lines = [*fold.function(rows), "", "", *lines]
+            imported |= rows.imported
+        imported = sorted(imported)
         imports = import_lines(self.classes, imported, base=self.base[0])
         title = ['"""' + head, "", *self.notes(), '"""', ""]
         return "\n".join([*title, *imports, "", "", *lines, "", "", *definition]) + "\n"
 
     def notes(self) -> list[str]:
         """The operands and results, for the module's docstring."""
-        notes = [f"    {o.name}: {o.access.word} {o.dtype}" for o in self.epilogue.operands]
+        own = [o for o in self.epilogue.operands if o.name not in self.fold_of]
+        notes = [f"    {o.name}: {o.access.word} {o.dtype}" for o in own]
+        for fold in self.folds:
+            notes.append(
+                f"    {', '.join(fold.values)}: {fold.statistic.monoid} of {fold.partials}"
+            )
+            notes += [f"    -> {buffer}: {value}" for buffer, _, value in fold.stores]
         for store in self.epilogue.stores:
             buffer = self.program.buffers[store.buffer]
             notes.append(f"    -> {store.buffer}: {show_shape(buffer.shape)} {store.dtype}")
@@ -317,22 +335,7 @@ class _GemmEmitter:
         ops = [f"{n!r}: {self.make(c)}" for n, c in self.operators()]
         if ops:
             lines += ["    ops={", *(f"        {o}," for o in ops), "    },"]
-        reduced = []
-        extra = []
-        for sink in self.epilogue.sinks:
-            name = safe(sink.buffer)
-            match sink:
-                case PickColumn(index=index):
-                    chosen = f'ColVecLoad("{safe(index)}_index")'
-                    reduced.append(f"{name!r}: {self.make(f'Select({name!r}, {chosen})')}")
-                    extra.append(self.make(chosen))
-                case SumRows():
-                    if not self.in_turn(sink):
-                        reduced.append(f"{name!r}: {self.make(f'RowVecReduce({name!r})')}")
-                case ReduceColumns(monoid=monoid):
-                    reduced.append(f"{name!r}: {self.make(MONOIDS[monoid].sink.format(name))}")
-                case _ as never:
-                    assert_never(never)
+        reduced, extra = self.reductions()
         if reduced:
             lines += ["    outs={", *(f"        {r}," for r in reduced), "    },"]
         if extra:
@@ -347,6 +350,27 @@ class _GemmEmitter:
             lines.append(f"    prepass=prepass, prepass_outs=({names},),")
         return [*lines, ")(epilogue)"]
 
+    def reductions(self) -> tuple[list[str], list[str]]:
+        """The entries of the ops that reduce, and the ops that are neither results nor operands."""
+        reduced: list[str] = []
+        extra: list[str] = []
+        for sink in self.epilogue.sinks:
+            name = safe(sink.buffer)
+            match sink:
+                case PickColumn(index=index):
+                    chosen = f'ColVecLoad("{safe(index)}_index")'
+                    reduced.append(f"{name!r}: {self.make(f'Select({name!r}, {chosen})')}")
+                    extra.append(self.make(chosen))
+                case SumRows():
+                    if not self.in_turn(sink):
+                        reduced.append(f"{name!r}: {self.make(f'RowVecReduce({name!r})')}")
+                case ReduceColumns(monoid=monoid):
+                    reduced.append(f"{name!r}: {self.make(MONOIDS[monoid].sink.format(name))}")
+                case _ as never:
+                    assert_never(never)
+        extra += [self.make(store) for fold in self.folds for store in fold.store_ops]
+        return reduced, extra
+
     def output(self, name: str, store: StoreExpr, lane: int) -> str:
         if lane >= 0:
             return self.make(f"SplitStore({name!r}, {self.epilogue.split})")
@@ -357,7 +381,7 @@ class _GemmEmitter:
 
     def operators(self) -> list[tuple[str, str]]:
         """(name, constructor) of the op of every parameter."""
-        found = [(safe(o.name), f"{self.operator(o)}({safe(o.name)!r})") for o in self.passed]
+        found = [(safe(o.name), self.loader(o)) for o in self.passed]
         found += [(t.name, self.table(t)) for t in self.tables]
         for stat in self.epilogue.statistics:
             if stat.group:
@@ -371,6 +395,14 @@ class _GemmEmitter:
         found += [("pause", 'Pause("pause")')] * self.pauses
         found += [("inside", 'RowVecLoad("inside")')] * self.masked
         return found + [("inside_rows", 'ColVecLoad("inside_rows")')] * self.rows_masked
+
+    def loader(self, operand: Operand) -> str:
+        """The constructor of the op that loads an operand, or folds it."""
+        name = safe(operand.name)
+        if operand.name not in self.fold_of:
+            return f"{self.operator(operand)}({name!r})"
+        fold, number = self.fold_of[operand.name]
+        return fold.op if number == 0 else f"FoldedRow({name!r}, {fold.first!r}, {number})"
 
     def operator(self, operand: Operand) -> str:
         """The class of the op that loads an operand."""

@@ -14,6 +14,7 @@ from coda.lowering.program.program import Program
 OURS = {
     "ops": {"GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "Number"}
     | {"PairStore", "Select", "SplitStore"},
+    "ops_folds": {"FoldedRow", "RowFold", "RowStore"},
     "ops_sm100": {"Pause", "RowInTurn", "SumInTurn"},
 }
 

@@ -12,8 +12,9 @@ from coda.ir.types import f32
 from coda.kernels.gemm.batches import why_not, why_not_in, why_not_shared
 from coda.kernels.gemm.configs import choice, ranked
 from coda.kernels.gemm.mainloop import Contractions, Gemm, shown_problem, tiles
+from coda.kernels.gemm.row_folds import why_not_folded
 from coda.kernels.gemm.stages import cta_rows, stages
-from coda.kernels.gemm.time import gemm_time
+from coda.kernels.gemm.time import fold_seconds, gemm_time
 from coda.kernels.gemm.weights import paired_rows, weight_matrix
 from coda.kernels.protocol import LaunchRun, Run
 from coda.kernels.tensors import matrix
@@ -101,6 +102,16 @@ def _partials(program: Program, kernel: Gemm, sizes: Sizes) -> Partials:
     return Partials(max(1, matrices * -(-m // rows)), -(-n // columns), columns)
 
 
+def _folds(program: Program, kernel: Gemm) -> str:
+    if kernel.mainloop.batch:
+        return "its rows are those of a batch"
+    why = why_not_folded(kernel.body.epilogue)
+    slow = not why and fold_seconds(program, kernel) >= program.target.launch
+    return (
+        "each of its tiles would fold its rows, which takes longer than a launch" if slow else why
+    )
+
+
 def _emit(program: Program, kernel: Gemm) -> Sequence[Source]:
     from coda.kernels.gemm.emit import emit_gemm
 
@@ -131,6 +142,7 @@ GEMM = Kind(
     partials=_partials,
     reorders=_reorders,
     shares=_shares,
+    folds=_folds,
     code=Code(_emit, _launch, _compile),
     tiled=True,
     scalars=f32,

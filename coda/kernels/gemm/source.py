@@ -33,9 +33,10 @@ class GemmSource:
         d: the buffer that the GEMM's own store writes; None if there is none.
         outputs: (emitted name, buffer, lane) of the other stores. The lane is 0 or 1 for one column
             of each pair, WHOLE for one value per element or pair, PAIRS for adjacent column pairs.
-        operands: operand name -> emitted name, for operands that are passed unpacked.
+        operands: operand name -> emitted name, for operands that are passed unpacked; of partials
+            the name of the first value that is computed from them.
         tables: packed periodic operands.
-        sinks: emitted name -> buffer of each sink.
+        sinks: emitted name -> buffer of each sink, and of each column that is stored.
         masks: emitted names of row vectors that are 1 in the matrix and 0 in padding columns.
         row_masks: emitted names of column vectors that are 1 in the matrix and 0 in padding rows.
         numbers: emitted name -> constant of an op: the width of a statistic's group, or the number
@@ -60,6 +61,7 @@ class GemmSource:
             d=self.d and names[self.d],
             outputs=tuple((emitted, names[b], lane) for emitted, b, lane in self.outputs),
             operands={names[o]: emitted for o, emitted in self.operands.items()},
+            sinks={emitted: names[b] for emitted, b in self.sinks.items()},
             tables=tuple(
                 replace(t, operands=tuple(names[o] for o in t.operands)) for t in self.tables
             ),

@@ -23,6 +23,7 @@ from coda.ir.types import DType, bf16, f32
 from coda.kernels.gemm.mainloop import Gemm
 from coda.kernels.gemm.operands import by_gemm, pack_tables, passed
 from coda.kernels.gemm.ragged import needs_mask
+from coda.kernels.gemm.row_folds import split_folds
 from coda.lowering.program.access import ColumnVector, RowVector, Tile
 from coda.lowering.program.epilogue import Epilogue, PickColumn, ReduceColumns, SumRows
 from coda.lowering.program.program import Program
@@ -143,6 +144,7 @@ class Demand:
 
 def demand(epilogue: Epilogue) -> Demand:
     """What an epilogue keeps in shared memory."""
+    epilogue, _ = split_folds(epilogue)
     own, operands, masked = by_gemm(epilogue), passed(epilogue), masks(epilogue)
     kinds = {o.name: o.dtype for o in epilogue.operands}
     tables = [kinds[t.operands[0]] for t in pack_tables(epilogue) if t.by_tma]

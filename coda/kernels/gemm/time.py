@@ -9,17 +9,18 @@
   reads the same one (few rows), nothing where many do.
 - stages: the mainloop's speed with so many stages of A and B.
 - epilogue: its bytes at the SM's share of the bandwidth, since all SMs are in it at once; or its
-  instructions, or special functions. A mainloop hides it in ping-pong and in tensor memory, but for
-  the last tile's.
+  instructions, or special functions; and before it the partials of its rows that it folds, from L2.
+  A mainloop hides it in ping-pong and in tensor memory, but for the last tile's.
 - bandwidth: of memory, or of the SMs that have a tile.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coda.ir.scalars import SCALARS
-from coda.kernels.gemm.mainloop import Gemm
+from coda.kernels.gemm.mainloop import Gemm, tiles
+from coda.kernels.gemm.row_folds import split_folds
 from coda.kernels.gemm.stages import (
     PipelineStages,
     cta_rows,
@@ -48,6 +49,7 @@ class Work:
         carried: those of them that its epilogue moves, for each element of the accumulator.
         instructions: of its epilogue at an element, without loads and stores.
         special: those of them that are for the special-function unit.
+        folded: bytes of partials that it folds for each row of a tile.
     """
 
     problem: tuple[int, int, int]
@@ -57,6 +59,7 @@ class Work:
     carried: float
     instructions: float = 0.0
     special: float = 0.0
+    folded: int = 0
 
 
 def work(program: Program, kernel: Gemm) -> Work:
@@ -76,6 +79,7 @@ def work(program: Program, kernel: Gemm) -> Work:
         (total - operands) / max(1, rows * columns),
         sum(f.flops for f in functions) / epilogue.lanes,
         sum(f.special for f in functions) / epilogue.lanes,
+        sum(f.bytes_of_row for f in split_folds(epilogue)[1]),
     )
 
 
@@ -95,7 +99,7 @@ def time_of(work: Work, config: Config, pipeline: PipelineStages, target: Target
     latency = rates.latency * grid.fresh
     step = overlapped(tensor, fed, latency) / target.speed(pipeline.ab)
     mainloop, tile = steps * step, rows * columns
-    epilogue = _epilogue(work, tile, target)
+    epilogue = _epilogue(work, tile, target) + rows * work.folded / rates.feed
     hidden = pipeline.accumulator > 1 or config.pingpong
     if hidden:
         exposed = epilogue + (grid.waves - 1) * max(0.0, epilogue - mainloop)
@@ -119,6 +123,14 @@ def time_of(work: Work, config: Config, pipeline: PipelineStages, target: Target
         memory=overlapped(busy, memory) - busy,
         bound=max(parts, key=lambda part: parts[part]),
     )
+
+
+def fold_seconds(program: Program, kernel: Gemm) -> float:
+    """What folding the partials of its rows adds to the modelled time of a GEMM."""
+    own, config = work(program, kernel), tiles(kernel)
+    pipeline = stages(program, kernel, config)
+    both = (time_of(w, config, pipeline, program.target) for w in (own, replace(own, folded=0)))
+    return next(both).seconds - next(both).seconds
 
 
 @dataclass(frozen=True)

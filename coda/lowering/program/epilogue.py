@@ -11,7 +11,7 @@ into CuTe DSL.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -194,6 +194,11 @@ class StoreExpr:
     rows: RowOrder | None = None
 
     @property
+    def is_column(self) -> bool:
+        """Whether it writes one value for each row."""
+        return isinstance(self.access, ColumnVector)
+
+    @property
     def span(self) -> Span | None:
         """The kernel's columns that it covers; None for all."""
         return self.access.span if isinstance(self.access, Tile) else None
@@ -326,6 +331,25 @@ def rounds_to_halves(epilogue: Epilogue) -> bool:
     lanes = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
     found = (SCALARS[c.fn].rounds_to for c in calls(lanes) if c.fn in SCALARS)
     return any(dtype is not None and dtype.bits == 16 for dtype in found)
+
+
+def rewritten(change: Callable[[Expr], Expr | None]) -> Callable[[Expr], Expr]:
+    """A function of expressions that replaces the outermost parts for which `change` has another.
+
+    `change` returns None for a part that stays; its arguments are then looked at.
+    """
+    memo: dict[Expr, Expr] = {}
+
+    def rewrite(expr: Expr) -> Expr:
+        if expr not in memo:
+            found = change(expr)
+            if found is None:
+                inner = isinstance(expr, Call)
+                found = Call(expr.fn, tuple(map(rewrite, expr.args))) if inner else expr
+            memo[expr] = found
+        return memo[expr]
+
+    return rewrite
 
 
 def leaves(exprs: Iterable[Expr]) -> set[Expr]:

@@ -197,6 +197,10 @@ def _expanded(builder: Builder, body: Body, operands: Sequence[Node], sizes: Siz
     return "its kernels read an element for each row"
 
 
+def _no_folds(program: Program, kernel: Kernel[Any]) -> str:
+    return "its kernels take over no folds of others"
+
+
 def _one_partial(program: Program, kernel: Kernel[Any], sizes: Sizes) -> Partials:
     return Partials()
 
@@ -231,6 +235,8 @@ class Kind:
             if it can.
         shares: (builder, body, matrices that lack some row axes, sizes that are compiled in) -> the
             reason why a kernel cannot read all of them as they are; "" if it can.
+        folds: (program, kernel that folds partials of its rows) -> the reason why kernels of this
+            kind cannot, or take longer than a kernel that does; "" if it pays.
         code: emission, compilation and launch; None if every backend runs the reference.
     """
 
@@ -245,6 +251,7 @@ class Kind:
     partials: Callable[[Program, Kernel[Any], Sizes], Partials] = _one_partial
     reorders: Callable[[Node, tuple[int, ...], Sizes], str] = _own_order
     shares: Callable[[Builder, Body, Sequence[Node], Sizes], str] = _expanded
+    folds: Callable[[Program, Kernel[Any]], str] = _no_folds
     code: Code | None = None
     tiled: bool = False
     whole_rows: bool = False
