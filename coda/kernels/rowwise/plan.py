@@ -13,8 +13,9 @@ The arithmetic, for rows of B bytes in their tiles (all matrices with a row for 
 
 A kernel with sums over rows has a vector for each thread as long as 512 threads are enough, and
 walks through the rows of a block: a thread has the same columns in each, and their sums in
-registers (at most 80, with a row that has to be held). A row then is read once too. Wider ones
-first compute the statistics of a block's rows, and then its columns, which reads memory again.
+registers, with a row that has to be held: at most 64 of 512 threads, or 160 of 256. A row then is
+read once too. Two sums of 18432 columns are 72 of 512 threads, and 144 of 256. Wider ones first
+compute the statistics of a block's rows, and then its columns, which reads memory again.
 
 RMSNorm of 4096 bf16 columns: 8192 bytes are 64 registers of a warp, and 32 of 64 threads.
 """
@@ -44,7 +45,8 @@ TALL_ROWS = 64  # rows of a CTA that sums over rows
 TALL_WARPS = 8  # warps of such a CTA, or more if its rows have more
 SHARED = 192  # bytes of tiles for each thread, by which the threads of a row are chosen
 MOST_HELD = 64  # registers for a row that stays in them
-SUMMED = 80  # registers for sums over rows, and for a row that is held beside them
+SUMMED = 64  # registers of 512 threads for sums over rows, and for a row held beside them
+SUMMED_BY_FEWER = 160  # the same of 256 threads and less, which may have twice as many
 AT_ONCE = 32  # registers, and elements, of the vectors that are loaded before they are used
 _MOST_THREADS = 512
 _STREAMING = 1024  # threads of a row that is read again
@@ -123,18 +125,19 @@ def _tall(
     epilogue: Epilogue, pieces: tuple[Piece, ...], lengths: tuple[int, ...], sweeps: int
 ) -> RowPlan:
     """The plan of a kernel that sums over rows."""
-    vector = lengths[0]
+    vector, held = lengths[0], sweeps > 1
     vectors = max(-(-p.count // vector) for p in pieces)
     threads = LANES
     while threads < min(vectors, _MOST_THREADS):
         threads *= 2
-    held = sweeps > 1
     words = row_words(epilogue, pieces, lengths) if held else []
-    need = held_registers(words, threads)
-    for piece in pieces:
-        sums = sum(len(s.lanes) for s in epilogue.row_sums if covers(epilogue, s.span, piece))
-        need += sums * vector * -(-piece.count // (vector * threads))
-    if need <= SUMMED:
+
+    def need(threads: int) -> int:
+        return held_registers(words, threads) + summed_registers(epilogue, pieces, vector, threads)
+
+    if threads == _MOST_THREADS and need(threads) > SUMMED:
+        threads //= 2
+    if need(threads) <= (SUMMED if threads == _MOST_THREADS else SUMMED_BY_FEWER):
         rows = max(1, TALL_WARPS * LANES // threads)
         depth = at_once(epilogue, vector, held=held)
         return RowPlan(threads, rows, TALL_ROWS, depth, held, True, 1)
@@ -145,10 +148,29 @@ def _tall(
 def vector_lengths(
     epilogue: Epilogue, pieces: tuple[Piece, ...], *, padded: bool
 ) -> tuple[int, ...]:
-    """The vector length of each piece: one for all, but in `padded` rows."""
+    """The vector length of each piece: one for all, but in `padded` rows.
+
+    Sums over rows of many registers take shorter vectors, if these leave fewer of them empty:
+    18432 columns are 40 for a thread of 512 in vectors of 8, and 36 in vectors of 4.
+    """
     if padded:
         return tuple(vector_length(epilogue, [p]) for p in pieces)
-    return (vector_length(epilogue, pieces),) * len(pieces)
+    vector = vector_length(epilogue, pieces)
+    sums = [summed_registers(epilogue, pieces, v, _MOST_THREADS) for v in (vector, vector // 2)]
+    if vector > 1 and sums[0] > SUMMED and sums[1] < sums[0]:
+        vector //= 2
+    return (vector,) * len(pieces)
+
+
+def summed_registers(
+    epilogue: Epilogue, pieces: tuple[Piece, ...], vector: int, threads: int
+) -> int:
+    """The registers of a thread for the sums over rows of its columns, of `threads` threads."""
+    found = 0
+    for piece in pieces:
+        sums = sum(len(s.lanes) for s in epilogue.row_sums if covers(epilogue, s.span, piece))
+        found += sums * vector * -(-piece.count // max(1, vector * threads))
+    return found
 
 
 def teams(pieces: tuple[Piece, ...], vector: int) -> int:
