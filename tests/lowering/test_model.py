@@ -52,6 +52,13 @@ def test_published_gemms(gpu):
     assert model.spearman([p.us for p in points], found) >= 0.9
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", model.FROM)
+def test_shapes_that_are_held_out(gpu):
+    errors = [abs(e) for _, found in model.held_out(gpu) for e in found]
+    assert statistics.median(errors) < 0.1
+
+
 @pytest.mark.parametrize("family", model.FAMILIES, ids=str)
 def test_lengths_of_attention_that_are_held_out(family):
     errors = [abs(b / a - 1) for _, a, b in model.attention(*family)][1:-1]
