@@ -25,23 +25,23 @@ ARCHS = ("sm_90a", "sm_100a")
 VOCABULARY = {"M": 101, "D": 128, "V": 500}
 LLAMA = {"M": 101, "D": 128, "F": 192, "H": 4, "G": 2, "d": 32}
 
-# file, block, sizes of its model, small sizes, launches, GEMMs, MB, MB with frozen weights.
+# file, block, sizes of its model, small sizes, launches by arch, GEMMs, MB, MB with frozen weights.
 # The last two are the docstrings' programs, by hand.
 TABLE = {
-    "llama_mlp": ("mlp", "DIMS", {"M": 101, "D": 128, "F": 192}, 3, 2, 1158, 1091),
-    "llama_layer": ("layer", "DIMS", LLAMA, 6, 4, 1618, 1483),
-    "qwen3_layer": ("layer", "DIMS", LLAMA, 6, 4, 1500, 1366),
-    "gpt2_layer": ("layer", "DIMS", {"M": 101, "D": 128, "F": 192}, 6, 4, 538, 538),
-    "starcoder2": ("starcoder2_layer", "STARCODER2_DIMS", LLAMA, 6, 4, 1667, 1667),
-    "neox_parallel": ("layer", "DIMS", {"M": 101, "D": 128, "F": 192}, 4, 3, 2720, 2720),
-    "gemma2_layer": ("layer", "DIMS", LLAMA, 6, 4, 1779, 1661),
-    "unnamed_norm": ("mlp", "DIMS", {"M": 101, "D": 128, "F": 192}, 3, 2, 1158, 1091),
-    "loss": ("loss", "DIMS", VOCABULARY, 2, 1, 1151, 1151),
+    "llama_mlp": ("mlp", "DIMS", {"M": 101, "D": 128, "F": 192}, (3, 3), 2, 1158, 1091),
+    "llama_layer": ("layer", "DIMS", LLAMA, (5, 4), 4, 1618, 1483),
+    "qwen3_layer": ("layer", "DIMS", LLAMA, (5, 4), 4, 1500, 1366),
+    "gpt2_layer": ("layer", "DIMS", {"M": 101, "D": 128, "F": 192}, (4, 4), 4, 538, 538),
+    "starcoder2": ("starcoder2_layer", "STARCODER2_DIMS", LLAMA, (6, 4), 4, 1667, 1667),
+    "neox_parallel": ("layer", "DIMS", {"M": 101, "D": 128, "F": 192}, (4, 4), 3, 2720, 2720),
+    "gemma2_layer": ("layer", "DIMS", LLAMA, (6, 6), 4, 1779, 1662),
+    "unnamed_norm": ("mlp", "DIMS", {"M": 101, "D": 128, "F": 192}, (3, 3), 2, 1158, 1091),
+    "loss": ("loss", "DIMS", VOCABULARY, (2, 2), 1, 1151, 1151),
     "logits_and_loss": (
         "logits_and_loss",
         "DIMS",
         {"M": 101, "D": 128, "V": 500},
-        3,
+        (3, 3),
         1,
         3253,
         3253,
@@ -62,7 +62,7 @@ def test_launches_and_bytes(example, arch, request):
     block, dims, _, launches, gemms, megabytes, frozen = example
     for constant, limit in ((False, megabytes), (True, frozen)):
         program = block.lower(arch, dims, frozen=constant)
-        assert len(program.kernels) <= launches
+        assert len(program.kernels) <= dict(zip(ARCHS, launches, strict=True))[arch]
         assert sum(k.kind is GEMM for k in program.kernels) <= gemms
         assert not any(k.kind is TORCH for k in program.kernels)
         assert hbm_bytes(program) <= limit * 1e6
@@ -135,16 +135,16 @@ def test_gradients_are_no_further_from_float64_than_torch(example):
         assert relative(mine, exact[name]) <= 1.15 * relative(plain[name], exact[name]), name
 
 
-# Launches of the forward that saves and of the backward, GEMMs and MB of the backward.
+# Launches of the forward that saves and of the backward, by arch; GEMMs and MB of the backward.
 BACKWARD = {
-    "llama_mlp": (3, 6, 4, 3467),
-    "llama_layer": (6, 11, 8, 4681),
-    "qwen3_layer": (6, 12, 8, 4252),
-    "gpt2_layer": (6, 13, 8, 1577),
-    "starcoder2": (6, 13, 8, 4492),
-    "neox_parallel": (4, 13, 8, 7702),
-    "gemma2_layer": (6, 13, 8, 5381),
-    "unnamed_norm": (3, 6, 4, 3467),
+    "llama_mlp": ((3, 3), (6, 5), 4, 3467),
+    "llama_layer": ((5, 4), (11, 10), 8, 4681),
+    "qwen3_layer": ((5, 4), (12, 11), 8, 4252),
+    "gpt2_layer": ((4, 4), (12, 12), 8, 1577),
+    "starcoder2": ((6, 4), (13, 13), 8, 4492),
+    "neox_parallel": ((4, 4), (13, 13), 8, 7702),
+    "gemma2_layer": ((6, 6), (13, 12), 8, 5381),
+    "unnamed_norm": ((3, 3), (6, 5), 4, 3467),
 }
 
 
@@ -157,8 +157,9 @@ def test_launches_and_bytes_of_the_backward(name, arch):
     module = runpy.run_path(str(ROOT / f"{FILES.get(name, name)}.py"))
     block = module[block]
     forward, program = block.lower_training(arch, module[dims], wanted=wanted_of(block))
-    assert len(forward.kernels) <= forwards
-    assert len(program.kernels) <= kernels
+    k = ARCHS.index(arch)
+    assert len(forward.kernels) <= forwards[k]
+    assert len(program.kernels) <= kernels[k]
     assert sum(k.kind is GEMM for k in program.kernels) <= gemms
     assert hbm_bytes(program) <= megabytes * 1e6
     assert not any(k.kind is TORCH for k in (*forward.kernels, *program.kernels))
@@ -190,7 +191,7 @@ def test_a_product_that_the_forward_stores_is_kept_for_speed():
         found.append([hbm_bytes(p) for p in programs])
     product = 2 * dims["M"] * dims["F"]
     assert found[0][0] == found[1][0]
-    assert found[0][1] - product == found[1][1] <= 4445e6
+    assert found[0][1] - product == found[1][1] <= 4446e6
 
 
 def test_adding_to_gradients_takes_no_more_launches():
@@ -202,7 +203,7 @@ def test_adding_to_gradients_takes_no_more_launches():
     targets = {i.name: i.dtype for i in matrices}
     found = accumulating(training, targets, siblings(training))
     plain, program = lower(training.backward, dims), lower(found.graph, dims)
-    assert len(program.kernels) == len(plain.kernels) == BACKWARD["llama_layer"][1]
+    assert len(program.kernels) == len(plain.kernels) == BACKWARD["llama_layer"][1][0]
     old = sum(math.prod(d.size(dims) for d in i.shape) * i.dtype.size for i in matrices)
     assert hbm_bytes(program) == hbm_bytes(plain) + old
 
