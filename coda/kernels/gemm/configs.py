@@ -25,6 +25,7 @@ from coda.kernels.gemm.stages import (
     cta_rows,
     demand,
     divided,
+    narrowest,
     need,
     subtile,
 )
@@ -160,6 +161,10 @@ def refused(case: Case, config: Config, target: Target) -> Refusal | None:
     if target.tensor_memory and cta_rows(config, target) < 128 and case.demand.sums:
         return Refusal("rows", "sums over rows take CTAs of 128 rows, whose warps have one each")
     loaded = next(iter(case.demand.loaded), None)
+    stored = [d for d in (case.demand.own, loaded) if d is not None]
+    least = narrowest(config, target, bits=min((d.bits for d in stored), default=16))
+    if config.tile_n < least:
+        return Refusal("rows", f"stores and loads of this type take {least} columns at least")
     columns = subtile(config, target, case.demand.own, loaded)[1]
     if case.held > most_held(config, target, columns=columns, sums=case.sums):
         return Refusal(

@@ -272,6 +272,14 @@ def _warps(config: Config, target: Target) -> tuple[int, int]:
     return 4 * down, across
 
 
+def narrowest(config: Config, target: Target, bits: int) -> int:
+    """The fewest columns of a tile whose subtiles have elements of so many bits.
+
+    The warps of an epilogue in tensor memory each copy 16 bytes of a row.
+    """
+    return 128 // bits * _warps(config, target)[1] if target.tensor_memory else 0
+
+
 def _reductions(wanted: Demand, rows: int, columns: int, warps: tuple[int, int]) -> int:
     """Bytes through which warps combine their sums and statistics."""
     down, across = warps
