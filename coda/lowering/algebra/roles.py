@@ -91,7 +91,9 @@ def is_pointwise(node: Node) -> bool:
     return isinstance(node, Map | Cast | views | Const | Size | Iota | Input)
 
 
-def position_nodes(nodes: Iterable[Node], sizes: Mapping[str, int]) -> set[Node]:
+def position_nodes(
+    nodes: Iterable[Node], sizes: Mapping[str, int], *, chunked: bool = False
+) -> set[Node]:
     """Exact functions of iotas and constants: kernels compute them from where an element is.
 
     Their types have all of their numbers exactly, and so has float32.
@@ -99,9 +101,13 @@ def position_nodes(nodes: Iterable[Node], sizes: Mapping[str, int]) -> set[Node]
     Args:
         nodes: all nodes of a graph, operands first.
         sizes: those of symbols that are known when the graph is lowered.
+        chunked: whether values are cut into chunks. Slices of iotas are then loaded: the number of
+            a chunk's first column would be a constant of its kernels, which chunks share.
     """
     found: dict[Node, int] = {}  # node -> a bound of its numbers
     for node in nodes:
+        if chunked and isinstance(node, Slice):
+            continue
         bound = _position_bound(node, found, sizes)
         if bound is not None and bound <= 1 << min(node.dtype.digits, f32.digits):
             found[node] = bound

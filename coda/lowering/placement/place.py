@@ -67,7 +67,7 @@ class Partition(Materialisation):
         self.weights = weight_nodes(nodes, self.per_call)
         contracts = [n for n in gemms(nodes) if n not in self.weights]
         self.tokens, self.rows = row_symbols(nodes), row_axes(contracts, self.graph.inputs)
-        self.positions = position_nodes(nodes, self.known)
+        self.positions = position_nodes(nodes, self.known, chunked=bool(self.part_of))
         uses = Uses.of(contracts, nodes, self.graph.roots, self.weights, self.part_of)
         groups = group_siblings(contracts, uses)
         seconds = partial(seconds_of, self.target)
