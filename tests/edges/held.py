@@ -162,7 +162,8 @@ def wrong(ours, theirs, exact, factor, alike):
     round what they know better), 32 of float64 (for which there is nothing better). Or if it is no
     further from float64 than `factor` times torch at this element or, as a share, at its worst one:
     which of two roundings is the lucky one differs from element to element. What is infinite or NaN
-    in torch has to be so here, or to be what float64 says.
+    in torch has to be so here, or to be what float64 says; where torch overflows and float64 does
+    not, or not by more than such an error, that is the same closeness as for finite numbers.
 
     Args:
         ours, theirs: of one type; None is a gradient of zeros.
@@ -192,8 +193,10 @@ def wrong(ours, theirs, exact, factor, alike):
         near = (a - b).abs() <= few * (info.eps * b.abs() + info.smallest_normal) + noise
         least = off[finite].max() if alike and finite.any() else off.new_zeros(())
         as_close = (a - e).abs() <= factor * torch.maximum(off, e.abs() * worst).maximum(least)
+        over = b.isinf() & a.isfinite() & e.isfinite()
+        as_close_over = over & ((a - e).abs() <= factor * e.abs() * worst)
         nowhere = a.isnan() & (b.isnan() | e.isnan())
-        good |= nowhere | (a == rounded) | ((near | as_close) & finite)
+        good |= nowhere | (a == rounded) | ((near | as_close) & finite) | as_close_over
     if good.all():
         return None
     first = tuple(int(i) for i in (~good).nonzero()[0])

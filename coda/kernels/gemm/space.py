@@ -26,7 +26,7 @@ COOPERATIVE: dict[Tile, float] = {
 }
 PINGPONG: dict[Tile, float] = {
     (128, 128): 6,
-    (128, 160): 4,
+    (128, 160): 3,
     (128, 192): 2,
     (192, 128): 2,
     (128, 208): 1,
