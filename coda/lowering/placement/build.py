@@ -160,8 +160,9 @@ class _Build:
 
     @cached_property
     def factors(self) -> set[Node]:
-        """The operands of contractions."""
-        return {o for d in self.partition.drafts for c in d.contracts for o in c.operands}
+        """The operands of contractions, as they are stored."""
+        contracts = [c for d in self.partition.drafts for c in d.contracts]
+        return {self.partition.storage(o) for c in contracts for o in c.operands}
 
     def need(self, node: Node) -> None:
         """Record that a node is loaded or returned, and create the buffers of arguments."""
