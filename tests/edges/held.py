@@ -162,8 +162,8 @@ def wrong(ours, theirs, exact, factor, alike):
     round what they know better), 32 of float64 (for which there is nothing better). Or if it is no
     further from float64 than `factor` times torch at this element or, as a share, at its worst one:
     which of two roundings is the lucky one differs from element to element. What is infinite or NaN
-    in torch has to be so here, or to be what float64 says; where torch overflows and float64 does
-    not, or not by more than such an error, that is the same closeness as for finite numbers.
+    in torch has to be so here, or to be what float64 says. Where only one of both overflows, ours
+    has to be as close to float64 as a share; infinity is then the least number that rounds to it.
 
     Args:
         ours, theirs: of one type; None is a gradient of zeros.
@@ -193,8 +193,9 @@ def wrong(ours, theirs, exact, factor, alike):
         near = (a - b).abs() <= few * (info.eps * b.abs() + info.smallest_normal) + noise
         least = off[finite].max() if alike and finite.any() else off.new_zeros(())
         as_close = (a - e).abs() <= factor * torch.maximum(off, e.abs() * worst).maximum(least)
-        over = b.isinf() & a.isfinite() & e.isfinite()
-        as_close_over = over & ((a - e).abs() <= factor * e.abs() * worst)
+        most = info.max * (1 + info.eps / 4)  # what rounds to infinity
+        near_over = (a.clamp(-most, most) - e).abs() <= factor * e.abs() * worst
+        as_close_over = near_over & (a.isfinite() ^ b.isfinite()) & ~a.isnan() & e.isfinite()
         nowhere = a.isnan() & (b.isnan() | e.isnan())
         good |= nowhere | (a == rounded) | ((near | as_close) & finite) | as_close_over
     if good.all():
