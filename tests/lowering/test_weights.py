@@ -10,6 +10,7 @@ import coda
 from coda.ir.graph import Concat
 from coda.kernels.gemm.mainloop import gemms
 from coda.kernels.gemm.weights import halves, siblings, weight_reads
+from coda.lowering.program.access import Tile
 from coda.runtime.prepare import one_below_another
 
 T = coda.Tensor
@@ -139,3 +140,22 @@ def test_matrices_one_below_another_are_one():
 )
 def test_others_are_not(parts):
     assert one_below_another(parts(torch.zeros(8, 6))) is None
+
+
+def test_stacked_weights_that_are_also_read_elementwise_keep_their_dtype():
+    """Operands of contractions are prepacked as they are, and not in float32."""
+    block = runpy.run_path(str(ROOT / "gpt2_layer.py"))["starcoder2_layer"]
+    sizes = {"M": 128, "D": 256, "F": 512, "H": 4, "G": 2, "d": 64}
+    wanted = [i.name for i in block.graph.inputs if i.name not in ("cos", "sin")]
+    _, program = block.lower_training("sm_90a", sizes, wanted=wanted)
+    stacked = {
+        n for n, node in program.prepared.items() if isinstance(node, Concat) and node.rank == 2
+    }
+    found = [
+        o
+        for k in program.kernels
+        for o in k.body.epilogue.operands
+        if o.name in stacked and isinstance(o.access, Tile)
+    ]
+    assert found
+    assert all(o.dtype == program.buffers[o.name].dtype for o in found)

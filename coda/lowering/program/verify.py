@@ -9,7 +9,7 @@ from coda.errors import InternalError
 from coda.ir.dims import product
 from coda.ir.graph import Cast, Const, Expand, Input, Iota, Node, Size
 from coda.lowering.algebra.roles import is_view
-from coda.lowering.program.access import Grouped, Line, Partial, Periodic, Tile
+from coda.lowering.program.access import Line, Partial
 from coda.lowering.program.epilogue import SumRows, positions
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
@@ -69,12 +69,6 @@ class _Check:
             name, node = operand.name, kernel.body.nodes.get(operand.name)
             if isinstance(operand.access, Partial) and name not in self.written:
                 raise self.fault(f"{who} folds `{name}` before it is written")
-            place = self.program.places.get(node) if node is not None else None
-            buffer = self.program.buffers.get(name if place is None else place.buffer)
-            whole = isinstance(operand.access, Tile | Periodic | Grouped)
-            if whole and buffer is not None and buffer.dtype != operand.dtype:
-                found = f"{buffer.dtype} where it loads {operand.dtype}"
-                raise self.fault(f"{who} reads `{name}`, which is {found}")
             if node is None or name in kernel.body.spread:
                 continue
             if isinstance(operand.access, Line | Partial):
