@@ -194,7 +194,8 @@ def test_a_product_that_the_forward_stores_is_kept_for_speed():
         found.append([hbm_bytes(p) for p in programs])
     product = 2 * dims["M"] * dims["F"]
     assert found[0][0] == found[1][0]
-    assert found[0][1] - product == found[1][1] <= 4446e6
+    assert 0 <= found[1][1] - (found[0][1] - product) < 4e6  # partials of a narrower tile
+    assert found[1][1] <= 4446e6
 
 
 def test_adding_to_gradients_takes_no_more_launches():

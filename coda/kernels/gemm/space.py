@@ -25,7 +25,7 @@ COOPERATIVE: dict[Tile, float] = {
     (256, 208): 1,
 }
 PINGPONG: dict[Tile, float] = {
-    (128, 128): 6,
+    (128, 128): 5,
     (128, 160): 3,
     (128, 192): 2,
     (192, 128): 2,

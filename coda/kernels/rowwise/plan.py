@@ -13,7 +13,7 @@ The arithmetic, for rows of B bytes in their tiles (all matrices with a row for 
 
 A kernel with sums over rows has a vector for each thread as long as 512 threads are enough, and
 walks through the rows of a block: a thread has the same columns in each, and their sums in
-registers, with a row that has to be held: at most 64 of 512 threads, or 160 of 256. A row then is
+registers, with a row that has to be held: at most 56 of 512 threads, or 160 of 256. A row then is
 read once too. Two sums of 18432 columns are 72 of 512 threads, and 144 of 256. Wider ones first
 compute the statistics of a block's rows, and then its columns, which reads memory again.
 
@@ -45,7 +45,7 @@ TALL_ROWS = 64  # rows of a CTA that sums over rows
 TALL_WARPS = 8  # warps of such a CTA, or more if its rows have more
 SHARED = 192  # bytes of tiles for each thread, by which the threads of a row are chosen
 MOST_HELD = 64  # registers for a row that stays in them
-SUMMED = 64  # registers of 512 threads for sums over rows, and for a row held beside them
+SUMMED = 56  # registers of 512 threads for sums over rows, and for a row held beside them
 SUMMED_BY_FEWER = 160  # the same of 256 threads and less, which may have twice as many
 AT_ONCE = 32  # registers, and elements, of the vectors that are loaded before they are used
 _MOST_THREADS = 512
