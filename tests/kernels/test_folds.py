@@ -52,7 +52,7 @@ def folds(program):
         (gated, 256, 300),
         (layer_norm, 320, 150),
         (layer_norm, 256, 129),
-        (layer_norm, 1280, 1),
+        (layer_norm, 640, 1),
     ],
 )
 def test_a_fold_before_the_epilogue(block, columns, rows, arch):
