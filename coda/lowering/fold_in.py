@@ -23,7 +23,6 @@ from coda.ir.types import f32
 from coda.lowering.program.access import ColumnVector, OneElement, Partial
 from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import (
-    Epilogue,
     Expr,
     Load,
     Stat,
@@ -156,18 +155,18 @@ def _joined(
             of_fold(replaced[e.operand]) if isinstance(e, Load) and e.operand in replaced else None
         )
     )
-    statistics = (
-        *(replace(s, name=names[s.name]) for s in theirs.epilogue.statistics),
-        *(replace(s, expr=s.expr and change(s.expr)) for s in mine.epilogue.statistics),
-    )
-    stores = [replace(s, lanes=tuple(map(change, s.lanes))) for s in mine.epilogue.stores]
-    dtypes = {s.buffer: s.dtype for s in theirs.epilogue.stores}
-    stores += [
+    own, dtypes = mine.epilogue.mapped(change), {s.buffer: s.dtype for s in theirs.epilogue.stores}
+    columns = [
         StoreExpr(buffer, dtypes[buffer], (of_fold(value),), ColumnVector())
         for buffer, value in kept.items()
     ]
-    sinks = tuple(replace(s, lanes=tuple(map(change, s.lanes))) for s in mine.epilogue.sinks)
-    epilogue = Epilogue(mine.epilogue.distance, tuple(operands), statistics, tuple(stores), sinks)
+    folds = [replace(s, name=names[s.name]) for s in theirs.epilogue.statistics]
+    epilogue = replace(
+        own,
+        operands=tuple(operands),
+        statistics=(*folds, *own.statistics),
+        stores=(*own.stores, *columns),
+    )
     nodes = {n: node for n, node in mine.nodes.items() if n not in replaced} | theirs.nodes
     return replace(mine, epilogue=epilogue, nodes=nodes, folded=(*theirs.folded, *mine.folded))
 

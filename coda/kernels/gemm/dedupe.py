@@ -11,7 +11,7 @@ from dataclasses import replace
 from coda.kernels.gemm.batches import Batches, batches_of
 from coda.kernels.gemm.mainloop import Gemm, gemms
 from coda.kernels.gemm.weights import halves
-from coda.lowering.program.epilogue import Call, Epilogue, Expr, Load
+from coda.lowering.program.epilogue import Epilogue, Load, rewritten
 from coda.lowering.program.program import Program
 
 
@@ -23,30 +23,15 @@ def names_of(epilogue: Epilogue) -> list[str]:
 
 def renamed(epilogue: Epilogue, names: Mapping[str, str]) -> Epilogue:
     """An epilogue with operands and buffers renamed (old -> new)."""
-    memo: dict[Expr, Expr] = {}
-
-    def expr(one: Expr) -> Expr:
-        if one not in memo:
-            if isinstance(one, Load):
-                memo[one] = replace(one, operand=names[one.operand])
-            elif isinstance(one, Call):
-                memo[one] = Call(one.fn, tuple(map(expr, one.args)))
-            else:
-                memo[one] = one
-        return memo[one]
-
-    def lanes(many: tuple[Expr, ...]) -> tuple[Expr, ...]:
-        return tuple(map(expr, many))
-
+    mapped = epilogue.mapped(
+        rewritten(lambda e: Load(names[e.operand], e.lane) if isinstance(e, Load) else None)
+    )
     return Epilogue(
-        epilogue.distance,
-        tuple(replace(o, name=names[o.name]) for o in epilogue.operands),
-        tuple(
-            replace(s, expr=s.expr and expr(s.expr), operand=s.operand and names[s.operand])
-            for s in epilogue.statistics
-        ),
-        tuple(replace(s, buffer=names[s.buffer], lanes=lanes(s.lanes)) for s in epilogue.stores),
-        tuple(replace(s, buffer=names[s.buffer], lanes=lanes(s.lanes)) for s in epilogue.sinks),
+        mapped.distance,
+        tuple(replace(o, name=names[o.name]) for o in mapped.operands),
+        tuple(replace(s, operand=s.operand and names[s.operand]) for s in mapped.statistics),
+        tuple(replace(s, buffer=names[s.buffer]) for s in mapped.stores),
+        tuple(replace(s, buffer=names[s.buffer]) for s in mapped.sinks),
     )
 
 

@@ -60,6 +60,4 @@ def by_gemm(epilogue: Epilogue) -> StoreExpr | None:
 
 def _loads(epilogue: Epilogue) -> set[str]:
     """The names of the operands that an epilogue's expressions load."""
-    exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
-    exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
-    return {e.operand for e in leaves(exprs) if isinstance(e, Load)}
+    return {e.operand for e in leaves(epilogue.exprs) if isinstance(e, Load)}

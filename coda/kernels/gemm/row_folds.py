@@ -133,18 +133,16 @@ def split_folds(epilogue: Epilogue) -> tuple[Epilogue, tuple[PartialFold, ...]]:
     columns = [s for s in epilogue.stores if s.is_column]
     for store in columns:
         hoisted(store.lanes[0])
-    change = rewritten(hoisted)
-    stores = tuple(
-        replace(s, lanes=tuple(map(change, s.lanes))) for s in epilogue.stores if s not in columns
-    )
-    sinks = tuple(replace(s, lanes=tuple(map(change, s.lanes))) for s in epilogue.sinks)
+    rest = replace(
+        epilogue,
+        statistics=tuple(s for s in epilogue.statistics if s not in found),
+        stores=tuple(s for s in epilogue.stores if s not in columns),
+    ).mapped(rewritten(hoisted))
     sources = {s.operand for s in found}
     operands = [o for o in epilogue.operands if o.name not in sources]
     operands += [Operand(name, f32, ColumnVector()) for some in values.values() for name in some]
-    rest = (s for s in epilogue.statistics if s not in found)
-    rest = tuple(replace(s, expr=s.expr and change(s.expr)) for s in rest)
     made = tuple(PartialFold(s, values[s.name], _stores(columns, values[s.name])) for s in found)
-    return Epilogue(epilogue.distance, tuple(operands), rest, stores, sinks), made
+    return replace(rest, operands=tuple(operands)), made
 
 
 def folded(epilogue: Epilogue) -> list[Statistic]:

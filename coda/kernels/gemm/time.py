@@ -65,9 +65,7 @@ class Work:
 def work(program: Program, kernel: Gemm) -> Work:
     """The work of a GEMM of a program."""
     epilogue, moved = kernel.body.epilogue, traffic(program, kernel)
-    exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
-    exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
-    functions = [SCALARS[c.fn] for c in calls(exprs)]
+    functions = [SCALARS[c.fn] for c in calls(epilogue.exprs)]
     rows, columns = kernel.mainloop.points(program.sizes)
     total = moved.read_bytes + moved.write_bytes
     operands = sum(memory_bytes(o, program) for o in kernel.mainloop.operands)
@@ -129,8 +127,9 @@ def fold_seconds(program: Program, kernel: Gemm) -> float:
     """What folding the partials of its rows adds to the modelled time of a GEMM."""
     own, config = work(program, kernel), tiles(kernel)
     pipeline = stages(program, kernel, config)
-    both = (time_of(w, config, pipeline, program.target) for w in (own, replace(own, folded=0)))
-    return next(both).seconds - next(both).seconds
+    times = (time_of(w, config, pipeline, program.target) for w in (own, replace(own, folded=0)))
+    folding, plain = (t.seconds for t in times)
+    return folding - plain
 
 
 @dataclass(frozen=True)

@@ -125,8 +125,7 @@ class _RowwiseEmitter(Folds):
 
     def row(self) -> list[str]:
         """Lines that compute the statistics of one row, but those of the sweep that stores."""
-        every = [e for s in (*self.epilogue.stores, *self.epilogue.sinks) for e in s.lanes]
-        body = self.once_loaded([*every, *(s.expr for s in self.epilogue.statistics)])
+        body = self.once_loaded(self.epilogue.exprs)
         body += self.hold()
         for fold in [s for s in self.epilogue.statistics if s.operand]:
             body += self.fold(fold)

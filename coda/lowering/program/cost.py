@@ -115,10 +115,9 @@ def tensor_flops(program: Program, kernel: Kernel[Any]) -> int:
 def scalar_flops(program: Program, kernel: Kernel[Any]) -> int:
     """FLOPs outside the tensor cores: the mainloop's, and the body's at all elements."""
     epilogue = kernel.body.epilogue
-    exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
-    exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
     rows, columns = kernel.mainloop.points(program.sizes)
-    computed = rows * columns // epilogue.lanes * sum(SCALARS[c.fn].flops for c in calls(exprs))
+    flops = sum(SCALARS[c.fn].flops for c in calls(epilogue.exprs))
+    computed = rows * columns // epilogue.lanes * flops
     return kernel.kind.flops(kernel, program.sizes).scalar + computed
 
 

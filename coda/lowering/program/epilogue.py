@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from coda.ir.dims import Shape
@@ -313,6 +313,29 @@ class Epilogue:
         """The names of the operands with values per row that are reduced."""
         return [o.name for o in self.operands if isinstance(o.access, Line)]
 
+    @property
+    def results(self) -> list[Expr]:
+        """The expressions of all stores and sinks."""
+        return [e for s in (*self.stores, *self.sinks) for e in s.lanes]
+
+    @property
+    def exprs(self) -> list[Expr]:
+        """All expressions: those of the results, then those of the statistics."""
+        return [*self.results, *(s.expr for s in self.statistics if s.expr is not None)]
+
+    def mapped(self, change: Callable[[Expr], Expr]) -> Epilogue:
+        """The same with `change` of each expression."""
+
+        def lanes(many: tuple[Expr, ...]) -> tuple[Expr, ...]:
+            return tuple(map(change, many))
+
+        return replace(
+            self,
+            statistics=tuple(replace(s, expr=s.expr and change(s.expr)) for s in self.statistics),
+            stores=tuple(replace(s, lanes=lanes(s.lanes)) for s in self.stores),
+            sinks=tuple(replace(s, lanes=lanes(s.lanes)) for s in self.sinks),
+        )
+
 
 def held(epilogue: Epilogue) -> int:
     """Values live at once at an element, for register pressure: tiles, stores, and sinks."""
@@ -322,15 +345,13 @@ def held(epilogue: Epilogue) -> int:
 
 def conditions(epilogue: Epilogue) -> int:
     """The number of predicates that an epilogue computes at an element."""
-    lanes = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
-    return sum(SCALARS[c.fn].result == "bool" for c in calls(lanes) if c.fn in SCALARS)
+    return sum(SCALARS[c.fn].result == "bool" for c in calls(epilogue.results) if c.fn in SCALARS)
 
 
 def rounds_to_halves(epilogue: Epilogue) -> bool:
     """Whether an epilogue's results contain a rounding to a dtype of 16 bits."""
-    lanes = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
-    found = (SCALARS[c.fn].rounds_to for c in calls(lanes) if c.fn in SCALARS)
-    return any(dtype is not None and dtype.bits == 16 for dtype in found)
+    called = [SCALARS[c.fn] for c in calls(epilogue.results) if c.fn in SCALARS]
+    return any(f.rounds_to is not None and f.rounds_to.bits == 16 for f in called)
 
 
 def rewritten(change: Callable[[Expr], Expr | None]) -> Callable[[Expr], Expr]:
@@ -386,9 +407,7 @@ def calls(exprs: Iterable[Expr]) -> list[Call]:
 
 def positions(epilogue: Epilogue) -> list[Position]:
     """The distinct positions that an Epilogue reads, in a fixed order."""
-    exprs = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
-    exprs += [s.expr for s in epilogue.statistics if s.expr is not None]
-    return sorted((e for e in leaves(exprs) if isinstance(e, Position)), key=str)
+    return sorted((e for e in leaves(epilogue.exprs) if isinstance(e, Position)), key=str)
 
 
 def stat_names(exprs: Iterable[Expr]) -> set[str]:

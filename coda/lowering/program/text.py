@@ -121,8 +121,7 @@ def _body(program: Program, kernel: Kernel[Any]) -> list[str]:
             else (f"{stat.width} columns" if stat.width else "all rows")
         )
         lines.append(f"    {stat.name} = {stat.monoid} {what} over {over}")
-    results = [e for s in (*epilogue.stores, *epilogue.sinks) for e in s.lanes]
-    lines += _assignments(results, names)
+    lines += _assignments(epilogue.results, names)
     for store in epilogue.stores:
         buffer = program.buffers[store.buffer]
         values = ", ".join(_name(e, names) for e in store.lanes)
