@@ -212,6 +212,11 @@ Shape = tuple[Dim, ...]
 ONE = Dim.of(1)
 
 
+def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    """The order of axes that undoes a permutation."""
+    return tuple(order.index(i) for i in range(len(order)))
+
+
 def product(dims: Iterable[Dim]) -> Dim:
     """The number of elements of a shape."""
     return _product(tuple(dims))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from coda.errors import DtypeError, ShapeError
-from coda.ir.dims import ONE, Dim, Shape, broadcast, product, show_shape
+from coda.ir.dims import ONE, Dim, Shape, broadcast, inverse, product, show_shape
 from coda.ir.monoids import MONOIDS
 from coda.ir.node import Node, origin
 from coda.ir.scalars import SCALARS
@@ -214,7 +214,7 @@ class Permute(Node):
     @property
     def inverse(self) -> tuple[int, ...]:
         """The order of the permutation that undoes this one."""
-        return tuple(self.order.index(i) for i in range(len(self.order)))
+        return inverse(self.order)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from coda.ir.dims import ONE, Shape, product
+from coda.ir.dims import ONE, Shape, inverse, product
 from coda.ir.graph import (
     Cast,
     Concat,
@@ -27,11 +27,6 @@ from coda.ir.graph import (
 )
 
 Order = tuple[int, ...]
-
-
-def inverse(order: Order) -> Order:
-    """The inverse permutation."""
-    return tuple(order.index(i) for i in range(len(order)))
 
 
 def permuted(node: Node, order: Order) -> Node:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from coda.ir.dims import ONE, Shape, product
+from coda.ir.dims import ONE, Shape, inverse, product
 from coda.ir.graph import (
     Cast,
     Concat,
@@ -154,6 +154,5 @@ def factor_cotangent(factor: Node, found: Outputs, cotangents: Mapping[Node, Nod
         flat = [Reshape(n, (*lead, rest)) for n in (cotangents[one], one)]
         parts.append(Map("mul", tuple(n.arg if n.arg.shape == n.shape else n for n in flat)))
     whole = parts[0] if len(parts) == 1 else Concat(tuple(parts), -1)
-    back = (*(found.order.index(i) for i in range(len(lead))), len(lead))
-    total = permuted(Reduce("sum", whole, -1), back)
+    total = permuted(Reduce("sum", whole, -1), (*inverse(found.order), len(lead)))
     return Map("mul", (total, Map("recip", (factor,))))

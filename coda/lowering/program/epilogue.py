@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from coda.ir.dims import Shape
+from coda.ir.dims import Shape, inverse
 from coda.ir.monoids import PLAIN_SUM
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType
@@ -170,7 +170,7 @@ class RowOrder:
     @property
     def inverse(self) -> tuple[int, ...]:
         """For each of `axes`, its number among the axes of the buffer's rows."""
-        return tuple(self.order.index(i) for i in range(len(self.order)))
+        return inverse(self.order)
 
 
 @dataclass(frozen=True)
