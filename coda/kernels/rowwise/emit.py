@@ -135,7 +135,7 @@ class _RowwiseEmitter(Folds):
 
     def wide(self) -> list[str]:
         """The sweep that stores, and takes the last statistics."""
-        late = [s for level in self.late() for s in level]
+        late = self.late()
         out = [self.start(s) for s in self.own(late)]
         for piece in self.pieces:
             self.enter(piece)

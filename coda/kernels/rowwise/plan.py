@@ -103,10 +103,8 @@ def plan_of(body: Body, pieces: tuple[Piece, ...], *, padded: bool = False) -> R
     """The plan for a body whose columns are in these pieces."""
     epilogue = body.epilogue
     lengths = vector_lengths(epilogue, pieces, padded=padded)
-    levels = levels_of(epilogue)
-    own = sum(not is_late(epilogue, level) for level in levels)
-    last = bool(wide_exprs(epilogue)) or own < len(levels)
-    sweeps = max(1, own + last)
+    levels, late = levels_of(epilogue)
+    sweeps = max(1, len(levels) + bool(wide_exprs(epilogue) or late))
     if epilogue.sinks:
         return _tall(epilogue, pieces, lengths, sweeps)
     counts = (32, 64, 128, 256, _MOST_THREADS)
@@ -142,7 +140,9 @@ def _tall(
         depth = at_once(epilogue, vector, held=held)
         return RowPlan(threads, rows, TALL_ROWS, depth, held, True, 1)
     rows, depth = teams(pieces, vector), at_once(epilogue, vector, held=False)
-    return RowPlan(LANES, rows, TALL_ROWS, depth, False, False, len(levels_of(epilogue)) + 1)
+    levels, late = levels_of(epilogue)
+    own = len(levels) + bool(late)
+    return RowPlan(LANES, rows, TALL_ROWS, depth, False, False, own + 1)
 
 
 def vector_lengths(
@@ -269,11 +269,11 @@ def reads(epilogue: Epilogue, exprs: list[Expr]) -> set[str]:
     return found
 
 
-def levels_of(epilogue: Epilogue) -> list[list[Statistic]]:
-    """Statistics of the row in levels; those of one level are independent of each other.
+def levels_of(epilogue: Epilogue) -> tuple[list[list[Statistic]], list[Statistic]]:
+    """Statistics of the row in levels, then those that no stored column and no other one reads.
 
-    The last level is computed in the sweep that stores if nothing that it stores, and no other
-    statistic, reads one of its members (`is_late`).
+    Those of one level are independent of each other; the last ones can be taken in the sweep that
+    stores.
     """
     own = [s for s in epilogue.statistics if s.expr is not None and not s.group]
     known = {s.name for s in epilogue.statistics if s.operand or s.group}
@@ -285,14 +285,7 @@ def levels_of(epilogue: Epilogue) -> list[list[Statistic]]:
         found.append(now)
         known |= {s.name for s in now}
         left = [s for s in left if s not in now]
-    late = [s for s in own if s.name not in read]
-    return [*found, late] if late else found
-
-
-def is_late(epilogue: Epilogue, level: list[Statistic]) -> bool:
-    """Whether no stored column and no other statistic reads a level's members."""
-    read = _early(epilogue)
-    return not any(s.name in read for s in level)
+    return found, [s for s in own if s.name not in read]
 
 
 def _early(epilogue: Epilogue) -> set[str]:

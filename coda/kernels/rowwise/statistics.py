@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from coda.ir.monoids import MONOIDS
 from coda.kernels.lines import safe
 from coda.kernels.rowwise.pieces import Piece
-from coda.kernels.rowwise.plan import has_planes, is_late, levels_of
+from coda.kernels.rowwise.plan import has_planes, levels_of
 from coda.kernels.rowwise.sweeps import Sweeps, VectorWork, indented
 from coda.lowering.program.epilogue import Literal, Statistic
 
@@ -27,16 +27,16 @@ class Statistics(Sweeps):
 
     def early(self) -> list[list[Statistic]]:
         """The levels of statistics that have sweeps of their own."""
-        return [v for v in levels_of(self.epilogue) if v not in self.late()]
+        levels, late = levels_of(self.epilogue)
+        return [*levels, late] if late and not self.late() else levels
 
-    def late(self) -> list[list[Statistic]]:
-        """The level of statistics that is computed in the sweep that stores, if there is one.
+    def late(self) -> list[Statistic]:
+        """The statistics that are computed in the sweep that stores.
 
-        Where columns are computed apart from statistics there is none.
+        Where columns are computed apart from statistics there are none.
         """
-        if self.epilogue.sinks and not self.plan.summed:
-            return []
-        return [v for v in levels_of(self.epilogue)[-1:] if is_late(self.epilogue, v)]
+        apart = self.epilogue.sinks and not self.plan.summed
+        return [] if apart else levels_of(self.epilogue)[1]
 
     def length(self, stat: Statistic) -> str:
         """The text of the number of row values that a statistic reduces."""
@@ -128,7 +128,7 @@ class Statistics(Sweeps):
             return []
         slots = 1 if self.plan.rows == self.plan.block else 2 * self.plan.rows
         out: list[str] = []
-        for level in levels_of(self.epilogue):
+        for level in (*self.early(), self.late()):
             for s in self.own(level):
                 self.rows.add("rooms")
                 planes = len(MONOIDS[s.monoid].warp.start)
