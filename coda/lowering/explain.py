@@ -53,7 +53,11 @@ class Explanation:
         self.eager: Baseline = eager(program.graph, program)
         self.pointwise: Baseline = pointwise_fused(program.graph, program)
         self.placed: list[Placed] = list(place_ops(program))
-        self.times: list[Time] = [kernel_time(program, k) for k in program.kernels]
+
+    @cached_property
+    def times(self) -> list[Time]:
+        """The modelled time of each kernel."""
+        return [kernel_time(self.program, k) for k in self.program.kernels]
 
     @property
     def seconds(self) -> float:
