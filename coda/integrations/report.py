@@ -18,7 +18,7 @@ from coda.integrations.weights import WeightUse, settle
 from coda.ir.graph import Graph
 from coda.lowering.algebra.policy import DEFAULT_POLICY
 from coda.lowering.explain import Explanation
-from coda.lowering.program.cost import hbm_bytes
+from coda.lowering.program.cost import hbm_bytes, seconds_of
 from coda.lowering.program.program import Program
 from coda.runtime.call import choose_target
 
@@ -89,8 +89,8 @@ class RegionReport:
         for side in (self.forward, self.backward):
             if side is not None:
                 program, other = side.program, side.pointwise
-                saved += (other.hbm_bytes - hbm_bytes(program)) / program.target.bandwidth
-                saved += program.target.launch * (other.launches - len(program.kernels))
+                saved += seconds_of(program.target, other.hbm_bytes, other.launches)
+                saved -= seconds_of(program.target, hbm_bytes(program), len(program.kernels))
         return saved
 
     def numbers(self) -> list[str]:
