@@ -118,7 +118,7 @@ def batches_of(program: Program, kernel: Gemm) -> Batches:
     known = {s: program.sizes[s] for s in program.fixed}
     made = set(program.prepared.values())
     in_memory = lambda n: n in program.places or n in made  # noqa: E731
-    orders = [s.rows.order if s.rows else None for s in kernel.body.epilogue.stores]
+    orders = _orders(kernel.body)
     shared = [kernel.body.nodes[name] for name in shared_tiles(kernel.body)]
     try:
         return batches(node, known, in_memory, orders, shared)
@@ -130,6 +130,11 @@ def _copied(node: Contract) -> Contract:
     """A contraction of contiguous copies of its operands, each with all batch axes."""
     x, w = (Input("copy", (*node.shape[:-2], *o.shape[-2:]), o.dtype) for o in node.operands)
     return Contract(x, w, node.result)
+
+
+def _orders(body: Body) -> list[Order | None]:
+    """The order of the rows of each store; None for the kernel's own."""
+    return [s.rows.order if s.rows else None for s in body.epilogue.stores]
 
 
 def shared_tiles(body: Body) -> list[str]:
@@ -169,7 +174,7 @@ def why_not_shared(node: Contract, body: Body, shared: Sequence[Node], sizes: Si
     """The reason why a GEMM cannot read matrices that some matrices of its batch share."""
     if not node.batched or any(o.shape[-2:] != node.shape[-2:] for o in shared):
         return "they are no matrices of the batch"
-    orders = [s.rows.order if s.rows else None for s in body.epilogue.stores]
+    orders = _orders(body)
     try:
         batches(_copied(node), sizes, orders=orders, shared=shared)
         batches(node, sizes, orders=orders, shared=shared)

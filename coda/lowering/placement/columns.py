@@ -37,11 +37,11 @@ from coda.ir.graph import (
     Slice,
 )
 from coda.ir.monoids import MONOIDS
-from coda.ir.scalars import CHOICE, SUM
+from coda.ir.scalars import CHOICE
 from coda.ir.types import f32
 from coda.lowering.algebra.roles import base
 from coda.lowering.placement.arrays import any_set, distinct
-from coda.lowering.placement.positions import along
+from coda.lowering.placement.positions import along, counted_from
 from coda.lowering.placement.space_state import GroupStatistic, RowStatistic, SpaceState, is_number
 from coda.lowering.placement.values import (
     LEAF,
@@ -54,7 +54,7 @@ from coda.lowering.placement.values import (
     combine,
     spread,
 )
-from coda.lowering.program.epilogue import Acc, Call, Literal, Load, Position, Stat
+from coda.lowering.program.epilogue import Acc, Literal, Load, Position, Stat
 
 GROUPED = "a matrix with one element for each group of columns"
 
@@ -199,9 +199,7 @@ class Space(SpaceState):
         count = ONE if product(lead[:at]) == ONE else lead[at]
         inner = self.size(product(lead[at + 1 :]))
         number = Position("row", inner, 0 if count == ONE else self.size(count))
-        first = Literal(float(found.first))
-        expr = Call(SUM, (number, first)) if found.first else number
-        return self.at((1,) * columns, expr, None)
+        return self.at((1,) * columns, counted_from(number, found.first), None)
 
     # Operations.
 

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import Node, Slice
-from coda.ir.scalars import AT_MOST, CHOICE, SUM
+from coda.ir.scalars import AT_MOST, CHOICE
 from coda.ir.types import DType, f32
 from coda.lowering.placement.arrays import classes, constant, distinct, rows_are_equal, taken
 from coda.lowering.placement.columns import GROUPED, Space
-from coda.lowering.placement.positions import along
+from coda.lowering.placement.positions import along, counted_from
 from coda.lowering.placement.values import (
     LEAF,
     NO_LANE,
@@ -207,8 +207,7 @@ class Points:
         if node not in self.space.positions or not rows_are_equal(away):
             return None
         first = along(node, self.space.sizes).first + int(away[0])
-        column = Position("column")
-        return Call(SUM, (column, Literal(float(first)))) if first else column
+        return counted_from(Position("column"), first)
 
     def constant(self, numbers: NDArray[np.float64]) -> Load:
         """The load of a packed vector of constants, [points]."""

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 
 from coda.ir.dims import ONE, Dim
 from coda.ir.graph import Iota, Node, Permute, Reshape, Slice
+from coda.ir.scalars import SUM
 from coda.lowering.placement.values import Refused
+from coda.lowering.program.epilogue import Call, Expr, Literal, Position
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Along:
     axis: int
     size: Dim
     first: int
+
+
+def counted_from(position: Position, first: int) -> Expr:
+    """A position whose numbers begin with `first`."""
+    return Call(SUM, (position, Literal(float(first)))) if first else position
 
 
 def along(node: Node, sizes: Mapping[str, int]) -> Along:
