@@ -145,7 +145,7 @@ class LaunchResult:
     sync_sites: dict[int, int] = field(default_factory=dict)
     sync_text: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
-    unfinished: Touched = field(default_factory=dict, repr=False)
+    unfinished: dict[tuple[int, int], NDArray[np.uint8]] = field(default_factory=dict, repr=False)
 
 
 class Allocations:

@@ -13,7 +13,6 @@ An operation of torch between two launches orders them on a GPU, which is not kn
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from coda.sim.checks.blocks import Blocks
 from coda.sim.checks.clocks import SEEN
+from coda.sim.checks.observe import executing
 from coda.sim.ptx.parse import Instruction
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Launches(Blocks):
         super().__init__(machine)
         self.before = machine.grid.launch.before
         self.touched: dict[int, Array] = {}  # by allocation, as `before`, by its words
+        self.left = False  # whether launches in front may outlive this one
         if not self.before:  # nothing to wait for
             self.clocks.at[:, SEEN, self.clocks.launches] = 1
 
@@ -47,8 +48,7 @@ class Launches(Blocks):
         super().fence(ins, g, m)
         if not ins.op.startswith("griddepcontrol"):
             return
-        rows = self.machine.rows(g)
-        for row in (rows if m is None else rows[m.any(1)]).tolist():
+        for row in executing(self.machine, g, m):
             if ins.op.endswith("wait"):
                 self.clocks.learn(row, self.clocks.launches, 1)
             elif not self._waited(np.array([row])).all():
@@ -61,16 +61,16 @@ class Launches(Blocks):
 
     def finished(self) -> None:
         """Write the memory of this launch into its result."""
-        found = self.machine.result.unfinished = dict(self.machine.result.unfinished)
         for k, shadow in self.shadows.items():
             base = self.starts[k] >> 2
             mine = np.where(shadow.writers != 0, WRITTEN, np.where(shadow.readers != 0, READ, 0))
-            _add(found, {(base, len(mine)): mine.astype(np.uint8)})
+            _add(self.machine.result.unfinished, {(base, len(mine)): mine.astype(np.uint8)})
 
     def _leave(self) -> None:
         """This launch may end before those in front of it."""
-        found = self.machine.result.unfinished = dict(self.machine.result.unfinished)
-        _add(found, self.before)
+        if not self.left:
+            self.left = True
+            _add(self.machine.result.unfinished, self.before)
 
     def _waited(self, rows: Array) -> Array:
         """Whether launches in front of this one have ended, as each of some warps knows."""
@@ -103,7 +103,6 @@ class Launches(Blocks):
             if found.any():
                 n = int(found.any(1).argmax())
                 row, address = int(r[which][n]), int(at[which][n])
-                k = bisect_right(self.starts, address) - 1
                 doing = "overwrites" if write else "reads"
                 did = "accesses" if write else "writes"
                 what = (

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from coda.sim.checks.clocks import MAPS
 from coda.sim.checks.launches import Launches
+from coda.sim.checks.observe import executing
 from coda.sim.ptx.parse import Instruction
 
 if TYPE_CHECKING:
@@ -35,8 +36,7 @@ class Maps(Launches):
     def fence(self, ins: Instruction, g: Any, m: Any) -> None:
         super().fence(ins, g, m)
         if "tensormap" in ins.op and ("release" in ins.op or "acq_rel" in ins.op):
-            rows = self.machine.rows(g)
-            for row in (rows if m is None else rows[m.any(1)]).tolist():
+            for row in executing(self.machine, g, m):
                 self.clocks.fence_maps(row)
 
     def map_write(self, ins: Instruction, row: int, address: int) -> None:

@@ -160,6 +160,12 @@ class Observer:
         """Columns of tensor memory were freed in a CTA."""
 
 
+def executing(machine: Machine, g: Any, m: Any) -> list[int]:
+    """The rows of the warps of an instruction that have active lanes."""
+    rows = machine.rows(g)
+    return (rows if m is None else rows[m.any(1)]).tolist()
+
+
 class Several(Observer):
     """Forwards each event to several observers, in order: to those that override its method."""
 

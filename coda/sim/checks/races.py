@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coda.sim.checks.clocks import ASYNC, INIT, SEEN, Clocks
-from coda.sim.checks.observe import Observer
+from coda.sim.checks.observe import Observer, executing
 from coda.sim.checks.shadow import PART, PROXY, STRONG, Events, Shadow, Who
 from coda.sim.ptx.parse import Instruction
 from coda.sim.ptx.program import BasicBlock
@@ -388,10 +388,7 @@ class Races(Observer):
         proxy = ins.op.startswith("fence.proxy.async")
         if not proxy and not ins.op.startswith("fence.mbarrier_init"):
             return
-        rows = self.machine.rows(g)
-        if m is not None:
-            rows = rows[m.any(1)]
-        for row in rows.tolist():
+        for row in executing(self.machine, g, m):
             self.clocks.fence(row, proxy=proxy)
 
     def barrier_init(self, ins: Instruction, row: int, key: int) -> None:
