@@ -124,9 +124,14 @@ def loss(constants):
 
 
 def fitted(constants, names=("tensor", "feed", "two", "start", "latency")):
-    """The constants of least loss: each in turn, by steps that get smaller."""
-    best, step = loss(constants), 0.1
-    while step > 0.002:
+    """The constants of least loss."""
+    return descended(loss, constants, names, 0.1, 0.002)
+
+
+def descended(loss, constants, names, step, least):
+    """Constants of less loss: each in turn, by steps (as shares) that get smaller."""
+    best = loss(constants)
+    while step > least:
         moved = False
         for name in names:
             for factor in (1 + step, 1 / (1 + step)):
@@ -176,16 +181,7 @@ def refitted(rates, points, names=("tensor", "bandwidth", "start", "latency")):
     def loss(rates):
         return statistics.mean(abs(math.log1p(e)) for e in errors(rates, points))
 
-    best, step = loss(rates), 0.2
-    while step > 0.02:
-        moved = False
-        for name in names:
-            for factor in (1 + step, 1 / (1 + step)):
-                other = replace(rates, **{name: getattr(rates, name) * factor})
-                if (found := loss(other)) < best:
-                    best, rates, moved = found, other, True
-        step = step if moved else step / 2
-    return rates
+    return descended(loss, rates, names, 0.2, 0.02)
 
 
 def held_out(gpu):
