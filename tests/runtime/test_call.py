@@ -109,11 +109,10 @@ def test_under_torch_compile(inputs):
 
 def test_torch_checks_the_operator(inputs):
     handle = mlp.handle
-    torch.library.opcheck(
-        torch.ops.coda.block.default,
-        (handle, inputs, [], "reference", "sm_90a", True),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    checks = ("test_schema", "test_faketensor")
+    given = (handle, inputs, [], "reference", "sm_90a", True)
+    found = torch.library.opcheck(torch.ops.coda.block.default, given, test_utils=checks)
+    assert found == dict.fromkeys(checks, "SUCCESS")
 
 
 TEXT = "block scaled(%x: [M, D] f32) {{ %0 = const {} f32 %1 = mul %x, %0 return out = %1 }}"
