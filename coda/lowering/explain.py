@@ -50,8 +50,8 @@ class Explanation:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.eager: Baseline = eager(program.graph, program)
-        self.pointwise: Baseline = pointwise_fused(program.graph, program)
+        self.eager: Baseline = eager(program.graph, program.sizes)
+        self.pointwise: Baseline = pointwise_fused(program.graph, program.sizes)
         self.placed: list[Placed] = list(place_ops(program))
 
     @cached_property

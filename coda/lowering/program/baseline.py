@@ -27,7 +27,7 @@ def baseline_seconds(graph: Graph, program: Program) -> float | None:
         return None
     rates, weights = program.target.rates, set(program.prepared.values())
     contracts = [n for n in walk(graph.roots) if isinstance(n, Contract) and n not in weights]
-    rest = rest_of(pointwise_fused(graph, program), graph, program)
+    rest = rest_of(pointwise_fused(graph, program.sizes), graph, program.sizes)
     return (
         _gemms(contracts, program) + rest.launches * rates.ramp + rest.hbm_bytes / rates.bandwidth
     )

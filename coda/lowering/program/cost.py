@@ -5,6 +5,7 @@ Each tensor that a kernel reads or writes counts once. The time of a kernel is i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,26 +191,26 @@ def is_free(node: Node) -> bool:
     return isinstance(node, Input | Const | Size | Iota | Expand | Reshape | Permute | Slice)
 
 
-def eager(graph: Graph, program: Program) -> Baseline:
+def eager(graph: Graph, sizes: Mapping[str, int]) -> Baseline:
     """The baseline of torch in eager mode: one launch per operation."""
     launches = total = 0
     for node in walk(graph.roots):
         if is_free(node):
             continue
         launches += 1
-        total += _eager_bytes(node, program)
+        total += _eager_bytes(node, sizes)
     return Baseline(launches, total)
 
 
-def _eager_bytes(node: Node, program: Program) -> int:
+def _eager_bytes(node: Node, sizes: Mapping[str, int]) -> int:
     reads = [o for o in dict.fromkeys(node.operands) if not isinstance(o, Const | Size)]
-    total = sum(o.nbytes(program.sizes) for o in reads) + node.nbytes(program.sizes)
+    total = sum(o.nbytes(sizes) for o in reads) + node.nbytes(sizes)
     if isinstance(node, Gather):
-        total += node.nbytes(program.sizes) - node.table.nbytes(program.sizes)
+        total += node.nbytes(sizes) - node.table.nbytes(sizes)
     return total
 
 
-def pointwise_fused(graph: Graph, program: Program) -> Baseline:
+def pointwise_fused(graph: Graph, sizes: Mapping[str, int]) -> Baseline:
     """The baseline of perfect elementwise fusion without GEMM epilogues.
 
     Each contraction is one kernel, and so is each connected group of other operations between two
@@ -236,7 +237,7 @@ def pointwise_fused(graph: Graph, program: Program) -> Baseline:
     roots = {_storage(n) for n in graph.roots}
     launches = total = 0
     for one in [n for n in nodes if isinstance(n, Contract)]:
-        launches, total = launches + 1, total + _eager_bytes(one, program)
+        launches, total = launches + 1, total + _eager_bytes(one, sizes)
     members: dict[Node, list[Node]] = {}
     for node in nodes:
         if not isinstance(node, Contract):
@@ -250,14 +251,14 @@ def pointwise_fused(graph: Graph, program: Program) -> Baseline:
         written = (outside | {r for r in roots if r in mine}) - {n for n in mine if is_free(n)}
         known = [n for n in reads if not isinstance(n, Const | Size)]
         launches += 1
-        total += sum(n.nbytes(program.sizes) for n in (*known, *written))
+        total += sum(n.nbytes(sizes) for n in (*known, *written))
     return Baseline(launches, total)
 
 
-def rest_of(fused: Baseline, graph: Graph, program: Program) -> Baseline:
+def rest_of(fused: Baseline, graph: Graph, sizes: Mapping[str, int]) -> Baseline:
     """What remains of `pointwise_fused` without its contractions."""
     contracts = [n for n in walk(graph.roots) if isinstance(n, Contract)]
-    moved = sum(_eager_bytes(n, program) for n in contracts)
+    moved = sum(_eager_bytes(n, sizes) for n in contracts)
     return Baseline(fused.launches - len(contracts), fused.hbm_bytes - moved)
 
 
