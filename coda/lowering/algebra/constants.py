@@ -1,6 +1,7 @@
 """Graph and sizes -> graph with functions of constants and choices by constants folded.
 
     mul (size D), 0.5        = 0.5 · D, a number once D has a size
+    cast (const 14.29) bf16  = 14.29, which kernels multiply by in float32
     where (const 1), a, b    = a
 
 The number of rows is not folded: it may change from call to call.
@@ -10,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from coda.ir.evaluate import evaluate
-from coda.ir.graph import Const, Graph, Map, Node, Size, transform, walk
+from coda.ir.graph import Cast, Const, Graph, Map, Node, Size, transform, walk
 from coda.ir.scalars import SCALARS
+from coda.ir.types import f32
 from coda.lowering.algebra.roles import row_symbols
 
 
@@ -24,6 +28,9 @@ def fold_constants(graph: Graph, sizes: Mapping[str, int]) -> Graph:
         return isinstance(node, Const) or (isinstance(node, Size) and not node.dim.symbols & tokens)
 
     def known(node: Node) -> Node:
+        if isinstance(node, Cast) and isinstance(node.arg, Const):
+            both = node.arg.dtype.kind == node.to.kind == "float"
+            return Const(node.arg.value, node.to) if both else node
         if not isinstance(node, Map):
             return node
         test = node.args[0]
@@ -33,7 +40,8 @@ def fold_constants(graph: Graph, sizes: Mapping[str, int]) -> Graph:
             return chosen if same else node
         if not all(map(is_number, node.args)):
             return node
-        (value,) = evaluate([node], {}, sizes)
+        narrow = node.dtype.kind == "float" and node.dtype.size < f32.size
+        (value,) = evaluate([node], {}, sizes, torch.float32 if narrow else None)
         return Const(float(value), node.dtype)
 
     return graph.with_roots(transform(graph.roots, known))
