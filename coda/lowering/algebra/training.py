@@ -5,9 +5,9 @@ are sums over values that the cotangent's kernel computes anyway, and cotangents
 they are stored, so that weight gradients read activations as they are in memory.
 
 The saved activations are a minimum cut between the block's arguments and the nodes that the
-derivative reads; its cost is bytes written and read. Full-row statistics are never recomputed, and
-contractions only with memory="min". Of two values with equal bytes the later one is saved, but no
-result of a special function: a tanh near 1 has no bits left for 1 − tanh².
+derivative reads; its cost is bytes written and read. Full-row statistics and picked columns are
+never recomputed, and contractions only with memory="min". Of two values with equal bytes the later
+one is saved, but no result of a special function: a tanh near 1 has no bits left for 1 − tanh².
 
     y = silu(x wᵀ)      forward: y and saved0 = x wᵀ      backward: x, w, saved0, d_y -> dx, dw
 """
@@ -29,6 +29,7 @@ from coda.ir.graph import (
     Map,
     Node,
     Permute,
+    Pick,
     Reduce,
     Size,
     users,
@@ -270,11 +271,12 @@ def _choose(
             needed[node] = None
     tokens = row_symbols(forward)
 
-    def of_rows(node: Reduce) -> bool:
+    def of_rows(node: Reduce | Pick) -> bool:
         """Whether a statistic has one number per full row; per-head statistics are recomputed."""
-        return all(d == ONE or d.symbols & tokens for d in node.shape) or _of_batch(node)
+        full = all(d == ONE or d.symbols & tokens for d in node.shape)
+        return full or (isinstance(node, Reduce) and _of_batch(node))
 
-    statistics = [n for n in forward if isinstance(n, Reduce)]
+    statistics = [n for n in forward if isinstance(n, Reduce | Pick)]
     kept: set[Node] = exact | {n for n in statistics if n not in chosen and of_rows(n)}
     if memory != "min":
         kept |= {n for n in forward if isinstance(n, Contract)}
