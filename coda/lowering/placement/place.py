@@ -33,7 +33,6 @@ from coda.lowering.algebra.compared import compared, sources
 from coda.lowering.algebra.roles import (
     gemms,
     in_order,
-    is_pointwise,
     position_nodes,
     row_axes,
     row_symbols,
@@ -43,7 +42,7 @@ from coda.lowering.algebra.roles import (
 )
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.draft import LAST, Draft, Room
-from coda.lowering.placement.materialise import Materialisation
+from coda.lowering.placement.reach import Reach
 from coda.lowering.placement.siblings import Uses, group_siblings, own_gemms
 from coda.lowering.placement.space_state import Segment
 from coda.lowering.placement.values import LONGEST, Refused, Value
@@ -56,7 +55,7 @@ NEAR = 4  # row-wise kernels before a node's operands that are tried
 
 
 @dataclass
-class Partition(Materialisation):
+class Partition(Reach):
     """The placement of a graph: `run` places all nodes."""
 
     def run(self) -> Partition:
@@ -173,54 +172,6 @@ class Partition(Materialisation):
         if node in self.loadable:
             draft.kept.add(node)
         return ""
-
-    def reach_all(self, node: Node, draft: Draft, *, whole: bool = False) -> None:
-        """Make the operands of a node available in a kernel, each at its columns."""
-        for operand, segment in draft.space.parts(node):
-            with draft.space.inside(segment):
-                self.reach(operand, draft, whole=whole)
-
-    def reach(self, operand: Node, draft: Draft, *, whole: bool = False) -> None:
-        """Make an operand available in a kernel: loaded, recomputed, or stored by its producer.
-
-        A node without a producer that cannot be recomputed here gets a row-wise kernel, `whole`:
-        with all operations below it. Raises Refused.
-        """
-        self.settle(operand, draft)
-        home = self.home.get(operand)
-        known = home is draft or isinstance(operand, Const | Size) or operand in self.positions
-        known = known or operand in draft.space.values
-        if known or self.leaf(operand, draft) is not None:
-            return
-        again = is_pointwise(operand)
-        try:
-            if home is None:
-                self.reach_all(operand, draft, whole=whole or not again)
-            draft.space.compute(operand)
-        except Refused:
-            if home is None and (again or whole):
-                raise
-            if home is None:
-                self.in_rows(operand, 0)
-            self.offer(self.storage(operand))
-
-    def settle(self, operand: Node, draft: Draft) -> None:
-        """Place a row factor made of sums of arguments in the row-wise kernel of those sums.
-
-        Otherwise the epilogue of the GEMM that reads the factor would recompute it from the sums.
-        """
-        factor = operand.rank and product(operand.shape) == draft.rows and draft.kind.tiled
-        if operand in self.home or not factor or isinstance(operand, Reduce):
-            return
-        above = [n for n in walk([operand], until=Reduce) if n not in self.weights]
-        sums = [n for n in above if isinstance(n, Reduce)]
-        if not sums or any(n in self.home for n in above):
-            return
-        for node in sums:
-            self.in_rows(node, 0)
-        for node in above:
-            if not isinstance(node, Reduce | Input | Const | Size):
-                self.place(node)
 
     def sunk(self, node: Reduce, last: Draft) -> bool:
         """Make a sum over rows a sink of some kernel; False if all refuse."""

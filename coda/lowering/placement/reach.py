@@ -1,0 +1,74 @@
+"""Operand of a node -> available in the kernel of the node: loaded, recomputed, or stored first.
+
+A node of arguments alone has no producer until a kernel asks for it: it is recomputed there, or gets
+a row-wise kernel of its own.
+
+    rows1 computes y = silu(a) · b, a made by gemm0  ->  gemm0 stores a, rows1 computes silu again
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from coda.ir.dims import product
+from coda.ir.graph import Const, Input, Node, Reduce, Size, walk
+from coda.lowering.algebra.roles import is_pointwise
+from coda.lowering.placement.draft import Draft
+from coda.lowering.placement.materialise import Materialisation
+from coda.lowering.placement.values import Refused
+
+
+class Reach(Materialisation, ABC):
+    """What makes operands available in a kernel."""
+
+    @abstractmethod
+    def place(self, node: Node) -> None:
+        """Choose the producer kernel of a node."""
+
+    def reach_all(self, node: Node, draft: Draft, *, whole: bool = False) -> None:
+        """Make the operands of a node available in a kernel, each at its columns."""
+        for operand, segment in draft.space.parts(node):
+            with draft.space.inside(segment):
+                self.reach(operand, draft, whole=whole)
+
+    def reach(self, operand: Node, draft: Draft, *, whole: bool = False) -> None:
+        """Make an operand available in a kernel: loaded, recomputed, or stored by its producer.
+
+        A node without a producer that cannot be recomputed here gets a row-wise kernel, `whole`:
+        with all operations below it. Raises Refused.
+        """
+        self.settle(operand, draft)
+        home = self.home.get(operand)
+        known = home is draft or isinstance(operand, Const | Size) or operand in self.positions
+        known = known or operand in draft.space.values
+        if known or self.leaf(operand, draft) is not None:
+            return
+        again = is_pointwise(operand)
+        try:
+            if home is None:
+                self.reach_all(operand, draft, whole=whole or not again)
+            draft.space.compute(operand)
+        except Refused:
+            if home is None and (again or whole):
+                raise
+            if home is None:
+                self.in_rows(operand, 0)
+            self.offer(self.storage(operand))
+
+    def settle(self, operand: Node, draft: Draft) -> None:
+        """Place a row factor made of sums of arguments in the row-wise kernel of those sums.
+
+        Otherwise the epilogue of the GEMM that reads the factor would recompute it from the sums.
+        """
+        factor = operand.rank and product(operand.shape) == draft.rows and draft.kind.tiled
+        if operand in self.home or not factor or isinstance(operand, Reduce):
+            return
+        above = [n for n in walk([operand], until=Reduce) if n not in self.weights]
+        sums = [n for n in above if isinstance(n, Reduce)]
+        if not sums or any(n in self.home for n in above):
+            return
+        for node in sums:
+            self.in_rows(node, 0)
+        for node in above:
+            if not isinstance(node, Reduce | Input | Const | Size):
+                self.place(node)
