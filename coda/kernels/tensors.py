@@ -30,6 +30,31 @@ def by_axes(x: Tensor, rows: RowOrder, sizes: Mapping[str, int]) -> Tensor:
     return whole.permute(*rows.inverse, len(axes))
 
 
+def expanded(x: Tensor, lead: tuple[int, ...], columns: int) -> Tensor:
+    """An operand that lacks some row axes, as [*lead from inner to outer, columns], an alias.
+
+    Its strides are 0 along what it lacks. Rows that do not begin at multiples of 16 bytes, and are
+    of whole vectors of 16 bytes, are copied first.
+
+    Args:
+        x: the operand; its axes before the columns broadcast to `lead`.
+        lead: the sizes of the row axes, outer to inner.
+        columns: the number of its trailing axes that are columns.
+    """
+    whole = x.reshape(*x.shape[: x.ndim - columns], math.prod(x.shape[x.ndim - columns :]))
+    size = x.element_size()
+    if whole.shape[-1] > 1 and whole.shape[-1] * size % 16 == 0:
+        apart = [
+            s * size % 16 for s, n in zip(whole.stride()[:-1], whole.shape, strict=False) if n > 1
+        ]
+        if whole.stride(-1) != 1 or whole.data_ptr() % 16 or any(apart):
+            whole = whole.clone(memory_format=torch.contiguous_format)
+    elif whole.stride(-1) != 1 and whole.shape[-1] > 1:
+        whole = whole.contiguous()
+    whole = whole.expand(*lead, whole.shape[-1])
+    return whole.permute(*reversed(range(len(lead))), len(lead))
+
+
 def padded(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised matrix [rows, columns] whose row stride is a multiple of 16 bytes."""
     wide = padded_length(columns, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from coda.kernels.rowwise.emit import emit_rowwise
 from coda.kernels.rowwise.launch import Module
 from coda.kernels.rowwise.mainloop import Rowwise
 from coda.kernels.rowwise.pieces import has_padded_rows, is_ragged
-from coda.kernels.tensors import by_axes, in_bytes, is_padded, written
+from coda.kernels.tensors import by_axes, expanded, in_bytes, is_padded, written
 from coda.lowering.program.access import OneElement, Partial, RowVector
 from coda.lowering.program.program import Program
 
@@ -44,6 +45,8 @@ class RowwiseBinding:
         for operand in self.body.epilogue.operands:
             if isinstance(operand.access, Partial):
                 tensors[operand.name] = run.raw[operand.name]
+            elif operand.name in self.body.in_place:
+                tensors[operand.name] = self.shared(operand.name)
             elif operand.name in self.body.nodes:
                 tensors[operand.name] = in_bytes(run.operand(self.body, operand.name))
         padded = self.padded_rows(tensors)
@@ -64,6 +67,13 @@ class RowwiseBinding:
             run.raw[sink.buffer] = run.summands(sink.buffer, found)
         if rows:
             self.start(self.module(padded=padded), tensors)
+
+    def shared(self, name: str) -> Tensor:
+        """An operand that is equal in some rows, [*axes of the rows, inner to outer, columns]."""
+        run, spread = self.run, self.body.in_place[name]
+        lead = tuple(d.size(run.sizes) for d in spread.lead)
+        change = partial(expanded, lead=lead, columns=spread.columns)
+        return run.ready(in_bytes(run.value(self.body.nodes[name])), change)
 
     def module(self, *, padded: bool) -> Module:
         """The module for `padded` or contiguous rows, cached."""

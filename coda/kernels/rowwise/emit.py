@@ -43,8 +43,9 @@ class RowSource:
         types: coda's name of each parameter's dtype; "byte" for one that is stored as uint8.
         partials: the buffers of sums over rows, which have a row for each partial.
         padded: matrices whose rows begin at multiples of 16 bytes, whatever their width.
-        axes: (buffer, axes of its rows) of results whose rows are in another order. They are passed
-            with an axis for each, inner to outer, and strides of their own.
+        axes: (operand or buffer, axes of its rows) of results whose rows are in another order, and
+            of operands that are equal in some rows. They are passed with an axis for each, inner to
+            outer, and strides of their own; those of what is equal along an axis are 0.
     """
 
     text: str
@@ -79,6 +80,8 @@ class _RowwiseEmitter(Folds):
             guarded = ["if row < rows:", *indented(row)] if self.plan.rows > 1 else row
             body = [*self.shared_states(), *guarded]
         reordered = [f"{safe(s.buffer)}_out" for s in self.epilogue.stores if s.rows]
+        shared = self.kernel.body.in_place
+        reordered += [safe(name) for name in shared]
         self.rows |= {"by_row"} if reordered else set()
         body = [*(f"{name} = by_row({name})" for name in reordered), *body]
         parameters = self.parameters()
@@ -89,6 +92,7 @@ class _RowwiseEmitter(Folds):
         matrices = [*self.epilogue.tiles, *(s.buffer for s in self.epilogue.stores)]
         padded = tuple(matrices) if self.padded else ()
         axes = tuple((s.buffer, len(s.rows.axes)) for s in self.epilogue.stores if s.rows)
+        axes += tuple((name, len(spread.lead)) for name, spread in shared.items())
         return RowSource(text, name, parameters, self.types(parameters), partials, padded, axes)
 
     def parameters(self) -> tuple[tuple[str, str, int, bool], ...]:

@@ -12,6 +12,7 @@ from coda.kernels.rowwise.pieces import has_padded_rows
 from coda.kernels.rowwise.plan import row_parts
 from coda.kernels.rowwise.time import rowwise_time
 from coda.lowering.program.access import ColumnVector
+from coda.lowering.program.body import Body
 from coda.lowering.program.kernel import (
     Account,
     Builder,
@@ -72,6 +73,10 @@ def _reorders(node: Node, order: tuple[int, ...], sizes: Sizes) -> str:
     return "" if node.shape[-1] == ONE else "it stores matrices in the order of its rows"
 
 
+def _shares(builder: Builder, body: Body, operands: Sequence[Node], sizes: Sizes) -> str:
+    return ""
+
+
 def _partials(program: Program, kernel: Rowwise, sizes: Sizes) -> Partials:
     rows, width = kernel.mainloop.points(sizes)
     return Partials(row_parts(kernel.body, width, rows))
@@ -106,6 +111,7 @@ ROWWISE = Kind(
     reference=_reference,
     partials=_partials,
     reorders=_reorders,
+    shares=_shares,
     code=Code(_emit, _launch, _compile),
     whole_rows=True,
 )

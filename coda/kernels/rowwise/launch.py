@@ -80,11 +80,17 @@ def _fake(dtype: Any, rows: Any, columns: int, padded: bool) -> Any:
 
 
 def _fake_by_axes(dtype: Any, axes: int, columns: int) -> Any:
-    """A placeholder [*axes of rows, columns] with any strides of its rows."""
-    shape = (*(cute.sym_int() for _ in range(axes)), columns)
-    stride = (*(cute.sym_int64() for _ in range(axes)), 1)
+    """A placeholder [*axes of rows, columns] with any strides of its rows.
+
+    Rows of whole vectors of 16 bytes begin at multiples of 16 bytes.
+    """
     size = dtype.width // 8
-    return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=size)
+    whole = columns > 1 and columns * size % 16 == 0
+    step = 16 // size if whole else 1
+    shape = (*(cute.sym_int() for _ in range(axes)), columns)
+    stride = (*(cute.sym_int64(divisibility=step) for _ in range(axes)), 1)
+    align = 16 if whole else size
+    return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=align)
 
 
 def _laid_out(x: Tensor, rows: int, columns: int, *, padded: bool = False) -> Tensor:

@@ -87,6 +87,7 @@ def is_ragged(body: Body, width: int) -> bool:
     epilogue = body.epilogue
     plain = not (epilogue.pair or epilogue.sinks or any(s.group for s in epilogue.statistics))
     whole = not _spans(epilogue) and not _patterns(epilogue)
+    whole = whole and not any(name in body.spread for name in epilogue.tiles)
     return plain and whole and width > _MOST and width % _MOST != 0
 
 

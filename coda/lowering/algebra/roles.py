@@ -227,6 +227,22 @@ def in_order(roots: Iterable[Node]) -> list[Node]:
     return [*early, *before, *(n for n in nodes if n in wide), *after]
 
 
+def fewer_rows_first(nodes: list[Node]) -> list[Node]:
+    """The same order, but for contractions with a row for each sequence, which come first.
+
+    The GEMM of all tokens can then load what follows from them. Rows B are fewer than rows B · S.
+    """
+    products = [c for c in gemms(nodes) if not over_rows(c)]
+    rows = {c: product(c.shape[:-1]) for c in products}
+    few = [c for c in products if any(rows[c].symbols < r.symbols for r in rows.values())]
+    early: set[Node] = set()
+    for node in few:
+        below = set(walk([node]))
+        if not below & (rows.keys() - set(few)):
+            early |= below
+    return [n for n in nodes if n in early] + [n for n in nodes if n not in early]
+
+
 def row_shapes(node: Node, mine: Dim, *, groups: bool = False) -> list[tuple[Dim, Dim]]:
     """The (rows, columns) under which a node can be seen as a matrix, those of `mine` rows first.
 

@@ -39,7 +39,7 @@ from coda.lowering.placement.loads import Loads
 from coda.lowering.placement.place import Partition
 from coda.lowering.placement.stores import Group, Sink, Store, grouped
 from coda.lowering.placement.values import Refused, Value
-from coda.lowering.program.access import OneElement
+from coda.lowering.program.access import OneElement, Tile
 from coda.lowering.program.body import Body, Spread
 from coda.lowering.program.epilogue import Operand
 from coda.lowering.program.kernel import Kernel
@@ -284,8 +284,9 @@ class _Build:
     def shared(self, draft: Draft, body: Body) -> dict[str, Spread]:
         """The expansions of operands; in place where a kernel can read them with a stride of 0."""
         found, shared = dict(body.spread), list[Node]()
-        tiles = [n for n in body.epilogue.tiles if n in body.spread]
-        for name in tiles:
+        whole = draft.kind.whole_rows
+        operands = [o for o in body.epilogue.operands if o.name in body.spread]
+        for name in [o.name for o in operands if whole or isinstance(o.access, Tile)]:
             more = [*shared, body.nodes[name]]
             if not draft.kind.shares(draft, body, more, self.partition.known):
                 shared, found[name] = more, replace(found[name], in_place=True)

@@ -21,6 +21,7 @@ from coda.ir.graph import (
     Const,
     Contract,
     Input,
+    Map,
     Node,
     Pick,
     Reduce,
@@ -31,6 +32,7 @@ from coda.ir.graph import (
 from coda.ir.monoids import MONOIDS
 from coda.lowering.algebra.compared import compared, sources
 from coda.lowering.algebra.roles import (
+    fewer_rows_first,
     gemms,
     in_order,
     position_nodes,
@@ -60,7 +62,7 @@ class Partition(Reach):
 
     def run(self) -> Partition:
         """Place every node, and make outputs and operands of contractions loadable."""
-        nodes = in_order(self.graph.roots)
+        nodes = fewer_rows_first(in_order(self.graph.roots))
         self.users = users(self.graph.roots)
         self.named = {i.name: i for i in self.graph.inputs}
         self.weights = weight_nodes(nodes, self.per_call)
@@ -155,6 +157,8 @@ class Partition(Reach):
             try:
                 with space.attempt(lambda n: self.home.get(n) is draft):
                     before = len(space.groups), len(space.statistics)
+                    if isinstance(node, Map):
+                        space.columns(node)  # before its operands are placed for it
                     self.reach_all(node, draft)
                     value = space.compute(node)
                     asked = node in self.loadable or (value.narrow and space.whole_rows)

@@ -1,7 +1,7 @@
 """Operand of a node -> available in the kernel of the node: loaded, recomputed, or stored first.
 
-A node of arguments alone has no producer until a kernel asks for it: it is recomputed there, or gets
-a row-wise kernel of its own.
+A node of arguments alone has no producer until a kernel asks for it: it is recomputed there, or
+gets a row-wise kernel of its own.
 
     rows1 computes y = silu(a) · b, a made by gemm0  ->  gemm0 stores a, rows1 computes silu again
 """
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from coda.ir.dims import product
+from coda.ir.dims import ONE, broadcast, product
 from coda.ir.graph import Const, Input, Node, Reduce, Size, walk
-from coda.lowering.algebra.roles import is_pointwise
+from coda.lowering.algebra.roles import base, is_pointwise
 from coda.lowering.placement.draft import Draft
 from coda.lowering.placement.materialise import Materialisation
 from coda.lowering.placement.values import Refused
@@ -44,6 +44,10 @@ class Reach(Materialisation, ABC):
         if known or self.leaf(operand, draft) is not None:
             return
         again = is_pointwise(operand)
+        if home is None and self.has_fewer_rows(operand, draft):
+            self.materialise(operand)
+            if self.leaf(operand, draft) is not None:
+                return
         try:
             if home is None:
                 self.reach_all(operand, draft, whole=whole or not again)
@@ -54,6 +58,20 @@ class Reach(Materialisation, ABC):
             if home is None:
                 self.in_rows(operand, 0)
             self.offer(self.storage(operand))
+
+    def has_fewer_rows(self, operand: Node, draft: Draft) -> bool:
+        """Whether an operand is equal in some rows of a kernel, and is computed in the call.
+
+        As [B, 1, D] is in a kernel of rows [B, S]: a kernel of B rows computes it.
+        """
+        if isinstance(base(operand), Input) or operand in self.weights:
+            return False
+        leads = [lead for lead in draft.space.leads if len(lead) <= operand.rank]
+        return any(
+            product(axes) not in (ONE, draft.rows) and broadcast(axes, lead) == lead
+            for lead in leads
+            if (axes := operand.shape[: len(lead)])
+        )
 
     def settle(self, operand: Node, draft: Draft) -> None:
         """Place a row factor made of sums of arguments in the row-wise kernel of those sums.

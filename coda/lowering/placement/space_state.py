@@ -21,13 +21,8 @@ import numpy as np
 from coda.ir.dims import ONE, Dim, Shape, broadcast, product
 from coda.ir.graph import (
     Concat,
-    Input,
     Node,
-    Permute,
     Reduce,
-    Reshape,
-    Slice,
-    walk,
 )
 from coda.lowering.placement.arrays import constant
 from coda.lowering.placement.values import (
@@ -351,8 +346,6 @@ class SpaceState:
         fitting = [lead for lead in self.leads if broadcast(axes, lead) == lead]
         if len(fitting) != 1:
             raise Refused("an operand depends on some of the row axes only")
-        if any(not isinstance(n, Input | Reshape | Permute | Slice) for n in walk([node])):
-            raise Refused("an operand of some of the row axes is not an argument")
         found = Spread(fitting[0], min(columns, node.rank))
         if self.spread.setdefault(name, found) != found:
             raise Refused("an operand is spread over the rows in two ways")

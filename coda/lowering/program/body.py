@@ -68,6 +68,11 @@ class Body:
     folded: tuple[Node, ...]
     spread: dict[str, Spread]
 
+    @property
+    def in_place(self) -> dict[str, Spread]:
+        """The operands of `spread` that the kernel reads with strides of 0."""
+        return {name: spread for name, spread in self.spread.items() if spread.in_place}
+
 
 NO_BODY = Body(Epilogue(0, (), (), (), ()), (), {}, {}, (), {})
 
