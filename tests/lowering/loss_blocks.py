@@ -39,4 +39,21 @@ def ppo(h: T["B S D"], w: T["V D"], target: T["B S", i64], old: T["B S", f32], g
     return coda.mean(coda.mean(loss), axis=0)
 
 
-LOSSES = [focal, capped, warm_distillation, ppo]
+@coda.block
+def reverse_kl(h: T["M D"], w: T["V D"], teacher: T["M D"], w_teacher: T["V D"]):
+    student = coda.log_softmax((h @ w.T).cast(f32))
+    exact = coda.log_softmax((teacher @ w_teacher.T).cast(f32))
+    return coda.mean(coda.sum(coda.exp(student) * (student - exact)), axis=0)
+
+
+@coda.block
+def jensen_shannon(h: T["M D"], w: T["V D"], teacher: T["M D"], w_teacher: T["V D"]):
+    s = coda.log_softmax((h @ w.T).cast(f32))
+    t = coda.log_softmax((teacher @ w_teacher.T).cast(f32))
+    both = coda.exp(s), coda.exp(t)
+    middle = coda.log(0.5 * (both[0] + both[1]))
+    parts = both[0] * (s - middle), both[1] * (t - middle)
+    return coda.mean(coda.sum(0.5 * (parts[0] + parts[1])), axis=0)
+
+
+LOSSES = [focal, capped, ppo, warm_distillation, reverse_kl, jensen_shannon]

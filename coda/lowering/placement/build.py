@@ -243,11 +243,16 @@ class _Build:
 
     @cached_property
     def first_reader(self) -> dict[Node, Order]:
-        """Materialised node -> the order of the first kernel that loads it, as placed."""
+        """Materialised node -> the order of the first kernel that loads it, as placed.
+
+        Of a kernel, only what it may store or reduces counts: the rest is computed elsewhere.
+        """
         found: dict[Node, Order] = {}
         for draft in sorted(self.partition.drafts, key=lambda d: d.order, reverse=True):
-            computed = {*draft.homed, *draft.space.values}
-            for node in {self.partition.storage(o) for n in computed for o in n.operands}:
+            wanted = [*draft.sinks, *(n for n in draft.homed if n in draft.kept)]
+            computed = self.computed(draft, wanted) if draft.kind.fuses else draft.homed
+            own = set(computed) - draft.space.folded
+            for node in {self.partition.storage(o) for n in own for o in n.operands}:
                 home = self.partition.home.get(node)
                 if home is not None and home.order < draft.order:
                     found[node] = draft.order
