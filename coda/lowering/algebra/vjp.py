@@ -39,7 +39,8 @@ from coda.ir.graph import (
     walk,
 )
 from coda.ir.node import origin
-from coda.ir.scalars import SCALARS, Term
+from coda.ir.scalar import Term
+from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, i32
 from coda.lowering.algebra.batches import lhs_cotangent, rhs_cotangent
 from coda.lowering.algebra.linear import factor_cotangent, linear_outputs, row_factor
