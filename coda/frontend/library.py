@@ -30,6 +30,7 @@ from coda.frontend.ops import (
     stack,
     sum,
     tanh,
+    uniform,
     where,
 )
 from coda.frontend.tensor import Tensor
@@ -150,6 +151,19 @@ def bias(x: Tensor, b: Tensor) -> Tensor:
 def softcap(x: Tensor, cap: float) -> Tensor:
     """cap · tanh(x / cap)."""
     return cap * tanh(x * (1.0 / cap))
+
+
+def dropout(x: Tensor, p: float, seed: int | Tensor) -> Tensor:
+    """x / (1 − p) where `uniform(x.shape, seed)` is at least p, else 0.
+
+    The backward makes the same mask again. Give each dropout of a model a seed of its own, and new
+    ones in each step: an argument `coda.Tensor["1", coda.i64]`. Raises CodaError unless p is a
+    number from 0 to 1.
+    """
+    if not isinstance(p, int | float) or not 0 <= p <= 1:
+        raise CodaError("dropout takes a probability, from 0 to 1", found=repr(p), help="p=0.1")
+    scale = 1.0 / (1.0 - p) if p < 1 else 0.0
+    return where(uniform(x.shape, seed) >= p, x * scale, 0.0)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:

@@ -13,11 +13,24 @@ from typing import Any
 
 from coda.errors import DtypeError, ShapeError, TraceError
 from coda.frontend.contractions import einsum_of
+from coda.frontend.reductions import Axes, position_of, variance
 from coda.frontend.refused import kind
 from coda.frontend.tensor import Tensor, apply, reduce
-from coda.ir.dims import ONE, Dim, Shape, show_shape
-from coda.ir.graph import Concat, Gather, Iota, Node, Pick, Reshape, Scan, Slice
-from coda.ir.types import DType, i32, promote
+from coda.ir.dims import ONE, Dim, Shape, product, show_shape
+from coda.ir.graph import (
+    Cast,
+    Concat,
+    Const,
+    Gather,
+    Iota,
+    Map,
+    Node,
+    Pick,
+    Reshape,
+    Scan,
+    Slice,
+)
+from coda.ir.types import DType, f32, i32, promote
 
 
 def where(condition: Any, a: Any, b: Any) -> Tensor:
@@ -75,6 +88,44 @@ def erf(x: Tensor) -> Tensor:
     return apply("erf", x)
 
 
+def erfc(x: Tensor) -> Tensor:
+    """1 − erf(x), without cancellation above 0."""
+    return apply("erfc", x)
+
+
+def floor(x: Tensor) -> Tensor:
+    """The largest whole number that is not above x; the derivative is 0."""
+    return apply("floor", x)
+
+
+def ceil(x: Tensor) -> Tensor:
+    """The least whole number that is not below x; the derivative is 0."""
+    return apply("ceil", x)
+
+
+def trunc(x: Tensor) -> Tensor:
+    """The whole number next to x, towards 0; the derivative is 0."""
+    return apply("trunc", x)
+
+
+def round(x: Tensor) -> Tensor:
+    """The nearest whole number, of two the even one; the derivative is 0."""
+    return apply("round", x)
+
+
+def sign(x: Tensor) -> Tensor:
+    """1 above 0, −1 below, 0 at 0 and for NaN; the derivative is 0."""
+    (node,) = _nodes("sign", x)
+    less, zero, more = (Const(v, node.dtype) for v in (-1.0, 0.0, 1.0))
+    below = Map("where", (Map("lt", (node, zero)), less, zero))
+    return Tensor(Map("where", (Map("gt", (node, zero)), more, below)))
+
+
+def stop_gradient(x: Tensor) -> Tensor:
+    """x, of which no gradient is taken: torch's `detach`."""
+    return apply("stop_gradient", x)
+
+
 def sin(x: Tensor) -> Tensor:
     """The sine of radians."""
     return apply("sin", x)
@@ -83,6 +134,11 @@ def sin(x: Tensor) -> Tensor:
 def cos(x: Tensor) -> Tensor:
     """The cosine of radians."""
     return apply("cos", x)
+
+
+def atan2(y: Any, x: Any) -> Tensor:
+    """The angle of the point (x, y) in radians, from −π to π."""
+    return apply("atan2", y, x)
 
 
 def abs(x: Tensor) -> Tensor:
@@ -110,29 +166,57 @@ def clamp(x: Tensor, low: Any = -math.inf, high: Any = math.inf) -> Tensor:
     return apply("clamp", x, low, high)
 
 
-def sum(x: Tensor, axis: int = -1, *, keepdims: bool = False) -> Tensor:
-    """The sum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
+def sum(x: Tensor, axis: Axes = -1, *, keepdims: bool = False) -> Tensor:
+    """The sum over axes, which are dropped, or kept with size 1 by `keepdims`."""
     return reduce("sum", x, axis, keepdims=keepdims)
 
 
-def mean(x: Tensor, axis: int = -1, *, keepdims: bool = False) -> Tensor:
-    """The mean over an axis, which is dropped, or kept with size 1 by `keepdims`."""
+def mean(x: Tensor, axis: Axes = -1, *, keepdims: bool = False) -> Tensor:
+    """The mean over axes, which are dropped, or kept with size 1 by `keepdims`."""
     return reduce("mean", x, axis, keepdims=keepdims)
 
 
-def max(x: Tensor, axis: int = -1, *, keepdims: bool = False) -> Tensor:
-    """The maximum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
+def max(x: Tensor, axis: Axes = -1, *, keepdims: bool = False) -> Tensor:
+    """The maximum over axes, which are dropped, or kept with size 1 by `keepdims`."""
     return reduce("max", x, axis, keepdims=keepdims)
 
 
-def min(x: Tensor, axis: int = -1, *, keepdims: bool = False) -> Tensor:
-    """The minimum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
+def min(x: Tensor, axis: Axes = -1, *, keepdims: bool = False) -> Tensor:
+    """The minimum over axes, which are dropped, or kept with size 1 by `keepdims`."""
     return reduce("min", x, axis, keepdims=keepdims)
 
 
-def logsumexp(x: Tensor, axis: int = -1, *, keepdims: bool = False) -> Tensor:
-    """log Σ exp(x) over an axis, without overflow."""
+def logsumexp(x: Tensor, axis: Axes = -1, *, keepdims: bool = False) -> Tensor:
+    """log Σ exp(x) over axes, without overflow."""
     return reduce("logsumexp", x, axis, keepdims=keepdims)
+
+
+def prod(x: Tensor, axis: Axes = -1, *, keepdims: bool = False) -> Tensor:
+    """The product over axes, which are dropped, or kept with size 1 by `keepdims`."""
+    return reduce("prod", x, axis, keepdims=keepdims)
+
+
+def var(x: Tensor, axis: Axes = -1, *, correction: float = 1, keepdims: bool = False) -> Tensor:
+    """Σ (x − mean)² / (n − correction) over axes of n elements; numpy's correction is 0."""
+    (node,) = _nodes("var", x)
+    return Tensor(variance(node, axis, correction, keepdims=keepdims))
+
+
+def std(x: Tensor, axis: Axes = -1, *, correction: float = 1, keepdims: bool = False) -> Tensor:
+    """The square root of `var`."""
+    return sqrt(var(x, axis, correction=correction, keepdims=keepdims))
+
+
+def argmax(x: Tensor, axis: int = -1, *, keepdims: bool = False) -> Tensor:
+    """The number, i64, of the first maximum along an axis, or of the first NaN; no gradient."""
+    (node,) = _nodes("argmax", x)
+    return Tensor(position_of("max", node, axis, keepdims=keepdims))
+
+
+def argmin(x: Tensor, axis: int = -1, *, keepdims: bool = False) -> Tensor:
+    """The number, i64, of the first minimum along an axis, or of the first NaN; no gradient."""
+    (node,) = _nodes("argmin", x)
+    return Tensor(position_of("min", node, axis, keepdims=keepdims))
 
 
 def cumsum(x: Tensor, axis: int = -1, *, reverse: bool = False) -> Tensor:
@@ -150,6 +234,41 @@ def iota(count: int | Dim, dtype: DType = i32) -> Tensor:
     if not isinstance(dtype, DType) or dtype.kind == "bool":
         raise DtypeError("an iota is of numbers", found=repr(dtype), help="coda.i32, coda.f32")
     return Tensor(Iota(Dim.of(count), dtype))
+
+
+def uniform(shape: Sequence[int | Dim], seed: int | Tensor) -> Tensor:
+    """Random numbers in [0, 1), float32 multiples of 2⁻²⁴, that follow from seed and position.
+
+    They are computed where they are used, again in the backward, and never stored: pcg3d of
+    Jarzynski and Olano (2020) of the seed, the row (of all axes but the last) and the column. They
+    are the same in every kernel and on every backend.
+
+    Args:
+        shape: dims; all but the last are up to 2²⁴ rows.
+        seed: a whole number, or a tensor of one, i32 or i64. It is rounded to float32: seeds up to
+            2²⁴ give different numbers.
+
+    Raises:
+        TraceError, DtypeError: for a seed of another kind, type or shape.
+    """
+    dims = tuple(Dim.of(d) for d in shape)
+    rows, columns = product(dims[:-1]), dims[-1] if dims else ONE
+    along = Reshape(Iota(rows, f32), (rows, ONE)), Iota(columns, f32)
+    return Tensor(Reshape(Map("random", (_seed(seed), *along)), dims))
+
+
+def _seed(seed: Any) -> Node:
+    """A seed as a float32 number of shape []."""
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return Const(float(seed), f32)
+    (node,) = _nodes("uniform", seed)
+    if node.dtype.kind != "int" or product(node.shape) != ONE:
+        raise DtypeError(
+            "a seed is one whole number",
+            found=f"{show_shape(node.shape)} {node.dtype}",
+            help='seed: coda.Tensor["1", coda.i64]',
+        )
+    return Reshape(Cast(node, f32), ())
 
 
 def einsum(text: str, *tensors: Tensor) -> Tensor:

@@ -8,24 +8,24 @@ operator checks shapes and element types when it is called; errors have the user
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 
-from coda.errors import DimError, DtypeError, ShapeError, TraceError
+from coda.errors import DimError, DtypeError, TraceError
 from coda.frontend.casts import written
 from coda.frontend.contractions import multiplied
+from coda.frontend.reductions import Axes, reduced
 from coda.frontend.refused import Valueless, foreign, kind, kinds
 from coda.frontend.shapes import parse_shape
 from coda.frontend.views import Index, permuted, reshaped, sliced, transposed
-from coda.ir.dims import Dim, Shape, show_shape
+from coda.ir.dims import Dim, Shape, product, show_shape
 from coda.ir.graph import (
     Const,
     Map,
     Node,
-    Reduce,
-    Reshape,
     Size,
     walk,
 )
@@ -88,7 +88,7 @@ class Tensor(Valueless, metaclass=_Annotated):
     @property
     def shape(self) -> Shape:
         """The size of each axis, as a dim; dims support arithmetic."""
-        return self.node.shape
+        return tuple(Extent(d.terms) for d in self.node.shape)
 
     @property
     def dtype(self) -> DType:
@@ -217,20 +217,20 @@ class Tensor(Valueless, metaclass=_Annotated):
 
     # Reductions, as methods.
 
-    def sum(self, axis: int = -1, *, keepdims: bool = False) -> Tensor:
-        """The sum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
+    def sum(self, axis: Axes = -1, *, keepdims: bool = False) -> Tensor:
+        """The sum over axes, which are dropped, or kept with size 1 by `keepdims`."""
         return reduce("sum", self, axis, keepdims=keepdims)
 
-    def mean(self, axis: int = -1, *, keepdims: bool = False) -> Tensor:
-        """The mean over an axis, which is dropped, or kept with size 1 by `keepdims`."""
+    def mean(self, axis: Axes = -1, *, keepdims: bool = False) -> Tensor:
+        """The mean over axes, which are dropped, or kept with size 1 by `keepdims`."""
         return reduce("mean", self, axis, keepdims=keepdims)
 
-    def max(self, axis: int = -1, *, keepdims: bool = False) -> Tensor:
-        """The maximum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
+    def max(self, axis: Axes = -1, *, keepdims: bool = False) -> Tensor:
+        """The maximum over axes, which are dropped, or kept with size 1 by `keepdims`."""
         return reduce("max", self, axis, keepdims=keepdims)
 
-    def min(self, axis: int = -1, *, keepdims: bool = False) -> Tensor:
-        """The minimum over an axis, which is dropped, or kept with size 1 by `keepdims`."""
+    def min(self, axis: Axes = -1, *, keepdims: bool = False) -> Tensor:
+        """The minimum over axes, which are dropped, or kept with size 1 by `keepdims`."""
         return reduce("min", self, axis, keepdims=keepdims)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Tensor:
@@ -254,7 +254,7 @@ def lift(value: Any, like: DType) -> Node:
     if isinstance(value, Tensor):
         return _retyped(value.node, like) if _is_number(value) else value.node
     if isinstance(value, Dim):
-        return Size(value, like)
+        return Size(Dim.of(value), like)
     if isinstance(value, bool | int | float | np.floating | np.integer):
         if like.kind == "int" and not float(value).is_integer():
             raise DtypeError(
@@ -285,9 +285,6 @@ def _retyped(node: Node, like: DType) -> Node:
     return node.with_operands(_retyped(o, like) for o in node.operands)
 
 
-# Functions that map ints to ints, or to conditions.
-_OF_INTS = {"add", "sub", "mul", "neg", "abs", "square", "maximum", "minimum", "clamp", "where"}
-_OF_INTS |= {"eq", "ne", "lt", "le", "gt", "ge"}
 _ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}  # powers that torch computes by these functions
 
 
@@ -314,7 +311,7 @@ def apply(fn: str, *args: Any) -> Tensor:
         )
     if like.kind == "bool" and fn not in ("where", "eq", "ne"):
         raise DtypeError(f"`{fn}` takes numbers", found="bool", help="coda.where(condition, a, b)")
-    if like.kind == "int" and fn not in _OF_INTS:
+    if like.kind == "int" and not SCALARS[fn].of_ints:
         raise DtypeError(f"`{fn}` takes floats", found=str(like), help="x.cast(coda.f32)")
     nodes = [lift(a, like) for a in args]
     if SCALARS[fn].selects or SCALARS[fn].result == "bool":
@@ -363,24 +360,65 @@ def matmul(x: Any, w: Any) -> Tensor:
     return Tensor(multiplied(x.node, w.node))
 
 
-def reduce(fn: str, x: Any, axis: int, *, keepdims: bool) -> Tensor:
-    """The reduction `fn` over one axis; floats only. Raises ShapeError and DtypeError."""
+def reduce(fn: str, x: Any, axis: Axes, *, keepdims: bool) -> Tensor:
+    """The reduction `fn` over some axes; floats only. Raises ShapeError and DtypeError."""
     if not isinstance(x, Tensor):
         raise TraceError(f"coda.{fn} takes a tensor of the block", found=kind(x))
-    if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim:
-        raise ShapeError(
-            f"`{fn}` reduces an axis that is not there",
-            found=f"axis {axis} of {show_shape(x.shape)}",
-            help="one axis, as in axis=-1 or axis=0",
-        )
-    if x.dtype.kind != "float":
-        raise DtypeError(f"`{fn}` takes floats", found=str(x.dtype), help="x.cast(coda.f32)")
-    axis = axis if axis < 0 else axis - x.ndim
-    node: Node = Reduce(fn, x.node, axis)
-    if not keepdims:
-        kept = [d for i, d in enumerate(x.shape) if i != axis + x.ndim]
-        node = Reshape(node, tuple(kept))
-    return Tensor(node)
+    return Tensor(reduced(fn, x.node, axis, keepdims=keepdims))
+
+
+class Extent(Dim):
+    """A dim of a tensor's shape: it gives dims, or numbers where the result is no size.
+
+    n + 1, 2 * n, n / 2 and n ** 2 are dims; 1 / n, n ** -0.5 and 0.5 * n are numbers.
+    """
+
+    def _with(self, fn: str, exact: Callable[[Any], Dim], other: Any) -> Any:
+        """A dim by `exact`, of dims and whole numbers; with any other number, a number."""
+        if isinstance(other, float | np.floating):
+            return apply(fn, self, other)
+        if isinstance(other, Tensor):
+            return NotImplemented
+        return Extent(exact(other).terms)
+
+    def __add__(self, other: Any) -> Any:
+        return self._with("add", super().__add__, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        return self._with("sub", super().__sub__, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return apply("sub", other, self) if isinstance(other, float) else (-self) + other
+
+    def __neg__(self) -> Extent:
+        return Extent(super().__neg__().terms)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._with("mul", super().__mul__, other)
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Any) -> Any:
+        return Extent(super().__floordiv__(other).terms)
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._with("div", super().__floordiv__, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        if isinstance(other, Dim):
+            return Extent((Dim(other.terms) // self).terms)
+        return apply("div", other, self)
+
+    def __pow__(self, other: Any) -> Any:
+        if isinstance(other, int) and other > 0:
+            return Extent(product([self] * other).terms)
+        root = _ROOTS.get(other) if isinstance(other, float) else None
+        return apply(root, self) if root else apply("pow", self, other)
+
+    def __rpow__(self, other: Any) -> Tensor:
+        return apply("pow", other, self)
 
 
 class Constant(Tensor):

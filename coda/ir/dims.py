@@ -56,7 +56,7 @@ class Dim:
     def of(value: object) -> Dim:
         """A dim from an int, a symbol's name, or a dim. Raises DimError for anything else."""
         if isinstance(value, Dim):
-            return value
+            return value if type(value) is Dim else Dim(value.terms)
         if isinstance(value, str):
             return Dim((((value,), 1),))
         if not isinstance(value, int | Fraction):
@@ -224,7 +224,7 @@ def product(dims: Iterable[Dim]) -> Dim:
 
 @lru_cache(maxsize=100_000)
 def _product(dims: Shape) -> Dim:
-    return reduce(mul, dims, ONE)
+    return reduce(mul, map(Dim.of, dims), ONE)
 
 
 def show_shape(shape: Shape) -> str:

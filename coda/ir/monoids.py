@@ -119,6 +119,10 @@ def _amin(x: Tensor, dim: int) -> Parts:
     return (x.amin(dim, keepdim=True) if x.shape[dim] else _identity(x, dim, torch.inf),)
 
 
+def _product(x: Tensor, dim: int) -> Parts:
+    return (x.prod(dim, keepdim=True),)
+
+
 def _identity(x: Tensor, dim: int, value: float) -> Tensor:
     """The reduction of no values, which torch does not define for maxima and minima."""
     shape = list(x.shape)
@@ -201,6 +205,15 @@ _ROWS = (
         chosen=True,
         tiled=False,
         warp=Warp(("highest",), "minimum", "min_merge"),
+    ),
+    Monoid(
+        "prod",
+        ("product",),
+        _product,
+        lambda p, c, d: _product(p[0], d),
+        lambda p, n: p[0],
+        tiled=False,
+        warp=Warp(("one",), "*", "prod_merge"),
     ),
     Monoid(
         "logsumexp",

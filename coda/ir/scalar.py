@@ -67,6 +67,7 @@ class Scalar:
         flops: cost of one application, in units of one fused multiply-add.
         special: instructions of the special-function unit (MUFU) among them.
         result: "float" keeps the promoted type of the arguments, "bool" is a predicate.
+        of_ints: whether it takes whole numbers, and gives them or a predicate.
         signs: if it is a sum of its arguments, the sign of each: (1, -1) for `a - b`.
         powers: if it is a product of powers of its arguments, the power of each: (1, -1) for
             `a / b`, (-0.5,) for `rsqrt`.
@@ -79,6 +80,7 @@ class Scalar:
         rounds_to: the dtype to which it rounds; None for every other function.
         written: whether it is a rounding by a cast that the user wrote.
         chooses: whether the first argument selects one of the others as the result.
+        stops: whether it is an identity with the derivative 0, which lowering removes.
         derivative: (d, y, *arguments) -> the cotangent of each argument, from the cotangent d of
             the result y; None for an argument without a derivative.
     """
@@ -89,6 +91,7 @@ class Scalar:
     flops: int = 1
     special: int = 0
     result: str = "float"
+    of_ints: bool = False
     signs: tuple[int, ...] = ()
     powers: tuple[float, ...] = ()
     device: str = ""
@@ -98,6 +101,7 @@ class Scalar:
     rounds_to: DType | None = None
     written: bool = False
     chooses: bool = False
+    stops: bool = False
     derivative: Derivative | None = None
 
     @property

@@ -45,21 +45,55 @@ def _clamp_derivative(d: Term, y: Term, x: Term, low: Term, high: Term) -> Cotan
     return inside, below, crossed.to("where", d, x.to("gt", high).to("where", d, 0.0))
 
 
+_WORD = 0xFFFFFFFF
+
+
+def _random(seed: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """A number in [0, 1), a multiple of 2⁻²⁴, for each row and column: a hash of the three.
+
+    It is pcg3d of Jarzynski and Olano, "Hash Functions for GPU Rendering", JCGT 9 (3), 2020, on
+    words of 32 bits: the bits of the seed in float32, and row and column as whole numbers. The
+    upper 24 bits of the third word are the result. Numbers are first rounded to float32, as a
+    kernel has them; row and column saturate, and NaN is 0.
+    """
+    bits = seed.float().nan_to_num(0.0, math.inf, -math.inf).view(torch.int32)
+    words = [bits.long()]
+    for number in (row, column):
+        words.append(number.float().double().nan_to_num(0.0).clamp(0, _WORD).long())
+    x, y, z = torch.broadcast_tensors(*(w * 1664525 + 1013904223 & _WORD for w in words))
+    for shift in (16, 32):  # the last words are not shifted
+        x = x + y * z & _WORD
+        y = y + z * x & _WORD
+        z = z + x * y & _WORD
+        x, y, z = (w ^ w >> shift for w in (x, y, z))
+    return (z >> 8).to(seed.dtype) * 2.0**-24
+
+
 _ROWS = (
     Scalar(
         "add",
         2,
         torch.add,
+        of_ints=True,
         signs=(1, 1),
         device="+",
         commutes=True,
         derivative=lambda d, y, a, b: (d, d),
     ),
-    Scalar("sub", 2, torch.sub, signs=(1, -1), device="-", derivative=lambda d, y, a, b: (d, -d)),
+    Scalar(
+        "sub",
+        2,
+        torch.sub,
+        of_ints=True,
+        signs=(1, -1),
+        device="-",
+        derivative=lambda d, y, a, b: (d, -d),
+    ),
     Scalar(
         "mul",
         2,
         torch.mul,
+        of_ints=True,
         powers=(1, 1),
         device="*",
         commutes=True,
@@ -92,6 +126,7 @@ _ROWS = (
         "neg",
         1,
         torch.neg,
+        of_ints=True,
         signs=(-1,),
         device="-",
         exact=True,
@@ -101,13 +136,21 @@ _ROWS = (
         "abs",
         1,
         torch.abs,
+        of_ints=True,
         device="absolute",
         exact=True,
         derivative=lambda d, y, a: (
             a.to("gt", 0.0).to("where", d, a.to("lt", 0.0).to("where", -d, d * 0.0)),
         ),
     ),
-    Scalar("square", 1, torch.square, powers=(2,), derivative=lambda d, y, a: (d * a * 2.0,)),
+    Scalar(
+        "square",
+        1,
+        torch.square,
+        of_ints=True,
+        powers=(2,),
+        derivative=lambda d, y, a: (d * a * 2.0,),
+    ),
     Scalar(
         "recip",
         1,
@@ -188,6 +231,16 @@ _ROWS = (
         ),
     ),
     Scalar(
+        "erfc",
+        1,
+        torch.erfc,
+        flops=16,
+        special=2,
+        derivative=lambda d, y, a: (
+            d * ((-a.to("square")).to("exp") * (-2.0 / math.sqrt(math.pi))),
+        ),
+    ),
+    Scalar(
         "sin",
         1,
         torch.sin,
@@ -204,9 +257,48 @@ _ROWS = (
         derivative=lambda d, y, a: (-(d * a.to("sin")),),
     ),
     Scalar(
+        "atan2",
+        2,
+        torch.atan2,
+        flops=16,
+        special=2,
+        derivative=lambda d, y, a, b: (
+            d * b / (a.to("square") + b.to("square")),
+            -(d * a / (a.to("square") + b.to("square"))),
+        ),
+    ),
+    *(
+        Scalar(name, 1, evaluate, device=device, exact=True, derivative=lambda d, y, a: (None,))
+        for name, evaluate, device in (
+            ("floor", torch.floor, ""),
+            ("ceil", torch.ceil, ""),
+            ("trunc", torch.trunc, "truncated"),
+            ("round", torch.round, "nearest"),
+        )
+    ),
+    Scalar(
+        "random",
+        3,
+        _random,
+        flops=24,
+        exact=True,
+        derivative=lambda d, y, seed, row, column: (None, None, None),
+    ),
+    Scalar(
+        "stop_gradient",
+        1,
+        torch.Tensor.detach,
+        flops=0,
+        of_ints=True,
+        exact=True,
+        stops=True,
+        derivative=lambda d, y, a: (None,),
+    ),
+    Scalar(
         "maximum",
         2,
         torch.maximum,
+        of_ints=True,
         commutes=True,
         selects=True,
         derivative=lambda d, y, a, b: (
@@ -218,6 +310,7 @@ _ROWS = (
         "minimum",
         2,
         torch.minimum,
+        of_ints=True,
         commutes=True,
         selects=True,
         derivative=lambda d, y, a, b: (
@@ -225,17 +318,18 @@ _ROWS = (
             _half_at_ties(d, b.to("gt", a), b, a),
         ),
     ),
-    Scalar("clamp", 3, _clamp, flops=2, selects=True, derivative=_clamp_derivative),
-    Scalar("eq", 2, torch.eq, result="bool", exact=True, commutes=True),
-    Scalar("ne", 2, torch.ne, result="bool", exact=True, commutes=True),
-    Scalar("lt", 2, torch.lt, result="bool", exact=True),
-    Scalar("le", 2, torch.le, result="bool", exact=True),
-    Scalar("gt", 2, torch.gt, result="bool", exact=True),
-    Scalar("ge", 2, torch.ge, result="bool", exact=True),
+    Scalar("clamp", 3, _clamp, of_ints=True, flops=2, selects=True, derivative=_clamp_derivative),
+    Scalar("eq", 2, torch.eq, of_ints=True, result="bool", exact=True, commutes=True),
+    Scalar("ne", 2, torch.ne, of_ints=True, result="bool", exact=True, commutes=True),
+    Scalar("lt", 2, torch.lt, of_ints=True, result="bool", exact=True),
+    Scalar("le", 2, torch.le, of_ints=True, result="bool", exact=True),
+    Scalar("gt", 2, torch.gt, of_ints=True, result="bool", exact=True),
+    Scalar("ge", 2, torch.ge, of_ints=True, result="bool", exact=True),
     Scalar(
         "where",
         3,
         _where,
+        of_ints=True,
         selects=True,
         chooses=True,
         derivative=lambda d, y, c, a, b: (None, c.to("where", d, 0.0), c.to("where", 0.0, d)),

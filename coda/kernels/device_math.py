@@ -202,6 +202,57 @@ def erf(a: Any) -> Any:
     return lanes(lambda x: cute.math.erf(x), a)
 
 
+def erfc(a: Any) -> Any:
+    """1 - erf(a), without cancellation in the upper tail."""
+    return lanes(lambda x: cute.math.erfc(x), a)
+
+
+def atan2(a: Any, b: Any) -> Any:
+    """The angle of the point (b, a) in radians, from -π to π."""
+    return lanes(lambda y, x: cute.math.atan2(y, x), _f(a), _f(b))
+
+
+def floor(a: Any) -> Any:
+    """The largest whole number that is not above a."""
+    return lanes(lambda x: cute.math.floor(x), a)
+
+
+def ceil(a: Any) -> Any:
+    """The least whole number that is not below a."""
+    return lanes(lambda x: cute.math.ceil(x), a)
+
+
+def truncated(a: Any) -> Any:
+    """The whole number next to a, towards 0."""
+    return lanes(lambda x: cute.math.trunc(x), a)
+
+
+def nearest(a: Any) -> Any:
+    """The nearest whole number; of two, the even one."""
+    return lanes(lambda x: cute.math.roundeven(x), a)
+
+
+def _random(seed: Any, row: Any, column: Any) -> Any:
+    """A number in [0, 1) by pcg3d (Jarzynski and Olano, 2020), as `ir/scalars.py` describes it."""
+    bits = cute.make_rmem_tensor(1, Float32)
+    bits[0] = cutlass.select_(seed == seed, seed, Float32(0.0))
+    words = (cute.recast_tensor(bits, Uint32)[0], row.to(Uint32), column.to(Uint32))
+    x, y, z = (w * Uint32(1664525) + Uint32(1013904223) for w in words)
+    x = x + y * z
+    y = y + z * x
+    z = z + x * y
+    x, y, z = (w ^ (w >> 16) for w in (x, y, z))
+    x = x + y * z
+    y = y + z * x
+    z = z + x * y
+    return (z >> 8).to(Float32) * Float32(2.0**-24)
+
+
+def random(seed: Any, row: Any, column: Any) -> Any:
+    """A number in [0, 1) that follows from a seed and a position."""
+    return lanes(_random, _f(seed), _f(row), _f(column))
+
+
 def sin(a: Any) -> Any:
     """The sine of radians."""
     return lanes(lambda x: rotated(x, 0), a)

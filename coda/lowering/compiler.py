@@ -26,6 +26,7 @@ from coda.lowering.algebra.policy import DEFAULT_POLICY, MemoryPolicy
 from coda.lowering.algebra.pushdown import push_down
 from coda.lowering.algebra.rewrite import Accept, Law, LawApplication, Place, rewrite
 from coda.lowering.algebra.roles import row_symbols
+from coda.lowering.algebra.stops import without_stops
 from coda.lowering.configure import configure
 from coda.lowering.fold_in import fold_in
 from coda.lowering.placement.build import build, numbered
@@ -75,6 +76,7 @@ def lower(
         DimError: for a missing, unknown or negative size, or one at which a tensor has no columns.
         InternalError: if the result of a stage is not well formed.
     """
+    graph = graph.with_roots(without_stops(graph.roots))
     asked = request(graph, dims, target, frozen=frozen, policy=policy)
     with stages or Stages() as record:
         record.begin(graph)

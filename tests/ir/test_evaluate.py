@@ -100,7 +100,7 @@ def test_every_function_has_one_on_the_device():
             arguments |= {
                 a.id: arguments[b.id] for a, b in pairs if getattr(b, "id", "") in arguments
             }
-    for row in SCALARS.values():
+    for row in (r for r in SCALARS.values() if not r.stops):
         name = row.device or row.name
         if name.isidentifier():
             assert arguments[name] == row.arity

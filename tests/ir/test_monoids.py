@@ -12,6 +12,7 @@ TORCH = {
     "mean": lambda x: x.mean(-1, keepdim=True),
     "max": lambda x: x.amax(-1, keepdim=True),
     "min": lambda x: x.amin(-1, keepdim=True),
+    "prod": lambda x: x.prod(-1, keepdim=True),
     "logsumexp": lambda x: torch.logsumexp(x, -1, keepdim=True),
     "variance": lambda x: x.var(-1, correction=0, keepdim=True),
 }

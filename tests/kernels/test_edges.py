@@ -137,6 +137,13 @@ def reduced_products(y: T["M N", coda.f32], x: T["M K", coda.bf16], w: T["N K", 
     return columns | {"over_rows": coda.sum(h, axis=0)}
 
 
+def stays_inside(y):
+    """Rows [M, 1] of which no product of some values leaves float32."""
+    size = y.double().abs().log2()
+    above, below = size.clamp(min=0).sum(1, keepdim=True), size.clamp(max=0).sum(1, keepdim=True)
+    return y.isnan().any(1, keepdim=True) | ((above < 127) & (below > -126))
+
+
 @SLOW
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("columns", [43, 131])
@@ -154,6 +161,8 @@ def test_every_reduction(block, columns, arch):
             slack = (size * 2**-22).square() + exact[name].abs().nan_to_num(0, 0) * 1e-2
         for expected in (reference[name], exact[name].float()):
             wrong = differ(value, expected, slack)
+            if name == "prod":  # beyond float32 in one order of its factors and not in another
+                wrong &= stays_inside(y)
             assert not wrong.any(), (name, wrong.nonzero()[:4], value[wrong], expected[wrong])
 
 

@@ -126,6 +126,11 @@ def sum_merge(a: Any, b: Any) -> Any:
     return a + b
 
 
+def prod_merge(a: Any, b: Any) -> Any:
+    """a · b."""
+    return a * b
+
+
 def max_merge(a: Any, b: Any) -> Any:
     """The larger value; NaN if either is NaN."""
     return maximum(a, b)
@@ -193,6 +198,11 @@ def moments_step(state: tuple[Any, Any, Any], values: Any) -> tuple[Any, Any, An
 def zero() -> Any:
     """0 as a float32."""
     return Float32(0.0)
+
+
+def one() -> Any:
+    """1 as a float32."""
+    return Float32(1.0)
 
 
 def lowest() -> Any:

@@ -52,6 +52,7 @@ from coda.lowering.algebra.roles import (
     row_symbols,
     weight_nodes,
 )
+from coda.lowering.algebra.stops import without_stops
 from coda.lowering.algebra.vjp import vjp
 
 MEMORY = ("min", "balanced", "speed")
@@ -126,6 +127,7 @@ def derive(
     asked = [i for i in graph.inputs if i.name in names]
     found = vjp(cotangents, asked, kept=memory != "min")
     gradients = [(f"d{i.name}", found[i]) for i in asked if i in found]
+    normal, merged, original, gradients = _unmarked(normal, merged, original, gradients)
     if memory != "min":
         gradients = exchanged(gradients, merged)
     gradients = as_read(gradients, merged)
@@ -134,6 +136,20 @@ def derive(
     saved = _choose(merged, roots, sizes, memory, original, exact)
     kept = {n: _saved_type(n, exact) for n in saved if not isinstance(n, Input)}
     return _split(graph, normal, gradients, kept, original, roles=roles, taken=taken, memory=memory)
+
+
+def _unmarked(
+    normal: Graph, merged: Graph, original: Mapping[Node, Node], gradients: list[tuple[str, Node]]
+) -> tuple[Graph, Graph, Mapping[Node, Node], list[tuple[str, Node]]]:
+    """All that `derive` made, without the marks at which the derivative stopped."""
+    nodes, values = without_stops(original), without_stops(original.values())
+    roots = without_stops(n for _, n in gradients)
+    return (
+        normal.with_roots(without_stops(normal.roots)),
+        merged.with_roots(without_stops(merged.roots)),
+        dict(zip(nodes, values, strict=True)),
+        [(name, root) for (name, _), root in zip(gradients, roots, strict=True)],
+    )
 
 
 def _saved_type(node: Node, exact: Set[Node]) -> DType:

@@ -345,6 +345,8 @@ def _reduce_rule(node: Reduce, d: Node) -> Node:
             away = Map("sub", (x, Reduce("mean", x, node.axis)))
             share = Map("div", (Map("mul", (d, Const(2.0, d.dtype))), count))
             return Map("mul", (away, share))
+        case "prod":
+            return _product_rule(node, d)
         case "max" | "min":
             one, zero = Const(1.0, d.dtype), Const(0.0, d.dtype)
             same = Map("where", (Map("eq", (x, node)), one, full(zero, x.shape)))
@@ -352,6 +354,20 @@ def _reduce_rule(node: Reduce, d: Node) -> Node:
             return Map("mul", (same, Map("div", (d, ties))))
         case _:
             raise UnsupportedError(f"`{node.fn}` has no derivative", where=node.where)
+
+
+def _product_rule(node: Reduce, d: Node) -> Node:
+    """The cotangent of a product's operand: the product of all other values, times d.
+
+    Of a value that is not 0 that is the product over the value. Of the only 0 it is the product of
+    the values that are not 0; of one of several it is the product, which is 0 or NaN.
+    """
+    x, zero, one = node.arg, Const(0.0, d.dtype), Const(1.0, d.dtype)
+    is_zero = Map("eq", (x, zero))
+    zeros = Reduce("sum", Map("where", (is_zero, one, full(zero, x.shape))), node.axis)
+    others = Reduce("prod", Map("where", (is_zero, one, x)), node.axis)
+    alone = Map("where", (Map("eq", (zeros, one)), others, node))
+    return Map("mul", (Map("where", (is_zero, alone, Map("div", (node, x)))), d))
 
 
 def _one_hot(d: Node, arg: Node, index: Node) -> Node:
