@@ -56,17 +56,20 @@ def _random(seed: Tensor, row: Tensor, column: Tensor) -> Tensor:
     upper 24 bits of the third word are the result. Numbers are first rounded to float32, as a
     kernel has them; row and column saturate, and NaN is 0.
     """
-    bits = seed.float().nan_to_num(0.0, math.inf, -math.inf).view(torch.int32)
-    words = [bits.long()]
-    for number in (row, column):
-        words.append(number.float().double().nan_to_num(0.0).clamp(0, _WORD).long())
-    x, y, z = torch.broadcast_tensors(*(w * 1664525 + 1013904223 & _WORD for w in words))
+    bits = seed.float().nan_to_num(0.0, math.inf, -math.inf).view(torch.int32).long()
+    numbers = [n.float().double().nan_to_num(0.0).clamp(0, _WORD).long() for n in (row, column)]
+    x, y, z = (_word(w * 1664525 + 1013904223) for w in (bits, *numbers))
     for shift in (16, 32):  # the last words are not shifted
-        x = x + y * z & _WORD
-        y = y + z * x & _WORD
-        z = z + x * y & _WORD
-        x, y, z = (w ^ w >> shift for w in (x, y, z))
+        x = _word(x + y * z)
+        y = _word(y + z * x)
+        z = _word(z + x * y)
+        x, y, z = (torch.bitwise_xor(w, w >> shift) for w in (x, y, z))
     return (z >> 8).to(seed.dtype) * 2.0**-24
+
+
+def _word(x: Tensor) -> Tensor:
+    """The low 32 bits."""
+    return torch.bitwise_and(x, _WORD)
 
 
 _ROWS = (
