@@ -7,6 +7,7 @@ what is between its tables is written by hand; a table stands between `<!-- name
 """
 
 import re
+import runpy
 import statistics
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import model
 import stages
 
-from coda.kernels.gemm.configs import ranked
+from coda.kernels.gemm.configs import choice, ranked
 from coda.kernels.gemm.mainloop import gemms
 from coda.lowering import compiler
 from coda.lowering.explain import Explanation
@@ -161,6 +162,27 @@ def rowwise():
     return table(["kernel", "MB", "MB again", "measured", "modelled", "error"], rows)
 
 
+def few_rows():
+    """The GEMMs of a Llama-3-8B layer at few rows, with a CTA for each tile and with several."""
+    rows, module = [], runpy.run_path(str(stages.ROOT / "examples/llama_layer.py"))
+    for gpu in ("H200", "B200"):
+        for count in (1, 16):
+            program = module["layer"].lower(gpu, {**module["DIMS"], "M": count})
+            saved = 0.0
+            for kernel in gemms(program):
+                offers = choice(program, kernel).offers
+                alone = min((o for o in offers if o.config.split_k == 1), key=lambda o: o.seconds)
+                saved += alone.seconds - offers[0].seconds
+                cells = ["×".join(map(str, kernel.mainloop.problem(program.sizes)))]
+                cells += [show_config(alone.config), f"{alone.seconds * 1e6:.1f}"]
+                cells += [show_config(offers[0].config), f"{offers[0].seconds * 1e6:.1f}"]
+                rows.append([gpu, *cells])
+            whole = Explanation(program).seconds
+            cells = [f"layer, M = {count}", "", f"{(whole + saved) * 1e6:.1f}", ""]
+            rows.append([gpu, *cells, f"{whole * 1e6:.1f}"])
+    return table(["GPU", "M×N×K", "a CTA for each tile", "µs", "chosen", "µs"], rows)
+
+
 def examples():
     """Each example beside cuBLAS with the rest fused: modelled µs, and the quotient."""
     rows = [row for name in stages.EXAMPLES for row in beside(name, name)]
@@ -267,7 +289,7 @@ def tile(config):
     return show_config(replace(config, loads=0, stores=0))
 
 
-QUICK = (constants, sets, tiles, layers, published, attention, rowwise)
+QUICK = (constants, sets, tiles, layers, published, attention, rowwise, few_rows)
 SLOW = (held_out, examples, slower, flips, choices)
 
 

@@ -153,10 +153,15 @@ def test_several_waves_take_tiles_from_a_queue():
     assert "launch control" in legal(program, kernel, replace(kernel.config, dynamic=True))
 
 
-def test_few_rows_take_low_tiles():
-    program, kernel = program_of(plain, "sm_90a", M=16, K=4096, N=4096)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_few_rows_take_low_tiles_and_share_them(arch):
+    """Of 16 rows and 4096 columns, tiles of one CTA each would leave half of the SMs idle."""
+    program, kernel = program_of(plain, arch, M=16, K=4096, N=4096)
     assert kernel.config.tile_m == 128
+    assert kernel.config.split_k > 1
     assert dict(choice(program, kernel).dropped)["height"] > 0
+    _, many = program_of(plain, arch, M=8192, K=4096, N=4096)
+    assert many.config.split_k == 1
 
 
 def test_compiled_files_are_those_of_a_config():
@@ -185,6 +190,8 @@ KINDS = {
         Config(256, 160, (2, 1)),
         Config(256, 192, (1, 2)),
         Config(128, 224, (2, 1)),
+        Config(128, 64, split_k=2),
+        Config(128, 256, (2, 1), split_k=4),
     ],
     "sm_100a": [
         Config(256, 224, (2, 1)),
@@ -195,13 +202,15 @@ KINDS = {
         Config(128, 16, (1, 1)),
         Config(256, 128, (2, 1), dynamic=True),
         Config(128, 64, (1, 1), dynamic=True),
+        Config(128, 64, split_k=4),
+        Config(256, 128, (2, 1), split_k=2),
     ],
 }
 CASES = [(arch, config) for arch, configs in KINDS.items() for config in configs]
 BLOCKS = {
-    "boundary": (boundary, {"M": 300, "K": 128, "N": 328}),
-    "gated": (gated, {"M": 300, "K": 128, "N": 224}),
-    "heads": (heads, {"M": 300, "K": 128, "H": 5, "d": 64}),
+    "boundary": (boundary, {"M": 300, "K": 256, "N": 328}),
+    "gated": (gated, {"M": 300, "K": 256, "N": 224}),
+    "heads": (heads, {"M": 300, "K": 256, "H": 5, "d": 64}),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
@@ -18,6 +19,7 @@ from coda.kernels.gemm.batches import BatchStrides, batches_of, shared_tiles
 from coda.kernels.gemm.emit import emit_gemm
 from coda.kernels.gemm.mainloop import Gemm, tiles
 from coda.kernels.gemm.source import Table
+from coda.kernels.gemm.split_k import SharedTiles, parts_of
 from coda.kernels.gemm.weights import (
     WeightRead,
     halves,
@@ -51,7 +53,9 @@ class GemmBinding:
         self.problem = kernel.mainloop.problem(run.sizes)
         self.batch = batches_of(run.program, kernel) if kernel.mainloop.batch else None
         self.matrices = kernel.mainloop.matrices(run.sizes)
-        self.gemm = run.loaded(kernel, lambda: load(run.program, kernel, run.directory))
+        found = run.loaded(kernel, lambda: load(run.program, kernel, run.directory))
+        parts = parts_of(kernel, run.sizes, found.config)
+        self.gemm = replace(found, config=replace(found.config, split_k=parts))
 
     def launch(self) -> None:
         """Allocate the results, bind the operands, and launch."""
@@ -114,8 +118,22 @@ class GemmBinding:
 
     def start(self, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any]) -> None:
         """Launch quack's kernel, and record it."""
-        plan = self.gemm.launch(a, b, d, arguments)
-        self.run.launched(quack_target.run_plan, (plan, a, b, d, dict(arguments)))
+        shared = self.shared()
+        plan = self.gemm.launch(a, b, d, arguments, shared)
+        more = (shared,) if shared else ()
+        self.run.launched(quack_target.run_plan, (plan, a, b, d, dict(arguments), *more))
+
+    def shared(self) -> dict[str, Tensor]:
+        """Flags [L, rows, columns of tiles], 0, and sums of CTAs that share a tile; {} if none do.
+
+        Each launch has its own: another stream, or a replayed CUDA graph, may run at the same time.
+        """
+        run, config = self.run, self.gemm.config
+        if config.split_k == 1:
+            return {}
+        tiles = SharedTiles.of(self.kernel, run.sizes, config, run.program.target)
+        flags = run.new(tiles[:3], torch.int32, "zero")
+        return {"flags": flags, "sums": run.new(tiles, torch.float32)}
 
     def ones(self, count: int, device: torch.device) -> Tensor:
         """The mask of a ragged axis, float32 [count]."""

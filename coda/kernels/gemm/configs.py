@@ -18,6 +18,7 @@ from typing import NamedTuple
 from coda.kernels.gemm.mainloop import Gemm
 from coda.kernels.gemm.row_folds import split_folds
 from coda.kernels.gemm.space import most_held, space
+from coda.kernels.gemm.split_k import k_steps
 from coda.kernels.gemm.stages import (
     Demand,
     Need,
@@ -60,6 +61,7 @@ USUAL = {
     ),
 }
 ERROR = 0.1
+K_STEPS = 256  # of K that each of the CTAs that share a tile has at least
 PADDING = 0.15  # of elements that a tiling may compute beyond those of the best
 
 
@@ -158,6 +160,9 @@ def refused(case: Case, config: Config, target: Target) -> Refusal | None:
             return Refusal("blocks", f"a block of {columns} columns does not fit its tile")
     if case.pairs and not target.tensor_memory and config.tile_n % 32:
         return Refusal("pairs", "stores of column pairs take tiles of a multiple of 32 columns")
+    reason = _unsplit(case, config) if config.split_k > 1 else ""
+    if reason:
+        return Refusal("split-K", reason)
     if target.tensor_memory and cta_rows(config, target) < 128 and case.demand.sums:
         return Refusal("rows", "sums over rows take CTAs of 128 rows, whose warps have one each")
     loaded = next(iter(case.demand.loaded), None)
@@ -173,6 +178,15 @@ def refused(case: Case, config: Config, target: Target) -> Refusal | None:
             "column pair",
         )
     return None
+
+
+def _unsplit(case: Case, config: Config) -> str:
+    """The reason why K cannot be split among CTAs; "" if it can."""
+    if case.demand.own is None:
+        return "the GEMM stores no matrix by itself, as one whose K is split has to"
+    if k_steps(case.work.problem[2], case.work.bits) < config.split_k:
+        return f"K has fewer k-steps than the {config.split_k} CTAs that would share a tile"
+    return ""
 
 
 def crowded(pipeline: PipelineStages, least: int) -> Refusal | None:
@@ -222,9 +236,9 @@ def _offers(case: Case, configs: Iterable[Config], target: Target) -> Iterator[O
             needed = need(case.demand, case.work.problem[1], config, target)
             planned[tile] = needed, *deepened(needed, config, target)
         needed, like, pipeline = planned[tile]
-        waves = TileGrid.of(case.work, config, target).waves
+        waves = TileGrid.of(case.work.split(config.split_k), config, target).waves
         dynamic = target.launch_control and waves > 1  # as the library; one wave has no queue
-        like = replace(like, cluster=config.cluster, dynamic=dynamic)
+        like = replace(like, cluster=config.cluster, split_k=config.split_k, dynamic=dynamic)
         time = time_of(case.work, like, pipeline, target).seconds
         hidden = target.tensor_memory  # behind the mainloop of the next tile
         waits = 0 if hidden else (like.loads, like.stores).count(1)
@@ -252,7 +266,8 @@ def _worth_it(
     found: list[Config], case: Case, target: Target, dropped: Counter[str]
 ) -> list[Config]:
     """The configs without those that no estimate would choose, which are counted."""
-    (m, n, _), matrices = case.work.problem, case.work.matrices
+    (m, n, k), matrices = case.work.problem, case.work.matrices
+    half = target.multiprocessors // 2
 
     def padded(config: Config) -> int:
         return -(-m // config.tile_m) * config.tile_m * -(-n // config.tile_n) * config.tile_n
@@ -260,17 +275,23 @@ def _worth_it(
     def busy(config: Config) -> int:
         return matrices * -(-m // cta_rows(config, target)) * -(-n // config.tile_n)
 
+    def shared(config: Config) -> bool:
+        """Whether CTAs share tiles that leave half of the SMs idle, in one wave, a long K."""
+        once = TileGrid.of(case.work.split(config.split_k), config, target).waves == 1
+        return once and busy(config) < half and k >= K_STEPS * config.split_k
+
     height = max(-(-m // 64) * 64, min((c.tile_m for c in found), default=0))
     most = (1 + PADDING) * min(map(padded, found), default=0)
-    half = target.multiprocessors // 2
-    half = half if any(busy(c) >= half for c in found) else 0
+    enough = half if any(busy(c) >= half and c.split_k == 1 for c in found) else 0
     kept: list[Config] = []
     for config in found:
         if config.tile_m > height:
             dropped["height"] += 1
         elif padded(config) > most:
             dropped["padding"] += 1
-        elif busy(config) < half:
+        elif config.split_k > 1 and not shared(config):
+            dropped["split-K"] += 1
+        elif config.split_k == 1 and busy(config) < enough:
             dropped["few tiles"] += 1
         else:
             kept.append(config)
@@ -280,14 +301,16 @@ def _worth_it(
 def _in_order(offers: Iterable[Offer], target: Target) -> tuple[Offer, ...]:
     """Offers by increasing time; before the fastest, one that is as fast within `ERROR`.
 
-    It is a usual config, or else one whose clusters are pairs of CTAs along the rows.
+    It is a usual config, or else one whose tiles are of one CTA each, and whose clusters are pairs
+    of CTAs along the rows.
     """
     usual = USUAL[target.tensor_memory]
     order = {plain: i for i, plain in enumerate(usual)}
 
     def rank(offer: Offer) -> int:
         plain = replace(offer.config, loads=0, stores=0, dynamic=False)
-        return order.get(plain, len(usual) + (plain.cluster[1] > 1))
+        last = len(usual) + (plain.cluster[1] > 1) + 2 * (plain.split_k > 1)
+        return order.get(plain, last)
 
     found = sorted(offers, key=lambda o: (o.seconds, rank(o)))
     close = [o for o in found if o.seconds * (1 - ERROR) <= found[0].seconds]

@@ -68,12 +68,31 @@ class Gemm:
         """Compile for tensors of these layouts, with any number of rows, or load from the cache."""
         return self._gemm(a, b, d, arguments, launch=False)
 
-    def launch(self, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any]) -> Any:
-        """Launch the kernel; returns the plan, which `run_plan` launches for other tensors."""
-        return self._gemm(a, b, d, arguments, launch=True)
+    def launch(
+        self,
+        a: Tensor,
+        b: Tensor,
+        d: Tensor | None,
+        arguments: Mapping[str, Any],
+        shared: Mapping[str, Tensor],
+    ) -> Any:
+        """Launch the kernel; returns the plan, which `run_plan` launches for other tensors.
+
+        `shared` has the flags and the sums of CTAs that share a tile (`Config.split_k`), or
+        nothing.
+        """
+        options = {"split_k_buffers": (*shared.values(),)} if shared else {}
+        return self._gemm(a, b, d, arguments, launch=True, **options)
 
     def _gemm(
-        self, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any], launch: bool
+        self,
+        a: Tensor,
+        b: Tensor,
+        d: Tensor | None,
+        arguments: Mapping[str, Any],
+        *,
+        launch: bool,
+        **options: Any,
     ) -> Any:
         check_alignment({"A": a, "B": b, "D": d, **arguments})
         from coda.kernels.gemm.staged import depths
@@ -90,8 +109,10 @@ class Gemm:
             cluster_N=config.cluster[1],
             pingpong=config.pingpong,
             is_dynamic_persistent=config.dynamic,
+            split_k=config.split_k,
             post_init_attrs=depths(config.loads, config.stores),
             _launch=launch,
+            **options,
         )
 
 
@@ -116,12 +137,18 @@ def check_alignment(tensors: Mapping[str, Any]) -> None:
 
 
 def run_plan(
-    plan: Any, a: Tensor, b: Tensor, d: Tensor | None, arguments: Mapping[str, Any]
+    plan: Any,
+    a: Tensor,
+    b: Tensor,
+    d: Tensor | None,
+    arguments: Mapping[str, Any],
+    shared: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Launch a plan for tensors of the layouts for which it was made."""
+    """Launch a plan for tensors of the layouts for which it was made, as `Gemm.launch`."""
     from quack.gemm_runtime.host import run_gemm_epi_plan
 
-    run_gemm_epi_plan(plan, a, b, d, None, arguments)
+    buffers = (*shared.values(),) if shared else None
+    run_gemm_epi_plan(plan, a, b, d, None, arguments, split_k_buffers=buffers)
 
 
 def pack_table(table: Table, values: Mapping[str, Tensor]) -> Tensor:

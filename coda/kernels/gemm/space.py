@@ -6,6 +6,7 @@ With tensor memory: one CTA, or a pair that shares B, computes a tile of up to 2
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 
 from coda.lowering.program.target import Config, Target
@@ -37,6 +38,7 @@ WIDE_SUBTILE = 5
 SUMS = 3
 WIDTHS = (16, 32, 64, 128, 160, 192, 224, 256)  # of tiles in tensor memory
 WIDEST = (256, 512)  # its accumulator takes all of it
+SPLITS = (2, 4, 8)
 SMALL = (128, 64)  # for few columns or rows, without clusters
 
 
@@ -49,14 +51,21 @@ def _warpgroups() -> tuple[Config, ...]:
     clusters = ((2, 1), (1, 2))
     found = [Config(*t, c) for t in COOPERATIVE if t != SMALL for c in clusters]
     found += [Config(*t, c, pingpong=True) for t in PINGPONG for c in clusters]
-    return _from_the_largest([*found, Config(*SMALL)])
+    shared = [Config(*SMALL), Config(128, 128), Config(128, 128, (2, 1)), Config(128, 256, (2, 1))]
+    return _from_the_largest([*found, Config(*SMALL), *_split(shared)])
 
 
 def _tensor_memory() -> tuple[Config, ...]:
     alone = ((1, 1), (1, 2), (2, 1), (2, 2))
     found = [Config(128, columns, cluster) for columns in WIDTHS for cluster in alone]
     found += [Config(256, columns, cluster) for columns in WIDTHS for cluster in alone[2:]]
-    return _from_the_largest([*found, Config(*WIDEST, (2, 1))])
+    shared = [Config(*SMALL), Config(128, 128), Config(256, 128, (2, 1))]
+    return _from_the_largest([*found, Config(*WIDEST, (2, 1)), *_split(shared)])
+
+
+def _split(configs: list[Config]) -> list[Config]:
+    """The configs with K split among several CTAs, for GEMMs of few tiles."""
+    return [replace(c, split_k=parts) for c in configs for parts in SPLITS]
 
 
 def _from_the_largest(configs: list[Config]) -> tuple[Config, ...]:

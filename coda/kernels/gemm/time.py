@@ -12,6 +12,8 @@
   instructions, or special functions; and before it the partials of its rows that it folds, from L2.
   A mainloop hides it in ping-pong and in tensor memory, but for the last tile's.
 - bandwidth: of memory, or of the SMs that have a tile.
+- start: with K split among CTAs also the launch that clears their flags; and one after the other
+  they write the sums of a tile, which the last one reads.
 """
 
 from __future__ import annotations
@@ -19,21 +21,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from coda.ir.scalars import SCALARS
+from coda.ir.types import f32
 from coda.kernels.gemm.mainloop import Gemm, tiles
 from coda.kernels.gemm.row_folds import split_folds
-from coda.kernels.gemm.stages import (
-    PipelineStages,
-    cta_rows,
-    stages,
-)
-from coda.lowering.program.cost import memory_bytes, traffic
+from coda.kernels.gemm.split_k import k_steps
+from coda.kernels.gemm.stages import ROW_OF_K, PipelineStages, cta_rows, stages
+from coda.lowering.program.cost import memory_bytes, tensor_traffic
 from coda.lowering.program.epilogue import calls
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Config, Target
 from coda.lowering.program.time import Time, overlapped
 
-K_STEP = 128  # bytes of a row of A or B in a k-step
 SHARES = 2  # an SM alone may take so many of its shares of the bandwidth
+TURN = 1e-6  # seconds from a CTA's flag to the next one's first sums (assumed)
 MOVES = 3  # instructions for each element that an epilogue loads or stores, beside its functions
 
 
@@ -61,10 +61,15 @@ class Work:
     special: float = 0.0
     folded: int = 0
 
+    def split(self, parts: int) -> Work:
+        """The work if K is split among so many CTAs: more tiles, each of fewer k-steps."""
+        m, n, k = self.problem
+        return replace(self, problem=(m, n, -(-k // parts)), matrices=parts * self.matrices)
+
 
 def work(program: Program, kernel: Gemm) -> Work:
     """The work of a GEMM of a program."""
-    epilogue, moved = kernel.body.epilogue, traffic(program, kernel)
+    epilogue, moved = kernel.body.epilogue, tensor_traffic(program, kernel)
     functions = [SCALARS[c.fn] for c in calls(epilogue.exprs)]
     rows, columns = kernel.mainloop.points(program.sizes)
     total = moved.read_bytes + moved.write_bytes
@@ -89,11 +94,12 @@ def gemm_time(program: Program, kernel: Gemm, config: Config) -> Time:
 
 def time_of(work: Work, config: Config, pipeline: PipelineStages, target: Target) -> Time:
     """The modelled time of a GEMM with a config, which has these stages."""
+    work = work.split(config.split_k)
     rates, sms, grid = target.rates, target.multiprocessors, TileGrid.of(work, config, target)
     rows, columns = cta_rows(config, target), config.tile_n
-    steps = max(1, -(-work.problem[2] * work.bits // (8 * K_STEP)))
-    tensor = 2 * rows * columns * 8 * K_STEP / work.bits / rates.tensor_of(work.bits)
-    fed = K_STEP * (rows / config.cluster[1] + columns / config.cluster[0]) / rates.feed
+    steps = max(1, k_steps(work.problem[2], work.bits))
+    tensor = 2 * rows * columns * 8 * ROW_OF_K / work.bits / rates.tensor_of(work.bits)
+    fed = ROW_OF_K * (rows / config.cluster[1] + columns / config.cluster[0]) / rates.feed
     latency = rates.latency * grid.fresh
     step = overlapped(tensor, fed, latency) / target.speed(pipeline.ab)
     mainloop, tile = steps * step, rows * columns
@@ -106,6 +112,7 @@ def time_of(work: Work, config: Config, pipeline: PipelineStages, target: Target
     busy = grid.waves * mainloop + exposed
     memory = work.moved / min(rates.bandwidth, SHARES * rates.bandwidth / sms * grid.busy)
     least = grid.waves * steps * tensor
+    shared = _sharing(config, tile, target) if config.split_k > 1 else 0.0
     parts = {
         "memory": memory,
         "tensor cores": least,
@@ -114,13 +121,20 @@ def time_of(work: Work, config: Config, pipeline: PipelineStages, target: Target
         "epilogue": exposed,
     }
     return Time(
-        launch=rates.start,
+        launch=rates.start + shared,
         mainloop=least,
         feed=grid.waves * mainloop - least,
         epilogue=exposed,
         memory=overlapped(busy, memory) - busy,
         bound=max(parts, key=lambda part: parts[part]),
     )
+
+
+def _sharing(config: Config, tile: int, target: Target) -> float:
+    """Seconds that CTAs take to share tiles of so many elements, beside their parts of K."""
+    rates, turns = target.rates, config.split_k - 1
+    passed = f32.nbytes(tile) / rates.feed
+    return rates.ramp + turns * (TURN + passed) + passed
 
 
 def fold_seconds(program: Program, kernel: Gemm) -> float:

@@ -15,7 +15,13 @@ from typing import Any
 
 from coda.ir.dims import product
 from coda.ir.graph import Contract, Graph, Node, walk
-from coda.lowering.program.cost import is_free, memory_bytes, pointwise_fused, rest_of, traffic
+from coda.lowering.program.cost import (
+    is_free,
+    memory_bytes,
+    pointwise_fused,
+    rest_of,
+    tensor_traffic,
+)
 from coda.lowering.program.cublas import RATES, cublas_seconds
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
@@ -41,7 +47,7 @@ def kernel_baseline(program: Program, kernel: Kernel[Any]) -> float | None:
     seconds, rates = _gemms(contracts, program), program.target.rates
     if all(isinstance(n, Contract) or is_free(n) for n in kernel.nodes):
         return seconds
-    moved = traffic(program, kernel)
+    moved = tensor_traffic(program, kernel)
     read = sum(memory_bytes(o, program) for o in kernel.mainloop.operands)
     made = sum(c.nbytes(program.sizes) for c in contracts)
     rest = moved.read_bytes + moved.write_bytes - read + made

@@ -1,6 +1,7 @@
 """Program -> FLOPs, global-memory bytes and modelled time, per kernel and in total.
 
-Each tensor that a kernel reads or writes counts once. The time of a kernel is its kind's (`time`).
+Each tensor that a kernel reads or writes counts once, and so does what its CTAs pass to each other
+(`Kind.scratch`). The time of a kernel is its kind's (`time`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
 from coda.lowering.program.time import Time
 
+PASSED = "passed sums"  # in a kernel's reads and writes: what its CTAs pass to each other
 HELD = 16  # price of a byte resident between calls, in bytes of traffic per call
 
 
@@ -80,7 +82,14 @@ def operand_bytes(kernel: Kernel[Any], name: str, program: Program) -> int:
 
 
 def traffic(program: Program, kernel: Kernel[Any]) -> Traffic:
-    """The global-memory traffic of a kernel."""
+    """The global-memory traffic of a kernel: its tensors', and what its CTAs pass to each other."""
+    tensors, own = tensor_traffic(program, kernel), kernel.kind.scratch(program, kernel)
+    read, written = (((PASSED, n),) if n else () for n in (own.read, own.written))
+    return Traffic(tensors.reads + read, tensors.writes + written)
+
+
+def tensor_traffic(program: Program, kernel: Kernel[Any]) -> Traffic:
+    """The traffic of a kernel's tensors."""
     operands = kernel.mainloop.operands
     reads = [(label(o, program), memory_bytes(o, program)) for o in operands]
     for operand in kernel.body.epilogue.operands:
@@ -164,10 +173,12 @@ def hbm_bytes(program: Program) -> int:
 def price(program: Program) -> float:
     """The objective by which laws with a choice are decided: bytes and launches, in seconds.
 
-    Tensor-core FLOPs are left out: they are equal for all Programs of a block. Unless weights are
+    Tensor-core FLOPs are left out: they are equal for all Programs of a block; so is what CTAs pass
+    to each other, which saves time and stays in L2. Unless weights are
     frozen, prepacking counts in each call, and a resident prepacked matrix counts by its bytes.
     """
-    target, moved = program.target, hbm_bytes(program)
+    target, each = program.target, [tensor_traffic(program, k) for k in program.kernels]
+    moved = sum(t.read_bytes + t.write_bytes for t in each)
     if not program.frozen:
         moved += prepare_bytes(program) + HELD * held_bytes(program)
     return seconds_of(target, moved, len(program.kernels))

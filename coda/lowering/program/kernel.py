@@ -1,4 +1,4 @@
-"""`Kernel`, one class for every launch, and `Kind`: a kind's data and at most ten functions.
+"""`Kernel`, one class for every launch, and `Kind`: a kind's data and its functions.
 
 A kernel is a mainloop, whose class depends on the kind (contractions with stacked weights, the rows
 of a matrix, one operation), and a body, which has one form for all kinds: an Epilogue and its
@@ -150,6 +150,20 @@ class Partials:
 
 
 @dataclass(frozen=True)
+class Scratch:
+    """Memory that a launch takes for itself, beside the buffers that the kernel reads and writes.
+
+    Attributes:
+        held: bytes that are allocated for the launch, and dead after it.
+        read, written: bytes that its CTAs read and write there, to pass them to each other.
+    """
+
+    held: int = 0
+    read: int = 0
+    written: int = 0
+
+
+@dataclass(frozen=True)
 class Account:
     """A kernel described in words.
 
@@ -201,6 +215,10 @@ def _no_folds(program: Program, kernel: Kernel[Any]) -> str:
     return "its kernels take over no folds of others"
 
 
+def _no_scratch(program: Program, kernel: Kernel[Any]) -> Scratch:
+    return Scratch()
+
+
 def _one_partial(program: Program, kernel: Kernel[Any], sizes: Sizes) -> Partials:
     return Partials()
 
@@ -237,6 +255,7 @@ class Kind:
             reason why a kernel cannot read all of them as they are; "" if it can.
         folds: (program, kernel that folds partials of its rows) -> the reason why kernels of this
             kind cannot, or take longer than a kernel that does; "" if it pays.
+        scratch: (program, kernel) -> the memory that a launch takes for itself.
         code: emission, compilation and launch; None if every backend runs the reference.
     """
 
@@ -252,6 +271,7 @@ class Kind:
     reorders: Callable[[Node, tuple[int, ...], Sizes], str] = _own_order
     shares: Callable[[Builder, Body, Sequence[Node], Sizes], str] = _expanded
     folds: Callable[[Program, Kernel[Any]], str] = _no_folds
+    scratch: Callable[[Program, Kernel[Any]], Scratch] = _no_scratch
     code: Code | None = None
     tiled: bool = False
     whole_rows: bool = False

@@ -134,7 +134,8 @@ def _matrix(
 def temporary_bytes(program: Program) -> int:
     """Peak bytes of temporary buffers in a call.
 
-    Outputs do not count, nor do buffers that reuse the storage of a donated argument.
+    Outputs do not count, nor do buffers that reuse the storage of a donated argument. A kernel's
+    own memory (`Kind.scratch`) is live in its launch alone.
     """
     over = last_uses(program)
     live: set[str] = set()
@@ -142,7 +143,8 @@ def temporary_bytes(program: Program) -> int:
     for kernel, ending in zip(program.kernels, program.freed, strict=True):
         made = {n for n in kernel.writes() if n in over}
         live |= {n for n in made if n not in program.overwrites}
-        most = max(most, sum(program.buffers[n].nbytes(program.sizes) for n in live))
+        held = sum(program.buffers[n].nbytes(program.sizes) for n in live)
+        most = max(most, held + kernel.kind.scratch(program, kernel).held)
         heirs = {old: new for new, old in program.overwrites.items()}
         for name in ending:
             if name in live and name in heirs and heirs[name] in over:

@@ -23,6 +23,8 @@ class Config:
     `stores` are the least pipeline stages of an epilogue's loaded and stored subtiles, 0 for the
     kernel library's own: what they leave of shared memory are stages of A and B. With `dynamic`,
     CTAs take tiles from a queue of the hardware (cluster launch control) and not in a fixed order.
+    `split_k` CTAs share a tile, each a part of K; they add their sums in order, and the last one
+    runs the epilogue. Results do not differ from run to run.
     """
 
     tile_m: int
@@ -32,6 +34,7 @@ class Config:
     loads: int = 0
     stores: int = 0
     dynamic: bool = False
+    split_k: int = 1
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ def show_config(config: Config) -> str:
     text = f"{config.tile_m}×{config.tile_n} cluster {config.cluster[0]}×{config.cluster[1]}"
     text += " ping-pong" if config.pingpong else ""
     text += " dynamic" if config.dynamic else ""
+    text += f" split-K {config.split_k}" if config.split_k > 1 else ""
     given = config.loads or config.stores
     return text + (f" depths {config.loads}+{config.stores}" if given else "")
 
