@@ -30,7 +30,7 @@ from coda.lowering.program.access import (
     Span,
     Tile,
 )
-from coda.lowering.program.body import Body
+from coda.lowering.program.body import FORMULAS, Body
 from coda.lowering.program.epilogue import Call, Epilogue, Expr, Literal, Load, Position, Stat
 from coda.lowering.program.memory import held_in
 from coda.lowering.program.program import Program
@@ -113,7 +113,7 @@ def pieces_of(body: Body, width: int, *, padded: bool = False) -> tuple[Piece, .
     edges = {c for span in _spans(epilogue) for c in (span.first, span.end)}
     cuts = {0, points} | tail | {c // lanes for c in edges}
     fine = cuts | {int(i) + 1 for n in numbers.values() for i in np.flatnonzero(np.diff(n))}
-    if len(fine) > _MOST + 1:
+    if len(fine) > FORMULAS + 1:
         numbers, fine = {}, cuts
     return tuple(
         Piece(a, b - a, {load: float(n[a]) for load, n in numbers.items()})

@@ -16,7 +16,7 @@ from coda.ir.dims import ONE, Dim, Shape, product
 from coda.ir.graph import Cast, Graph, Map, Node, Reduce, Reshape, transform, walk
 from coda.ir.monoids import MONOIDS
 from coda.ir.node import origin
-from coda.lowering.algebra.roles import gemms, row_axes
+from coda.lowering.algebra.roles import gemms, row_axes, squared_deviation
 
 
 def columns_first(graph: Graph) -> Graph:
@@ -47,9 +47,8 @@ class _Merged:
     def whole(self) -> Node:
         """The same reduction, over the columns and then over the rows."""
         x, fn = self.under, self.node.fn
-        if not MONOIDS[fn].nests:  # the variance, as it is defined
-            mean = self.reduced("mean", x)
-            square = Map("square", (Map("sub", (x, mean)),))
+        if not MONOIDS[fn].nests:
+            square = squared_deviation(x, self.reduced("mean", x))
             return _shaped(self.reduced("mean", square), self.node.shape)
         return _shaped(self.reduced(fn, x), self.node.shape)
 

@@ -155,6 +155,17 @@ def summand(node: Reduce) -> Node:
     return under
 
 
+def squared_deviation(x: Node, mean: Node) -> Node:
+    """(x − mean)²."""
+    return Map("square", (Map("sub", (x, mean)),))
+
+
+def as_means(node: Reduce) -> Reduce:
+    """A variance as it is defined: the mean of the squares of deviations from the mean."""
+    square = squared_deviation(node.arg, Reduce("mean", node.arg, node.axis))
+    return Reduce("mean", square, node.axis)
+
+
 def flat(node: Concat) -> list[Node]:
     """The operands of a concatenation, with nested ones of the same axis flattened."""
     found: list[Node] = []

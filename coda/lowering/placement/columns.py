@@ -39,7 +39,7 @@ from coda.ir.graph import (
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import CHOICE
 from coda.ir.types import f32
-from coda.lowering.algebra.roles import base
+from coda.lowering.algebra.roles import as_means, base
 from coda.lowering.placement.arrays import any_set, distinct
 from coda.lowering.placement.positions import along, counted_from
 from coda.lowering.placement.space_state import GroupStatistic, RowStatistic, SpaceState, is_number
@@ -54,6 +54,7 @@ from coda.lowering.placement.values import (
     combine,
     spread,
 )
+from coda.lowering.program.body import FORMULAS
 from coda.lowering.program.epilogue import Acc, Literal, Load, Position, Stat
 
 GROUPED = "a matrix with one element for each group of columns"
@@ -298,25 +299,40 @@ class Space(SpaceState):
         paired = value.count != self.width or value.slots.shape[1] > 1
         if paired and not MONOIDS[node.fn].sums:
             raise Refused("it does not reduce the columns of the kernel one by one")
-        return self.at(self.columns(node), Stat(self._statistic(node, value, 0)), None)
+        return self.at(self.columns(node), Stat(self._statistic(node, value)), None)
 
-    def _statistic(self, node: Reduce, value: Value, group: int) -> str:
+    def _statistic(self, node: Reduce, value: Value, group: int = 0, groups: int = 1) -> str:
         """Add a statistic of the row, or of groups of its columns; return its name."""
         name = next(n for i in count() if (n := f"s{i}") not in self.statistics)
-        self.statistics[name] = RowStatistic(node, self.widened(value), value.count, group)
+        self.statistics[name] = RowStatistic(node, self.widened(value), value.count, group, groups)
         return name
 
     def _group_of_row(self, node: Reduce, value: Value, axis: int) -> Value:
         """A statistic of aligned column groups in a row-wise kernel."""
-        size, first = value.shape[axis], self.place_of(value)
+        size = value.shape[axis]
+        if not MONOIDS[node.fn].nests:
+            return self.compute(as_means(node))
+        if not MONOIDS[node.fn].sums:
+            raise Refused(f"a group statistic is a sum, not `{node.fn}`")
+        if axis == -1 and size > TILE_PARTS[-1] and value.count <= FORMULAS * size:
+            return self._few_groups(node, value, size)
+        first = self.place_of(value)
         sizes = {s.group for s in self.statistics.values() if s.group} | {size}
         if axis != -1 or first % size or size not in TILE_PARTS or len(sizes) > 1:
             raise Refused(f"`{node.fn}` does not reduce aligned groups of columns of one size")
-        if not MONOIDS[node.fn].sums:
-            raise Refused(f"a group statistic is a sum, not `{node.fn}`")
         out = self.at(self.columns(node), Stat(self._statistic(node, value, size)), None)
         out.group = (first + np.arange(0, value.count, size)) // size
         return out
+
+    def _few_groups(self, node: Reduce, value: Value, size: int) -> Value:
+        """A statistic of a few wide groups: for each, one of a row that is 0 in other columns."""
+        shape = self.columns(node)
+        found: list[Value] = []
+        for start in range(0, value.count, size):
+            part = value.move(lambda a, s=start: a.reshape(-1)[s : s + size])
+            name = self._statistic(node, part, groups=value.count // size)
+            found.append(self.at((1,), Stat(name), None))
+        return beside(found).move(lambda a: a.reshape(shape))
 
     def _group(self, node: Reduce, value: Value, axis: int) -> Value:
         """A statistic of aligned column groups (heads) of a GEMM's accumulator."""

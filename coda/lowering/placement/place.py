@@ -11,7 +11,7 @@ whose partials a row-wise kernel folds. Kernel builders decide at once what they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,6 +35,7 @@ from coda.lowering.algebra.roles import (
     fewer_rows_first,
     gemms,
     in_order,
+    is_pointwise,
     position_nodes,
     row_axes,
     row_symbols,
@@ -70,8 +71,8 @@ class Partition(Reach):
         self.tokens, self.rows = row_symbols(nodes), row_axes(contracts, self.graph.inputs)
         self.positions = position_nodes(nodes, self.known, chunked=bool(self.part_of))
         uses = Uses.of(contracts, nodes, self.graph.roots, self.weights, self.part_of)
-        groups = group_siblings(contracts, uses)
         seconds = partial(seconds_of, self.target)
+        groups = group_siblings(contracts, uses)
         self.siblings, self.shared = own_gemms(groups, uses, self.sizes, seconds)
         forced = [*self.graph.roots, *(o for c in contracts for o in c.operands)]
         self.loadable = {self.storage(n) for n in forced}
@@ -119,9 +120,10 @@ class Partition(Reach):
             if self.only_returned(node):
                 return
             self.unfused.append(Unfused(node, self.shared.get(node, why)))
-        if last.kind.whole_rows and (self.is_returned_view(node) or self.reorder(node, last)):
-            return
-        self.in_rows(node, last.order[0])
+        view = last.kind.whole_rows and self.is_returned_view(node)
+        moved = last.kind.whole_rows and not view and self.reorder(node, last)
+        if not (view or moved or self.in_own_rows(node, [last])):
+            self.in_rows(node, last.order[0])
 
     def store_first(self, node: Node) -> None:
         """Materialise the values whose maximum is compared with them, before the maximum."""
@@ -354,12 +356,30 @@ class Partition(Reach):
                     self.take_back(kept, draft)
                     return ""
                 dropped = self.drop(draft)
+                below = walk([node], until=Reduce) if is_pointwise(node) else ()
+                if self.in_own_rows(node, {self.home[n]: 0 for n in below if n in self.home}):
+                    self.take_back(kept, self.home[node])
+                    return ""
                 given = give(node) if dropped and give is not None else []
                 if not given and give != self.provide:
                     break
                 kept += given
                 index = self.after_operands(node, index)
         return why
+
+    def in_own_rows(self, node: Node, drafts: Iterable[Draft]) -> bool:
+        """Place a node in a row-wise kernel with its elements in rows other than the block's.
+
+        So what follows a statistic of groups of columns, each a row, is computed where it is.
+        """
+        elements = product(node.shape)
+        for draft in drafts if is_pointwise(node) else ():
+            space = draft.space
+            other = draft.kind.whole_rows and space.width > 1 and space.rows != self.rows
+            fits = elements == space.rows or space.is_filled_by(elements)
+            if other and fits and not self.absorb(node, draft):
+                return True
+        return False
 
     def after_operands(self, node: Node, index: int) -> int:
         """The number of the last GEMM before the kernels of a node's operands; at least `index`."""

@@ -41,7 +41,14 @@ from coda.lowering.program.access import (
     Span,
     Tile,
 )
-from coda.lowering.program.body import Ints, Packed, Spread, paired_columns
+from coda.lowering.program.body import (
+    FORMULAS,
+    TILED_FORMULAS,
+    Ints,
+    Packed,
+    Spread,
+    paired_columns,
+)
 from coda.lowering.program.epilogue import (
     Acc,
     Call,
@@ -169,7 +176,7 @@ class Points:
         kinds = list(dict.fromkeys(exprs)) or [Literal(0.0)]  # a value without elements
         if len(kinds) == 1:
             return kinds[0]
-        if len(kinds) > 8:
+        if len(kinds) > (FORMULAS if self.space.whole_rows else TILED_FORMULAS):
             raise Refused(f"its columns have {len(kinds)} different formulas")
         number = np.array([kinds.index(e) for e in exprs], np.float64)[which]
         segment = self.constant(number)

@@ -62,13 +62,18 @@ class GroupStatistic:
 class RowStatistic:
     """A reduction in a row-wise kernel of `value`, which is 0 outside its `count` columns.
 
-    `group` is the width of the groups that are reduced separately; 0 for the whole row.
+    Attributes:
+        node, value: the reduction, and what it reduces.
+        count: the number of columns with values.
+        group: the width of the groups that are reduced separately; 0 for the whole row.
+        groups: the number of wide groups of the row, of which these columns are one.
     """
 
     node: Reduce
     value: Value
     count: int
-    group: int
+    group: int = 0
+    groups: int = 1
 
 
 @dataclass
@@ -305,7 +310,7 @@ class SpaceState:
     def widths(self) -> set[int]:
         """The numbers of columns of what is computed here: all, one for each group, one a row."""
         groups = {self.width // self.group_size} if self.group_size else set[int]()
-        return {self.width, 1} | groups
+        return {self.width, 1} | groups | {s.groups for s in self.statistics.values()}
 
     def id(self, expr: Expr) -> int:
         """The number of an expression."""

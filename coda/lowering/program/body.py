@@ -11,6 +11,9 @@ from coda.ir.dims import Shape
 from coda.ir.graph import Node
 from coda.lowering.program.epilogue import Epilogue
 
+FORMULAS = 16  # ranges of columns of a row-wise kernel that have a formula, and a loop, each
+TILED_FORMULAS = 8  # those of a GEMM, which computes all for each column
+
 Ints = NDArray[np.int64]
 
 
