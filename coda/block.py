@@ -35,6 +35,7 @@ from coda.runtime.call import (
     register,
     run_block,
 )
+from coda.runtime.in_torch import disabled, run_in_torch
 from coda.runtime.modes import cast_arguments, refuse_transforms
 from coda.runtime.settings import stages
 from coda.runtime.sharded import any_sharded, call_sharded
@@ -297,6 +298,8 @@ class Block:
         """The outputs, with a backward if torch records gradients."""
         given = given_sizes(self.graph, dims) if dims else []
         handle, _, backend, arch, _, memory, _ = options
+        if disabled():
+            return run_in_torch(handle, tensors, given)
         learned = [t.requires_grad for t in tensors]
         if torch.is_grad_enabled() and any(learned):
             trained = CallOptions(

@@ -58,6 +58,27 @@ class Deviation:
     at: tuple[int, ...]
 
 
+def within(
+    coda: Deviation,
+    torch: Deviation,
+    shape: tuple[int, ...],
+    unit: float,
+    slack: tuple[float, float] = (NORM, WORST),
+) -> bool:
+    """Whether an error is within its bound.
+
+    Args:
+        coda, torch: the error of a value, and that of torch op by op.
+        shape: of the value.
+        unit: the largest relative error of one rounding to its type; 0 for integers.
+        slack: factors of torch's error over the whole value, and at its worst element.
+    """
+    few = max(math.prod(shape), 1) ** -0.5  # the norm of n elements varies by 1/√n
+    norm = (slack[0] + few) * torch.norm + few * unit + LEAST
+    worst = slack[1] * torch.worst + unit + LEAST
+    return coda.norm <= norm and coda.worst <= worst
+
+
 @dataclass(frozen=True)
 class Checked:
     """One stored value of one kernel on one backend.
@@ -86,10 +107,7 @@ class Checked:
     @property
     def good(self) -> bool:
         """Whether the value is within its bound."""
-        few = max(math.prod(self.shape), 1) ** -0.5  # the norm of n elements varies by 1/√n
-        norm = (NORM + few) * self.torch.norm + few * self.unit + LEAST
-        worst = WORST * self.torch.worst + self.unit + LEAST
-        return self.coda.norm <= norm and self.coda.worst <= worst
+        return within(self.coda, self.torch, self.shape, self.unit)
 
     def name(self) -> str:
         """The kernel, and the kernels whose partials it folds."""

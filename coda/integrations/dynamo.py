@@ -9,6 +9,7 @@ autograd differentiates the operators around them as usual.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,9 @@ from torch.fx import Node as FxNode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from coda.block import Block
-from coda.errors import CodaError, UnsupportedError
+from coda.errors import CallError, CodaError, UnsupportedError
 from coda.frontend.torch_import.importer import Imported, import_nodes, value_of
+from coda.integrations.names import BY_NAME, is_named, left_by_name, patterns_of, region_name
 from coda.integrations.rebuild import Rebuild
 from coda.integrations.regions import (
     RegionCut,
@@ -43,27 +45,63 @@ from coda.lowering.algebra.roles import gemms, row_symbols
 from coda.runtime import settings
 from coda.runtime.bind import bind_sizes, size_hint
 from coda.runtime.call import choose_backend, gpu_target
+from coda.runtime.in_torch import DISABLED, disabled
 
 aten = torch.ops.aten
 _blocks: WeakValueDictionary[Graph, Block] = WeakValueDictionary()
 
 
-def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-    """Dynamo's backend `coda`: compile a graph to a callable of the same signature."""
-    return _taken(gm, example_inputs, _rest)
-
-
-def look(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """As `backend`, for its report only: the graph is returned unchanged, for torch to run."""
-    _taken(gm, example_inputs, lambda piece, _: piece.forward)
-    return gm.forward
-
-
+Leave = tuple[str, ...]  # names of modules and regions that torch runs
 Rest = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
-def _taken(gm: GraphModule, example_inputs: Sequence[Any], rest: Rest) -> Callable[..., Any]:
+def backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Dynamo's backend `coda`: compile a graph to a callable of the same signature.
+
+    Args:
+        gm, example_inputs: from Dynamo.
+        options: of `torch.compile`. `leave` is a list of `fnmatch` patterns of the names of modules
+            and of regions (as the report has them) that are left to torch.
+
+    Raises:
+        CallError: for another option, or patterns that are no list of names.
+    """
+    return _taken(gm, example_inputs, _rest, _leave(options or {}))
+
+
+def look(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """As `backend`, for its report only: the graph is returned unchanged, for torch to run."""
+    _taken(gm, example_inputs, lambda piece, _: piece.forward, _leave(options or {}))
+    return gm.forward
+
+
+def _leave(options: Mapping[str, Any]) -> Leave:
+    """The option `leave`. Raises CallError."""
+    unknown = options.keys() - {"leave"}
+    if unknown:
+        raise CallError(
+            "backend coda has one option, `leave`",
+            found=", ".join(sorted(unknown)),
+            help='torch.compile(model, backend="coda", options={"leave": ["layers.0.*"]})',
+        )
+    return patterns_of(options.get("leave", ()), "leave")
+
+
+def _taken(
+    gm: GraphModule, example_inputs: Sequence[Any], rest: Rest, leave: Leave
+) -> Callable[..., Any]:
     """Compile a graph, whole or in pieces; `rest` compiles the graph around the blocks."""
+    if disabled():
+        keep_report(GraphReport(whole=DISABLED))
+        return rest(gm, _fakes(gm, example_inputs))
     fakes = _fakes(gm, example_inputs)
     try:
         alone = left_alone(gm, hidden_writes(gm, fakes))
@@ -72,12 +110,12 @@ def _taken(gm: GraphModule, example_inputs: Sequence[Any], rest: Rest) -> Callab
         keep_report(GraphReport(whole=why))
         return rest(gm, fakes)
     if not alone:
-        return rest(_examined(gm, example_inputs) or gm, fakes)
+        return rest(_examined(gm, example_inputs, leave) or gm, fakes)
     keep_report(GraphReport(left=count_operators(alone)))
     fused: list[GraphModule] = []
 
     def made(piece: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        found = _examined(piece, examples)
+        found = _examined(piece, examples, leave)
         fused.extend([found] if found else [])
         return rest(found or piece, _fakes(piece, examples))
 
@@ -85,7 +123,7 @@ def _taken(gm: GraphModule, example_inputs: Sequence[Any], rest: Rest) -> Callab
     return split.forward if fused else rest(gm, fakes)
 
 
-def _examined(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule | None:
+def _examined(gm: GraphModule, example_inputs: Sequence[Any], leave: Leave) -> GraphModule | None:
     """The graph with regions replaced by blocks, or None if it has no region; adds a report."""
     report = GraphReport()
     keep_report(report)
@@ -95,7 +133,7 @@ def _examined(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule | N
     places = [n for n in functional.graph.nodes if n.op == "placeholder"]
     given = {n: e for n, e in zip(places, example_inputs, strict=True) if is_parameter(n)}
     try:
-        split = _split(functional, report, given)
+        split = _split(functional, report, given, leave)
     except Exception as e:  # an internal error must not stop the model
         report.regions.clear()
         report.whole = f"coda fails on it, please report it: {type(e).__name__}: {e}"
@@ -137,7 +175,8 @@ def _functional_or_why(
 
 def _rest(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compile the graph around the blocks: torch op by op, or Inductor."""
-    chosen = settings.FALLBACK.get() or ("inductor" if gpu_target() else "eager")
+    usual = "inductor" if gpu_target() and not disabled() else "eager"
+    chosen = settings.FALLBACK.get() or usual
     if chosen == "eager":
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
@@ -217,18 +256,29 @@ def _write_back(gm: GraphModule, mutated: dict[str, str]) -> None:
     output.args = (tuple(values),)
 
 
-def _split(gm: GraphModule, report: GraphReport, given: Mapping[FxNode, Tensor]) -> GraphModule:
+def _split(
+    gm: GraphModule, report: GraphReport, given: Mapping[FxNode, Tensor], leave: Leave
+) -> GraphModule:
     """The graph with its regions replaced by calls of blocks.
 
-    `given` are the model's parameters: those that a kernel reads as one matrix share one buffer.
+    Args:
+        gm: the functional graph.
+        report: is filled in.
+        given: the model's parameters: those that a kernel reads as one matrix share one buffer.
+        leave: names of modules and regions that are left to torch.
     """
     modes = _modes(gm.graph)
     _mark_gradients(gm.graph, modes)
     outer = torch.is_grad_enabled()
-    found = _cut(gm.graph, [n for n, m in modes.items() if m != outer])
+    fixed = {n: "it runs in another mode of autograd" for n, m in modes.items() if m != outer}
+    found = _cut(gm.graph, fixed | left_by_name(gm.graph, leave))
     regions: list[_Region] = []
+    names: Counter[str] = Counter()
     for whole in found.regions:
-        region, why = _chosen(whole)
+        name = region_name(whole, names)
+        region, why = (None, BY_NAME) if is_named(name, leave) else _chosen(whole)
+        if region is not None:
+            region.report.name = name
         regions += [] if region is None else [region]
         found.left |= dict.fromkeys(whole, why) if why else {}
     mine = {n for region in regions for n in region.nodes}
@@ -240,7 +290,7 @@ def _split(gm: GraphModule, report: GraphReport, given: Mapping[FxNode, Tensor])
     return Rebuild(gm, [(r.nodes, r.imported, r.block) for r in regions], modes).run()
 
 
-def _cut(graph: FxGraph, fixed: Sequence[FxNode]) -> RegionCut:
+def _cut(graph: FxGraph, fixed: Mapping[FxNode, str]) -> RegionCut:
     """Partition a graph, at products of batches where a region over them has no gain.
 
     It has none if torch runs a part of it: Inductor fuses that part with what is around it.

@@ -15,7 +15,6 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -26,13 +25,15 @@ from torch.utils import _pytree as pytree
 
 from coda.errors import CallError, UnsupportedError
 from coda.integrations.dynamo import backend
+from coda.integrations.first_steps import SLACK, FirstSteps, LayerSteps, check_count, steps_table
 from coda.integrations.hooks import know_hooks, knows_hooks
+from coda.integrations.names import is_named, patterns_of
 from coda.integrations.opaque_state import holding
 from coda.integrations.report import last_report
 from coda.integrations.weights import share_alike
+from coda.runtime.in_torch import DISABLED, disabled
 
 _calls: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
-SLACK = 2.0  # bound of a layer's error against float64, in units of torch's own
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,31 @@ class Patched:
 
 @dataclass
 class PatchReport:
-    """Result of `patch`: `print` it; `undo()` restores the model."""
+    """Result of `patch`: `print` it; `undo()` restores the model.
+
+    Attributes:
+        layers: what became of each layer.
+        modules: the layers that were replaced.
+        steps: with `check`, what was compared of each of them so far.
+    """
 
     layers: list[Patched] = field(default_factory=list)
     modules: list[nn.Module] = field(default_factory=list)
+    steps: list[LayerSteps] = field(default_factory=list)
 
     @property
     def replaced(self) -> int:
         """Number of layers that coda runs."""
         return sum(one.replaced for one in self.layers)
+
+    def replace(self, name: str, module: nn.Module, call: Callable[..., Any], check: int) -> None:
+        """Replace the call of a layer, whose first `check` steps are compared."""
+        if check:
+            first = FirstSteps(name, call, check)
+            self.steps.append(first.report)
+            _calls.add(call := first)
+        module._compiled_call_impl = functools.partial(call, module)
+        self.modules.append(module)
 
     def undo(self) -> None:
         """Remove the compiled calls."""
@@ -84,7 +101,7 @@ class PatchReport:
             table.add_row(one.name, "yes" if one.replaced else "no", *shown, one.why)
         console = Console(width=110, force_terminal=False, no_color=True)
         with console.capture() as captured:
-            console.print(table)
+            console.print(table, *([steps_table(self.steps)] if self.steps else []))
         return captured.get()
 
 
@@ -94,43 +111,50 @@ def patch(
     *,
     only: Iterable[str] = ("*",),
     skip: Iterable[str] = (),
+    leave: Iterable[str] = (),
+    check: int = 0,
     dynamic: bool | None = None,
 ) -> PatchReport:
     """Replace the calls of a model's repeated layers by compiled ones, in place.
+
+    With `CODA_DISABLE=1` nothing is replaced, and the report says so.
 
     Args:
         model: its layers are changed in place; nothing else in the process changes.
         example: arguments of the model's forward, by name or in order, on which the layers are
             checked; by default the model's own `dummy_inputs`, as transformers has them.
         only, skip: `fnmatch` patterns of layers' names, such as `model.layers.*`.
+        leave: `fnmatch` patterns of names inside the layers that are left to torch: of modules,
+            such as `mlp.*`, or of regions, as `coda.last_report()` has them.
+        check: how many steps of each layer, forward and backward, are compared with torch's. In
+            these steps the model gets torch's result. A layer whose error is more than twice
+            torch's (`first_steps.py`) stays torch's, with a RuntimeWarning; the report's `steps`
+            have all comparisons.
         dynamic: as in `torch.compile`.
 
     Raises:
-        CallError: without an example, or if `model` is no module.
+        CallError: without an example; if `model` is no module; for patterns that are no list of
+            names, or that match no layer; if `check` is no number of steps.
         UnsupportedError: if no layer was replaced; the message has the report's table.
     """
     if not isinstance(model, nn.Module):
         raise CallError("coda.patch takes a torch.nn.Module", found=type(model).__name__)
-    layers = dict(_chosen(model, tuple(only), tuple(skip)))
-    if not layers:
-        raise UnsupportedError(
-            "no repeated layers were found to patch",
-            found=type(model).__name__,
-            help='torch.compile(model, backend="coda") takes any model',
-        )
-    report = PatchReport()
+    check, inside = check_count(check), patterns_of(leave, "leave")
+    layers = _chosen(model, patterns_of(only, "only"), patterns_of(skip, "skip"))
+    _refuse_unmatched("leave", inside, [n for m in layers.values() for n, _ in m.named_modules()])
+    if disabled():
+        return PatchReport([Patched(name, False, DISABLED) for name in layers])
     fresh = {n: m for n, m in layers.items() if not _foreign(m)}
     for module in fresh.values():
         know_hooks(module)
     kinds = {n: _kind(m) for n, m in fresh.items()}
     first = {kind: n for n, kind in reversed(kinds.items())}
     seen = _inputs(model, example, {n: fresh[n] for n in first.values()}) if fresh else {}
-    limit = 8 * max(len(layers), 1)
-    options: Any = {"backend": backend, "dynamic": dynamic, "recompile_limit": limit}
-    calls = [holding(torch.compile(_fresh_call(), **options)) for _ in range(2)]
-    _calls.update(calls)
+    options: Any = {"dynamic": dynamic, "recompile_limit": 8 * max(len(layers), 1)}
+    calls = _compiled_calls(options | ({"options": {"leave": inside}} if inside else {}))
     call = {n: calls[knows_hooks(m)] for n, m in fresh.items()}
     checked = {k: _check(n, fresh[n], call[n], seen.get(n)) for k, n in first.items()}
+    report = PatchReport()
     for name, module in layers.items():
         if name not in fresh:
             report.layers.append(Patched(name, False, "its call is already replaced by other code"))
@@ -139,8 +163,7 @@ def patch(
         same = first[kinds[name]] == name
         report.layers.append(result if same else Patched(name, result.replaced, result.why))
         if result.replaced:
-            module._compiled_call_impl = functools.partial(call[name], module)
-            report.modules.append(module)
+            report.replace(name, module, call[name], check)
     for kind, name in first.items():
         if checked[kind].replaced:
             share_alike(fresh[name], [m for n, m in fresh.items() if kinds[n] == kind])
@@ -174,10 +197,44 @@ def _fresh_call() -> Callable[..., Any]:
     return types.FunctionType(call.__code__.replace(), globals(), "call")
 
 
-def _chosen(
-    model: nn.Module, only: tuple[str, ...], skip: tuple[str, ...]
-) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, layer) of the repeated layers that the patterns select."""
+def _compiled_calls(options: dict[str, Any]) -> list[Callable[..., Any]]:
+    """Two compiled calls of a layer, for layers without and with hooks."""
+    calls = [holding(torch.compile(_fresh_call(), backend=backend, **options)) for _ in range(2)]
+    _calls.update(calls)
+    return calls
+
+
+def _chosen(model: nn.Module, only: tuple[str, ...], skip: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The repeated layers that the patterns select, by name.
+
+    Raises CallError for a pattern that matches none, UnsupportedError if none is there or left.
+    """
+    layers = dict(_repeated(model))
+    if not layers:
+        raise UnsupportedError(
+            "no repeated layers were found to patch",
+            found=type(model).__name__,
+            help='torch.compile(model, backend="coda") takes any model',
+        )
+    _refuse_unmatched("only", only, layers)
+    _refuse_unmatched("skip", skip, layers)
+    chosen = {n: m for n, m in layers.items() if is_named(n, only) and not is_named(n, skip)}
+    if not chosen:
+        raise UnsupportedError("`only` and `skip` leave no layer to patch", found=", ".join(layers))
+    return chosen
+
+
+def _refuse_unmatched(option: str, patterns: Sequence[str], names: Iterable[str]) -> None:
+    """Raise CallError for a pattern that matches no name, unless it is of a region (`a..b`)."""
+    known = list(dict.fromkeys(n for n in names if n))
+    wrong = [p for p in patterns if ".." not in p and not any(is_named(n, [p]) for n in known)]
+    if wrong:
+        shown = ", ".join(known[:6]) + (", …" if len(known) > 6 else "")
+        raise CallError(f"`{option}` has a name that nothing has", found=repr(wrong[0]), help=shown)
+
+
+def _repeated(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, layer) of the repeated layers."""
     outer: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(o) for o in outer):
@@ -186,11 +243,7 @@ def _chosen(
         if len({type(one) for one in module}) != 1 or not all(len(m) > 1 for m in matrices):
             continue
         outer.append(name + ".")
-        for number, one in module.named_children():
-            path = f"{name}.{number}"
-            wanted = any(fnmatch(path, p) for p in only)
-            if wanted and not any(fnmatch(path, p) for p in skip):
-                yield path, one
+        yield from ((f"{name}.{number}", one) for number, one in module.named_children())
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
@@ -272,7 +325,7 @@ def _check(
     why = ""
     if not fused:
         why = next((g.whole for g in graphs if g.whole), "nothing in it is cheaper in a block")
-    elif not error <= SLACK * others + 1e-6:
+    elif not error <= SLACK[0] * others + 1e-6:
         why = f"it is {error:.1e} away from the exact value, torch {others:.1e}"
     copied = sum(r.copied for g in graphs for r in g.regions)
     return Patched(name, not why, why, fused, left, error, others, copied)

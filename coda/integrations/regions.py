@@ -14,8 +14,9 @@ level 0 and {linear, add} on level 1, even where the last `add` also reads the f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch.fx import Graph as FxGraph
 from torch.fx import Node as FxNode
@@ -24,6 +25,8 @@ from coda.frontend.torch_import.importer import products_of_batches, value_of, w
 from coda.frontend.torch_import.operators import VIEWS
 from coda.ir.types import from_torch
 from coda.kernels.gemm.batches import why_not as no_gemm
+
+NOTHING: Mapping[FxNode, str] = MappingProxyType({})
 
 
 @dataclass
@@ -39,15 +42,17 @@ class RegionCut:
     left: dict[FxNode, str] = field(default_factory=dict)
 
 
-def cut(graph: FxGraph, fixed: Iterable[FxNode] = (), ends: Collection[FxNode] = ()) -> RegionCut:
+def cut(
+    graph: FxGraph, fixed: Mapping[FxNode, str] = NOTHING, ends: Collection[FxNode] = ()
+) -> RegionCut:
     """Partition a graph into regions.
 
     Args:
         graph: functional ATen operators, each with a fake value in `meta`.
-        fixed: operators that torch must run.
+        fixed: operators that torch must run -> the reason.
         ends: products of batches at which regions end.
     """
-    left = {n: "it runs in another mode of autograd" for n in fixed}
+    left = dict(fixed)
     calls = [n for n in graph.nodes if n.op == "call_function"]
     for node in calls:
         why = left.get(node) or why_not(node)

@@ -23,7 +23,7 @@ from coda.lowering.program.program import Program
 from coda.runtime.call import choose_target
 
 
-@dataclass(frozen=True)
+@dataclass
 class RegionReport:
     """One region.
 
@@ -34,6 +34,7 @@ class RegionReport:
         forward: the forward's Program (in training, the one that saves activations) and its cost.
         backward: likewise for the backward; None without gradients.
         weights: how its GEMMs read their weights.
+        name: of the modules of its first and last contractions (`names.py`).
     """
 
     graph: Graph
@@ -42,6 +43,7 @@ class RegionReport:
     forward: Explanation
     backward: Explanation | None
     weights: list[WeightUse] = field(default_factory=list)
+    name: str = ""
 
     @staticmethod
     def of(
@@ -109,6 +111,7 @@ class RegionReport:
         sides = {"forward": self.forward, "backward": self.backward}
         explained = {k: e.json() for k, e in sides.items() if e is not None}
         return {
+            "name": self.name,
             "ops": dict(Counter(self.ops)),
             **{k: {name: v[name] for name in kept} for k, v in explained.items()},
             "weights": [w.json() for w in self.weights],
@@ -177,12 +180,13 @@ class CompileReport:
         """Tables of the regions of each graph, and of the operators left to torch."""
         regions = Table(title="blocks", title_justify="left")
         columns = ("launches", "op by op", "fused between", "MB", "", "", "MB of weights copied")
-        for column in ("graph", "ops", *columns):
+        regions.add_column("graph, region", overflow="fold")
+        for column in ("ops", *columns):
             regions.add_column(column, justify="right")
         for number, graph in enumerate(self.graphs):
             for region in graph.regions:
-                copied = f"{region.copied / 1e6:.3f}"
-                regions.add_row(str(number), str(len(region.ops)), *region.numbers(), copied)
+                copied, count = f"{region.copied / 1e6:.3f}", str(len(region.ops))
+                regions.add_row(f"{number}, {region.name}", count, *region.numbers(), copied)
         left = Table(title="left to torch", title_justify="left")
         for column in ("operator", "times", "why"):
             left.add_column(column, overflow="fold")

@@ -75,6 +75,12 @@ FALLBACK = EnvironmentVariable(
     ("", "eager", "inductor"),
 )
 
+DISABLE = EnvironmentVariable(
+    "CODA_DISABLE",
+    "1: torch runs everything: blocks op by op, and models as if coda were not there",
+    ("0", "1"),
+    "0",
+)
 CHECK = EnvironmentVariable(
     "CODA_CHECK",
     "checks of a lowering: 0 none, 1 the block and the Program, 2 each stage and each law",
@@ -83,7 +89,7 @@ CHECK = EnvironmentVariable(
 )
 SHOW = EnvironmentVariable("CODA_SHOW", "stages of lowering to print on stderr, as in `laws,place`")
 
-VARIABLES = (BACKEND, ARCH, CACHE_DIR, CACHE, FALLBACK, CHECK, SHOW)
+VARIABLES = (BACKEND, ARCH, CACHE_DIR, CACHE, FALLBACK, DISABLE, CHECK, SHOW)
 
 
 def stages() -> Stages:
