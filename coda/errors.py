@@ -104,6 +104,21 @@ class CodaError(Exception):
         super().__init__("\n".join(lines))
 
 
+class Reason(str):
+    """Why something is left to torch, as a string; "" if it is not.
+
+    Attributes:
+        takes: what it would take to change that, or "".
+    """
+
+    takes: str
+
+    def __new__(cls, why: str, takes: str = "") -> Reason:
+        found = super().__new__(cls, why)
+        found.takes = takes
+        return found
+
+
 class ShapeError(CodaError):
     """Shapes do not fit together."""
 

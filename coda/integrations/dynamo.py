@@ -24,7 +24,7 @@ from torch.fx import Node as FxNode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from coda.block import Block
-from coda.errors import CallError, CodaError, UnsupportedError
+from coda.errors import CallError, CodaError, Reason, UnsupportedError
 from coda.frontend.torch_import.importer import Imported, import_nodes, value_of
 from coda.integrations.names import BY_NAME, is_named, left_by_name, patterns_of, region_name
 from coda.integrations.rebuild import Rebuild
@@ -36,7 +36,7 @@ from coda.integrations.regions import (
     with_all_parts,
     without_tail,
 )
-from coda.integrations.report import GraphReport, RegionReport, count_operators, keep_report
+from coda.integrations.report import GraphReport, RegionReport, keep_report, left_operators
 from coda.integrations.segments import left_alone, pieces, rebuilt
 from coda.integrations.writes import hidden_writes
 from coda.ir.graph import Graph, walk
@@ -111,7 +111,7 @@ def _taken(
         return rest(gm, fakes)
     if not alone:
         return rest(_examined(gm, example_inputs, leave) or gm, fakes)
-    keep_report(GraphReport(left=count_operators(alone)))
+    keep_report(GraphReport(rest=left_operators(alone)))
     fused: list[GraphModule] = []
 
     def made(piece: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -270,8 +270,10 @@ def _split(
     modes = _modes(gm.graph)
     _mark_gradients(gm.graph, modes)
     outer = torch.is_grad_enabled()
-    fixed = {n: "it runs in another mode of autograd" for n, m in modes.items() if m != outer}
-    found = _cut(gm.graph, fixed | left_by_name(gm.graph, leave))
+    other = Reason("it runs in another mode of autograd", "one mode for the whole graph")
+    found = _cut(
+        gm.graph, {n: other for n, m in modes.items() if m != outer} | left_by_name(gm.graph, leave)
+    )
     regions: list[_Region] = []
     names: Counter[str] = Counter()
     for whole in found.regions:
@@ -282,7 +284,7 @@ def _split(
         regions += [] if region is None else [region]
         found.left |= dict.fromkeys(whole, why) if why else {}
     mine = {n for region in regions for n in region.nodes}
-    report.left = count_operators({n: why for n, why in found.left.items() if n not in mine})
+    report.rest = left_operators({n: why for n, why in found.left.items() if n not in mine})
     report.regions = [r.report for r in regions]
     for region in regions:
         pairs = zip(region.imported.graph.inputs, region.imported.inputs, strict=True)
@@ -335,8 +337,11 @@ def _chosen(whole: list[FxNode]) -> tuple[_Region | None, str]:
     if isinstance(made, str):
         return (short if isinstance(short, _Region) else None), made
     if isinstance(short, _Region) and short.report.gain > made.report.gain:
-        return short, "its region stays torch's: no kernel takes a part of it"
+        return short, Reason(PARTLY, "that part in a form that a kernel takes: `coda explain`")
     return made, ""
+
+
+PARTLY = "its region stays torch's: no kernel takes a part of it"
 
 
 def _made(nodes: list[FxNode]) -> _Region | str:
@@ -350,9 +355,9 @@ def _made(nodes: list[FxNode]) -> _Region | str:
         sizes, requires_grad = _sizes(imported), _requires_grad(imported)
         lowered = RegionReport.of(block, nodes, sizes, requires_grad)
         if lowered.gain <= 0:
-            raise UnsupportedError("torch does it as cheaply")
+            raise UnsupportedError("torch does it as cheaply", help="nothing, at these sizes")
     except CodaError as e:
-        return f"its region stays torch's: {e.message}"
+        return Reason(f"its region stays torch's: {e.message}", e.help)
     except Exception as e:  # an internal error must not stop the model
         why = f"coda fails on its region, please report it: {type(e).__name__}: {e}"
         warnings.warn(why, RuntimeWarning, stacklevel=2)
@@ -382,13 +387,14 @@ def _refuse_devices(imported: Imported) -> None:
     """Raise UnsupportedError if the backend cannot run a region on these devices and dtypes."""
     devices = {value_of(n).device for n in imported.inputs}
     if len(devices) > 1:
-        raise UnsupportedError("its tensors are on several devices")
+        raise UnsupportedError("its tensors are on several devices", help="one device")
     chosen = choose_backend("")
     if chosen == "cuda" and devices.pop().type != "cuda":
-        raise UnsupportedError("its tensors are not on the GPU")
+        raise UnsupportedError("its tensors are not on the GPU", help="model.cuda()")
     products = gemms(walk(imported.graph.roots))
     if chosen != "reference" and any(f32 in (n.lhs.dtype, n.rhs.dtype) for n in products):
-        raise UnsupportedError("products of float32 are not compiled for a GPU")
+        why = "products of float32 are not compiled for a GPU"
+        raise UnsupportedError(why, help="bf16 or f16 weights, or torch.autocast")
 
 
 def _refuse_unknown_columns(imported: Imported) -> None:
@@ -397,7 +403,8 @@ def _refuse_unknown_columns(imported: Imported) -> None:
     for node, source in zip(imported.graph.inputs, imported.inputs, strict=True):
         for dim, size in zip(node.shape, value_of(source).shape, strict=True):
             if dim.symbols - rows and free_unbacked_symbols(size):
-                raise UnsupportedError("a number of columns that is known only in the call")
+                why = "a number of columns that is known only in the call"
+                raise UnsupportedError(why, help="columns of a size that torch knows beforehand")
 
 
 def _requires_grad(imported: Imported) -> tuple[str, ...] | None:

@@ -108,7 +108,7 @@ class FirstSteps:
     def __init__(self, name: str, call: Callable[..., Any], count: int) -> None:
         self.call, self.report = call, LayerSteps(name, count)
         self._begun = {True: 0, False: 0}
-        self._open: weakref.WeakSet[_Backward] = weakref.WeakSet()
+        self._open: weakref.WeakSet[_OpenStep] = weakref.WeakSet()
 
     def __call__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         recorded = torch.is_grad_enabled()
@@ -148,12 +148,12 @@ class FirstSteps:
         self.report.forwards += 1
         self._judge(step)
         if torch.is_grad_enabled() and any(t.requires_grad for t in plain):
-            after = _Backward(self, layer, copied, step, [t.requires_grad for t in plain])
+            after = _OpenStep(self, layer, copied, step, [t.requires_grad for t in plain])
             self._open.add(after)
             register_multi_grad_hook([t for t in plain if t.requires_grad], after)
         return found
 
-    def compare_gradients(self, step: _Backward, cotangents: Sequence[Tensor | None]) -> None:
+    def compare_gradients(self, step: _OpenStep, cotangents: Sequence[Tensor | None]) -> None:
         """Compare the gradients of a step, by three runs on copies of its arguments."""
         layer, given = step.layer, step.given
         if not _equal(step.versions, _versions(layer)):
@@ -201,7 +201,7 @@ class FirstSteps:
             )
 
 
-class _Backward:
+class _OpenStep:
     """A step whose backward is still to come: torch calls it with the cotangents of its outputs."""
 
     def __init__(

@@ -22,11 +22,12 @@ _known: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDi
 NONE: frozenset[int] = frozenset()
 
 
-def know_hooks(layer: nn.Module) -> None:
-    """Record the current hooks of a layer and its submodules as part of its compiled call."""
-    _known.pop(layer, None)
-    if found := _keys(_with_hooks(layer)):
-        _known[layer] = found
+def know_hooks(*layers: nn.Module) -> None:
+    """Record the current hooks of layers and their submodules as part of their compiled calls."""
+    for layer in layers:
+        _known.pop(layer, None)
+        if found := _keys(_with_hooks(layer)):
+            _known[layer] = found
 
 
 def knows_hooks(layer: nn.Module) -> bool:

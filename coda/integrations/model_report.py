@@ -58,7 +58,7 @@ class ModelExplanation:
 
     def json(self) -> dict[str, Any]:
         """As plain data."""
-        left = [{"op": o, "why": w, "times": n} for (o, w), n in self.report.left.items()]
+        left = [one.json() for one in self.report.rest]
         blocks = [{"times": times, **region.json()} for region, times in self.kinds]
         whole = [g.whole for g in self.report.graphs if g.whole]
         return {

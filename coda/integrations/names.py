@@ -15,10 +15,10 @@ from fnmatch import fnmatchcase
 from torch.fx import Graph as FxGraph
 from torch.fx import Node as FxNode
 
-from coda.errors import CallError
+from coda.errors import CallError, Reason
 from coda.integrations.regions import is_product
 
-BY_NAME = "left to torch by name (`leave`)"
+BY_NAME = Reason("left to torch by name (`leave`)", "`leave` without the name")
 _ROOT = re.compile(r"^L(\['[^']*'\]|\[\d+\])+\.?")  # Dynamo's name of the model itself
 _HELD = re.compile(r"\._modules\['([^']*)'\]")
 

@@ -29,11 +29,13 @@ from coda.integrations.first_steps import SLACK, FirstSteps, LayerSteps, check_c
 from coda.integrations.hooks import know_hooks, knows_hooks
 from coda.integrations.names import is_named, patterns_of
 from coda.integrations.opaque_state import holding
-from coda.integrations.report import last_report
+from coda.integrations.report import LeftToTorch, last_report, left_table, merged
 from coda.integrations.weights import share_alike
 from coda.runtime.in_torch import DISABLED, disabled
 
 _calls: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+
+FOREIGN = "its call is already replaced by other code"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Patched:
     `fused` and `left` count torch's operators in blocks and outside; `copied` are bytes of weights
     that its kernels read from copies (`coda.last_report()` has reasons); the errors are relative to
     float64 (to float32 where an operator of the layer has no float64), in the Frobenius norm.
+    `rest` are the operators outside, at the sizes of the example.
     """
 
     name: str
@@ -53,6 +56,11 @@ class Patched:
     error: float = 0.0
     torch_error: float = 0.0
     copied: int = 0
+    rest: tuple[LeftToTorch, ...] = ()
+
+    def of(self, name: str) -> Patched:
+        """The same of another layer of this kind, which was not checked."""
+        return Patched(name, self.replaced, self.why, rest=self.rest)
 
 
 @dataclass
@@ -74,6 +82,13 @@ class PatchReport:
         """Number of layers that coda runs."""
         return sum(one.replaced for one in self.layers)
 
+    @property
+    def rest(self) -> list[LeftToTorch]:
+        """What is left to torch in all layers that coda runs, and what it would take; the most
+        bytes first.
+        """
+        return merged(row for one in self.layers if one.replaced for row in one.rest)
+
     def replace(self, name: str, module: nn.Module, call: Callable[..., Any], check: int) -> None:
         """Replace the call of a layer, whose first `check` steps are compared."""
         if check:
@@ -82,6 +97,12 @@ class PatchReport:
             _calls.add(call := first)
         module._compiled_call_impl = functools.partial(call, module)
         self.modules.append(module)
+
+    def or_raise(self) -> PatchReport:
+        """The report. Raises UnsupportedError if no layer was replaced."""
+        if not self.replaced:
+            raise UnsupportedError("no layer was replaced", found="\n" + str(self))
+        return self
 
     def undo(self) -> None:
         """Remove the compiled calls."""
@@ -101,7 +122,8 @@ class PatchReport:
             table.add_row(one.name, "yes" if one.replaced else "no", *shown, one.why)
         console = Console(width=110, force_terminal=False, no_color=True)
         with console.capture() as captured:
-            console.print(table, *([steps_table(self.steps)] if self.steps else []))
+            rest = [left_table(self.rest)] if self.rest else []
+            console.print(table, *rest, *([steps_table(self.steps)] if self.steps else []))
         return captured.get()
 
 
@@ -145,8 +167,7 @@ def patch(
     if disabled():
         return PatchReport([Patched(name, False, DISABLED) for name in layers])
     fresh = {n: m for n, m in layers.items() if not _foreign(m)}
-    for module in fresh.values():
-        know_hooks(module)
+    know_hooks(*fresh.values())
     kinds = {n: _kind(m) for n, m in fresh.items()}
     first = {kind: n for n, kind in reversed(kinds.items())}
     seen = _inputs(model, example, {n: fresh[n] for n in first.values()}) if fresh else {}
@@ -156,20 +177,14 @@ def patch(
     checked = {k: _check(n, fresh[n], call[n], seen.get(n)) for k, n in first.items()}
     report = PatchReport()
     for name, module in layers.items():
-        if name not in fresh:
-            report.layers.append(Patched(name, False, "its call is already replaced by other code"))
-            continue
-        result = checked[kinds[name]]
-        same = first[kinds[name]] == name
-        report.layers.append(result if same else Patched(name, result.replaced, result.why))
+        result = checked[kinds[name]] if name in fresh else Patched(name, False, FOREIGN)
+        report.layers.append(result if result.name == name else result.of(name))
         if result.replaced:
             report.replace(name, module, call[name], check)
     for kind, name in first.items():
         if checked[kind].replaced:
             share_alike(fresh[name], [m for n, m in fresh.items() if kinds[n] == kind])
-    if not report.replaced:
-        raise UnsupportedError("no layer was replaced", found="\n" + str(report))
-    return report
+    return report.or_raise()
 
 
 def unpatch(model: nn.Module) -> None:
@@ -320,7 +335,8 @@ def _check(
         for module, mode in modes.items():
             module.training = mode
     graphs = last_report().graphs[before:]
-    fused, left = sum(g.fused for g in graphs), sum(sum(g.left.values()) for g in graphs)
+    fused, rest = sum(g.fused for g in graphs), merged(row for g in graphs for row in g.rest)
+    left = sum(row.times for row in rest)
     error, others = _distance(ours, exact), _distance(plain, exact)
     why = ""
     if not fused:
@@ -328,7 +344,7 @@ def _check(
     elif not error <= SLACK[0] * others + 1e-6:
         why = f"it is {error:.1e} away from the exact value, torch {others:.1e}"
     copied = sum(r.copied for g in graphs for r in g.regions)
-    return Patched(name, not why, why, fused, left, error, others, copied)
+    return Patched(name, not why, why, fused, left, error, others, copied, tuple(rest))
 
 
 def _copied(inputs: Any) -> Any:

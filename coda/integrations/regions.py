@@ -21,6 +21,7 @@ from types import MappingProxyType
 from torch.fx import Graph as FxGraph
 from torch.fx import Node as FxNode
 
+from coda.errors import Reason
 from coda.frontend.torch_import.importer import products_of_batches, value_of, why_not
 from coda.frontend.torch_import.operators import VIEWS
 from coda.ir.types import from_torch
@@ -60,7 +61,7 @@ def cut(
             why = OF_BATCHES
         if not why and _name(node) in BATCHES:
             reasons = [r for c in products_of_batches(node) if (r := no_gemm(c, {}))]
-            why = f"{OF_BATCHES}: {reasons[0]}" if reasons else ""
+            why = Reason(f"{OF_BATCHES}: {reasons[0]}", LAYOUT) if reasons else ""
         if why:
             left[node] = why
     _keep_predicates_inside(calls, left)
@@ -89,7 +90,7 @@ def _keep_predicates_inside(calls: Sequence[FxNode], left: dict[FxNode, str]) ->
         if node in left or isinstance(value, tuple | list) or value.dtype.is_floating_point:
             continue
         if any(u in left or u.op != "call_function" for u in node.users):
-            left[node] = "a predicate that torch reads"
+            left[node] = Reason("a predicate that torch reads", "nothing: its reader is torch's")
 
 
 def _leave_what_meets_no_product(calls: Sequence[FxNode], left: dict[FxNode, str]) -> None:
@@ -105,7 +106,10 @@ def _leave_what_meets_no_product(calls: Sequence[FxNode], left: dict[FxNode, str
             before.add(node)
     for node in calls:
         if node not in left and node not in after and node not in before:
-            left[node] = "it neither feeds nor follows a contraction"
+            left[node] = Reason(
+                "it neither feeds nor follows a contraction",
+                "a contraction that it reaches through operators that coda takes",
+            )
 
 
 def _levels(graph: FxGraph, mine: set[FxNode]) -> dict[FxNode, int]:
@@ -171,7 +175,7 @@ def _trimmed(group: list[FxNode], left: dict[FxNode, str]) -> list[FxNode]:
                 head = not inside and not any(is_parameter(o) for o in node.all_input_nodes)
                 why = "a view" if head or not users else ""
             elif node not in fed and len(users) < len(node.users):
-                why = "it follows no contraction of its region"
+                why = Reason("it follows no contraction of its region", NOTHING_TO_GAIN)
             if why:
                 left[node] = why
                 del kept[node]
@@ -190,16 +194,18 @@ def _name(node: FxNode) -> str:
 
 PRODUCTS = ("linear", "mm", "addmm", "matmul", "einsum", "bmm", "baddbmm")
 OF_BATCHES = "a product of two batches of matrices"
+LAYOUT = "16-bit operands whose rows are multiples of 16 bytes, and sizes known before the call"
+NOTHING_TO_GAIN = "nothing: torch runs it at the same cost"
 BATCHES = ("bmm", "baddbmm", "matmul", "einsum")  # which may multiply two batches of matrices
 
 
 def _does_not_pay(nodes: Sequence[FxNode]) -> str:
     """Why a region is left to torch; "" if it has a contraction to fuse with something."""
     if not any(is_product(n) for n in nodes):
-        return "no contraction to fuse with"
+        return Reason("no contraction to fuse with", NOTHING_TO_GAIN)
     beside = [n for n in nodes if not is_product(n) and n.target not in VIEWS]
     if not beside and sum(is_product(n) for n in nodes) < 2:
-        return "a contraction with nothing to fuse"
+        return Reason("a contraction with nothing to fuse", NOTHING_TO_GAIN)
     kinds = {from_torch(v.dtype) for n in nodes if hasattr(v := value_of(n), "dtype")}
     return "" if kinds else "nothing is computed"
 

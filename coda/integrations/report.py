@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from operator import getitem
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.fx import Node as FxNode
+from torch.utils import _pytree as pytree
 
 from coda.block import Block
 from coda.frontend.torch_import.operators import VIEWS
@@ -20,6 +23,7 @@ from coda.lowering.algebra.policy import DEFAULT_POLICY
 from coda.lowering.explain import Explanation
 from coda.lowering.program.cost import hbm_bytes, seconds_of
 from coda.lowering.program.program import Program
+from coda.runtime.bind import size_hint
 from coda.runtime.call import choose_target
 
 
@@ -119,19 +123,53 @@ class RegionReport:
         }
 
 
+@dataclass(frozen=True)
+class LeftToTorch:
+    """Equal operators that are left to torch for one reason.
+
+    Attributes:
+        op: the operator, such as `aten.index`.
+        why: the reason.
+        takes: what it would take to have them in a block, or "" where nothing is known.
+        times: their number.
+        nbytes: bytes that they read and write, at the sizes of the call that was compiled.
+    """
+
+    op: str
+    why: str
+    takes: str
+    times: int
+    nbytes: int
+
+    def json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "op": self.op,
+            "why": self.why,
+            "takes": self.takes,
+            "times": self.times,
+            "bytes": self.nbytes,
+        }
+
+
 @dataclass
 class GraphReport:
     """One graph from Dynamo.
 
     Attributes:
         regions: the regions that became blocks.
-        left: (operator, reason) -> number of operators left to torch, without views.
+        rest: the operators left to torch, without views, by the bytes that they move.
         whole: why the whole graph was left to torch, or "".
     """
 
     regions: list[RegionReport] = field(default_factory=list)
-    left: Counter[tuple[str, str]] = field(default_factory=Counter)
+    rest: list[LeftToTorch] = field(default_factory=list)
     whole: str = ""
+
+    @property
+    def left(self) -> Counter[tuple[str, str]]:
+        """(operator, reason) -> number of operators left to torch, without views."""
+        return Counter({(one.op, one.why): one.times for one in self.rest})
 
     @property
     def fused(self) -> int:
@@ -146,7 +184,7 @@ class GraphReport:
 
     def json(self) -> dict[str, Any]:
         """As plain data."""
-        left = [{"op": o, "why": w, "times": n} for (o, w), n in self.left.items()]
+        left = [one.json() for one in self.rest]
         regions = [r.json() for r in self.regions]
         return {"whole": self.whole, "fused": self.fused, "regions": regions, "left": left}
 
@@ -172,6 +210,11 @@ class CompileReport:
         """(operator, reason) -> number of operators left to torch, without views."""
         return sum((g.left for g in self.graphs), Counter())
 
+    @property
+    def rest(self) -> list[LeftToTorch]:
+        """What is left to torch and what it would take, the most bytes first, without views."""
+        return merged(one for g in self.graphs for one in g.rest)
+
     def json(self) -> dict[str, Any]:
         """As plain data."""
         return {"graphs": [g.json() for g in self.graphs]}
@@ -187,14 +230,7 @@ class CompileReport:
             for region in graph.regions:
                 copied, count = f"{region.copied / 1e6:.3f}", str(len(region.ops))
                 regions.add_row(f"{number}, {region.name}", count, *region.numbers(), copied)
-        left = Table(title="left to torch", title_justify="left")
-        for column in ("operator", "times", "why"):
-            left.add_column(column, overflow="fold")
-        for (name, why), times in self.left.most_common():
-            left.add_row(name, str(times), why)
-        for graph in self.graphs:
-            if graph.whole:
-                left.add_row("a graph", "1", graph.whole)
+        left = left_table(self.rest, [g.whole for g in self.graphs if g.whole])
         return [regions, left, *self._copies()]
 
     def _copies(self) -> list[Table]:
@@ -237,9 +273,53 @@ def forget_report() -> None:
     _graphs.clear()
 
 
-def count_operators(left: Mapping[FxNode, str]) -> Counter[tuple[str, str]]:
-    """(operator, reason) -> number of operators left to torch, without views."""
-    return Counter((operator_name(n), why) for n, why in left.items() if n.target not in VIEWS)
+def left_operators(left: Mapping[FxNode, str]) -> list[LeftToTorch]:
+    """The operators left to torch for these reasons, without views; the most bytes first."""
+    return merged(
+        LeftToTorch(operator_name(n), str(why), getattr(why, "takes", ""), 1, moved_bytes(n))
+        for n, why in left.items()
+        if n.target not in VIEWS
+    )
+
+
+def merged(found: Iterable[LeftToTorch]) -> list[LeftToTorch]:
+    """One row for each operator and reason; the most bytes first."""
+    rows: dict[tuple[str, str], LeftToTorch] = {}
+    for one in found:
+        key = one.op, one.why
+        known = rows.get(key, replace(one, times=0, nbytes=0))
+        total = known.nbytes + one.nbytes
+        rows[key] = replace(known, times=known.times + one.times, nbytes=total)
+    return sorted(rows.values(), key=lambda one: -one.nbytes)
+
+
+GATHERS = ("embedding", "index", "index_select", "gather")  # which read as much as they write
+
+
+def moved_bytes(node: FxNode) -> int:
+    """Bytes that an operator of torch reads and writes, each tensor once."""
+    if node.target is getitem:
+        return 0
+    read = node.all_input_nodes
+    read = [node, *read[1:]] if operator_name(node).rsplit(".", 1)[-1] in GATHERS else read
+    values = [n.meta.get("val", n.meta.get("example_value")) for n in (*read, node)]
+    tensors = [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
+    return sum(t.element_size() * prod(size_hint(s) for s in t.shape) for t in tensors)
+
+
+def left_table(rest: Sequence[LeftToTorch], whole: Sequence[str] = ()) -> Table:
+    """A table of what is left to torch; `whole` has the reasons of whole graphs."""
+    table = Table(title="left to torch, by the bytes that it moves", title_justify="left")
+    table.add_column("operator", no_wrap=True)
+    table.add_column("times", justify="right")
+    table.add_column("MB", justify="right")
+    table.add_column("why, and what it would take", overflow="fold")
+    for one in rest:
+        takes = f"\n→ {one.takes}" if one.takes else ""
+        table.add_row(one.op, str(one.times), f"{one.nbytes / 1e6:.3f}", one.why + takes)
+    for why in whole:
+        table.add_row("a graph", "1", "", str(why))
+    return table
 
 
 def operator_name(node: FxNode) -> str:

@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 from torch.utils.checkpoint import checkpoint
 
+from coda.errors import Reason
 from coda.integrations.report import operator_name
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -69,18 +70,21 @@ def left_alone(gm: GraphModule, writes: Mapping[FxNode, str]) -> dict[FxNode, st
         name = getattr(node.target, "__name__", str(node.target))
         depth += name.endswith("increment_nesting")
         if depth or str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
-            found[node] = "it is inside a transform of torch.func"
+            found[node] = Reason("it is inside a transform of torch.func", "a call outside of it")
         elif node.target is getitem and node.args[0] in found:
             found[node] = found[node.args[0]]
         elif node.target in (_enter_autocast, _exit_autocast):
-            found[node] = "autocast begins or ends here"
+            found[node] = Reason("autocast begins or ends here", "autocast around the whole call")
         elif node.target is CHECKPOINT and not _chooses(getattr(gm, str(node.args[0].target))):
-            found[node] = "a checkpoint, whose own graph is reported separately"
+            why = "a checkpoint, whose own graph is reported separately"
+            found[node] = Reason(why, "nothing: see the rows of its graph")
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            found[node] = f"the operator `{operator_name(node)}` holds graphs of its own"
+            why = f"the operator `{operator_name(node)}` holds graphs of its own"
+            found[node] = Reason(why, "operators instead of it: the body without it")
         depth -= name.endswith("decrement_nesting")
     switches = gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
-    return found | dict.fromkeys(switches, "autograd is switched here") if found else {}
+    here = Reason("autograd is switched here", "one mode for the whole graph")
+    return found | dict.fromkeys(switches, here) if found else {}
 
 
 def pieces(gm: GraphModule, alone: Mapping[FxNode, str]) -> list[Segment]:

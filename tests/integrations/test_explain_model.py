@@ -99,3 +99,36 @@ def test_mistakes(capsys, target, dims, message):
     code, out, err = run(capsys, "explain", target, "--dims", dims)
     assert (code, out) == (2, "")
     assert message in err
+
+
+class Shuffled(nn.Module):
+    """Two operators without a rule, of 1 and of 256 rows, and a table of which 8 rows are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4096, 64)
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x, ids):
+        y = x + self.down(torch.relu(self.up(x)))
+        y = y + self.table(ids).sort(dim=0).values.sum(0)
+        return y.sort(dim=0).values.sort(dim=1).values
+
+
+def shuffled():
+    return Shuffled(), [torch.zeros(256, 64), torch.zeros(8, dtype=torch.int64)]
+
+
+def test_what_is_left_to_torch_is_ranked_by_bytes(capsys):
+    _, text, _ = run(capsys, "explain", f"{__name__}:shuffled", "--json")
+    left = json.loads(text)["left"]
+    assert [e["bytes"] for e in left] == sorted((e["bytes"] for e in left), reverse=True)
+    assert (left[0]["op"], left[0]["times"]) == ("aten.sort", 3)
+    rows, row = 256 * 64 * 2, 8 * 64 * 2  # bytes of bf16; a sort also writes indices of 8 bytes
+    assert left[0]["bytes"] == 2 * (rows + 5 * rows) + (row + 5 * row)
+    assert left[0]["takes"].startswith("a rule for the operator")
+    table = next(e for e in left if e["op"] == "aten.embedding")
+    assert table["bytes"] == 2 * row + 8 * 8
+    assert all(e["takes"] for e in left)
+    _, out, _ = run(capsys, "explain", f"{__name__}:shuffled")
+    assert "what it would take" in out

@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch.fx import Node as FxNode
 
-from coda.errors import CodaError, UnsupportedError, Where
+from coda.errors import CodaError, Reason, UnsupportedError, Where
 from coda.frontend.casts import seen
 from coda.frontend.tensor import Tensor
 from coda.frontend.torch_import.heads import heads_apart
@@ -101,6 +101,10 @@ def result_of(value: Any) -> Result:
     return Result(tuple(dim_of(s) for s in value.shape), dtype)
 
 
+SAYABLE = "operators that the language has (docs/language.md)"
+RULE = "a rule for the operator (CONTRIBUTING.md), if a kernel can compute it"
+
+
 def place_of(node: FxNode) -> Where | None:
     """The user's line that an fx node was traced from."""
     found = _FRAME.findall(node.meta.get("stack_trace") or "")
@@ -122,7 +126,7 @@ def apply_rule(node: FxNode, values: Callable[[FxNode], Any]) -> Any:
     if node.target is operator.getitem:
         return args[0][args[1]]
     if node.target not in RULES:
-        raise UnsupportedError(f"coda has no rule for {node.target}")
+        raise UnsupportedError(f"coda has no rule for {node.target}", help=RULE)
     result = result_of(value_of(node))
     found = RULES[node.target](result, *args, **options)
     for tensor in found if isinstance(found, list) else [found]:
@@ -136,21 +140,24 @@ def apply_rule(node: FxNode, values: Callable[[FxNode], Any]) -> Any:
 
 
 def why_not(node: FxNode) -> str:
-    """Why coda leaves a node to torch; "" if a rule supports it."""
+    """Why coda leaves a node to torch (a `Reason` if something would help); "" if a rule supports
+    it.
+    """
     if node.op != "call_function":
         return f"a {node.op}"
     if node.target is operator.getitem:
         source = node.args[0]
         assert isinstance(source, FxNode)
         listed = isinstance(value_of(source), tuple | list)
-        return "" if listed and not why_not(source) else "a part of a value that is torch's"
+        mine = listed and not why_not(source)
+        return "" if mine else Reason("a part of a value that is torch's", "what the value takes")
     try:
         with origin(place_of(node)):
             apply_rule(node, lambda n: _argument(n, n.name))
     except CodaError as e:
-        return e.message
+        return Reason(e.message, e.help or SAYABLE)
     except (TypeError, AttributeError, IndexError):
-        return f"coda has no rule for these arguments of {node.target}"
+        return Reason(f"coda has no rule for these arguments of {node.target}", RULE)
     return ""
 
 
