@@ -70,3 +70,24 @@ def test_what_is_no_sink_since_its_gemm_is_shared_says_so():
         "its operand shares a GEMM with other columns, and alone in one would change launches by "
         "+1 and bytes by +62.9 MB"
     )
+
+
+@coda.block
+def typed(x: T["M D"], w: T["V D"], v: T["V D"], s: T["H D"], b: T["H"]):
+    """Mamba-2's projections: z and x in bf16, and dt, a softplus, in float32."""
+    dt = (x @ s.T + b).cast(coda.f32)
+    dt = coda.maximum(dt, 0.0) + coda.log(1 + coda.exp(-abs(dt)))
+    return x @ w.T, x @ v.T, dt
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gemms"),
+    [({"M": 8192, "D": 4096, "V": 8192, "H": 128}, 2), ({"M": 6, "D": 16, "V": 40, "H": 8}, 1)],
+)
+def test_siblings_of_other_types_share_a_gemm_if_that_costs_less(sizes, gemms):
+    """A matrix of float32 as wide as z, x and dt is 600 MB, and one more launch is not."""
+    program = typed.lower("sm_90a", sizes)
+    assert len(program.kernels) == gemms
+    stored = [b.nbytes(program.sizes) for b in program.buffers.values() if b.kind == "output"]
+    exact = sizes["M"] * (2 * 2 * sizes["V"] + 4 * sizes["H"])
+    assert (sum(stored) == exact) == (gemms == 2)

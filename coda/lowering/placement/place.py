@@ -46,7 +46,7 @@ from coda.lowering.algebra.roles import (
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.draft import LAST, Draft, Room
 from coda.lowering.placement.reach import Reach
-from coda.lowering.placement.siblings import Uses, group_siblings, own_gemms
+from coda.lowering.placement.siblings import Uses, apart_by_types, group_siblings, own_gemms
 from coda.lowering.placement.space_state import Segment
 from coda.lowering.placement.values import LONGEST, Refused, Value
 from coda.lowering.program.cost import seconds_of
@@ -73,6 +73,7 @@ class Partition(Reach):
         uses = Uses.of(contracts, nodes, self.graph.roots, self.weights, self.part_of)
         seconds = partial(seconds_of, self.target)
         groups = group_siblings(contracts, uses)
+        groups = apart_by_types(groups, uses, self.sizes, seconds)
         self.siblings, self.shared = own_gemms(groups, uses, self.sizes, seconds)
         forced = [*self.graph.roots, *(o for c in contracts for o in c.operands)]
         self.loadable = {self.storage(n) for n in forced}

@@ -12,13 +12,15 @@ by the terms of the cost model, bytes and launches:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from coda.ir.dims import product
 from coda.ir.graph import Contract, Map, Node, Pick, Reduce
 from coda.ir.monoids import MONOIDS
-from coda.lowering.algebra.roles import is_pointwise, pointwise_leaves
+from coda.ir.types import DType
+from coda.lowering.algebra.roles import base, is_pointwise, pointwise_leaves
 
 Groups = dict[Node, tuple[Contract, ...]]  # contraction -> the contractions that share its GEMM
 
@@ -39,7 +41,7 @@ class Uses:
         sinks: contraction -> reductions and picks over its full rows, which would be sinks of a
             GEMM that has no other columns.
         behind: node -> the contractions of whose `sinks` it is an elementwise function.
-        stored: contractions of which another kernel needs elements in any case.
+        stored: contraction -> its functions of which another kernel needs elements in any case.
         reread: those whose full rows a row-wise kernel needs in any case.
     """
 
@@ -55,7 +57,7 @@ class Uses:
     mixed: set[Node] = field(default_factory=set[Node])
     sinks: dict[Node, list[Reduce | Pick]] = field(default_factory=dict[Node, list[Reduce | Pick]])
     behind: dict[Node, Set[Contract]] = field(default_factory=dict[Node, Set[Contract]])
-    stored: set[Node] = field(default_factory=set[Node])
+    stored: dict[Node, dict[Node, None]] = field(default_factory=dict[Node, dict[Node, None]])
     reread: set[Node] = field(default_factory=set[Node])
 
     @staticmethod
@@ -83,8 +85,14 @@ class Uses:
         key_of = {c: key for key, group in by_input.items() if len(group) > 1 for c in group}
         for node in nodes:
             found.visit(node, key_of)
-        found.stored |= {c for root in roots for c in found.here.get(root, ())}
+        for root in roots:
+            found.store(found.here.get(root, ()), root)
         return found
+
+    def store(self, contracts: Iterable[Contract], node: Node) -> None:
+        """Record that another kernel needs elements of a function of contractions."""
+        for one in contracts:
+            self.stored.setdefault(one, {})[base(node)] = None
 
     def visit(self, node: Node, key_of: Mapping[Contract, tuple[Node, int]]) -> None:
         """Record the uses that a node makes of contractions, by the keys of those with siblings."""
@@ -117,7 +125,8 @@ class Uses:
         beside_it = max((self.turn[o] for o in node.args if not self.here.get(o)), default=0)
         late = {c for c in self.here[node] if self.turn[c] <= max(beside_it, self.turn[node] - 1)}
         self.here[node] -= late
-        self.stored |= late
+        for operand in node.args:
+            self.store(late & self.here.get(operand, set()), operand)
 
     def take_whole(self, node: Node) -> None:
         """Record a node that is not elementwise: a sink of a contraction's GEMM, or another use."""
@@ -131,7 +140,7 @@ class Uses:
             elif isinstance(node, Reduce):
                 self.reread |= whole
             else:
-                self.stored |= reached
+                self.store(reached, operand)
 
 
 def group_siblings(contracts: Iterable[Contract], uses: Uses) -> Groups:
@@ -177,6 +186,30 @@ class Cost:
 
     def __sub__(self, other: Cost) -> Cost:
         return Cost(self.launches - other.launches, self.moved - other.moved)
+
+
+def apart_by_types(
+    groups: Groups, uses: Uses, sizes: Mapping[str, int], seconds: Callable[[int, int], float]
+) -> Groups:
+    """Give contractions of which matrices of other types are stored a GEMM each, if it is cheaper.
+
+    A shared GEMM stores each of its matrices as wide as all contractions: of z in bf16 and dt in
+    float32, both. The arguments are those of `own_gemms`.
+    """
+    out = dict(groups)
+    for group in dict.fromkeys(groups.values()):
+        if len(group) == 1 or (group[0], group[1]) in uses.joined:
+            continue
+        types = {c: frozenset(_stored((c,), uses).items()) for c in group}
+        first = next((t for t in types.values() if t), frozenset[tuple[DType, int]]())
+        types = {c: t or first for c, t in types.items()}
+        parts = [tuple(c for c in group if types[c] == t) for t in dict.fromkeys(types.values())]
+        whole, apart = cost(group, uses, sizes), Cost(0, 0)
+        for part in parts:
+            apart += cost(part, uses, sizes)
+        if seconds(apart.moved, apart.launches) < seconds(whole.moved, whole.launches):
+            out |= {c: part for part in parts for c in part}
+    return out
 
 
 def own_gemms(
@@ -229,14 +262,28 @@ def _shares(more: Cost) -> str:
 def cost(group: Sequence[Contract], uses: Uses, sizes: Mapping[str, int]) -> Cost:
     """Launches, and bytes that depend on the grouping, of one GEMM and the reductions of its rows.
 
-    A GEMM that stores some of its columns stores all. Partials and weights are left out.
+    A matrix that a GEMM stores has all of its columns. Partials and weights are left out.
     """
     shared = len(group) > 1
     reduced = [c for c in group if c in uses.sinks]
     read = [c for c in group if c in uses.reread or (shared and c in reduced)]
     widths = {c.shape[-1] for c in reduced if any(isinstance(s, Reduce) for s in uses.sinks[c])}
     picks = [s for c in reduced for s in uses.sinks[c] if shared and isinstance(s, Pick)]
-    stored = bool(read) or any(c in uses.stored for c in group)
-    written = sum(c.nbytes(sizes) for c in group) if stored else 0
+    elements = sum(c.nbytes(sizes) // c.dtype.size for c in group)
+    written = elements * sum(t.size * n for t, n in _stored(group, uses, read).items())
     moved = group[0].lhs.nbytes(sizes) + written + sum(c.nbytes(sizes) for c in read)
     return Cost(1 + len(widths) + len(picks), moved)
+
+
+def _stored(
+    group: Sequence[Contract], uses: Uses, read: Collection[Contract] = ()
+) -> Counter[DType]:
+    """The number of matrices of each type that a GEMM stores, with the contractions of `read`.
+
+    Columns of different contractions share a matrix if their types are the same.
+    """
+    most = Counter[DType]()
+    for one in group:
+        nodes = {**uses.stored.get(one, {}), **({one: None} if one in read else {})}
+        most |= Counter(n.dtype for n in nodes)
+    return most
