@@ -6,6 +6,7 @@ what is between its tables is written by hand; a table stands between `<!-- name
 `<!-- end -->`.
 """
 
+import itertools
 import re
 import runpy
 import statistics
@@ -19,13 +20,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import model
 import stages
 
-from coda.kernels.gemm.configs import choice, ranked
+import coda
+from coda.kernels.gemm.configs import case_of, choice, deepened, ranked
 from coda.kernels.gemm.mainloop import gemms
+from coda.kernels.gemm.stages import need
+from coda.kernels.gemm.time import time_of
 from coda.lowering import compiler
 from coda.lowering.explain import Explanation
 from coda.lowering.program import cublas
 from coda.lowering.program.cost import HELD, held_bytes, kernel_time, prepare_bytes
-from coda.lowering.program.target import find_target
+from coda.lowering.program.target import Config, find_target
 from coda.lowering.program.text import show_config
 
 PAGE = Path(__file__).parents[1] / "docs/model.md"
@@ -183,6 +187,44 @@ def few_rows():
     return table(["GPU", "M×N×K", "a CTA for each tile", "µs", "chosen", "µs"], rows)
 
 
+SHAPES = ((4096, 4096), (6144, 4096), (4096, 14336), (28672, 4096))
+
+
+def swapped():
+    """Bare GEMMs of 16 rows if the rows of B were those of the tile, and the 16 its columns."""
+    rows, (m, block) = [], (16, bare())
+    for gpu in ("H200", "B200"):
+        for n, k in SHAPES:
+            program = block.lower(gpu, {"M": m, "N": n, "K": k})
+            kernel = next(gemms(program))
+            offer, case = choice(program, kernel).offers[0], case_of(program, kernel)
+            found = {}
+            for high, parts in itertools.product((128, 256), (1, 2, 4)):
+                config = Config(high, 16, (2, 1), split_k=parts)
+                turned = replace(case.work, problem=(n, m, k))
+                needed = need(case.demand, m, config, program.target)
+                config, pipeline = deepened(needed, config, program.target)
+                us = time_of(turned, config, pipeline, program.target).seconds * 1e6
+                found.setdefault(parts > 1, []).append((us, show_config(tile_of(config))))
+            cells = [show_config(tile_of(offer.config)), f"{offer.seconds * 1e6:.1f}"]
+            for shared in (False, True):
+                us, name = min(found[shared])
+                cells += [name, f"{us:.1f}"]
+            rows.append([gpu, f"{m}×{n}×{k}", *cells])
+    head = ["GPU", "M×N×K", "chosen", "µs", "swapped", "µs", "swapped, shared tiles", "µs"]
+    return table(head, rows)
+
+
+def bare():
+    """A block of one GEMM."""
+
+    @coda.block
+    def gemm(x: coda.Tensor["M K"], w: coda.Tensor["N K"]):
+        return x @ w.T
+
+    return gemm
+
+
 def examples():
     """Each example beside cuBLAS with the rest fused: modelled µs, and the quotient."""
     rows = [row for name in stages.EXAMPLES for row in beside(name, name)]
@@ -284,13 +326,18 @@ def seconds(program):
     return times + made / program.target.rates.bandwidth
 
 
+def tile_of(config):
+    """A config without the depths of its pipelines."""
+    return replace(config, loads=0, stores=0)
+
+
 def tile(config):
     """A config without the depths of its pipelines, in words."""
-    return show_config(replace(config, loads=0, stores=0))
+    return show_config(tile_of(config))
 
 
 QUICK = (constants, sets, tiles, layers, published, attention, rowwise, few_rows)
-SLOW = (held_out, examples, slower, flips, choices)
+SLOW = (held_out, swapped, examples, slower, flips, choices)
 
 
 def renewed(text, writers):
