@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType
+from coda.lowering.program.access import SHIFTED
 from coda.lowering.program.epilogue import Call, Expr, Literal, calls
 
 RESERVED = {"acc", "c", "D", "epilogue", "pause", "prepass", "KERNEL"}
@@ -85,6 +86,11 @@ def number(value: float) -> str:
 
 
 def safe(name: str) -> str:
-    """A name that is neither reserved in emitted functions nor a keyword of Python."""
+    """A name that is neither reserved in emitted functions nor a keyword of Python.
+
+    That of a shifted operand, x@1, is one that no user's name becomes.
+    """
+    if SHIFTED in name:
+        return NUMBER + name.replace(SHIFTED, "_shift")
     taken = name in RESERVED or name.startswith(NUMBER) or keyword.iskeyword(name)
     return name + "_" if taken else name

@@ -280,7 +280,7 @@ class KernelRun(Environment):
             shape = (sum(lengths), width) if axis == 0 else (rows, sum(lengths))
             held = self.targets.get(whole)
             fill = "padded" if shape[1] > 1 else ""
-            self.buffers[whole] = self.new(shape, dtype, fill) if held is None else held
+            self.buffers[whole] = self.new(shape, dtype, fill) if held is None else held.view(shape)
         return self.buffers[whole].narrow(axis, starts[name], width if axis else rows)
 
     def overwritten(

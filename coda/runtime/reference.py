@@ -14,6 +14,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
+from coda.ir.dims import Dim
 from coda.ir.evaluate import pick
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
@@ -24,13 +25,16 @@ from coda.lowering.program.access import (
     OneElement,
     Partial,
     Periodic,
+    RowStep,
     RowVector,
+    Shifted,
     Span,
     Tile,
 )
 from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import (
     Acc,
+    Between,
     Call,
     Epilogue,
     Expr,
@@ -113,7 +117,7 @@ def compute_body(
     for name in body.nodes:
         x = run.operand(body, name)
         operands[name] = x.to(run.compute) if x.is_floating_point() else x
-    point = _Points(body.epilogue, acc, operands, rows, width, run.compute)
+    point = _Points(body.epilogue, acc, operands, rows, width, run.compute, run.sizes)
     for statistic in body.epilogue.statistics:
         point.statistic(statistic, run.parts)
     for store in body.epilogue.stores:
@@ -168,6 +172,7 @@ class _Points:
     rows: int
     width: int
     compute: torch.dtype
+    sizes: Mapping[str, int]
 
     def __post_init__(self) -> None:
         self.kinds: dict[str, Operand] = {o.name: o for o in self.epilogue.operands}
@@ -207,6 +212,10 @@ class _Points:
                 number = torch.arange(self.rows if axis == "row" else self.points) // inner
                 number = (number % count if count else number).to(self.device, self.compute)
                 return number[:, None] if axis == "row" else number[None]
+            case Between(first=first, end=end, size=size, inner=inner):
+                index = self.row_index(size, inner)
+                below = index < end.size(self.sizes)
+                return ((index >= first.size(self.sizes)) & below)[:, None]
             case Literal(value=value):
                 return torch.tensor(value, dtype=self.compute, device=self.device)
             case Call(fn=fn, args=args):
@@ -220,6 +229,9 @@ class _Points:
         match access:
             case OneElement() | ColumnVector():
                 return x
+            case Shifted(of=of, steps=steps):
+                x = self.other_rows(x, steps)
+                return self.lane_of_tile(x, of.span, lane) if isinstance(of, Tile) else x
             case RowVector():
                 return x[:, lane :: self.lanes]
             case Periodic(period=period):
@@ -230,6 +242,23 @@ class _Points:
                 return self.lane_of_tile(x, span, lane)
             case _ as never:
                 assert_never(never)
+
+    def row_index(self, size: Dim, inner: Dim) -> Tensor:
+        """The index of each row along an axis, [rows]."""
+        rows = torch.arange(self.rows, device=self.device)
+        return rows // inner.size(self.sizes) % max(1, size.size(self.sizes))
+
+    def other_rows(self, x: Tensor, steps: Sequence[RowStep]) -> Tensor:
+        """A matrix [rows, columns] with each row replaced by another; 0 where there is none."""
+        row = torch.arange(self.rows, device=self.device)
+        inside = torch.ones_like(row, dtype=torch.bool)
+        for step in steps:
+            by = step.by.size(self.sizes)
+            index = self.row_index(step.size, step.inner) - by
+            inside &= (index >= 0) & (index < step.size.size(self.sizes))
+            row = row - by * step.inner.size(self.sizes)
+        found = x[torch.where(inside, row, 0)] if self.rows else x
+        return torch.where(inside[:, None], found, torch.zeros_like(found))
 
     def lane_of_tile(self, x: Tensor, span: Span | None, lane: int) -> Tensor:
         """One lane of a matrix, [rows, points]; 0 in columns that the matrix does not have."""
@@ -297,7 +326,13 @@ class _Points:
         assert stat.expr is not None
         assert self.acc is not None
         single = _Points(
-            self.epilogue, self.acc, self.operands, self.rows, self.width, self.compute
+            self.epilogue,
+            self.acc,
+            self.operands,
+            self.rows,
+            self.width,
+            self.compute,
+            self.sizes,
         )
         single.epilogue = Epilogue(0, self.epilogue.operands, (), (), ())
         single.stats = self.stats

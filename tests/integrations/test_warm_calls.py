@@ -57,7 +57,7 @@ def void(monkeypatch):
 
     def launch_rows(self, module, tensors):
         counts.update(["launch"])
-        arguments = module.arguments(self.rows, tensors, self.run.ready)
+        arguments = module.arguments(self.rows, tensors, self.run.ready, self.run.sizes)
         self.run.launched(lambda *_: counts.update(["launch"]), arguments)
 
     monkeypatch.setattr(gemm.GemmBinding, "start", launch)

@@ -26,6 +26,7 @@ from coda.lowering.program.access import (
     Partial,
     Periodic,
     RowVector,
+    Shifted,
     Tile,
 )
 from coda.lowering.program.body import Body
@@ -132,7 +133,7 @@ class _GemmEmitter:
                 return f"{safe(operand.name)}_{lane}" if self.pair else safe(operand.name)
             case ColumnVector() | OneElement():
                 return safe(operand.name)
-            case Grouped() | Line() | Partial():
+            case Grouped() | Shifted() | Line() | Partial():
                 raise _not_read(operand)
             case _ as never:
                 assert_never(never)
@@ -415,7 +416,7 @@ class _GemmEmitter:
                 return "TileLoad"
             case OneElement():
                 return "Scalar"
-            case Periodic() | Grouped() | Line() | Partial():
+            case Periodic() | Grouped() | Shifted() | Line() | Partial():
                 raise _not_read(operand)
             case _ as never:
                 assert_never(never)

@@ -83,7 +83,7 @@ class RowwiseBinding:
 
     def start(self, module: Module, tensors: dict[str, Tensor]) -> None:
         """Launch the kernel, and record it."""
-        arguments = module.arguments(self.rows, tensors, self.run.ready)
+        arguments = module.arguments(self.rows, tensors, self.run.ready, self.run.sizes)
         compiled = module.compile()
         compiled(*arguments)
         self.run.launched(compiled, arguments)

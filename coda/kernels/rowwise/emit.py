@@ -18,7 +18,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coda.ir.dims import product, show_shape
+from coda.ir.dims import Dim, product, show_shape
 from coda.kernels.lines import safe, stored
 from coda.kernels.rowwise.folds import TOTAL_WARPS, Folds
 from coda.kernels.rowwise.mainloop import Rowwise
@@ -46,6 +46,7 @@ class RowSource:
         axes: (operand or buffer, axes of its rows) of results whose rows are in another order, and
             of operands that are equal in some rows. They are passed with an axis for each, inner to
             outer, and strides of their own; those of what is equal along an axis are 0.
+        sizes: the dims whose sizes a launch passes after the number of rows.
     """
 
     text: str
@@ -55,6 +56,7 @@ class RowSource:
     partials: tuple[str, ...]
     padded: tuple[str, ...] = ()
     axes: tuple[tuple[str, int], ...] = ()
+    sizes: tuple[Dim, ...] = ()
 
 
 def emit_rowwise(program: Program, kernel: Rowwise, *, padded: bool = False) -> RowSource:
@@ -93,7 +95,8 @@ class _RowwiseEmitter(Folds):
         padded = tuple(matrices) if self.padded else ()
         axes = tuple((s.buffer, len(s.rows.axes)) for s in self.epilogue.stores if s.rows)
         axes += tuple((name, len(spread.lead)) for name, spread in shared.items())
-        return RowSource(text, name, parameters, self.types(parameters), partials, padded, axes)
+        types, sizes = self.types(parameters), tuple(self.sizes)
+        return RowSource(text, name, parameters, types, partials, padded, axes, sizes)
 
     def parameters(self) -> tuple[tuple[str, str, int, bool], ...]:
         found: list[tuple[str, str, int, bool]] = []
@@ -334,7 +337,10 @@ class _RowwiseEmitter(Folds):
             shape = show_shape(self.program.buffers[store.buffer].shape)
             notes.append(f"    -> {store.buffer}: {shape} {store.dtype}")
         notes += [f"    -> {s.buffer}: sum over each block of rows" for s in self.epilogue.sinks]
-        tensors = ", ".join(f"{n}: cute.Tensor" for n in names)
+        counts = ["rows", *self.sizes.values()]
+        declared = [f"{n}: cute.Tensor" for n in names]
+        declared = ", ".join(declared + [f"{n}: cutlass.Int32" for n in counts])
+        passed = ", ".join([*names, *counts])
         lines = [
             '"""' + title,
             "",
@@ -353,7 +359,7 @@ class _RowwiseEmitter(Folds):
             "",
             "",
             "@cute.kernel",
-            f"def kernel({tensors}, rows: cutlass.Int32):",
+            f"def kernel({declared}):",
             "    cute.arch.griddepcontrol_wait()",
             "    cute.arch.griddepcontrol_launch_dependents()",
             "    thread, _, _ = cute.arch.thread_idx()",
@@ -364,8 +370,8 @@ class _RowwiseEmitter(Folds):
             "",
             "",
             "@cute.jit",
-            f"def launch({tensors}, rows: cutlass.Int32, stream):",
-            f"    kernel({', '.join(names)}, rows).launch(",
+            f"def launch({declared}, stream):",
+            f"    kernel({passed}).launch(",
             f"        grid=[cute.ceil_div(rows, {each}), 1, 1],",
             f"        block=[{warps} * LANES, 1, 1],",
             "        stream=stream,",

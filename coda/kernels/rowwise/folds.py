@@ -107,7 +107,8 @@ class Folds(Statistics):
         for p in self.vectors_of(exprs, "0", self.pieces[0]):
             self.rows.add("load")
             x = safe(p.name)
-            out.append(f"{x}{p.suffix} = load({x}, {p.row}, {p.at}, {p.size})")
+            loaded = f"load({x}, {p.row}, {p.at}, {p.size})"
+            out.append(f"{x}{p.suffix} = {self.as_floats(p, loaded) if p.inside else loaded}")
         if reads_columns(list(exprs)):
             self.rows.add("numbers")
             out.append(f"{COLUMN}_v = numbers(0, 1)")

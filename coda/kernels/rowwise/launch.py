@@ -50,9 +50,8 @@ def _compile(source: RowSource, shared: tuple[bool, ...], arch: str) -> Any:
         lead = cute.sym_int() if name in source.partials else 1 if once else rows
         tensors.append(_fake(_TYPES[kind], lead, columns, name in source.padded))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(
-        module.launch, *tensors, cutlass.Int32(1), stream, options="--enable-tvm-ffi"
-    )
+    counts = [cutlass.Int32(1) for _ in ("rows", *source.sizes)]
+    return cute.compile(module.launch, *tensors, *counts, stream, options="--enable-tvm-ffi")
 
 
 def _fake(dtype: Any, rows: Any, columns: int, padded: bool) -> Any:
@@ -136,6 +135,7 @@ class Module:
         rows: int,
         tensors: Mapping[str, Tensor],
         ready: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor],
+        sizes: Mapping[str, int],
     ) -> tuple[Any, ...]:
         """The arguments of the compiled kernel.
 
@@ -143,6 +143,7 @@ class Module:
             rows: the number of rows.
             tensors: operands and results by name.
             ready: ready(x, change) is `change(x)`, recorded for replays.
+            sizes: the sizes of the call's symbols.
         """
         kept = {*self.source.partials, *dict(self.source.axes)}
         found = [
@@ -153,7 +154,7 @@ class Module:
                 self.source.parameters, self.shared, strict=True
             )
         ]
-        return (*found, rows)
+        return (*found, rows, *(d.size(sizes) for d in self.source.sizes))
 
     def layout(self, name: str, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
         """The function that lays out a parameter of so many rows and columns."""

@@ -35,6 +35,14 @@ def wide(held: Any) -> Any:
     return found
 
 
+def wide_if(inside: Any, held: Any) -> Any:
+    """A vector in registers as float32, or zeros if it is not there."""
+    found = wide(held)
+    for i in range(cute.size(found)):
+        found[i] = cutlass.select_(inside, found[i], Float32(0.0))
+    return found
+
+
 def load(x: Any, row: Any, index: Any, count: int) -> Any:
     """Load vector `index` of row `row`: `count` contiguous elements, as float32 in registers."""
     (held,) = vectors(x, count, 1)

@@ -27,8 +27,10 @@ from coda.lowering.program.access import (
     Partial,
     Periodic,
     RowVector,
+    Shifted,
     Span,
     Tile,
+    row_of,
 )
 from coda.lowering.program.body import FORMULAS, Body
 from coda.lowering.program.epilogue import Call, Epilogue, Expr, Literal, Load, Position, Stat
@@ -123,7 +125,8 @@ def pieces_of(body: Body, width: int, *, padded: bool = False) -> tuple[Piece, .
 
 def _spans(epilogue: Epilogue) -> list[Span]:
     """The spans of operands and results that have only some of the columns."""
-    found = [o.access.span for o in epilogue.operands if isinstance(o.access, Tile)]
+    rows = [row_of(o.access) for o in epilogue.operands]
+    found = [access.span for access in rows if isinstance(access, Tile)]
     found += [x.span for x in (*epilogue.stores, *epilogue.row_sums)]
     return [span for span in found if span is not None]
 
@@ -135,7 +138,9 @@ def _patterns(epilogue: Epilogue) -> list[int]:
         match operand.access:
             case Periodic(period=points) | Grouped(size=points):
                 found.append(points)
-            case RowVector() | ColumnVector() | Tile() | OneElement() | Line() | Partial():
+            case RowVector() | ColumnVector() | Tile() | Shifted() | OneElement():
+                pass
+            case Line() | Partial():
                 pass
             case _ as never:
                 assert_never(never)

@@ -35,7 +35,7 @@ from coda.kernels.rowwise.pieces import (
     stats_of,
     vector_length,
 )
-from coda.lowering.program.access import Grouped, Periodic, RowVector, Span, Tile
+from coda.lowering.program.access import Grouped, Periodic, RowVector, Span, Tile, row_of
 from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import Epilogue, Expr, Operand, Statistic
 from coda.lowering.program.program import Program
@@ -198,12 +198,12 @@ def covers(epilogue: Epilogue, span: Span | None, piece: Piece) -> bool:
 
 def by_row(operand: Operand) -> bool:
     """Whether an operand has vectors of its own for each row."""
-    return isinstance(operand.access, Tile | Periodic)
+    return isinstance(row_of(operand.access), Tile | Periodic)
 
 
 def registers(operand: Operand, lanes: int, vector: int) -> int:
     """The registers of one vector of an operand."""
-    match operand.access:
+    match row_of(operand.access):
         case Tile() | RowVector():
             return -(-lanes * vector * operand.dtype.size // 4)
         case Periodic():

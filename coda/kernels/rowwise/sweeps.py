@@ -21,12 +21,14 @@ would be a value that the loop carries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
+from coda.ir.dims import Dim
 from coda.ir.monoids import MONOIDS
 from coda.kernels.lines import NUMBER, Lines, safe
 from coda.kernels.rowwise.mainloop import Rowwise
+from coda.kernels.rowwise.other_rows import OtherRows
 from coda.kernels.rowwise.pieces import (
     COLUMN,
     Piece,
@@ -44,10 +46,12 @@ from coda.lowering.program.access import (
     Partial,
     Periodic,
     RowVector,
+    Shifted,
     Span,
     Tile,
 )
 from coda.lowering.program.epilogue import (
+    Between,
     Epilogue,
     Expr,
     Load,
@@ -98,6 +102,7 @@ class VectorLoad:
         row: the text of the row in memory.
         at: the text of the vector's index in memory.
         size: its elements.
+        inside: the variable that says whether the row is there, else values are 0; "" if it is.
     """
 
     name: str
@@ -105,9 +110,10 @@ class VectorLoad:
     row: str
     at: str
     size: int
+    inside: str = ""
 
 
-class Sweeps:
+class Sweeps(OtherRows):
     """The source of sweeps over one row of a kernel."""
 
     def __init__(self, program: Program, kernel: Rowwise, *, padded: bool = False) -> None:
@@ -126,6 +132,8 @@ class Sweeps:
         folds = [s for s in self.epilogue.statistics if s.operand]
         self.tall: set[str | None] = {s.operand for s in folds if not s.count}
         self.lines = self.epilogue.lines
+        self.tests = self.epilogue.tests
+        self.sizes: dict[Dim, str] = {}
         self.math: set[str] = set()
         self.rows: set[str] = {"LANES"}
         self.batches = 0
@@ -143,6 +151,8 @@ class Sweeps:
                 return f"{COLUMN}_v{self.tag}[j]"
             case Position():
                 return self.row_number(expr)
+            case Between():
+                return f"{NUMBER}test{self.tests.index(expr)}"
         raise AssertionError(expr)
 
     def row_number(self, at: Position) -> str:
@@ -163,6 +173,8 @@ class Sweeps:
             case RowVector() | Tile():
                 at = f"2 * j + {lane}" if self.lanes == 2 else "j"
                 return f"{name}_v{tag}[{at}]"
+            case Shifted(of=of):
+                return self.load(replace(operand, access=of), lane)
             case Line() | Partial():
                 raise AssertionError(operand)
             case _ as never:
@@ -182,11 +194,16 @@ class Sweeps:
     def once_loaded(self, exprs: Iterable[Expr | None]) -> list[str]:
         """Lines that load the column vectors and scalars that expressions read."""
         names = loads_of([e for e in exprs if e is not None])
-        lines = []
+        lines = self.rows_lines()
         for o in self.epilogue.operands:
+            name = safe(o.name)
             if isinstance(o.access, ColumnVector | OneElement) and o.name in names:
                 row = "row" if o.access.varies_with_row else "0"
-                lines.append(f"{safe(o.name)}_0 = {safe(o.name)}[{row}, 0].to(Float32)")
+                lines.append(f"{name}_0 = {name}[{row}, 0].to(Float32)")
+            elif isinstance(o.access, Shifted) and isinstance(o.access.of, ColumnVector):
+                row, inside = self.other_row(o.access)
+                value = f"{name}[{row}, 0].to(Float32)"
+                lines.append(f"{name}_0 = cutlass.select_({inside}, {value}, Float32(0.0))")
         for at in (p for p in positions(self.epilogue) if p.axis == "row"):
             number = f"row // {at.inner}" if at.inner > 1 else "row"
             number += f" % {at.count}" if at.count else ""
@@ -230,14 +247,14 @@ class Sweeps:
                     continue
                 case RowVector():
                     found.append(VectorLoad(name, "_v", "0", at, self.lanes * vec))
-                case Tile(span=span) if self.split:
-                    at = self.shifted(index, piece, self.begin(span))
-                    for lane in (0, 1):
-                        where = self.apart(at, self.split, lane)
-                        found.append(VectorLoad(name, "_" + "ab"[lane], "row", where, vec))
                 case Tile(span=span):
-                    at = self.shifted(index, piece, self.begin(span))
-                    found.append(VectorLoad(name, "_v", "row", at, self.lanes * vec))
+                    found += self.of_tile(name, index, piece, span)
+                case Shifted(of=Tile(span=span)) as access:
+                    row, inside = self.other_row(access)
+                    parts = self.of_tile(name, index, piece, span)
+                    found += [replace(p, row=row, inside=inside) for p in parts]
+                case Shifted():  # loaded once for the row
+                    continue
                 case Periodic(period=period):
                     found.append(VectorLoad(name, "_v", "row", f"{at} % {period // vec}", vec))
                 case Grouped(size=size):
@@ -247,6 +264,15 @@ class Sweeps:
                 case _ as never:
                     assert_never(never)
         return found
+
+    def of_tile(self, name: str, index: str, piece: Piece, span: Span | None) -> list[VectorLoad]:
+        """The vectors of a matrix at a vector of a piece."""
+        at = self.shifted(index, piece, self.begin(span))
+        if not self.split:
+            return [VectorLoad(name, "_v", "row", at, self.lanes * self.vec)]
+        where = [self.apart(at, self.split, lane) for lane in (0, 1)]
+        pairs = zip("ab", where, strict=True)
+        return [VectorLoad(name, f"_{lane}", "row", w, self.vec) for lane, w in pairs]
 
     def held(self, part: VectorLoad) -> bool:
         """Whether the vectors of an operand are in registers before the first sweep."""
@@ -312,8 +338,8 @@ class Sweeps:
                 out.append(f"{x}_r{p.suffix}{tag} = vectors({x}, {p.size}, {count})")
                 loads.append(f"fill({x}_r{p.suffix}{tag}[{k}], {x}, {p.row}, {p.at})")
             source = f"{held}[{self.slot}]" if held else f"{x}_r{p.suffix}{tag}[{k}]"
-            values.append(f"{x}{p.suffix}{tag} = wide({source})")
-        self.rows |= {"vectors", "fill", "wide"} if loads else {"wide"} if values else set()
+            values.append(f"{x}{p.suffix}{tag} = {self.as_floats(p, source)}")
+        self.rows |= {"vectors", "fill"} if loads else set()
         if reads_columns(exprs):
             self.rows.add("numbers")
             of = f"numbers({self.shifted(f'index{tag}', piece)}, {self.vec})"
@@ -326,6 +352,12 @@ class Sweeps:
             return [*out, *work.before, *values, *self.group_lines(groups), *kept]
         out += [*work.before, *each([*values, *self.group_lines(groups), *rest]), *work.last]
         return [index, f"if {inside}:", *indented(out[1:])] if inside else out
+
+    def as_floats(self, part: VectorLoad, source: str) -> str:
+        """The text of a vector in registers as float32; 0 where it is not there."""
+        name = "wide_if" if part.inside else "wide"
+        self.rows.add(name)
+        return f"{name}({part.inside}, {source})" if part.inside else f"wide({source})"
 
     def next(self) -> str:
         """Begin a batch; its tag."""

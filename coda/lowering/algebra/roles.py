@@ -7,7 +7,7 @@ activation of both contractions.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import (
@@ -164,6 +164,48 @@ def as_means(node: Reduce) -> Reduce:
     """A variance as it is defined: the mean of the squares of deviations from the mean."""
     square = squared_deviation(node.arg, Reduce("mean", node.arg, node.axis))
     return Reduce("mean", square, node.axis)
+
+
+def is_window(node: Node, axis: int) -> bool:
+    """Whether a node is some of the rows of others along an axis, or a function of such rows."""
+    match node:
+        case Slice() if node.axis == axis:
+            return True
+        case Map() | Cast() | Expand() | Slice() | Concat():
+            along = [o for o in node.operands if o.rank >= -axis and o.shape[axis] != ONE]
+            return all(is_window(o, axis) for o in along)
+        case _:
+            return False
+
+
+def joins_windows(node: Node) -> bool:
+    """Whether a node concatenates some rows of others, and perhaps single ones, along the rows."""
+    if not isinstance(node, Concat):
+        return False
+    rows = [is_window(arg, node.axis) for arg in node.args]
+    return any(rows) and all(
+        w or arg.shape[node.axis] == ONE for w, arg in zip(rows, node.args, strict=True)
+    )
+
+
+def windows(joins: Iterable[Concat], above: Mapping[Node, Sequence[Node]]) -> set[Node]:
+    """The rows that nothing but some concatenations along the rows reads.
+
+    Args:
+        joins: the concatenations, of windows.
+        above: node -> the nodes that read it.
+    """
+    found: set[Node] = set()
+    every = set(joins)
+    stack = [(o, node.axis) for node in every for o in node.operands]
+    while stack:
+        one, axis = stack.pop()
+        if is_window(one, axis) and one not in found:
+            found.add(one)
+            stack += [] if isinstance(one, Slice) else [(o, axis) for o in one.operands]
+    while bad := {n for n in found if not every | found >= set(above.get(n, ()))}:
+        found -= bad
+    return found
 
 
 def flat(node: Concat) -> list[Node]:

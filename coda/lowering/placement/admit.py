@@ -28,6 +28,7 @@ from coda.lowering.placement.draft import Draft, Drafts
 from coda.lowering.placement.layout import Layout
 from coda.lowering.placement.stores import Group, Picked, Reduced, Sink, Summed, grouped
 from coda.lowering.placement.values import Refused, Value
+from coda.lowering.program.access import SHIFTED
 from coda.lowering.program.epilogue import RowOrder
 
 
@@ -102,7 +103,7 @@ class Admission(Drafts):
 
     def operand_of(self, name: str) -> tuple[Node, DType]:
         """Operand name -> its node, and its dtype in memory."""
-        node = self.named.get(name)
+        node = self.named.get(name.split(SHIFTED)[0])
         if node is None:
             raise InternalError(f"there is no operand {name}")
         return node, f32 if isinstance(node, Size) else node.dtype

@@ -314,7 +314,8 @@ class _Build:
         """Outputs and operands of contractions: they are stored in their own dtype."""
         contracts = [c for d in self.partition.drafts for c in d.contracts]
         typed = [*self.partition.graph.roots, *(o for c in contracts for o in c.operands)]
-        return {self.partition.storage(n) for n in typed}
+        found = {self.partition.storage(n) for n in typed}
+        return found.union(*(p for n, p in self.partition.joined.items() if n in found))
 
     def buffer(self, name: str, shape: Shape, dtype: DType) -> None:
         self.buffers[name] = Buffer(name, "temp", shape, dtype)

@@ -41,6 +41,7 @@ from coda.ir.scalars import CHOICE
 from coda.ir.types import f32
 from coda.lowering.algebra.roles import as_means, base
 from coda.lowering.placement.arrays import any_set, distinct
+from coda.lowering.placement.joined_rows import JoinedRows, joins_rows
 from coda.lowering.placement.positions import along, counted_from
 from coda.lowering.placement.space_state import GroupStatistic, RowStatistic, SpaceState, is_number
 from coda.lowering.placement.values import (
@@ -104,7 +105,7 @@ class Space(SpaceState):
             case Map():
                 return self._map(node)
             case Cast(arg=arg):
-                return self._cast(node, self.compute(arg))
+                return self.cast(node, self.compute(arg))
             case Reshape(arg=arg):
                 self.split(node)
                 value, shape = self.compute(arg), self.columns(node)
@@ -184,7 +185,7 @@ class Space(SpaceState):
             case Map(fn=fn, args=args):
                 return combine(self, fn, [self.operand(a, columns) for a in args])
             case Cast(arg=arg):
-                return self._cast(node, self.operand(arg, columns))
+                return self.cast(node, self.operand(arg, columns))
             case _:
                 found = along(node, self.sizes)
         if -found.axis <= columns:
@@ -234,7 +235,8 @@ class Space(SpaceState):
             raise Refused("rows and columns of its operands do not line up")
         return value
 
-    def _cast(self, node: Cast, value: Value) -> Value:
+    def cast(self, node: Cast, value: Value) -> Value:
+        """The value of a cast, from that of its operand. Raises Refused."""
         if node.arg.dtype.kind == "bool" and node.to.kind != "bool":
             one, zero = (self.at((1,) * len(value.shape), Literal(v), None) for v in (1.0, 0.0))
             return combine(self, CHOICE, [value, one, zero])
@@ -255,6 +257,8 @@ class Space(SpaceState):
         return self.compute(node.arg).move(lambda a: a[(..., where, *(slice(None),) * (-axis - 1))])
 
     def _concat(self, node: Concat) -> Value:
+        if joins_rows(node, self.split(node)):
+            return JoinedRows.of(self, lambda n: self.leaf(n), node).value()
         axis = self._axis(node, node.axis)
         parts: list[Value] = []
         for arg, segment in self.parts(node):

@@ -15,6 +15,7 @@ import numpy as np
 from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import (
     Cast,
+    Concat,
     Const,
     Contract,
     Graph,
@@ -31,6 +32,8 @@ from coda.lowering.algebra.roles import (
     is_pointwise,
     is_transposed,
     is_view,
+    is_window,
+    joins_windows,
     leaves_of,
     pointwise_leaves,
     row_shapes,
@@ -112,6 +115,7 @@ class Drafts:
         stacked: those concatenations whose parts are rows.
         waiting: node of arguments alone, not placed yet -> its depth in operations.
         shared: reduction that is no sink, since its operand shares a GEMM -> why that is cheaper.
+        deferred: rows of what other nodes are, which concatenations along the rows alone read.
         rows: the number of rows of the block.
         tokens: the token symbols. Calls determine their sizes, so no layout depends on them.
     """
@@ -139,6 +143,7 @@ class Drafts:
     )
     shared: dict[Node, str] = field(default_factory=dict[Node, str])
     users: dict[Node, list[Node]] = field(default_factory=dict[Node, list[Node]])
+    deferred: set[Node] = field(default_factory=set[Node])
     waiting: dict[Node, int] = field(default_factory=dict[Node, int])
     rows: Dim = ONE
     tokens: frozenset[str] = frozenset()
@@ -258,6 +263,28 @@ class Drafts:
     def counts_rows(self, dim: Dim) -> bool:
         """Whether a size depends on the number of tokens, which only the call determines."""
         return bool(dim.symbols & self.tokens)
+
+    def joins(self, node: Node) -> bool:
+        """Whether a node concatenates rows of other nodes, or functions of rows, along the rows."""
+        if not isinstance(node, Concat) or not joins_windows(node):
+            return False
+        axis = node.rank + node.axis
+        leads = (product(node.shape[:i]) for i in range(axis + 1, node.rank))
+        return self.counts_rows(node.shape[axis]) or self.rows in leads
+
+    def read_by(self, node: Node) -> list[Node]:
+        """The operands of a node; of a concatenation of rows, the nodes of which these are rows."""
+        if not isinstance(node, Concat) or not self.joins(node):
+            return list(node.operands)
+        found: dict[Node, None] = {}
+        stack = list(node.operands)
+        while stack:
+            one = stack.pop()
+            if is_window(one, node.axis) and not isinstance(one, Slice):
+                stack.extend(one.operands)
+            else:
+                found[one.operands[0] if is_window(one, node.axis) else one] = None
+        return list(found)
 
     def folds_rows(self, node: Reduce) -> bool:
         """Whether a reduction folds one number per row, over the rows."""

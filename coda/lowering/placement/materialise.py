@@ -26,6 +26,7 @@ from coda.ir.graph import (
 from coda.lowering.algebra.roles import (
     flat,
     keeps_order,
+    stacks,
 )
 from coda.lowering.placement.admit import Admission
 from coda.lowering.placement.draft import Draft
@@ -55,11 +56,15 @@ class Materialisation(Admission, ABC):
             self.keep(under)
             return
         self.loadable.add(under)
-        if isinstance(under, Concat) and not self.in_pass(under):
-            self.join(under)
+        if isinstance(under, Concat) and not self.joins(under) and not self.in_pass(under):
+            self.join_either(under)
         if under not in self.home and not (host and self.hosted(under)):
             below = [self.home[n].order[0] for n in walk([under]) if n in self.home]
             self.in_rows(under, max(below, default=0))
+
+    def join_either(self, node: Concat) -> bool:
+        """Let the producers of a concatenation's parts write them, as columns or as rows."""
+        return self.join(node) or (stacks(node) and self.join(node, stacked=True))
 
     def join(self, node: Concat, *, stacked: bool = False) -> bool:
         """Materialise a concatenation: each part's producer kernel writes its slice of one buffer.
@@ -81,8 +86,10 @@ class Materialisation(Admission, ABC):
             return False  # a part became a view of another value
         rows = [a.shape[node.axis] if stacked else product(node.shape[:-1]) for a in flat(node)]
         spaces = [self.home[p].space for p in parts]
-        fits = [s.rows == r for s, r in zip(spaces, rows, strict=True)]
-        if not all(fits) or not all(map(self.fills, parts)):
+        fits = all(s.rows == r for s, r in zip(spaces, rows, strict=True))
+        if stacked and not fits:  # contiguous parts, each written as one column
+            fits = all(s.rows == product(p.shape) for s, p in zip(spaces, parts, strict=True))
+        if not fits or not all(map(self.fills, parts)):
             return False
         self.joined[node] = tuple(parts)
         self.stacked |= {node} if stacked else set()

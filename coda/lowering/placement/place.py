@@ -42,6 +42,7 @@ from coda.lowering.algebra.roles import (
     stacks,
     summand,
     weight_nodes,
+    windows,
 )
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.draft import LAST, Draft, Room
@@ -77,6 +78,8 @@ class Partition(Reach):
         self.siblings, self.shared = own_gemms(groups, uses, self.sizes, seconds)
         forced = [*self.graph.roots, *(o for c in contracts for o in c.operands)]
         self.loadable = {self.storage(n) for n in forced}
+        joins = [n for n in nodes if isinstance(n, Concat) and self.joins(n)]
+        self.deferred = windows(joins, self.users) - set(self.graph.roots)
         asked = compared(self.graph.roots)
         for node in nodes:
             if not isinstance(node, Input | Const | Size) and node not in self.weights:
@@ -91,12 +94,12 @@ class Partition(Reach):
 
     def place(self, node: Node) -> None:
         """Choose the producer kernel of a node."""
-        if node in self.home or self.only_in_batches(node):
+        if node in self.home or node in self.deferred or self.only_in_batches(node):
             return
         if isinstance(node, Contract):
             self.contract(node)
             return
-        homes = [self.home[o] for o in node.operands if o in self.home]
+        homes = [self.home[o] for o in self.read_by(node) if o in self.home]
         if not homes:  # of inputs alone: placed when a kernel needs it, or at half of LONGEST
             self.waiting[node] = 1 + max((self.waiting.get(o, 0) for o in node.operands), default=0)
             if self.waiting[node] == LONGEST // 2:
@@ -108,9 +111,7 @@ class Partition(Reach):
             return
         if isinstance(node, Reduce) and not last.kind.tiled and self.sunk(node, last):
             return
-        if isinstance(node, Concat) and self.too_wide(node, last) and self.join(node):
-            return
-        if isinstance(node, Concat) and stacks(node) and self.join(node, stacked=True):
+        if isinstance(node, Concat) and not self.joins(node) and self.joined_by(node, last):
             return
         if last.kind.tiled:
             if isinstance(node, Reduce | Pick) and self.sink(node, last):
@@ -133,6 +134,12 @@ class Partition(Reach):
             home = self.home.get(self.storage(source))
             if home is not None:
                 home.space.refused[node] = "its values are compared with it as they are in memory"
+
+    def joined_by(self, node: Concat, draft: Draft) -> bool:
+        """Let several kernels write one buffer, if a concatenation is too wide or of rows."""
+        if self.too_wide(node, draft) and self.join(node):
+            return True
+        return stacks(node) and self.join(node, stacked=True)
 
     def too_wide(self, node: Concat, draft: Draft) -> bool:
         """Whether a concatenation along the columns is wider than a kernel."""
@@ -323,7 +330,7 @@ class Partition(Reach):
             return
         for operand in node.operands:
             self.materialise(operand)
-        if isinstance(node, Concat) and self.join(node):
+        if isinstance(node, Concat) and self.join_either(node):
             return
         self.loadable.add(node)
         if self.in_some_rows(node, self.after_operands(node, index), (None,)):

@@ -38,6 +38,7 @@ from coda.lowering.program.access import (
     OneElement,
     Periodic,
     RowVector,
+    Shifted,
     Span,
     Tile,
 )
@@ -318,6 +319,9 @@ class Points:
             over_rows = count.symbols & self.space.rows.symbols
             one = count == ONE or (not over_rows and self.space.size(count) == 1)
             access = OneElement() if one else ColumnVector()
+        steps = self.space.shifts.get(name)
+        if steps is not None and isinstance(access, Tile | ColumnVector):
+            access = Shifted(access, steps)
         self.operands[name] = Operand(name, dtype, access)
         self.nodes[name] = node
 

@@ -14,6 +14,7 @@ from coda.ir.dims import ONE, broadcast, product
 from coda.ir.graph import Const, Input, Node, Reduce, Size, walk
 from coda.lowering.algebra.roles import base, is_pointwise
 from coda.lowering.placement.draft import Draft
+from coda.lowering.placement.joined_rows import under_views
 from coda.lowering.placement.materialise import Materialisation
 from coda.lowering.placement.values import Refused
 
@@ -27,6 +28,10 @@ class Reach(Materialisation, ABC):
 
     def reach_all(self, node: Node, draft: Draft, *, whole: bool = False) -> None:
         """Make the operands of a node available in a kernel, each at its columns."""
+        if self.joins(node):
+            for operand in self.read_by(node):
+                self.reach_rows(operand, draft)
+            return
         for operand, segment in draft.space.parts(node):
             with draft.space.inside(segment):
                 self.reach(operand, draft, whole=whole)
@@ -58,6 +63,24 @@ class Reach(Materialisation, ABC):
             if home is None:
                 self.in_rows(operand, 0)
             self.offer(self.storage(operand))
+
+    def reach_rows(self, operand: Node, draft: Draft) -> None:
+        """Make other rows of an operand available: in memory, or functions of what is.
+
+        Raises Refused if they are known in this kernel alone.
+        """
+        free = isinstance(operand, Const | Size) or operand in self.weights
+        if free or any(self.leaf(n, draft) is not None for n in under_views(operand)):
+            return
+        if is_pointwise(operand):
+            for one in self.read_by(operand):
+                self.reach_rows(one, draft)
+            return
+        if operand not in self.home:
+            self.in_rows(operand, 0)
+        if self.home[operand].order >= draft.order:
+            raise Refused("other rows of it are not known in the kernel that computes it")
+        self.offer(self.storage(operand))
 
     def has_fewer_rows(self, operand: Node, draft: Draft) -> bool:
         """Whether an operand is equal in some rows of a kernel, and is computed in the call.

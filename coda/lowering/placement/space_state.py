@@ -31,6 +31,7 @@ from coda.lowering.placement.values import (
     beside,
     first_column,
 )
+from coda.lowering.program.access import RowStep
 from coda.lowering.program.body import Ints, Spread
 from coda.lowering.program.epilogue import Expr, Literal, Load, RowOrder, leaves, stat_names
 
@@ -99,6 +100,7 @@ class SpaceState:
         lines: name -> reduction over rows of values that earlier kernels stored per row.
         leads: the row axes of computed nodes, such as [B, S] for B·S rows.
         spread: name -> expansion of an operand that depends on some of the row axes only.
+        shifts: name of an operand of which other rows are read -> their distance.
         tables: source that depends on the rows -> its number of columns.
         segment, segments: the columns at which narrower matrices are loaded now; all so far.
         offsets: operand narrower than the kernel -> its first column.
@@ -130,6 +132,7 @@ class SpaceState:
     lines: dict[str, Reduce] = field(default_factory=dict[str, Reduce])
     leads: dict[Shape, None] = field(default_factory=dict[Shape, None])
     spread: dict[str, Spread] = field(default_factory=dict[str, Spread])
+    shifts: dict[str, tuple[RowStep, ...]] = field(default_factory=dict[str, tuple[RowStep, ...]])
     tables: dict[Node, int] = field(default_factory=dict[Node, int])
     segment: Segment | None = None
     segments: dict[Segment, None] = field(default_factory=dict[Segment, None])
@@ -149,6 +152,7 @@ class SpaceState:
             statistics={},
             leads=dict(self.leads),
             spread={},
+            shifts={},
             tables={},
             segment=None,
             segments=dict(self.segments),

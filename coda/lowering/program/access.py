@@ -15,6 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+from coda.ir.dims import Dim
+
+SHIFTED = "@"  # in the name of a shifted operand, behind that of what is in memory
+
 
 class Span(NamedTuple):
     """The columns [first, first + width) of a kernel."""
@@ -115,6 +119,53 @@ class Grouped:
 
 
 @dataclass(frozen=True)
+class RowStep:
+    """The distance of two rows along one axis of the rows, as that of the tokens of a sequence.
+
+    A row's index along the axis is row // inner % size.
+
+    Attributes:
+        by: the row that is read has an index that is so much less.
+        size: of the axis.
+        inner: the rows for which the index is the same: the product of the axes after it.
+    """
+
+    by: Dim
+    size: Dim
+    inner: Dim
+
+    def __str__(self) -> str:
+        return f"{-self.by}" + (f" of {self.inner} rows" if self.inner.constant != 1 else "")
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """The element of another row, at a fixed distance; 0 where an axis has no such row.
+
+    A token shift reads [B · S, D] one row before, and sequences do not mix: the first row of each
+    reads 0. Only row-wise kernels read other rows than their own.
+
+    Attributes:
+        of: the access to that row.
+        steps: the distance along each axis of the rows.
+    """
+
+    of: Tile | ColumnVector
+    steps: tuple[RowStep, ...]
+    word: ClassVar[str] = "shifted"
+    varies_with_row: ClassVar[bool] = True
+
+    @property
+    def varies_with_column(self) -> bool:
+        """Whether the columns of a row differ."""
+        return self.of.varies_with_column
+
+    def shape(self, rows: int, points: int, lanes: int) -> tuple[int, int]:
+        """Rows and columns in memory, of a kernel of rows × points × lanes."""
+        return self.of.shape(rows, points, lanes)
+
+
+@dataclass(frozen=True)
 class OneElement:
     """[] or [1], one element for the whole kernel."""
 
@@ -142,6 +193,11 @@ class Partial:
     word: ClassVar[str] = "partial"
 
 
-PointAccess = RowVector | ColumnVector | Tile | Periodic | Grouped | OneElement
+PointAccess = RowVector | ColumnVector | Tile | Periodic | Grouped | Shifted | OneElement
 FoldAccess = Line | Partial
 Access = PointAccess | FoldAccess
+
+
+def row_of(access: Access) -> Access:
+    """The access to the row that a shifted operand reads; any other access itself."""
+    return access.of if isinstance(access, Shifted) else access

@@ -31,7 +31,7 @@ from coda.ir.graph import (
 )
 from coda.ir.scalars import SCALARS
 from coda.lowering.algebra.roles import stacked
-from coda.lowering.program.access import Partial
+from coda.lowering.program.access import Partial, Shifted
 from coda.lowering.program.epilogue import calls
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
@@ -92,9 +92,14 @@ def tensor_traffic(program: Program, kernel: Kernel[Any]) -> Traffic:
     """The traffic of a kernel's tensors."""
     operands = kernel.mainloop.operands
     reads = [(label(o, program), memory_bytes(o, program)) for o in operands]
-    for operand in kernel.body.epilogue.operands:
+    seen: set[Node] = set()
+    shifted = kernel.body.epilogue.shifted
+    for operand in sorted(kernel.body.epilogue.operands, key=lambda o: o.name in shifted):
         node = kernel.body.nodes.get(operand.name)
+        if node in seen and isinstance(operand.access, Shifted):
+            continue  # of one node's rows, those at a distance are in the cache
         if node is not None:
+            seen.add(node)
             reads.append((label(node, program), operand_bytes(kernel, operand.name, program)))
         elif isinstance(operand.access, Partial):
             reads.append((operand.name, program.buffers[operand.name].nbytes(program.sizes)))

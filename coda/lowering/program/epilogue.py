@@ -15,11 +15,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from coda.ir.dims import Shape, inverse
+from coda.ir.dims import Dim, Shape, inverse
 from coda.ir.monoids import PLAIN_SUM
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType
-from coda.lowering.program.access import Access, ColumnVector, Line, Partial, Span, Tile
+from coda.lowering.program.access import (
+    Access,
+    ColumnVector,
+    Line,
+    Partial,
+    Shifted,
+    Span,
+    Tile,
+    row_of,
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,20 @@ class Position:
     def __str__(self) -> str:
         inner = f"//{self.inner}" if self.inner > 1 else ""
         return self.axis + inner + (f"%{self.count}" if self.count else "")
+
+
+@dataclass(frozen=True)
+class Between:
+    """Whether the row's index along an axis (`RowStep`) is at least `first` and below `end`."""
+
+    first: Dim
+    end: Dim
+    size: Dim
+    inner: Dim
+
+    def __str__(self) -> str:
+        inner = "" if self.inner.constant == 1 else f"//({self.inner})"
+        return f"row{inner}%({self.size}) in [{self.first}, {self.end})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +138,7 @@ class Call(metaclass=_InternedExpr):
         return f"<{self.fn} of {len(self.args)}, {self.depth} deep>"
 
 
-Expr = Acc | Load | Stat | Position | Literal | Call
+Expr = Acc | Load | Stat | Position | Between | Literal | Call
 
 
 @dataclass(frozen=True)
@@ -301,7 +324,12 @@ class Epilogue:
     @property
     def tiles(self) -> list[str]:
         """The names of the operands with one element per row and column."""
-        return [o.name for o in self.operands if isinstance(o.access, Tile)]
+        return [o.name for o in self.operands if isinstance(row_of(o.access), Tile)]
+
+    @property
+    def shifted(self) -> dict[str, Shifted]:
+        """The operands of which other rows are read, by name."""
+        return {o.name: o.access for o in self.operands if isinstance(o.access, Shifted)}
 
     @property
     def partials(self) -> list[str]:
@@ -312,6 +340,11 @@ class Epilogue:
     def lines(self) -> list[str]:
         """The names of the operands with values per row that are reduced."""
         return [o.name for o in self.operands if isinstance(o.access, Line)]
+
+    @property
+    def tests(self) -> list[Between]:
+        """The distinct tests of the row, in a fixed order."""
+        return sorted((e for e in leaves(self.exprs) if isinstance(e, Between)), key=str)
 
     @property
     def results(self) -> list[Expr]:

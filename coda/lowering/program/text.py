@@ -25,12 +25,14 @@ from coda.lowering.program.access import (
     Partial,
     Periodic,
     RowVector,
+    Shifted,
     Tile,
 )
 from coda.lowering.program.body import Body
 from coda.lowering.program.cost import describe, label
 from coda.lowering.program.epilogue import (
     Acc,
+    Between,
     Call,
     Expr,
     Literal,
@@ -157,6 +159,8 @@ def _operand(operand: Operand, body: Body, program: Program) -> str:
             return f"{text} repeating every {period}"
         case Grouped(size=size):
             return f"{text} for groups of {size}"
+        case Shifted(steps=steps):
+            return f"{text} by {', '.join(map(str, steps))}"
         case RowVector() | ColumnVector() | Tile() | OneElement() | Line() | Partial():
             return text
         case _ as never:
@@ -181,7 +185,7 @@ def _name(expr: Expr | None, names: dict[Expr, str]) -> str:
             return f"{name}.{lane}" if lane else name
         case Stat(name=name, plane=plane):
             return f"{name}.{plane}" if plane else name
-        case Position():
+        case Position() | Between():
             return str(expr)
         case Literal(value=value):
             return f"{value:g}"
