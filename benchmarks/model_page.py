@@ -13,7 +13,6 @@ import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -28,7 +27,6 @@ from coda.kernels.gemm.time import time_of
 from coda.lowering import compiler
 from coda.lowering.explain import Explanation
 from coda.lowering.program import cublas
-from coda.lowering.program.cost import HELD, held_bytes, kernel_time, prepare_bytes
 from coda.lowering.program.target import Config, find_target
 from coda.lowering.program.text import show_config
 
@@ -292,38 +290,28 @@ def flips():
 
 
 def choices():
-    """How many Programs of the examples move if laws are chosen by another price."""
+    """How many Programs of the examples have other kernels if a constant moves by 10 %."""
     rows = []
     for gpu in ("H200", "B200"):
         found = [p for n in stages.EXAMPLES for _, p in stages.programs(n, gpu)]
-        target = find_target(gpu)
-        changes = {"modelled time for bytes and launches": target}
-        for factor, sign in ((0.9, "-"), (1.1, "+")):
-            changes[f"bandwidth {sign}10 %"] = replace(target, bandwidth=target.bandwidth * factor)
-            changes[f"launch {sign}10 %"] = replace(target, launch=target.launch * factor)
-        for name, other in changes.items():
-            by_time = other is target
-            count = sum(str(again(p, other, by_time=by_time)) != str(p) for p in found)
-            rows.append([gpu, name, count, len(found)])
-    return table(["GPU", "price", "move", "of Programs"], rows)
+        for field in (*FIELDS, "two stages"):
+            counts = []
+            for factor in (0.9, 1.1):
+                target = moved(find_target(gpu), field, factor)
+                counts.append(sum(parted(again(p, target)) != parted(p) for p in found))
+            rows.append([gpu, field, *counts, len(found)])
+    return table(["GPU", "constant", "-10 %", "+10 %", "of Programs"], rows)
 
 
-def again(program, target, *, by_time):
-    """A Program lowered for another GPU, and if asked with its laws chosen by modelled time."""
-    price, bound = compiler.price, compiler.least_price
-    with (
-        patch.object(compiler, "price", seconds if by_time else price),
-        patch.object(compiler, "least_price", (lambda *_, **__: 0.0) if by_time else bound),
-    ):
-        options = {"frozen": program.frozen, "policy": program.policy}
-        return compiler.lower(program.graph, program.sizes, target, **options)
+def again(program, target):
+    """A Program lowered for another GPU."""
+    options = {"frozen": program.frozen, "policy": program.policy}
+    return compiler.lower(program.graph, program.sizes, target, **options)
 
 
-def seconds(program):
-    """The price of a Program by modelled time; prepared weights count as in `cost.price`."""
-    made = 0 if program.frozen else prepare_bytes(program) + HELD * held_bytes(program)
-    times = sum(kernel_time(program, k).seconds for k in program.kernels)
-    return times + made / program.target.rates.bandwidth
+def parted(program):
+    """The nodes of each kernel, as text: laws and partition of a Program, without its tiles."""
+    return [program.normal.name, str(program.normal)] + [str(k.nodes) for k in program.kernels]
 
 
 def tile_of(config):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf, prod
+from math import prod
 
 from coda import kernels
 from coda.errors import CodaError, DimError
@@ -32,9 +32,9 @@ from coda.lowering.fold_in import fold_in
 from coda.lowering.placement.build import build, numbered
 from coda.lowering.placement.place import Partition
 from coda.lowering.program.bound import least_price
-from coda.lowering.program.cost import price
 from coda.lowering.program.factor import factor
 from coda.lowering.program.memory import plan_memory, soonest_freed
+from coda.lowering.program.price import Price, price
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import DEFAULT, Target, find_target
 from coda.lowering.stages import PROGRAM, STAGES, Stages, Trial, Value
@@ -81,7 +81,7 @@ def lower(
     with stages or Stages() as record:
         record.begin(graph)
 
-        def lowered(accept: Accept, below: float) -> Program | None:
+        def lowered(accept: Accept, below: Price | None) -> Program | None:
             return run_stages(asked, accept, record.trial(), below=below)
 
         return record.keep(decide(graph, lowered))
@@ -101,7 +101,7 @@ def request(
 
 
 def run_stages(
-    asked: Request, accept: Accept, stage: Trial, *, below: float = inf
+    asked: Request, accept: Accept, stage: Trial, *, below: Price | None = None
 ) -> Program | None:
     """One lowering, for one choice of laws; None if no Program of its normal form costs less.
 
@@ -109,14 +109,14 @@ def run_stages(
         asked: the graph, sizes, target and memory policy.
         accept: decides each application of a law with a choice.
         stage: runs, checks and records each stage.
-        below: the price, in seconds, that a Program has to undercut.
+        below: the price that a Program has to undercut; None for any.
     """
     graph = stage("laws", partial(_apply_laws, accept, stage), asked.graph)
     graph = stage("pushdown", push_down, graph)
     graph = stage("columns", columns_first, graph)
     graph = stage("constants", fold_constants, graph, asked.sizes)
     parted = stage("chunks", _chunk, graph, asked)
-    if below < inf and _least_price(asked, parted.graph) >= below:
+    if below is not None and not _may_undercut(asked, parted.graph, below):
         return None
     program = stage("place", partial(_place, asked, stage.steps), parted)
     program = stage("factor", factor, program)
@@ -149,7 +149,7 @@ def run_stage(name: str, asked: Request) -> Value:
     return found
 
 
-def decide(graph: Graph, lowered: Callable[[Accept, float], Program | None]) -> Program:
+def decide(graph: Graph, lowered: Callable[[Accept, Price | None], Program | None]) -> Program:
     """The cheapest Program over all choices, which are decided greedily in order of occurrence.
 
     Args:
@@ -166,25 +166,31 @@ def decide(graph: Graph, lowered: Callable[[Accept, float], Program | None]) -> 
             candidates.append(key)
         return key in chosen
 
-    best = lowered(accept, inf)
+    best = lowered(accept, None)
     assert best is not None
+    if not candidates:
+        return best
     least, tried = price(best), 0
     while tried < len(candidates):
         key = candidates[tried]
         tried += 1
         chosen.add(key)
         program = lowered(accept, least)
-        if program is not None and price(program) < least:
-            best, least = program, price(program)
+        found = price(program) if program is not None else None
+        if program is not None and found is not None and found.undercuts(least):
+            best, least = program, found
         else:
             chosen.discard(key)
     return best
 
 
-def _least_price(asked: Request, graph: Graph) -> float:
-    """A lower bound of the price of all Programs of a graph in normal form, in seconds."""
-    per_call = asked.policy.per_call
-    return least_price(graph, asked.sizes, asked.target, frozen=asked.frozen, per_call=per_call)
+def _may_undercut(asked: Request, graph: Graph, below: Price) -> bool:
+    """Whether the price of a Program of a graph in normal form may undercut another."""
+    least = least_price(
+        graph, asked.sizes, asked.target, frozen=asked.frozen, per_call=asked.policy.per_call
+    )
+    fewer = (least.moved, least.launches) < (below.moved, below.launches)
+    return fewer or least.seconds < below.seconds
 
 
 def _apply_laws(accept: Accept, trial: Trial, graph: Graph) -> Graph:

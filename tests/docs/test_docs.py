@@ -20,7 +20,7 @@ the property test that evaluates both sides in float64. `...` stands for any lea
 for an axis, 1 for a value that does not depend on it, `*` for the batch axes of a batched
 contraction, each of its size or 1, and for none in a contraction with a matrix; ᵖ is one
 permutation of all axes but the last. Laws are applied from left to right, operands first, until
-none applies; those marked *choice* only where the Program becomes cheaper, by bytes and launches. A
+none applies; those marked *choice* only where the Program becomes cheaper, by modelled time. A
 row factor moves past a contraction only if it becomes available after the kernel that produces the
 other operand. Laws that subtract a mean after the sum, or a logsumexp, do not apply to values that
 are float32 from the start: these would lose bits. Laws marked *far* store

@@ -94,7 +94,7 @@ def test_a_kernel_without_a_legal_config_has_the_smallest_usual_one(arch, monkey
     program, kernel = program_of(plain, arch, M=8192, K=512, N=1024)
     reason = configs.Refusal("groups", "no tile is right")
     monkeypatch.setattr(configs, "refused", lambda *_: reason)
-    found = configs._choice.__wrapped__(case_of(program, kernel), program.target)
+    found = configs.choose.__wrapped__(case_of(program, kernel), program.target)
     assert [tile(o.config) for o in found.offers] == [(128, 64)]
     assert dict(found.dropped) == {"groups": len(space(program.target))}
 

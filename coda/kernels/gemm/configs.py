@@ -204,11 +204,12 @@ def ranked(program: Program, kernel: Gemm) -> tuple[Config, ...]:
 
 def choice(program: Program, kernel: Gemm) -> Choice:
     """The configs of a kernel: those that are legal, ranked, and the number of the others."""
-    return _choice(case_of(program, kernel), program.target)
+    return choose(case_of(program, kernel), program.target)
 
 
 @lru_cache(maxsize=1024)
-def _choice(case: Case, target: Target) -> Choice:
+def choose(case: Case, target: Target) -> Choice:
+    """The configs of a kernel of a target of which only this is known."""
     every = space(target)
     dropped: Counter[str] = Counter()
     legal = [c for c in every if not _counted(refused(case, c, target), dropped)]

@@ -13,6 +13,7 @@ from coda.kernels.gemm.batches import why_not, why_not_in, why_not_shared
 from coda.kernels.gemm.configs import choice, ranked
 from coda.kernels.gemm.mainloop import Contractions, Gemm, shown_problem, tiles
 from coda.kernels.gemm.row_folds import why_not_folded
+from coda.kernels.gemm.sketched import sketched
 from coda.kernels.gemm.split_k import scratch
 from coda.kernels.gemm.stages import cta_rows, stages
 from coda.kernels.gemm.time import fold_seconds, gemm_time
@@ -137,6 +138,7 @@ GEMM = Kind(
     mainloop=_mainloop,
     flops=_flops,
     time=_time,
+    sketched=sketched,
     explain=_explain,
     reference=_reference,
     configs=ranked,

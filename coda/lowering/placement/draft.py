@@ -41,11 +41,14 @@ from coda.lowering.algebra.roles import (
 )
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.layout import Layout
+from coda.lowering.placement.siblings import Kernels
 from coda.lowering.placement.space_state import Segment
 from coda.lowering.placement.values import Value
 from coda.lowering.program.kernel import Kind
+from coda.lowering.program.price import Price
 from coda.lowering.program.program import Unfused
 from coda.lowering.program.target import Target
+from coda.lowering.program.time import Time, total
 
 Order = tuple[int, int]  # the number of the last GEMM before the kernel, a running number
 LAST = 1 << 30  # after all GEMMs: sums that are only returned are folded together
@@ -159,6 +162,13 @@ class Drafts:
     def opener(self, node: Node) -> Kind:
         """The first kind that can compute a node from memory."""
         return next(k for k in self.kinds if not k.refuses(node, self.known))
+
+    def price(self, few: Kernels) -> Price:
+        """The price of a GEMM that is not placed yet, and of the kernels that reduce its rows."""
+        rates = self.target.rates
+        time = self.opener(few.contracts[0]).sketched(few.gemm, self.target)
+        rows = Time((few.launches - 1) * rates.ramp, memory=few.read / rates.bandwidth)
+        return Price(total((time, rows)), few.moved, few.launches)
 
     @property
     def rowwise(self) -> Kind:

@@ -72,10 +72,9 @@ class Partition(Reach):
         self.tokens, self.rows = row_symbols(nodes), row_axes(contracts, self.graph.inputs)
         self.positions = position_nodes(nodes, self.known, chunked=bool(self.part_of))
         uses = Uses.of(contracts, nodes, self.graph.roots, self.weights, self.part_of)
-        seconds = partial(seconds_of, self.target)
         groups = group_siblings(contracts, uses)
-        groups = apart_by_types(groups, uses, self.sizes, seconds)
-        self.siblings, self.shared = own_gemms(groups, uses, self.sizes, seconds)
+        groups = apart_by_types(groups, uses, self.sizes, partial(seconds_of, self.target))
+        self.siblings, self.shared = own_gemms(groups, uses, self.sizes, self.price)
         forced = [*self.graph.roots, *(o for c in contracts for o in c.operands)]
         self.loadable = {self.storage(n) for n in forced}
         joins = [n for n in nodes if isinstance(n, Concat) and self.joins(n)]

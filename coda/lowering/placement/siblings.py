@@ -5,7 +5,7 @@ their columns in a GEMM of their own, and that with v is alone in its GEMM.
 
 A reduction over full rows is a sink of a GEMM that has no other columns. In a shared GEMM its
 operand is stored, and a row-wise kernel reads it again. Which of both a contraction gets is decided
-by the terms of the cost model, bytes and launches:
+by the price of these kernels, as a choice of laws is (`program/price.py`):
 
     a = x wᵀ, s = Σ (x vᵀ)²    shared: store x vᵀ, read it    x vᵀ alone: read x, a launch more
 """
@@ -21,6 +21,8 @@ from coda.ir.graph import Contract, Map, Node, Pick, Reduce
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType
 from coda.lowering.algebra.roles import base, is_pointwise, pointwise_leaves
+from coda.lowering.program.price import Price
+from coda.lowering.program.time import Sketch
 
 Groups = dict[Node, tuple[Contract, ...]]  # contraction -> the contractions that share its GEMM
 
@@ -174,27 +176,17 @@ def _closure(
     return [c for c in among if c in found]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Launches, and bytes moved, of some GEMMs and of the kernels that reduce their rows."""
-
-    launches: int
-    moved: int
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.launches + other.launches, self.moved + other.moved)
-
-    def __sub__(self, other: Cost) -> Cost:
-        return Cost(self.launches - other.launches, self.moved - other.moved)
-
-
 def apart_by_types(
     groups: Groups, uses: Uses, sizes: Mapping[str, int], seconds: Callable[[int, int], float]
 ) -> Groups:
     """Give contractions of which matrices of other types are stored a GEMM each, if it is cheaper.
 
     A shared GEMM stores each of its matrices as wide as all contractions: of z in bf16 and dt in
-    float32, both. The arguments are those of `own_gemms`.
+    float32, both. A mainloop may hide the time of these bytes, but the memory that they take stays
+    with the caller: bytes and launches decide. The other arguments are those of `own_gemms`.
+
+    Args:
+        seconds: (bytes moved, launches) -> estimated time.
     """
     out = dict(groups)
     for group in dict.fromkeys(groups.values()):
@@ -204,16 +196,15 @@ def apart_by_types(
         first = next((t for t in types.values() if t), frozenset[tuple[DType, int]]())
         types = {c: t or first for c, t in types.items()}
         parts = [tuple(c for c in group if types[c] == t) for t in dict.fromkeys(types.values())]
-        whole, apart = cost(group, uses, sizes), Cost(0, 0)
-        for part in parts:
-            apart += cost(part, uses, sizes)
-        if seconds(apart.moved, apart.launches) < seconds(whole.moved, whole.launches):
+        whole, apart = kernels(group, uses, sizes), [kernels(p, uses, sizes) for p in parts]
+        moved, launches = sum(k.moved for k in apart), sum(k.launches for k in apart)
+        if seconds(moved, launches) < seconds(whole.moved, whole.launches):
             out |= {c: part for part in parts for c in part}
     return out
 
 
 def own_gemms(
-    groups: Groups, uses: Uses, sizes: Mapping[str, int], seconds: Callable[[int, int], float]
+    groups: Groups, uses: Uses, sizes: Mapping[str, int], price: Callable[[Kernels], Price]
 ) -> tuple[Groups, dict[Node, str]]:
     """Give contractions whose full rows are reduced a GEMM of their own where that is cheaper.
 
@@ -221,7 +212,7 @@ def own_gemms(
         groups: as `group_siblings` returns them.
         uses: the uses of the contractions.
         sizes: the size of every symbol.
-        seconds: (bytes moved, launches) -> estimated time.
+        price: the price of a GEMM, and of the kernels that reduce its rows.
 
     Returns:
         The groups, and for each reduction that is no sink, since its contraction shares a GEMM, why
@@ -233,36 +224,62 @@ def own_gemms(
         if len(group) == 1 or not reduced or (group[0], group[1]) in uses.joined:
             continue
 
-        def split(taken: Sequence[Contract], group: tuple[Contract, ...] = group) -> Cost:
+        def split(taken: Sequence[Contract], group: tuple[Contract, ...] = group) -> Price:
             rest = tuple(c for c in group if c not in taken)
             parts = [*((c,) for c in taken), *([rest] if rest else [])]
-            return sum((cost(p, uses, sizes) for p in parts), Cost(0, 0))
+            first, *others = (price(kernels(p, uses, sizes)) for p in parts)
+            return sum(others, first)
 
         order = sorted(reduced, key=lambda c: -c.nbytes(sizes))
-        choices = [split(order[:n]) for n in range(len(order) + 1)]
-        times = [seconds(c.moved, c.launches) for c in choices]
-        taken = order[: times.index(min(times))]
+        taken, best = order[:0], split([])
+        for n in range(1, len(order) + 1):
+            other = split(order[:n])
+            if other.undercuts(best):
+                taken, best = order[:n], other
         rest = tuple(c for c in group if c not in taken)
         out |= {c: (c,) for c in taken} | dict.fromkeys(rest, rest)
         for one in reduced if len(rest) > 1 else ():
             if one in rest:
-                more = split([*taken, one]) - split(taken)
-                why |= dict.fromkeys(uses.sinks[one], _shares(more))
+                why |= dict.fromkeys(uses.sinks[one], _shares(split([*taken, one]), best))
     return out, why
 
 
-def _shares(more: Cost) -> str:
+def _shares(alone: Price, shared: Price) -> str:
     """Why a reduction is no sink: what a GEMM of its contraction alone would cost in addition."""
     return (
-        "its operand shares a GEMM with other columns, and alone in one would change launches "
-        f"by {more.launches:+d} and bytes by {more.moved / 1e6:+.3g} MB"
+        "its operand shares a GEMM with other columns, and alone in one would change the modelled "
+        f"time by {(alone.seconds - shared.seconds) * 1e6:+.3g} µs, launches by "
+        f"{alone.launches - shared.launches:+d} and bytes by "
+        f"{(alone.moved - shared.moved) / 1e6:+.3g} MB"
     )
 
 
-def cost(group: Sequence[Contract], uses: Uses, sizes: Mapping[str, int]) -> Cost:
-    """Launches, and bytes that depend on the grouping, of one GEMM and the reductions of its rows.
+@dataclass(frozen=True)
+class Kernels:
+    """A GEMM, and row-wise kernels that reduce its rows.
 
-    A matrix that a GEMM stores has all of its columns. Partials and weights are left out.
+    Attributes:
+        contracts: of the GEMM.
+        gemm: the GEMM, as far as it is known. Partials are left out.
+        launches: the number of all kernels.
+        read: bytes that the row-wise ones read.
+    """
+
+    contracts: tuple[Contract, ...]
+    gemm: Sketch
+    launches: int
+    read: int
+
+    @property
+    def moved(self) -> int:
+        """Bytes that the kernels read and write."""
+        return self.gemm.read + self.gemm.written + self.read
+
+
+def kernels(group: Sequence[Contract], uses: Uses, sizes: Mapping[str, int]) -> Kernels:
+    """One GEMM, and the reductions of its rows. A matrix that it stores has all of its columns.
+
+    A pick that is no sink is an operation of torch, and what reads it is one more kernel.
     """
     shared = len(group) > 1
     reduced = [c for c in group if c in uses.sinks]
@@ -271,8 +288,16 @@ def cost(group: Sequence[Contract], uses: Uses, sizes: Mapping[str, int]) -> Cos
     picks = [s for c in reduced for s in uses.sinks[c] if shared and isinstance(s, Pick)]
     elements = sum(c.nbytes(sizes) // c.dtype.size for c in group)
     written = elements * sum(t.size * n for t, n in _stored(group, uses, read).items())
-    moved = group[0].lhs.nbytes(sizes) + written + sum(c.nbytes(sizes) for c in read)
-    return Cost(1 + len(widths) + len(picks), moved)
+    lhs = group[0].lhs
+    problem = (
+        product(group[0].shape[:-1]).size(sizes),
+        sum(c.shape[-1].size(sizes) for c in group),
+        lhs.shape[-1].size(sizes),
+    )
+    operands = lhs.nbytes(sizes) + sum(c.rhs.nbytes(sizes) for c in group)
+    gemm = Sketch(problem, lhs.dtype.bits, operands, written)
+    again = sum(c.nbytes(sizes) for c in read)
+    return Kernels(tuple(group), gemm, 1 + len(widths) + 2 * len(picks), again)
 
 
 def _stored(

@@ -6,6 +6,9 @@ All else that a Program reads or writes depends on its kernels, and is left out:
 
     y = (x · g) wᵀ    reads x · g and w, writes x · g and y; 1 launch
     y = x (g · w)ᵀ    reads x and g · w, writes y, prepacks g · w; 1 launch
+
+A contraction takes at least the time of its FLOPs on all SMs, or that of its operands' bytes; all
+kernels together at least that of all bytes.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ from coda.ir.graph import (
     walk,
 )
 from coda.lowering.algebra.roles import as_stored, base, is_view, stacked, weight_nodes
-from coda.lowering.program.cost import HELD
+from coda.lowering.program.price import CALLS, HELD, Price, rent
 from coda.lowering.program.target import Target
+from coda.lowering.program.time import Time, total
 
 
 def least_price(
@@ -39,8 +43,8 @@ def least_price(
     *,
     frozen: bool,
     per_call: Collection[str] = (),
-) -> float:
-    """A lower bound of `price` for all Programs of a graph, in seconds.
+) -> Price:
+    """A lower bound of `price` for all Programs of a graph: of the seconds, bytes and launches.
 
     Args:
         graph: in normal form.
@@ -56,10 +60,27 @@ def least_price(
     written = {_in_memory(n) for n in (*graph.roots, *operands)} - weights
     moved = sum(n.nbytes(sizes) for n in operands)
     moved += sum(n.nbytes(sizes) for n in written if not _is_unwritten(n))
+    groups: dict[Node, list[Contract]] = {}  # contractions of one activation may share a GEMM
+    for one in contracts:
+        groups.setdefault(one.lhs, []).append(one)
+    busy = sum(_seconds(group, sizes, target) for group in groups.values())
+    memory = max(0.0, moved / target.rates.bandwidth - busy)
+    time = Time(len(groups) * min(target.rates.start, target.rates.ramp), busy, memory=memory)
+    found = Price(time, moved, len(groups))
     if not frozen:
-        moved += sum(_prepacked_bytes(n, sizes) for n in {as_stored(o) for o in operands} & weights)
-    launches = len({c.lhs for c in contracts})  # contractions of one activation may share a GEMM
-    return moved / target.bandwidth + target.launch * launches
+        for node in {as_stored(o) for o in operands} & weights:
+            found += _prepacked(node, sizes, target)
+    return found
+
+
+def _seconds(group: list[Contract], sizes: Mapping[str, int], target: Target) -> float:
+    """The least seconds of the contractions of one activation, in any number of kernels."""
+    rates, lhs = target.rates, group[0].lhs
+    points = sum(product(c.shape).size(sizes) for c in group)
+    flops = 2 * points * lhs.shape[-1].size(sizes)
+    read = lhs.nbytes(sizes) + sum(n.nbytes(sizes) for n in {c.rhs for c in group})
+    tensor = flops / (rates.tensor_of(lhs.dtype.bits) * target.multiprocessors)
+    return max(tensor, read / rates.bandwidth)
 
 
 def needed(roots: Iterable[Node]) -> list[Node]:
@@ -87,10 +108,12 @@ def _is_unwritten(node: Node) -> bool:
     return isinstance(node, Input | Const | Size | Iota | Slice | Concat)
 
 
-def _prepacked_bytes(node: Node, sizes: Mapping[str, int]) -> int:
-    """The bytes that the price counts for an operand which is a function of weights alone."""
+def _prepacked(node: Node, sizes: Mapping[str, int], target: Target) -> Price:
+    """What the price counts for an operand which is a function of weights alone."""
     if is_view(node) or stacked(node):
-        return 0
+        return Price(Time(0.0), 0, 0)
     own, matrix = node.nbytes(sizes), product(node.shape[:-1]) != ONE
-    read = sum(n.nbytes(sizes) for n in walk([node]) if isinstance(n, Input))
-    return read + own + HELD * own * matrix
+    made = own + sum(n.nbytes(sizes) for n in walk([node]) if isinstance(n, Input))
+    copied = Time(target.rates.ramp, memory=made / target.rates.bandwidth).scaled(1 / CALLS)
+    kept = rent(own * matrix, target)
+    return Price(total((copied, kept)), made // CALLS + HELD * own * matrix, 0)

@@ -39,7 +39,6 @@ from coda.lowering.program.target import Target
 from coda.lowering.program.time import Time
 
 PASSED = "passed sums"  # in a kernel's reads and writes: what its CTAs pass to each other
-HELD = 16  # price of a byte resident between calls, in bytes of traffic per call
 
 
 @dataclass(frozen=True)
@@ -148,24 +147,36 @@ def streamed(program: Program, kernel: Kernel[Any]) -> Time:
     return Time(launch=rates.ramp, memory=memory, bound="memory")
 
 
-def prepare_bytes(program: Program) -> int:
-    """Bytes moved to prepack functions of weights, once for each version of the weights.
+def prepared_apart(program: Program) -> list[Node]:
+    """The prepacked functions of weights that have memory of their own.
 
     Weights that are only stacked along rows cost nothing: they alias one matrix.
     """
+    return [n for n in program.prepared.values() if not stacked(n)]
+
+
+def prepare_bytes(program: Program) -> int:
+    """Bytes moved to prepack functions of weights, once for each version of the weights."""
     known = set(program.prepared.values())
     total = 0
-    for node in program.prepared.values():
-        if stacked(node):
-            continue
+    for node in prepared_apart(program):
         inputs = [n for n in walk([node]) if isinstance(n, Input) or (n in known and n is not node)]
         total += sum(memory_bytes(n, program) for n in inputs) + memory_bytes(node, program)
     return total
 
 
+def prepare_time(program: Program) -> Time:
+    """The modelled time to prepack functions of weights, once for each version of the weights.
+
+    Each is taken as one kernel that reads and writes each tensor once.
+    """
+    rates, count = program.target.rates, len(prepared_apart(program))
+    return Time(launch=count * rates.ramp, memory=prepare_bytes(program) / rates.bandwidth)
+
+
 def held_bytes(program: Program) -> int:
     """Bytes of prepacked matrices that stay resident in addition to the weights."""
-    made = [n for n in program.prepared.values() if not stacked(n)]
+    made = prepared_apart(program)
     return sum(memory_bytes(n, program) for n in made if product(n.shape[:-1]) != ONE)
 
 
@@ -173,20 +184,6 @@ def hbm_bytes(program: Program) -> int:
     """Global-memory bytes of one call, with weights prepacked."""
     moved = [traffic(program, k) for k in program.kernels]
     return sum(t.read_bytes + t.write_bytes for t in moved)
-
-
-def price(program: Program) -> float:
-    """The objective by which laws with a choice are decided: bytes and launches, in seconds.
-
-    Tensor-core FLOPs are left out: they are equal for all Programs of a block; so is what CTAs pass
-    to each other, which saves time and stays in L2. Unless weights are
-    frozen, prepacking counts in each call, and a resident prepacked matrix counts by its bytes.
-    """
-    target, each = program.target, [tensor_traffic(program, k) for k in program.kernels]
-    moved = sum(t.read_bytes + t.write_bytes for t in each)
-    if not program.frozen:
-        moved += prepare_bytes(program) + HELD * held_bytes(program)
-    return seconds_of(target, moved, len(program.kernels))
 
 
 def seconds_of(target: Target, moved: int, launches: int) -> float:

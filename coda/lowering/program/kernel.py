@@ -16,8 +16,8 @@ from coda.ir.dims import Dim
 from coda.ir.graph import Contract, Node
 from coda.ir.types import DType, bf16
 from coda.lowering.program.body import NO_BODY, Body
-from coda.lowering.program.target import Config
-from coda.lowering.program.time import Time
+from coda.lowering.program.target import Config, Target
+from coda.lowering.program.time import Sketch, Time, roofline
 
 if TYPE_CHECKING:
     from coda.lowering.program.program import Program
@@ -244,6 +244,7 @@ class Kind:
         mainloop: (builder, node -> name of its buffer) -> the mainloop.
         flops: (kernel, sizes) -> FLOPs of the mainloop.
         time: (program, kernel) -> the modelled time, with the kernel's config.
+        sketched: (sketch, target) -> the modelled time of a kernel before its placement.
         explain: (program, kernel) -> the kernel in words.
         reference: (run, kernel): compute it in torch; `run` is a `kernels.protocol.Run`.
         configs: (program, kernel) -> the configs that fit, the best by the kind's model first.
@@ -266,6 +267,7 @@ class Kind:
     time: Callable[[Program, Kernel[Any]], Time]
     explain: Callable[[Program, Kernel[Any]], Account]
     reference: Callable[[Any, Kernel[Any]], None]
+    sketched: Callable[[Sketch, Target], Time] = roofline
     configs: Callable[[Program, Kernel[Any]], Sequence[Config]] = _no_configs
     partials: Callable[[Program, Kernel[Any], Sizes], Partials] = _one_partial
     reorders: Callable[[Node, tuple[int, ...], Sizes], str] = _own_order

@@ -9,9 +9,13 @@ cores and whose operands both need 10 µs takes more than 10. For `overlapped`, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from coda.lowering.program.target import Target
+
 SHARPNESS = 6  # of the maximum in `overlapped`; infinite, if parts did not wait for each other
+PARTS = ("launch", "mainloop", "feed", "epilogue", "memory")
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,11 @@ class Time:
     @property
     def parts(self) -> dict[str, float]:
         """Seconds of each part, by its name."""
-        names = ("launch", "mainloop", "feed", "epilogue", "memory")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in PARTS}
+
+    def scaled(self, factor: float) -> Time:
+        """Each part, times a factor."""
+        return _of_parts({part: factor * seconds for part, seconds in self.parts.items()})
 
     @property
     def said(self) -> str:
@@ -53,6 +60,42 @@ class Time:
         rest = sorted(self.parts.items(), key=lambda part: -part[1])
         shown = [f"{name} {s * 1e6:.1f} µs" for name, s in rest if s >= 0.05e-6]
         return ", ".join(shown)
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A kernel of contractions that is not placed yet, as far as its time depends on it.
+
+    Attributes:
+        problem: (M, N, K) of its contractions, concatenated along the columns.
+        bits: of an element of their operands.
+        read: bytes of their operands.
+        written: bytes of the matrices that it stores.
+    """
+
+    problem: tuple[int, int, int]
+    bits: int
+    read: int
+    written: int
+
+
+def roofline(sketch: Sketch, target: Target) -> Time:
+    """The time of a kernel that is as fast as tensor cores and memory let it be."""
+    (m, n, k), rates = sketch.problem, target.rates
+    tensor = 2 * m * n * k / (rates.tensor_of(sketch.bits) * target.multiprocessors)
+    memory = (sketch.read + sketch.written) / rates.bandwidth
+    return Time(rates.ramp, tensor, memory=overlapped(tensor, memory) - tensor)
+
+
+def total(times: Iterable[Time]) -> Time:
+    """Kernels one after the other: each part is the sum of theirs."""
+    every = [t.parts for t in times]
+    return _of_parts({part: sum(parts[part] for parts in every) for part in PARTS})
+
+
+def _of_parts(parts: dict[str, float]) -> Time:
+    launch, mainloop, feed, epilogue, memory = (parts[part] for part in PARTS)
+    return Time(launch, mainloop, feed, epilogue, memory)
 
 
 def overlapped(*parts: float) -> float:
