@@ -2,7 +2,7 @@
 
 A GEMM leaves partials of a row's statistic, one for each tile of columns. A small row-wise kernel
 folds them, and computes a value of each row. If one kernel alone reads it, and its kind can fold,
-the fold moves there, where the model says that the launch costs more:
+the fold moves there, where its price is lower than that of both:
 
     gemm0 -> t_parts;  rows1: t = rsqrt(mean t_parts + eps);  gemm2: y = acc · t
     gemm0 -> t_parts;  gemm2: f0 = mean t_parts, y = acc · rsqrt(f0 + eps)
@@ -22,6 +22,7 @@ from coda.ir.graph import Node
 from coda.ir.types import f32
 from coda.lowering.program.access import ColumnVector, OneElement, Partial
 from coda.lowering.program.body import Body
+from coda.lowering.program.cost import kernel_time
 from coda.lowering.program.epilogue import (
     Expr,
     Load,
@@ -31,31 +32,41 @@ from coda.lowering.program.epilogue import (
 )
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.memory import held_in, reads
+from coda.lowering.program.price import price_of
 from coda.lowering.program.program import Program
 
 
 def fold_in(program: Program) -> Program:
     """Move folds of partials into the kernels that read them."""
     for fold in program.kernels:
-        moved = _moved(program, fold)
-        program = program if moved is None else moved
+        found = _moved(program, fold) if _columns(program, fold) else ""
+        program = program if isinstance(found, str) else found
     return program
 
 
-def _moved(program: Program, fold: Kernel[Any]) -> Program | None:
-    """The Program without the kernel `fold`, whose reader folds; None if it stays."""
+def why_apart(program: Program, kernel: Kernel[Any]) -> str:
+    """Why a kernel that only folds partials of rows is a launch of its own; "" for any other."""
+    found = _moved(program, kernel) if _columns(program, kernel) else ""
+    return found if isinstance(found, str) else ""
+
+
+def _moved(program: Program, fold: Kernel[Any]) -> Program | str:
+    """The Program without the kernel `fold`, whose reader folds; or the reason why it stays."""
     columns = _columns(program, fold)
     readers = [k for k in program.kernels if columns.keys() & set(reads(program, k))]
-    if not columns or len(readers) != 1 or columns.keys() & _parts(program):
-        return None
+    if len(readers) != 1:
+        names = ", ".join(k.name for k in readers)
+        return f"{len(readers)} kernels read it ({names})" if names else "no kernel reads it"
     (reader,) = readers
+    if columns.keys() & _parts(program):
+        return "what it stores is a part of a larger buffer"
     replaced = _replaced(program, reader, columns)
     if replaced is None:
-        return None
+        return f"{reader.name} does not read it as a float32 number for each of its rows"
     returned = {b for _, node in program.outputs for b in held_in(program, node)}
     body = _joined(fold, reader, replaced, {b: columns[b] for b in columns if b in returned})
     if body is None:
-        return None
+        return f"an operand of {reader.name} has the name of another that it reads"
     stored = dict(zip((s.buffer for s in fold.body.epilogue.stores), fold.stored, strict=True))
     made = replace(
         reader,
@@ -64,10 +75,34 @@ def _moved(program: Program, fold: Kernel[Any]) -> Program | None:
         nodes=(*fold.nodes, *reader.nodes),
     )
     found = _without(program, fold, made, columns.keys() - returned)
-    if made.kind.folds(found, made):
-        return None
+    return _refused(program, (fold, reader), found, made) or found
+
+
+def _refused(
+    program: Program, apart: tuple[Kernel[Any], Kernel[Any]], found: Program, made: Kernel[Any]
+) -> str:
+    """Why a kernel that folds is not taken for the fold and its reader; "" if it is.
+
+    Args:
+        program: with the fold and its reader, `apart`.
+        found: with the kernel `made`, which folds and reads.
+    """
+    fold, reader = apart
+    why = made.kind.folds(found, made)
+    if why:
+        return f"{made.name} does not fold it: {why}"
     configs = made.kind.configs(found, made)
-    return found if not configs or reader.config in configs else None
+    if configs and reader.config not in configs:
+        return f"{made.name} would need another tile to fold it"
+    before, after = price_of(program, apart), price_of(found, [made])
+    if after.undercuts(before):
+        return ""
+    own = kernel_time(program, fold).seconds
+    more = after.seconds - before.seconds + own
+    return (
+        f"each tile of {made.name} would fold its rows, which takes {more * 1e6:.1f} µs where this "
+        f"kernel takes {own * 1e6:.1f}"
+    )
 
 
 def _columns(program: Program, fold: Kernel[Any]) -> dict[str, Expr]:

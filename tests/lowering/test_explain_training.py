@@ -69,11 +69,11 @@ def test_the_report():
 
 
 def test_llamas_tables_are_constant():
-    """What is explained is what a call runs: 11 kernels, none by torch, no table's gradient."""
+    """What is explained is what a call runs: 10 kernels, none by torch, no table's gradient."""
     module = runpy.run_path(str(ROOT / "llama_layer.py"))
     found = module["layer"].explain_training("sm_90a", **module["DIMS"])
     kinds = [k["kind"] for k in found.json()["backward"]["kernels"]]
-    assert len(kinds) == 11
+    assert len(kinds) == 10
     assert "torch" not in kinds
     assert found.json()["constants"] == ["cos", "sin"]
     assert "cos" not in found.json()["differentiated"]

@@ -16,7 +16,7 @@ from coda.kernels.gemm.row_folds import why_not_folded
 from coda.kernels.gemm.sketched import sketched
 from coda.kernels.gemm.split_k import scratch
 from coda.kernels.gemm.stages import cta_rows, stages
-from coda.kernels.gemm.time import fold_seconds, gemm_time
+from coda.kernels.gemm.time import gemm_time
 from coda.kernels.gemm.weights import paired_rows, weight_matrix
 from coda.kernels.protocol import LaunchRun, Run
 from coda.kernels.tensors import matrix
@@ -107,11 +107,7 @@ def _partials(program: Program, kernel: Gemm, sizes: Sizes) -> Partials:
 def _folds(program: Program, kernel: Gemm) -> str:
     if kernel.mainloop.batch:
         return "its rows are those of a batch"
-    why = why_not_folded(kernel.body.epilogue)
-    slow = not why and fold_seconds(program, kernel) >= program.target.launch
-    return (
-        "each of its tiles would fold its rows, which takes longer than a launch" if slow else why
-    )
+    return why_not_folded(kernel.body.epilogue)
 
 
 def _emit(program: Program, kernel: Gemm) -> Sequence[Source]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from coda.ir.scalars import SCALARS
 from coda.ir.types import f32
-from coda.kernels.gemm.mainloop import Gemm, tiles
+from coda.kernels.gemm.mainloop import Gemm
 from coda.kernels.gemm.row_folds import split_folds
 from coda.kernels.gemm.split_k import k_steps
 from coda.kernels.gemm.stages import ROW_OF_K, PipelineStages, cta_rows, stages
@@ -69,7 +69,8 @@ class Work:
 
 def work(program: Program, kernel: Gemm) -> Work:
     """The work of a GEMM of a program."""
-    epilogue, moved = kernel.body.epilogue, tensor_traffic(program, kernel)
+    epilogue, folds = split_folds(kernel.body.epilogue)  # what rows have is computed once a row
+    moved = tensor_traffic(program, kernel)
     functions = [SCALARS[c.fn] for c in calls(epilogue.exprs)]
     rows, columns = kernel.mainloop.points(program.sizes)
     total = moved.read_bytes + moved.write_bytes
@@ -82,7 +83,7 @@ def work(program: Program, kernel: Gemm) -> Work:
         (total - operands) / max(1, rows * columns),
         sum(f.flops for f in functions) / epilogue.lanes,
         sum(f.special for f in functions) / epilogue.lanes,
-        sum(f.bytes_of_row for f in split_folds(epilogue)[1]),
+        sum(f.bytes_of_row for f in folds),
     )
 
 
@@ -135,15 +136,6 @@ def _sharing(config: Config, tile: int, target: Target) -> float:
     rates, turns = target.rates, config.split_k - 1
     passed = f32.nbytes(tile) / rates.feed
     return rates.ramp + turns * (TURN + passed) + passed
-
-
-def fold_seconds(program: Program, kernel: Gemm) -> float:
-    """What folding the partials of its rows adds to the modelled time of a GEMM."""
-    own, config = work(program, kernel), tiles(kernel)
-    pipeline = stages(program, kernel, config)
-    times = (time_of(w, config, pipeline, program.target) for w in (own, replace(own, folded=0)))
-    folding, plain = (t.seconds for t in times)
-    return folding - plain
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,7 @@ class Kind:
         shares: (builder, body, matrices that lack some row axes, sizes that are compiled in) -> the
             reason why a kernel cannot read all of them as they are; "" if it can.
         folds: (program, kernel that folds partials of its rows) -> the reason why kernels of this
-            kind cannot, or take longer than a kernel that does; "" if it pays.
+            kind cannot; "" if they can.
         scratch: (program, kernel) -> the memory that a launch takes for itself.
         code: emission, compilation and launch; None if every backend runs the reference.
     """
