@@ -15,6 +15,7 @@ from rich.table import Table
 from coda.errors import Where
 from coda.ir.graph import Node, walk
 from coda.kernels.gemm.weights import WeightRead, weight_reads
+from coda.lowering.fold_in import why_apart
 from coda.lowering.program.baseline import baseline_seconds, kernel_baseline
 from coda.lowering.program.cost import (
     Baseline,
@@ -25,6 +26,7 @@ from coda.lowering.program.cost import (
     kernel_time,
     pointwise_fused,
     prepare_bytes,
+    prepare_time,
     scalar_flops,
     tensor_flops,
     traffic,
@@ -82,6 +84,7 @@ class Explanation:
             "launches": len(program.kernels),
             "hbm_bytes": hbm_bytes(program),
             "prepared_bytes": prepare_bytes(program),
+            "prepared_us": prepare_time(program).seconds * 1e6,
             "weights": [self._weight(r) for r in weight_reads(program)],
             "eager": vars(self.eager),
             "pointwise_fused": vars(self.pointwise),
@@ -101,7 +104,8 @@ class Explanation:
         for kernel, time in self._timed():
             if kernel.kind.whole_rows:
                 moved = traffic(self.program, kernel)
-                why = kernel.kind.explain(self.program, kernel).why
+                own = kernel.kind.explain(self.program, kernel).why
+                why = "; ".join(filter(None, (own, why_apart(self.program, kernel))))
                 yield kernel, why, moved.read_bytes + moved.write_bytes, time.seconds
 
     def _timed(self) -> Iterable[tuple[Kernel[Any], Time]]:
@@ -169,12 +173,6 @@ class Explanation:
         console.print(self.kernels())
         console.print(self._totals())
         self.print_slower(console)
-        if program.prepared:
-            moved = prepare_bytes(program) / 1e6
-            names = ", ".join(program.prepared)
-            console.print(
-                f"made of weights once for each version of them: {names} ({moved:.1f} MB)"
-            )
         self.print_weights(console)
         kept = temporary_bytes(program) / 1e6
         console.print(f"memory for what is not returned: {kept:.1f} MB at most")
@@ -197,7 +195,14 @@ class Explanation:
             console.print(f"{name} is {us:.1f} µs slower than cuBLAS and a kernel beside: {why}")
 
     def print_weights(self, console: Console) -> None:
-        """Print the weights that a GEMM reads from a copy, or in place if they share a buffer."""
+        """Print what is made of weights, and those that a GEMM reads from a copy, or in place."""
+        names = ", ".join(self.program.prepared)
+        if names:
+            moved, us = prepare_bytes(self.program) / 1e6, prepare_time(self.program).seconds * 1e6
+            console.print(
+                f"made of weights once for each version of them: {names} "
+                f"({moved:.1f} MB, {us:.1f} µs)"
+            )
         for read in weight_reads(self.program):
             what = f"{read.kernel} reads {', '.join(read.weights)} ({read.nbytes / 1e6:.1f} MB)"
             if read.why:

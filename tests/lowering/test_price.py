@@ -92,3 +92,15 @@ def test_weights_that_change_are_prepared_once_a_version_and_stay():
     expected = prepare_time(program).seconds / CALLS + HELD * held / H200.rates.bandwidth
     assert more.seconds - same.seconds == pytest.approx(expected)
     assert more.moved - same.moved == prepare_bytes(program) // CALLS + HELD * held
+
+
+def test_explain_says_what_preparing_weights_takes():
+    """W · g is read from W and g and written, at the bandwidth, in a kernel of its own."""
+    report = layer_norms.explain("H200", M=4096, D=1024, N=2048)
+    moved, us = prepare_bytes(report.program), report.json()["prepared_us"]
+    assert moved >= 2 * 2 * 1024 * 2048
+    kernels = us * 1e-6 - moved / H200.rates.bandwidth
+    count = len(report.program.prepared)
+    assert kernels == pytest.approx(count * H200.rates.ramp)
+    said = " ".join(str(report).split())
+    assert f"{', '.join(report.program.prepared)} ({moved / 1e6:.1f} MB, {us:.1f} µs)" in said

@@ -49,7 +49,8 @@ def _reason(program: Program, kernel: Rowwise) -> str:
     epilogue, folded = kernel.body.epilogue, kernel.body.folded
     tiled = [k for k in program.kernels if k.kind.tiled]
     makers = [k.name for k in tiled if set(k.sunk) & set(folded)]
-    if folded and all(isinstance(s.access, ColumnVector) for s in epilogue.stores):
+    narrow = kernel.mainloop.width == 1
+    if folded and (narrow or all(isinstance(s.access, ColumnVector) for s in epilogue.stores)):
         return f"it folds what the tiles of {', '.join(makers)} left, one number for each row"
     if folded:
         folds = ", ".join(map(at, folded))
