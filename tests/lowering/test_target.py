@@ -45,6 +45,7 @@ def page():
         tiles: dict[str, list[str]] = {}
         for c in space(find_target(arch)):
             tile = f"{c.tile_m}×{c.tile_n}{' ping-pong' if c.pingpong else ''}"
+            tile += f" split-K {c.split_k}" if c.split_k > 1 else ""
             tiles.setdefault(tile, []).append("{}×{}".format(*c.cluster))
         shown = [f"{tile} ({', '.join(clusters)})" for tile, clusters in tiles.items()]
         out.append(f"| {arch} | {'; '.join(shown)} |\n")

@@ -53,9 +53,10 @@ class GemmBinding:
         self.problem = kernel.mainloop.problem(run.sizes)
         self.batch = batches_of(run.program, kernel) if kernel.mainloop.batch else None
         self.matrices = kernel.mainloop.matrices(run.sizes)
-        found = run.loaded(kernel, lambda: load(run.program, kernel, run.directory))
-        parts = parts_of(kernel, run.sizes, found.config)
-        self.gemm = replace(found, config=replace(found.config, split_k=parts))
+        self.gemm = run.loaded(kernel, lambda: load(run.program, kernel, run.directory))
+        config, parts = self.gemm.config, parts_of(kernel, run.sizes, self.gemm.config)
+        if parts != config.split_k:
+            self.gemm = replace(self.gemm, config=replace(config, split_k=parts))
 
     def launch(self) -> None:
         """Allocate the results, bind the operands, and launch."""
