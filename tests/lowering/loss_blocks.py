@@ -56,4 +56,65 @@ def jensen_shannon(h: T["M D"], w: T["V D"], teacher: T["M D"], w_teacher: T["V 
     return coda.mean(coda.sum(0.5 * (parts[0] + parts[1])), axis=0)
 
 
-LOSSES = [focal, capped, ppo, warm_distillation, reverse_kl, jensen_shannon]
+def log_probabilities(h, w, target):
+    return -coda.cross_entropy((h @ w.T).cast(f32), target, reduction="none")
+
+
+@coda.block
+def grpo_with_kl(
+    h: T["B S D"],
+    w: T["V D"],
+    target: T["B S", i64],
+    old: T["B S", f32],
+    ref: T["B S", f32],
+    gain: T["B", f32],
+    mask: T["B S", f32],
+):
+    lp = log_probabilities(h, w, target)
+    ratio, a, d = coda.exp(lp - old), gain[:, None], ref - lp
+    clipped = coda.minimum(coda.maximum(ratio, 0.8), 1.2)
+    loss = -coda.minimum(ratio * a, clipped * a) + 0.04 * (coda.exp(d) - d - 1)
+    return coda.mean(coda.sum(loss * mask) / coda.sum(mask), axis=0)
+
+
+@coda.block
+def gspo(
+    h: T["B S D"],
+    w: T["V D"],
+    target: T["B S", i64],
+    old: T["B S", f32],
+    gain: T["B", f32],
+    mask: T["B S", f32],
+):
+    lp = log_probabilities(h, w, target)
+    s = coda.exp(coda.sum((lp - old) * mask) / coda.sum(mask))
+    clipped = coda.minimum(coda.maximum(s, 0.8), 1.2)
+    return -coda.mean(coda.minimum(s * gain, clipped * gain), axis=0)
+
+
+@coda.block
+def simpo(
+    h: T["B S D"],
+    g: T["B S D"],
+    w: T["V D"],
+    won: T["B S", i64],
+    lost: T["B S", i64],
+    m_won: T["B S", f32],
+    m_lost: T["B S", f32],
+):
+    a = coda.sum(log_probabilities(h, w, won) * m_won) / coda.sum(m_won)
+    b = coda.sum(log_probabilities(g, w, lost) * m_lost) / coda.sum(m_lost)
+    return coda.mean(coda.log(1 + coda.exp(0.5 - 2.0 * (a - b))), axis=0)
+
+
+@coda.block
+def orpo(h: T["B S D"], w: T["V D"], target: T["B S", i64], other: T["B", f32]):
+    lp = coda.mean(log_probabilities(h, w, target))
+    odds = lp - coda.log(1 - coda.exp(lp)) - other
+    return coda.mean(0.1 * coda.log(1 + coda.exp(-odds)) - lp, axis=0)
+
+
+LOSSES = [
+    *(focal, capped, ppo, warm_distillation, reverse_kl, jensen_shannon),
+    *(grpo_with_kl, gspo, simpo, orpo),
+]

@@ -9,6 +9,7 @@ gets a row-wise kernel of its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import suppress
 
 from coda.ir.dims import ONE, broadcast, product
 from coda.ir.graph import Const, Input, Node, Reduce, Size, walk
@@ -32,6 +33,8 @@ class Reach(Materialisation, ABC):
             for operand in self.read_by(node):
                 self.reach_rows(operand, draft)
             return
+        with suppress(Refused):  # an operand of [B, 1] is asked for by a node of rows [B, S]
+            draft.space.split(node)
         for operand, segment in draft.space.parts(node):
             with draft.space.inside(segment):
                 self.reach(operand, draft, whole=whole)
