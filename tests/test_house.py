@@ -243,7 +243,7 @@ def positional(node, method):
 
 
 # Their signatures are others': overrides of quack's classes, and operators with torch's schemas.
-OVERRIDES = ("kernels.gemm.ops", "kernels.gemm.ops_sm100", "kernels.gemm.quack_target")
+OVERRIDES = tuple(f"kernels.gemm.{n}" for n in ("ops", "ops_rows", "ops_sm100", "quack_target"))
 SCHEMAS = ("custom_op", "register_fake", "_op.register_fake")
 
 

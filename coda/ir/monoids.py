@@ -57,6 +57,7 @@ class Monoid:
             is (count, *planes).
         also: the monoid whose value is the first plane; "" for none.
         sink: the quack epilogue op that reduces over a tile, formatted with the buffer's name.
+        rows: the op that reduces over the rows of a tile, formatted likewise; "" for none.
         group: the op that reduces over groups of columns before the epilogue; "" for none.
         warp: how the threads of a row compute it.
         nests: whether reducing the reductions of parts of equal length gives the reduction of all.
@@ -78,6 +79,7 @@ class Monoid:
     counted: bool = False
     also: str = ""
     sink: str = ""
+    rows: str = ""
     group: str = ""
     warp: Warp = Warp(("zero",), "+", "sum_merge")
 
@@ -171,6 +173,7 @@ _ROWS = (
         sums=True,
         scan=torch.cumsum,
         sink="ColVecReduce({0!r})",
+        rows="RowVecReduce({0!r})",
         group="GroupSum({0!r})",
     ),
     Monoid(
@@ -223,6 +226,7 @@ _ROWS = (
         lambda p, n: p[0],
         held=True,
         sink="LogSumExp({0!r})",
+        rows="RowLogSumExp({0!r})",
         warp=Warp(("least_finite", "zero"), "lse_step", "lse_merge", "lse_finish"),
     ),
     Monoid(

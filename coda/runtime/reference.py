@@ -127,7 +127,7 @@ def compute_body(
         match sink:
             case SumRows(buffer=name, span=span):
                 columns = run.program.buffers[name].shape[1].size(run.sizes)
-                run.parts[name] = _sum_of_rows(point.ordered(sink, span), columns)
+                run.parts[name] = _over_rows(sink.monoid, point.ordered(sink, span), columns)
             case PickColumn(buffer=name, index=index, lanes=lanes):
                 run.buffers[name] = pick(point.columns(lanes), operands[index].reshape(-1))
             case ReduceColumns(buffer=name, lanes=lanes):
@@ -152,10 +152,12 @@ def _partials(
     return MONOIDS[sink.monoid].split(x, 1, sizes)
 
 
-def _sum_of_rows(x: Tensor, columns: int, tile: int = 128) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Sums over each tile of rows, [columns, parts]; some of x's columns may be parts."""
-    sums = [t.sum(0) for t in torch.split(x, tile)] or [x.sum(0)]
-    parts = torch.stack(sums).reshape(-1, columns).T
+def _over_rows(
+    monoid: str, x: Tensor, columns: int, tile: int = 128
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Reductions of each tile of rows, [columns, parts]; some of x's columns may be parts."""
+    found = [MONOIDS[monoid].partial(t, 0)[0] for t in torch.split(x, tile)]
+    parts = torch.cat(found).reshape(-1, columns).T
     return (parts,), torch.ones((1, parts.shape[1]), dtype=x.dtype, device=x.device)
 
 

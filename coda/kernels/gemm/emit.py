@@ -229,7 +229,7 @@ class _GemmEmitter:
 
     def in_turn(self, sink: SinkExpr) -> bool:
         """Whether a sum over rows is an op that reduces columns as they are computed."""
-        return isinstance(sink, SumRows) and self.pauses and not self.pair
+        return isinstance(sink, SumRows) and is_sum(sink) and self.pauses and not self.pair
 
     def inside(self, sink: SinkExpr, expr: Expr) -> Expr:
         """The value of a sink, masked to 0 in padding columns (of a sum over rows: rows)."""
@@ -362,9 +362,9 @@ class _GemmEmitter:
                     chosen = f'ColVecLoad("{safe(index)}_index")'
                     reduced.append(f"{name!r}: {self.make(f'Select({name!r}, {chosen})')}")
                     extra.append(self.make(chosen))
-                case SumRows():
+                case SumRows(monoid=monoid):
                     if not self.in_turn(sink):
-                        reduced.append(f"{name!r}: {self.make(f'RowVecReduce({name!r})')}")
+                        reduced.append(f"{name!r}: {self.make(MONOIDS[monoid].rows.format(name))}")
                 case ReduceColumns(monoid=monoid):
                     reduced.append(f"{name!r}: {self.make(MONOIDS[monoid].sink.format(name))}")
                 case _ as never:

@@ -15,6 +15,7 @@ OURS = {
     "ops": {"GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "Number"}
     | {"PairStore", "Select", "SplitStore"},
     "ops_folds": {"FoldedRow", "RowFold", "RowStore"},
+    "ops_rows": {"RowLogSumExp"},
     "ops_sm100": {"Pause", "RowInTurn", "SumInTurn"},
 }
 

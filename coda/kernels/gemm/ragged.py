@@ -41,9 +41,7 @@ def is_sum(sink: SinkExpr) -> bool:
 
 def needs_mask(sink: SinkExpr, expr: Expr, kinds: Mapping[str, Operand]) -> bool:
     """Whether a sink's value needs a mask in padding columns (of a sum over rows: padding rows)."""
-    if isinstance(sink, SumRows):
-        return not vanishes(expr, kinds, rows=True)
-    return is_sum(sink) and not vanishes(expr, kinds)
+    return is_sum(sink) and not vanishes(expr, kinds, rows=isinstance(sink, SumRows))
 
 
 def vanishes(expr: Expr, kinds: Mapping[str, Operand], *, rows: bool = False) -> bool:

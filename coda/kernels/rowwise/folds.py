@@ -120,7 +120,8 @@ class Folds(Statistics):
         """Whether a row needs merged partials over rows and values of single columns only."""
         read = (Line, Partial, ColumnVector, OneElement)
         few = all(isinstance(o.access, read) for o in self.epilogue.operands)
-        folded = all(s.operand in self.tall for s in self.epilogue.statistics)
+        of = self.epilogue.statistics
+        folded = all(s.operand in self.tall and MONOIDS[s.monoid].sums for s in of)
         plain = folded and not self.wide_stores() and few
         return bool(self.tall) and plain and (not self.lines or self.kernel.mainloop.rows == ONE)
 

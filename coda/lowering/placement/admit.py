@@ -86,10 +86,15 @@ class Admission(Drafts):
         return index
 
     def sums_rows(self, node: Reduce, draft: Draft) -> bool:
-        """Whether a reduction is a sum over all rows of a kernel, perhaps over column axes too."""
+        """Whether a reduction is over all rows of a kernel, perhaps over column axes too.
+
+        A GEMM has partials of any monoid with an op for rows, a row-wise kernel those of sums.
+        """
         rows, columns = product(node.arg.shape[: node.axis + node.rank + 1]), product(node.shape)
         narrow = rows == ONE or any(d != ONE for d in node.shape[: node.axis])
-        if not MONOIDS[node.fn].is_plain_sum or narrow or not draft.kind.fuses or columns == ONE:
+        row = MONOIDS[node.fn]
+        split = bool(row.rows) if draft.kind.tiled else row.is_plain_sum
+        if not split or narrow or not draft.kind.fuses or columns == ONE:
             return False
         mine, under = draft.space.rows, summand(node)
         leading = [product(under.shape[:i]) for i in range(1, under.rank)]

@@ -341,7 +341,7 @@ class _Build:
         if node in draft.over_rows:
             shape = (ONE, product(node.shape), ONE)
             self.buffers[name] = Buffer(name, "partial", shape, f32)
-            return self.partition.sink_of(draft, node, draft.sinks[node], name)
+            return self.partition.sink_of(draft, node, self.as_stored(node, draft), name)
         planes = Dim.of(len(MONOIDS[node.fn].planes))
         self.buffers[name] = Buffer(name, "partial", (rows, ONE, planes), f32)
         return self.partition.sink_of(draft, node, self.as_stored(node, draft), name)

@@ -280,7 +280,7 @@ def _sink(build: Layout, sink: Sink) -> SinkExpr:
             return PickColumn(sink.buffer, index, build.lanes(value))
         case Summed():
             if not space.whole_rows:
-                return SumRows(sink.buffer, build.lanes(value))
+                return SumRows(sink.buffer, build.lanes(value), monoid=sink.node.fn)
             return SumRows(sink.buffer, build.lanes(space.widened(value)), _span(space, value))
         case _ as never:
             assert_never(never)

@@ -260,18 +260,19 @@ class PickColumn:
 
 @dataclass(frozen=True)
 class SumRows:
-    """A sum over rows: one float32 partial per tile of rows, [N, parts].
+    """A sum over rows, or another reduction: one float32 partial per tile of rows, [N, parts].
 
     Attributes:
         buffer: the name of the partials.
-        lanes: the summed expressions, as for a store.
+        lanes: the reduced expressions, as for a store.
         span: in a row-wise kernel, the kernel's columns that it covers; None for all.
+        monoid: the reduction; in a row-wise kernel a sum.
     """
 
     buffer: str
     lanes: tuple[Expr, ...]
     span: Span | None = None
-    monoid: ClassVar[str] = PLAIN_SUM
+    monoid: str = PLAIN_SUM
 
 
 SinkExpr = ReduceColumns | PickColumn | SumRows
