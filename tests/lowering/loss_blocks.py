@@ -114,7 +114,37 @@ def orpo(h: T["B S D"], w: T["V D"], target: T["B S", i64], other: T["B", f32]):
     return coda.mean(0.1 * coda.log(1 + coda.exp(-odds)) - lp, axis=0)
 
 
+def pairs(a, b):
+    return (coda.l2_norm(a) @ coda.l2_norm(b).T).cast(f32)
+
+
+@coda.block
+def clip(a: T["N E"], b: T["N E"], scale: T["1", f32], target: T["N", i64]):
+    logits = pairs(a, b) * scale
+    own = coda.pick(logits, target)[:, 0]
+    both = coda.logsumexp(logits) + coda.logsumexp(logits, axis=0)
+    return coda.mean(0.5 * both - own, axis=0)
+
+
+@coda.block
+def info_nce(a: T["N E"], b: T["N E"], target: T["N", i64]):
+    return coda.cross_entropy(pairs(a, b) / 0.0625, target)
+
+
+@coda.block
+def siglip(a: T["N E"], b: T["N E"], scale: T["1", f32], bias: T["1", f32], target: T["N", i64]):
+    logits = pairs(a, b) * scale + bias
+    own = coda.pick(logits, target)[:, 0]
+    return coda.mean(coda.sum(coda.log(1 + coda.exp(logits))) - own, axis=0)
+
+
+@coda.block
+def over_rows(a: T["N E"], b: T["M E"]):
+    return coda.logsumexp((a @ b.T).cast(f32), axis=0)
+
+
 LOSSES = [
     *(focal, capped, ppo, warm_distillation, reverse_kl, jensen_shannon),
     *(grpo_with_kl, gspo, simpo, orpo),
+    *(clip, info_nce, siglip, over_rows),
 ]

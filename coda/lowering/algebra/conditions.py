@@ -48,10 +48,12 @@ def comes_late(r: Node, x: Node) -> bool:
     """Whether a factor becomes available only after the kernel that produces what it multiplies.
 
     A factor that is an argument is available to every kernel; it moves past the sum only if no
-    kernel produces `x`.
+    kernel produces `x`. One of which `x` is a function is known before `x`.
     """
     if depth(r) != depth(x):
         return depth(r) > depth(x)
+    if any(n is r for n in walk([x])):
+        return False
     return in_memory(x) or any(isinstance(n, Reduce) for n in walk([r]))
 
 

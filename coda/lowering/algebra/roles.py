@@ -343,6 +343,16 @@ def row_symbols(nodes: Iterable[Node]) -> frozenset[str]:
     return frozenset(rows - columns)
 
 
+def token_symbols(nodes: Iterable[Node]) -> frozenset[str]:
+    """The symbols of numbers of tokens: `row_symbols`, or where there are none, those of rows.
+
+    In a product of all pairs, [N, D] @ [D, N], N counts rows and columns.
+    """
+    nodes = list(nodes)
+    pairs = [n for n in gemms(nodes) if not over_rows(n)]
+    return row_symbols(nodes) or frozenset(symbols_of(d for n in pairs for d in n.shape[:-1]))
+
+
 def _leading_symbols(nodes: list[Node]) -> frozenset[str]:
     """The token symbols of a block without contractions."""
     tables = {base(n.table) for n in nodes if isinstance(n, Gather)}
@@ -384,7 +394,9 @@ def weight_nodes(nodes: list[Node], per_call: Collection[str] = ()) -> set[Node]
         left = {
             i for n in nodes if isinstance(n, Contract) for o in _activations(n) for i in walk([o])
         }
+        pairs = token_symbols(nodes)
         free = {n for n in walk(right) if isinstance(n, Input) and n not in left}
+        free = {n for n in free if not pairs & symbols_of(n.shape[:-1])}
     free = {n for n in free if n.name not in per_call}
     found: set[Node] = set(free)
     for node in nodes:

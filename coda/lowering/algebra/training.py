@@ -49,7 +49,7 @@ from coda.lowering.algebra.roles import (
     is_pointwise,
     is_view,
     permuted,
-    row_symbols,
+    token_symbols,
     weight_nodes,
 )
 from coda.lowering.algebra.stops import without_stops
@@ -285,15 +285,10 @@ def _choose(
             needed |= dict.fromkeys(o for o in node.operands if o in inside and o not in free)
         elif node in gradients:
             needed[node] = None
-    tokens = row_symbols(forward)
+    tokens = token_symbols(forward)
 
-    def of_rows(node: Reduce | Pick) -> bool:
-        """Whether a statistic has one number per full row; per-head statistics are recomputed."""
-        full = all(d == ONE or d.symbols & tokens for d in node.shape)
-        return full or (isinstance(node, Reduce) and _of_batch(node))
-
-    statistics = [n for n in forward if isinstance(n, Reduce | Pick)]
-    kept: set[Node] = exact | {n for n in statistics if n not in chosen and of_rows(n)}
+    statistics = [n for n in forward if isinstance(n, Reduce | Pick) and n not in chosen]
+    kept: set[Node] = exact | {n for n in statistics if _is_whole(n, tokens)}
     if memory != "min":
         kept |= {n for n in forward if isinstance(n, Contract)}
     lies = set(merged.roots)
@@ -315,6 +310,14 @@ def _choose(
 
     prices = {n: 2 * n.nbytes(sizes) for n in again & inside}
     return minimum_cut(list(needed), free, kept, cost, prices)
+
+
+def _is_whole(node: Reduce | Pick, tokens: Set[str]) -> bool:
+    """Whether a statistic is of a full row, or of all rows; those of heads are recomputed."""
+    full = all(d == ONE or d.symbols & tokens for d in node.shape)
+    if full or isinstance(node, Pick):
+        return full
+    return bool(node.arg.shape[node.axis].symbols & tokens) or _of_batch(node)
 
 
 def _of_batch(node: Reduce) -> bool:
