@@ -51,11 +51,14 @@ def baselines(block, sizes):
 
 
 def check(name, found):
-    """The block's baseline is as frozen; training's, whatever is saved, moves no more bytes."""
+    """The block's baseline is as frozen; training's moves no more bytes.
+
+    But for statistics that the forward saves instead of a pass in the backward: 0.1 % of all.
+    """
     frozen = FROZEN[name]
     assert found["block"] == frozen["block"], name
     moved, known = ({p: one[p][1] for p in ("forward", "backward")} for one in (found, frozen))
-    assert sum(moved.values()) <= sum(known.values()), (name, moved, known)
+    assert sum(moved.values()) <= 1.001 * sum(known.values()), (name, moved, known)
 
 
 def test_the_baselines_of_the_examples_stay():
