@@ -143,8 +143,20 @@ def over_rows(a: T["N E"], b: T["M E"]):
     return coda.logsumexp((a @ b.T).cast(f32), axis=0)
 
 
+@coda.block
+def given_logits(logits: T["M V"], target: T["M", i64]):
+    return coda.cross_entropy(logits.cast(f32), target, reduction="none")
+
+
+@coda.block
+def own_probability(h: T["M D"], w: T["V D"], target: T["M", i64]):
+    p = coda.softmax((h @ w.T).cast(f32))
+    return coda.mean(1 - coda.pick(p, target)[:, 0], axis=0)
+
+
 LOSSES = [
     *(focal, capped, ppo, warm_distillation, reverse_kl, jensen_shannon),
     *(grpo_with_kl, gspo, simpo, orpo),
+    *(given_logits, own_probability),
     *(clip, info_nce, siglip, over_rows),
 ]

@@ -1,11 +1,13 @@
 """Graph -> graph with picks of columns and slices of rows moved towards the inputs.
 
     pick(f(x, r), i) = f(pick(x, i), r)     f a sum or a multiple, r constant along each row
+    pick(x, i) = Σ_k x where i is k         if no GEMM has the elements of x in its epilogue
     (x wᵀ)[rows]     = x[rows] wᵀ           if no operation reads other rows
 
 A picked column of a log softmax is one logit minus the logsumexp: no kernel writes the other
 columns. Logits of tokens that are not read are not computed. A pick does not move past other
-functions: their derivative would read their operand once more, for the picked column.
+functions: their derivative would read their operand once more, for the picked column. The sum is
+divided by 1, or for an index that is no column by 0: 0 / 0 is the NaN of such a pick.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from coda.ir.graph import (
     Const,
     Contract,
     Graph,
+    Iota,
     Map,
     Node,
     Pick,
+    Reduce,
+    Reshape,
     Size,
     Slice,
     transform,
@@ -28,6 +33,8 @@ from coda.ir.graph import (
 )
 from coda.ir.node import origin
 from coda.ir.scalars import SCALARS
+from coda.ir.types import i32
+from coda.lowering.algebra.conditions import depth
 
 
 def push_down(graph: Graph) -> Graph:
@@ -53,11 +60,39 @@ def _picked(arg: Node, pick: Pick) -> Node:
     while (under := _under(arg)) is not None:
         way.append((arg, under))
         arg = under
-    column: Node = Pick(arg, pick.index)
+    column: Node = Pick(arg, pick.index) if _in_epilogue(arg) else _by_sum(arg, pick.index)
     for node, under in reversed(way):
         with origin(node.where):
             column = node.with_operands(column if o is under else o for o in node.operands)
     return column
+
+
+def _in_epilogue(node: Node) -> bool:
+    """Whether a GEMM's epilogue may have all elements of a node: what it reads is known before.
+
+    A norm's statistic of the GEMM's operand is; a logsumexp of the GEMM's result is not.
+    """
+    stack, seen = [node], set[Node]()
+    while stack:
+        one = stack.pop()
+        if one not in seen:
+            seen.add(one)
+            stack.extend(() if isinstance(one, Contract) else one.operands)
+    last = max((depth(n) for n in seen if isinstance(n, Contract)), default=0)
+    return all(depth(n) < last for n in seen if isinstance(n, Reduce)) and last > 0
+
+
+def _by_sum(x: Node, index: Node) -> Node:
+    """The column of each row at an index, as a sum over the row; NaN (ints: 0) for no column."""
+    column = Reshape(index, (*index.shape, ONE))
+    chosen = Map("eq", (column, Iota(x.shape[-1], i32)))
+    total = Reduce("sum", Map("where", (chosen, x, Const(0.0, x.dtype))), -1)
+    if x.dtype.kind != "float":
+        return total
+    one, none = Const(1.0, x.dtype), Const(0.0, x.dtype)
+    below = Map("where", (Map("lt", (column, Size(x.shape[-1], index.dtype))), one, none))
+    inside = Map("where", (Map("lt", (column, Const(0.0, index.dtype))), none, below))
+    return Map("div", (total, inside))
 
 
 def _under(node: Node) -> Node | None:
