@@ -27,6 +27,7 @@ from coda.ir.types import DType
 from coda.lowering.compiler import check_dims
 from coda.measure import load_inputs, random_inputs
 from coda.runtime import cache
+from coda.runtime.call import choose_target
 from coda.sim.host.kept import refusal
 
 P = ParamSpec("P")
@@ -304,3 +305,35 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file. Raises CodaError if that fails."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise CodaError(
+            "the page cannot be written", found=f"{path}: {e.strerror}", help="another path"
+        ) from e
+
+
+def explained_model(
+    target: str, sizes: dict[str, int], arch: str, dtype: DType, *, training: bool
+) -> Any:
+    """The graph breaks of a model, its blocks, and the ops outside of them."""
+    unknown = sizes.keys() - {"B", "S"}
+    if unknown:
+        raise CodaError(
+            f"a model has no dim `{unknown.pop()}`", found=target, help="--dims B=1,S=2048"
+        )
+    from coda.integrations.model_report import explain_model
+
+    with contextlib.redirect_stdout(sys.stderr):
+        return explain_model(
+            target,
+            sizes.get("B", 1),
+            sizes.get("S", 2048),
+            dtype.torch,
+            training=training,
+            arch=choose_target(arch).arch if arch else "",
+        )

@@ -5,7 +5,6 @@ Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -30,6 +29,7 @@ from coda.border import (
     check_seed,
     check_training,
     discard_output,
+    explained_model,
     load_block,
     names_model,
     names_of,
@@ -37,11 +37,12 @@ from coda.border import (
     plain,
     reported,
     traced,
+    write_text,
 )
 from coda.check import check_gradients, check_kernels
 from coda.doctor import examine
 from coda.errors import CodaError, InternalError
-from coda.ir.types import DType, dtype_of
+from coda.ir.types import dtype_of
 from coda.lowering.algebra.policy import DEFAULT_POLICY, MemoryPolicy
 from coda.lowering.compiler import request, run_stage
 from coda.lowering.explain_stages import pass_facts, passes_table, record_stages, training_graphs
@@ -54,6 +55,7 @@ from coda.options import (
     BlockOrModel,
     Dims,
     Frozen,
+    Html,
     Inputs,
     Json,
     Memory,
@@ -122,6 +124,7 @@ def explain(
     wanted: Wanted = "",
     as_json: Json = False,
     text: Annotated[bool, typer.Option("--text", help="print the Program's text")] = False,
+    html: Html = "",
     passes: Annotated[bool, typer.Option("--passes", help="list the stages")] = False,
     stop_after: Annotated[str, typer.Option(help="print the result of a stage such as laws")] = "",
 ) -> None:
@@ -133,7 +136,8 @@ def explain(
     --dims B=1,S=2048.
     """
     if names_model(target):
-        _explain_model(target, parse_dims(dims), arch, dtype_of(dtype), backward, as_json)
+        found = explained_model(target, parse_dims(dims), arch, dtype_of(dtype), training=backward)
+        _show(found, html, as_json=as_json)
         return
     block, element, sizes = _block(target, dtype), dtype_of(dtype), parse_dims(dims)
     check_training(memory, wanted, backward=backward, frozen=frozen)
@@ -158,10 +162,18 @@ def explain(
     else:
         found = block.explain(arch or None, element, frozen=frozen, **sizes)
         programs = [found.program]
+    if text:
+        print("\n".join(str(p) for p in programs), end="")
+    else:
+        _show(found, html, as_json=as_json)
+
+
+def _show(found: Any, html: str, *, as_json: bool) -> None:
+    """Print a report, or write its page to a file. Raises CodaError if that cannot be written."""
     if as_json:
         _print_json(found.json())
-    elif text:
-        print("\n".join(str(p) for p in programs), end="")
+    elif html:
+        write_text(html, found.html())
     else:
         found.print(_Output())
 
@@ -187,32 +199,6 @@ def stage(
     policy = MemoryPolicy(chunked=chunked)
     asked = request(graph, parse_dims(dims), choose_target(arch), frozen=False, policy=policy)
     print(show_value(run_stage(name, asked)), end="")
-
-
-def _explain_model(
-    target: str, sizes: dict[str, int], arch: str, dtype: DType, training: bool, as_json: bool
-) -> None:
-    """Print the graph breaks of a model, its blocks, and the ops outside of them."""
-    unknown = sizes.keys() - {"B", "S"}
-    if unknown:
-        raise CodaError(
-            f"a model has no dim `{unknown.pop()}`", found=target, help="--dims B=1,S=2048"
-        )
-    from coda.integrations.model_report import explain_model
-
-    with contextlib.redirect_stdout(sys.stderr):
-        found = explain_model(
-            target,
-            sizes.get("B", 1),
-            sizes.get("S", 2048),
-            dtype.torch,
-            training=training,
-            arch=choose_target(arch).arch if arch else "",
-        )
-    if as_json:
-        _print_json(found.json())
-    else:
-        found.print(_Output())
 
 
 @app.command()

@@ -19,6 +19,7 @@ BlockOrModel = Annotated[
 Dims = Annotated[str, typer.Option(help="sizes, as in M=8192,D=4096")]
 Arch = Annotated[str, typer.Option(help=f"{ONE_OF_ARCHS}, or a GPU's name")]
 Type = Annotated[str, typer.Option(help="element type of arguments declared without one")]
+Html = Annotated[str, typer.Option("--html", help="write one page of HTML to this file")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Backward = Annotated[bool, typer.Option("--backward", help="of training: forward and backward")]
 Memory = Annotated[str, typer.Option(help="what training saves: min, balanced or speed")]

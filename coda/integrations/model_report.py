@@ -71,6 +71,15 @@ class ModelExplanation:
             "whole": whole,
         }
 
+    def html(self) -> str:
+        """The report as a page of HTML that needs no network; `coda explain --html FILE` writes it.
+
+        Equal layers are folded: each distinct block is shown once, with the number of its calls.
+        """
+        from coda.integrations.model_page import model_page
+
+        return model_page(self)
+
     def print(self, console: Console) -> None:
         """Print the tables.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -158,6 +158,17 @@ class Explanation:
             found["stores"] = [f"{s.buffer} {s.dtype}" for s in epilogue.stores]
             found["sinks"] = [f"{s.buffer} {s.monoid}" for s in epilogue.sinks]
         return found
+
+    def html(self, measured: Mapping[str, float] | None = None) -> str:
+        """The report as a page of HTML that needs no network; `coda explain --html FILE` writes it.
+
+        Args:
+            measured: seconds of kernels that were timed, by name; the others are modelled, and the
+                page says which is which.
+        """
+        from coda.lowering.page import block_page
+
+        return block_page(self, measured or {})
 
     def __str__(self) -> str:
         out = io.StringIO()

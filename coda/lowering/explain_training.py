@@ -7,7 +7,7 @@ it, reads; full checkpointing saves the arguments alone.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -144,6 +144,16 @@ class TrainingExplanation:
             "saved_bytes": self.saved_bytes,
             "saved_bytes_per_token": {k: n / self.tokens for k, n in self.saved_bytes.items()},
         }
+
+    def html(self, measured: Mapping[str, float] | None = None) -> str:
+        """The report as a page of HTML, as `Explanation.html`.
+
+        Args:
+            measured: seconds of kernels that were timed, by `forward gemm0` or `backward gemm0`.
+        """
+        from coda.lowering.page import training_page
+
+        return training_page(self, measured or {})
 
     def __str__(self) -> str:
         out = io.StringIO()
