@@ -24,9 +24,9 @@ from torch.fx import Node as FxNode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from coda.block import Block
-from coda.errors import CallError, CodaError, Reason, UnsupportedError
+from coda.errors import CodaError, Reason, UnsupportedError
 from coda.frontend.torch_import.importer import Imported, import_nodes, value_of
-from coda.integrations.names import BY_NAME, is_named, left_by_name, patterns_of, region_name
+from coda.integrations.names import BY_NAME, is_named, leave_option, left_by_name, region_name
 from coda.integrations.rebuild import Rebuild
 from coda.integrations.regions import (
     RegionCut,
@@ -46,6 +46,7 @@ from coda.runtime import settings
 from coda.runtime.bind import bind_sizes, size_hint
 from coda.runtime.call import choose_backend, gpu_target
 from coda.runtime.in_torch import DISABLED, disabled
+from coda.runtime.progress import progress
 
 aten = torch.ops.aten
 _blocks: WeakValueDictionary[Graph, Block] = WeakValueDictionary()
@@ -72,27 +73,15 @@ def backend(
     Raises:
         CallError: for another option, or patterns that are no list of names.
     """
-    return _taken(gm, example_inputs, _rest, _leave(options or {}))
+    return _taken(gm, example_inputs, _rest, leave_option(options or {}))
 
 
 def look(
     gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
     """As `backend`, for its report only: the graph is returned unchanged, for torch to run."""
-    _taken(gm, example_inputs, lambda piece, _: piece.forward, _leave(options or {}))
+    _taken(gm, example_inputs, lambda piece, _: piece.forward, leave_option(options or {}))
     return gm.forward
-
-
-def _leave(options: Mapping[str, Any]) -> Leave:
-    """The option `leave`. Raises CallError."""
-    unknown = options.keys() - {"leave"}
-    if unknown:
-        raise CallError(
-            "backend coda has one option, `leave`",
-            found=", ".join(sorted(unknown)),
-            help='torch.compile(model, backend="coda", options={"leave": ["layers.0.*"]})',
-        )
-    return patterns_of(options.get("leave", ()), "leave")
 
 
 def _taken(
@@ -276,13 +265,14 @@ def _split(
     )
     regions: list[_Region] = []
     names: Counter[str] = Counter()
-    for whole in found.regions:
-        name = region_name(whole, names)
-        region, why = (None, BY_NAME) if is_named(name, leave) else _chosen(whole)
-        if region is not None:
-            region.report.name = name
-        regions += [] if region is None else [region]
-        found.left |= dict.fromkeys(whole, why) if why else {}
+    with progress("regions of the model", len(found.regions)) as step:
+        for whole in found.regions:
+            step(name := region_name(whole, names))
+            region, why = (None, BY_NAME) if is_named(name, leave) else _chosen(whole)
+            if region is not None:
+                region.report.name = name
+                regions.append(region)
+            found.left |= dict.fromkeys(whole, why) if why else {}
     mine = {n for region in regions for n in region.nodes}
     report.rest = left_operators({n: why for n, why in found.left.items() if n not in mine})
     report.regions = [r.report for r in regions]

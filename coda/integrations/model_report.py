@@ -28,6 +28,7 @@ from coda.integrations.dynamo import look
 from coda.integrations.patch import call_quietly
 from coda.integrations.report import CompileReport, RegionReport, forget_report, last_report
 from coda.runtime import settings
+from coda.runtime.progress import progress
 
 HELP = "package.module:function, or a directory or file of a transformers configuration"
 
@@ -130,7 +131,8 @@ def explain_model(
             arguments = _arguments(model, batch, length) if given is None else given
             arguments = pytree.tree_map_only(Tensor, lambda t: _on_meta(t, dtype), arguments)
         call = torch.compile(model, backend=look)
-        with torch.set_grad_enabled(training), foreign(f"{target} does not run", HELP):
+        reading = progress("reading the model")
+        with torch.set_grad_enabled(training), foreign(f"{target} does not run", HELP), reading:
             call_quietly(call, model, arguments)
         return ModelExplanation(target, last_report(), dict(counters["graph_break"]))
 

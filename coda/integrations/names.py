@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch.fx import Graph as FxGraph
@@ -33,6 +33,18 @@ def patterns_of(given: object, option: str) -> tuple[str, ...]:
             help=f"{option}=['layers.0.*']",
         )
     return tuple(map(str, named))
+
+
+def leave_option(options: Mapping[str, object]) -> tuple[str, ...]:
+    """The option `leave` of backend coda. Raises CallError, also for other options."""
+    unknown = options.keys() - {"leave"}
+    if unknown:
+        raise CallError(
+            "backend coda has one option, `leave`",
+            found=", ".join(sorted(unknown)),
+            help='torch.compile(model, backend="coda", options={"leave": ["layers.0.*"]})',
+        )
+    return patterns_of(options.get("leave", ()), "leave")
 
 
 def module_of(node: FxNode) -> str:

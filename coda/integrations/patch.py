@@ -32,6 +32,7 @@ from coda.integrations.opaque_state import holding
 from coda.integrations.report import LeftToTorch, last_report, left_table, merged
 from coda.integrations.weights import share_alike
 from coda.runtime.in_torch import DISABLED, disabled
+from coda.runtime.progress import progress
 
 _calls: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 
@@ -323,7 +324,7 @@ def _check(
     before = len(last_report().graphs)
     try:
         layer.eval()
-        with torch.no_grad():
+        with torch.no_grad(), progress(f"checking {name}"):
             args, kwargs = _copied(inputs)
             plain = _tensors(layer._call_impl(*args, **kwargs))
             args, kwargs = _copied(inputs)

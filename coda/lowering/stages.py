@@ -9,6 +9,7 @@ chosen one is shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -252,6 +253,14 @@ class Trial:
                 raise InternalError(f"after `{step.law.name}`: no measure of the graph fell")
 
 
+def _no_step(_: str) -> None:
+    """Nobody watches."""
+
+
+def _unwatched(_: str) -> AbstractContextManager[Callable[[str], None]]:
+    return nullcontext(_no_step)
+
+
 @dataclass
 class Stages:
     """Options and record of the lowering of one block.
@@ -261,6 +270,8 @@ class Stages:
             and after every stage, and after every law.
         show: names of the stages whose results are shown.
         tell: called with the text to show.
+        watch: shows that a lowering goes on: "lowering NAME" -> a context, which gives a function
+            to call with the name of each step.
         trials: the lowerings so far.
         kept: the lowering whose Program was chosen.
     """
@@ -268,16 +279,21 @@ class Stages:
     check: int = 1
     show: Iterable[str] = ()
     tell: Callable[[str], object] = print
+    watch: Callable[[str], AbstractContextManager[Callable[[str], None]]] = _unwatched
     trials: list[Trial] = field(default_factory=list[Trial])
     kept: Trial | None = None
+    _watched: ExitStack = field(default_factory=ExitStack)
+    _step: Callable[[str], None] = _no_step
 
     def begin(self, graph: Graph) -> None:
         """Check the block. Raises InternalError if it is not well formed."""
+        self._step = self._watched.enter_context(self.watch(f"lowering {graph.name}"))
         if self.check:
             verify(graph, "trace")
 
     def trial(self) -> Trial:
         """Begin the record of another lowering."""
+        self._step(f"choice {len(self.trials) + 1}" if self.trials else "laws and placement")
         self.trials.append(Trial(self.check))
         return self.trials[-1]
 
@@ -294,6 +310,7 @@ class Stages:
 
     def __exit__(self, *error: object) -> None:
         """Show the stages of `show`: of the chosen lowering, or of the one that failed."""
+        self._watched.close()
         shown = self.kept or (self.trials[-1] if self.trials else None)
         for ran in shown.ran if shown else ():
             if ran.stage.name in self.show:

@@ -6,14 +6,11 @@ It gets the block as text, lowers it again, and compiles one kernel on uninitial
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from coda.ir.text import parse, show
@@ -24,6 +21,7 @@ from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
 from coda.lowering.program.text import show_config
 from coda.runtime.cache import kernel_directory, prune
+from coda.runtime.progress import progress
 from coda.runtime.sass import Usage, usage
 from coda.runtime.settings import given
 from coda.runtime.workers import run_all
@@ -184,13 +182,13 @@ class captured:
 
 
 def show_progress(found: Iterable[Compiled], total: int) -> list[Compiled]:
-    """Collect compiled kernels, with a progress bar on a terminal."""
+    """Collect compiled kernels, and show progress."""
     done: list[Compiled] = []
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("compiling", total=total)
+    with progress("compiling kernels", total) as step:
+        step("in parallel")
         for one in found:
             done.append(one)
-            progress.update(task, advance=1, description=f"compiled {one.kernel}")
+            step(f"{one.kernel} is done")
     return done
 
 

@@ -89,10 +89,18 @@ CHECK = EnvironmentVariable(
 )
 SHOW = EnvironmentVariable("CODA_SHOW", "stages of lowering to print on stderr, as in `laws,place`")
 
-VARIABLES = (BACKEND, ARCH, CACHE_DIR, CACHE, FALLBACK, DISABLE, CHECK, SHOW)
+PROGRESS = EnvironmentVariable(
+    "CODA_PROGRESS",
+    "progress of what takes more than two seconds, on stderr; by default on a terminal alone",
+    ("", "0", "1"),
+)
+
+VARIABLES = (BACKEND, ARCH, CACHE_DIR, CACHE, FALLBACK, DISABLE, CHECK, SHOW, PROGRESS)
 
 
 def stages() -> Stages:
     """How a lowering is checked and shown, as the variables say. Raises CodaError."""
+    from coda.runtime.progress import progress
+
     tell = partial(print, file=sys.stderr)
-    return Stages(int(CHECK.get()), stage_names(SHOW.get(), SHOW.name), tell)
+    return Stages(int(CHECK.get()), stage_names(SHOW.get(), SHOW.name), tell, progress)
