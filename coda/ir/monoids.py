@@ -15,7 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coda.ir.scalars import Term
+
 Parts = tuple[Tensor, ...]
+_MOST = 3.4028234663852886e38  # the largest finite float32
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,27 @@ class Warp:
     step: str
     merge: str
     finish: str = ""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a fold of values x in registers is computed in two passes: a value near all, then terms.
+
+    Attributes:
+        near: the monoid of t, the value near all of them.
+        term: (x, t) -> the term of a value.
+        total: the monoid of the terms.
+        value: (t, total of the terms) -> the fold's value.
+        bound: what is applied to t first; None for nothing.
+        share: (term, total) -> term(x, value), if it follows from them; None if it does not.
+    """
+
+    near: str
+    term: Callable[[Term, Term], Term]
+    total: str
+    value: Callable[[Term, Term], Term]
+    bound: Callable[[Term], Term] | None = None
+    share: Callable[[Term, Term], Term] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +84,7 @@ class Monoid:
         rows: the op that reduces over the rows of a tile, formatted likewise; "" for none.
         group: the op that reduces over groups of columns before the epilogue; "" for none.
         warp: how the threads of a row compute it.
+        passes: how they compute it in two passes; None if one does as well.
         nests: whether reducing the reductions of parts of equal length gives the reduction of all.
         scan: values along `dim` -> their inclusive scan; None if there is no such operation.
     """
@@ -82,6 +107,7 @@ class Monoid:
     rows: str = ""
     group: str = ""
     warp: Warp = Warp(("zero",), "+", "sum_merge")
+    passes: Passes | None = None
 
     @property
     def is_plain_sum(self) -> bool:
@@ -228,6 +254,14 @@ _ROWS = (
         sink="LogSumExp({0!r})",
         rows="RowLogSumExp({0!r})",
         warp=Warp(("least_finite", "zero"), "lse_step", "lse_merge", "lse_finish"),
+        passes=Passes(
+            "max",
+            lambda x, t: (x - t).to("exp"),
+            "sum",
+            lambda t, total: t + total.to("log"),
+            bound=lambda t: t.to("clamp", -_MOST, _MOST),
+            share=lambda term, total: term * total.to("recip"),
+        ),
     ),
     Monoid(
         "variance",
@@ -240,6 +274,7 @@ _ROWS = (
         also="mean",
         sink="Moments({0!r})",
         warp=Warp(("zero", "zero", "zero"), "moments_step", "moments_merge"),
+        passes=Passes("mean", lambda x, t: (x - t).to("square"), "mean", lambda t, total: total),
     ),
 )
 

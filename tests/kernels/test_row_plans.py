@@ -7,6 +7,7 @@ beside stores, and sums over rows. The simulator's counts show how often a row i
 
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from coda.frontend.tensor import Tensor
 from coda.ir.graph import Reduce
 from coda.ir.monoids import MONOIDS
 from coda.kernels.rowwise.kind import ROWWISE
+from coda.kernels.rowwise.passes import in_passes
 from coda.kernels.rowwise.plan import plan
+from coda.runtime.reference import run_reference
 from coda.runtime.simulate import device
 from tests.kernels.edges import differ, rows_of_edges, run
 from tests.kernels.test_kernels import ARCHS
@@ -199,6 +202,95 @@ def test_sums_over_rows_of_heads(count, size, arch):
     g = torch.Generator().manual_seed(0)
     y, w = (torch.randn(*s, generator=g).bfloat16() for s in ((67, count * size), (size,)))
     hold_sums(heads, (y, w), arch)
+
+
+@coda.block
+def normalised(y: T["M N"]):
+    """A statistic whose terms are stored."""
+    z = y.cast(coda.f32)
+    return {"soft": coda.softmax(y), "lse": coda.logsumexp(z), "top": coda.max(z)}
+
+
+@coda.block
+def centred(y: T["M N"]):
+    """The same of a variance, about a mean that is stored too."""
+    z = y.cast(coda.f32)
+    away = z - coda.mean(z, keepdims=True)
+    spread = coda.mean(away * away)
+    unit = away * coda.rsqrt(coda.mean(away * away, keepdims=True) + 1e-5)
+    return {"unit": unit, "mean": coda.mean(z), "variance": spread}
+
+
+@coda.block
+def wide_range(y: T["M N", coda.f32]):
+    """Float32, of which a plain sum is not exact; terms that no store reads."""
+    z = y - coda.mean(y, keepdims=True)
+    log = y - coda.logsumexp(y, keepdims=True)
+    return {"unit": z * coda.rsqrt(coda.mean(z * z, keepdims=True) + 1e-5), "log": log}
+
+
+def passed(block, columns):
+    """A block's Program, and the same with its statistics in two passes."""
+    program = block.lower("sm_90a", {"M": 5, "N": columns})
+    (kernel,) = [k for k in program.kernels if k.kind is ROWWISE]
+    epilogue = in_passes(kernel.body.epilogue, columns)
+    other = replace(kernel, body=replace(kernel.body, epilogue=epilogue))
+    kernels = tuple(other if k is kernel else k for k in program.kernels)
+    return program, replace(program, kernels=kernels)
+
+
+@pytest.mark.parametrize("block", [normalised, centred])
+def test_statistics_in_two_passes_are_the_same(block):
+    y = torch.randn(5, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    one, two = passed(block, 96)
+    monoids = {s.monoid for k in two.kernels for s in k.body.epilogue.statistics}
+    assert not monoids & {m.name for m in MONOIDS.values() if m.passes}
+    found, expected = (run_reference(p, (y.double(),), exact=True) for p in (two, one))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_two_passes_only_where_they_save_something_and_lose_nothing():
+    for block in (wide_range, statistics):
+        one, two = passed(block, 96)
+        assert one.kernels[0].body.epilogue == two.kernels[0].body.epilogue
+    for block, columns, twice in (
+        (normalised, 4096, True),
+        (normalised, 12288, True),
+        (normalised, 65536, False),  # 128 terms of each of 512 threads
+        (normalised, 131072, False),  # read again
+    ):
+        (found,) = plans(block, {"M": 8, "N": columns})
+        assert found.passes is twice
+
+
+def hold_passes(y, arch):
+    """Hold results against float64: torch's softmax, and all but what leaves float32 (1e38²)."""
+    size = y.float().nan_to_num(0.0, 0.0, 0.0).abs().amax(1)
+    finite, far = y.isfinite().all(1), size > 1e15
+    for block in (normalised, centred):
+        found, reference, exact = run(block, (y,), arch)
+        for name, value in found.items():
+            expected, slack = exact[name].float(), exact[name].float().abs() * 1e-5
+            if name == "soft":
+                expected = reference[name].float()
+                expected[finite] = y[finite].double().softmax(1).float()
+                slack = expected.abs() * 2**-8 + 2e-38  # powers flush what is not normal
+            elif name in ("unit", "variance"):
+                expected[far] = reference[name][far]
+                slack = expected.abs() * 1e-4 + (1e-5 if name == "unit" else 0)
+            else:
+                slack = slack + size * 2**-22
+            wrong = differ(value.float(), expected, slack.nan_to_num(0.0))
+            assert not wrong.any(), (name, wrong.nonzero()[:4], value[wrong], expected[wrong])
+
+
+@SLOW
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("columns", [43, 776, 12296])
+def test_two_passes_at_hostile_values(columns, arch):
+    y = rows_of_edges(columns, torch.Generator().manual_seed(0)).bfloat16()
+    hold_passes(y, arch)
 
 
 ROOT = Path(__file__).parents[2]

@@ -48,6 +48,8 @@ MOST_HELD = 64  # registers for a row that stays in them
 SUMMED = 56  # registers of 512 threads for sums over rows, and for a row held beside them
 SUMMED_BY_FEWER = 160  # the same of 256 threads and less, which may have twice as many
 AT_ONCE = 32  # registers, and elements, of the vectors that are loaded before they are used
+KEPT = 96  # terms of a thread that stay in registers between two passes
+KEPT_BY_MOST = 64  # the same of 512 threads, which have half as many registers
 _MOST_THREADS = 512
 _STREAMING = 1024  # threads of a row that is read again
 _SINGLE = 256  # threads of a row that is read once, at most
@@ -63,6 +65,8 @@ class RowPlan:
         block: rows that a CTA has in all; more than `rows` if it sums over rows.
         depth: vectors of each operand that a thread loads before it uses them.
         held: whether a row is loaded into registers, for all of its sweeps.
+        passes: whether statistics of a held row are computed in two passes, with terms that the
+            store reads kept in registers.
         summed: whether sums over rows are kept in registers, while a CTA walks through its rows.
         sweeps: how often the tiles are read from memory, or from a cache.
     """
@@ -74,6 +78,7 @@ class RowPlan:
     held: bool
     summed: bool
     sweeps: int
+    passes: bool = False
 
     @property
     def warps(self) -> int:
@@ -116,7 +121,20 @@ def plan_of(body: Body, pieces: tuple[Piece, ...], *, padded: bool = False) -> R
         threads = min(threads, _SINGLE) if sweeps == 1 else _STREAMING
     rows = WARPS if threads == LANES else 1
     depth = at_once(epilogue, max(lengths), held=held)
-    return RowPlan(threads, rows, rows, depth, held, False, 1 if held else sweeps)
+    passes = held and kept_terms(epilogue, pieces, lengths, threads) <= (
+        KEPT if threads < _MOST_THREADS else KEPT_BY_MOST
+    )
+    return RowPlan(threads, rows, rows, depth, held, False, 1 if held else sweeps, passes)
+
+
+def kept_terms(
+    epilogue: Epilogue, pieces: tuple[Piece, ...], lengths: tuple[int, ...], threads: int
+) -> int:
+    """The terms of a thread, of statistics that can be computed in two passes over a row."""
+    each = [v * -(-p.count // (v * threads)) for p, v in zip(pieces, lengths, strict=True)]
+    return sum(each) * len(
+        {(s.monoid, s.expr) for s in epilogue.statistics if MONOIDS[s.monoid].passes}
+    )
 
 
 def _tall(

@@ -29,6 +29,7 @@ from coda.ir.monoids import MONOIDS
 from coda.kernels.lines import NUMBER, Lines, safe
 from coda.kernels.rowwise.mainloop import Rowwise
 from coda.kernels.rowwise.other_rows import OtherRows
+from coda.kernels.rowwise.passes import in_passes
 from coda.kernels.rowwise.pieces import (
     COLUMN,
     Piece,
@@ -127,6 +128,8 @@ class Sweeps(OtherRows):
         )
         self.lengths = vector_lengths(self.epilogue, self.pieces, padded=padded)
         self.plan = plan_of(kernel.body, self.pieces, padded=padded)
+        if self.plan.passes:
+            self.epilogue = in_passes(self.epilogue, kernel.mainloop.width)
         self.vec = self.lengths[0]
         self.groups = {s.name: s for s in self.epilogue.statistics if s.group}
         folds = [s for s in self.epilogue.statistics if s.operand]
