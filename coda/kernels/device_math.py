@@ -153,6 +153,8 @@ def absolute(a: Any) -> Any:
 
 def exp(a: Any) -> Any:
     """e^a."""
+    if isinstance(a, F2):  # one product for both
+        return exp2(a * math.log2(math.e))
     return lanes(lambda x: cute.math.exp(x, fastmath=True), a)
 
 

@@ -75,9 +75,15 @@ def hold_elements(block, a, b, arch, *more, steps=False):
             assert not wrong.any(), (name, [tuple(map(float, v)) for v in shown][:8])
 
 
-@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=SLOW)])
-def test_every_function_of_rows(arch):
-    hold_elements(functions(NAMES)[0], *pairs(), arch)
+BY_VECTORS = pytest.param(48, "sm_100a", marks=SLOW)  # two elements at once
+
+
+@pytest.mark.parametrize(
+    ("columns", "arch"),
+    [(43, "sm_90a"), pytest.param(43, "sm_100a", marks=SLOW), BY_VECTORS],
+)
+def test_every_function_of_rows(columns, arch):
+    hold_elements(functions(NAMES)[0], *pairs(columns), arch)
 
 
 @SLOW
@@ -118,9 +124,9 @@ def derivatives(a: T["M N", coda.f32], b: T["M N", coda.f32]):
 
 
 @SLOW
-@pytest.mark.parametrize("arch", ARCHS)
-def test_every_derivative(arch):
-    a, b = pairs()
+@pytest.mark.parametrize(("columns", "arch"), [*((43, arch) for arch in ARCHS), BY_VECTORS])
+def test_every_derivative(columns, arch):
+    a, b = pairs(columns)
     hold_elements(derivatives, a, b, arch, steps=True)
 
 

@@ -21,6 +21,7 @@ SAID = (
     "cta_pairs",
     "tensor_memory",
     "launch_control",
+    "packed_arithmetic",
     "sources",
 )  # no figures
 

@@ -180,15 +180,14 @@ class _RowwiseEmitter(Folds):
         if self.epilogue.apart(store):
             work.rooms += [f"{name}_{i}{tag} = vector({self.vec})" for i in "ab"]
             pairs = zip("ab", values, strict=True)
-            work.inner += [f"{name}_{i}{tag}[j] = {v}" for i, v in pairs]
+            work.inner += [self.assign(f"{name}_{i}{tag}", v) for i, v in pairs]
             for lane, i in enumerate("ab"):
                 where = self.apart(at, self.split, lane)
                 work.after.append(f"store({name}, row, {where}, {name}_{i}{tag})")
             return
         work.rooms.append(f"{name}_v{tag} = vector({len(values) * self.vec})")
-        points = ["j"] if len(values) == 1 else ["2 * j", "2 * j + 1"]
-        pairs = zip(points, values, strict=True)
-        work.inner += [f"{name}_v{tag}[{i}] = {v}" for i, v in pairs]
+        wide = [self.assign(f"{name}_v{tag}", v, i, len(values)) for i, v in enumerate(values)]
+        work.inner += wide
         work.after.append(f"store({name}, row, {at}, {name}_v{tag})")
 
     def narrow(self) -> list[str]:
@@ -207,7 +206,7 @@ class _RowwiseEmitter(Folds):
             full, ragged = divmod(vectors, threads)
             for sink in [s for s in self.epilogue.row_sums if self.inside(s, piece)]:
                 name, size = f"{safe(sink.buffer)}_out", self.vec
-                self.rows |= {"zero_vectors", "store", "add_to"}
+                self.rows |= {"zero_vectors", "store"}
                 at = self.shifted("index", piece, self.begin(sink.span))
                 split = self.epilogue.apart(sink)
                 size *= 1 if split else len(sink.lanes)
@@ -272,18 +271,12 @@ class _RowwiseEmitter(Folds):
     def add(self, sink: SumRows, values: list[str], piece: Piece, work: VectorWork) -> None:
         """Append the additions of values to a sum over rows."""
         name = f"{safe(sink.buffer)}_out"
+        into = [(f"{name}_v", i, len(values)) for i in range(len(values))]
         if self.epilogue.apart(sink):
-            into = [(f"{name}_{i}", "j") for i in "ab"]
-        elif len(values) == 1:
-            into = [(f"{name}_v", "j")]
-        else:
-            into = [(f"{name}_v", "2 * j"), (f"{name}_v", "2 * j + 1")]
-        self.rows.add("add_to")
-        if self.plan.summed:
-            of = f"_of{self.pieces.index(piece)}[{self.slot}]"
-            into = [(f"{x}{of}", j) for x, j in into]
-        pairs = zip(into, values, strict=True)
-        work.inner += [f"add_to({x}, {j}, {v})" for (x, j), v in pairs]
+            into = [(f"{name}_{i}", 0, 1) for i in "ab"]
+        of = f"_of{self.pieces.index(piece)}[{self.slot}]" if self.plan.summed else ""
+        for (x, lane, lanes), value in zip(into, values, strict=True):
+            work.inner.append(self.added(f"{x}{of}", value, lane, lanes))
 
     def sums(self, sink: SumRows, piece: Piece) -> tuple[list[str], list[str]]:
         """Lines that make the registers of a sum over rows, and lines that write it."""

@@ -92,6 +92,7 @@ class Folds(Statistics):
         """Lines that compute the values of single columns, and lines that write them."""
         stores = [s for s in self.epilogue.stores if self.once(s)]
         exprs = [s.lanes[0] for s in stores]
+        self.each = 1
         lines, values = self.assigned(exprs, "w")
         loads = self.one_column(exprs) if self.kernel.mainloop.width == 1 else []
         written: list[str] = []

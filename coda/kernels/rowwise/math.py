@@ -8,7 +8,8 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Float32, Int32
+from quack.epilogue.math import F2
 
 from coda.kernels.device_math import maximum, minimum, moments_merge, pivot
 
@@ -29,9 +30,15 @@ def fill(held: Any, x: Any, row: Any, index: Any) -> None:
 
 
 def wide(held: Any) -> Any:
-    """A vector in registers as float32."""
-    found = vector(cute.size(held))
-    found.store(held.load().to(Float32))
+    """A vector in registers as float32; two bf16 of a word by a shift and a mask."""
+    size = cute.size(held)
+    found = vector(size)
+    if held.element_type is not cutlass.BFloat16 or size % 2:
+        found.store(held.load().to(Float32))
+        return found
+    words, bits = cute.recast_tensor(held, Int32), cute.recast_tensor(found, Int32)
+    for i in range(size // 2):
+        bits[2 * i], bits[2 * i + 1] = words[i] << 16, words[i] & Int32(-65536)
     return found
 
 
@@ -91,6 +98,31 @@ def zero_vectors(size: int, count: int) -> list[Any]:
 def add_to(to: Any, j: int, value: Any) -> None:
     """Add a value to element `j` of registers."""
     to[j] = to[j] + value
+
+
+def two(x: Any, at: int, step: int) -> F2:
+    """Elements `at` and `at + step` of registers."""
+    return F2(x[at], x[at + step])
+
+
+def both(value: Any) -> F2:
+    """A value for two elements."""
+    return F2(value, value)
+
+
+def put(to: Any, at: int, step: int, value: Any) -> None:
+    """Assign two values, or one for both, to elements `at` and `at + step` of registers."""
+    to[at], to[at + step] = value if isinstance(value, tuple) else (value, value)
+
+
+def add_two(to: Any, at: int, step: int, value: Any) -> None:
+    """Add two values to elements `at` and `at + step` of registers."""
+    put(to, at, step, two(to, at, step) + value)
+
+
+def into(state: Any, values: F2, merge: Callable[[Any, Any], Any]) -> Any:
+    """A state, merged with those of two values."""
+    return merge(merge(state, values[0]), values[1])
 
 
 def room(count: int) -> Any:

@@ -55,13 +55,13 @@ class Statistics(Sweeps):
         start = ", ".join(f"{s}()" for s in warp.start)
         return f"{stat.name}_s = {f'({start})' if len(warp.start) > 1 else start}"
 
-    def step(self, stat: Statistic, value: str) -> str:
+    def step(self, stat: Statistic, value: str, state: str = "") -> str:
         """The line that adds a value to a statistic's state: several, if it has planes."""
-        name, step = stat.name, MONOIDS[stat.monoid].warp.step
+        state, step = state or f"{stat.name}_s", MONOIDS[stat.monoid].warp.step
         if not step.isidentifier():
-            return f"{name}_s = {name}_s {step} {value}"
+            return f"{state} = {state} {step} {value}"
         (self.rows if has_planes(stat) else self.math).add(step)
-        return f"{name}_s = {step}({name}_s, {value})"
+        return f"{state} = {step}({state}, {value})"
 
     def finish(self, stat: Statistic, state: str) -> list[str]:
         """Lines that compute a statistic's value from the state of the row."""
@@ -166,12 +166,19 @@ class Statistics(Sweeps):
     ) -> None:
         """Append lines that add the values of a batch to the states of statistics."""
         for stat, value in zip(stats, values, strict=True):
-            if not has_planes(stat):
-                work.inner.append(self.step(stat, value))
-                continue
             name = f"{stat.name}_b{self.tag}"
-            self.rows.add("vector")
-            at = f"k * {self.vec} + j" if count > 1 else "j"
-            work.before.append(f"{name} = vector({count * self.vec})")
-            work.inner.append(f"{name}[{at}] = {value}")
-            work.last.append(self.step(stat, name))
+            if has_planes(stat):
+                self.rows.add("vector")
+                at = f"k * {self.vec} + " if count > 1 else ""
+                work.before.append(f"{name} = vector({count * self.vec})")
+                work.inner.append(self.assign(name, value, start=at))
+                work.last.append(self.step(stat, name))
+            elif self.each == 1:
+                work.inner.append(self.step(stat, value))
+            else:
+                self.rows |= {"both", "into"}
+                (start,) = MONOIDS[stat.monoid].warp.start
+                work.before.append(f"{name} = both({start}())")
+                work.inner.append(self.step(stat, value, name))
+                merged = f"into({stat.name}_s, {name}, {self.merge(stat)})"
+                work.last.append(f"{stat.name}_s = {merged}")

@@ -26,9 +26,9 @@ from typing import assert_never
 
 from coda.ir.dims import Dim
 from coda.ir.monoids import MONOIDS
-from coda.kernels.lines import NUMBER, Lines, safe
+from coda.kernels.lines import safe
+from coda.kernels.rowwise.leaves import Leaves
 from coda.kernels.rowwise.mainloop import Rowwise
-from coda.kernels.rowwise.other_rows import OtherRows
 from coda.kernels.rowwise.passes import in_passes
 from coda.kernels.rowwise.pieces import (
     COLUMN,
@@ -52,12 +52,9 @@ from coda.lowering.program.access import (
     Tile,
 )
 from coda.lowering.program.epilogue import (
-    Between,
     Epilogue,
     Expr,
-    Load,
     Operand,
-    Position,
     Stat,
     Statistic,
     positions,
@@ -114,7 +111,7 @@ class VectorLoad:
     inside: str = ""
 
 
-class Sweeps(OtherRows):
+class Sweeps(Leaves):
     """The source of sweeps over one row of a kernel."""
 
     def __init__(self, program: Program, kernel: Rowwise, *, padded: bool = False) -> None:
@@ -141,54 +138,7 @@ class Sweeps(OtherRows):
         self.rows: set[str] = {"LANES"}
         self.batches = 0
         self.tag = self.slot = ""
-
-    # Leaves.
-
-    def leaf(self, expr: Expr) -> str:
-        match expr:
-            case Load(operand=name, lane=lane):
-                return self.load(self.kinds[name], lane)
-            case Stat(name=name, plane=plane):
-                return f"{name}_{plane}" if plane else name
-            case Position(axis="column"):
-                return f"{COLUMN}_v{self.tag}[j]"
-            case Position():
-                return self.row_number(expr)
-            case Between():
-                return f"{NUMBER}test{self.tests.index(expr)}"
-        raise AssertionError(expr)
-
-    def row_number(self, at: Position) -> str:
-        """The variable of a number of the row."""
-        return f"{NUMBER}row_{at.inner}_{at.count}"
-
-    def load(self, operand: Operand, lane: int) -> str:
-        name, tag = safe(operand.name), self.tag
-        match operand.access:
-            case ColumnVector() | OneElement():
-                return f"{name}_0"
-            case Grouped():
-                return f"{name}_v{tag}[0]"
-            case Periodic():
-                return f"{name}_v{tag}[j]"
-            case Tile() if self.split:
-                return f"{name}_{'ab'[lane]}{tag}[j]"
-            case RowVector() | Tile():
-                at = f"2 * j + {lane}" if self.lanes == 2 else "j"
-                return f"{name}_v{tag}[{at}]"
-            case Shifted(of=of):
-                return self.load(replace(operand, access=of), lane)
-            case Line() | Partial():
-                raise AssertionError(operand)
-            case _ as never:
-                assert_never(never)
-
-    def assigned(self, exprs: Sequence[Expr], prefix: str) -> tuple[list[str], list[str]]:
-        """Lines that compute expressions, and the texts of their values."""
-        lines = Lines(self.leaf, prefix=f"{prefix}{self.tag}_" if self.tag else prefix)
-        values = lines.assign(exprs)
-        self.math |= lines.imported
-        return lines.lines, values
+        self.each = 1
 
     def reads(self, exprs: Iterable[Expr | None]) -> set[str]:
         """The statistics that expressions read, directly or through statistics of groups."""
@@ -223,6 +173,7 @@ class Sweeps(OtherRows):
     def enter(self, piece: Piece) -> None:
         """Set the vector length for a piece; in `padded` rows the tail has shorter vectors."""
         self.vec = self.lengths[self.pieces.index(piece)]
+        self.each = 2 if self.program.target.packed_arithmetic and self.vec % 2 == 0 else 1
 
     def shifted(self, index: str, piece: Piece, first: int = 0) -> str:
         """The vector index in a tensor whose columns begin at `first`."""
@@ -296,7 +247,9 @@ class Sweeps(OtherRows):
         out: list[str] = []
         for stat, expr in groups:
             name, warp = stat.name, MONOIDS[stat.monoid].warp
+            each, self.each = self.each, 1
             lines, (value,) = self.assigned([expr], f"{name}_x")
+            self.each = each
             self.rows |= {*warp.start, warp.merge, "over_lanes"}
             share = f" * {1.0 / stat.group!r}" if MONOIDS[stat.monoid].average_of else ""
             lanes = stat.group // self.lanes // self.vec
@@ -347,12 +300,12 @@ class Sweeps(OtherRows):
             self.rows.add("numbers")
             of = f"numbers({self.shifted(f'index{tag}', piece)}, {self.vec})"
             values.append(f"{COLUMN}_v{tag} = {of}")
-        rest = [*work.rooms, f"for j in cutlass.range_constexpr({self.vec}):"]
+        rest = [*work.rooms, f"for j in cutlass.range_constexpr({self.vec // self.each}):"]
         rest += [*indented(work.inner), *work.after]
         out += each(loads) if loads else []
         if inside and groups:
-            kept = [f"if {inside}:", *indented([*rest, *work.last])]
-            return [*out, *work.before, *values, *self.group_lines(groups), *kept]
+            kept = [f"if {inside}:", *indented([*work.before, *rest, *work.last])]
+            return [*out, *values, *self.group_lines(groups), *kept]
         out += [*work.before, *each([*values, *self.group_lines(groups), *rest]), *work.last]
         return [index, f"if {inside}:", *indented(out[1:])] if inside else out
 

@@ -88,6 +88,7 @@ class Target:
         tensor_memory: whether accumulators are in tensor memory, from which an epilogue's thread
             loads 32 columns at once.
         launch_control: whether running clusters can take over those that have not started.
+        packed_arithmetic: whether an instruction adds or multiplies two pairs of float32.
         sources: (field, source) of each figure.
     """
 
@@ -106,6 +107,7 @@ class Target:
     cta_pairs: bool
     tensor_memory: bool
     launch_control: bool
+    packed_arithmetic: bool
     sources: tuple[tuple[str, str], ...] = field(repr=False)
 
     def peak(self, dtype: DType) -> float:
@@ -173,6 +175,7 @@ HOPPER_H100 = Target(
     cta_pairs=False,
     tensor_memory=False,
     launch_control=False,
+    packed_arithmetic=False,
     sources=(
         ("multiprocessors", "NVIDIA H100 architecture white paper"),
         ("shared_memory", HOPPER_TUNING),
@@ -223,6 +226,7 @@ BLACKWELL_B200 = Target(
     cta_pairs=True,
     tensor_memory=True,
     launch_control=True,
+    packed_arithmetic=True,
     sources=(
         ("multiprocessors", "as the driver reports (cudaDeviceProp, public device reports)"),
         ("shared_memory", BLACKWELL_TUNING),
