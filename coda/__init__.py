@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from coda.block import Block, block, parse
+from coda.frontend.instead import instead_of
 from coda.frontend.library import (
     bias,
     cross_entropy,
@@ -78,7 +79,6 @@ from coda.frontend.ops import (
     var,
     where,
 )
-from coda.frontend.refused import INSTEAD
 from coda.frontend.tensor import Constant, Tensor
 from coda.ir.types import bf16, bool_, e4m3, e5m2, f16, f32, f64, i32, i64
 from coda.runtime.accumulate import accumulate_gradients
@@ -102,8 +102,8 @@ _LATE = {
 def __getattr__(name: str) -> Any:
     """Import a name of `_LATE` on first access. Raises AttributeError for unknown names."""
     if name not in _LATE:
-        help = f"; write {INSTEAD[name]}" if name in INSTEAD else ""
-        text = f"module 'coda' has no attribute {name!r}{help}"
+        text = f"module 'coda' has no attribute {name!r}"
+        text += "" if name.startswith("_") else f"; write {instead_of(name)}"
         raise AttributeError(text, name=name, obj=sys.modules[__name__])
     module = import_module(_LATE[name])
     return module if name == "nn" else getattr(module, name)

@@ -8,33 +8,13 @@ of it, and the functions of torch and numpy cannot take it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
 
 from coda.errors import TraceError
-
-# torch's methods and functions -> their equivalents in coda, for error messages.
-INSTEAD = {
-    **dict.fromkeys(("float", "half", "bfloat16", "to", "type", "double"), "x.cast(coda.f32)"),
-    **dict.fromkeys(("view", "flatten", "unflatten", "squeeze"), 'x.reshape("M (H d) -> M H d")'),
-    **dict.fromkeys(("transpose", "swapaxes", "t"), "x.T, x.mT or x.permute(1, 0, 2)"),
-    **dict.fromkeys(("chunk", "unbind"), "coda.split(x, 2)"),
-    **dict.fromkeys(("amax", "amin"), "x.max() and x.min()"),
-    **dict.fromkeys(("matmul", "mm", "bmm"), "x @ w.T"),
-    "einsum": 'coda.einsum("m k, n k -> m n", x, w)',
-    "arange": "coda.iota(x.shape[0])",
-    **dict.fromkeys(("cat", "concatenate"), "coda.concat([a, b])"),
-    **dict.fromkeys(("clamp", "clip"), "coda.clamp(x, low, high)"),
-    "unsqueeze": "x[:, None]",
-    "size": "x.shape[0]",
-    "dim": "x.ndim",
-    "gather": "coda.pick(x, index), coda.take(table, index)",
-    "masked_fill": "coda.where(mask, value, x)",
-    "pow": "x ** 2",
-}
+from coda.frontend.instead import instead_of
 
 
 class Valueless:
@@ -65,25 +45,37 @@ class Valueless:
             help="coda.where or coda.concat make a new one",
         )
 
-    def _number(self) -> NoReturn:
-        raise TraceError("a tensor of the block has no value while it is traced", found=repr(self))
+    def _number(self, *_: Any) -> NoReturn:
+        raise TraceError(
+            "a tensor of the block has no value while it is traced",
+            found=repr(self),
+            help="coda's functions compute with it; its numbers are in the result of a call",
+        )
 
-    __float__ = __int__ = __index__ = item = _number
+    __float__ = __int__ = __index__ = __complex__ = __round__ = __trunc__ = _number
+    __floor__ = __ceil__ = item = _number
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_"):
             raise AttributeError(name)
-        near = difflib.get_close_matches(name, [n for n in dir(type(self)) if n[0] != "_"], 1, 0.7)
+        known = [n for n in dir(type(self)) if n[0] != "_"]
         raise TraceError(
             f"a tensor of the block has no `{name}`",
             found=repr(self),
-            help=INSTEAD.get(name)
-            or (f"x.{near[0]}" if near else "coda's functions and operators"),
+            help=instead_of(name, known),
         )
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TraceError(
-            "numpy cannot compute with a tensor of the block", help="use coda's own functions"
+            "numpy cannot compute with a tensor of the block",
+            found=repr(self),
+            help="coda's function of that name, or numpy on the result of a call",
+        )
+
+    def __array_function__(self, fn: Callable[..., Any], *_: Any) -> NoReturn:
+        raise TraceError(
+            f"numpy.{fn.__name__} cannot compute with a tensor of the block",
+            help=instead_of(fn.__name__),
         )
 
     @classmethod
@@ -92,8 +84,7 @@ class Valueless:
         if len(args) == 2 and any(isinstance(a, torch.Tensor) for a in args):
             raise foreign(next(a for a in args if isinstance(a, torch.Tensor)))
         raise TraceError(
-            f"torch.{name} cannot compute with a tensor of the block",
-            help=INSTEAD.get(name) or f"use coda.{name} where it exists, or coda's primitives",
+            f"torch.{name} cannot compute with a tensor of the block", help=instead_of(name)
         )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from coda.errors import DimError, DtypeError, TraceError
 from coda.frontend.casts import written
 from coda.frontend.contractions import multiplied
+from coda.frontend.instead import instead_of
 from coda.frontend.reductions import Axes, reduced
 from coda.frontend.refused import Valueless, foreign, kind, kinds
 from coda.frontend.shapes import parse_shape
@@ -242,7 +243,7 @@ class Tensor(Valueless, metaclass=_Annotated):
             return apply(name, *args)
         raise TraceError(
             f"numpy.{ufunc.__name__} cannot compute with a tensor of the block",
-            help="use coda's own functions",
+            help=instead_of(ufunc.__name__),
         )
 
 

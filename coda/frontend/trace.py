@@ -21,6 +21,7 @@ from typing import Any
 from coda.errors import CodaError, DimError, TraceError, Where
 from coda.frontend import library
 from coda.frontend.casts import seen
+from coda.frontend.instead import instead_of
 from coda.frontend.tensor import Spec, Tensor
 from coda.ir.graph import Graph, Input, Node, walk
 from coda.ir.node import origin
@@ -45,6 +46,8 @@ def trace(fn: Callable[..., Any], default: DType) -> Graph:
         values = call_in_order(fn, [Tensor(i) for i in inputs])
     except TypeError as e:
         raise _misused(e) from None
+    except AttributeError as e:
+        raise _unknown(e) from None
     outputs = _outputs(values, where)
     name = fn.__name__ if fn.__name__.isidentifier() else "unnamed"  # for a lambda
     constants = frozenset(n for n, spec in declared(fn).items() if spec.constant)
@@ -141,6 +144,25 @@ def _misused(error: TypeError) -> Exception:
     fn = name and (getattr(Tensor, name[1], None) or getattr(library, name[1], None))
     text = f"{name[1]}({', '.join(_shown_parameters(fn))})" if name and callable(fn) else ""
     return TraceError("Python refuses this call", found=str(error), help=text, where=where)
+
+
+def _unknown(error: AttributeError) -> Exception:
+    """The TraceError of a name that coda does not have, on a line of the block; else the error."""
+    if getattr(error.obj, "__name__", "") != "coda":
+        return error
+    where = _innermost(error)
+    text = f"there is no coda.{error.name}"
+    return TraceError(text, help=instead_of(error.name or ""), where=where)
+
+
+def _innermost(error: Exception) -> Where | None:
+    """The user's innermost line of an error that was raised in a block."""
+    step, found = error.__traceback__, None
+    while step is not None:
+        at = Where.of(step.tb_frame, step.tb_lasti)
+        found = found if at.is_ours else at
+        step = step.tb_next
+    return found
 
 
 def _shown_parameters(fn: Callable[..., Any]) -> Iterator[str]:
