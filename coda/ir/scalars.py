@@ -45,6 +45,12 @@ def _clamp_derivative(d: Term, y: Term, x: Term, low: Term, high: Term) -> Cotan
     return inside, below, crossed.to("where", d, x.to("gt", high).to("where", d, 0.0))
 
 
+def _over_squares(a: Term, b: Term) -> Term:
+    """1 / (a² + b²), 0 where both are 0."""
+    squares = a.to("square") + b.to("square")
+    return squares.to("eq", 0.0).to("where", 0.0, squares.to("recip"))
+
+
 _WORD = 0xFFFFFFFF
 
 
@@ -265,10 +271,7 @@ _ROWS = (
         torch.atan2,
         flops=16,
         special=2,
-        derivative=lambda d, y, a, b: (
-            d * b / (a.to("square") + b.to("square")),
-            -(d * a / (a.to("square") + b.to("square"))),
-        ),
+        derivative=lambda d, y, a, b: (d * b * _over_squares(a, b), -(d * a * _over_squares(a, b))),
     ),
     *(
         Scalar(name, 1, evaluate, device=device, exact=True, derivative=lambda d, y, a: (None,))

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from coda.frontend.torch_import.decompose import DECOMPOSED
 from coda.frontend.torch_import.operators import RULES
 from tests.edges.held import differences, of_block, of_coda, of_torch, take, wide
 
@@ -65,6 +66,12 @@ PLAIN = (
     aten.erf.default, aten.sin.default, aten.cos.default, aten.relu.default, aten.relu6.default,
     aten.silu.default, aten.mish.default, aten.hardsigmoid.default, aten.hardswish.default,
     aten.log_sigmoid.default, aten.selu.default,
+    aten.floor.default, aten.ceil.default, aten.trunc.default, aten.round.default,
+    aten.sign.default, aten.sgn.default, aten.frac.default, aten.isnan.default,
+    aten.isinf.default, aten.isfinite.default, aten.erfc.default, aten.log2.default,
+    aten.log10.default, aten.tan.default, aten.atan.default, aten.deg2rad.default,
+    aten.rad2deg.default, aten.special_ndtr.default,
+    aten.logical_not.default,
 )  # fmt: skip
 SOFTMAXES = (
     aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default,
@@ -83,6 +90,11 @@ OF_ONE = {
     aten.clamp_min.default: [(0.0,), (0.1,)],
     aten.clamp_max.default: [(0.0,), (0.1,)],
     aten.pow.Tensor_Scalar: [(n,) for n in (0, 0.5, -0.5, 1, 2, 3, -1, -2, 4, 0.0, 2.0)],
+    aten.nan_to_num.default: [(), (0.1, 3.0, -3.0)],
+    aten.logit.default: [(), (0.1,)],
+    aten.hardshrink.default: [(), (0.3,)],
+    aten.softshrink.default: [(), (0.3,)],
+    aten.threshold.default: [(0.1, 0.3)],
     aten.add.Scalar: [(0.1,), (math.inf,), (1, 2)],
     aten.sub.Scalar: [(0.1,), (1, 2)],
     aten.mul.Scalar: [(0.1,), (0.0,), (math.inf,)],
@@ -101,10 +113,29 @@ OF_TWO = {
         (
             aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.rsub.Tensor,
             aten.maximum.default, aten.minimum.default, aten.eq.Tensor, aten.ne.Tensor,
-            aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor,
+            aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor, aten.fmax.default,
+            aten.fmin.default, aten.atan2.default, aten.pow.Tensor_Tensor,
+            aten.clamp_min.Tensor,
+            aten.clamp_max.Tensor, aten.true_divide.Tensor,
+            aten.logical_and.default, aten.logical_or.default, aten.logical_xor.default,
         ),
         None,
     ),
+    aten.addcdiv.default: lambda op, x, y: op(x, y, y + 3.0, value=0.3),
+    aten.lerp.Scalar: lambda op, x, y: op(x, y, 0.3),
+    aten.lerp.Tensor: lambda op, x, y: op(x, y, y * 0.3),
+    aten.pow.Scalar: lambda op, x, y: op(2.0, x) + y,
+    aten.clamp.Tensor: lambda op, x, y: op(x, y, y + 1.0),
+    aten.where.Scalar: lambda op, x, y: op(x > 0.3, 0.1, 0.2).to(x.dtype) * x + y,
+    aten.masked_fill.Tensor: lambda op, x, y: op(x, y > 0.3, y[0, 0]),
+    aten.prelu.default: lambda op, x, y: op(x, y[0]),
+    aten.bitwise_and.Tensor: lambda op, x, y: op(x > 0.3, y > 0.3),
+    aten.bitwise_or.Tensor: lambda op, x, y: op(x > 0.3, y > 0.3),
+    aten.bitwise_xor.Tensor: lambda op, x, y: op(x > 0.3, y > 0.3),
+    aten.bitwise_not.default: lambda op, x, y: op(x > y),
+    aten.mse_loss.default: lambda op, x, y: op(x, y, 0),
+    aten.smooth_l1_loss.default: lambda op, x, y: op(x, y, 0, 0.3),
+    aten.huber_loss.default: lambda op, x, y: op(x, y, 0, 0.3),
     aten.addcmul.default: lambda op, x, y: op(x, y, y, value=0.3),
     aten.where.self: lambda op, x, y: op(x > 0.3, x, y),
     aten.where.ScalarOther: lambda op, x, y: op(y > 0.3, x, 0.1) + x,
@@ -125,6 +156,16 @@ OF_ROWS = {
     aten.amin.default: lambda op, x: op(x, [-1]),
     aten.var.dim: lambda op, x: op(x, [-1], False),
     aten.var.correction: lambda op, x: op(x, [-1], correction=0),
+    aten.prod.dim_int: lambda op, x: op(x, -1),
+    aten.argmax.default: lambda op, x: op(x, -1),
+    aten.argmin.default: lambda op, x: op(x, 1, True),
+    aten.std.dim: lambda op, x: op(x, [-1]),
+    aten.std.correction: lambda op, x: op(x, [-1], correction=0),
+    aten.linalg_vector_norm.default: lambda op, x: op(x, 2, [-1]),
+    aten.norm.ScalarOpt_dim: lambda op, x: op(x, 1, [-1], True),
+    aten.glu.default: lambda op, x: op(x, -1),
+    aten.addmv.default: lambda op, x: op(x[:, 0], x, x[0]),
+    aten.mv.default: lambda op, x: op(x, x[0]),
     aten.layer_norm.default: lambda op, x: op(x, [8]),
     aten.rms_norm.default: lambda op, x: op(x, [8]),
     aten._fused_rms_norm.default: lambda op, x: op(x, [8], None, None)[0],
@@ -151,6 +192,20 @@ OF_WHOLES = {
     aten.squeeze.dim: lambda op, x: op(x[:, None], 1),
     aten.squeeze.dims: lambda op, x: op(x[:, None], [1]),
     aten.alias.default: lambda op, x: op(x),
+    aten.detach.default: lambda op, x: op(x) * x,
+    aten.tril.default: lambda op, x: op(x, 1),
+    aten.triu.default: lambda op, x: op(x, -1),
+    aten.diff.default: lambda op, x: op(x),
+    aten.roll.default: lambda op, x: op(x, [3], [1]),
+    aten.expand_as.default: lambda op, x: op(x[:1], x),
+    aten.broadcast_to.default: lambda op, x: op(x[:1], [3, 8]),
+    aten.view_as.default: lambda op, x: op(x, x[None]),
+    aten.reshape_as.default: lambda op, x: op(x, x[None]),
+    aten.movedim.int: lambda op, x: op(x[None], 0, 1),
+    aten.swapaxes.default: lambda op, x: op(x, 0, 1),
+    aten.mT.default: lambda op, x: op(x[None]),
+    aten.unsafe_split.Tensor: lambda op, x: op(x, 3, 1)[2],
+    aten.unsafe_chunk.default: lambda op, x: op(x, 3, 1)[1],
     aten.clone.default: lambda op, x: op(x),
     aten.contiguous.default: lambda op, x: op(x),
     aten.lift_fresh_copy.default: lambda op, x: op(x),
@@ -193,6 +248,10 @@ TAME = {
     # Beside an infinity, where the variance is NaN, a derivative is infinite in torch or NaN.
     (aten.var.dim,): lambda dtype: rows(dtype).clamp(-5, 5),
     (aten.var.correction,): lambda dtype: rows(dtype).clamp(-5, 5),
+    # Outside of its domain torch's derivative is that of the formula, or NaN.
+    (aten.logit.default,): lambda dtype: edges(dtype).clamp(0, 1),
+    # Of a row with infinities torch has the product of the others if any row has a 0.
+    (aten.prod.dim_int,): lambda dtype: rows(dtype).nan_to_num(1.0).clamp(-5, 5),
     # With +inf among its values a row is NaN all over in torch; by its logsumexp it is 0 beside it.
     **{(op,): without_inf for op in SOFTMAXES},
 }
@@ -221,7 +280,7 @@ CASES = list(cases())
 
 
 def test_every_rule_has_a_row():
-    assert {op for op, *_ in CASES} == set(RULES)
+    assert {op for op, *_ in CASES} == {*RULES, *DECOMPOSED}
 
 
 def hold(case, dtype, run):

@@ -64,7 +64,7 @@ def _binary(fn: str) -> Rule:
         if alpha != 1:
             b = b * alpha
         if not isinstance(a, Tensor):
-            a, b = _number_first(fn, a, b)
+            return getattr(b, f"__r{fn}__")(a)
         if fn == "truediv" and not isinstance(b, Tensor) and has_reciprocal(b):
             return a * (1.0 / b)
         return getattr(a, f"__{fn}__")(b)
@@ -72,15 +72,10 @@ def _binary(fn: str) -> Rule:
     return apply
 
 
-def _number_first(fn: str, a: Any, b: Tensor) -> tuple[Any, Any]:
-    if fn not in ("add", "mul"):
-        raise refuse("a number as the first operand")
-    return b, a
-
-
 for _fn, _name in (("add", "add"), ("sub", "sub"), ("mul", "mul"), ("truediv", "div")):
     _packet = getattr(aten, _name)
     rule(_packet.Tensor, _packet.Scalar)(_binary(_fn))
+rule(aten.true_divide.Tensor)(_binary("truediv"))
 
 
 @rule(aten.rsub.Scalar, aten.rsub.Tensor)
@@ -166,7 +161,7 @@ for _fn in ("eq", "ne", "lt", "le", "gt", "ge"):
     rule(_packet.Tensor, _packet.Scalar)(_comparison(_fn))
 
 
-@rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
+@rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 def _where(result: Result, condition: Tensor, a: Any, b: Any) -> Tensor:
     a, b = numbers(result, a, b)
     return ops.where(condition, a, b)
@@ -224,11 +219,12 @@ def _var_dim(
 def _var(
     result: Result, x: Tensor, dim: Sequence[int], correction: Any = 1, keepdim: bool = False
 ) -> Tensor:
-    if correction != 0:
-        raise refuse("a variance with a correction")
     (x,) = numbers(result, x)
-    deviation = x - _over("mean", x, dim, True)
-    return _over("mean", ops.square(deviation), dim, keepdim)
+    mean = _over("mean", x, dim, True)
+    if correction != 0:
+        more = 1 if correction is None else correction
+        return ops.var(x, correction=more, keepdims=keepdim)
+    return _over("mean", ops.square(x - mean), dim, keepdim)
 
 
 @rule(aten.amax.default)

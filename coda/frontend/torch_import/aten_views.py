@@ -30,6 +30,8 @@ rule = TABLE.enter
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
+    aten.view_as.default,
+    aten.reshape_as.default,
     view=True,
 )
 def _reshape(result: Result, x: Tensor, *_: Any) -> Tensor:
@@ -47,7 +49,7 @@ def _same(result: Result, x: Tensor, **_: Any) -> Tensor:
     return x
 
 
-@rule(aten.expand.default, view=True)
+@rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default, view=True)
 def _expand(result: Result, x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x if x.shape == result.shape else Tensor(Expand(x.node, result.shape))
 
@@ -57,10 +59,22 @@ def _permute(result: Result, x: Tensor, order: Sequence[int]) -> Tensor:
     return Tensor(Permute(x.node, tuple(i % x.ndim for i in order)))
 
 
-@rule(aten.transpose.int, view=True)
+@rule(aten.transpose.int, aten.swapaxes.default, view=True)
 def _transpose(result: Result, x: Tensor, a: int, b: int) -> Tensor:
     order = list(range(x.ndim))
     order[a], order[b] = order[b], order[a]
+    return Tensor(Permute(x.node, tuple(order)))
+
+
+@rule(aten.mT.default, view=True)
+def _mt(result: Result, x: Tensor) -> Tensor:
+    return x.mT
+
+
+@rule(aten.movedim.int, view=True)
+def _movedim(result: Result, x: Tensor, source: int, to: int) -> Tensor:
+    order = [i for i in range(x.ndim) if i != source % x.ndim]
+    order.insert(to % x.ndim, source % x.ndim)
     return Tensor(Permute(x.node, tuple(order)))
 
 
@@ -118,7 +132,7 @@ def _narrow(result: Result, x: Tensor, dim: int, start: Any, length: Any) -> Ten
     return _index(x, dim, slice(first, first + _position(length)))
 
 
-@rule(aten.split.Tensor)
+@rule(aten.split.Tensor, aten.unsafe_split.Tensor)
 def _split(result: Result, x: Tensor, size: Any, dim: int = 0) -> list[Tensor]:
     whole = x.shape[dim].constant
     if whole is None:
@@ -132,7 +146,7 @@ def _split_sizes(result: Result, x: Tensor, sizes: Sequence[Any], dim: int = 0) 
     return list(ops.split(x, [Dim.of(_position(s)) for s in sizes], dim))
 
 
-@rule(aten.chunk.default)
+@rule(aten.chunk.default, aten.unsafe_chunk.default)
 def _chunk(result: Result, x: Tensor, parts: int, dim: int = 0) -> list[Tensor]:
     whole = x.shape[dim].constant
     if whole is None:
@@ -167,3 +181,23 @@ def _stack(result: Result, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return ops.stack(
         [cast(t, result.dtype) for t in tensors], dim if dim < 0 else dim - tensors[0].ndim - 1
     )
+
+
+@rule(aten.roll.default)
+def _roll(result: Result, x: Tensor, shifts: Sequence[Any], dims: Sequence[int] = ()) -> Tensor:
+    if len(dims) != 1 or len(shifts) != 1:
+        raise refuse("a roll along several axes")
+    _columns(x, dims[0])
+    width = x.shape[-1].constant
+    if width is None:
+        raise refuse("a part of an axis whose size is known only at run time")
+    first = -_position(shifts[0]) % width
+    return x if not first else ops.concat([x[..., first:], x[..., :first]])
+
+
+@rule(aten.diff.default)
+def _diff(result: Result, x: Tensor, n: int = 1, dim: int = -1, *more: Any) -> Tensor:
+    if n != 1 or any(m is not None for m in more):
+        raise refuse("a difference of more than neighbours")
+    _columns(x, dim)
+    return x[..., 1:] - x[..., :-1]

@@ -22,6 +22,7 @@ from torch.fx import Node as FxNode
 from coda.errors import CodaError, Reason, UnsupportedError, Where
 from coda.frontend.casts import seen
 from coda.frontend.tensor import Tensor
+from coda.frontend.torch_import.decompose import DECOMPOSED, expanded
 from coda.frontend.torch_import.heads import heads_apart
 from coda.frontend.torch_import.operators import RULES, VIEWS
 from coda.frontend.torch_import.permutations import outward
@@ -125,10 +126,13 @@ def apply_rule(node: FxNode, values: Callable[[FxNode], Any]) -> Any:
     options: Any = torch.fx.map_arg(node.kwargs, values)
     if node.target is operator.getitem:
         return args[0][args[1]]
-    if node.target not in RULES:
+    if node.target not in RULES and node.target not in DECOMPOSED:
         raise UnsupportedError(f"coda has no rule for {node.target}", help=RULE)
     result = result_of(value_of(node))
-    found = RULES[node.target](result, *args, **options)
+    if node.target in RULES:
+        found = RULES[node.target](result, *args, **options)
+    else:
+        found = expanded(node, apply_rule, values)
     for tensor in found if isinstance(found, list) else [found]:
         tensors = tensor if isinstance(found, list) else None
         if tensors is None and (tensor.shape, tensor.dtype) != (result.shape, result.dtype):

@@ -1,0 +1,232 @@
+"""More ATen functions of elements -> primitives: roundings, powers, choices, conditions.
+
+At a kink or a pole each has torch's derivative, which may differ from that of a shorter formula.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from coda.frontend import ops
+from coda.frontend.tensor import Tensor
+from coda.frontend.torch_import.aten import cast, numbers, refuse, wide
+from coda.frontend.torch_import.rules import OperatorRules, Result, Rule
+from coda.ir.dims import ONE, product
+from coda.ir.types import bool_
+
+aten = torch.ops.aten
+TABLE = OperatorRules()
+rule = TABLE.enter
+
+
+def _unary(fn: Callable[..., Tensor]) -> Rule:
+    def apply(result: Result, x: Any, *more: Any) -> Tensor:
+        return fn(numbers(result, x)[0], *more)
+
+    return apply
+
+
+def _in_float32(fn: Callable[..., Tensor]) -> Rule:
+    """A function that torch computes in float32 for 16-bit types."""
+
+    def apply(result: Result, *args: Any, **options: Any) -> Tensor:
+        args = tuple(wide(a) if isinstance(a, Tensor) else a for a in numbers(result, *args))
+        return cast(fn(*args, **options), result.dtype)
+
+    return apply
+
+
+def _nan_to_num(x: Tensor, nan: Any = None, above: Any = None, below: Any = None) -> Tensor:
+    info = torch.finfo(x.dtype.torch)
+    bounded = ops.where(x == math.inf, info.max if above is None else above, x)
+    bounded = ops.where(x == -math.inf, info.min if below is None else below, bounded)
+    return ops.where(x == x, bounded, 0.0 if nan is None else nan)
+
+
+for _operator, _one in (
+    (aten.floor.default, ops.floor),
+    (aten.ceil.default, ops.ceil),
+    (aten.trunc.default, ops.trunc),
+    (aten.round.default, ops.round),
+    (aten.sign.default, ops.sign),
+    (aten.sgn.default, ops.sign),
+    (aten.frac.default, lambda x: x - ops.trunc(x)),
+    (aten.nan_to_num.default, _nan_to_num),
+    (aten.isnan.default, lambda x: x != x),
+    (aten.isinf.default, lambda x: ops.abs(x) == math.inf),
+    (aten.isfinite.default, lambda x: ops.abs(x) < math.inf),
+):
+    rule(_operator)(_unary(_one))
+
+for _operator, _one in (
+    (aten.erfc.default, ops.erfc),
+    (aten.log2.default, lambda x: ops.log(x) * (1.0 / math.log(2.0))),
+    (aten.log10.default, lambda x: ops.log(x) * (1.0 / math.log(10.0))),
+    (aten.tan.default, lambda x: ops.sin(x) / ops.cos(x)),
+    (aten.atan.default, lambda x: ops.atan2(x, 1.0)),
+    (aten.atan2.default, ops.atan2),
+):
+    rule(_operator)(_in_float32(_one))
+
+
+@rule(aten.detach.default, view=True)
+def _detach(result: Result, x: Tensor) -> Tensor:
+    return ops.stop_gradient(x)
+
+
+# Powers and products.
+
+
+@rule(aten.pow.Tensor_Tensor, aten.pow.Scalar)
+def _pow(result: Result, x: Any, n: Any) -> Tensor:
+    (x, n) = numbers(result, x, n)
+    return x**n
+
+
+@rule(aten.lerp.Scalar)
+def _lerp(result: Result, a: Any, b: Any, weight: Any) -> Tensor:
+    a, b = numbers(result, a, b)
+    return a + (b - a) * weight if abs(weight) < 0.5 else b - (b - a) * (1 - weight)
+
+
+@rule(aten.glu.default)
+def _glu(result: Result, x: Tensor, dim: int = -1) -> Tensor:
+    (x,) = numbers(result, x)
+    if not x.ndim or dim % x.ndim != x.ndim - 1:
+        raise refuse("halves of another axis than the last")
+    a, b = ops.split(wide(x), 2)
+    return cast(a * ops.sigmoid(b), result.dtype)
+
+
+@rule(aten.logit.default)
+def _logit(result: Result, x: Tensor, eps: float | None = None) -> Tensor:
+    (x,) = numbers(result, x)
+    x = wide(x)
+    if eps is not None:
+        x = ops.where(x < eps, eps, ops.where(x > 1.0 - eps, 1.0 - eps, x))
+    return cast(ops.log(x) - ops.log1p(-x), result.dtype)
+
+
+# Choices.
+
+
+@rule(aten.prelu.default)
+def _prelu(result: Result, x: Tensor, w: Tensor) -> Tensor:
+    x, w = numbers(result, x, w)
+    after = max(x.ndim - 2, 0)  # the axes after that of the channels
+    gain = w if product(w.shape) == ONE else w.reshape(*w.shape, *[1] * after)
+    return ops.where(x > 0.0, x, gain * ops.where(x > 0.0, 0.0, x))
+
+
+def _bent_loss(
+    result: Result, x: Tensor, y: Tensor, reduction: int, bend: float, scale: float
+) -> Tensor:
+    """scale · d² / 2 for a difference d below the bend, scale · bend · (|d| − bend / 2) above."""
+    if reduction != 0 or bend == 0:
+        raise refuse("a reduction over other axes than the last")
+    x, y = numbers(result, x, y)
+    away = x - y
+    size = ops.abs(away)
+    near = ops.where(size < bend, size, 0.0)
+    far = (size - 0.5 * bend) * (scale * bend)
+    nowhere = ops.stop_gradient(ops.where(size >= bend, 0.0, away))
+    far = ops.where(size >= bend, far, away * nowhere)  # NaN, as its derivative
+    return ops.where(size < bend, ops.square(near) * (0.5 * scale), far)
+
+
+@rule(aten.smooth_l1_loss.default)
+def _smooth_l1(
+    result: Result, x: Tensor, y: Tensor, reduction: int = 1, beta: float = 1.0
+) -> Tensor:
+    return _bent_loss(result, x, y, reduction, beta, 1.0 / beta if beta else 0.0)
+
+
+@rule(aten.huber_loss.default)
+def _huber(result: Result, x: Tensor, y: Tensor, reduction: int = 1, delta: float = 1.0) -> Tensor:
+    return _bent_loss(result, x, y, reduction, delta, 1.0)
+
+
+@rule(aten.clamp.Tensor)
+def _clamp(result: Result, x: Any, low: Any = None, high: Any = None) -> Tensor:
+    (x, low, high) = numbers(result, x, low, high)
+    return ops.clamp(x, -math.inf if low is None else low, math.inf if high is None else high)
+
+
+@rule(aten.clamp_min.Tensor)
+def _clamp_min(result: Result, x: Any, low: Any) -> Tensor:
+    x, low = numbers(result, x, low)
+    return ops.where(x >= low, x, ops.where(x < low, low, ops.stop_gradient(x + low)))
+
+
+@rule(aten.clamp_max.Tensor)
+def _clamp_max(result: Result, x: Any, high: Any) -> Tensor:
+    x, high = numbers(result, x, high)
+    return ops.where(x <= high, x, ops.where(x > high, high, ops.stop_gradient(x + high)))
+
+
+@rule(aten.fmax.default)
+def _fmax(result: Result, a: Any, b: Any) -> Tensor:
+    a, b = numbers(result, a, b)
+    return ops.where((a >= b) | (b != b), a, b)
+
+
+@rule(aten.fmin.default)
+def _fmin(result: Result, a: Any, b: Any) -> Tensor:
+    a, b = numbers(result, a, b)
+    return ops.where((a <= b) | (b != b), a, b)
+
+
+@rule(aten.masked_fill.Tensor)
+def _masked_fill(result: Result, x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    x, value = numbers(result, x, value)
+    return ops.where(mask, value, x)
+
+
+@rule(aten.tril.default)
+def _tril(result: Result, x: Tensor, diagonal: int = 0) -> Tensor:
+    row, column = (ops.iota(d) for d in x.shape[-2:])
+    return ops.where(row[:, None] + diagonal >= column, x, 0.0)
+
+
+@rule(aten.triu.default)
+def _triu(result: Result, x: Tensor, diagonal: int = 0) -> Tensor:
+    row, column = (ops.iota(d) for d in x.shape[-2:])
+    return ops.where(row[:, None] + diagonal <= column, x, 0.0)
+
+
+# Conditions.
+
+
+def _condition(x: Tensor) -> Tensor:
+    return x if x.dtype == bool_ else x != 0.0
+
+
+def _logical(fn: Callable[..., Tensor]) -> Rule:
+    def apply(result: Result, *args: Tensor) -> Tensor:
+        return fn(*map(_condition, args))
+
+    return apply
+
+
+def _bitwise(fn: Callable[..., Tensor]) -> Rule:
+    def apply(result: Result, *args: Tensor) -> Tensor:
+        if any(a.dtype != bool_ for a in args):
+            raise refuse("the bits of whole numbers")
+        return fn(*args)
+
+    return apply
+
+
+for _name, _one in (
+    ("and", lambda a, b: a & b),
+    ("or", lambda a, b: a | b),
+    ("xor", lambda a, b: a ^ b),
+    ("not", lambda a: ~a),
+):
+    rule(getattr(aten, f"logical_{_name}").default)(_logical(_one))
+    _packet = getattr(aten, f"bitwise_{_name}")
+    rule(_packet.default if _name == "not" else _packet.Tensor)(_bitwise(_one))
