@@ -28,6 +28,12 @@ KNOWN = (
     "nn.functional.linear", "nn.functional.logsigmoid", "nn.functional.mish",
     "nn.functional.relu", "nn.functional.relu6", "nn.functional.selu",
     "nn.functional.silu", "nn.functional.softplus", "rsqrt", "sigmoid", "softmax", "where",
+    "addcdiv", "addmv", "atan", "atan2", "ceil", "clamp", "clamp_max", "clamp_min", "erfc",
+    "expand_as", "floor", "fmax", "fmin", "frac", "isfinite", "isinf", "isnan", "lerp", "log10",
+    "log2", "logical_and", "logical_not", "logit", "mv", "nan_to_num", "nn.functional.glu",
+    "nn.functional.hardshrink", "nn.functional.prelu", "nn.functional.softshrink",
+    "nn.functional.threshold", "pow", "round", "sgn", "sign", "tan", "tril", "triu", "trunc",
+    "true_divide",
 )  # fmt: skip
 
 

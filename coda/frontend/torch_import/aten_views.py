@@ -189,8 +189,8 @@ def _roll(result: Result, x: Tensor, shifts: Sequence[Any], dims: Sequence[int] 
         raise refuse("a roll along several axes")
     _columns(x, dims[0])
     width = x.shape[-1].constant
-    if width is None:
-        raise refuse("a part of an axis whose size is known only at run time")
+    if not width:
+        raise refuse("a roll of an axis without a known size")
     first = -_position(shifts[0]) % width
     return x if not first else ops.concat([x[..., first:], x[..., :first]])
 
