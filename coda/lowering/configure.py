@@ -59,11 +59,12 @@ def size_partials(program: Program) -> Program:
 def _of_rows(program: Program, sink: SumRows, parts: Partials, width: int) -> Shape:
     """The shape [1, columns, parts] of the partials of a sum over rows.
 
-    If the sum also runs over column axes, several columns of the kernel are parts of one sum.
+    If the sum also runs over column axes, several columns of the kernel are parts of one sum. If
+    each sequence is summed alone, partials are of one of them each.
     """
     columns = program.buffers[sink.buffer].shape[1]
-    each = (sink.span.width if sink.span else width) // columns.size(program.sizes)
-    return ONE, columns, Dim.of(parts.of_rows * each)
+    summed = parts.of_rows * (sink.span.width if sink.span else width)
+    return ONE, columns, Dim.of(summed // max(1, columns.size(program.sizes)))
 
 
 def _counted(body: Body, parts_of: Mapping[str, tuple[int, Partials]]) -> Body:

@@ -125,9 +125,12 @@ def compute_body(
         run.buffers[store.buffer] = x if run.exact else x.to(store.dtype.torch)
     for sink in body.epilogue.sinks:
         match sink:
-            case SumRows(buffer=name, span=span):
+            case SumRows(buffer=name, span=span, within=within):
                 columns = run.program.buffers[name].shape[1].size(run.sizes)
-                run.parts[name] = _over_rows(sink.monoid, point.ordered(sink, span), columns)
+                each = rows if within is None else within.size(run.sizes)
+                x = point.ordered(sink, span)
+                x = x.reshape(rows // max(1, each), each, x.shape[1]).transpose(0, 1)
+                run.parts[name] = _over_rows(sink.monoid, x, columns)
             case PickColumn(buffer=name, index=index, lanes=lanes):
                 run.buffers[name] = pick(point.columns(lanes), operands[index].reshape(-1))
             case ReduceColumns(buffer=name, lanes=lanes):
@@ -155,7 +158,7 @@ def _partials(
 def _over_rows(
     monoid: str, x: Tensor, columns: int, tile: int = 128
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Reductions of each tile of rows, [columns, parts]; some of x's columns may be parts."""
+    """Reductions of each tile of rows [rows, ...], [columns, parts]; columns may be parts."""
     found = [MONOIDS[monoid].partial(t, 0)[0] for t in torch.split(x, tile)]
     parts = torch.cat(found).reshape(-1, columns).T
     return (parts,), torch.ones((1, parts.shape[1]), dtype=x.dtype, device=x.device)

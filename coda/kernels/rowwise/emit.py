@@ -226,13 +226,14 @@ class _RowwiseEmitter(Folds):
         row = [*self.row(), *self.wide(), *self.narrow()]
         slot = [f"slot = step % 2 * {sides} + side"] if self.plan.warps > 1 else []
         return [
+            *self.sequence_lines(),
             *self.shared_states(),
             *made,
             f"for step in cutlass.range({TALL_ROWS // sides}):",
-            f"{INDENT}row = block * {TALL_ROWS} + step * {sides} + side",
-            f"{INDENT}if row < rows:",
+            f"{INDENT}row = {self.first} + step * {sides} + side",
+            f"{INDENT}if row < {self.end}:",
             *indented([*slot, *row], 2),
-            f"part = block * {sides} + side",
+            self.part("side"),
             *written,
         ]
 
@@ -245,17 +246,17 @@ class _RowwiseEmitter(Folds):
         kept = self.stat_names(wide)
         rows = [*self.row(), *self.narrow()]
         rows += [f"{n}_of[row - first] = {n}" for n in kept]
-        out = [f"first = block * {TALL_ROWS}"]
+        out = [f"first = {self.first}"]
         if kept:
             self.rows.add("room")
             out += [f"{n}_of = room({TALL_ROWS})" for n in kept]
         if rows:
             head = [f"for turn in cutlass.range({TALL_ROWS // TALL_WARPS}):"]
-            body = [f"row = first + turn * {TALL_WARPS} + warp", "if row < rows:"]
+            body = [f"row = first + turn * {TALL_WARPS} + warp", f"if row < {self.end}:"]
             out += [*head, *indented(body), *indented(rows, 2), "cute.arch.sync_threads()"]
         for piece in self.pieces:
             out += self.columns(piece, kept)
-        return out
+        return [*self.sequence_lines(), *out]
 
     def columns(self, piece: Piece, kept: list[str]) -> list[str]:
         """The columns of a piece: a warp has vectors of them, and loops over the rows."""
@@ -309,10 +310,10 @@ class _RowwiseEmitter(Folds):
         rows = [
             f"for step in cutlass.range({TALL_ROWS // sides}):",
             f"{INDENT}row = first + step * {sides} + warp // {wide}",
-            f"{INDENT}if row < rows:",
+            f"{INDENT}if row < {self.end}:",
             *indented([*own, *body], 2),
         ]
-        last = [f"part = block * {sides} + warp // {wide}", *after]
+        last = [self.part(f"warp // {wide}"), *after]
         head = f"for turn in cutlass.range({-(-vectors // (LANES * wide))}):"
         if ragged:
             last = [f"if at < {vectors}:", *indented(last)]
@@ -365,7 +366,7 @@ class _RowwiseEmitter(Folds):
             "@cute.jit",
             f"def launch({declared}, stream):",
             f"    kernel({passed}).launch(",
-            f"        grid=[cute.ceil_div(rows, {each}), 1, 1],",
+            f"        grid=[{self.blocks_of(each)}, 1, 1],",
             f"        block=[{warps} * LANES, 1, 1],",
             "        stream=stream,",
             "        use_pdl=True,",

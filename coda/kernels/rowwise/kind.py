@@ -80,7 +80,7 @@ def _shares(builder: Builder, body: Body, operands: Sequence[Node], sizes: Sizes
 
 def _partials(program: Program, kernel: Rowwise, sizes: Sizes) -> Partials:
     rows, width = kernel.mainloop.points(sizes)
-    return Partials(row_parts(kernel.body, width, rows))
+    return Partials(row_parts(kernel.body, width, rows, sizes))
 
 
 def _emit(program: Program, kernel: Rowwise) -> Sequence[Source]:

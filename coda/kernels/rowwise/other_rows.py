@@ -12,20 +12,24 @@ from __future__ import annotations
 
 from coda.ir.dims import Dim
 from coda.kernels.lines import NUMBER
+from coda.kernels.rowwise.plan import TALL_ROWS, RowPlan, summed_within
 from coda.lowering.program.access import RowStep, Shifted
 from coda.lowering.program.epilogue import Between, Epilogue
+
+SEQUENCE = NUMBER + "sequence"
 
 
 class OtherRows:
     """The source of what a row knows of its place among the rows.
 
     Attributes:
-        epilogue: the kernel's.
+        epilogue, plan: the kernel's.
         tests: the tests of the row, in the order of their variables.
         sizes: dim that only a call knows -> the parameter of the kernel that has its size.
     """
 
     epilogue: Epilogue
+    plan: RowPlan
     tests: list[Between]
     sizes: dict[Dim, str]
 
@@ -69,6 +73,48 @@ class OtherRows:
         """The text of the distance of a step in rows."""
         by = self.size_of(step.by)
         return by if step.inner.constant == 1 else f"{by} * {self.size_of(step.inner)}"
+
+    # Blocks of rows that are summed: of each sequence alone, if a sum is of one.
+
+    def blocks_of(self, rows: int) -> str:
+        """The text of the number of CTAs of so many rows."""
+        within = summed_within(self.epilogue)
+        if within is None:
+            return f"cute.ceil_div(rows, {rows})"
+        return f"rows // {self.size_of(within)} * cute.ceil_div({self.size_of(within)}, {rows})"
+
+    def sequence_lines(self) -> list[str]:
+        """Lines that find the sequence of a block, and its place there."""
+        within = summed_within(self.epilogue)
+        if within is None:
+            return []
+        blocks = f"cute.ceil_div({self.size_of(within)}, {TALL_ROWS})"
+        return [
+            f"{SEQUENCE} = block // {blocks}",
+            f"{SEQUENCE}_block = block % {blocks}",
+            f"{SEQUENCE}_end = ({SEQUENCE} + 1) * {self.size_of(within)}",
+        ]
+
+    @property
+    def first(self) -> str:
+        """The text of the first row of a block."""
+        within = summed_within(self.epilogue)
+        if within is None:
+            return f"block * {TALL_ROWS}"
+        return f"{SEQUENCE} * {self.size_of(within)} + {SEQUENCE}_block * {TALL_ROWS}"
+
+    @property
+    def end(self) -> str:
+        """The text of the row after the last one of which a block may have rows."""
+        return "rows" if summed_within(self.epilogue) is None else f"{SEQUENCE}_end"
+
+    def part(self, side: str) -> str:
+        """The line that numbers the partial of a block: those of one sequence are far apart."""
+        within, sides = summed_within(self.epilogue), self.plan.rows
+        if within is None:
+            return f"part = block * {sides} + {side}"
+        number = f"({SEQUENCE}_block * {sides} + {side})"
+        return f"part = {number} * (rows // {self.size_of(within)}) + {SEQUENCE}"
 
     def size_of(self, dim: Dim) -> str:
         """The text of a size: a number, or a parameter of the kernel."""

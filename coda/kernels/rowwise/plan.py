@@ -22,8 +22,10 @@ RMSNorm of 4096 bf16 columns: 8192 bytes are 64 registers of a warp, and 32 of 6
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from coda.ir.dims import Dim
 from coda.ir.monoids import MONOIDS
 from coda.kernels.rowwise.mainloop import Rowwise
 from coda.kernels.rowwise.pieces import (
@@ -200,10 +202,17 @@ def teams(pieces: tuple[Piece, ...], vector: int) -> int:
     return found
 
 
-def row_parts(body: Body, width: int, rows: int) -> int:
-    """The number of partials of a sum over the rows of a row-wise kernel."""
+def summed_within(epilogue: Epilogue) -> Dim | None:
+    """The rows of a sequence, if some sums over rows are of each alone; None if none are."""
+    return next((s.within for s in epilogue.row_sums if s.within is not None), None)
+
+
+def row_parts(body: Body, width: int, rows: int, sizes: Mapping[str, int]) -> int:
+    """The number of partials of a sum over the rows of a row-wise kernel, of all its sequences."""
     found = plan_of(body, pieces_of(body, width))
-    return max(1, -(-rows // found.block) * found.rows)
+    within = summed_within(body.epilogue)
+    each = rows if within is None else within.size(sizes)
+    return max(1, rows // max(1, each) * -(-each // found.block) * found.rows)
 
 
 def covers(epilogue: Epilogue, span: Span | None, piece: Piece) -> bool:

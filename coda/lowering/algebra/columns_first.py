@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coda.ir.dims import ONE, Dim, Shape, product
-from coda.ir.graph import Cast, Graph, Map, Node, Reduce, Reshape, transform, walk
+from coda.ir.graph import Cast, Graph, Map, Node, Reduce, Reshape, Size, transform, walk
 from coda.ir.monoids import MONOIDS
 from coda.ir.node import origin
 from coda.lowering.algebra.roles import gemms, row_axes, squared_deviation
@@ -26,11 +26,11 @@ def columns_first(graph: Graph) -> Graph:
     def change(node: Node) -> Node:
         if isinstance(node, Map | Cast):
             return _of_matrices(node, rows)
-        found = _merged(node, rows) if isinstance(node, Reduce) else None
-        if found is None:
+        if not isinstance(node, Reduce):
             return node
+        found = _merged(node, rows)
         with origin(node.where):
-            return found.whole()
+            return _as_sum(node) if found is None else found.whole()
 
     return graph.with_roots(transform(graph.roots, change))
 
@@ -60,6 +60,15 @@ class _Merged:
         inner = Reduce(fn, _shaped(x, (*shape[: self.columns], columns)), -1)
         outer = Reduce(fn, _shaped(inner, (*lead, rows)), -1)
         return _shaped(outer, (*lead, *(ONE,) * (len(shape) - len(lead))))
+
+
+def _as_sum(node: Reduce) -> Node:
+    """An average over rows of values with columns, as its sum over the number of rows."""
+    fn = MONOIDS[node.fn].average_of
+    if not fn or product(node.shape[node.axis :]) == ONE:
+        return node
+    total = Reduce(fn, node.arg, node.axis)
+    return Map("div", (total, Size(node.arg.shape[node.axis], node.dtype)))
 
 
 def _of_matrices(node: Map | Cast, rows: Dim) -> Node:

@@ -155,6 +155,12 @@ def summand(node: Reduce) -> Node:
     return under
 
 
+def sequence_of(node: Reduce) -> Dim | None:
+    """The rows that a sum over rows sums, if rows before them are sequences; None if all are."""
+    many = any(d != ONE for d in node.shape[: node.axis])
+    return node.arg.shape[node.axis] if many else None
+
+
 def squared_deviation(x: Node, mean: Node) -> Node:
     """(x − mean)²."""
     return Map("square", (Map("sub", (x, mean)),))

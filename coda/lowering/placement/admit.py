@@ -22,7 +22,7 @@ from coda.ir.dims import ONE, product
 from coda.ir.graph import Cast, Map, Node, Permute, Pick, Reduce, Size
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
-from coda.lowering.algebra.roles import summand
+from coda.lowering.algebra.roles import sequence_of, summand
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.draft import Draft, Drafts
 from coda.lowering.placement.layout import Layout
@@ -91,7 +91,10 @@ class Admission(Drafts):
         A GEMM has partials of any monoid with an op for rows, a row-wise kernel those of sums.
         """
         rows, columns = product(node.arg.shape[: node.axis + node.rank + 1]), product(node.shape)
-        narrow = rows == ONE or any(d != ONE for d in node.shape[: node.axis])
+        narrow = rows == ONE
+        if sequence_of(node) is not None:  # row-wise kernels know where a sequence ends
+            whole = draft.kind.whole_rows and rows == draft.space.rows
+            narrow = not whole or product(node.shape[node.axis :]) == ONE
         row = MONOIDS[node.fn]
         split = bool(row.rows) if draft.kind.tiled else row.is_plain_sum
         if not split or narrow or not draft.kind.fuses or columns == ONE:

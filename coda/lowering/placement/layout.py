@@ -25,6 +25,7 @@ from coda.ir.graph import Node, Reduce
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SUM
 from coda.ir.types import DType, f32
+from coda.lowering.algebra.roles import sequence_of
 from coda.lowering.placement.arrays import distinct
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.points import Points, at_point
@@ -281,7 +282,8 @@ def _sink(build: Layout, sink: Sink) -> SinkExpr:
         case Summed():
             if not space.whole_rows:
                 return SumRows(sink.buffer, build.lanes(value), monoid=sink.node.fn)
-            return SumRows(sink.buffer, build.lanes(space.widened(value)), _span(space, value))
+            lanes, within = build.lanes(space.widened(value)), sequence_of(sink.node)
+            return SumRows(sink.buffer, lanes, _span(space, value), within)
         case _ as never:
             assert_never(never)
 

@@ -39,6 +39,7 @@ from coda.lowering.algebra.roles import (
     position_nodes,
     row_axes,
     row_symbols,
+    sequence_of,
     stacks,
     summand,
     weight_nodes,
@@ -256,11 +257,15 @@ class Partition(Reach):
         for segment in spans[: 1 if draft.kind.tiled else None]:
             try:
                 with space.inside(segment), space.attempt(lambda n: self.home.get(n) is draft):
-                    self.reach_all(under, draft)
+                    stored = isinstance(under, Contract) and not draft.kind.tiled
+                    (self.reach if stored else self.reach_all)(under, draft)
                     value = space.compute(under)
                     if draft.kind.tiled and value.count != space.width:
                         raise Refused("it does not have all columns of the kernel")
                     space.place_of(value)
+                    sums = [n for n in (*draft.over_rows, node) if isinstance(n, Reduce)]
+                    if len({sequence_of(n) for n in sums} - {None}) > 1:
+                        raise Refused("its kernel sums the rows of sequences of other lengths")
                     self.check(draft, sink=(node, value))
             except Refused:
                 continue

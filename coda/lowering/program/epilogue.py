@@ -1,9 +1,8 @@
 """`Epilogue`: the scalar program that a kernel runs at each element or column pair.
 
 A GEMM's epilogue and a row-wise kernel have the same form: expressions at a *point*, which is one
-element (row, column) or one column pair (row, two columns). Leaves are the accumulator, loads and
-statistics; results are stores and sinks. The placement constructs it, and the emitters translate it
-into CuTe DSL.
+element or one column pair of a row. Leaves are the accumulator, loads and statistics; results are
+stores and sinks. The placement constructs it, and the emitters translate it into CuTe DSL.
 
     silu(x wᵀ + b) · r      load b row, r col;  y = mul(silu(add(acc, b)), r);  store y
 """
@@ -266,12 +265,14 @@ class SumRows:
         buffer: the name of the partials.
         lanes: the reduced expressions, as for a store.
         span: in a row-wise kernel, the kernel's columns that it covers; None for all.
+        within: the rows of a sequence, if each is summed alone: [sequences · N, parts].
         monoid: the reduction; in a row-wise kernel a sum.
     """
 
     buffer: str
     lanes: tuple[Expr, ...]
     span: Span | None = None
+    within: Dim | None = None
     monoid: str = PLAIN_SUM
 
 

@@ -41,6 +41,7 @@ from coda.lowering.program.epilogue import (
     PickColumn,
     Position,
     Stat,
+    SumRows,
     calls,
 )
 from coda.lowering.program.kernel import Kernel
@@ -140,7 +141,9 @@ def _body(program: Program, kernel: Kernel[Any]) -> list[str]:
     for sink in epilogue.sinks:
         values = ", ".join(_name(e, names) for e in sink.lanes)
         at = f" at {sink.index}" if isinstance(sink, PickColumn) else ""
-        lines.append(f"    sink {sink.buffer} = {sink.monoid} {values}{at}")
+        within = sink.within if isinstance(sink, SumRows) else None
+        each = f" of each {within} rows" if within is not None else ""
+        lines.append(f"    sink {sink.buffer} = {sink.monoid} {values}{at}{each}")
     return lines
 
 
