@@ -20,6 +20,7 @@ import model
 import stages
 
 import coda
+from coda.ir.graph import Contract
 from coda.kernels.gemm.configs import case_of, choice, deepened, ranked
 from coda.kernels.gemm.mainloop import gemms
 from coda.kernels.gemm.stages import need
@@ -27,8 +28,11 @@ from coda.kernels.gemm.time import time_of
 from coda.lowering import compiler
 from coda.lowering.explain import Explanation
 from coda.lowering.program import cublas
+from coda.lowering.program.cost import is_free, memory_bytes, tensor_traffic
+from coda.lowering.program.price import Price, price_of
 from coda.lowering.program.target import Config, find_target
 from coda.lowering.program.text import show_config
+from coda.lowering.program.time import Sketch, Time, total
 
 PAGE = Path(__file__).parents[1] / "docs/model.md"
 GPUS = ("H100 SXM", "H200", "B200")
@@ -258,6 +262,41 @@ def slower():
     return table(["GPU", "example", "kernel", "modelled", "slower by", "parts, µs"], rows)
 
 
+def apart():
+    """GEMMs whose epilogue as a kernel of its own, beside the bare GEMM, has the lower price."""
+    rows = []
+    for gpu in GPUS:
+        for count in ROWS:
+            parts = [(n, *p) for n in stages.EXAMPLES for p in stages.programs(n, gpu, M=count)]
+            every = [(n, part, p, k) for n, part, p in parts for k in gemms(p) if fuses(k)]
+            found = [(*e, price_of(e[2], [e[3]]), beside_gemm(*e[2:])) for e in every]
+            cheaper = [f for f in found if f[5].undercuts(f[4])]
+            for name, part, _, kernel, own, other in cheaper:
+                times = [f"{x.seconds * 1e6:.0f}" for x in (own, other)]
+                rows.append([gpu, count, f"{name} {part} {kernel.name}", *times])
+            rows.append([gpu, count, f"{len(cheaper)} of {len(every)}", "", ""])
+    return table(["GPU", "rows", "kernel", "fused, µs", "apart, µs"], rows)
+
+
+def fuses(kernel):
+    """Whether a GEMM computes more than contractions of matrices."""
+    more = any(not (isinstance(n, Contract) or is_free(n)) for n in kernel.nodes)
+    return more and not kernel.mainloop.batch
+
+
+def beside_gemm(program, kernel):
+    """The price of a GEMM that stores its accumulator, and of a kernel for its epilogue."""
+    moved, rates = tensor_traffic(program, kernel), program.target.rates
+    read = sum(memory_bytes(o, program) for o in kernel.mainloop.operands)
+    made = sum(c.nbytes(program.sizes) for c in kernel.mainloop.contracts)
+    rest = moved.read_bytes + moved.write_bytes - read + made
+    bits = kernel.mainloop.a.dtype.bits
+    bare = Sketch(kernel.mainloop.problem(program.sizes), bits, read, made)
+    time = kernel.kind.sketched(bare, program.target)
+    times = total((time, Time(rates.ramp, memory=rest / rates.bandwidth)))
+    return Price(times, read + made + rest, 2)
+
+
 FIELDS = ("tensor", "bandwidth", "feed", "start", "latency", "issue", "special")
 
 
@@ -325,7 +364,7 @@ def tile(config):
 
 
 QUICK = (constants, sets, tiles, layers, published, attention, rowwise, few_rows)
-SLOW = (held_out, swapped, examples, slower, flips, choices)
+SLOW = (held_out, swapped, examples, slower, apart, flips, choices)
 
 
 def renewed(text, writers):
