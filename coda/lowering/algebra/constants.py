@@ -41,7 +41,7 @@ def fold_constants(graph: Graph, sizes: Mapping[str, int]) -> Graph:
         if not all(map(is_number, node.args)):
             return node
         narrow = node.dtype.kind == "float" and node.dtype.size < f32.size
-        (value,) = evaluate([node], {}, sizes, torch.float32 if narrow else None)
+        (value,) = evaluate([node], {}, sizes, torch.float64 if narrow else None)
         return Const(float(value), node.dtype)
 
     return graph.with_roots(transform(graph.roots, known))
