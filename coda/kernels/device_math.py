@@ -130,7 +130,24 @@ def cast_f32(a: Any) -> Any:
 
 def word(a: Any, b: Any, to: str) -> Any:
     """Pack two values, rounded to the 16-bit type `to`, into the bits of one float32."""
-    return cute.recast_tensor(_neighbours(a, b, to), Float32)[0]
+    return lanes(lambda x, y: cute.recast_tensor(_neighbours(x, y, to), Float32)[0], a, b)
+
+
+def neighbours(a: Any, of: str) -> tuple[Any, Any]:
+    """Unpack the two values of the 16-bit type `of` in the bits of a float32."""
+    return lanes(lambda x: _half(x, of, 0), a), lanes(lambda x: _half(x, of, 1), a)
+
+
+def _half(x: Any, of: str, lane: int) -> Any:
+    """One of two 16-bit values in a word, as float32; of bf16, by a shift or a mask."""
+    narrow = cute.make_rmem_tensor(2, _TYPES[of])
+    cute.recast_tensor(narrow, Float32)[0] = x
+    if of != "bf16":
+        return narrow[lane].to(Float32)
+    word = cute.recast_tensor(narrow, Int32)[0]
+    wide = cute.make_rmem_tensor(1, Int32)
+    wide[0] = word & Int32(-65536) if lane else word << 16
+    return cute.recast_tensor(wide, Float32)[0]
 
 
 def _neighbours(a: Any, b: Any, to: str) -> Any:

@@ -19,6 +19,7 @@ from coda.ir.evaluate import pick
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
 from coda.lowering.program.access import (
+    Alternating,
     ColumnVector,
     Grouped,
     Line,
@@ -245,6 +246,8 @@ class _Points:
                 return x[:, torch.arange(self.points, device=x.device) // size]
             case Tile(span=span):
                 return self.lane_of_tile(x, span, lane)
+            case Alternating():
+                return x[:, lane::2]
             case _ as never:
                 assert_never(never)
 
@@ -287,6 +290,8 @@ class _Points:
                 return self.evaluate(store.lanes[0]).expand(self.rows, 1)
             case Tile(span=span):
                 return self.ordered(store, span)
+            case Alternating():
+                return self.columns(store.lanes)
             case _ as never:
                 assert_never(never)
 

@@ -30,7 +30,7 @@ from coda.kernels.gemm.weights import (
 )
 from coda.kernels.protocol import LaunchRun, Tensors
 from coda.kernels.tensors import aligned, by_axes, in_bytes, matrix, padded, written
-from coda.lowering.program.access import ColumnVector, OneElement, Periodic, Tile
+from coda.lowering.program.access import Alternating, ColumnVector, OneElement, Periodic, Tile
 from coda.lowering.program.epilogue import PickColumn, ReduceColumns, SumRows
 from coda.lowering.program.program import Program
 
@@ -220,6 +220,8 @@ class GemmBinding:
                 case Tile():
                     whole = self.run.ready(self.run.ready(x, matrix), aligned)
                     found[name] = self.by_matrix(whole)
+                case Alternating():
+                    found[name] = quack_target.words(self.run.ready(x, _rows))
                 case access:
                     raise AssertionError(access)
         return found | {name: self.run.raw[name] for name in self.body.epilogue.partials}
@@ -308,6 +310,11 @@ def _vector(x: Tensor) -> Tensor:
 def _number(x: Tensor) -> Tensor:
     """A scalar operand as float32 [1], as GEMMs read it."""
     return x.reshape(-1).float()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A matrix whose rows begin at multiples of 16 bytes."""
+    return aligned(matrix(x))
 
 
 def _transposed(x: Tensor) -> Tensor:

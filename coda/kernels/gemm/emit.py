@@ -16,9 +16,10 @@ from coda.kernels.gemm.mainloop import Gemm, shown_problem, tiles
 from coda.kernels.gemm.operands import by_gemm, numbered, pack_tables, passed
 from coda.kernels.gemm.ragged import is_sum, needs_mask
 from coda.kernels.gemm.row_folds import split_folds
-from coda.kernels.gemm.source import PAIRS, WHOLE, GemmSource, Table
+from coda.kernels.gemm.source import PAIRS, WHOLE, WORDS, GemmSource, Table
 from coda.kernels.lines import Lines, safe, stored
 from coda.lowering.program.access import (
+    Alternating,
     ColumnVector,
     Grouped,
     Line,
@@ -129,8 +130,9 @@ class _GemmEmitter:
                 table = next(t for t in self.tables if operand.name in t.operands)
                 lane = table.operands.index(operand.name)
                 return f"{table.name}_{lane}" if self.pair else table.name
-            case RowVector() | Tile():
-                return f"{safe(operand.name)}_{lane}" if self.pair else safe(operand.name)
+            case RowVector() | Tile() | Alternating():
+                both = self.pair or isinstance(operand.access, Alternating)
+                return safe(operand.name) + f"_{lane}" * both
             case ColumnVector() | OneElement():
                 return safe(operand.name)
             case Grouped() | Shifted() | Line() | Partial():
@@ -201,7 +203,7 @@ class _GemmEmitter:
                 returned.insert(0, ("D", self.packed(values)))
             elif len(values) == 2:
                 body.imported.add("word")
-                outputs.append((name, store.buffer, PAIRS))
+                outputs.append((name, store.buffer, PAIRS if self.pair else WORDS))
                 returned.append((name, f"word({', '.join(values)}, {store.dtype.name!r})"))
             else:
                 outputs.append((name, store.buffer, WHOLE))
@@ -268,7 +270,9 @@ class _GemmEmitter:
         if before[1]:
             needed = [p for p in parameters if _mentions(before[0], p)]
             lines = [*self.function("prepass", needed, [], *before), "", "", *lines]
-        imported = body.imported | before[0].imported | ({"pack", "unpack"} & self.used)
+        imported = (
+            body.imported | before[0].imported | ({"pack", "unpack", "neighbours"} & self.used)
+        )
         for fold in reversed(self.folds):
             rows = Lines(fold.leaf)
             lines = [*fold.function(rows), "", "", *lines]
@@ -295,16 +299,17 @@ class _GemmEmitter:
         return notes
 
     def unpacked(self, parameters: list[str]) -> list[str]:
-        """Lines that unpack every value that is a column pair into its lanes."""
-        self.used = {"pack"} if self.pair else set()
+        """Lines that unpack every value of a column pair, or of two neighbours, into its lanes."""
         if not self.pair:
-            return []
-        self.used.add("unpack")
+            twice = [o for o in self.passed if isinstance(o.access, Alternating)]
+            self.used = {"neighbours"} if twice else set()
+            apart = [(safe(o.name), o.dtype.name) for o in twice]
+            return [f"{n}_0, {n}_1 = neighbours({n}, {of!r})" for n, of in apart]
+        self.used = {"pack", "unpack"}
         lanes = RowVector | Tile  # accesses with an element for each lane
-        paired = {safe(o.name) for o in self.passed if isinstance(o.access, lanes)}
-        paired |= {t.name for t in self.tables} | {"inside"}
+        paired = {safe(o.name) for o in self.passed if isinstance(o.access, lanes)} | {"inside"}
+        paired |= {t.name for t in self.tables} | {*self.numbered.values()}
         paired |= {s.name for s in self.epilogue.statistics if s.group}
-        paired |= {*self.numbered.values()}
         lines = ["acc0, acc1 = unpack(acc)"]
         return lines + [f"{p}_0, {p}_1 = unpack({p})" for p in parameters if p in paired]
 
@@ -412,7 +417,7 @@ class _GemmEmitter:
                 return "RowInTurn" if self.pauses and not self.pair else "RowVecLoad"
             case ColumnVector():
                 return "ColVecLoad"
-            case Tile():
+            case Tile() | Alternating():
                 return "TileLoad"
             case OneElement():
                 return "Scalar"

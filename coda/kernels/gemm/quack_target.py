@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from coda.errors import CallError
-from coda.kernels.gemm.source import PAIRS, WHOLE, GemmSource, Table
+from coda.kernels.gemm.source import PAIRS, WHOLE, WORDS, GemmSource, Table
 from coda.kernels.modules import load_module
 from coda.lowering.program.target import Config
 from coda.sim.host import kept
@@ -57,7 +57,9 @@ class Gemm:
         found |= source.numbers
         for name, buffer, lane in source.outputs:
             whole = stores[buffer]
-            if lane != WHOLE:
+            if lane == WORDS:
+                whole = words(whole)
+            elif lane != WHOLE:
                 first = 0 if lane == PAIRS else lane * splits[buffer]
                 whole = whole.narrow(1, first, whole.shape[1] // 2)
             found[name] = whole
@@ -114,6 +116,11 @@ class Gemm:
             _launch=launch,
             **options,
         )
+
+
+def words(x: Tensor) -> Tensor:
+    """A matrix of 16-bit elements, as one of float32 whose bits are two neighbours each."""
+    return x.view(torch.float32)
 
 
 def check_alignment(tensors: Mapping[str, Any]) -> None:

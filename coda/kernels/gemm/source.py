@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-WHOLE, PAIRS = -1, -2  # in place of a lane number: see `GemmSource.outputs`
+WHOLE, PAIRS, WORDS = -1, -2, -3  # in place of a lane number: see `GemmSource.outputs`
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class GemmSource:
         name: the module's name, with a hash of the text.
         d: the buffer that the GEMM's own store writes; None if there is none.
         outputs: (emitted name, buffer, lane) of the other stores. The lane is 0 or 1 for one column
-            of each pair, WHOLE for one value per element or pair, PAIRS for adjacent column pairs.
+            of each pair, WHOLE for one value per element or pair, PAIRS for adjacent column pairs,
+            WORDS for two neighbours for each column, as one word of 32 bits.
         operands: operand name -> emitted name, for operands that are passed unpacked; of partials
             the name of the first value that is computed from them.
         tables: packed periodic operands.

@@ -24,8 +24,8 @@ from coda.kernels.gemm.mainloop import Gemm
 from coda.kernels.gemm.operands import by_gemm, pack_tables, passed
 from coda.kernels.gemm.ragged import needs_mask
 from coda.kernels.gemm.row_folds import split_folds
-from coda.lowering.program.access import ColumnVector, RowVector, Tile
-from coda.lowering.program.epilogue import Epilogue, PickColumn, ReduceColumns, SumRows
+from coda.lowering.program.access import Alternating, ColumnVector, RowVector, Tile
+from coda.lowering.program.epilogue import Epilogue, Operand, PickColumn, ReduceColumns, SumRows
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Config, Target
 
@@ -154,7 +154,10 @@ def demand(epilogue: Epilogue) -> Demand:
     columns = [o.dtype for o in operands if isinstance(o.access, RowVector)]
     reduced = [MONOIDS[s.monoid] for s in epilogue.sinks if isinstance(s, ReduceColumns)]
     return Demand(
-        loaded=(*(o.dtype for o in operands if isinstance(o.access, Tile)), *tables),
+        loaded=(
+            *(_loaded(o) for o in operands if isinstance(o.access, Tile | Alternating)),
+            *tables,
+        ),
         own=own.dtype if own else None,
         stored=tuple(s.dtype.bits * len(s.lanes) // epilogue.lanes for s in other),
         row=sum(d.nbytes(1) for d in rows) + f32.nbytes(masked.rows),
@@ -164,6 +167,11 @@ def demand(epilogue: Epilogue) -> Demand:
         sums=len(epilogue.row_sums),
         planes=sum(len(m.warp.start) for m in reduced),
     )
+
+
+def _loaded(operand: Operand) -> DType:
+    """The dtype in which an operand is loaded: two neighbours of 16 bits are one word."""
+    return f32 if isinstance(operand.access, Alternating) else operand.dtype
 
 
 def need(wanted: Demand, columns: int, config: Config, target: Target) -> Need:

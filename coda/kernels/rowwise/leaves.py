@@ -17,6 +17,7 @@ from coda.kernels.rowwise.other_rows import OtherRows
 from coda.kernels.rowwise.packed import Elements, LinesOfTwo
 from coda.kernels.rowwise.pieces import COLUMN
 from coda.lowering.program.access import (
+    Alternating,
     ColumnVector,
     Grouped,
     Line,
@@ -80,7 +81,7 @@ class Leaves(OtherRows, Elements):
                 return self.element(f"{name}_v{tag}", lane, self.lanes)
             case Shifted(of=of):
                 return self.load(replace(operand, access=of), lane)
-            case Line() | Partial():
+            case Alternating() | Line() | Partial():
                 raise AssertionError(operand)
             case _ as never:
                 assert_never(never)

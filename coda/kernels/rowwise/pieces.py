@@ -20,6 +20,7 @@ from coda.ir.scalars import SCALARS
 from coda.kernels.lines import NUMBER
 from coda.kernels.rowwise.mainloop import Rowwise
 from coda.lowering.program.access import (
+    Alternating,
     ColumnVector,
     Grouped,
     Line,
@@ -138,7 +139,7 @@ def _patterns(epilogue: Epilogue) -> list[int]:
         match operand.access:
             case Periodic(period=points) | Grouped(size=points):
                 found.append(points)
-            case RowVector() | ColumnVector() | Tile() | Shifted() | OneElement():
+            case RowVector() | ColumnVector() | Tile() | Alternating() | Shifted() | OneElement():
                 pass
             case Line() | Partial():
                 pass

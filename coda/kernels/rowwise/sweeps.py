@@ -40,6 +40,7 @@ from coda.kernels.rowwise.pieces import (
 )
 from coda.kernels.rowwise.plan import by_row, every_expr, plan_of, reads, vector_lengths
 from coda.lowering.program.access import (
+    Alternating,
     ColumnVector,
     Grouped,
     Line,
@@ -213,7 +214,7 @@ class Sweeps(Leaves):
                     found.append(VectorLoad(name, "_v", "row", f"{at} % {period // vec}", vec))
                 case Grouped(size=size):
                     found.append(VectorLoad(name, "_v", "row", f"{at} // {size // vec}", 1))
-                case Line() | Partial():
+                case Alternating() | Line() | Partial():
                     raise AssertionError(name)
                 case _ as never:
                     assert_never(never)

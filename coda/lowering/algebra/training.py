@@ -39,6 +39,7 @@ from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, f32
 from coda.lowering.algebra.columns_first import columns_first
 from coda.lowering.algebra.compared import compared, sources
+from coda.lowering.algebra.early_slices import slice_columns_first
 from coda.lowering.algebra.laws import EXCHANGES, LAWS
 from coda.lowering.algebra.merge_siblings import merge_siblings
 from coda.lowering.algebra.min_cut import minimum_cut
@@ -113,7 +114,7 @@ def derive(
     check_memory(memory)
     names = set(differentiated(graph, wanted))
     lawful = graph.with_roots(rewrite(graph.roots, LAWS, lambda law, node, place: False))
-    normal = columns_first(push_down(lawful))
+    normal = columns_first(slice_columns_first(push_down(lawful)))
     merged, original = merge_siblings(normal)
     given = {n for n, _ in graph.outputs} if given is None else set(given)
     taken = {i.name for i in graph.inputs} | {s for s in graph.symbols}

@@ -39,6 +39,7 @@ from coda.lowering.placement.values import (
     beside,
 )
 from coda.lowering.program.access import (
+    Alternating,
     ColumnVector,
     Line,
     Partial,
@@ -202,9 +203,10 @@ def _check_staged(build: Layout, stores: Collection[StoreExpr]) -> None:
 
     Kernels have no float64: such a Program is laid out as in float32, and the reference runs it.
     """
-    loads = [o for o in build.operands.values() if isinstance(o.access, Tile)]
+    loads = [o for o in build.operands.values() if isinstance(o.access, Tile | Alternating)]
     lanes = 1 if build.split is None else 2
-    staged = sum(min(o.dtype.size, f32.size) * lanes for o in loads)
+    wide = sum(o.dtype.size for o in loads if isinstance(o.access, Alternating))
+    staged = wide + sum(min(o.dtype.size, f32.size) * lanes for o in loads)
     staged += sum(min(s.dtype.size, f32.size) * len(s.lanes) for s in stores)
     if staged > STAGED * lanes:
         raise Refused(f"shared memory does not hold {len(loads) + len(stores)} matrices")
@@ -274,6 +276,8 @@ def _row_statistic(build: Layout, name: str, one: RowStatistic) -> Statistic:
 def _sink(build: Layout, sink: Sink) -> SinkExpr:
     """The SinkExpr of a reduction over columns, a pick, or a sum over rows. Raises Refused."""
     space, value = build.space, sink.value
+    if build.alternates(value):
+        raise Refused("it has two elements for each column of the kernel")
     match sink:
         case Reduced(node=node):
             return ReduceColumns(sink.buffer, node.fn, build.lanes(value))
@@ -311,4 +315,8 @@ def _store(build: Layout, store: Store) -> StoreExpr:
     if space.whole_rows and not build.is_filled_by(value):
         value, span = space.widened(value), _span(space, value)
     lanes = build.lanes(value)
+    if build.alternates(value):
+        if store.dtype.size != 2:
+            raise Refused("a GEMM writes two neighbours for each column as 16 bits each")
+        return StoreExpr(store.buffer, store.dtype, lanes, Alternating(), store.rows)
     return StoreExpr(store.buffer, store.dtype, lanes, Tile(span), store.rows)

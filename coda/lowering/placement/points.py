@@ -33,6 +33,7 @@ from coda.lowering.placement.values import (
 )
 from coda.lowering.program.access import (
     Access,
+    Alternating,
     ColumnVector,
     Grouped,
     OneElement,
@@ -105,14 +106,27 @@ class Points:
     def lanes(self, value: Value) -> tuple[Expr, ...]:
         """One expression per lane, or a single one for a value with one element per pair.
 
-        Raises Refused for a value of any other width.
+        Two, of both neighbours, for a value with two elements per column. Raises Refused for a
+        value of any other width.
         """
         columns = self.columns
         if value.count == self.space.width:
             return tuple(self.at(value, columns[:, i], columns) for i in range(columns.shape[1]))
         if self.split is not None and value.count == self.points:
             return (self.at(value, np.arange(self.points), columns),)
+        if self.alternates(value):
+            both = (np.arange(i, value.count, 2) for i in (0, 1))
+            return tuple(self.at(value, element, columns) for element in both)
         raise Refused(f"it has {value.count} columns where the kernel has {self.space.width}")
+
+    @property
+    def has_neighbours(self) -> bool:
+        """Whether the kernel can read and write two neighbouring elements for each column."""
+        return self.split is None and not self.space.whole_rows and not self.space.batched
+
+    def alternates(self, value: Value) -> bool:
+        """Whether a value has two elements for each column of the kernel, and it can write them."""
+        return self.has_neighbours and value.count == 2 * self.space.width
 
     def is_filled_by(self, value: Value) -> bool:
         """Whether a value has one element per column, or one per column pair."""
@@ -302,9 +316,12 @@ class Points:
     def _bind(self, expr: Expr, memo: dict[Expr, Expr]) -> Expr:
         match expr:
             case Load(operand=name, lane=lane):
-                if name not in self.operands:
+                if name in self.operands:
+                    return Load(name, max(lane, 0))
+                neighbour = self.neighbour(name) if lane != NO_LANE else None
+                if neighbour is None:
                     self.declare(name, lane)
-                return Load(name, max(lane, 0))
+                return neighbour or Load(name, max(lane, 0))
             case Call(fn=fn, args=args):
                 return Call(fn, tuple(self.bind(a, memo) for a in args))
             case _:
@@ -324,6 +341,24 @@ class Points:
             access = Shifted(access, steps)
         self.operands[name] = Operand(name, dtype, access)
         self.nodes[name] = node
+
+    def neighbour(self, name: str) -> Load | None:
+        """The load of every second column of a matrix in memory, as one of two neighbours.
+
+        None for any other operand, or if the kernel does not read neighbours of 16 bits.
+        """
+        node, dtype = self.operand_of(name)
+        if not (self.has_neighbours and isinstance(node, Slice) and node.step == 2):
+            return None
+        first, whole = node.start.constant, self.space.leaf(node.arg)
+        every = node.axis == -1 and node.size * 2 == node.arg.shape[-1] and first in (0, 1)
+        if whole is None or not every or dtype.size != 2 or name in self.spread:
+            return None
+        found = Operand(whole, dtype, Alternating())
+        if self.operands.setdefault(whole, found) != found:
+            raise Refused("a matrix is read in two ways")
+        self.nodes[whole] = node.arg
+        return Load(whole, int(first or 0))
 
     def tile(self, name: str, node: Node) -> Tile:
         """The access to a matrix: to all columns of the kernel, or to a span of them."""

@@ -84,6 +84,23 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Alternating:
+    """[M, 2 N], two neighbouring elements of 16 bits for each row and column: lanes 0 and 1.
+
+    Gate and up in alternating columns are one, in a GEMM of single columns (its kernel reads and
+    writes both as a word of 32 bits).
+    """
+
+    word: ClassVar[str] = "alternating"
+    varies_with_row: ClassVar[bool] = True
+    varies_with_column: ClassVar[bool] = True
+
+    def shape(self, rows: int, points: int, lanes: int) -> tuple[int, int]:
+        """Rows and columns in memory, of a kernel of rows × points × lanes."""
+        return rows, 2 * points * lanes
+
+
+@dataclass(frozen=True)
 class Periodic:
     """[M, period], one element per row and point, repeated every `period` points.
 
@@ -193,7 +210,9 @@ class Partial:
     word: ClassVar[str] = "partial"
 
 
-PointAccess = RowVector | ColumnVector | Tile | Periodic | Grouped | Shifted | OneElement
+PointAccess = (
+    RowVector | ColumnVector | Tile | Alternating | Periodic | Grouped | Shifted | OneElement
+)
 FoldAccess = Line | Partial
 Access = PointAccess | FoldAccess
 

@@ -20,6 +20,7 @@ from coda.ir.scalars import SCALARS
 from coda.ir.types import DType
 from coda.lowering.program.access import (
     Access,
+    Alternating,
     ColumnVector,
     Line,
     Partial,
@@ -39,7 +40,7 @@ class Acc:
 
 @dataclass(frozen=True)
 class Load:
-    """An operand's element at this point; of row and tile operands, `lane` is the pair's column."""
+    """An operand's element at this point; `lane` is the pair's column, or the neighbour."""
 
     operand: str
     lane: int = 0
@@ -203,16 +204,16 @@ class StoreExpr:
         buffer: its name.
         dtype: the dtype in memory, to which float32 values are rounded.
         lanes: one expression (of an element; or one per column pair: half the columns), or two
-            (both columns of a pair).
+            (both columns of a pair; if Alternating, both neighbours).
         access: a Tile for [M, columns], whose span tells which of the kernel's columns it covers;
-            a ColumnVector for [M, 1], in a row-wise kernel.
+            Alternating for [M, 2 · columns]; a ColumnVector for [M, 1].
         rows: the order of the buffer's rows; None for the kernel's own.
     """
 
     buffer: str
     dtype: DType
     lanes: tuple[Expr, ...]
-    access: Tile | ColumnVector = Tile()  # noqa: RUF009, an immutable value
+    access: Tile | Alternating | ColumnVector = Tile()  # noqa: RUF009, an immutable value
     rows: RowOrder | None = None
 
     @property
@@ -375,6 +376,8 @@ class Epilogue:
 def held(epilogue: Epilogue) -> int:
     """Values live at once at an element, for register pressure: tiles, stores, and sinks."""
     matrices = len(epilogue.tiles) + len(epilogue.stores)
+    twice = (*epilogue.operands, *epilogue.operands, *epilogue.stores)
+    matrices += sum(isinstance(x.access, Alternating) for x in twice)
     return matrices + sum(not isinstance(s, PickColumn) for s in epilogue.sinks)
 
 
@@ -410,19 +413,14 @@ def rewritten(change: Callable[[Expr], Expr | None]) -> Callable[[Expr], Expr]:
 
 def leaves(exprs: Iterable[Expr]) -> set[Expr]:
     """All leaves of some expressions."""
-    found: set[Expr] = set()
     seen: set[Expr] = set()
     stack = list(exprs)
     while stack:
         expr = stack.pop()
-        if expr in seen:
-            continue
-        seen.add(expr)
-        if isinstance(expr, Call):
-            stack.extend(expr.args)
-        else:
-            found.add(expr)
-    return found
+        if expr not in seen:
+            seen.add(expr)
+            stack.extend(expr.args if isinstance(expr, Call) else ())
+    return {e for e in seen if not isinstance(e, Call)}
 
 
 def calls(exprs: Iterable[Expr]) -> list[Call]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from coda.ir.dims import product
 from coda.ir.graph import Input, Node, Reshape
-from coda.lowering.program.access import Tile
+from coda.lowering.program.access import Alternating, Tile
 from coda.lowering.program.epilogue import Operand, StoreExpr
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
@@ -116,8 +116,10 @@ def _matrix(
     node = kernel.body.nodes.get(operand.name)
     if node is None or operand.name in kernel.body.spread:
         return ""
-    lanes = kernel.body.epilogue.lanes
-    same = isinstance(operand.access, Tile) and operand.access == store.access and not store.rows
+    twice = isinstance(operand.access, Alternating)
+    lanes = 2 if twice else kernel.body.epilogue.lanes
+    own = isinstance(operand.access, Tile | Alternating)
+    same = own and operand.access == store.access and not store.rows
     if not same or (operand.dtype, lanes) != (store.dtype, len(store.lanes)):
         return ""
     while isinstance(node, Reshape):

@@ -18,6 +18,7 @@ from coda.errors import Where
 from coda.ir.dims import show_shape
 from coda.ir.graph import Node, Size
 from coda.lowering.program.access import (
+    Alternating,
     ColumnVector,
     Grouped,
     Line,
@@ -164,7 +165,9 @@ def _operand(operand: Operand, body: Body, program: Program) -> str:
             return f"{text} for groups of {size}"
         case Shifted(steps=steps):
             return f"{text} by {', '.join(map(str, steps))}"
-        case RowVector() | ColumnVector() | Tile() | OneElement() | Line() | Partial():
+        case RowVector() | ColumnVector() | Tile() | Alternating() | OneElement():
+            return text
+        case Line() | Partial():
             return text
         case _ as never:
             assert_never(never)
