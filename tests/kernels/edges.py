@@ -60,3 +60,10 @@ def sizes_of(block, inputs):
     """The sizes of symbols that are axes of the arguments."""
     pairs = zip(block.graph.inputs, inputs, strict=True)
     return {str(d): n for i, x in pairs for d, n in zip(i.shape, x.shape, strict=True)}
+
+
+def stays_inside(y):
+    """Rows [M, 1] of which no product of some values leaves float32."""
+    size = y.double().abs().log2()
+    above, below = size.clamp(min=0).sum(1, keepdim=True), size.clamp(max=0).sum(1, keepdim=True)
+    return y.isnan().any(1, keepdim=True) | ((above < 127) & (below > -126))

@@ -14,7 +14,7 @@ from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DTYPES
 from coda.lowering.algebra.vjp import _Term
-from tests.kernels.edges import differ, pairs, rows_of_edges, run
+from tests.kernels.edges import differ, pairs, rows_of_edges, run, stays_inside
 from tests.kernels.test_kernels import ARCHS
 
 T = coda.Tensor
@@ -141,13 +141,6 @@ def reduced_products(y: T["M N", coda.f32], x: T["M K", coda.bf16], w: T["N K", 
     h = (x @ w.T).cast(coda.f32) + y
     columns = {fn: Tensor(Reduce(fn, h.node, -1)) for fn in MONOIDS}
     return columns | {"over_rows": coda.sum(h, axis=0)}
-
-
-def stays_inside(y):
-    """Rows [M, 1] of which no product of some values leaves float32."""
-    size = y.double().abs().log2()
-    above, below = size.clamp(min=0).sum(1, keepdim=True), size.clamp(max=0).sum(1, keepdim=True)
-    return y.isnan().any(1, keepdim=True) | ((above < 127) & (below > -126))
 
 
 @SLOW

@@ -22,7 +22,7 @@ from coda.kernels.rowwise.passes import in_passes
 from coda.kernels.rowwise.plan import plan
 from coda.runtime.reference import run_reference
 from coda.runtime.simulate import device
-from tests.kernels.edges import differ, rows_of_edges, run
+from tests.kernels.edges import differ, rows_of_edges, run, stays_inside
 from tests.kernels.test_kernels import ARCHS
 
 T = coda.Tensor
@@ -65,6 +65,8 @@ def hold(found, reference, exact, y):
             slack = (base * 2**-22).square() + exact[name].abs().nan_to_num(0, 0) * 1e-2
         for expected in (reference[name], exact[name].float()):
             wrong = differ(value, expected, slack)
+            if name == "prod":  # beyond float32 in one order of its factors and not in another
+                wrong &= stays_inside(y).reshape(-1, *(1,) * (wrong.ndim - 1))
             assert not wrong.any(), (name, wrong.nonzero()[:4], value[wrong], expected[wrong])
 
 
