@@ -42,14 +42,15 @@ def _of_columns(node: Node) -> Node:
     if not isinstance(cut, Slice) or cut.size != ONE or not isinstance(cut.arg, Reshape):
         return node
     whole, under, axis = cut.arg, cut.arg.arg, cut.axis
-    last = min(-axis, 2)
-    kept = whole.shape[: whole.rank - 2]
-    count, other = whole.shape[axis], whole.shape[-1 if axis == -2 else -2]
-    fits = -axis <= 2 <= whole.rank and under.shape == (*kept, whole.shape[-2] * whole.shape[-1])
-    if not fits or node.shape != (*kept, other) or count.constant is None:
+    if not -axis <= 2 <= whole.rank:
+        return node
+    kept, (groups, width) = whole.shape[:-2], whole.shape[-2:]
+    count, other = (groups, width) if axis == -2 else (width, groups)
+    fits = under.shape == (*kept, groups * width) and node.shape == (*kept, other)
+    if not fits or count.constant is None:
         return node
     with origin(node.where):
-        if last == 1:
+        if axis == -1:
             return Slice(under, -1, cut.start, other, count.constant)
         return Slice(under, -1, cut.start * other, other, 1)
 
