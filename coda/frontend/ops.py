@@ -13,7 +13,7 @@ from typing import Any
 
 from coda.errors import DtypeError, ShapeError, TraceError
 from coda.frontend.contractions import einsum_of
-from coda.frontend.reductions import Axes, position_of, variance
+from coda.frontend.reductions import Axes, position_of, root, variance
 from coda.frontend.refused import kind
 from coda.frontend.tensor import Tensor, apply, reduce
 from coda.ir.dims import ONE, Dim, Shape, product, show_shape
@@ -203,8 +203,8 @@ def var(x: Tensor, axis: Axes = -1, *, correction: float = 1, keepdims: bool = F
 
 
 def std(x: Tensor, axis: Axes = -1, *, correction: float = 1, keepdims: bool = False) -> Tensor:
-    """The square root of `var`."""
-    return sqrt(var(x, axis, correction=correction, keepdims=keepdims))
+    """The square root of `var`; where that is 0, so is the gradient, as torch's."""
+    return Tensor(root(var(x, axis, correction=correction, keepdims=keepdims).node))
 
 
 def argmax(x: Tensor, axis: int = -1, *, keepdims: bool = False) -> Tensor:

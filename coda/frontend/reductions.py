@@ -112,5 +112,12 @@ def variance(x: Node, axis: Axes, correction: float, *, keepdims: bool) -> Node:
     return Map("mul", (found, Map("div", (count, less))))
 
 
+def root(x: Node) -> Node:
+    """√x, with the derivative 0 at 0, as norms and deviations have it in torch."""
+    zero, one = Const(0.0, x.dtype), Const(1.0, x.dtype)
+    vanishes = Map("eq", (x, zero))
+    return Map("where", (vanishes, zero, Map("sqrt", (Map("where", (vanishes, one, x)),))))
+
+
 def _count(shape: Shape, axes: Sequence[int]) -> Dim:
     return product(shape[a] for a in axes)

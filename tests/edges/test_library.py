@@ -53,6 +53,13 @@ def few(dtype):
     return rows(dtype).clamp(-60, 60)
 
 
+def near_one(dtype):
+    """Rows of which no product leaves any type, with a row that has a zero, and without NaN."""
+    x = few(dtype).nan_to_num(0.5).clamp(-1, 1) / 2 + 1
+    x[0, 3] = 0
+    return x
+
+
 def labelled(dtype):
     """Small logits: of large ones a logsumexp, and so a loss, is known to their last digit."""
     return [rows(dtype).clamp(-5, 5), LABELS]
@@ -85,7 +92,17 @@ ROWS = [
     one("erf", torch.erf),
     one("sin", torch.sin),
     one("cos", torch.cos),
+    one("erfc", torch.erfc),
     one("abs", torch.abs),
+    one("floor", lambda x: x * x.floor(), lambda x: x * coda.floor(x)),
+    one("ceil", lambda x: x * x.ceil(), lambda x: x * coda.ceil(x)),
+    one("trunc", lambda x: x * x.trunc(), lambda x: x * coda.trunc(x)),
+    one("round", lambda x: x * x.round(), lambda x: x * coda.round(x)),
+    one("sign", lambda x: x * x.sign(), lambda x: x * coda.sign(x)),
+    one("stop_gradient", lambda x: x * x.detach(), lambda x: x * coda.stop_gradient(x)),
+    one("dropout", lambda x: x * 1, lambda x: coda.dropout(x, 0.0, seed=3)),
+    one("uniform", lambda x: torch.where(x == x, x, 0),
+        lambda x: coda.where((coda.uniform(x.shape, 3) < 1) & (x == x), x, 0.0)),
     one("square", torch.square),
     one("relu", F.relu),
     one("softplus", lambda x: F.softplus(x, threshold=700)),
@@ -101,6 +118,7 @@ ROWS = [
     one("maximum", lambda x: torch.maximum(x, x.new_tensor(0.1)), lambda x: coda.maximum(x, 0.1)),
     two("maximum", torch.maximum),
     two("minimum", torch.minimum),
+    two("atan2", torch.atan2),
     two("clamp", lambda x, y: torch.clamp(x, -y, y), lambda x, y: coda.clamp(x, -y, y)),
     two("residual", torch.add),
     two("bias", lambda x, y: x + y[0], lambda x, y: coda.bias(x, y[0])),
@@ -114,6 +132,13 @@ ROWS = [
     one("max", lambda x: x.amax(-1), made=rows),
     one("min", lambda x: x.amin(-1), made=rows),
     one("logsumexp", lambda x: x.logsumexp(-1), made=rows),
+    one("argmax", lambda x: x[:, 0] * x.argmax(-1),
+        lambda x: x[:, 0] * coda.argmax(x).cast(x.dtype), made=few),
+    one("argmin", lambda x: x[:, 0] * x.argmin(-1),
+        lambda x: x[:, 0] * coda.argmin(x).cast(x.dtype), made=few),
+    one("prod", lambda x: x.prod(-1), made=near_one),
+    one("var", lambda x: x.var(-1), made=few),
+    one("std", lambda x: x.std(-1), made=few),
     one("rms_norm", lambda x: F.rms_norm(x, (8,), eps=EPS), lambda x: coda.rms_norm(x, eps=EPS),
         made=few),
     one("inverse_rms", lambda x: (x.double().square().mean(-1, True) + EPS).rsqrt().to(x.dtype),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from coda.frontend import ops
+from coda.frontend.reductions import root
 from coda.frontend.tensor import Tensor
 from coda.frontend.torch_import.aten import cast, numbers, refuse, wide
 from coda.frontend.torch_import.rules import OperatorRules, Result
@@ -53,8 +54,8 @@ def _std(
 ) -> Tensor:
     (x,) = numbers(result, x)
     _last_alone(x, dim)
-    found = ops.var(wide(x), correction=1 if correction is None else correction, keepdims=keepdim)
-    return cast(_root(found), result.dtype)
+    found = ops.std(wide(x), correction=1 if correction is None else correction, keepdims=keepdim)
+    return cast(found, result.dtype)
 
 
 @rule(aten.std.dim)
@@ -77,7 +78,7 @@ def _vector_norm(
     _last_alone(x, dim)
     x = wide(x)
     if order == 2:
-        found = _root(ops.sum(ops.square(x), keepdims=keepdim))
+        found = Tensor(root(ops.sum(ops.square(x), keepdims=keepdim).node))
     elif order == 1:
         found = ops.sum(ops.abs(x), keepdims=keepdim)
     elif order == float("inf"):
@@ -92,8 +93,3 @@ def _norm(
     result: Result, x: Tensor, order: Any, dim: Sequence[int], keepdim: bool = False
 ) -> Tensor:
     return _vector_norm(result, x, 2 if order is None else order, dim, keepdim)
-
-
-def _root(x: Tensor) -> Tensor:
-    """The square root, with the derivative 0 at 0, as norms and deviations have it in torch."""
-    return ops.where(x == 0.0, 0.0, ops.sqrt(ops.where(x == 0.0, 1.0, x)))
