@@ -1,4 +1,4 @@
-"""A cubin -> the resources of its kernel: registers, spills, shared memory, instructions."""
+"""A cubin -> the resources of its kernel; its PTX -> what ptxas says of its performance."""
 
 from __future__ import annotations
 
@@ -55,6 +55,19 @@ def usage(cubin: Path) -> Usage | None:
     sass = _run(disassembler, "-c", str(cubin)) if disassembler else ""
     count = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M))
     return Usage(registers, stack, local, shared, count)
+
+
+def complaints(ptx: Path, arch: str) -> tuple[str, ...] | None:
+    """The codes of ptxas's performance warnings for a kernel, sorted; None without ptxas.
+
+    C7510 to C7519 say that wgmma instructions are serialised: each waits for the one before.
+    """
+    assembler = tool("ptxas")
+    if assembler is None:
+        return None
+    command = (assembler, f"-arch={arch}", str(ptx), "-o", "/dev/null")
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return tuple(sorted(set(re.findall(r"\((C75\d\d)\)", done.stdout + done.stderr))))
 
 
 def _run(*command: str) -> str:
