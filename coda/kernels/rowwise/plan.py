@@ -49,6 +49,7 @@ SHARED = 192  # bytes of tiles for each thread, by which the threads of a row ar
 MOST_HELD = 64  # registers for a row that stays in them
 SUMMED = 56  # registers of 512 threads for sums over rows, and for a row held beside them
 SUMMED_BY_FEWER = 160  # the same of 256 threads and less, which may have twice as many
+CROWDED = 128  # of these: more leave room for one vector and one element at once (ptxas 13)
 AT_ONCE = 32  # registers, and elements, of the vectors that are loaded before they are used
 KEPT = 96  # terms of a thread that stay in registers between two passes
 KEPT_BY_MOST = 64  # the same of 512 threads, which have half as many registers
@@ -71,6 +72,7 @@ class RowPlan:
             store reads kept in registers.
         summed: whether sums over rows are kept in registers, while a CTA walks through its rows.
         sweeps: how often the tiles are read from memory, or from a cache.
+        crowded: whether sums over rows leave registers for one element at once alone.
     """
 
     threads: int
@@ -81,6 +83,7 @@ class RowPlan:
     summed: bool
     sweeps: int
     passes: bool = False
+    crowded: bool = False
 
     @property
     def warps(self) -> int:
@@ -156,9 +159,9 @@ def _tall(
     if threads == _MOST_THREADS and need(threads) > SUMMED:
         threads //= 2
     if need(threads) <= (SUMMED if threads == _MOST_THREADS else SUMMED_BY_FEWER):
-        rows = max(1, TALL_WARPS * LANES // threads)
-        depth = at_once(epilogue, vector, held=held)
-        return RowPlan(threads, rows, TALL_ROWS, depth, held, True, 1)
+        rows, crowded = max(1, TALL_WARPS * LANES // threads), need(threads) > CROWDED
+        depth = 1 if crowded else at_once(epilogue, vector, held=held)
+        return RowPlan(threads, rows, TALL_ROWS, depth, held, True, 1, crowded=crowded)
     rows, depth = teams(pieces, vector), at_once(epilogue, vector, held=False)
     levels, late = levels_of(epilogue)
     own = len(levels) + bool(late)

@@ -174,7 +174,8 @@ class Sweeps(Leaves):
     def enter(self, piece: Piece) -> None:
         """Set the vector length for a piece; in `padded` rows the tail has shorter vectors."""
         self.vec = self.lengths[self.pieces.index(piece)]
-        self.each = 2 if self.program.target.packed_arithmetic and self.vec % 2 == 0 else 1
+        pairs = self.program.target.packed_arithmetic and not self.plan.crowded
+        self.each = 2 if pairs and self.vec % 2 == 0 else 1
 
     def shifted(self, index: str, piece: Piece, first: int = 0) -> str:
         """The vector index in a tensor whose columns begin at `first`."""
