@@ -309,8 +309,7 @@ class _Region:
     @property
     def in_kernels(self) -> bool:
         """Whether all of it runs in generated kernels, none of it op by op in torch."""
-        sides = [e for e in (self.report.forward, self.report.backward) if e is not None]
-        return all(k.kind.code is not None for e in sides for k in e.program.kernels)
+        return all(k.kind.code is not None for e in self.report.sides for k in e.program.kernels)
 
 
 def _chosen(whole: list[FxNode]) -> tuple[_Region | None, str]:

@@ -36,7 +36,7 @@ def _breaks(found: ModelExplanation) -> str:
 
 def _in_short(kinds: list[Kind]) -> str:
     """The totals of all blocks, with each as often as it is called."""
-    sides = [(e, n) for r, n in kinds for e in (r.forward, r.backward) if e is not None]
+    sides = [(e, n) for r, n in kinds for e in r.sides]
     if not sides:
         return section("In short", "<p>No block is cheaper than torch.</p>")
     note = "All blocks of a step, each as often as it is called; without what is left to torch."
@@ -47,9 +47,8 @@ def _blocks(kinds: list[Kind]) -> str:
     """A table of the blocks, in the order of the model: equal layers are one row."""
     rows: list[tuple[str, ...]] = []
     for number, (region, times) in enumerate(kinds, 1):
-        sides = [e for e in (region.forward, region.backward) if e is not None]
-        moved = sum(hbm_bytes(e.program) for e in sides)
-        kernels = " + ".join(str(len(e.program.kernels)) for e in sides)
+        moved = sum(hbm_bytes(e.program) for e in region.sides)
+        kernels = " + ".join(str(len(e.program.kernels)) for e in region.sides)
         rows.append(
             (
                 str(number),
@@ -83,23 +82,15 @@ def _left(found: ModelExplanation) -> str:
 def _seconds(kind: Kind) -> float:
     """The modelled time of all calls of a block."""
     region, times = kind
-    return sum(e.seconds for e in (region.forward, region.backward) if e is not None) * times
+    return sum(e.seconds for e in region.sides) * times
 
 
 def _block(number: int, kind: Kind, most: Kind | None) -> str:
     """One distinct block; all are closed but that which takes the most time."""
     region, times = kind
-    sides = [("forward", region.forward), ("backward", region.backward)]
-    inside = "".join(
-        part
-        for name, explained in sides
-        if explained is not None
-        for part in side_html(name if region.backward else "", explained)
-    )
+    names = ("forward", "backward") if region.backward else ("",)
+    pairs = zip(names, region.sides, strict=True)
+    inside = "".join(part for name, side in pairs for part in side_html(name, side))
     opened = " open" if kind is most else ""
-    title = (
-        f"Block {number} · {escape(region.name)} · {times} calls"
-        if times > 1
-        else (f"Block {number} · {escape(region.name)} · 1 call")
-    )
+    title = f"Block {number} · {escape(region.name)} · {times} call" + "s" * (times > 1)
     return f'<details class="fold"{opened}><summary>{title}</summary>{inside}</details>'

@@ -78,8 +78,12 @@ class RegionReport:
 
         `given` has the tensor of each argument, None if it is computed in each call.
         """
-        sides = [e.program for e in (self.forward, self.backward) if e is not None]
-        self.weights[:] = settle(sides, given)
+        self.weights[:] = settle([e.program for e in self.sides], given)
+
+    @property
+    def sides(self) -> list[Explanation]:
+        """The forward, and the backward if there is one."""
+        return [e for e in (self.forward, self.backward) if e is not None]
 
     @property
     def copied(self) -> int:
@@ -92,16 +96,15 @@ class RegionReport:
         with all operators between them fused.
         """
         saved = 0.0
-        for side in (self.forward, self.backward):
-            if side is not None:
-                program, other = side.program, side.pointwise
-                saved += seconds_of(program.target, other.hbm_bytes, other.launches)
-                saved -= seconds_of(program.target, hbm_bytes(program), len(program.kernels))
+        for side in self.sides:
+            program, other = side.program, side.pointwise
+            saved += seconds_of(program.target, other.hbm_bytes, other.launches)
+            saved -= seconds_of(program.target, hbm_bytes(program), len(program.kernels))
         return saved
 
     def numbers(self) -> list[str]:
         """Launches, then megabytes: of coda, torch op by op, GEMMs with fused operators between."""
-        sides = [e for e in (self.forward, self.backward) if e is not None]
+        sides = self.sides
         launches = [sum(len(e.program.kernels) for e in sides)]
         moved = [sum(hbm_bytes(e.program) for e in sides)]
         for name in ("eager", "pointwise"):
@@ -112,8 +115,7 @@ class RegionReport:
     def json(self) -> dict[str, Any]:
         """As plain data."""
         kept = ("launches", "hbm_bytes", "eager", "pointwise_fused", "unfused")
-        sides = {"forward": self.forward, "backward": self.backward}
-        explained = {k: e.json() for k, e in sides.items() if e is not None}
+        explained = {k: e.json() for k, e in zip(("forward", "backward"), self.sides, strict=False)}
         return {
             "name": self.name,
             "ops": dict(Counter(self.ops)),
@@ -179,7 +181,7 @@ class GraphReport:
     @property
     def programs(self) -> list[Program]:
         """The distinct Programs of its regions: equal layers share one."""
-        sides = [e for r in self.regions for e in (r.forward, r.backward) if e is not None]
+        sides = [e for r in self.regions for e in r.sides]
         return list({id(e.program): e.program for e in sides}.values())
 
     def json(self) -> dict[str, Any]:
