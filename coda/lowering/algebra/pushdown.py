@@ -30,6 +30,7 @@ from coda.ir.graph import (
     Slice,
     transform,
     users,
+    walk,
 )
 from coda.ir.node import origin
 from coda.ir.scalars import SCALARS
@@ -72,12 +73,7 @@ def _in_epilogue(node: Node) -> bool:
 
     A norm's statistic of the GEMM's operand is; a logsumexp of the GEMM's result is not.
     """
-    stack, seen = [node], set[Node]()
-    while stack:
-        one = stack.pop()
-        if one not in seen:
-            seen.add(one)
-            stack.extend(() if isinstance(one, Contract) else one.operands)
+    seen = list(walk([node], until=Contract))
     last = max((depth(n) for n in seen if isinstance(n, Contract)), default=0)
     return all(depth(n) < last for n in seen if isinstance(n, Reduce)) and last > 0
 
