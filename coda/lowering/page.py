@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from coda.kernels.gemm.weights import weight_reads
 from coda.lowering.explain import Explanation
 from coda.lowering.explain_stages import pass_facts, record_stages
 from coda.lowering.explain_training import TrainingExplanation
@@ -179,7 +180,7 @@ def _unfused(explained: Explanation) -> str:
         (one["kernel"], one["why"], size(one["bytes"]), f"{one['modelled_us']:,.1f} µs")
         for one in found["passes"]
     ]
-    said = [("" + one["op"], one["why"]) for one in found["unfused"]]
+    said = [(one["op"], one["why"]) for one in found["unfused"]]
     slow = [(one["kernel"], one["why"], f"+{one['us']:,.1f} µs") for one in found["slower"]]
     shown = table(
         ("row-wise kernel", "why it is a kernel of its own", "bytes", "time"), rows, [2, 3]
@@ -202,12 +203,12 @@ def _memory(explained: Explanation) -> str:
     program = explained.program
     rows = [
         (
-            one["kernel"],
-            ", ".join(one["weights"]),
-            size(one["bytes"]),
-            f"a copy: {one['why']}" if one["why"] else "in place",
+            one.kernel,
+            ", ".join(one.weights),
+            size(one.nbytes),
+            f"a copy: {one.why}" if one.why else "in place",
         )
-        for one in explained.json()["weights"]
+        for one in weight_reads(program)
     ]
     facts = f"Temporaries take {size(temporary_bytes(program))} at most."
     if program.prepared:

@@ -228,7 +228,7 @@ def _card(
     config = [show_config(kernel.config)] if kernel.config is not None else []
     more = [f"stages {account.pipeline}"] if account.pipeline else []
     more += [account.choice] if account.choice else []
-    why = f'<p class="why">{escape(_sentence(account.why))}</p>' if account.why else ""
+    why = f'<p class="why">A kernel of its own: {escape(account.why)}</p>' if account.why else ""
     what = account.what.split("\n")[0].split(", ")[0]
     return (
         f'<header><h4>{escape(kernel.name)}</h4><code class="what">{escape(what)}</code></header>'
@@ -236,10 +236,6 @@ def _card(
         f'<div class="io">{_ports("reads", reads)}{_ports("writes", writes)}</div>'
         f'<p class="fine">{escape("; ".join([*config, *more]))}</p>'
     )
-
-
-def _sentence(text: str) -> str:
-    return f"A kernel of its own: {text}"
 
 
 def _summed(tensors: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
