@@ -176,8 +176,7 @@ def decide(graph: Graph, lowered: Callable[[Accept, Price | None], Program | Non
         tried += 1
         chosen.add(key)
         program = lowered(accept, least)
-        found = price(program) if program is not None else None
-        if program is not None and found is not None and found.undercuts(least):
+        if program is not None and (found := price(program)).undercuts(least):
             best, least = program, found
         else:
             chosen.discard(key)
