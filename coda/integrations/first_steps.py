@@ -128,18 +128,18 @@ class FirstSteps:
             copied = _snapshot(given)
         except Exception as e:
             self._leave(f"its arguments cannot be copied ({type(e).__name__})")
-            return _by_torch(layer, given)
+            return by_torch(layer, given)
         before = _random_state(layer)
-        found = _by_torch(layer, given)
+        found = by_torch(layer, given)
         if not _equal(before, _random_state(layer)):
             self._leave(RANDOM)
             return found
-        plain = _floats(found)
+        plain = floats(found)
         try:
             with _aside(layer):
-                ours = _floats(self._by_coda(layer, _snapshot(copied)))
+                ours = floats(self._by_coda(layer, _snapshot(copied)))
                 with torch.no_grad():
-                    exact = _floats(_exactly(_by_torch, layer, copied))
+                    exact = floats(exactly(by_torch, layer, copied))
             for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
                 self.report.add(step, f"output {i}", a.detach(), b.detach(), c.detach())
         except Exception as e:
@@ -167,8 +167,8 @@ class FirstSteps:
             with _aside(layer), torch.enable_grad():
                 with step.context():
                     ours = gradients(self._by_coda)(layer, _snapshot(given))
-                    plain = gradients(_by_torch)(layer, _snapshot(given))
-                exact = _exactly(gradients(_by_torch), layer, given)
+                    plain = gradients(by_torch)(layer, _snapshot(given))
+                exact = exactly(gradients(by_torch), layer, given)
             for name, value in exact.items():
                 self.report.add(step.step, name, ours[name], plain[name], value)
         except Exception as e:
@@ -209,7 +209,7 @@ class _OpenStep:
     ) -> None:
         self.owner, self.layer, self.given, self.step, self.asked = owner, layer, given, step, asked
         self.versions = _versions(layer)
-        kind = next((p.device.type for p in layer.parameters()), "cpu")
+        kind = _device_type(layer)
         cast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self.context = lambda: torch.autocast(kind, cast[1], enabled=cast[0])
 
@@ -222,8 +222,7 @@ class _OpenStep:
 def _aside(layer: nn.Module) -> Any:
     """Run copies of a step: torch's random numbers and hooks of saved tensors see nothing of it."""
     with ExitStack() as stack:
-        gpus = {p.device for p in layer.parameters() if p.device.type == "cuda"}
-        stack.enter_context(torch.random.fork_rng([d.index or 0 for d in gpus]))
+        stack.enter_context(torch.random.fork_rng([d.index or 0 for d in _gpus(layer)]))
         stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))
         yield
 
@@ -240,26 +239,37 @@ def _snapshot(given: Given) -> Given:
 
 
 def _widened(layer: nn.Module, given: Given, dtype: torch.dtype) -> tuple[nn.Module, Given]:
-    """A copy of the layer and of its arguments in a wider type."""
+    """A copy of the layer, and its arguments, in a wider type."""
 
     def cast(t: Tensor) -> Tensor:
         wide = t.detach().to(dtype) if t.is_floating_point() else t
         return wide.requires_grad_(t.requires_grad)
 
-    return copy.deepcopy(layer).to(dtype), pytree.tree_map_only(Tensor, cast, _snapshot(given))
+    return copy.deepcopy(layer).to(dtype), pytree.tree_map_only(Tensor, cast, given)
 
 
-def _exactly(run: Callable[[nn.Module, Given], Any], layer: nn.Module, given: Given) -> Any:
-    """What `run` gives in float64, or in float32 if an operator of the layer has no float64."""
-    kind = next((p.device.type for p in layer.parameters()), "cpu")
-    with torch.autocast(kind, enabled=False):
+def exactly(
+    run: Callable[[nn.Module, Given], Any],
+    layer: nn.Module,
+    given: Given,
+    copied: Callable[[Given], Given] = _snapshot,
+) -> Any:
+    """What `run` gives in float64, or in float32 if an operator of the layer has no float64.
+
+    Args:
+        run: (layer, arguments) -> what is wanted.
+        layer, given: are not changed.
+        copied: the copy of the arguments for one run.
+    """
+    with torch.autocast(_device_type(layer), enabled=False):
         try:
-            return run(*_widened(layer, given, torch.float64))
+            return run(*_widened(layer, copied(given), torch.float64))
         except RuntimeError:
-            return run(*_widened(layer, given, torch.float32))
+            return run(*_widened(layer, copied(given), torch.float32))
 
 
-def _by_torch(layer: nn.Module, given: Given) -> Any:
+def by_torch(layer: nn.Module, given: Given) -> Any:
+    """The outputs of a layer, whose call may be replaced, by torch."""
     return layer._call_impl(*given[0], **given[1])
 
 
@@ -280,7 +290,7 @@ def _gradients(
         if isinstance(t, Tensor) and t.requires_grad
     }
     leaves |= {f"gradient of {n}": p for n, p in layer.named_parameters() if p.requires_grad}
-    outputs = _floats(run(layer, given))
+    outputs = floats(run(layer, given))
     reached = [t for t, wanted in zip(outputs, asked, strict=True) if wanted]
     pairs = [(t, d.to(t.dtype)) for t, d in zip(reached, cotangents, strict=True) if d is not None]
     found = torch.autograd.grad(
@@ -290,7 +300,8 @@ def _gradients(
     return {name: torch.zeros_like(x) if g is None else g for name, x, g in named}
 
 
-def _floats(value: Any) -> list[Tensor]:
+def floats(value: Any) -> list[Tensor]:
+    """The tensors of floats in a value, in order."""
     leaves = pytree.tree_leaves(value)
     return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
@@ -300,8 +311,15 @@ def _versions(layer: nn.Module) -> list[int]:
 
 
 def _random_state(layer: nn.Module) -> list[Any]:
-    gpus = {p.device for p in layer.parameters() if p.device.type == "cuda"}
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in gpus)]
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in _gpus(layer))]
+
+
+def _device_type(layer: nn.Module) -> str:
+    return next((p.device.type for p in layer.parameters()), "cpu")
+
+
+def _gpus(layer: nn.Module) -> set[torch.device]:
+    return {p.device for p in layer.parameters() if p.device.type == "cuda"}
 
 
 def _equal(one: Iterable[Any], other: Iterable[Any]) -> bool:

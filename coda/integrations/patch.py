@@ -25,7 +25,16 @@ from torch.utils import _pytree as pytree
 
 from coda.errors import CallError, UnsupportedError
 from coda.integrations.dynamo import backend
-from coda.integrations.first_steps import SLACK, FirstSteps, LayerSteps, check_count, steps_table
+from coda.integrations.first_steps import (
+    SLACK,
+    FirstSteps,
+    LayerSteps,
+    by_torch,
+    check_count,
+    exactly,
+    floats,
+    steps_table,
+)
 from coda.integrations.hooks import know_hooks, knows_hooks
 from coda.integrations.names import is_named, patterns_of
 from coda.integrations.opaque_state import holding
@@ -325,11 +334,10 @@ def _check(
     try:
         layer.eval()
         with torch.no_grad(), progress(f"checking {name}"):
+            plain = floats(by_torch(layer, _copied(inputs)))
             args, kwargs = _copied(inputs)
-            plain = _tensors(layer._call_impl(*args, **kwargs))
-            args, kwargs = _copied(inputs)
-            ours = _tensors(call(layer, *args, **kwargs))
-            exact = _exactly(layer, inputs)
+            ours = floats(call(layer, *args, **kwargs))
+            exact = floats(exactly(by_torch, layer, inputs, _copied))
     except Exception as e:
         return Patched(name, False, f"{type(e).__name__}: {str(e).splitlines()[0]}")
     finally:
@@ -354,29 +362,6 @@ def _copied(inputs: Any) -> Any:
         return copy.deepcopy(inputs)
     except (TypeError, RuntimeError):  # something that cannot be copied
         return inputs
-
-
-def _exactly(layer: nn.Module, inputs: Any) -> list[Tensor]:
-    """The layer's outputs in float64, or in float32 if an operator does not support float64."""
-    try:
-        return _in_type(torch.float64, layer, *_copied(inputs))
-    except RuntimeError:
-        return _in_type(torch.float32, layer, *_copied(inputs))
-
-
-def _in_type(dtype: torch.dtype, layer: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
-    """The outputs of a copy of the layer cast to another dtype."""
-
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() else t
-
-    args, kwargs = pytree.tree_map_only(Tensor, cast, (args, kwargs))
-    return _tensors(copy.deepcopy(layer).to(dtype)._call_impl(*args, **kwargs))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(value)
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
