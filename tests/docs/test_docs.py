@@ -57,7 +57,9 @@ def test_the_page_of_the_laws(request):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_snippets_run(page):
     names = {"__name__": "docs"}
-    for text in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+    found = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    assert len(found) == page.read_text().count("```python")
+    for text in found:
         exec(compile(text, str(page), "exec"), names)
 
 

@@ -30,6 +30,7 @@ def program():
 
 def test_a_program_passes(program):
     verify_program(program, "place")
+    assert len(program.kernels) == 2  # as many as the tests below take away
 
 
 @pytest.mark.parametrize("lost", [0, 1])

@@ -19,4 +19,6 @@ def test_a_base_off_the_grid():
 
 
 def test_what_is_aligned_passes():
-    check_alignment({"A": torch.zeros(3, 8, dtype=torch.bfloat16), "D": None, "eps": 1e-5})
+    x = torch.zeros(3, 8, dtype=torch.bfloat16)
+    check_alignment({"A": x, "D": None, "eps": 1e-5})
+    assert (x.data_ptr() % 16, x.stride(0) * x.element_size() % 16) == (0, 0)
