@@ -394,7 +394,8 @@ def _listed(name: str, tensors: Any) -> tuple[Node, ...]:
 
 def take(table: Tensor, index: Tensor) -> Tensor:
     """Gather rows of `table` [V, ...] at an integer tensor `index` [*i]: [*i, ...]."""
-    return Tensor(Gather(*_nodes("take", table, index)))
+    rows, at = _nodes("take", table, index)
+    return Tensor(Gather(rows, (at,)))
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:

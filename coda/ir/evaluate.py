@@ -6,7 +6,8 @@ computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import assert_never, cast
 
 import torch
@@ -133,11 +134,11 @@ class _Evaluator:
                 kind = self.float_type(t)
                 return torch.arange(n.size(self.sizes), dtype=kind, device=self.device)
             case Gather():
-                return _take(node, args[0], args[1])
+                return _take(node, args[0], args[1:])
             case Pick():
                 return pick(args[0], args[1])
             case Put(rows=rows):
-                return _put(args[0], args[1], rows.size(self.sizes))
+                return _put(args[0], args[1:], self.shape(rows))
             case _ as never:
                 assert_never(never)
 
@@ -181,27 +182,41 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
     return torch.where(inside.unsqueeze(-1), found, x.new_full((), nothing))
 
 
-def _take(node: Node, table: Tensor, index: Tensor) -> Tensor:
+def _take(node: Node, table: Tensor, indices: Sequence[Tensor]) -> Tensor:
     """Gather rows of a table. Raises CallError out of range (on a GPU, torch's assertion)."""
+    axes = len(indices)
+    index = _row(indices, table.shape[:axes])
     try:
-        rows = table.index_select(0, index.reshape(-1))
+        rows = table.flatten(0, axes - 1).index_select(0, index.reshape(-1))
     except IndexError:
         raise CallError(
-            f"rows are taken of a table of {len(table)}",
-            found=f"indices from {int(index.min())} to {int(index.max())}",
+            f"rows are taken of a table of {' × '.join(map(str, table.shape[:axes]))}",
+            found=" and ".join(f"indices from {int(i.min())} to {int(i.max())}" for i in indices),
             help="an index counts from 0: coda.where, or clamp, puts others into the range",
             where=node.where,
         ) from None
-    return rows.reshape(*index.shape, *table.shape[1:])
+    return rows.reshape(*index.shape, *table.shape[axes:])
 
 
-def _put(x: Tensor, index: Tensor, rows: int) -> Tensor:
-    """Scatter-add rows of x into `rows` rows, accumulated in float32 or wider."""
+def _put(x: Tensor, indices: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """Scatter-add x into zeros [*rows, ...], accumulated in float32 or wider."""
+    index = _row(indices, rows)
     rest = x.shape[index.ndim :]
     wide = x.float() if x.dtype.itemsize < 4 else x
-    out = torch.zeros((rows, *rest), dtype=wide.dtype, device=x.device)
+    out = torch.zeros((math.prod(rows), *rest), dtype=wide.dtype, device=x.device)
     out.index_add_(0, index.reshape(-1).long(), wide.reshape(-1, *rest))
-    return out.to(x.dtype)
+    return out.to(x.dtype).reshape(*rows, *rest)
+
+
+def _row(indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The row of a table [*sizes] as a matrix; -1 where one of several indices is outside it."""
+    if len(indices) == 1:
+        return indices[0]
+    row = torch.zeros((), dtype=torch.long, device=indices[0].device)
+    inside = row == 0
+    for index, size in zip(indices, sizes, strict=True):
+        row, inside = row * size + index.long(), inside & (index >= 0) & (index < size)
+    return torch.where(inside, row, -1)
 
 
 def _wide(x: Tensor) -> Tensor:

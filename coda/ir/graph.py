@@ -303,15 +303,14 @@ class Iota(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Gather(Node):
-    """`%y = gather %table, %index`: rows of a table [V, ...] at an index [*i] -> [*i, ...]."""
+    """`%y = gather %table, %i, %j`: table[i, j], [V, W, ...] -> [*i, ...]; indices broadcast."""
 
     table: Node
-    index: Node
+    indices: tuple[Node, ...]
 
     def infer(self) -> tuple[Shape, DType]:
-        if self.index.dtype.kind != "int" or not self.table.rank:
-            raise DtypeError("rows are taken at an integer index", found=str(self.index.dtype))
-        return (*self.index.shape, *self.table.shape[1:]), self.table.dtype
+        lead = _indexed("rows are taken", self.indices, self.table.rank)
+        return (*lead, *self.table.shape[len(self.indices) :]), self.table.dtype
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -334,22 +333,33 @@ class Pick(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Put(Node):
-    """`%y = put %x, %index rows V`: rows of x scatter-added into zeros [V, ...]."""
+    """`%y = put %x, %i, %j rows V, W`: x [*i, ...] scatter-added into zeros [V, W, ...]."""
 
     arg: Node
-    index: Node
-    rows: Dim
+    indices: tuple[Node, ...]
+    rows: Shape
 
     def infer(self) -> tuple[Shape, DType]:
-        if self.index.dtype.kind != "int":
-            raise DtypeError("rows are put at an integer index", found=str(self.index.dtype))
-        lead = self.arg.shape[: self.index.rank]
-        if lead != self.index.shape:
+        lead = _indexed("rows are put", self.indices, len(self.rows))
+        if self.arg.shape[: len(lead)] != lead or len(self.indices) != len(self.rows):
             raise ShapeError(
                 "one index is given for each row that is put",
-                found=f"{show_shape(self.arg.shape)} at {show_shape(self.index.shape)}",
+                found=f"{show_shape(self.arg.shape)} at {show_shape(lead)}",
             )
-        return (self.rows, *self.arg.shape[self.index.rank :]), self.arg.dtype
+        return (*self.rows, *self.arg.shape[len(lead) :]), self.arg.dtype
+
+
+def _indexed(what: str, indices: tuple[Node, ...], axes: int) -> Shape:
+    """The shape of all indices broadcast. Raises DtypeError and ShapeError."""
+    shown = " and ".join(f"{show_shape(i.shape)} {i.dtype}" for i in indices)
+    if any(i.dtype.kind != "int" for i in indices) or not axes:
+        raise DtypeError(f"{what} at an integer index", found=shown)
+    shape: Shape | None = ()
+    for index in indices:
+        shape = None if shape is None else broadcast(shape, index.shape)
+    if shape is None or not 0 < len(indices) <= axes:
+        raise ShapeError(f"{what} at indices that broadcast, one for each axis", found=shown)
+    return shape
 
 
 Op = (

@@ -149,8 +149,8 @@ def _check_place(node: Node, symbol: str) -> None:
             mixed = symbol in arg.shape[axis].symbols
         case Concat(axis=axis):
             mixed = symbol in node.shape[axis].symbols
-        case Gather(table=table):
-            mixed = symbol in table.shape[0].symbols
+        case Gather(table=table, indices=indices):
+            mixed = any(symbol in d.symbols for d in table.shape[: len(indices)])
         case Pick(arg=arg):
             mixed = symbol in arg.shape[-1].symbols
         case Put():

@@ -104,7 +104,7 @@ def show_operation(node: Node, names: dict[Node, str]) -> str:
         case Iota(count=n, element=t):
             return f"iota {n} {t}"
         case Put(rows=rows):
-            return f"put {args} rows {rows}"
+            return f"put {args} rows {', '.join(map(str, rows))}"
         case _:
             return f"{type(node).__name__.lower()} {args}"
 
@@ -291,8 +291,9 @@ class _Reader:
     def make_iota(self, count: Any, dtype: Token) -> Node:
         return Iota(self.dim(count), self.dtype(dtype))
 
-    def make_put(self, arg: Token, index: Token, rows: Any) -> Node:
-        return Put(self.value(arg), self.value(index), self.dim(rows))
+    def make_put(self, arg: Token, *rest: Any) -> Node:
+        indices = tuple(self.value(t) for t in rest if isinstance(t, Token))
+        return Put(self.value(arg), indices, tuple(self.dim(d) for d in rest[len(indices) :]))
 
     def make_reduce(self, fn: Token, arg: Token, axis: Any) -> Node:
         if str(fn) not in MONOIDS:
@@ -306,13 +307,14 @@ class _Reader:
 
     def make_call(self, fn: Token, *args: Token) -> Node:
         values = tuple(self.value(a) for a in args)
-        kinds = {"gather": Gather, "pick": Pick}
-        if str(fn) in kinds:
+        if str(fn) == "gather":
+            return Gather(values[0], values[1:])
+        if str(fn) == "pick":
             if len(values) != 2:
                 raise TextError(
                     f"`{fn}` takes 2 operands", found=str(len(values)), where=self.place(fn)
                 )
-            return kinds[str(fn)](*values)
+            return Pick(*values)
         if str(fn) not in SCALARS:
             raise TextError(
                 f"there is no operation `{fn}`",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import coda
-from coda.errors import InternalError, ShapeError
+from coda.errors import CallError, InternalError, ShapeError
 from coda.ir.dims import Dim
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Concat, Const, Gather, Graph, Input, Map, Pick, Reduce, Slice
@@ -127,11 +127,21 @@ def test_gather_pick_and_concat():
     x, index = Input("x", (M, D), f64), Input("i", (M,), i64)
     values = {x: torch.randn(3, 8, dtype=torch.float64), index: torch.tensor([2, 0, 2])}
     rows, column, twice = evaluate(
-        [Gather(x, index), Pick(x, index), Concat((x, x), -1)], values, SIZES
+        [Gather(x, (index,)), Pick(x, index), Concat((x, x), -1)], values, SIZES
     )
     torch.testing.assert_close(rows, values[x][values[index]])
     torch.testing.assert_close(column[:, 0], values[x][range(3), values[index]])
     torch.testing.assert_close(twice, torch.cat([values[x]] * 2, -1))
+
+
+@pytest.mark.parametrize("at", [(3, 0), (-1, 2), (0, 8), (2, -1)])
+def test_an_index_outside_its_own_axis_is_refused(at):
+    """Also one whose element, counted along all axes, is inside the table."""
+    x = Input("x", (M, D), f64)
+    i, j = (Input(n, (), i64) for n in "ij")
+    values = {x: torch.randn(3, 8), i: torch.tensor(at[0]), j: torch.tensor(at[1])}
+    with pytest.raises(CallError, match="a table of 3 × 8"):
+        evaluate([Gather(x, (i, j))], values, SIZES)
 
 
 def test_eight_bit_floats_are_computed_wider():

@@ -363,7 +363,8 @@ def _leading_symbols(nodes: list[Node]) -> frozenset[str]:
     """The token symbols of a block without contractions."""
     tables = {base(n.table) for n in nodes if isinstance(n, Gather)}
     matrices = [n for n in nodes if isinstance(n, Input) and n.rank > 1 and n not in tables]
-    indices = [n.index for n in nodes if isinstance(n, Gather | Pick | Put)]
+    indices = [i for n in nodes if isinstance(n, Gather | Put) for i in n.indices]
+    indices += [n.index for n in nodes if isinstance(n, Pick)]
     lead = [m.shape[:-1] for m in matrices] + [i.shape for i in indices]
     rows = symbols_of(d for shape in lead for d in shape)
     narrow = {ONE, *map(product, lead)}  # element counts of values with one element per row

@@ -183,12 +183,13 @@ class _Cotangents:
                 self.give(arg, Cast(d, arg.dtype))
             case Reshape() | Permute() | Slice() | Concat() | Expand() as n:
                 self.view(n, d)
-            case Gather(table=table, index=index):
-                self.give(table, Put(full(d, node.shape), index, table.shape[0]))
+            case Gather(table=table, indices=indices):
+                rows = table.shape[: len(indices)]
+                self.give(table, Put(full(d, node.shape), indices, rows))
             case Pick(arg=arg, index=index):
                 self.give(arg, _one_hot(d, arg, index))
-            case Put(index=index, arg=arg):
-                self.give(arg, Gather(full(d, node.shape), index))
+            case Put(indices=indices, arg=arg):
+                self.give(arg, Gather(full(d, node.shape), indices))
             case Input() | Const() | Size() | Iota():
                 pass
             case _ as never:
