@@ -22,7 +22,6 @@ from coda.lowering.program.cost import (
     describe,
     eager,
     hbm_bytes,
-    is_free,
     kernel_time,
     pointwise_fused,
     prepare_bytes,
@@ -31,6 +30,7 @@ from coda.lowering.program.cost import (
     tensor_flops,
     traffic,
 )
+from coda.lowering.program.groups import is_free
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.memory import temporary_bytes
 from coda.lowering.program.program import Program

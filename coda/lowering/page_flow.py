@@ -19,7 +19,8 @@ from coda.ir.graph import walk
 from coda.lowering.algebra.roles import weight_nodes
 from coda.lowering.explain import Explanation
 from coda.lowering.program.baseline import kernel_baseline
-from coda.lowering.program.cost import describe, is_free, label, memory_bytes, traffic
+from coda.lowering.program.cost import describe, label, memory_bytes, traffic
+from coda.lowering.program.groups import is_free
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
 from coda.lowering.program.text import lines, show_config

@@ -16,13 +16,13 @@ from typing import Any
 from coda.ir.dims import product
 from coda.ir.graph import Contract, Graph, Node, walk
 from coda.lowering.program.cost import (
-    is_free,
     memory_bytes,
     pointwise_fused,
     rest_of,
     tensor_traffic,
 )
 from coda.lowering.program.cublas import RATES, cublas_seconds
+from coda.lowering.program.groups import is_free
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
 

@@ -15,24 +15,20 @@ from coda.ir.graph import (
     Cast,
     Const,
     Contract,
-    Expand,
     Gather,
     Graph,
     Input,
-    Iota,
     Map,
     Node,
-    Permute,
     Reduce,
-    Reshape,
     Size,
-    Slice,
     walk,
 )
 from coda.ir.scalars import SCALARS
 from coda.lowering.algebra.roles import stacked
 from coda.lowering.program.access import Partial, Shifted
 from coda.lowering.program.epilogue import calls
+from coda.lowering.program.groups import groups, is_free
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
@@ -199,11 +195,6 @@ class Baseline:
     hbm_bytes: int
 
 
-def is_free(node: Node) -> bool:
-    """Whether torch moves no bytes for a node: a leaf or a view."""
-    return isinstance(node, Input | Const | Size | Iota | Expand | Reshape | Permute | Slice)
-
-
 def eager(graph: Graph, sizes: Mapping[str, int]) -> Baseline:
     """The baseline of torch in eager mode: one launch per operation."""
     launches = total = 0
@@ -226,46 +217,13 @@ def _eager_bytes(node: Node, sizes: Mapping[str, int]) -> int:
 def pointwise_fused(graph: Graph, sizes: Mapping[str, int]) -> Baseline:
     """The baseline of perfect elementwise fusion without GEMM epilogues.
 
-    Each contraction is one kernel, and so is each connected group of other operations between two
-    contractions.
+    Each contraction is one kernel, and all else are the kernels of `groups`.
     """
-    nodes = [n for n in walk(graph.roots) if not isinstance(n, Input | Const | Size)]
-    depth: dict[Node, int] = {}
-    group: dict[Node, Node] = {}
-
-    def find(node: Node) -> Node:
-        while group[node] is not node:
-            node = group[node]
-        return node
-
-    for node in nodes:
-        below = max((depth.get(o, 0) for o in node.operands), default=0)
-        depth[node] = below + isinstance(node, Contract)
-        group[node] = node
-        if isinstance(node, Contract):
-            continue
-        for o in node.operands:
-            if o in group and not isinstance(o, Contract) and depth[o] == depth[node]:
-                group[find(o)] = node
-    roots = {_storage(n) for n in graph.roots}
-    launches = total = 0
-    for one in [n for n in nodes if isinstance(n, Contract)]:
-        launches, total = launches + 1, total + _eager_bytes(one, sizes)
-    members: dict[Node, list[Node]] = {}
-    for node in nodes:
-        if not isinstance(node, Contract):
-            members.setdefault(find(node), []).append(node)
-    for inside in members.values():
-        if all(is_free(n) for n in inside):
-            continue
-        mine = set(inside)
-        reads = {_storage(o) for n in inside for o in n.operands if o not in mine}
-        outside = {_storage(o) for n in nodes if n not in mine for o in n.operands if o in mine}
-        written = (outside | {r for r in roots if r in mine}) - {n for n in mine if is_free(n)}
-        known = [n for n in reads if not isinstance(n, Const | Size)]
-        launches += 1
-        total += sum(n.nbytes(sizes) for n in (*known, *written))
-    return Baseline(launches, total)
+    contracts = [n for n in walk(graph.roots) if isinstance(n, Contract)]
+    rest = groups(graph, sizes)
+    total = sum(_eager_bytes(n, sizes) for n in contracts)
+    total += sum(n.nbytes(sizes) for g in rest for n in (*g.reads, *g.writes))
+    return Baseline(len(contracts) + len(rest), total)
 
 
 def rest_of(fused: Baseline, graph: Graph, sizes: Mapping[str, int]) -> Baseline:
@@ -273,12 +231,6 @@ def rest_of(fused: Baseline, graph: Graph, sizes: Mapping[str, int]) -> Baseline
     contracts = [n for n in walk(graph.roots) if isinstance(n, Contract)]
     moved = sum(_eager_bytes(n, sizes) for n in contracts)
     return Baseline(fused.launches - len(contracts), fused.hbm_bytes - moved)
-
-
-def _storage(node: Node) -> Node:
-    while isinstance(node, Reshape | Permute | Slice):
-        node = node.operands[0]
-    return node
 
 
 def describe(node: Node) -> str:
