@@ -213,8 +213,9 @@ class Tensor(Valueless, metaclass=_Annotated):
             )
         return self if dtype == self.dtype else Tensor(written(self.node, dtype))
 
-    def __getitem__(self, index: Index | tuple[Index, ...]) -> Tensor:
-        return Tensor(sliced(self.node, index if isinstance(index, tuple) else (index,)))
+    def __getitem__(self, index: Index | Tensor | tuple[Index | Tensor, ...]) -> Tensor:
+        items = index if isinstance(index, tuple) else (index,)
+        return Tensor(sliced(self.node, tuple(map(_index, items))))
 
     # Reductions, as methods.
 
@@ -318,6 +319,19 @@ def apply(fn: str, *args: Any) -> Tensor:
     if SCALARS[fn].selects or SCALARS[fn].result == "bool":
         nodes = [_rounded(n) if _is_number(Tensor(n)) else n for n in nodes]
     return Tensor(Map(fn, tuple(nodes)))
+
+
+def _index(item: Index | Tensor) -> Index:
+    """An item of an index; a tensor of ints as its node. Raises DtypeError for other tensors."""
+    if not isinstance(item, Tensor):
+        return item
+    if item.dtype.kind != "int":
+        raise DtypeError(
+            "an index is a tensor of ints",
+            found=_described(item),
+            help="coda.where(condition, a, b) chooses by a condition, x.cast(coda.i64) rounds",
+        )
+    return item.node
 
 
 def _rounded(node: Node) -> Node:

@@ -1,8 +1,9 @@
-"""Arguments of `reshape`, `permute` and basic indexing -> view nodes: Reshape, Permute, Slice.
+"""Arguments of `reshape`, `permute` and indexing -> view nodes, or a Gather: at tensors of ints.
 
     x[:, 1::2]  ->  slice x axis -1 from 1 size D/2 step 2    [M, D] -> [M, D/2]
     x[0]        ->  slice x axis -2 from 0 size 1 step 1      [M, D] -> [1, D]
                     reshape                                   [1, D] -> [D]
+    x[i, j]     ->  gather x, i, j                            [M, D] at [S, 1] and [T] -> [S, T]
 
 Whether a view is materialised is decided when kernels are placed.
 """
@@ -16,9 +17,9 @@ from typing import Any
 from coda.errors import DimError, ShapeError, TraceError
 from coda.frontend.shapes import Axes, parse_rearrangement
 from coda.ir.dims import ONE, Dim, Shape, product, show_shape
-from coda.ir.graph import Node, Permute, Reshape, Slice
+from coda.ir.graph import Gather, Iota, Node, Permute, Reshape, Slice
 
-Index = int | Dim | slice | EllipsisType | None
+Index = int | Dim | slice | EllipsisType | Node | None
 
 
 def reshaped(node: Node, shape: Sequence[str | int | Dim]) -> Node:
@@ -106,24 +107,17 @@ def transposed(node: Node, *, batches: bool = False) -> Node:
 
 
 def sliced(node: Node, index: tuple[Index, ...]) -> Node:
-    """torch's basic indexing: ints, dims, slices with positive steps, `...` and None.
+    """torch's indexing: ints, dims, slices with positive steps, tensors of ints, `...` and None.
 
     Raises ShapeError for an index outside the shape, TraceError for any other kind of index.
     """
-    given = sum(i is not None and i is not ... for i in index)
-    if given > node.rank:
-        raise ShapeError(f"{given} indices into {node.rank} axes", found=show_shape(node.shape))
-    rests = sum(i is ... for i in index)
-    if rests > 1:
-        raise ShapeError("an index has one `...` at most", found=f"{rests} of them")
+    items = _of_each_axis(node, index)
+    if any(isinstance(i, Node) for i in items):
+        return _at_tensors(node, items)
     shape: list[Dim] = []
-    full, axis, rank = node.shape, -node.rank, node.rank
-    for item in index if rests else (*index, ...):
-        if item is ...:
-            skip = rank - given
-            shape += full[axis + rank : axis + rank + skip]
-            axis += skip
-        elif item is None:
+    axis = -node.rank
+    for item in items:
+        if item is None:
             shape.append(ONE)
         else:
             node = _take(node, axis, item)
@@ -133,16 +127,69 @@ def sliced(node: Node, index: tuple[Index, ...]) -> Node:
     return node if node.shape == tuple(shape) else Reshape(node, tuple(shape))
 
 
+def _of_each_axis(node: Node, index: tuple[Index, ...]) -> list[Index]:
+    """An index with an item for each axis of the node, besides None. Raises ShapeError."""
+    given = sum(i is not None and i is not ... for i in index)
+    if given > node.rank:
+        raise ShapeError(f"{given} indices into {node.rank} axes", found=show_shape(node.shape))
+    rests = sum(i is ... for i in index)
+    if rests > 1:
+        raise ShapeError("an index has one `...` at most", found=f"{rests} of them")
+    whole = [slice(None)] * (node.rank - given)
+    items: list[Index] = []
+    for item in index if rests else (*index, ...):
+        items += whole if item is ... else [item]
+    return items
+
+
+def _at_tensors(node: Node, items: list[Index]) -> Node:
+    """A node at some tensors of ints, which broadcast and whose axes replace those they index."""
+    single = [i for i, item in enumerate(items) if isinstance(item, int | Dim | Node)]
+    if single != list(range(single[0], single[-1] + 1)):
+        raise TraceError(
+            "tensors of ints, and ints beside them, index neighbouring axes",
+            found=", ".join("a tensor" if isinstance(i, Node) else repr(i) for i in items),
+            help="x.permute(…) brings the axes together",
+        )
+    indices = tuple(item for item in items if isinstance(item, Node))
+    node = sliced(node, tuple(slice(None) if isinstance(i, Node) else i for i in items))
+    axes = list(range(node.rank))
+    mine = axes[single[0] : single[0] + len(indices)]
+    found = _gathered(permuted(node, [*mine, *(a for a in axes if a not in mine)]), indices)
+    own = list(range(found.rank - node.rank + len(mine)))  # those of the indices, which come first
+    rest = [a for a in range(found.rank) if a not in own]
+    return permuted(found, [*rest[: single[0]], *own, *rest[single[0] :]])
+
+
+def _gathered(table: Node, indices: tuple[Node, ...]) -> Node:
+    """A table [V, W, ...] at indices; a view where each counts an axis: table[i, j] transposed."""
+    gather = Gather(table, indices)
+    along = [_counts(i, size) for i, size in zip(indices, table.shape, strict=False)]
+    places = [a for a in along if a is not None]
+    if len(set(places)) < len(indices):
+        return gather
+    order = sorted(range(len(places)), key=lambda k: places[k])
+    return Reshape(permuted(table, [*order, *range(len(order), table.rank)]), gather.shape)
+
+
+def _counts(index: Node, size: Dim) -> int | None:
+    """The axis, from the right, along which an index is 0, 1, … size - 1; None if there is none."""
+    axes = [a - index.rank for a, d in enumerate(index.shape) if d != ONE]
+    while isinstance(index, Reshape):
+        index = index.arg
+    counts = isinstance(index, Iota) and index.count == size and len(axes) == 1
+    return axes[0] if counts else None
+
+
 def _take(node: Node, axis: int, item: Any) -> Node:
     size = node.shape[axis]
     if isinstance(item, int | Dim) and not isinstance(item, bool):
         return Slice(node, axis, _inside(item, size), ONE, 1)
     if not isinstance(item, slice):
         raise TraceError(
-            "an index is an int, a dim, a slice, `...` or None",
+            "an index is an int, a dim, a slice, a tensor of ints, `...` or None",
             found=type(item).__name__ if isinstance(item, float | str) else repr(item),
-            help="coda.take(table, index) takes rows at an integer tensor; coda.where chooses "
-            "by a condition",
+            help="coda.where chooses by a condition",
         )
     if item == slice(None):
         return node
