@@ -18,17 +18,15 @@ from coda.errors import DimError, DtypeError, TraceError
 from coda.frontend.casts import written
 from coda.frontend.contractions import multiplied
 from coda.frontend.instead import instead_of
+from coda.frontend.numbers import is_number, lift, rounded
 from coda.frontend.reductions import Axes, reduced
-from coda.frontend.refused import Valueless, foreign, kind, kinds
+from coda.frontend.refused import Valueless, kind, kinds
 from coda.frontend.shapes import parse_shape
 from coda.frontend.views import Index, permuted, reshaped, sliced, transposed
 from coda.ir.dims import Dim, Shape, product, show_shape
 from coda.ir.graph import (
-    Const,
     Map,
     Node,
-    Size,
-    walk,
 )
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, f32, promote
@@ -251,42 +249,6 @@ class Tensor(Valueless, metaclass=_Annotated):
 # The primitives behind the operators.
 
 
-def lift(value: Any, like: DType) -> Node:
-    """The node of a tensor, a number or a dim; numbers get the element type `like`."""
-    if isinstance(value, Tensor):
-        return _retyped(value.node, like) if _is_number(value) else value.node
-    if isinstance(value, Dim):
-        return Size(Dim.of(value), like)
-    if isinstance(value, bool | int | float | np.floating | np.integer):
-        if like.kind == "int" and not float(value).is_integer():
-            raise DtypeError(
-                "a number with a fraction meets whole numbers",
-                found=f"{value} and {like}",
-                help="x.cast(coda.f32)",
-            )
-        return Const(float(value), like)
-    raise foreign(value)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a 0-d value is computed of numbers and dims only: it adopts the others' dtype."""
-    if not isinstance(value, Tensor) or value.ndim:
-        return False
-    return all(isinstance(n, Const | Size | Map) for n in walk([value.node]))
-
-
-def _retyped(node: Node, like: DType) -> Node:
-    """Rebuild an expression of numbers in another float type; ints are unchanged."""
-    if like.kind != "float" or node.dtype.kind != "float":
-        return node
-    match node:
-        case Const(value=value):
-            return Const(value, like)
-        case Size(dim=dim):
-            return Size(dim, like)
-    return node.with_operands(_retyped(o, like) for o in node.operands)
-
-
 _ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}  # powers that torch computes by these functions
 
 
@@ -300,7 +262,7 @@ def apply(fn: str, *args: Any) -> Tensor:
     if fn == "where" and not _is_condition(args[0]):
         raise DtypeError("`where` takes a condition", found=_described(args[0]), help="x > 0")
     tensors = [a for a in values if isinstance(a, Tensor)]
-    typed = [t for t in tensors if not _is_number(t)]
+    typed = [t for t in tensors if not is_number(t.node)]
     if not tensors and fn != "where" and not any(isinstance(a, Dim | float | int) for a in args):
         raise TraceError(f"coda.{fn} takes a tensor of the block", found=kinds(args))
     like = typed[0].dtype if typed else f32
@@ -315,9 +277,9 @@ def apply(fn: str, *args: Any) -> Tensor:
         raise DtypeError(f"`{fn}` takes numbers", found="bool", help="coda.where(condition, a, b)")
     if like.kind == "int" and not SCALARS[fn].of_ints:
         raise DtypeError(f"`{fn}` takes floats", found=str(like), help="x.cast(coda.f32)")
-    nodes = [lift(a, like) for a in args]
+    nodes = [lift(a.node if isinstance(a, Tensor) else a, like) for a in args]
     if SCALARS[fn].selects or SCALARS[fn].result == "bool":
-        nodes = [_rounded(n) if _is_number(Tensor(n)) else n for n in nodes]
+        nodes = [rounded(n) if is_number(n) else n for n in nodes]
     return Tensor(Map(fn, tuple(nodes)))
 
 
@@ -332,14 +294,6 @@ def _index(item: Index | Tensor) -> Index:
             help="coda.where(condition, a, b) chooses by a condition, x.cast(coda.i64) rounds",
         )
     return item.node
-
-
-def _rounded(node: Node) -> Node:
-    """Round a number to its dtype, since torch compares in the dtype of the tensor."""
-    if isinstance(node, Const):
-        return Const(node.dtype.nearest(node.value), node.dtype)
-    name = f"rounded_{node.dtype.name}"
-    return Map(name, (node,)) if name in SCALARS else node
 
 
 def _is_condition(value: Any) -> bool:
