@@ -31,6 +31,7 @@ from coda.frontend.library import (
 )
 from coda.frontend.ops import (
     abs,
+    arange,
     argmax,
     argmin,
     atan2,
@@ -116,6 +117,7 @@ __all__ = [
     "__version__",
     "abs",
     "accumulate_gradients",
+    "arange",
     "argmax",
     "argmin",
     "atan2",

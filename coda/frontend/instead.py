@@ -22,7 +22,7 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ("reciprocal", "1 / x"),
     (
         "remainder fmod mod divmod floor_divide",
-        "x - y * coda.floor(x / y), where the quotient is rounded once",
+        "i // n and i % n of ints; x - y * coda.floor(x / y) of floats, rounded once",
     ),
     ("addcmul addcdiv lerp rsub", "x + 0.5 * a * b, a + t * (b - a)"),
     ("hypot", "coda.sqrt(x * x + y * y)"),
@@ -136,7 +136,7 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ("roll", "coda.concat([x[..., -1:], x[..., :-1]])"),
     ("pad", "coda.concat([x, y]), with y an argument"),
     # Positions and indices.
-    ("arange linspace", "coda.iota(x.shape[0])"),
+    ("linspace", "coda.arange(0, 9) * 0.125, of coda.f32"),
     (
         "tril triu diag diagonal eye",
         "coda.where(i[:, None] >= j, x, 0.0), with i, j = coda.iota(m), coda.iota(n)",
@@ -191,6 +191,7 @@ INSTEAD = {name: text.format(name=name) for names, text in _ROWS for name in nam
 FUNCTIONS = frozenset(
     [
         "abs",
+        "arange",
         "argmax",
         "argmin",
         "atan2",
@@ -263,6 +264,7 @@ FUNCTIONS = frozenset(
 )
 
 _ARGUMENTS = {  # of those that take more than x
+    "arange": "x.shape[0]",
     "atan2": "y, x",
     "cast": "x, coda.f32",
     "clamp": "x, low, high",

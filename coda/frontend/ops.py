@@ -16,6 +16,7 @@ from coda.frontend.contractions import einsum_of
 from coda.frontend.reductions import Axes, position_of, root, variance
 from coda.frontend.refused import kind
 from coda.frontend.tensor import Tensor, apply, reduce
+from coda.frontend.views import steps
 from coda.ir.dims import ONE, Dim, Shape, product, show_shape
 from coda.ir.graph import (
     Cast,
@@ -234,6 +235,25 @@ def iota(count: int | Dim, dtype: DType = i32) -> Tensor:
     if not isinstance(dtype, DType) or dtype.kind == "bool":
         raise DtypeError("an iota is of numbers", found=repr(dtype), help="coda.i32, coda.f32")
     return Tensor(Iota(Dim.of(count), dtype))
+
+
+def arange(start: int | Dim, stop: int | Dim | None = None, step: int = 1) -> Tensor:
+    """start, start + step, … below stop, i32; `arange(stop)` begins with 0, as torch's does.
+
+    Raises ShapeError for no elements, or a number of them that is no dim.
+    """
+    first, last = (0, start) if stop is None else (start, stop)
+    if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+        raise ShapeError("a range goes forward by whole steps", found=f"step {step!r}")
+    ends = [Dim.of(n) for n in (first, last) if isinstance(n, int | Dim)]
+    if len(ends) < 2:
+        raise ShapeError("a range is between whole numbers or dims", found=f"{first!r}, {last!r}")
+    count = steps(ends[1] - ends[0], step)
+    if count.constant is not None and count.constant < 1:
+        raise ShapeError("a range is empty", found=f"from {ends[0]} to {ends[1]}")
+    numbers = iota(count)
+    numbers = numbers if step == 1 else numbers * step
+    return numbers if ends[0] == Dim.of(0) else numbers + ends[0]
 
 
 def uniform(shape: Sequence[int | Dim], seed: int | Tensor) -> Tensor:

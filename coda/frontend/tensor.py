@@ -135,6 +135,18 @@ class Tensor(Valueless, metaclass=_Annotated):
     def __rpow__(self, other: Any) -> Tensor:
         return apply("pow", other, self)
 
+    def __floordiv__(self, other: Any) -> Tensor:
+        return apply("floordiv", self, _divisor("//", other))
+
+    def __mod__(self, other: Any) -> Tensor:
+        return self - self // _divisor("%", other) * other
+
+    def __rfloordiv__(self, other: Any) -> Tensor:
+        return apply("floordiv", other, _divisor("//", self))
+
+    def __rmod__(self, other: Any) -> Tensor:
+        return apply("floordiv", other, _divisor("%", self))
+
     def __neg__(self) -> Tensor:
         return apply("neg", self)
 
@@ -277,10 +289,24 @@ def apply(fn: str, *args: Any) -> Tensor:
         raise DtypeError(f"`{fn}` takes numbers", found="bool", help="coda.where(condition, a, b)")
     if like.kind == "int" and not SCALARS[fn].of_ints:
         raise DtypeError(f"`{fn}` takes floats", found=str(like), help="x.cast(coda.f32)")
+    if like.kind == "float" and not SCALARS[fn].of_floats:
+        raise DtypeError(f"`{fn}` takes ints", found=str(like), help="coda.floor(x / n)")
     nodes = [lift(a.node if isinstance(a, Tensor) else a, like) for a in args]
     if SCALARS[fn].selects or SCALARS[fn].result == "bool":
         nodes = [rounded(n) if is_number(n) else n for n in nodes]
     return Tensor(Map(fn, tuple(nodes)))
+
+
+def _divisor(sign: str, value: Any) -> Any:
+    """A divisor of whole numbers: a number or a dim. Raises TraceError for any other value."""
+    whole = isinstance(value, int | np.integer | Dim) and not isinstance(value, bool)
+    if not whole or (not isinstance(value, Dim) and value < 1):
+        raise TraceError(
+            f"`{sign}` divides a tensor of ints by a whole number from 1 on, or by a dim",
+            found=kind(value) if isinstance(value, Tensor) else repr(value),
+            help="coda.floor(x / y) of floats",
+        )
+    return value
 
 
 def _index(item: Index | Tensor) -> Index:

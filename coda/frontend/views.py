@@ -201,7 +201,7 @@ def _take(node: Node, axis: int, item: Any) -> Node:
     span = stop - start
     if span.constant is not None and not span.constant > 0:
         raise ShapeError("a slice is empty", found=f"{start}:{stop} of {size}")
-    count = span if step == 1 else _steps(span, step)
+    count = span if step == 1 else steps(span, step)
     return Slice(node, axis, start, count, step)
 
 
@@ -218,7 +218,7 @@ def _inside(at: Any, size: Dim) -> Dim:
     return at
 
 
-def _steps(span: Dim, step: int) -> Dim:
+def steps(span: Dim, step: int) -> Dim:
     """ceil(span / step); `step` must divide the symbolic part of `span`. Raises DimError."""
     constant = dict(span.terms).get((), 0)
     return (span - constant) // step + -(-constant // step)

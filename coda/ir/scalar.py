@@ -68,6 +68,8 @@ class Scalar:
         special: instructions of the special-function unit (MUFU) among them.
         result: "float" keeps the promoted type of the arguments, "bool" is a predicate.
         of_ints: whether it takes whole numbers, and gives them or a predicate.
+        of_floats: whether it takes floats.
+        quotient: whether it is a quotient, rounded down: of a number and one ≥ 1, it is not larger.
         signs: if it is a sum of its arguments, the sign of each: (1, -1) for `a - b`.
         powers: if it is a product of powers of its arguments, the power of each: (1, -1) for
             `a / b`, (-0.5,) for `rsqrt`.
@@ -92,6 +94,8 @@ class Scalar:
     special: int = 0
     result: str = "float"
     of_ints: bool = False
+    of_floats: bool = True
+    quotient: bool = False
     signs: tuple[int, ...] = ()
     powers: tuple[float, ...] = ()
     device: str = ""

@@ -16,6 +16,10 @@ from coda.ir.scalar import Cotangents, Scalar, Term
 from coda.ir.types import DType, bf16, e4m3, e5m2, f16, f32
 
 
+def _floordiv(a: Tensor, b: Tensor) -> Tensor:
+    return torch.div(a, b, rounding_mode="floor")
+
+
 def _where(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(cond.bool(), a, b)
 
@@ -116,6 +120,17 @@ _ROWS = (
         flops=2,
         special=1,
         derivative=lambda d, y, a, b: (d / b, -(d * y / b)),
+    ),
+    Scalar(
+        "floordiv",
+        2,
+        _floordiv,
+        of_ints=True,
+        of_floats=False,
+        quotient=True,
+        flops=3,
+        special=1,
+        exact=True,
     ),
     Scalar(
         "pow",

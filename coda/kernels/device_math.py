@@ -49,6 +49,14 @@ def div(a: Any, b: Any) -> Any:
     return lanes(lambda x, y: x / y, a, b)
 
 
+def floordiv(a: Any, b: Any) -> Any:
+    """The whole quotient of whole numbers up to 2²⁴, rounded down.
+
+    A division that is correctly rounded does not reach the next whole number from below.
+    """
+    return lanes(lambda x, y: cute.math.floor(x / y), _f(a), _f(b))
+
+
 def recip(a: Any) -> Any:
     """1 / a, correctly rounded."""
     return lanes(lambda x: Float32(1.0) / x, a)

@@ -83,6 +83,34 @@ def test_a_diagonal_is_no_view():
     assert torch.equal(found, value.diagonal())
 
 
+NUMBERS = torch.tensor([-9, -8, -1, 0, 1, 6, 7, 8, 2**24 - 1, 2**40])
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 2**24 - 1])
+def test_whole_quotients_are_rounded_down(n):
+    x = Input("x", (Dim.of(len(NUMBERS)),), i64)
+    graph = Graph("f", (x,), (("q", (Tensor(x) // n).node), ("r", (Tensor(x) % n).node)))
+    assert parse(show(graph)) == graph
+    q, r = evaluate(graph.roots, {x: NUMBERS}, {})
+    assert q.tolist() == [k // n for k in NUMBERS.tolist()]
+    assert r.tolist() == [k % n for k in NUMBERS.tolist()]
+
+
+@pytest.mark.parametrize("ends", [(5,), (2, 9), (2, 9, 3), (0, 8, 2), (-3, 4, 7)])
+def test_ranges(ends):
+    (found,) = evaluate([coda.arange(*ends).node], {}, {})
+    assert torch.equal(found.long(), torch.arange(*ends))
+
+
+def test_a_range_up_to_a_dim():
+    s = Dim.of("S")
+    first, even = coda.arange(1, s + 2), coda.arange(0, s * 2, 2)
+    assert first.shape == (s + 1,)
+    assert even.shape == (s,)
+    found = evaluate([first.node, even.node], {}, {"S": 3})
+    assert [x.tolist() for x in found] == [[1, 2, 3, 4], [0, 2, 4]]
+
+
 @coda.block
 def table_of_biases(x: coda.Tensor["S T"], t: coda.Tensor["N H", coda.f32]):
     away = coda.minimum(coda.abs(coda.iota(x.shape[0])[:, None] - coda.iota(x.shape[1])), 7)

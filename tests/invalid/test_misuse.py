@@ -84,6 +84,13 @@ LINES = {
     "index_by_tensors_of_other_sizes": lambda x, i: x[i, coda.iota(3)],
     "index_by_a_condition": lambda x: x[x > 0],
     "index_with_two_ellipses": lambda x: x[..., ...],
+    "quotient_by_a_tensor": lambda i: i // i,
+    "quotient_by_nothing": lambda i: i % 0,
+    "quotient_of_a_number": lambda i: 8 // i,
+    "quotient_of_floats": lambda x: x // 2,
+    "range_backwards": lambda x: coda.arange(4, 0, -1),
+    "range_of_nothing": lambda x: coda.arange(4, 4),
+    "range_of_a_fraction": lambda x: coda.arange(0.5),
     "slice_backwards": lambda x: x[:, ::-1],
     "slice_outside_an_axis": lambda n: n[:, 4:12],
 }

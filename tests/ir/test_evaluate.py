@@ -64,6 +64,11 @@ def test_facets_say_what_a_function_is(row):
         torch.testing.assert_close(row.evaluate(*x), row.evaluate(*x[::-1]))
     if row.arity == 1 and row.diverges_at_zero:
         assert row.evaluate(torch.zeros((), dtype=torch.float64)).isinf()
+    if row.quotient:
+        whole = [a.round() for a in sample(row)]
+        found = row.evaluate(whole[0], whole[1].abs() + 1)
+        torch.testing.assert_close(found, (whole[0] / (whole[1].abs() + 1)).floor())
+        assert (found.abs() <= whole[0].abs()).all()
     if row.chooses:
         a, b = row.evaluate(torch.ones(24), *x[1:]), row.evaluate(torch.zeros(24), *x[1:])
         assert torch.equal(a, x[1])

@@ -132,6 +132,10 @@ def _position_bound(node: Node, known: Mapping[Node, int], sizes: Mapping[str, i
             constants = [abs(o.value) for o in node.operands if isinstance(o, Const)]
             if row.signs and all(map(math.isfinite, constants)):
                 return sum(known[o] for o in numbers) + math.ceil(sum(constants))
+            if row.is_product and len(numbers) == 1 and all(map(math.isfinite, constants)):
+                return bound * math.ceil(math.prod(constants))
+            if row.quotient and node.operands[0] in known and min(constants, default=0) >= 1:
+                return bound
             return 1 if row.result == "bool" else bound if row.chooses or row.selects else None
         case _:
             return None
