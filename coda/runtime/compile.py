@@ -143,11 +143,16 @@ def beside(base: Path, ending: str) -> Path:
 
 
 def base_of(program: Program, kernel: Kernel[Any]) -> Path:
-    """The path of a kernel's compiled files, without a suffix: of its source, arch and config."""
+    """The path of a kernel's compiled files, without a suffix.
+
+    It names the kernel's source, its arch and config, and the sources that compile it, since the
+    files of an older coda describe another kernel.
+    """
     assert kernel.kind.code is not None
     name = kernel.kind.code.emit(program, kernel)[-1].name
     config = show_config(kernel.config).replace("×", "x") if kernel.config else ""
-    return kernel_directory() / "-".join([f"{name}.{program.arch}", *config.split()])
+    sources = quack_target.sources_digest()[:12]
+    return kernel_directory() / "-".join([f"{name}.{program.arch}", *config.split(), sources])
 
 
 class captured:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import coda
-from coda.kernels.gemm import configs
+from coda.kernels.gemm import configs, quack_target
 from coda.kernels.gemm.configs import USUAL, case_of, choice, legal, refused
 from coda.kernels.gemm.mainloop import gemms
 from coda.kernels.gemm.space import space
@@ -169,6 +169,14 @@ def test_compiled_files_are_those_of_a_config():
     one, other = (Config(128, 128, (2, 1), pingpong=p) for p in (False, True))
     names = {base_of(program, replace(kernel, config=c)).name for c in (one, other)}
     assert len(names) == 2
+
+
+def test_compiled_files_are_those_of_the_sources_that_compile(monkeypatch):
+    """An upgraded coda, whose ops make another kernel of the same text, finds no older file."""
+    program, kernel = program_of(plain, "sm_90a", M=512, K=256, N=512)
+    found = base_of(program, kernel)
+    monkeypatch.setattr(quack_target, "sources_digest", lambda: "of other sources")
+    assert base_of(program, kernel) != found
 
 
 def worst(program, inputs):

@@ -220,6 +220,17 @@ def cover_our_sources() -> None:
         quack.cache.EXTRA_SOURCE_DIRS.append(ours)
 
 
+def sources_digest() -> str:
+    """A digest of what compiles a kernel beside its emitted text: quack's sources and coda's ops.
+
+    It is a part of the key of every compiled object.
+    """
+    from quack.cache import jit
+
+    cover_our_sources()
+    return jit._compute_source_fingerprint()
+
+
 def import_kernel(source: GemmSource, config: Config, directory: Path) -> Gemm:
     """Import an emitted source, written into `directory`, as a kernel."""
     return Gemm(source, config, load_module(source.text, source.name, directory))
