@@ -6,6 +6,7 @@ It gets the block as text, lowers it again, and compiles one kernel on uninitial
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Table
 from coda.ir.text import parse, show
 from coda.kernels.gemm import quack_target
 from coda.lowering.algebra.policy import MemoryPolicy
+from coda.lowering.algebra.roles import is_transposed_view
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
@@ -145,14 +147,19 @@ def beside(base: Path, ending: str) -> Path:
 def base_of(program: Program, kernel: Kernel[Any]) -> Path:
     """The path of a kernel's compiled files, without a suffix.
 
-    It names the kernel's source, its arch and config, and the sources that compile it, since the
-    files of an older coda describe another kernel.
+    It names the kernel's emitted text, its arch and config; the types and layouts of its tensors,
+    which the text leaves open; and the sources that compile it, since an older coda's files
+    describe another kernel. Each of these is a part of the key of compiled objects too.
     """
     assert kernel.kind.code is not None
     name = kernel.kind.code.emit(program, kernel)[-1].name
     config = show_config(kernel.config).replace("×", "x") if kernel.config else ""
-    sources = quack_target.sources_digest()[:12]
-    return kernel_directory() / "-".join([f"{name}.{program.arch}", *config.split(), sources])
+    layouts = [(n.dtype, is_transposed_view(n)) for n in kernel.mainloop.operands]
+    loaded = [n.dtype for n in kernel.body.nodes.values() if n.rank]
+    written = [program.buffers[name].dtype for name in kernel.writes()]
+    rest = repr((quack_target.sources_digest(), layouts, loaded, written)).encode()
+    digest = hashlib.sha256(rest).hexdigest()[:12]
+    return kernel_directory() / "-".join([f"{name}.{program.arch}", *config.split(), digest])
 
 
 class captured:

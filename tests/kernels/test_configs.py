@@ -171,6 +171,22 @@ def test_compiled_files_are_those_of_a_config():
     assert len(names) == 2
 
 
+def test_compiled_files_are_those_of_layouts_and_types():
+    """The emitted text of a GEMM is its epilogue's: A and B may have any type and order."""
+
+    @coda.block
+    def transposed(x: T["M K"], w: T["K N"]):
+        return x @ w
+
+    def digest(block, **options):
+        program = block.lower("sm_90a", {"M": 512, "K": 512, "N": 512}, **options)
+        return base_of(program, program.kernels[0]).name.rpartition("-")[2]
+
+    found = digest(plain), digest(transposed), digest(plain, dtype=coda.f16)
+    assert len({*found}) == 3
+    assert digest(plain) == found[0]
+
+
 def test_compiled_files_are_those_of_the_sources_that_compile(monkeypatch):
     """An upgraded coda, whose ops make another kernel of the same text, finds no older file."""
     program, kernel = program_of(plain, "sm_90a", M=512, K=256, N=512)
