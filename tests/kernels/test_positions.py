@@ -73,5 +73,4 @@ def test_positions(name, arch):
 def test_quotients_of_positions_are_no_memory():
     (kernel,) = chunks.lower("sm_90a", {"B": 2, "S": 136}).kernels
     assert positions(kernel.body.epilogue)
-    assert [o.name for o in kernel.mainloop.operands] == ["q", "k"]
     assert not kernel.body.epilogue.operands
