@@ -5,6 +5,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from coda.block import Block, block, parse
+from coda.frontend import masks
+from coda.frontend.attention import attention, sigmoid_attention
 from coda.frontend.instead import instead_of
 from coda.frontend.library import (
     bias,
@@ -121,6 +123,7 @@ __all__ = [
     "argmax",
     "argmin",
     "atan2",
+    "attention",
     "bf16",
     "bias",
     "block",
@@ -159,6 +162,7 @@ __all__ = [
     "log_sigmoid",
     "log_softmax",
     "logsumexp",
+    "masks",
     "max",
     "maximum",
     "mean",
@@ -181,6 +185,7 @@ __all__ = [
     "rsqrt",
     "share_weights",
     "sigmoid",
+    "sigmoid_attention",
     "sign",
     "silu",
     "sin",

@@ -111,7 +111,7 @@ _ROWS: tuple[tuple[str, str], ...] = (
         "dot vdot inner outer tensordot kron trace",
         'coda.sum(x * y), coda.einsum("m k, n k -> m n", x, w)',
     ),
-    ("scaled_dot_product_attention", "coda.softmax(q @ k.mT * scale) @ v"),
+    ("scaled_dot_product_attention", "coda.attention(q, k, v, mask=coda.masks.causal)"),
     # Losses.
     ("mse_loss l1_loss smooth_l1_loss huber_loss", "coda.mean(coda.square(x - y), axis=None)"),
     ("kl_div", "coda.sum(p * (coda.log(p) - log_q))"),
@@ -195,6 +195,7 @@ FUNCTIONS = frozenset(
         "argmax",
         "argmin",
         "atan2",
+        "attention",
         "bias",
         "cast",
         "ceil",
@@ -240,6 +241,7 @@ FUNCTIONS = frozenset(
         "round",
         "rsqrt",
         "sigmoid",
+        "sigmoid_attention",
         "sign",
         "silu",
         "sin",
@@ -266,6 +268,7 @@ FUNCTIONS = frozenset(
 _ARGUMENTS = {  # of those that take more than x
     "arange": "x.shape[0]",
     "atan2": "y, x",
+    "attention": "q, k, v",
     "cast": "x, coda.f32",
     "clamp": "x, low, high",
     "concat": "[a, b]",

@@ -9,7 +9,7 @@ import torch
 
 import coda
 from coda.errors import CodaError, TraceError
-from coda.frontend import library, ops
+from coda.frontend import attention, library, ops
 from coda.frontend.instead import FUNCTIONS, INSTEAD, instead_of, table
 from coda.frontend.tensor import Tensor
 from coda.ir.dims import Dim
@@ -126,7 +126,10 @@ def test_attribute_errors_of_the_users_own_stay_what_they_are():
 
 def test_functions_are_all_that_coda_has():
     defined = {
-        n for m in (ops, library) for n in public(m) if getattr(m, n).__module__ == m.__name__
+        n
+        for m in (ops, library, attention)
+        for n in public(m)
+        if getattr(m, n).__module__ == m.__name__
     }
     assert defined & set(coda.__all__) == FUNCTIONS
 
