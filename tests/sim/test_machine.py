@@ -69,6 +69,22 @@ def test_registers_exchanged_around_a_loop():
     assert (got == (T << 16 | T + 1000)).all()
 
 
+def test_a_branch_on_what_a_predicate_was_before():
+    """A loop of two rounds whose end is known one round ahead, as compilers make them."""
+    got = lanes(
+        """
+        mov.b32 %r0, 0;
+        mov.pred %p4, -1;
+        $LOOP:
+        mov.pred %p1, %p4;
+        add.s32 %r0, %r0, 1;
+        mov.pred %p4, 0;
+        @%p1 bra $LOOP;
+        """
+    )
+    assert (got == 2).all()
+
+
 def test_early_exit_of_some_lanes():
     out = np.zeros(32, np.uint32)
     text = kernel(

@@ -238,7 +238,10 @@ class Emitter:
     # the whole function
 
     def write_back(self) -> None:
-        """Store the live-out registers; first copy views of registers that change here."""
+        """Store the live-out registers; first copy views of registers that change here.
+
+        What follows the stores, as a branch on the predicate of a moved register, reads copies too.
+        """
         live = sorted((self.block.writes & self.block.live_out) - self.direct)
         stores: list[tuple[str, str, str]] = []
         for name in live:
@@ -252,6 +255,10 @@ class Emitter:
             stores.append((f"M.files.{dtype}[{slot}]", var, name))
         if not stores:
             return
+        changed = {name for _, _, name in stores}
+        for var, name in list(self.origin.items()):
+            if name in changed and re.search(rf"\b{var}\b", self.end):
+                self.end = re.sub(rf"\b{var}\b", self.new(f"{var}.copy()"), self.end)
         self.line("if m is None:")
         for target, var, _ in stores:
             self.line(f"    {target}[g] = {var}")
