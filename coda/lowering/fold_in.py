@@ -116,6 +116,7 @@ def _columns(program: Program, fold: Kernel[Any]) -> dict[str, Expr]:
     if fold.mainloop.operands or fold.body.packed or fold.body.spread:
         return {}
     columns = [s for s in epilogue.stores if (s.is_column or narrow) and s.rows is None]
+    columns = [s for s in columns if len(s.lanes) == 1]
     if len(columns) < len(epilogue.stores):
         return {}
     return {s.buffer: s.lanes[0] for s in columns}

@@ -287,7 +287,7 @@ class _Points:
         """The tensor that a store writes, in the column order of the buffer."""
         match store.access:
             case ColumnVector():
-                return self.evaluate(store.lanes[0]).expand(self.rows, 1)
+                return torch.cat([self.evaluate(e).expand(self.rows, 1) for e in store.lanes], 1)
             case Tile(span=span):
                 return self.ordered(store, span)
             case Alternating():

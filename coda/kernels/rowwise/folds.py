@@ -91,15 +91,16 @@ class Folds(Statistics):
     def narrow_lines(self) -> tuple[list[str], list[str]]:
         """Lines that compute the values of single columns, and lines that write them."""
         stores = [s for s in self.epilogue.stores if self.once(s)]
-        exprs = [s.lanes[0] for s in stores]
+        exprs = [e for s in stores for e in s.lanes]
         self.each = 1
         lines, values = self.assigned(exprs, "w")
         loads = self.one_column(exprs) if self.kernel.mainloop.width == 1 else []
         written: list[str] = []
-        for store, value in zip(stores, values, strict=True):
+        places = [(store, i) for store in stores for i in range(len(store.lanes))]
+        for (store, i), value in zip(places, values, strict=True):
             target = f"{safe(store.buffer)}_out"
             shown = stored(value.replace("[j]", "[0]"), store.dtype, self.math)
-            written.append(f"{target}[row, 0] = Float32({shown}).to({target}.element_type)")
+            written.append(f"{target}[row, {i}] = Float32({shown}).to({target}.element_type)")
         return [*loads, *(line.replace("[j]", "[0]") for line in lines)], written
 
     def one_column(self, exprs: Sequence[Expr]) -> list[str]:

@@ -40,10 +40,17 @@ from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import CHOICE
 from coda.ir.types import f32
 from coda.lowering.algebra.roles import as_means, base
+from coda.lowering.placement import numbers_apart
 from coda.lowering.placement.arrays import any_set, distinct
 from coda.lowering.placement.joined_rows import JoinedRows, joins_rows
 from coda.lowering.placement.positions import along, counted_from
-from coda.lowering.placement.space_state import GroupStatistic, RowStatistic, SpaceState, is_number
+from coda.lowering.placement.space_state import (
+    MOST_NUMBERS,
+    GroupStatistic,
+    RowStatistic,
+    SpaceState,
+    is_number,
+)
 from coda.lowering.placement.values import (
     LEAF,
     LONGEST,
@@ -157,6 +164,8 @@ class Space(SpaceState):
             if node in self.tables:  # read before the kernel widened
                 raise Refused("a matrix is read as a table and as a tile")
             return self.at(shape, Load(name, 0), np.arange(count))
+        if over_rows and self.apart and count <= MOST_NUMBERS and name not in self.spread:
+            return numbers_apart.loaded(self, node, shape)
         if over_rows and self.segment is not None and count == self.segment[1]:
             return self.at(shape, Load(name, 0), self.anchored(name) + np.arange(count))
         if over_rows and self.rows != ONE:
@@ -292,6 +301,8 @@ class Space(SpaceState):
             return self._line(node)
         axis = self._axis(node.arg, node.axis)
         value = self.compute(node.arg)
+        if self.apart and value.count > 1 and value.of_rows:
+            return numbers_apart.reduced(self, node, value, axis)
         if value.count == value.shape[axis]:
             return self._whole_row(node, value)
         group = self._group_of_row if self.whole_rows else self._group

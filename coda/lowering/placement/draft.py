@@ -220,7 +220,7 @@ class Drafts:
             for d in self.behind.get(index, ())
             if d.kind.whole_rows
             and d.space.rows == rows
-            and (width in d.space.widths or d.space.width == 1)
+            and (width in d.space.widths or (d.space.width == 1 and not d.space.apart))
         ]
 
     def rooms(self, index: int, rows: Dim, width: int) -> list[Room]:

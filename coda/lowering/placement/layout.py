@@ -28,7 +28,7 @@ from coda.ir.types import DType, f32
 from coda.lowering.algebra.roles import sequence_of
 from coda.lowering.placement.arrays import distinct
 from coda.lowering.placement.columns import Space
-from coda.lowering.placement.points import Points, at_point
+from coda.lowering.placement.points import Points
 from coda.lowering.placement.space_state import RowStatistic
 from coda.lowering.placement.stores import Picked, Reduced, Sink, Store, Summed
 from coda.lowering.placement.values import (
@@ -309,9 +309,12 @@ def _store(build: Layout, store: Store) -> StoreExpr:
     space = build.space
     if all(v.narrow for v in store.values) and space.width != 1:
         (value,) = store.values
-        expr = build.bind(at_point(space.exprs[int(value.expr[0])], (), [], {}), {})
-        return StoreExpr(store.buffer, store.dtype, (expr,), ColumnVector(), store.rows)
+        lanes = build.of_row(value)
+        return StoreExpr(store.buffer, store.dtype, lanes, ColumnVector(), store.rows)
     value, span = beside(store.values), None
+    if space.apart and value.of_rows:
+        lanes = build.of_row(value)
+        return StoreExpr(store.buffer, store.dtype, lanes, ColumnVector(), store.rows)
     if space.whole_rows and not build.is_filled_by(value):
         value, span = space.widened(value), _span(space, value)
     lanes = build.lanes(value)

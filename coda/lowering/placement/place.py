@@ -47,8 +47,8 @@ from coda.lowering.algebra.roles import (
 )
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.draft import LAST, Draft, Room
-from coda.lowering.placement.reach import Reach
 from coda.lowering.placement.siblings import Uses, apart_by_types, group_siblings, own_gemms
+from coda.lowering.placement.small_rows import SmallRows
 from coda.lowering.placement.space_state import Segment
 from coda.lowering.placement.values import LONGEST, Refused, Value
 from coda.lowering.program.cost import seconds_of
@@ -60,7 +60,7 @@ NEAR = 4  # row-wise kernels before a node's operands that are tried
 
 
 @dataclass
-class Partition(Reach):
+class Partition(SmallRows):
     """The placement of a graph: `run` places all nodes."""
 
     def run(self) -> Partition:
@@ -81,7 +81,7 @@ class Partition(Reach):
         joins = [n for n in nodes if isinstance(n, Concat) and self.joins(n)]
         self.deferred = windows(joins, self.users) - set(self.graph.roots)
         asked = compared(self.graph.roots)
-        for node in nodes:
+        for node in self.small_first(nodes):
             if not isinstance(node, Input | Const | Size) and node not in self.weights:
                 if node in asked:
                     self.store_first(node)
@@ -98,6 +98,8 @@ class Partition(Reach):
             return
         if isinstance(node, Contract):
             self.contract(node)
+            return
+        if self.in_small_rows(node):
             return
         homes = [self.home[o] for o in self.read_by(node) if o in self.home]
         if not homes:  # of inputs alone: placed when a kernel needs it, or at half of LONGEST
@@ -171,6 +173,8 @@ class Partition(Reach):
                         space.columns(node)  # before its operands are placed for it
                     self.reach_all(node, draft)
                     value = space.compute(node)
+                    if draft.kind.tiled and value.count > 2 * space.width:
+                        raise Refused("each column of the kernel would be written several times")
                     asked = node in self.loadable or (value.narrow and space.whole_rows)
                     if asked or before != (len(space.groups), len(space.statistics)):
                         self.check(draft, node if asked else None)

@@ -24,6 +24,7 @@ from coda.ir.scalars import AT_MOST, CHOICE
 from coda.ir.types import DType, f32
 from coda.lowering.placement.arrays import classes, constant, distinct, rows_are_equal, taken
 from coda.lowering.placement.columns import GROUPED, Space
+from coda.lowering.placement.numbers_apart import column
 from coda.lowering.placement.positions import along, counted_from
 from coda.lowering.placement.values import (
     LEAF,
@@ -76,6 +77,7 @@ class Points:
         lanes_used: name of a packed vector -> number of its lanes in use.
         vectors: contents of a vector, as bytes -> its operand and lane.
         spread: operand name -> expansion over the row axes.
+        bound: expression of the row, of no column -> the same with its operands declared.
     """
 
     space: Space
@@ -88,6 +90,7 @@ class Points:
     lanes_used: dict[str, int] = field(default_factory=dict[str, int])
     vectors: dict[bytes, tuple[str, int]] = field(default_factory=dict[bytes, tuple[str, int]])
     spread: MutableMapping[str, Spread] = field(init=False)
+    bound: dict[Expr, Expr] = field(default_factory=dict[Expr, Expr])
 
     def __post_init__(self) -> None:
         self.spread = ChainMap({}, self.space.spread)
@@ -118,6 +121,10 @@ class Points:
             both = (np.arange(i, value.count, 2) for i in (0, 1))
             return tuple(self.at(value, element, columns) for element in both)
         raise Refused(f"it has {value.count} columns where the kernel has {self.space.width}")
+
+    def of_row(self, value: Value) -> tuple[Expr, ...]:
+        """The expressions of a value whose elements are each a value of the row."""
+        return tuple(self.bind(self.space.exprs[int(i)], self.bound) for i in value.expr)
 
     @property
     def has_neighbours(self) -> bool:
@@ -257,8 +264,10 @@ class Points:
             last.numbers[lane::lanes] = part.numbers
         return last.name, lane
 
-    def table(self, source: Ints, index: Ints, tables: set[int]) -> Load:
+    def table(self, source: Ints, index: Ints, tables: set[int]) -> Expr:
         """The load of a table that repeats along the columns, or has one element per group.
+
+        Of one column of it that all read, the load is that of a vector of rows.
 
         `source` and `index` [points] are those of each point's element; `tables` are the sources.
         """
@@ -267,6 +276,9 @@ class Points:
             raise Refused("its columns read different tables")
         node = self.space.sources[next(iter(tables))]
         period = self.space.tables[node]
+        alone = distinct(index[used])
+        if len(alone) == 1 < period and self.space.leaf(node) not in self.spread:
+            return self.bind(column(self.space, node, alone[0]), {})
         point = np.arange(len(source))
         group, rest = divmod(len(source), period)
         if group > 1 and not rest and np.array_equal(index[used], point[used] // group):

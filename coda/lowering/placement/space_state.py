@@ -36,6 +36,7 @@ from coda.lowering.program.body import Ints, Spread
 from coda.lowering.program.epilogue import Expr, Literal, Load, RowOrder, leaves, stat_names
 
 Segment = tuple[int, int]  # columns of a kernel: (first, number)
+MOST_NUMBERS = 64  # numbers of a row that a kernel has apart, at most
 
 
 @lru_cache(maxsize=100_000)
@@ -89,6 +90,7 @@ class SpaceState:
         positions: nodes that follow from where an element is.
         accumulators: contraction of this GEMM -> its first column.
         whole_rows: whether the kernel is row-wise, so that it can read its own row statistics.
+        apart: whether it has one column, and each of a few numbers of a row as a value of the row.
         batched: whether its rows are those of the matrices of a batch, one matrix after another.
         reordered: node that it stores with rows in another order -> the node that has the same
             elements in the kernel's order, and that order.
@@ -117,6 +119,7 @@ class SpaceState:
     accumulators: Mapping[Node, int] = field(default_factory=dict[Node, int])
     whole_rows: bool = False
     batched: bool = False
+    apart: bool = False
     reordered: dict[Node, tuple[Node, RowOrder]] = field(
         default_factory=dict[Node, tuple[Node, RowOrder]]
     )

@@ -64,7 +64,12 @@ class Value:
     @property
     def narrow(self) -> bool:
         """Whether the value is constant along the columns."""
-        return self.count == 1 and self.slots.shape[1] == 0 and self.leaves.shape[1] == 0
+        return self.count == 1 and self.of_rows
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether no element reads columns: each is a value of the row."""
+        return self.slots.shape[1] == 0 and self.leaves.shape[1] == 0
 
     @cached_property
     def uniform(self) -> bool:

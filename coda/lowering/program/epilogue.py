@@ -204,9 +204,10 @@ class StoreExpr:
         buffer: its name.
         dtype: the dtype in memory, to which float32 values are rounded.
         lanes: one expression (of an element; or one per column pair: half the columns), or two
-            (both columns of a pair; if Alternating, both neighbours).
+            (both columns of a pair; if Alternating, both neighbours); if a ColumnVector, one for
+            each number of a row.
         access: a Tile for [M, columns], whose span tells which of the kernel's columns it covers;
-            Alternating for [M, 2 · columns]; a ColumnVector for [M, 1].
+            Alternating for [M, 2 · columns]; a ColumnVector for [M, numbers of a row].
         rows: the order of the buffer's rows; None for the kernel's own.
     """
 
@@ -218,7 +219,7 @@ class StoreExpr:
 
     @property
     def is_column(self) -> bool:
-        """Whether it writes one value for each row."""
+        """Whether it writes values of rows: one, or a few that are known apart."""
         return isinstance(self.access, ColumnVector)
 
     @property

@@ -31,7 +31,6 @@ from coda.lowering.program.epilogue import (
     Position,
     Stat,
     calls,
-    leaves,
 )
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
@@ -128,10 +127,14 @@ def factored(exprs: Sequence[Expr], once: Callable[[Expr], bool]) -> list[Expr]:
 
 def work(exprs: Iterable[Expr], once: Callable[[Expr], bool]) -> int:
     """FLOPs per element of some expressions; negations and row values cost nothing."""
-    total = 0
-    for call in calls(exprs):
-        row, below = SCALARS[call.fn], leaves([call])
-        if not row.is_negation and not all(isinstance(x, Literal) or once(x) for x in below):
+    total, of_row = 0, dict[Expr, bool]()
+    for call in calls(exprs):  # arguments first
+        for x in call.args:
+            if not isinstance(x, Call):
+                of_row[x] = isinstance(x, Literal) or once(x)
+        of_row[call] = all(of_row[x] for x in call.args)
+        row = SCALARS[call.fn]
+        if not row.is_negation and not of_row[call]:
             total += row.flops
     return total
 
