@@ -41,7 +41,7 @@ def size_partials(program: Program) -> Program:
         parts = kernel.kind.partials(program, kernel, program.sizes)
         for sink in kernel.body.epilogue.sinks:
             match sink:
-                case PickColumn():
+                case PickColumn() | SumRows(whole=True):
                     pass
                 case SumRows(buffer=name):
                     shapes[name] = _of_rows(program, sink, parts, width)

@@ -34,10 +34,12 @@ from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.memory import held_in, reads
 from coda.lowering.program.price import price_of
 from coda.lowering.program.program import Program
+from coda.lowering.whole_sums import sum_whole
 
 
 def fold_in(program: Program) -> Program:
-    """Move folds of partials into the kernels that read them."""
+    """Move folds of partials into the kernels that read them, or that sum whole sequences."""
+    program = sum_whole(program)
     for fold in program.kernels:
         found = _moved(program, fold) if _columns(program, fold) else ""
         program = program if isinstance(found, str) else found

@@ -126,11 +126,14 @@ def compute_body(
         run.buffers[store.buffer] = x if run.exact else x.to(store.dtype.torch)
     for sink in body.epilogue.sinks:
         match sink:
-            case SumRows(buffer=name, span=span, within=within):
+            case SumRows(buffer=name, span=span, within=within, whole=whole):
                 columns = run.program.buffers[name].shape[1].size(run.sizes)
                 each = rows if within is None else within.size(run.sizes)
                 x = point.ordered(sink, span)
                 x = x.reshape(rows // max(1, each), each, x.shape[1]).transpose(0, 1)
+                if whole:
+                    run.buffers[name] = MONOIDS[sink.monoid].reduce(x, 0).reshape(-1, 1)
+                    continue
                 run.parts[name] = _over_rows(sink.monoid, x, columns)
             case PickColumn(buffer=name, index=index, lanes=lanes):
                 run.buffers[name] = pick(point.columns(lanes), operands[index].reshape(-1))

@@ -62,6 +62,11 @@ class RowwiseBinding:
         for sink in self.body.epilogue.row_sums:
             parts = self.kernel.kind.partials(run.program, self.kernel, run.sizes).of_rows
             width = sink.span.width if sink.span else self.width
+            if sink.whole:
+                fill = "" if rows else "zero"
+                found = run.room(sink.buffer, parts * width, 1, torch.float32, fill)
+                run.buffers[sink.buffer], tensors[sink.buffer] = found, found.view(parts, width)
+                continue
             found = run.new((parts, width), torch.float32, "" if rows else "zero")
             tensors[sink.buffer] = found
             run.raw[sink.buffer] = run.summands(sink.buffer, found)

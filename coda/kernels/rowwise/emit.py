@@ -22,8 +22,9 @@ from coda.ir.dims import Dim, product, show_shape
 from coda.kernels.lines import safe, stored
 from coda.kernels.rowwise.folds import TOTAL_WARPS, Folds
 from coda.kernels.rowwise.mainloop import Rowwise
+from coda.kernels.rowwise.other_rows import SEQUENCE
 from coda.kernels.rowwise.pieces import LANES, Piece, fold_warps
-from coda.kernels.rowwise.plan import TALL_ROWS, TALL_WARPS, covers
+from coda.kernels.rowwise.plan import TALL_ROWS, TALL_WARPS, covers, sums_whole
 from coda.kernels.rowwise.sweeps import INDENT, VectorWork, indented
 from coda.lowering.program.access import Line, Partial
 from coda.lowering.program.epilogue import Expr, Statistic, StoreExpr, SumRows
@@ -69,7 +70,9 @@ def emit_rowwise(program: Program, kernel: Rowwise, *, padded: bool = False) -> 
 
 class _RowwiseEmitter(Folds):
     def emit(self) -> RowSource:
-        if self.plan.summed:
+        if sums_whole(self.epilogue):
+            body = self.sequences()
+        elif self.plan.summed:
             body = self.walk()
         elif self.epilogue.sinks:
             body = self.block()
@@ -322,6 +325,45 @@ class _RowwiseEmitter(Folds):
         inner = [f"index = {at}", f"if index < {vectors}:", *indented([*before, *rows, *last])]
         return [head, *indented(inner)]
 
+    # The work of a CTA on some columns of a whole sequence, with nothing but sums over its rows.
+
+    def sequences(self) -> list[str]:
+        """Each warp has a row in turn, each lane a vector of it; the first warp adds the sums."""
+        (piece,) = self.pieces
+        self.enter(piece)
+        sinks, vectors = self.epilogue.row_sums, piece.count // self.vec
+        exprs = self.stored(piece, (), 1).exprs
+        found = [self.sums(s, piece) for s in sinks]
+        made, written = ([line for r in found for line in r[i]] for i in (0, 1))
+        self.next()
+        row = [*self.once_loaded(exprs)]
+        row += self.batch(piece, lambda count: self.stored(piece, (), count), "index", 1)
+        self.tag = ""
+        self.rows.add("room")
+        names = [f"{safe(s.buffer)}_out_v" for s in sinks]
+        slot = f"[({{}} * {self.vec} + j) * LANES + lane]"
+        each, turn = f"for j in cutlass.range_constexpr({self.vec}):", slot.format("other")
+        shared = [f"{n}_of{slot.format('warp')} = {n}[j]" for n in names]
+        merged = [f"{n}[j] = {n}[j] + {n}_of{turn}" for n in names]
+        others = [f"for other in cutlass.range_constexpr(1, {TALL_WARPS}):"]
+        others += indented([each, *indented(merged)])
+        return [
+            *self.sequence_lines(),
+            f"at = block % {self.chunks} * LANES + lane",
+            f"index = {self.clamped('at', vectors)}",
+            *(f"{n}_of = room({TALL_WARPS * LANES * self.vec})" for n in names),
+            *made,
+            f"for step in cutlass.range(cute.ceil_div({self.end} - {self.first}, {TALL_WARPS})):",
+            f"{INDENT}row = {self.first} + step * {TALL_WARPS} + warp",
+            f"{INDENT}if row < {self.end}:",
+            *indented(row, 2),
+            each,
+            *indented(shared),
+            "cute.arch.sync_threads()",
+            f"if (warp == 0) & (at < {vectors}):",
+            *indented([*others, f"part = {SEQUENCE}", *written]),
+        ]
+
     def module(self, names: list[str], body: list[str]) -> str:
         """The whole text."""
         size = f"{self.kernel.mainloop.rows} × {self.kernel.mainloop.width}"
@@ -383,6 +425,8 @@ class _RowwiseEmitter(Folds):
             warps = fold_warps(self.kernel.mainloop.rows.size(self.program.sizes))
             return warps, LANES, [warp, "row = block * LANES + lane"]
         threads, rows = self.plan.threads, self.plan.rows
+        if sums_whole(self.epilogue):
+            return TALL_WARPS, 1, [warp]
         if self.epilogue.sinks and not self.plan.summed:
             return TALL_WARPS, TALL_ROWS, [warp, "place = lane"]
         if self.plan.warps == 1:

@@ -8,8 +8,8 @@ from coda.ir.dims import ONE
 from coda.ir.graph import Node
 from coda.kernels.protocol import LaunchRun, Run
 from coda.kernels.rowwise.mainloop import Rows, Rowwise
-from coda.kernels.rowwise.pieces import has_padded_rows
-from coda.kernels.rowwise.plan import row_parts
+from coda.kernels.rowwise.pieces import has_padded_rows, pieces_of
+from coda.kernels.rowwise.plan import chunks_of, row_parts, summed_within, vector_lengths
 from coda.kernels.rowwise.time import rowwise_time
 from coda.lowering.program.access import ColumnVector
 from coda.lowering.program.body import Body
@@ -25,6 +25,9 @@ from coda.lowering.program.kernel import (
 )
 from coda.lowering.program.program import Program
 from coda.lowering.program.text import at
+
+MOST_WHOLE = 4  # sums of whole sequences that the shared memory of a CTA has room for
+WHOLE_CTAS = 4  # CTAs of a multiprocessor that sum them, at least: 16 KB of loads in flight
 
 
 def _refuses(node: Node, sizes: Sizes) -> str:
@@ -83,6 +86,19 @@ def _partials(program: Program, kernel: Rowwise, sizes: Sizes) -> Partials:
     return Partials(row_parts(kernel.body, width, rows, sizes))
 
 
+def _sums_whole(program: Program, kernel: Rowwise) -> str:
+    epilogue, (rows, width) = kernel.body.epilogue, kernel.mainloop.points(program.sizes)
+    sums, within = epilogue.row_sums, summed_within(epilogue)
+    pieces = pieces_of(kernel.body, width)
+    more = epilogue.stores or epilogue.statistics or epilogue.pair or len(pieces) != 1
+    if more or within is None or not MOST_WHOLE >= len(sums) == len(epilogue.sinks):
+        return "it does more than to sum the rows of sequences"
+    (vector,) = vector_lengths(epilogue, pieces, padded=False)
+    ctas = rows // max(1, within.size(program.sizes)) * chunks_of(pieces[0], vector)
+    few = ctas < WHOLE_CTAS * program.target.multiprocessors
+    return "the columns of its sequences are too few for all multiprocessors" if few else ""
+
+
 def _emit(program: Program, kernel: Rowwise) -> Sequence[Source]:
     from coda.kernels.rowwise.emit import emit_rowwise
 
@@ -113,6 +129,7 @@ ROWWISE = Kind(
     partials=_partials,
     reorders=_reorders,
     shares=_shares,
+    sums_whole=_sums_whole,
     code=Code(_emit, _launch, _compile),
     whole_rows=True,
 )

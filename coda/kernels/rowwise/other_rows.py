@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from coda.ir.dims import Dim
 from coda.kernels.lines import NUMBER
-from coda.kernels.rowwise.plan import TALL_ROWS, RowPlan, summed_within
+from coda.kernels.rowwise.plan import TALL_ROWS, RowPlan, summed_within, sums_whole
 from coda.lowering.program.access import RowStep, Shifted
 from coda.lowering.program.epilogue import Between, Epilogue
 
@@ -26,12 +26,14 @@ class OtherRows:
         epilogue, plan: the kernel's.
         tests: the tests of the row, in the order of their variables.
         sizes: dim that only a call knows -> the parameter of the kernel that has its size.
+        chunks: the CTAs that share the columns of a sequence, in a kernel that sums whole ones.
     """
 
     epilogue: Epilogue
     plan: RowPlan
     tests: list[Between]
     sizes: dict[Dim, str]
+    chunks: int
 
     @property
     def distances(self) -> list[tuple[RowStep, ...]]:
@@ -81,6 +83,8 @@ class OtherRows:
         within = summed_within(self.epilogue)
         if within is None:
             return f"cute.ceil_div(rows, {rows})"
+        if sums_whole(self.epilogue):
+            return f"rows // {self.size_of(within)} * {self.chunks}"
         return f"rows // {self.size_of(within)} * cute.ceil_div({self.size_of(within)}, {rows})"
 
     def sequence_lines(self) -> list[str]:
@@ -88,6 +92,11 @@ class OtherRows:
         within = summed_within(self.epilogue)
         if within is None:
             return []
+        if sums_whole(self.epilogue):
+            return [
+                f"{SEQUENCE} = block // {self.chunks}",
+                f"{SEQUENCE}_end = ({SEQUENCE} + 1) * {self.size_of(within)}",
+            ]
         blocks = f"cute.ceil_div({self.size_of(within)}, {TALL_ROWS})"
         return [
             f"{SEQUENCE} = block // {blocks}",
@@ -101,6 +110,8 @@ class OtherRows:
         within = summed_within(self.epilogue)
         if within is None:
             return f"block * {TALL_ROWS}"
+        if sums_whole(self.epilogue):
+            return f"{SEQUENCE} * {self.size_of(within)}"
         return f"{SEQUENCE} * {self.size_of(within)} + {SEQUENCE}_block * {TALL_ROWS}"
 
     @property

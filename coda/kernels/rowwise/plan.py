@@ -11,6 +11,9 @@ The arithmetic, for rows of B bytes in their tiles (all matrices with a row for 
                         132 rows of 256 KB are 34 MB. A single sweep needs no cache: 256 threads
     vectors at once     those of 32 registers, at most 32 elements: loads in flight for a thread
 
+A kernel that sums whole sequences alone (`SumRows.whole`) has a CTA for each sequence and each 32
+vectors, whose warps take the rows in turn. Of sequences of 3072 columns in vectors of 8, 12 each.
+
 A kernel with sums over rows has a vector for each thread as long as 512 threads are enough, and
 walks through the rows of a block: a thread has the same columns in each, and their sums in
 registers, with a row that has to be held: at most 56 of 512 threads, or 160 of 256. A row then is
@@ -115,6 +118,8 @@ def plan_of(body: Body, pieces: tuple[Piece, ...], *, padded: bool = False) -> R
     lengths = vector_lengths(epilogue, pieces, padded=padded)
     levels, late = levels_of(epilogue)
     sweeps = max(1, len(levels) + bool(wide_exprs(epilogue) or late))
+    if sums_whole(epilogue):
+        return RowPlan(LANES, TALL_WARPS, 1, 1, False, False, 1)
     if epilogue.sinks:
         return _tall(epilogue, pieces, lengths, sweeps)
     counts = (32, 64, 128, 256, _MOST_THREADS)
@@ -210,11 +215,23 @@ def summed_within(epilogue: Epilogue) -> Dim | None:
     return next((s.within for s in epilogue.row_sums if s.within is not None), None)
 
 
+def sums_whole(epilogue: Epilogue) -> bool:
+    """Whether each CTA has some columns of all rows of a sequence, and sums them."""
+    return any(s.whole for s in epilogue.row_sums)
+
+
+def chunks_of(piece: Piece, vector: int) -> int:
+    """The number of CTAs that share the columns of a sequence: a lane has one vector each."""
+    return -(-piece.count // (vector * LANES))
+
+
 def row_parts(body: Body, width: int, rows: int, sizes: Mapping[str, int]) -> int:
     """The number of partials of a sum over the rows of a row-wise kernel, of all its sequences."""
     found = plan_of(body, pieces_of(body, width))
     within = summed_within(body.epilogue)
     each = rows if within is None else within.size(sizes)
+    if sums_whole(body.epilogue):
+        return rows // max(1, each)
     return max(1, rows // max(1, each) * -(-each // found.block) * found.rows)
 
 

@@ -38,7 +38,14 @@ from coda.kernels.rowwise.pieces import (
     pieces_of,
     reads_columns,
 )
-from coda.kernels.rowwise.plan import by_row, every_expr, plan_of, reads, vector_lengths
+from coda.kernels.rowwise.plan import (
+    by_row,
+    chunks_of,
+    every_expr,
+    plan_of,
+    reads,
+    vector_lengths,
+)
 from coda.lowering.program.access import (
     Alternating,
     ColumnVector,
@@ -129,6 +136,7 @@ class Sweeps(Leaves):
         if self.plan.passes:
             self.epilogue = in_passes(self.epilogue, kernel.mainloop.width)
         self.vec = self.lengths[0]
+        self.chunks = chunks_of(self.pieces[0], self.vec) if self.pieces else 0
         self.groups = {s.name: s for s in self.epilogue.statistics if s.group}
         folds = [s for s in self.epilogue.statistics if s.operand]
         self.tall: set[str | None] = {s.operand for s in folds if not s.count}

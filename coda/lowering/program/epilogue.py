@@ -204,8 +204,7 @@ class StoreExpr:
         buffer: its name.
         dtype: the dtype in memory, to which float32 values are rounded.
         lanes: one expression (of an element; or one per column pair: half the columns), or two
-            (both columns of a pair; if Alternating, both neighbours); if a ColumnVector, one for
-            each number of a row.
+            (columns of a pair, or Alternating neighbours); of a ColumnVector one per column.
         access: a Tile for [M, columns], whose span tells which of the kernel's columns it covers;
             Alternating for [M, 2 · columns]; a ColumnVector for [M, numbers of a row].
         rows: the order of the buffer's rows; None for the kernel's own.
@@ -269,6 +268,7 @@ class SumRows:
         span: in a row-wise kernel, the kernel's columns that it covers; None for all.
         within: the rows of a sequence, if each is summed alone: [sequences · N, parts].
         monoid: the reduction; in a row-wise kernel a sum.
+        whole: whether a CTA sums a whole sequence: the buffer has the sums, [sequences · N, 1].
     """
 
     buffer: str
@@ -276,6 +276,7 @@ class SumRows:
     span: Span | None = None
     within: Dim | None = None
     monoid: str = PLAIN_SUM
+    whole: bool = False
 
 
 SinkExpr = ReduceColumns | PickColumn | SumRows

@@ -215,6 +215,10 @@ def _no_folds(program: Program, kernel: Kernel[Any]) -> str:
     return "its kernels take over no folds of others"
 
 
+def _only_blocks(program: Program, kernel: Kernel[Any]) -> str:
+    return "its CTAs have blocks of rows, which do not end where a sequence does"
+
+
 def _no_scratch(program: Program, kernel: Kernel[Any]) -> Scratch:
     return Scratch()
 
@@ -256,6 +260,8 @@ class Kind:
             reason why a kernel cannot read all of them as they are; "" if it can.
         folds: (program, kernel that folds partials of its rows) -> the reason why kernels of this
             kind cannot; "" if they can.
+        sums_whole: (program, kernel that sums the rows of each sequence) -> the reason why its CTAs
+            cannot sum whole sequences, or should not; "" if they can.
         scratch: (program, kernel) -> the memory that a launch takes for itself.
         code: emission, compilation and launch; None if every backend runs the reference.
     """
@@ -273,6 +279,7 @@ class Kind:
     reorders: Callable[[Node, tuple[int, ...], Sizes], str] = _own_order
     shares: Callable[[Builder, Body, Sequence[Node], Sizes], str] = _expanded
     folds: Callable[[Program, Kernel[Any]], str] = _no_folds
+    sums_whole: Callable[[Program, Kernel[Any]], str] = _only_blocks
     scratch: Callable[[Program, Kernel[Any]], Scratch] = _no_scratch
     code: Code | None = None
     tiled: bool = False

@@ -144,6 +144,7 @@ def _body(program: Program, kernel: Kernel[Any]) -> list[str]:
         at = f" at {sink.index}" if isinstance(sink, PickColumn) else ""
         within = sink.within if isinstance(sink, SumRows) else None
         each = f" of each {within} rows" if within is not None else ""
+        each += ", whole" if isinstance(sink, SumRows) and sink.whole else ""
         lines.append(f"    sink {sink.buffer} = {sink.monoid} {values}{at}{each}")
     return lines
 
