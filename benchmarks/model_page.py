@@ -13,6 +13,7 @@ import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -20,7 +21,6 @@ import model
 import stages
 
 import coda
-from coda.ir.graph import Contract
 from coda.kernels.gemm.configs import case_of, choice, deepened, ranked
 from coda.kernels.gemm.mainloop import gemms
 from coda.kernels.gemm.stages import need
@@ -28,11 +28,9 @@ from coda.kernels.gemm.time import time_of
 from coda.lowering import compiler
 from coda.lowering.explain import Explanation
 from coda.lowering.program import cublas
-from coda.lowering.program.cost import is_free, memory_bytes, tensor_traffic
-from coda.lowering.program.price import Price, price_of
+from coda.lowering.program.cost import hbm_bytes
 from coda.lowering.program.target import Config, find_target
 from coda.lowering.program.text import show_config
-from coda.lowering.program.time import Sketch, Time, total
 
 PAGE = Path(__file__).parents[1] / "docs/model.md"
 GPUS = ("H100 SXM", "H200", "B200")
@@ -263,38 +261,23 @@ def slower():
 
 
 def apart():
-    """GEMMs whose epilogue as a kernel of its own, beside the bare GEMM, has the lower price."""
+    """Programs some of whose GEMMs store their accumulators alone, and with all in epilogues."""
     rows = []
     for gpu in GPUS:
         for count in ROWS:
-            parts = [(n, *p) for n in stages.EXAMPLES for p in stages.programs(n, gpu, M=count)]
-            every = [(n, part, p, k) for n, part, p in parts for k in gemms(p) if fuses(k)]
-            found = [(*e, price_of(e[2], [e[3]]), beside_gemm(*e[2:])) for e in every]
-            cheaper = [f for f in found if f[5].undercuts(f[4])]
-            for name, part, _, kernel, own, other in cheaper:
-                times = [f"{x.seconds * 1e6:.0f}" for x in (own, other)]
-                rows.append([gpu, count, f"{name} {part} {kernel.name}", *times])
-            rows.append([gpu, count, f"{len(cheaper)} of {len(every)}", "", ""])
-    return table(["GPU", "rows", "kernel", "fused, µs", "apart, µs"], rows)
-
-
-def fuses(kernel):
-    """Whether a GEMM computes more than contractions of matrices."""
-    more = any(not (isinstance(n, Contract) or is_free(n)) for n in kernel.nodes)
-    return more and not kernel.mainloop.batch
-
-
-def beside_gemm(program, kernel):
-    """The price of a GEMM that stores its accumulator, and of a kernel for its epilogue."""
-    moved, rates = tensor_traffic(program, kernel), program.target.rates
-    read = sum(memory_bytes(o, program) for o in kernel.mainloop.operands)
-    made = sum(c.nbytes(program.sizes) for c in kernel.mainloop.contracts)
-    rest = moved.read_bytes + moved.write_bytes - read + made
-    bits = kernel.mainloop.a.dtype.bits
-    bare = Sketch(kernel.mainloop.problem(program.sizes), bits, read, made)
-    time = kernel.kind.sketched(bare, program.target)
-    times = total((time, Time(rates.ramp, memory=rest / rates.bandwidth)))
-    return Price(times, read + made + rest, 2)
+            chosen = [(n, *p) for n in stages.EXAMPLES for p in stages.programs(n, gpu, M=count)]
+            with mock.patch.object(compiler, "separate", lambda best, _: best):
+                fused = [p for n in stages.EXAMPLES for _, p in stages.programs(n, gpu, M=count)]
+            pairs = [(f"{n} {part}", p, q) for (n, part, p), q in zip(chosen, fused, strict=True)]
+            moved = [(n, p, q) for n, p, q in pairs if parted(p) != parted(q)]
+            for name, program, other in moved:
+                times = [f"{Explanation(p).seconds * 1e6:.0f}" for p in (other, program)]
+                moved_by = [f"{hbm_bytes(p) / 1e6:.0f}" for p in (other, program)]
+                kernels = [len(p.kernels) for p in (other, program)]
+                rows.append([gpu, count, name, *times, *moved_by, *kernels])
+            rows.append([gpu, count, f"{len(moved)} of {len(pairs)}", *[""] * 6])
+    head = ["GPU", "rows", "Program", "fused, µs", "chosen", "fused, MB", "chosen"]
+    return table([*head, "fused, launches", "chosen"], rows)
 
 
 FIELDS = ("tensor", "bandwidth", "feed", "start", "latency", "issue", "special")

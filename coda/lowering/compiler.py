@@ -27,6 +27,7 @@ from coda.lowering.algebra.pushdown import push_down
 from coda.lowering.algebra.rewrite import Accept, Law, LawApplication, Place, rewrite
 from coda.lowering.algebra.roles import row_symbols
 from coda.lowering.algebra.stops import without_stops
+from coda.lowering.apart import NO_BARE, Bare, separate
 from coda.lowering.configure import configure
 from coda.lowering.fold_in import fold_in
 from coda.lowering.placement.build import build, numbered
@@ -81,8 +82,8 @@ def lower(
     with stages or Stages() as record:
         record.begin(graph)
 
-        def lowered(accept: Accept, below: Price | None) -> Program | None:
-            return run_stages(asked, accept, record.trial(), below=below)
+        def lowered(accept: Accept, below: Price | None, bare: Bare) -> Program | None:
+            return run_stages(asked, accept, record.trial(), below=below, bare=bare)
 
         return record.keep(decide(graph, lowered))
 
@@ -101,7 +102,12 @@ def request(
 
 
 def run_stages(
-    asked: Request, accept: Accept, stage: Trial, *, below: Price | None = None
+    asked: Request,
+    accept: Accept,
+    stage: Trial,
+    *,
+    below: Price | None = None,
+    bare: Bare = NO_BARE,
 ) -> Program | None:
     """One lowering, for one choice of laws; None if no Program of its normal form costs less.
 
@@ -110,6 +116,7 @@ def run_stages(
         accept: decides each application of a law with a choice.
         stage: runs, checks and records each stage.
         below: the price that a Program has to undercut; None for any.
+        bare: contraction whose GEMM stores its accumulator alone -> why.
     """
     graph = stage("laws", partial(_apply_laws, accept, stage), asked.graph)
     graph = stage("pushdown", push_down, graph)
@@ -118,7 +125,7 @@ def run_stages(
     parted = stage("chunks", _chunk, graph, asked)
     if below is not None and not _may_undercut(asked, parted.graph, below):
         return None
-    program = stage("place", partial(_place, asked, stage.steps), parted)
+    program = stage("place", partial(_place, asked, stage.steps, bare), parted)
     program = stage("factor", factor, program)
     program = stage("order", _order, program)
     program = stage("configure", configure, program)
@@ -149,12 +156,16 @@ def run_stage(name: str, asked: Request) -> Value:
     return found
 
 
-def decide(graph: Graph, lowered: Callable[[Accept, Price | None], Program | None]) -> Program:
+def decide(
+    graph: Graph, lowered: Callable[[Accept, Price | None, Bare], Program | None]
+) -> Program:
     """The cheapest Program over all choices, which are decided greedily in order of occurrence.
+
+    Laws come first, then GEMMs that would better store their accumulators alone.
 
     Args:
         graph: the block.
-        lowered: (accept, below) -> Program or None, as `run_stages`.
+        lowered: (accept, below, bare) -> Program or None, as `run_stages`.
     """
     chosen: set[tuple[int, ...]] = set()
     candidates: list[tuple[int, ...]] = []
@@ -166,21 +177,19 @@ def decide(graph: Graph, lowered: Callable[[Accept, Price | None], Program | Non
             candidates.append(key)
         return key in chosen
 
-    best = lowered(accept, None)
+    best = lowered(accept, None, NO_BARE)
     assert best is not None
-    if not candidates:
-        return best
     least, tried = price(best), 0
     while tried < len(candidates):
         key = candidates[tried]
         tried += 1
         chosen.add(key)
-        program = lowered(accept, least)
+        program = lowered(accept, least, NO_BARE)
         if program is not None and (found := price(program)).undercuts(least):
             best, least = program, found
         else:
             chosen.discard(key)
-    return best
+    return separate(best, partial(lowered, accept, None))
 
 
 def _may_undercut(asked: Request, graph: Graph, below: Price) -> bool:
@@ -202,11 +211,17 @@ def _chunk(graph: Graph, asked: Request) -> Parted:
     return chunk(graph, asked.sizes, policy.per_call) if policy.chunked else Parted(graph)
 
 
-def _place(asked: Request, steps: list[LawApplication], parted: Parted) -> Program:
+def _place(asked: Request, steps: list[LawApplication], bare: Bare, parted: Parted) -> Program:
     """Place the nodes of a graph in normal form, and build the Program."""
     policy = asked.policy
     placed = Partition(
-        parted.graph, asked.sizes, kernels.KINDS, asked.target, policy.per_call, parted.part_of
+        parted.graph,
+        asked.sizes,
+        kernels.KINDS,
+        asked.target,
+        policy.per_call,
+        parted.part_of,
+        bare,
     )
     return build(
         placed.run(),

@@ -70,6 +70,7 @@ class Draft:
         hidden: nodes that it computes although it could load them.
         layout: the layout of all its commitments; None before the first, or if it must be redone.
         why: for a kernel of one operation, the reason that no kernel fuses it.
+        bare: why nothing may be fused into a GEMM; "" if it may.
     """
 
     kind: Kind
@@ -83,6 +84,7 @@ class Draft:
     hidden: set[Node] = field(default_factory=set[Node])
     layout: Layout | None = None
     why: str = ""
+    bare: str = ""
 
     @property
     def rows(self) -> Dim:
@@ -109,6 +111,7 @@ class Drafts:
         target: the GPU for which costs are estimated.
         per_call: names of arguments that are new in every call, and so are no weights.
         part_of: contraction of a chunked value -> number of its chunk.
+        bare: contraction whose GEMM stores its accumulator alone -> why.
         home: node -> its producer kernel.
         drafts: all kernel builders, unordered.
         behind: number of a GEMM -> the builders after it and before the next GEMM.
@@ -129,6 +132,7 @@ class Drafts:
     target: Target
     per_call: frozenset[str] = frozenset()
     part_of: Mapping[Node, int] = field(default_factory=dict[Node, int])
+    bare: Mapping[Node, str] = field(default_factory=dict[Node, str])
     home: dict[Node, Draft] = field(default_factory=dict[Node, Draft])
     drafts: list[Draft] = field(default_factory=list[Draft])
     behind: dict[int, list[Draft]] = field(default_factory=dict[int, list[Draft]])
@@ -199,6 +203,7 @@ class Drafts:
         rows, batched = product(group[0].shape[:-1]), group[0].batched
         space = Space(int(starts[-1]), rows, self.known, accumulators=first, batched=batched)
         draft = self.open(self.opener(group[0]), index, space, group)
+        draft.bare = self.bare.get(group[0], "")
         for one in group:
             self.home[one] = draft
             draft.homed.append(one)

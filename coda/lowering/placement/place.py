@@ -162,6 +162,8 @@ class Partition(SmallRows):
     def absorb(self, node: Node, draft: Draft) -> str:
         """Place a node in a kernel; the reason if the kernel refuses, otherwise ""."""
         why, space = "", draft.space
+        if draft.bare:
+            return draft.bare
         if space.batched and self.reorder(node, draft):
             return ""
         for segmented in (True, False) if draft.kind.whole_rows else (False,):
@@ -213,7 +215,7 @@ class Partition(SmallRows):
             return False
         if isinstance(node, Reduce) and self.sums_rows(node, draft):
             return self.sink_rows(node, draft)
-        if not draft.kind.tiled:
+        if not draft.kind.tiled or draft.bare:
             return False
         try:
             self.reach_all(node.arg, draft)
@@ -255,6 +257,8 @@ class Partition(SmallRows):
 
     def sink_rows(self, node: Reduce, draft: Draft) -> bool:
         """Make a sum over rows a sink of a kernel; a later kernel folds it. False if refused."""
+        if draft.bare:
+            return False
         under, space = summand(node), draft.space
         count = product(under.shape).size(self.sizes) // max(1, space.rows.size(self.sizes))
         spans = [None, *(s for s in space.segments if s[1] == count)]
