@@ -16,48 +16,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from coda.ir.dims import Dim, product, show_shape
+from coda.ir.dims import product, show_shape
 from coda.kernels.lines import safe, stored
 from coda.kernels.rowwise.folds import TOTAL_WARPS, Folds
 from coda.kernels.rowwise.mainloop import Rowwise
 from coda.kernels.rowwise.other_rows import SEQUENCE
 from coda.kernels.rowwise.pieces import LANES, Piece, fold_warps
 from coda.kernels.rowwise.plan import TALL_ROWS, TALL_WARPS, covers, sums_whole
+from coda.kernels.rowwise.source import RowSource
 from coda.kernels.rowwise.sweeps import INDENT, VectorWork, indented
 from coda.lowering.program.access import Line, Partial
 from coda.lowering.program.epilogue import Expr, Statistic, StoreExpr, SumRows
 from coda.lowering.program.program import Program
-
-
-@dataclass(frozen=True)
-class RowSource:
-    """An emitted module.
-
-    Attributes:
-        text: the Python source; `launch` is its host function.
-        name: the module's name, with a hash of the text.
-        parameters: (emitted name, operand or buffer, columns, whether it is written), in order.
-            Columns are 0 for partial sums over rows, transposed, with any number of partials, and
-            -1 for lines of values of rows, contiguous, of any length.
-        types: coda's name of each parameter's dtype; "byte" for one that is stored as uint8.
-        partials: the buffers of sums over rows, which have a row for each partial.
-        padded: matrices whose rows begin at multiples of 16 bytes, whatever their width.
-        axes: (operand or buffer, axes of its rows) of results whose rows are in another order, and
-            of operands that are equal in some rows. They are passed with an axis for each, inner to
-            outer, and strides of their own; those of what is equal along an axis are 0.
-        sizes: the dims whose sizes a launch passes after the number of rows.
-    """
-
-    text: str
-    name: str
-    parameters: tuple[tuple[str, str, int, bool], ...]
-    types: tuple[str, ...]
-    partials: tuple[str, ...]
-    padded: tuple[str, ...] = ()
-    axes: tuple[tuple[str, int], ...] = ()
-    sizes: tuple[Dim, ...] = ()
 
 
 def emit_rowwise(program: Program, kernel: Rowwise, *, padded: bool = False) -> RowSource:

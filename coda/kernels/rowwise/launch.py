@@ -15,7 +15,7 @@ from quack.cache import jit_cache
 from torch import Tensor
 
 from coda.kernels.modules import load_module
-from coda.kernels.rowwise.emit import RowSource
+from coda.kernels.rowwise.source import RowSource
 
 _TYPES = {
     "bf16": cutlass.BFloat16,
