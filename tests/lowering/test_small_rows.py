@@ -8,6 +8,7 @@ from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.compiler import lower
 from coda.lowering.program.cost import hbm_bytes
 from coda.measure import measure_gradients, random_inputs
+from coda.runtime.launcher import run_kernels
 from coda.runtime.simulate import device
 from tests.kernels.test_kernels import hold, hold_against_float64
 from tests.lowering.paper_blocks import PAPER, hyper_connections
@@ -88,6 +89,25 @@ def test_hyper_connections_read_the_streams_three_times(arch):
     assert hbm_bytes(forward) <= 1.002 * hbm_bytes(program)
     assert len(backward.kernels) <= 13
     assert not any(k.kind is TORCH for k in backward.kernels)
+
+
+@pytest.mark.slow
+def test_columns_of_a_matrix_are_read_where_they_are(monkeypatch):
+    """No operation of torch's copies the numbers of a row apart before a kernel reads them."""
+    copied, contiguous = [], torch.Tensor.contiguous
+
+    def copy(x):
+        if not x.is_contiguous():
+            copied.append(x.shape)
+        return contiguous(x)
+
+    sizes = {"M": 37, "D": 64}
+    program = hyper_connections.lower("sm_90a", sizes)
+    inputs = random_inputs(hyper_connections.graph, sizes)
+    with device("sm_90a", checks="raise"):
+        monkeypatch.setattr(torch.Tensor, "contiguous", copy)
+        run_kernels(program, inputs, sizes)
+    assert not copied
 
 
 def test_a_product_with_a_column_is_no_part_of_a_narrow_gemm():

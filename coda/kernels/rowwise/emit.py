@@ -17,16 +17,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from coda.ir.dims import product, show_shape
+from coda.ir.dims import ONE, product, show_shape
+from coda.ir.graph import Reshape, Slice
 from coda.kernels.lines import safe, stored
 from coda.kernels.rowwise.folds import TOTAL_WARPS, Folds
 from coda.kernels.rowwise.mainloop import Rowwise
 from coda.kernels.rowwise.other_rows import SEQUENCE
 from coda.kernels.rowwise.pieces import LANES, Piece, fold_warps
 from coda.kernels.rowwise.plan import TALL_ROWS, TALL_WARPS, covers, sums_whole
-from coda.kernels.rowwise.source import RowSource
+from coda.kernels.rowwise.source import CUT, RowSource
 from coda.kernels.rowwise.sweeps import INDENT, VectorWork, indented
-from coda.lowering.program.access import Line, Partial
+from coda.lowering.program.access import ColumnVector, Line, Partial
 from coda.lowering.program.epilogue import Expr, Statistic, StoreExpr, SumRows
 from coda.lowering.program.program import Program
 
@@ -81,6 +82,8 @@ class _RowwiseEmitter(Folds):
                 case Partial(planes=planes):
                     parts = self.program.buffers[o.name].shape[-1].size(self.program.sizes)
                     columns = 0 if o.name in self.tall else parts * planes
+                case ColumnVector() if self.is_cut(o.name):
+                    columns = CUT
                 case access:
                     _, columns = access.shape(1, self.points, self.lanes)
             found.append((safe(o.name), o.name, columns, False))
@@ -92,6 +95,16 @@ class _RowwiseEmitter(Folds):
             columns = sink.span.width if sink.span else self.kernel.mainloop.width
             found.append((safe(sink.buffer) + "_out", sink.buffer, columns, True))
         return tuple(found)
+
+    def is_cut(self, name: str) -> bool:
+        """Whether an operand is one column of a matrix in memory with several."""
+        node = self.kernel.body.nodes.get(name)
+        while node is not None and node not in self.program.places:
+            if isinstance(node, Slice):
+                return True
+            node = node.operands[0] if isinstance(node, Reshape) else None
+        place = self.program.places[node] if node is not None else None
+        return place is not None and self.program.buffers[place.buffer].shape[-1] != ONE
 
     def types(self, parameters: tuple[tuple[str, str, int, bool], ...]) -> tuple[str, ...]:
         stores = {s.buffer: s.dtype for s in self.epilogue.stores}

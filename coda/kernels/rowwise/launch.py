@@ -15,7 +15,7 @@ from quack.cache import jit_cache
 from torch import Tensor
 
 from coda.kernels.modules import load_module
-from coda.kernels.rowwise.source import RowSource
+from coda.kernels.rowwise.source import CUT, RowSource
 
 _TYPES = {
     "bf16": cutlass.BFloat16,
@@ -57,9 +57,10 @@ def _compile(source: RowSource, shared: tuple[bool, ...], arch: str) -> Any:
 def _fake(dtype: Any, rows: Any, columns: int, padded: bool) -> Any:
     """A placeholder of the layout that the kernel reads.
 
-    `columns` 0 is a transposed matrix [rows, any], -1 a matrix [rows, any]. Any other matrix has a
-    row stride of any multiple of 16 bytes if its rows are whole vectors of 16 bytes or `padded`,
-    else contiguous rows.
+    `columns` 0 is a transposed matrix [rows, any], -1 a matrix [rows, any], CUT one column of a
+    wider matrix, with any distance between its rows. Any other matrix has a row stride of any
+    multiple of 16 bytes if its rows are whole vectors of 16 bytes or `padded`, else contiguous
+    rows.
     """
     size = dtype.width // 8
     if columns == 0:
@@ -67,6 +68,9 @@ def _fake(dtype: Any, rows: Any, columns: int, padded: bool) -> Any:
         return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=size)
     if columns == -1:
         shape, stride = (rows, cute.sym_int()), (cute.sym_int64(), 1)
+        return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=size)
+    if columns == CUT:
+        shape, stride = (rows, 1), (cute.sym_int64(), 1)
         return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=size)
     apart = (
         cute.sym_int64(divisibility=16 // size)
@@ -96,6 +100,8 @@ def _laid_out(x: Tensor, rows: int, columns: int, *, padded: bool = False) -> Te
     """A tensor in the layout of `_fake`; a copy if it has another one."""
     if columns == 0:
         return x
+    if columns == CUT:
+        return x.reshape(rows, 1)
     if columns == -1:
         x = x.reshape(rows, -1)
         return x if x.stride(1) == 1 or x.shape[1] < 2 else x.contiguous()

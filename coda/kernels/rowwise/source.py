@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from coda.ir.dims import Dim
 
+CUT = -2  # in place of a parameter's number of columns
+
 
 @dataclass(frozen=True)
 class RowSource:
@@ -15,8 +17,9 @@ class RowSource:
         text: the Python source; `launch` is its host function.
         name: the module's name, with a hash of the text.
         parameters: (emitted name, operand or buffer, columns, whether it is written), in order.
-            Columns are 0 for partial sums over rows, transposed, with any number of partials, and
-            -1 for lines of values of rows, contiguous, of any length.
+            Columns are 0 for partial sums over rows, transposed, with any number of partials,
+            -1 for lines of values of rows, contiguous, of any length, and CUT for one column of a
+            wider matrix.
         types: coda's name of each parameter's dtype; "byte" for one that is stored as uint8.
         partials: the buffers of sums over rows, which have a row for each partial.
         padded: matrices whose rows begin at multiples of 16 bytes, whatever their width.
