@@ -1,5 +1,7 @@
 """Losses: no kernel of torch's, no more bytes than the baseline, gradients as of float64."""
 
+import tracemalloc
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.program.cost import hbm_bytes, pointwise_fused
 from coda.measure import random_inputs
 from coda.runtime.reference import run_reference
-from tests.lowering.loss_blocks import LOSSES, SIZES, given_logits, own_probability
+from tests.lowering.loss_blocks import LOSSES, SIZES, clip, given_logits, own_probability, siglip
 from tests.lowering.test_backward import check, sizes_of
 
 FEW = {"B": 3, "S": 5, "M": 15, "N": 12, "D": 16, "E": 16, "V": 37}
@@ -27,6 +29,18 @@ def test_losses_move_no_more_bytes_than_the_baseline(block):
         assert TORCH not in [k.kind for k in program.kernels]
         assert hbm_bytes(program) <= 1.02 * pointwise_fused(program.graph, sizes).hbm_bytes
     assert hbm_bytes(alone) <= hbm_bytes(forward)
+
+
+@names([clip, siglip])
+def test_lowering_holds_no_matrix(block):
+    """A sum over the rows of [N, N] may try its operand as one row, of N² columns."""
+    sizes = sizes_of(block.graph, SIZES)
+    block.lower_training("sm_90a", sizes_of(block.graph, FEW))  # imports
+    tracemalloc.start()
+    block.lower_training("sm_90a", sizes)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < sizes["N"] ** 2  # bytes
 
 
 @names(LOSSES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
+from math import prod
 from typing import Protocol, cast
 
 import numpy as np
@@ -28,6 +29,7 @@ from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load
 NO_LANE = -1  # the lane of a load that is constant along the columns
 TILE_PARTS = (32, 64, 128, 256)  # group widths that align with every tile and subtile
 LONGEST = 100  # dependent operations in one kernel at most; later ones go to another kernel
+WIDEST = 1 << 20  # elements of a row: a whole matrix, of which each is looked at, is no row
 UNALIKE = "the column pairs that its elements read have no common distance"
 LEAF = "%"  # Load("%3") is row leaf 3: the vector element `leaves[:, 3]` of each element
 
@@ -187,9 +189,11 @@ def pad(a: Ints, width: int) -> Ints:
 
 
 def spread(value: Value, shape: tuple[int, ...]) -> Value:
-    """A value broadcast to other column axes."""
+    """A value broadcast to other column axes. Raises Refused if they are too wide."""
     if value.shape == shape:
         return value
+    if prod(shape) > WIDEST:
+        raise Refused(f"more than {WIDEST} elements of a row are computed from fewer")
     return value.move(lambda a: np.broadcast_to(a, shape))
 
 
