@@ -84,9 +84,12 @@ def are_alike(tensors):
     return all(bool(t.isfinite().all()) and float(t.abs().max()) < 100 for t in floats)
 
 
-def first(count, kind, dtype):
-    """The first samples of a kind; the generator is closed, or it switches gradients off later."""
-    made = kind("cpu", dtype)
+def first(count, op, made_by, dtype):
+    """The first samples; the generator is closed, or it switches gradients off while one is traced.
+
+    It is torch's own generator: what `op.sample_inputs` returns holds it, and cannot be closed.
+    """
+    made = made_by(op, "cpu", dtype, False) if made_by else ()
     try:
         return list(itertools.islice(made, count))
     finally:
@@ -95,7 +98,8 @@ def first(count, kind, dtype):
 
 def tried(op, dtype, count):
     """How many samples of an operator are taken, and all that is wrong with them."""
-    samples = [*first(count, op.sample_inputs, dtype), *first(count, op.reference_inputs, dtype)]
+    kinds = op.sample_inputs_func, op.reference_inputs_func
+    samples = [sample for kind in kinds for sample in first(count, op, kind, dtype)]
     taken, missed, wrong = 0, 0, []
     for sample in samples:
         fn, tensors = called(op, sample)
