@@ -12,7 +12,8 @@ from typing import Any
 
 from coda.errors import DtypeError, ShapeError
 from coda.ir.dims import ONE, Dim, Shape, product, show_shape
-from coda.ir.graph import Const, Iota, Map, Node, Reduce, Reshape, Size
+from coda.ir.graph import Const, Iota, Map, Node, Permute, Reduce, Reshape, Size
+from coda.ir.monoids import MONOIDS
 from coda.ir.types import i64
 
 Axes = int | Sequence[int] | None
@@ -27,9 +28,15 @@ def reduced(fn: str, x: Node, axis: Axes, *, keepdims: bool) -> Node:
     axes = axes_of(fn, x.shape, axis)
     if x.dtype.kind != "float":
         raise DtypeError(f"`{fn}` takes floats", found=str(x.dtype), help="x.cast(coda.f32)")
-    node = x
-    for first, last in reversed(_runs(axes)):
+    node, runs = x, _runs(axes)
+    if MONOIDS[fn].chosen and len(runs) > 1:  # at once: equal extremes share a cotangent equally
+        kept = [i for i in range(x.rank) if i not in axes]
+        node = _over(fn, Permute(x, (*kept, *axes)), len(kept), x.rank - 1)
+        runs = []
+    for first, last in reversed(runs):
         node = _over(fn, node, first, last)
+    shape = tuple(ONE if i in axes else d for i, d in enumerate(x.shape))
+    node = node if node.shape == shape else Reshape(node, shape)
     return node if keepdims else without(node, axes)
 
 

@@ -19,14 +19,18 @@ from coda.ir.node import origin
 from coda.lowering.algebra.roles import gemms, row_axes, squared_deviation
 
 
-def columns_first(graph: Graph) -> Graph:
-    """The graph with reductions of rows and columns at once split, columns first."""
+def columns_first(graph: Graph, *, differentiated: bool = False) -> Graph:
+    """The graph with reductions of rows and columns at once split, columns first.
+
+    If it will be `differentiated`, extremes are left whole: each of equal ones has the same share
+    of the cotangent, and split they would share it in their row first, then among the rows.
+    """
     rows = row_axes(gemms(walk(graph.roots)), graph.inputs)
 
     def change(node: Node) -> Node:
         if isinstance(node, Map | Cast):
             return _of_matrices(node, rows)
-        if not isinstance(node, Reduce):
+        if not isinstance(node, Reduce) or (differentiated and MONOIDS[node.fn].chosen):
             return node
         found = _merged(node, rows)
         with origin(node.where):

@@ -114,7 +114,7 @@ def derive(
     check_memory(memory)
     names = set(differentiated(graph, wanted))
     lawful = graph.with_roots(rewrite(graph.roots, LAWS, lambda law, node, place: False))
-    normal = columns_first(slice_columns_first(push_down(lawful)))
+    normal = columns_first(slice_columns_first(push_down(lawful)), differentiated=True)
     merged, original = merge_siblings(normal)
     given = {n for n, _ in graph.outputs} if given is None else set(given)
     taken = {i.name for i in graph.inputs} | {s for s in graph.symbols}
