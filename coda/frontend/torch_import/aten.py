@@ -17,7 +17,8 @@ from coda.errors import UnsupportedError
 from coda.frontend import library, ops
 from coda.frontend.tensor import Tensor, matmul
 from coda.frontend.torch_import.rules import OperatorRules, Result, Rule
-from coda.ir.graph import Cast, Contract, Input, walk
+from coda.ir.dims import ONE, Shape, product
+from coda.ir.graph import Cast, Contract, Input, Reshape, walk
 from coda.ir.types import DType, bool_, f32, has_reciprocal
 
 aten = torch.ops.aten
@@ -53,6 +54,11 @@ def numbers(result: Result, *values: Any) -> list[Any]:
 def wide(x: Tensor) -> Tensor:
     """Cast a 16-bit float to float32; other dtypes are unchanged."""
     return cast(x, f32) if x.dtype.size < f32.size else x
+
+
+def condition(x: Tensor) -> Tensor:
+    """Whether a value is not 0."""
+    return x if x.dtype == bool_ else x != (0 if x.dtype.kind == "int" else 0.0)
 
 
 # Arithmetic.
@@ -183,92 +189,18 @@ def _to(result: Result, x: Tensor, *where: Any, **options: Any) -> Tensor:
     return x.cast(result.dtype)
 
 
-# Reductions.
-
-
-def _over(fn: str, x: Tensor, axes: Sequence[int], keep: bool) -> Tensor:
-    """A reduction over the last axis (or axes of size 1)."""
-    at = sorted(a % x.ndim for a in axes) if x.ndim else []
-    if at != [x.ndim - 1]:
-        raise refuse(f"a {fn} over other axes than the last")
-    return getattr(ops, fn)(x, keepdims=keep)
-
-
-def _reduction(fn: str) -> Rule:
-    def apply(
-        result: Result, x: Tensor, dim: Sequence[int], keepdim: bool = False, dtype: Any = None
-    ) -> Tensor:
-        (x,) = numbers(result, x)
-        return _over(fn, x, dim or range(x.ndim), keepdim)
-
-    return apply
-
-
-rule(aten.mean.dim)(_reduction("mean"))
-rule(aten.sum.dim_IntList)(_reduction("sum"))
-
-
-@rule(aten.var.dim)
-def _var_dim(
-    result: Result, x: Tensor, dim: Sequence[int], unbiased: bool = True, keepdim: bool = False
-) -> Tensor:
-    return _var(result, x, dim, int(unbiased), keepdim)
-
-
-@rule(aten.var.correction)
-def _var(
-    result: Result, x: Tensor, dim: Sequence[int], correction: Any = 1, keepdim: bool = False
-) -> Tensor:
-    (x,) = numbers(result, x)
-    mean = _over("mean", x, dim, True)
-    if correction != 0:
-        more = 1 if correction is None else correction
-        return ops.var(x, correction=more, keepdims=keepdim)
-    return _over("mean", ops.square(x - mean), dim, keepdim)
-
-
-@rule(aten.amax.default)
-def _amax(result: Result, x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Tensor:
-    return _over("max", x, dim or range(x.ndim), keepdim)
-
-
-@rule(aten.amin.default)
-def _amin(result: Result, x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Tensor:
-    return _over("min", x, dim or range(x.ndim), keepdim)
-
-
-@rule(aten.logsumexp.default)
-def _logsumexp(result: Result, x: Tensor, dim: Sequence[int], keepdim: bool = False) -> Tensor:
-    return cast(_over("logsumexp", wide(x), dim, keepdim), result.dtype)
-
-
-def _last(x: Tensor, dim: int) -> None:
-    if not x.ndim or dim % x.ndim != x.ndim - 1:
-        raise refuse("a softmax over another axis than the last")
-
-
-@rule(aten.softmax.int, aten._softmax.default)
-def _softmax(result: Result, x: Tensor, dim: int, dtype: Any = None) -> Tensor:
-    _last(x, dim)
-    return cast(library.softmax(wide(x)), result.dtype)
-
-
-@rule(aten.log_softmax.int, aten._log_softmax.default)
-def _log_softmax(result: Result, x: Tensor, dim: int, dtype: Any = None) -> Tensor:
-    _last(x, dim)
-    return cast(library.log_softmax(wide(x)), result.dtype)
-
-
 # Norms and losses: torch's own formulas, in float32.
 
 
-def _wide(x: Tensor | None) -> Tensor | None:
-    return None if x is None else wide(x)
+def _as_rows(shape: Sequence[Any], *tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors in float32 with the last axes, those of the shape, as one."""
+    lead = -len(shape)
 
+    def row(x: Tensor) -> Tensor:
+        joined = (*x.shape[: x.ndim + lead], product(x.shape[x.ndim + lead :]))
+        return wide(x) if joined == x.shape else Tensor(Reshape(wide(x).node, joined))
 
-def _one_axis(shape: Sequence[Any]) -> None:
-    if len(shape) != 1:
-        raise refuse("a norm over several axes")
+    return [None if x is None else row(x) for x in tensors]
 
 
 @rule(aten.layer_norm.default)
@@ -281,9 +213,10 @@ def _layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
-    _one_axis(shape)
-    y = library.layer_norm(wide(x), _wide(w), _wide(b), eps)
-    return cast(y, result.dtype)
+    rows, w, b = _as_rows(shape, x, w, b)
+    assert rows is not None
+    y = library.layer_norm(rows, w, b, eps)
+    return cast(_reshaped(y, x.shape), result.dtype)
 
 
 @rule(aten.rms_norm.default)
@@ -306,11 +239,17 @@ def _fused_rms_norm(
     eps: float | None = None,
 ) -> list[Tensor]:
     """[norm, 1 / rms]; the default eps is that of the dtype in which torch computes."""
-    _one_axis(shape)
-    x = wide(x)
-    least = torch.finfo(x.dtype.torch).eps if eps is None else eps
-    y = library.rms_norm(x, _wide(w), least)
-    return [cast(y, result.dtype), library.inverse_rms(x, least)]
+    rows, w = _as_rows(shape, x, w)
+    assert rows is not None
+    least = torch.finfo(rows.dtype.torch).eps if eps is None else eps
+    y = _reshaped(library.rms_norm(rows, w, least), x.shape)
+    inverse = library.inverse_rms(rows, least)
+    kept = (*x.shape[: x.ndim - len(shape)], *[ONE] * len(shape))
+    return [cast(y, result.dtype), _reshaped(inverse, kept)]
+
+
+def _reshaped(x: Tensor, shape: Shape) -> Tensor:
+    return x if x.shape == shape else Tensor(Reshape(x.node, shape))
 
 
 @rule(aten.cross_entropy_loss.default)
@@ -323,11 +262,19 @@ def _cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    if weight is not None or x.ndim != 2 or target.dtype.kind != "int":
+    if weight is not None or target.dtype.kind != "int":
         raise refuse("a loss with weights of classes, or of probabilities")
     how = REDUCTIONS[reduction]
-    loss = library.cross_entropy(wide(x), target, ignore_index, how, label_smoothing)
-    return cast(loss, result.dtype)
+    x, labels = _classes_last(x, target)
+    loss = library.cross_entropy(wide(x), labels, ignore_index, how, label_smoothing)
+    return cast(_reshaped(loss, result.shape), result.dtype)
+
+
+def _classes_last(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """[C], [N, C] or [N, C, *d] and targets [], [N] or [N, *d] as [*, C] and [*]."""
+    if x.ndim == 1:
+        return x.reshape(1, x.shape[0]), target.reshape(1)
+    return (x if x.ndim == 2 else x.permute(0, *range(2, x.ndim), 1)), target
 
 
 @rule(aten.nll_loss_nd.default, aten.nll_loss.default)
@@ -339,10 +286,11 @@ def _nll_loss(
     reduction: int = 1,
     ignore_index: int = -100,
 ) -> Tensor:
-    if weight is not None or x.ndim != 2:
-        raise refuse("a loss with weights of classes, or of more axes than rows and classes")
-    loss = library.nll_loss(wide(x), target, ignore_index, REDUCTIONS[reduction])
-    return cast(loss, result.dtype)
+    if weight is not None:
+        raise refuse("a loss with weights of classes")
+    x, labels = _classes_last(x, target)
+    loss = library.nll_loss(wide(x), labels, ignore_index, REDUCTIONS[reduction])
+    return cast(_reshaped(loss, result.shape), result.dtype)
 
 
 # Contractions.
@@ -356,7 +304,7 @@ def _linear(result: Result, x: Tensor, w: Tensor, b: Tensor | None = None) -> Te
 def _multiply(result: Result, x: Tensor, w: Tensor, b: Any = None, scale: Any = 1) -> Tensor:
     """x @ w (+ b), with operands in the dtype of the result, as under torch's autocast."""
     if w.ndim < 2 or x.ndim < 2:
-        raise refuse("a product with a vector")
+        return _with_vector(result, x, w, b, scale)
     if w.ndim > 2:
         _columns_are_known(w)
     if result.dtype.kind != "float":
@@ -364,6 +312,17 @@ def _multiply(result: Result, x: Tensor, w: Tensor, b: Any = None, scale: Any = 
     y = matmul(cast(x, result.dtype), cast(w, result.dtype))
     y = y if scale == 1 else y * scale
     return y if b is None else y + cast(b, result.dtype)
+
+
+def _with_vector(result: Result, x: Tensor, w: Tensor, b: Any, scale: Any) -> Tensor:
+    """A product of which one operand is a vector: sums of products, in float32."""
+    x, w = (wide(t) for t in numbers(result, x, w))
+    if w.ndim == 1:
+        y = ops.sum(x * w)
+    else:
+        y = ops.sum(x[:, None] * w, -2)
+    y = y if scale == 1 else y * scale
+    return cast(y if b is None else y + wide(b), result.dtype)
 
 
 def _columns_are_known(*operands: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from coda.frontend import ops
 from coda.frontend.tensor import Tensor
-from coda.frontend.torch_import.aten import cast, numbers, refuse, wide
+from coda.frontend.torch_import.aten import cast, condition, numbers, refuse, wide
 from coda.frontend.torch_import.rules import OperatorRules, Result, Rule
 from coda.ir.dims import ONE, product
 from coda.ir.types import bool_
@@ -91,15 +91,6 @@ def _pow(result: Result, x: Any, n: Any) -> Tensor:
 def _lerp(result: Result, a: Any, b: Any, weight: Any) -> Tensor:
     a, b = numbers(result, a, b)
     return a + (b - a) * weight if abs(weight) < 0.5 else b - (b - a) * (1 - weight)
-
-
-@rule(aten.glu.default)
-def _glu(result: Result, x: Tensor, dim: int = -1) -> Tensor:
-    (x,) = numbers(result, x)
-    if not x.ndim or dim % x.ndim != x.ndim - 1:
-        raise refuse("halves of another axis than the last")
-    a, b = ops.split(wide(x), 2)
-    return cast(a * ops.sigmoid(b), result.dtype)
 
 
 @rule(aten.logit.default)
@@ -201,13 +192,9 @@ def _triu(result: Result, x: Tensor, diagonal: int = 0) -> Tensor:
 # Conditions.
 
 
-def _condition(x: Tensor) -> Tensor:
-    return x if x.dtype == bool_ else x != 0.0
-
-
 def _logical(fn: Callable[..., Tensor]) -> Rule:
     def apply(result: Result, *args: Tensor) -> Tensor:
-        return fn(*map(_condition, args))
+        return fn(*map(condition, args))
 
     return apply
 

@@ -12,7 +12,7 @@ from coda.frontend import ops
 from coda.frontend.tensor import Tensor
 from coda.frontend.torch_import.aten import cast, refuse
 from coda.frontend.torch_import.rules import OperatorRules, Result
-from coda.ir.dims import Dim
+from coda.ir.dims import Dim, product
 from coda.ir.graph import Expand, Permute, Reshape
 
 aten = torch.ops.aten
@@ -162,18 +162,52 @@ def _unbind(result: Result, x: Tensor, dim: int = 0) -> list[Tensor]:
     return [_index(x, dim, i) for i in range(whole)]
 
 
-def _columns(x: Tensor, dim: int) -> None:
-    if not x.ndim or dim % x.ndim != x.ndim - 1:
-        raise refuse("tensors joined along another axis than the last")
-
-
 @rule(aten.cat.default)
 def _cat(result: Result, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    filled = [t for t in tensors if t.ndim and t.shape[dim] != 0]
+    filled = [t for t in tensors if all(d != Dim.of(0) for d in t.shape)]
     if not filled:
         raise refuse("tensors without elements")
-    _columns(filled[0], dim)
-    return ops.concat([cast(t, result.dtype) for t in filled], -1)
+    return ops.concat([cast(t, result.dtype) for t in filled], dim % filled[0].ndim)
+
+
+@rule(aten.slice_scatter.default)
+def _slice_scatter(
+    result: Result,
+    x: Tensor,
+    source: Tensor,
+    dim: int = 0,
+    start: Any = None,
+    end: Any = None,
+    step: Any = 1,
+) -> Tensor:
+    size = x.shape[dim].constant
+    if size is None or step != 1:
+        raise refuse("a part of an axis whose size is known only at run time")
+    first, last, _ = slice(_position(start), _position(end)).indices(size)
+    if last <= first:
+        raise refuse("an empty slice")
+    return _with_part(x, cast(source, result.dtype), dim, first, last)
+
+
+@rule(aten.select_scatter.default)
+def _select_scatter(result: Result, x: Tensor, source: Tensor, dim: int, at: Any) -> Tensor:
+    size = x.shape[dim].constant
+    if size is None:
+        raise refuse("a part of an axis whose size is known only at run time")
+    first = _position(at) % size
+    where: list[Any] = [slice(None)] * x.ndim
+    where[dim] = None
+    part = cast(source, result.dtype)[tuple(where)]
+    return _with_part(x, part, dim, first, first + 1)
+
+
+def _with_part(x: Tensor, part: Tensor, dim: int, first: int, last: int) -> Tensor:
+    """A tensor of which positions [first, last) of an axis are another's."""
+    size = x.shape[dim].constant
+    parts = [_index(x, dim, slice(0, first))] if first else []
+    parts.append(part)
+    parts += [_index(x, dim, slice(last, size))] if last != size else []
+    return part if len(parts) == 1 else ops.concat(parts, dim)
 
 
 @rule(aten.stack.default)
@@ -185,19 +219,28 @@ def _stack(result: Result, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 @rule(aten.roll.default)
 def _roll(result: Result, x: Tensor, shifts: Sequence[Any], dims: Sequence[int] = ()) -> Tensor:
-    if len(dims) != 1 or len(shifts) != 1:
-        raise refuse("a roll along several axes")
-    _columns(x, dims[0])
-    width = x.shape[-1].constant
-    if not width:
+    if not dims:
+        flat = x.reshape(product(x.shape))
+        return _rolled(flat, shifts[0], 0).reshape(*x.shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        x = _rolled(x, shift, dim)
+    return x
+
+
+def _rolled(x: Tensor, shift: Any, dim: int) -> Tensor:
+    size = x.shape[dim].constant
+    if not size:
         raise refuse("a roll of an axis without a known size")
-    first = -_position(shifts[0]) % width
-    return x if not first else ops.concat([x[..., first:], x[..., :first]])
+    first = -_position(shift) % size
+    if not first:
+        return x
+    return ops.concat([_index(x, dim, slice(first, size)), _index(x, dim, slice(0, first))], dim)
 
 
-@rule(aten.diff.default)
-def _diff(result: Result, x: Tensor, n: int = 1, dim: int = -1, *more: Any) -> Tensor:
-    if n != 1 or any(m is not None for m in more):
-        raise refuse("a difference of more than neighbours")
-    _columns(x, dim)
-    return x[..., 1:] - x[..., :-1]
+for _name in ("view", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice",
+              "select", "split", "split_with_sizes", "unbind", "alias"):  # fmt: skip
+    _packet = getattr(aten, f"{_name}_copy", None)
+    for _overload in _packet.overloads() if _packet else ():
+        _like = getattr(getattr(aten, _name), _overload, None)
+        if _like in TABLE.rules:
+            rule(getattr(_packet, _overload))(TABLE.rules[_like])

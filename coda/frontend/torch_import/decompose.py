@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._C import DispatchKey
+from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
@@ -31,8 +33,21 @@ DECOMPOSED: frozenset[Any] = frozenset(
 )  # fmt: skip
 
 
+def decomposes(target: Any) -> bool:
+    """Whether a call of an operator is translated by its decomposition.
+
+    What torch calls composite is nothing but its decomposition, by which torch itself computes and
+    differentiates it.
+    """
+    if target in DECOMPOSED:
+        return True
+    if not isinstance(target, OpOverload) or target._schema.is_mutable:
+        return False
+    return target.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+
+
 def expanded(node: FxNode, translate: Callable[[FxNode, Values], Any], values: Values) -> Any:
-    """Translate the decomposition of a call of an operator in `DECOMPOSED`.
+    """Translate the decomposition of a call of an operator that `decomposes`.
 
     Args:
         node: the call.
@@ -75,7 +90,8 @@ def _trace(node: FxNode) -> GraphModule:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     target: Any = node.target
-    fn = decomposition_table.get(target) or target.decompose
+    listed = target in DECOMPOSED
+    fn = decomposition_table[target] if listed else target
     operands = list(_tensors(node))
 
     def call(*tensors: Any) -> Any:
@@ -89,9 +105,11 @@ def _trace(node: FxNode) -> GraphModule:
 
     try:
         with torch.no_grad():
-            traced = make_fx(call, tracing_mode="symbolic", pre_dispatch=True)
+            traced = make_fx(call, tracing_mode="symbolic", pre_dispatch=listed)
             found = traced(*(n.meta["val"] for n in operands))
     except (RuntimeError, TypeError, ValueError) as e:  # torch's own tracer
         raise UnsupportedError(f"torch does not trace the decomposition of {target}") from e
     found.graph.eliminate_dead_code()
+    if any(n.target is target for n in found.graph.nodes):
+        raise UnsupportedError(f"the decomposition of {target} calls it again")
     return found

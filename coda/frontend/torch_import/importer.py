@@ -22,8 +22,9 @@ from torch.fx import Node as FxNode
 from coda.errors import CodaError, Reason, UnsupportedError, Where
 from coda.frontend.casts import seen
 from coda.frontend.tensor import Tensor
-from coda.frontend.torch_import.decompose import DECOMPOSED, expanded
+from coda.frontend.torch_import.decompose import decomposes, expanded
 from coda.frontend.torch_import.heads import heads_apart
+from coda.frontend.torch_import.left import why_left
 from coda.frontend.torch_import.operators import RULES, VIEWS
 from coda.frontend.torch_import.permutations import outward
 from coda.frontend.torch_import.row_axes import canonical, with_row_symbols
@@ -103,6 +104,7 @@ def result_of(value: Any) -> Result:
 
 
 SAYABLE = "operators that the language has (docs/language.md)"
+LEFT = "nothing: it is one of the operators that stay torch's (docs/models.md)"
 RULE = "a rule for the operator (CONTRIBUTING.md), if a kernel can compute it"
 
 
@@ -126,8 +128,11 @@ def apply_rule(node: FxNode, values: Callable[[FxNode], Any]) -> Any:
     options: Any = torch.fx.map_arg(node.kwargs, values)
     if node.target is operator.getitem:
         return args[0][args[1]]
-    if node.target not in RULES and node.target not in DECOMPOSED:
-        raise UnsupportedError(f"coda has no rule for {node.target}", help=RULE)
+    if node.target not in RULES:
+        if why := why_left(node.target):
+            raise UnsupportedError(why, help=LEFT)
+        if not decomposes(node.target):
+            raise UnsupportedError(f"coda has no rule for {node.target}", help=RULE)
     result = result_of(value_of(node))
     if node.target in RULES:
         found = RULES[node.target](result, *args, **options)

@@ -7,6 +7,7 @@ from typing import Any
 from coda.frontend.torch_import import (
     aten,
     aten_activations,
+    aten_indices,
     aten_pointwise,
     aten_reductions,
     aten_views,
@@ -16,6 +17,7 @@ from coda.frontend.torch_import.rules import Rule
 _TABLES = (
     aten.TABLE,
     aten_activations.TABLE,
+    aten_indices.TABLE,
     aten_pointwise.TABLE,
     aten_reductions.TABLE,
     aten_views.TABLE,
