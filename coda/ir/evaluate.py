@@ -37,7 +37,7 @@ from coda.ir.graph import (
     Slice,
 )
 from coda.ir.monoids import MONOIDS
-from coda.ir.scalars import SCALARS
+from coda.ir.scalars import PAIR, SCALARS
 from coda.ir.types import DType
 
 
@@ -121,7 +121,8 @@ class _Evaluator:
             case Map(fn=fn):
                 return self.map(fn, args)
             case Reduce(fn=fn, axis=axis):
-                return MONOIDS[fn].reduce(_wide(args[0]), axis)
+                x = [_wide(a) for a in args]
+                return MONOIDS[fn].reduce(SCALARS[PAIR].evaluate(*x) if len(x) > 1 else x[0], axis)
             case Scan() as scan:
                 return _scan(scan, _wide(args[0]))
             case Contract():

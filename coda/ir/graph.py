@@ -19,7 +19,7 @@ from coda.errors import DtypeError, ShapeError
 from coda.ir.dims import ONE, Dim, Shape, broadcast, inverse, product, show_shape
 from coda.ir.monoids import MONOIDS
 from coda.ir.node import Node, origin
-from coda.ir.scalars import SCALARS
+from coda.ir.scalars import PAIR, SCALARS
 from coda.ir.types import DType, bool_, promote
 
 
@@ -92,18 +92,20 @@ class Reduce(Node):
     fn: str
     arg: Node
     axis: int
+    value: Node | None = None  # of a monoid of pairs, beside the scores `arg`; they broadcast
 
     def infer(self) -> tuple[Shape, DType]:
-        if self.fn not in MONOIDS:
+        if self.fn not in MONOIDS or MONOIDS[self.fn].of_pairs != (self.value is not None):
             raise ShapeError(f"there is no reduction `{self.fn}`", help=", ".join(MONOIDS))
-        if not -self.arg.rank <= self.axis < 0:
+        whole = self.arg if self.value is None else Map(PAIR, self.operands)
+        if not -whole.rank <= self.axis < 0:
             raise ShapeError(
                 f"`{self.fn}` reduces an axis that is not there",
-                found=f"axis {self.axis} of {show_shape(self.arg.shape)}",
+                found=f"axis {self.axis} of {show_shape(whole.shape)}",
             )
-        shape = list(self.arg.shape)
+        shape = list(whole.shape)
         shape[self.axis] = ONE
-        return tuple(shape), self.arg.dtype
+        return tuple(shape), whole.dtype
 
 
 @dataclass(frozen=True, eq=False, repr=False)

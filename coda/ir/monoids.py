@@ -85,6 +85,8 @@ class Monoid:
         group: the op that reduces over groups of columns before the epilogue; "" for none.
         warp: how the threads of a row compute it.
         passes: how they compute it in two passes; None if one does as well.
+        of_pairs: whether it reduces pairs of a score and a value (`Reduce.value`), here the real
+            and the imaginary part of `x`.
         nests: whether reducing the reductions of parts of equal length gives the reduction of all.
         scan: values along `dim` -> their inclusive scan; None if there is no such operation.
     """
@@ -98,6 +100,7 @@ class Monoid:
     held: bool = False
     chosen: bool = False
     tiled: bool = True
+    of_pairs: bool = False
     nests: bool = True
     scan: Callable[[Tensor, int], Tensor] | None = None
     average_of: str = ""
@@ -160,6 +163,30 @@ def _identity(x: Tensor, dim: int, value: float) -> Tensor:
 
 def _lse_partial(x: Tensor, dim: int) -> Parts:
     return (torch.logsumexp(x, dim, keepdim=True),)
+
+
+def _weighted(x: Tensor, dim: int) -> Parts:
+    """log Σ exp s and Σ exp(s) v / Σ exp s of pairs s + i v; without a weight, the mean is Σ 0 v.
+
+    So a part of scores −inf, whose weights are 0, adds nothing to others, but NaN if a value is
+    infinite or NaN: 0 v, as it is written. The mean is corrected by that of what it leaves.
+    """
+    score, value = x.real, x.imag
+    most = torch.finfo(score.dtype).max
+    top = _amax(score, dim)[0].clamp(-most, most)
+    weight = (score - top).exp()
+    total = weight.sum(dim, keepdim=True)
+    some = torch.where(total == 0, 1, total)
+    near = (weight * value).sum(dim, keepdim=True) / some
+    near = torch.where(near.isfinite(), near, 0)
+    rest = (weight * (value - near)).sum(dim, keepdim=True) / some
+    return top + total.log(), near + rest
+
+
+def _finish_weighted(planes: Parts, count: int) -> Tensor:
+    """The mean; NaN where softmax is, for a score +inf or all −inf. Of no values it is 0."""
+    logsumexp, mean = planes
+    return torch.where(logsumexp.isinf(), torch.nan, mean) if count else mean
 
 
 def _moments(x: Tensor, dim: int) -> Parts:
@@ -261,6 +288,21 @@ _ROWS = (
             lambda t, total: t + total.to("log"),
             bound=lambda t: t.to("clamp", -_MOST, _MOST),
             share=lambda term, total: term * total.to("recip"),
+        ),
+    ),
+    Monoid(
+        "softmax_mean",
+        ("logsumexp", "mean"),
+        _weighted,
+        lambda p, c, d: _weighted(torch.complex(*p), d),
+        _finish_weighted,
+        held=True,
+        of_pairs=True,
+        nests=False,
+        also="logsumexp",
+        sink="SoftmaxMean({0!r})",
+        warp=Warp(
+            ("least_finite", "zero", "zero"), "weighted_step", "weighted_merge", "weighted_finish"
         ),
     ),
     Monoid(

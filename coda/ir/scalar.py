@@ -66,7 +66,8 @@ class Scalar:
         evaluate: the reference, on torch tensors of any float dtype.
         flops: cost of one application, in units of one fused multiply-add.
         special: instructions of the special-function unit (MUFU) among them.
-        result: "float" keeps the promoted type of the arguments, "bool" is a predicate.
+        result: "float" keeps the promoted type of the arguments, "bool" is a predicate, "pair" is
+            both arguments, for a fold of pairs.
         of_ints: whether it takes whole numbers, and gives them or a predicate.
         of_floats: whether it takes floats.
         quotient: whether it is a quotient, rounded down: of a number and one ≥ 1, it is not larger.

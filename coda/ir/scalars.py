@@ -28,6 +28,12 @@ def _pow(a: Tensor, b: Tensor) -> Tensor:
     return torch.pow(a, b)
 
 
+def _pair(a: Tensor, b: Tensor) -> Tensor:
+    """Two numbers at each element, which a fold reads together; in torch as one complex number."""
+    kind = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return torch.complex(a.to(kind), b.to(kind))
+
+
 def _half_at_ties(d: Term, other: Term, a: Term, b: Term) -> Term:
     """The cotangent of `a` in a maximum or minimum, by torch's rule.
 
@@ -399,7 +405,8 @@ def _cast(dtype: DType) -> Scalar:
 
 _ROUNDINGS = tuple(_rounding(d) for d in (bf16, f16, e4m3, e5m2))
 _CASTS = tuple(_cast(d) for d in (bf16, f16, f32, e4m3, e5m2))
-SCALARS: dict[str, Scalar] = {row.name: row for row in (*_ROWS, *_ROUNDINGS, *_CASTS)}
+_PAIR = Scalar("pair", 2, _pair, flops=0, result="pair", exact=True)
+SCALARS: dict[str, Scalar] = {row.name: row for row in (*_ROWS, *_ROUNDINGS, *_CASTS, _PAIR)}
 
 
 def _named(is_it: Callable[[Scalar], bool]) -> str:
@@ -416,3 +423,4 @@ PRODUCT = _named(lambda row: row.is_product)
 SQUARE = _named(lambda row: row.powers == (2,))
 CHOICE = _named(lambda row: row.chooses)
 AT_MOST = _named(lambda row: row.evaluate is torch.le)
+PAIR = _PAIR.name

@@ -295,12 +295,13 @@ class _Reader:
         indices = tuple(self.value(t) for t in rest if isinstance(t, Token))
         return Put(self.value(arg), indices, tuple(self.dim(d) for d in rest[len(indices) :]))
 
-    def make_reduce(self, fn: Token, arg: Token, axis: Any) -> Node:
+    def make_reduce(self, fn: Token, arg: Token, value: Token | None, axis: Any) -> Node:
         if str(fn) not in MONOIDS:
             raise TextError(
                 f"there is no reduction `{fn}`", help=", ".join(MONOIDS), where=self.place(fn)
             )
-        return Reduce(str(fn), self.value(arg), self.axis(axis))
+        given = None if value is None else self.value(value)
+        return Reduce(str(fn), self.value(arg), self.axis(axis), given)
 
     def make_scan(self, fn: Token, arg: Token, axis: Any, reverse: Token | None) -> Node:
         return Scan(str(fn), self.value(arg), self.axis(axis), reverse is not None)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from coda.ir.scalars import SCALARS
+from coda.ir.scalars import CHOICE, PAIR, SCALARS
 from coda.ir.types import DType
 from coda.lowering.program.access import SHIFTED
 from coda.lowering.program.epilogue import Call, Expr, Literal, calls
@@ -68,6 +68,19 @@ class Lines:
         if row.commutes and numbers == [True, False]:  # a literal on the right
             args.reverse()
         return f"{args[0]} {name} {args[1]}" if len(args) > 1 else f"{name}{args[0]}"
+
+
+def parts_of(expr: Expr) -> tuple[Expr, ...]:
+    """The expressions of what a fold reads at an element: one, or two of a pair."""
+    if not isinstance(expr, Call):
+        return (expr,)
+    if expr.fn == PAIR:
+        return expr.args
+    if expr.fn == CHOICE:
+        test, *others = expr.args
+        halves = zip(*map(parts_of, others), strict=True)
+        return tuple(Call(CHOICE, (test, *both)) for both in halves)
+    return (expr,)
 
 
 def stored(value: str, dtype: DType, imported: set[str]) -> str:

@@ -4,7 +4,10 @@ import math
 
 import torch
 
+from coda.frontend.tensor import Tensor
 from coda.ir.evaluate import evaluate
+from coda.ir.graph import Reduce
+from coda.ir.monoids import MONOIDS
 from coda.runtime.simulate import device
 
 INF, NAN = math.inf, math.nan
@@ -67,3 +70,14 @@ def stays_inside(y):
     size = y.double().abs().log2()
     above, below = size.clamp(min=0).sum(1, keepdim=True), size.clamp(max=0).sum(1, keepdim=True)
     return y.isnan().any(1, keepdim=True) | ((above < 127) & (below > -126))
+
+
+def each_fold(y):
+    """Each reduction of rows; a fold of pairs has them as scores, and as scores and values."""
+    found = {}
+    for fn, monoid in MONOIDS.items():
+        values = {"": None}
+        if monoid.of_pairs:
+            values = {"": y.node, "_of_two": (y * 0.5 + 1.0).node}
+        found |= {fn + name: Tensor(Reduce(fn, y.node, -1, v)) for name, v in values.items()}
+    return found

@@ -14,15 +14,13 @@ import pytest
 import torch
 
 import coda
-from coda.frontend.tensor import Tensor
-from coda.ir.graph import Reduce
 from coda.ir.monoids import MONOIDS
 from coda.kernels.rowwise.kind import ROWWISE
 from coda.kernels.rowwise.passes import in_passes
 from coda.kernels.rowwise.plan import plan
 from coda.runtime.reference import run_reference
 from coda.runtime.simulate import device
-from tests.kernels.edges import differ, rows_of_edges, run, stays_inside
+from tests.kernels.edges import differ, each_fold, rows_of_edges, run, stays_inside
 from tests.kernels.test_kernels import ARCHS
 
 T = coda.Tensor
@@ -32,7 +30,7 @@ SLOW = pytest.mark.slow
 @coda.block
 def statistics(y: T["M N", coda.f32]):
     """Each reduction as a column; of some, the row without it; and one that reads another."""
-    columns = {fn: Tensor(Reduce(fn, y.node, -1)) for fn in MONOIDS}
+    columns = each_fold(y)
     top = coda.max(y, keepdims=True)
     away = {
         "below": y - top,
@@ -45,7 +43,7 @@ def statistics(y: T["M N", coda.f32]):
 @coda.block
 def one_sweep(y: T["M N", coda.f32]):
     """Reductions that nothing wide reads, beside a store."""
-    columns = {fn: Tensor(Reduce(fn, y.node, -1)) for fn in MONOIDS}
+    columns = each_fold(y)
     return columns | {"twice": y * 2.0}
 
 

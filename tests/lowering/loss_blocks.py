@@ -40,6 +40,25 @@ def ppo(h: T["B S D"], w: T["V D"], target: T["B S", i64], old: T["B S", f32], g
 
 
 @coda.block
+def entropy(h: T["M D"], w: T["V D"]):
+    p = coda.softmax((h @ w.T).cast(f32))
+    lp = coda.log_softmax((h @ w.T).cast(f32))
+    return -coda.mean(coda.sum(p * lp), axis=0)
+
+
+@coda.block
+def entropy_of_logits(logits: T["M V"]):
+    lp = coda.log_softmax(logits.cast(f32))
+    return -coda.sum(coda.exp(lp) * lp)
+
+
+@coda.block
+def expected(h: T["M D"], w: T["V D"], places: T["V", f32]):
+    """A number between classes, as box regressions and value heads have it."""
+    return coda.sum(coda.softmax((h @ w.T).cast(f32)) * places)
+
+
+@coda.block
 def reverse_kl(h: T["M D"], w: T["V D"], teacher: T["M D"], w_teacher: T["V D"]):
     student = coda.log_softmax((h @ w.T).cast(f32))
     exact = coda.log_softmax((teacher @ w_teacher.T).cast(f32))
@@ -158,5 +177,6 @@ LOSSES = [
     *(focal, capped, ppo, warm_distillation, reverse_kl, jensen_shannon),
     *(grpo_with_kl, gspo, simpo, orpo),
     *(given_logits, own_probability),
+    *(entropy, entropy_of_logits, expected),
     *(clip, info_nce, siglip, over_rows),
 ]

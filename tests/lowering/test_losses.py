@@ -6,11 +6,25 @@ import pytest
 import torch
 
 from coda.ir.evaluate import evaluate
+from coda.kernels.rowwise.plan import plan
 from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.program.cost import hbm_bytes, pointwise_fused
 from coda.measure import random_inputs
 from coda.runtime.reference import run_reference
-from tests.lowering.loss_blocks import LOSSES, SIZES, clip, given_logits, own_probability, siglip
+from tests.lowering.loss_blocks import (
+    LOSSES,
+    SIZES,
+    clip,
+    entropy,
+    entropy_of_logits,
+    expected,
+    given_logits,
+    own_probability,
+    ppo,
+    reverse_kl,
+    siglip,
+    warm_distillation,
+)
 from tests.lowering.test_backward import check, sizes_of
 
 FEW = {"B": 3, "S": 5, "M": 15, "N": 12, "D": 16, "E": 16, "V": 37}
@@ -48,6 +62,40 @@ def test_gradients_of_losses(block):
     sizes = sizes_of(block.graph, FEW)
     inputs = random_inputs(block.graph, sizes)
     check(block.graph, inputs, sizes, tolerance=1e-7)
+
+
+def logits_of(program, sizes):
+    """The matrices with a vocabulary of columns that kernels write, and those that they load."""
+    epilogues = [k.body.epilogue for k in program.kernels]
+    wide = {n for n, b in program.buffers.items() if b.shape[-1].size(sizes) == sizes["V"]}
+    written = [s.buffer for e in epilogues for s in e.stores if s.buffer in wide]
+    return written, [o.name for e in epilogues for o in e.operands if o.name in wide]
+
+
+@names([entropy, expected, ppo, reverse_kl, warm_distillation])
+def test_expectations_over_the_vocabulary_are_folded_where_logits_are_computed(block):
+    """Two models have one matrix of logits in memory, in 16 bits, which one kernel reads."""
+    sizes = sizes_of(block.graph, SIZES)
+    alone, forward, _ = block.lower("sm_90a", sizes), *block.lower_training("sm_90a", sizes)
+    models = sum(str(i.shape[-1]) == "D" and str(i.shape[0]) == "V" for i in block.graph.inputs)
+    written, loaded = logits_of(alone, sizes)
+    assert len(written) == len(loaded) == models - 1
+    assert all(alone.buffers[n].dtype.size == 2 for n in written)
+    saved, loaded = logits_of(forward, sizes)
+    assert (len(saved), len(loaded)) == (models, models - 1)
+
+
+def test_an_entropy_of_logits_in_memory_reads_them_once():
+    """So does its backward, which computes no statistic."""
+    sizes = sizes_of(entropy_of_logits.graph, SIZES)
+    alone, (forward, backward) = (
+        entropy_of_logits.lower("sm_90a", sizes),
+        entropy_of_logits.lower_training("sm_90a", sizes),
+    )
+    for program in (alone, forward, backward):
+        (kernel,) = program.kernels
+        assert plan(program, kernel).sweeps == 1
+    assert not backward.kernels[0].body.epilogue.statistics
 
 
 @names([given_logits, own_probability])

@@ -17,7 +17,7 @@ from coda.kernels.gemm.operands import by_gemm, numbered, pack_tables, passed
 from coda.kernels.gemm.ragged import is_sum, needs_mask
 from coda.kernels.gemm.row_folds import split_folds
 from coda.kernels.gemm.source import PAIRS, WHOLE, WORDS, GemmSource, Table
-from coda.kernels.lines import Lines, safe, stored
+from coda.kernels.lines import Lines, parts_of, safe, stored
 from coda.lowering.program.access import (
     Alternating,
     ColumnVector,
@@ -217,11 +217,11 @@ class _GemmEmitter:
     def sinks(self, body: Lines, returned: list[tuple[str, str]]) -> dict[str, str]:
         found: dict[str, str] = {}
         for sink in self.epilogue.sinks:
-            exprs = [self.inside(sink, e) for e in sink.lanes]
-            values = body.assign(exprs)
+            values = body.assign([p for e in sink.lanes for p in parts_of(self.inside(sink, e))])
             if self.pair and len(values) == 1:
                 values.append("0.0" if is_sum(sink) else values[0])
-            value = f"pack({', '.join(values)})" if self.pair else values[0]
+            value = ", ".join(values)
+            value = f"{'pack' * self.pair}({value})" if len(values) > 1 else value
             found[safe(sink.buffer)] = sink.buffer
             if self.in_turn(sink):
                 body.lines.append(f"{safe(sink.buffer)}({value})")

@@ -12,7 +12,7 @@ from coda.kernels.lines import safe
 from coda.lowering.program.program import Program
 
 OURS = {
-    "ops": {"GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "Number"}
+    "ops": {"GroupSum", "GroupMean", "HalfStore", "LogSumExp", "Moments", "Number", "SoftmaxMean"}
     | {"PairStore", "Select", "SplitStore"},
     "ops_folds": {"FoldedRow", "RowFold", "RowStore"},
     "ops_rows": {"RowLogSumExp"},

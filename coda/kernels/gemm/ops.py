@@ -25,7 +25,7 @@ from quack.epilogue.ops import (
     _selp_pair_f16x2,
 )
 
-from coda.kernels.device_math import moments_merge, pivot
+from coda.kernels.device_math import moments_merge, pivot, weighted, weighted_merge
 
 _F16_NAN = 0x7FFF  # equals no index
 
@@ -247,6 +247,56 @@ class Moments(ColVecReduce):
             counts[row] = merged[0]
             means[row] = merged[1]
             m2s[row] = merged[2]
+
+
+class SoftmaxMean(Moments):
+    """log Σ exp s and Σ exp(s) v / Σ exp s over the columns of a tile, as one 64-bit word.
+
+    A thread folds its pairs of a score s and a value v online, as (largest s, Σ e, mean), which is
+    rescaled once for each fragment. Columns outside of the matrix are (−inf, 0), without a weight.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.scaled = True  # the epilogue returns two values under one name
+
+    @cute.jit
+    def _merge(self, vals: Any, others: Any) -> Any:
+        return weighted_merge(vals, others)
+
+    @cute.jit
+    def _finalize(self, vals: Any) -> Any:
+        pair = cute.make_rmem_tensor(2, Float32)
+        pair[0] = cute.math.log(vals[1], fastmath=True) + vals[0]
+        pair[1] = vals[2]
+        return cute.recast_tensor(pair, Int64)[0]
+
+    @cute.jit
+    def begin_loop(self, gemm: Any, state: Any, epi_coord: Any) -> Any:
+        found = Moments.begin_loop(self, gemm, state, epi_coord)
+        if const_expr(epi_coord[1] == 0):
+            cute.filter_zeros(found[0]).fill(-3.4028234663852886e38)
+        return found
+
+    @cute.jit
+    def fn_sink_flush(self, gemm: Any, state: Any, frag: Any, scale: Any = None) -> Any:
+        """Fold a thread's scores `frag` and values `scale`."""
+        ref = state[0].layout
+        planes = tuple(layout_utils.convert_layout_zero_stride(s, ref)[None, 0] for s in state[:3])
+        scores = layout_utils.convert_layout_zero_stride(frag, ref)
+        values = layout_utils.convert_layout_zero_stride(scale, ref)
+        columns = layout_utils.convert_layout_zero_stride(state[3], ref)
+        for row in cutlass.range(cute.size(planes[0]), unroll_full=True):
+            mine, theirs = [], []
+            for j in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+                inside = columns[row, j][1] < state[4]
+                mine.append(cutlass.select_(inside, scores[row, j], Float32(-math.inf)))
+                theirs.append(cutlass.select_(inside, values[row, j], Float32(0.0)))
+            before = (planes[0][row], planes[1][row], planes[2][row])
+            merged = weighted_merge(before, weighted(mine, theirs))
+            planes[0][row] = merged[0]
+            planes[1][row] = merged[1]
+            planes[2][row] = merged[2]
 
 
 class HalfStore(TileStore):

@@ -44,6 +44,14 @@ class TwoColumns:
                 for name, kind in gemm._epi_mod_operands
             }
             for name, value in gemm._epi_mod_fn(Pair(tRS_rD[i], tRS_rD[i + 1]), **both).items():
-                results[name][i], results[name][i + 1] = value[0], value[1]
+                self.keep(results[name], i, value)
         gemm._flush_sinks(ops, epi_loop_tensors, sinks)
         return outputs
+
+    def keep(self, registers: Any, first: int, value: Any) -> None:
+        """Keep the values of two columns; of a fold of pairs, those of both its parts."""
+        if isinstance(registers, tuple):
+            for mine, part in zip(registers, value, strict=True):
+                self.keep(mine, first, part)
+        else:
+            registers[first], registers[first + 1] = value[0], value[1]

@@ -146,7 +146,7 @@ class _RowwiseEmitter(Folds):
         items = [s for s in (*self.wide_stores(), *self.epilogue.row_sums) if self.inside(s, piece)]
         chosen = self.chosen(late, piece)
         exprs = [[piece.special(e) for e in s.lanes] for s in items]
-        reduced = [piece.special(s.expr) for s in chosen if s.expr is not None]
+        reduced = self.reduced_in(chosen, piece)
         work = VectorWork([*(e for many in exprs for e in many), *reduced], [])
         work.inner, values = self.assigned(work.exprs, "v")
         for item, many in zip(items, exprs, strict=True):

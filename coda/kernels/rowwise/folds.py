@@ -51,14 +51,16 @@ class Folds(Statistics):
 
     def of_tiles(self, stat: Statistic) -> Fold:
         """A merge of partials of column tiles, the last of which may be narrower."""
-        source = safe(stat.operand or "")
-        if not MONOIDS[stat.monoid].counted:
+        source, monoid = safe(stat.operand or ""), MONOIDS[stat.monoid]
+        two = f"{source}[row, 2 * part]", f"{source}[row, 2 * part + 1]"
+        if monoid.of_pairs:
+            return self.accumulate(stat, *two)
+        if not monoid.counted:
             return self.accumulate(stat, f"{source}[row, part]")
         parts = self.parts(stat)
         last = stat.width - stat.count * (parts - 1)
         count = f"cutlass.select_(part < {parts - 1}, Float32({stat.count}.0), Float32({last}.0))"
-        two = f"{source}[row, 2 * part], {source}[row, 2 * part + 1]"
-        return self.moments(stat, f"({count}, {two})")
+        return self.moments(stat, f"({', '.join((count, *two))})")
 
     def of_parts(self, stat: Statistic) -> Fold:
         """A merge of any number of partials, or a reduction of values of rows."""
@@ -69,9 +71,10 @@ class Folds(Statistics):
         self.rows.add("zero")
         return self.moments(stat, f"(Float32(1.0), {value}, zero())")
 
-    def accumulate(self, stat: Statistic, value: str) -> Fold:
-        """A fold of values by the lanes of a warp."""
-        value = f"({value},)" if has_planes(stat) else value
+    def accumulate(self, stat: Statistic, *values: str) -> Fold:
+        """A fold of values, or of pairs of two, by the lanes of a warp."""
+        planes = has_planes(stat)
+        value = ", ".join(f"({v},)" for v in values) if planes else values[0]
         end = self.finish(stat, self.over_lanes(stat))
         return [self.start(stat)], [self.step(stat, value)], end
 

@@ -11,7 +11,14 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from quack.epilogue.math import F2
 
-from coda.kernels.device_math import maximum, minimum, moments_merge, pivot
+from coda.kernels.device_math import (
+    maximum,
+    minimum,
+    moments_merge,
+    pivot,
+    weighted,
+    weighted_merge,
+)
 
 LANES = 32
 NEG_INF = -math.inf
@@ -216,6 +223,17 @@ def lse_step(state: tuple[Any, Any], values: Any) -> tuple[Any, Any]:
 def lse_finish(state: tuple[Any, Any]) -> Any:
     """log Σ exp of a state (top, Σ exp(x − top))."""
     return state[0] + cute.math.log(state[1], fastmath=True)
+
+
+def weighted_step(state: tuple[Any, Any, Any], scores: Any, values: Any) -> tuple[Any, Any, Any]:
+    """Add pairs of a score and a value, tuples or registers, to a state of `weighted_merge`."""
+    return weighted_merge(state, weighted(_values(scores), _values(values)))
+
+
+def weighted_finish(state: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+    """log Σ exp s and the mean of a state; NaN where the weights are not numbers, as in torch."""
+    some = (state[1] > Float32(0.0)) & (state[1] < Float32(math.inf))
+    return lse_finish(state[:2]), cutlass.select_(some, state[2], Float32(math.nan))
 
 
 def moments_step(state: tuple[Any, Any, Any], values: Any) -> tuple[Any, Any, Any]:

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 
 from coda.ir.dims import Dim
 from coda.ir.monoids import MONOIDS
+from coda.kernels.lines import parts_of
 from coda.kernels.rowwise.mainloop import Rowwise
 from coda.kernels.rowwise.pieces import (
     LANES,
@@ -341,13 +342,18 @@ def _early(epilogue: Epilogue) -> set[str]:
     A variance also gives the mean of the same values.
     """
     read = reads(epilogue, every_expr(epilogue))
-    of = {s.name: (s.expr, MONOIDS[s.monoid].also) for s in epilogue.statistics}
+    of = {s.name: (first_part(s), MONOIDS[s.monoid].also) for s in epilogue.statistics}
     own = {s.name: (s.expr, s.monoid) for s in epilogue.statistics}
     for one, pair in of.items():
         for other in own:
             if own[other] == pair and {one, other} & read:
                 read |= {one, other}
     return read
+
+
+def first_part(stat: Statistic) -> Expr | None:
+    """What a statistic reduces; of pairs, the score."""
+    return stat.expr and parts_of(stat.expr)[0]
 
 
 def has_planes(stat: Statistic) -> bool:

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coda.ir.monoids import MONOIDS
-from coda.kernels.lines import safe
+from coda.kernels.lines import parts_of, safe
 from coda.kernels.rowwise.pieces import Piece
-from coda.kernels.rowwise.plan import has_planes, levels_of
+from coda.kernels.rowwise.plan import first_part, has_planes, levels_of
 from coda.kernels.rowwise.sweeps import Sweeps, VectorWork, indented
-from coda.lowering.program.epilogue import Literal, Statistic
+from coda.lowering.program.epilogue import Expr, Literal, Statistic
 
 
 class Statistics(Sweeps):
@@ -56,7 +56,10 @@ class Statistics(Sweeps):
         return f"{stat.name}_s = {f'({start})' if len(warp.start) > 1 else start}"
 
     def step(self, stat: Statistic, value: str, state: str = "") -> str:
-        """The line that adds a value to a statistic's state: several, if it has planes."""
+        """The line that adds a value to a statistic's state: several, if it has planes.
+
+        Of a fold of pairs, `value` is two texts, of scores and of values.
+        """
         state, step = state or f"{stat.name}_s", MONOIDS[stat.monoid].warp.step
         if not step.isidentifier():
             return f"{state} = {state} {step} {value}"
@@ -74,6 +77,8 @@ class Statistics(Sweeps):
         if monoid.warp.finish:
             self.rows.add(monoid.warp.finish)
             value = f"{monoid.warp.finish}({state})"
+        if monoid.of_pairs:
+            return [f"{name}_{monoid.also}, {name} = {value}"]
         if monoid.average_of:
             value += f" * {1.0 / stat.width!r}" if stat.width else f" / {self.length(stat)}"
         return [f"{name} = {value}"]
@@ -89,14 +94,14 @@ class Statistics(Sweeps):
 
     def variance(self, stat: Statistic, level: Sequence[Statistic]) -> str:
         """The statistic of a level of which this one is a plane; "" for none."""
-        pairs = {(s.expr, MONOIDS[s.monoid].also): s.name for s in level}
+        pairs = {(first_part(s), MONOIDS[s.monoid].also): s.name for s in level}
         return pairs.get((stat.expr, stat.monoid), "")
 
     def ends(self, level: Sequence[Statistic]) -> list[str]:
         """Lines that merge the threads' states of a level."""
         own, warps = self.own(level), self.plan.warps
         planes = [s for s in level if s not in own]
-        means = [f"{s.name} = {self.variance(s, level)}_mean" for s in planes]
+        means = [f"{s.name} = {self.variance(s, level)}_{s.monoid}" for s in planes]
         if warps == 1:
             found = [line for s in own for line in self.finish(s, self.over_lanes(s))]
             return [*found, *means]
@@ -155,24 +160,34 @@ class Statistics(Sweeps):
     def reduced(self, level: Sequence[Statistic], piece: Piece, count: int) -> VectorWork:
         """The work that adds the values of a batch to the states of a level."""
         chosen = self.chosen(level, piece)
-        exprs = [piece.special(s.expr) for s in chosen if s.expr is not None]
+        exprs = self.reduced_in(chosen, piece)
         work = VectorWork(exprs, [])
         work.inner, values = self.assigned(exprs, "a")
         self.take(chosen, values, work, count)
         return work
 
+    def reduced_in(self, chosen: Sequence[Statistic], piece: Piece) -> list[Expr]:
+        """The expressions that statistics reduce in a piece: one of each, or two of pairs."""
+        exprs = [piece.special(s.expr) for s in chosen if s.expr is not None]
+        return [part for expr in exprs for part in parts_of(expr)]
+
     def take(
         self, stats: Sequence[Statistic], values: Sequence[str], work: VectorWork, count: int
     ) -> None:
         """Append lines that add the values of a batch to the states of statistics."""
-        for stat, value in zip(stats, values, strict=True):
-            name = f"{stat.name}_b{self.tag}"
+        rest = list(values)
+        for stat in stats:
+            name, value = f"{stat.name}_b{self.tag}", rest.pop(0)
             if has_planes(stat):
                 self.rows.add("vector")
                 at = f"k * {self.vec} + " if count > 1 else ""
-                work.before.append(f"{name} = vector({count * self.vec})")
-                work.inner.append(self.assign(name, value, start=at))
-                work.last.append(self.step(stat, name))
+                registers = {name: value}
+                if MONOIDS[stat.monoid].of_pairs:
+                    registers[f"{stat.name}_v{self.tag}"] = rest.pop(0)
+                for one, text in registers.items():
+                    work.before.append(f"{one} = vector({count * self.vec})")
+                    work.inner.append(self.assign(one, text, start=at))
+                work.last.append(self.step(stat, ", ".join(registers)))
             elif self.each == 1:
                 work.inner.append(self.step(stat, value))
             else:

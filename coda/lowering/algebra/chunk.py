@@ -283,8 +283,9 @@ class _Parts:
                 return Contract(lhs, self.part(rhs, -2, part), result)
             case Contract(lhs=lhs, rhs=rhs, result=result) if axis == -2 or not node.batched:
                 return Contract(self.part(lhs, axis, part), rhs, result)
-            case Reduce(fn=fn, arg=arg):
-                return Reduce(fn, self.part(arg, axis, part), node.axis)
+            case Reduce(axis=reduced):
+                operands = [self.narrow(o, axis, part) for o in node.operands]
+                return Reduce(node.fn, operands[0], reduced, *operands[1:])
             case Reshape(arg=arg, to=to) if own := _find_axis(node.shape, axis, arg.shape):
                 return Reshape(self.part(arg, own, part), _with(to, axis, size))
             case _:

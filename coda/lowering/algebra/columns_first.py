@@ -16,7 +16,7 @@ from coda.ir.dims import ONE, Dim, Shape, product
 from coda.ir.graph import Cast, Graph, Map, Node, Reduce, Reshape, Size, transform, walk
 from coda.ir.monoids import MONOIDS
 from coda.ir.node import origin
-from coda.lowering.algebra.roles import gemms, row_axes, squared_deviation
+from coda.lowering.algebra.roles import as_defined, gemms, row_axes, squared_deviation
 
 
 def columns_first(graph: Graph, *, differentiated: bool = False) -> Graph:
@@ -34,6 +34,8 @@ def columns_first(graph: Graph, *, differentiated: bool = False) -> Graph:
             return node
         found = _merged(node, rows)
         with origin(node.where):
+            if node.value is not None and found is not None:
+                return transform([as_defined(node)], change)[0]
             return _as_sum(node) if found is None else found.whole()
 
     return graph.with_roots(transform(graph.roots, change))

@@ -160,6 +160,11 @@ def other_is_computed(nodes: Mapping[str, Node]) -> bool:
     return u.rank > 2 and known and in_memory(x) and not in_memory(u)
 
 
+def weights_are_known_late(nodes: Mapping[str, Node]) -> bool:
+    """Whether no kernel knows the statistic of `x` before the kernel that has the values `v`."""
+    return depth(nodes["v"]) <= depth(nodes["x"])
+
+
 def are_two(nodes: Mapping[str, Node]) -> bool:
     """Whether `x` and `y` are two values: a square is spelled as one."""
     return nodes["x"] is not nodes["y"]

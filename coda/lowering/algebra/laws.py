@@ -24,6 +24,7 @@ from coda.lowering.algebra.conditions import (
     reciprocal_is_normal,
     rows_are_contiguous,
     shift_cancels,
+    weights_are_known_late,
 )
 from coda.lowering.algebra.rewrite import ANY, ROWS_PERMUTED, WIDE, Law, Sides, law
 
@@ -66,6 +67,11 @@ def _rows_permuted(x: Node) -> Node:
 
 def _over(fn: str, x: Node) -> Node:
     return Reduce(fn, x, -1)
+
+
+def _weighted(x: Node, v: Node) -> Node:
+    """Σ_k p v with p = softmax x."""
+    return Reduce("softmax_mean", x, -1, v)
 
 
 # Spelling: one form for expressions that users write in several ways.
@@ -297,6 +303,57 @@ def softmax_by_logsumexp(x: Node, m: Node) -> Sides:
     return _mul(e, Map("recip", (_over("sum", e),))), _exp(_sub(x, _over("logsumexp", x)))
 
 
+@law(x="... K", v="... K", when=weights_are_known_late)
+def weights_past_contraction(x: Node, v: Node) -> Sides:
+    """Σ exp(x − logsumexp x) v is one fold of (max, Σ e, Σ e v), rescaled where parts meet.
+
+    So no kernel needs the weights' statistic before it sees the values. A weight of 0 times an
+    infinite value is NaN on both sides.
+    """
+    weights = _exp(_sub(x, _over("logsumexp", x)))
+    return _over("sum", _mul(weights, v)), _weighted(x, v)
+
+
+@law(x="... K", v="... K")
+def division_past_weights(x: Node, v: Node) -> Sides:
+    """Σ exp(x) v · (1 / Σ exp x) is the same fold, which cannot overflow."""
+    total = Map("recip", (_over("sum", _exp(x)),))
+    return _mul(_over("sum", _mul(_exp(x), v)), total), _weighted(x, v)
+
+
+@law(x="... K", m="... 1", v="... K")
+def shifted_scores(x: Node, m: Node, v: Node) -> Sides:
+    """The weights of x − m are those of x."""
+    return _weighted(_sub(x, m), v), _weighted(x, v)
+
+
+@law(x="... K", v="... K", r="... 1")
+def row_factor_past_weights(x: Node, v: Node, r: Node) -> Sides:
+    """Σ p (v r) = r Σ p v."""
+    return _weighted(x, _mul(v, r)), _mul(_weighted(x, v), r)
+
+
+@law(x="... K", v="... K", r="... 1", when=has_rounded)
+def row_shift_past_weights(x: Node, v: Node, r: Node) -> Sides:
+    """Σ p (v − r) = Σ p v − r: weights add up to 1."""
+    return _weighted(x, _sub(v, r)), _sub(_weighted(x, v), r)
+
+
+@law(x="... K", v="... K", u="... K", r="... 1", when=has_rounded)
+def row_shift_of_first_past_weights(x: Node, v: Node, u: Node, r: Node) -> Sides:
+    """Σ p ((v − r) − u) = Σ p (v − u) − r."""
+    return _weighted(x, _sub(_sub(v, r), u)), _sub(_weighted(x, _sub(v, u)), r)
+
+
+@law(x="... K", v="... K", u="... K", r="... 1", when=has_rounded)
+def row_shift_of_second_past_weights(x: Node, v: Node, u: Node, r: Node) -> Sides:
+    """Σ p (v − (u − r)) = Σ p (v − u) − (−r)."""
+    return (
+        _weighted(x, _sub(v, _sub(u, r))),
+        _sub(_weighted(x, _sub(v, u)), Map("neg", (r,))),
+    )
+
+
 LAWS: tuple[Law, ...] = (
     square_of_product,
     square_of_power,
@@ -323,6 +380,13 @@ LAWS: tuple[Law, ...] = (
     sums_together,
     permutation_past_product,
     permutation_past_sum,
+    weights_past_contraction,
+    division_past_weights,
+    shifted_scores,
+    row_factor_past_weights,
+    row_shift_past_weights,
+    row_shift_of_first_past_weights,
+    row_shift_of_second_past_weights,
 )
 
 EXCHANGES: tuple[Law, ...] = (

@@ -30,7 +30,7 @@ from coda.ir.graph import (
     Slice,
     walk,
 )
-from coda.ir.scalars import SCALARS
+from coda.ir.scalars import PAIR, SCALARS
 from coda.ir.types import f32
 
 
@@ -151,6 +151,12 @@ def gemms(nodes: Iterable[Node]) -> list[Contract]:
     return [n for n in nodes if isinstance(n, Contract) and not n.batched]
 
 
+def reduced(node: Reduce | Pick) -> Node:
+    """What a reduction reduces, perhaps pairs of scores and values, or a pick picks from."""
+    paired = isinstance(node, Reduce) and node.value is not None
+    return Map(PAIR, node.operands) if paired else node.arg
+
+
 def summand(node: Reduce) -> Node:
     """The operand of a reduction, under the reshapes that flatten its axes."""
     under = node.arg
@@ -170,8 +176,12 @@ def squared_deviation(x: Node, mean: Node) -> Node:
     return Map("square", (Map("sub", (x, mean)),))
 
 
-def as_means(node: Reduce) -> Reduce:
-    """A variance as it is defined: the mean of the squares of deviations from the mean."""
+def as_defined(node: Reduce) -> Reduce:
+    """A reduction that does not nest as sums: Σ exp(x − logsumexp x) v, or a variance's mean."""
+    x, v, axis = node.arg, node.value, node.axis
+    if v is not None:
+        weights = Map("exp", (Map("sub", (x, Reduce("logsumexp", x, axis))),))
+        return Reduce("sum", Map("mul", (weights, v)), axis)
     square = squared_deviation(node.arg, Reduce("mean", node.arg, node.axis))
     return Reduce("mean", square, node.axis)
 

@@ -35,6 +35,7 @@ from coda.ir.graph import (
     users,
     walk,
 )
+from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, f32
 from coda.lowering.algebra.columns_first import columns_first
@@ -116,6 +117,7 @@ def derive(
     lawful = graph.with_roots(rewrite(graph.roots, LAWS, lambda law, node, place: False))
     normal = columns_first(slice_columns_first(push_down(lawful)), differentiated=True)
     merged, original = merge_siblings(normal)
+    original = _with_planes(merged, original)
     given = {n for n, _ in graph.outputs} if given is None else set(given)
     taken = {i.name for i in graph.inputs} | {s for s in graph.symbols}
     cotangents: dict[Node, Node] = {}
@@ -137,6 +139,17 @@ def derive(
     saved = _choose(merged, roots, sizes, memory, original, exact)
     kept = {n: _saved_type(n, exact) for n in saved if not isinstance(n, Input)}
     return _split(graph, normal, gradients, kept, original, roles=roles, taken=taken, memory=memory)
+
+
+def _with_planes(merged: Graph, original: Mapping[Node, Node]) -> Mapping[Node, Node]:
+    """The nodes that the forward can save, with what a fold of pairs computes beside its value."""
+    found = dict(original)
+    for node in walk(merged.roots):
+        if isinstance(node, Reduce) and node.value is not None and node.arg in original:
+            also = MONOIDS[node.fn].also
+            beside = Reduce(also, original[node.arg], node.axis)
+            found.setdefault(Reduce(also, node.arg, node.axis), beside)
+    return found
 
 
 def _unmarked(
@@ -275,7 +288,7 @@ def _choose(
         known: nodes that the forward can save, as `merge_siblings` gives them.
         exact: nodes that must not be recomputed, since a comparison depends on their bits.
     """
-    forward = list(walk(merged.roots))
+    forward = list(walk([*merged.roots, *known]))
     inside = set(forward)
     chosen = compared(gradients)
     free = weight_nodes(forward) | {n for n in forward if isinstance(n, Const | Size | Iota)}

@@ -44,7 +44,7 @@ from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, i32
 from coda.lowering.algebra.batches import lhs_cotangent, rhs_cotangent
 from coda.lowering.algebra.linear import factor_cotangent, linear_outputs, row_factor
-from coda.lowering.algebra.roles import permuted
+from coda.lowering.algebra.roles import permuted, reduced
 from coda.lowering.algebra.slices import joined
 
 
@@ -169,6 +169,8 @@ class _Cotangents:
         match cast(Op, node):
             case Map() as n:
                 self.map(n, d)
+            case Reduce(value=Node()) as n:
+                self.weights(n, d)
             case Reduce() as n:
                 self.give(n.arg, _reduce_rule(n, d))
             case Scan(fn="sum", arg=arg, axis=axis, reverse=reverse):
@@ -244,6 +246,19 @@ class _Cotangents:
             self.give(w, Map("mul", (_reshape(d, (w.shape[0], ONE)), flat_x)))
         else:
             self.give(w, Contract(Permute(flat_d, (1, 0)), Permute(flat_x, (1, 0)), w.dtype))
+
+    def weights(self, node: Reduce, d: Node) -> None:
+        """y = Σ p v with p = softmax x: p d (v − y) for x, and p d for v."""
+        x, v = node.operands
+        p = Map("exp", (Map("sub", (x, Reduce("logsumexp", x, node.axis))),))
+        shares = Map("mul", (p, d))
+        found = {x: Map("mul", (shares, Map("sub", (v, node)))), v: shares}
+        if x is v:
+            away = Map("add", (Map("sub", (v, node)), Const(1.0, d.dtype)))
+            found = {x: Map("mul", (shares, away))}
+        for operand, share in found.items():
+            if operand in self.active:
+                self.give(operand, _summed(share, operand.shape, reduced(node).shape))
 
     def batches(self, node: Contract, d: Node) -> None:
         for operand, cotangent in ((node.lhs, lhs_cotangent), (node.rhs, rhs_cotangent)):

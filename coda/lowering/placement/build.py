@@ -33,6 +33,7 @@ from coda.lowering.algebra.chunk import ChunkedValue
 from coda.lowering.algebra.compared import compared, sources
 from coda.lowering.algebra.policy import MemoryPolicy
 from coda.lowering.algebra.rewrite import LawApplication, substituted
+from coda.lowering.algebra.roles import reduced
 from coda.lowering.placement.draft import Draft, Order
 from coda.lowering.placement.layout import assemble
 from coda.lowering.placement.loads import Loads
@@ -358,12 +359,12 @@ class _Build:
         if not any(isinstance(n, Pick) or MONOIDS[n.fn].held for n in together):
             return draft.sinks[node]
         read = self.loaded | {self.partition.storage(r) for r in self.roots}
-        computed = read & draft.space.values.keys() & set(walk([node.arg]))
+        computed = read & draft.space.values.keys() & set(walk([reduced(node)]))
         narrow = [n for n in computed if n.dtype.kind == "float" and n.dtype.size < f32.size]
         rounded = {
             n: Map(f"rounded_{n.dtype.name}", (n,)) for n in narrow if n in self.partition.home
         }
-        (arg,) = substituted([node.arg], rounded)
+        (arg,) = substituted([reduced(node)], rounded)
         return draft.space.compute(arg)
 
     def partial(self, node: Node) -> str:

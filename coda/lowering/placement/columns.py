@@ -39,7 +39,7 @@ from coda.ir.graph import (
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import CHOICE
 from coda.ir.types import f32
-from coda.lowering.algebra.roles import as_means, base
+from coda.lowering.algebra.roles import as_defined, base, reduced
 from coda.lowering.placement import numbers_apart
 from coda.lowering.placement.arrays import any_set, distinct
 from coda.lowering.placement.joined_rows import JoinedRows, joins_rows
@@ -290,7 +290,8 @@ class Space(SpaceState):
 
     def _line(self, node: Reduce) -> Value:
         """A reduction over rows of values in memory, one per row."""
-        if not self.whole_rows or self.leaf(node.arg) is None or product(node.shape) != self.rows:
+        alone = node.value is None and self.leaf(node.arg) is not None
+        if not (self.whole_rows and alone and product(node.shape) == self.rows):
             raise Refused(f"`{node.fn}` over rows of what is not in memory")
         name = f"r{len(self.lines)}"
         self.lines[name] = node
@@ -299,9 +300,11 @@ class Space(SpaceState):
     def _reduce(self, node: Reduce) -> Value:
         if node.arg.shape[node.axis].symbols - self.sizes.keys():
             return self._line(node)
-        axis = self._axis(node.arg, node.axis)
-        value = self.compute(node.arg)
+        axis = self._axis(reduced(node), node.axis)
+        value = self.compute(reduced(node))
         if self.apart and value.count > 1 and value.of_rows:
+            if node.value is not None:
+                return self.compute(as_defined(node))
             return numbers_apart.reduced(self, node, value, axis)
         if value.count == value.shape[axis]:
             return self._whole_row(node, value)
@@ -326,7 +329,7 @@ class Space(SpaceState):
         """A statistic of aligned column groups in a row-wise kernel."""
         size = value.shape[axis]
         if not MONOIDS[node.fn].nests:
-            return self.compute(as_means(node))
+            return self.compute(as_defined(node))
         if not MONOIDS[node.fn].sums:
             raise Refused(f"a group statistic is a sum, not `{node.fn}`")
         if axis == -1 and size > TILE_PARTS[-1] and value.count <= FORMULAS * size:

@@ -140,6 +140,9 @@ class Layout(Points):
             raise Refused(f"pairs of columns {self.split} apart are not stored in whole vectors")
         if apart and not whole and any(isinstance(s, Summed) for s in sinks):
             raise Refused("a sum over the rows of pairs of columns")
+        folds = [MONOIDS[s.node.fn] for s in sinks if isinstance(s, Reduced)]
+        if apart and any(monoid.of_pairs for monoid in folds):
+            raise Refused("a fold of two values of each column of a pair")
         self.sunk = {s.node: self.sunk.get(s.node) or _sink(self, s) for s in sinks}
         for sink in sinks:
             if isinstance(sink, Picked):

@@ -19,7 +19,7 @@ from math import inf
 from coda.ir.dims import product
 from coda.ir.graph import Concat, Const, Input, Node, Pick, Reduce, Size
 from coda.lowering.algebra.min_cut import minimum_cut
-from coda.lowering.algebra.roles import is_pointwise, is_view, summand
+from coda.lowering.algebra.roles import is_pointwise, is_view, reduced, summand
 from coda.lowering.placement.draft import Draft
 from coda.lowering.placement.place import Partition
 from coda.lowering.placement.values import Refused
@@ -86,7 +86,7 @@ class Loads:
         """The node that a sink reduces."""
         if isinstance(sink, Reduce) and sink in self.draft.over_rows:
             return summand(sink)
-        return sink.arg
+        return reduced(sink)
 
     def behind(self, roots: Iterable[Node], ends: Callable[[Node], bool]) -> list[Node]:
         """The nodes on which `roots` depend, operands first; none beyond one that `ends`."""

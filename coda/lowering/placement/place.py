@@ -37,6 +37,7 @@ from coda.lowering.algebra.roles import (
     in_order,
     is_pointwise,
     position_nodes,
+    reduced,
     row_axes,
     row_symbols,
     sequence_of,
@@ -217,9 +218,11 @@ class Partition(SmallRows):
             return self.sink_rows(node, draft)
         if not draft.kind.tiled or draft.bare:
             return False
+        moments = self.moments(node, draft) if isinstance(node, Reduce) else []
+        node = moments[-1] if moments else node
         try:
-            self.reach_all(node.arg, draft)
-            value = draft.space.compute(node.arg)
+            self.reach_all(reduced(node), draft)
+            value = draft.space.compute(reduced(node))
             if isinstance(node, Pick):
                 self.index_of(node, draft)
         except Refused:
@@ -240,12 +243,11 @@ class Partition(SmallRows):
             self.loadable.add(node)
             return True
         after = self.row_draft(draft.order[0], draft.space.rows, 1, draft.order)
-        moments = self.moments(node)
         for one in moments or [node]:
             draft.space.refused[one] = "its total is known only after this kernel"
             self.fold(one, after)
-        draft.sinks[moments[-1] if moments else node] = value
-        after.space.fold(moments[-1] if moments else node, moments[0] if moments else None)
+        draft.sinks[node] = value
+        after.space.fold(node, moments[0] if moments else None)
         return True
 
     def fold(self, node: Reduce, after: Draft) -> None:
@@ -313,11 +315,13 @@ class Partition(SmallRows):
             self.drop(draft)
         return False
 
-    def moments(self, node: Reduce) -> list[Reduce]:
+    def moments(self, node: Reduce, draft: Draft) -> list[Reduce]:
         """Two reductions of one value that one sink computes (mean and variance), or []."""
         same = [u for u in self.users[node.arg] if isinstance(u, Reduce) and u.axis == node.axis]
-        both = [(u, v) for v in same for u in same if u.fn == MONOIDS[v.fn].also]
-        return next(([u, v] for u, v in both if node in (u, v)), list[Reduce]())
+        same = [u for u in same if u not in self.home and u.arg is node.arg]
+        both = [[u, v] for v in same for u in same if u.fn == MONOIDS[v.fn].also]
+        both = [b for b in both if node in b and self.precede(b[-1].operands, draft)]
+        return next(iter(both), list[Reduce]())
 
     def after_rows(self, node: Reduce, index: int) -> int:
         """Materialise the operand of a fold over rows; the number of the GEMM before the fold."""

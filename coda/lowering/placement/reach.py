@@ -9,10 +9,12 @@ gets a row-wise kernel of its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import suppress
 
 from coda.ir.dims import ONE, broadcast, product
-from coda.ir.graph import Const, Input, Node, Reduce, Size, walk
+from coda.ir.graph import Cast, Const, Contract, Input, Map, Node, Reduce, Size, walk
+from coda.ir.scalars import SCALARS
 from coda.lowering.algebra.roles import base, is_pointwise
 from coda.lowering.placement.draft import Draft
 from coda.lowering.placement.joined_rows import under_views
@@ -65,7 +67,25 @@ class Reach(Materialisation, ABC):
                 raise
             if home is None:
                 self.in_rows(operand, 0)
-            self.offer(self.storage(operand))
+            self.offer_narrow(operand, draft)
+
+    def precede(self, nodes: Iterable[Node], draft: Draft) -> bool:
+        """Whether a kernel, or kernels before it, compute all contractions that nodes depend on."""
+        needed = [n for n in walk(nodes) if isinstance(n, Contract) and n not in self.weights]
+        return all(n in self.home and self.home[n].order <= draft.order for n in needed)
+
+    def offer_narrow(self, operand: Node, draft: Draft) -> None:
+        """Let a kernel load a node; a GEMM, what it is a simple function of, if that is narrower.
+
+        A row-wise kernel chooses later what it loads. Raises Refused.
+        """
+        source = _narrower(operand) if draft.kind.tiled else operand
+        if source is not operand and self.home.get(source, draft) is not draft:
+            with suppress(Refused):
+                self.offer(self.storage(source))
+                draft.space.compute(operand)
+                return
+        self.offer(self.storage(operand))
 
     def reach_rows(self, operand: Node, draft: Draft) -> None:
         """Make other rows of an operand available: in memory, or functions of what is.
@@ -116,3 +136,17 @@ class Reach(Materialisation, ABC):
         for node in above:
             if not isinstance(node, Reduce | Input | Const | Size):
                 self.place(node)
+
+
+def _narrower(node: Node) -> Node:
+    """What a value is a simple function of, with numbers, and has the fewest bytes; or itself."""
+    least = node
+    while isinstance(node, Map | Cast):
+        if isinstance(node, Map) and SCALARS[node.fn].special:
+            break
+        wide = [o for o in node.operands if not isinstance(o, Const | Size)]
+        if len(wide) != 1 or wide[0].shape != node.shape:
+            break
+        (node,) = wide
+        least = node if node.dtype.size < least.dtype.size else least
+    return least
