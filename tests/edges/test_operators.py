@@ -125,7 +125,9 @@ def supported(name, dtype):
     return dtype in OPERATORS[name].supported_dtypes("cpu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.slow)], ids=str
+)
 def test_some_operators(dtype):
     torch.manual_seed(0)
     names = random.Random(str(dtype)).sample(KNOWN, 4)

@@ -75,6 +75,7 @@ def test_a_layer_of_llama_is_the_best_program_known():
     assert hbm_bytes(last.forward.program) < last.forward.pointwise.hbm_bytes
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_sizes_of_a_batch():
     model = build("Llama", layers=1)
     compiled = torch.compile(model, backend="coda", dynamic=True)

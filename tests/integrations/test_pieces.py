@@ -149,6 +149,7 @@ def test_sizes_stay_free():
     assert len(coda.last_report().graphs) == 4, "one graph, its pieces reported one by one"
 
 
+@pytest.mark.slow
 def test_by_inductor_between(monkeypatch):
     monkeypatch.setenv("CODA_FALLBACK", "inductor")
     model = Own()

@@ -89,13 +89,9 @@ def test_equal_layers_are_one_compilation():
         assert compiled() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "depths"),
-    [
-        ("Llama", (3,)),
-        pytest.param("Llama", (2, 4), marks=pytest.mark.slow),
-        pytest.param("GPT-2", (2, 4), marks=pytest.mark.slow),
-    ],
+    ("name", "depths"), [("Llama", (3,)), ("Llama", (2, 4)), ("GPT-2", (2, 4))]
 )
 def test_equal_layers_with_a_cache_are_one_compilation(name, depths):
     graphs = set()
@@ -132,6 +128,7 @@ def test_a_table_made_in_each_forward_is_packed_once_for_all_layers(void):
     assert seen[1]["launch"] == seen[0]["launch"]
 
 
+@pytest.mark.slow
 def test_steps_of_a_decoder_are_replayed(void, monkeypatch):
     monkeypatch.setattr("coda.integrations.patch._distance", lambda *_: 0.0)
     model = build("Llama", 2).bfloat16().eval()

@@ -34,7 +34,8 @@ def test_qk_norm_and_interleaved_rope_are_one_kernel_in_training():
     assert [len(s.lanes) for s in gemm.body.epilogue.stores] == [2, 2]
 
 
-@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_two_matrices_of_neighbouring_pairs(arch):
     inputs = random_inputs(heads.graph, HEADS)
     with device(arch, checks="raise") as gpu:
@@ -145,7 +146,7 @@ def biases(x: T["M K"], w: T["N K"], b: T["N"], c: T["F N"]):
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rows", [1, 9, 1200])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 9, 1200])
 @pytest.mark.parametrize("learned", ["b", pytest.param("xwbc", marks=pytest.mark.slow)])
 def test_folds_of_any_number_of_parts(learned, rows, arch):
     """Fewer parts than warps, as many, and a ragged last round."""

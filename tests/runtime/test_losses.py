@@ -259,6 +259,7 @@ def test_a_failed_backward_is_not_begun_again(runs, monkeypatch):
             loss.backward()
 
 
+@pytest.mark.slow
 def test_outputs_that_are_saved_are_not_written_over(runs):
     @coda.block
     def both(x: T["M D"], w: T["V D"], y: T["M", coda.i64]):
@@ -273,7 +274,8 @@ def test_outputs_that_are_saved_are_not_written_over(runs):
         assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_parts_are_freed_one_after_the_other(runs, arch):
     sizes = {"M": 40, "D": 16, "V": 600}
     block = head()

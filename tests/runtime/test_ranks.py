@@ -14,6 +14,7 @@ def directory(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 def test_two_processes(directory, check):
     failures = [p.read_text() for p in sorted(directory.glob(f"{check.__name__}.*"))]
