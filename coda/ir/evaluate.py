@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from coda.errors import CallError
+from coda.ir.attend import Attend
 from coda.ir.dims import Dim
 from coda.ir.graph import (
     Cast,
@@ -134,14 +135,36 @@ class _Evaluator:
             case Iota(count=n, element=t):
                 kind = self.float_type(t)
                 return torch.arange(n.size(self.sizes), dtype=kind, device=self.device)
+            case Gather() | Pick() | Put() as indexed:
+                return self.indexed(indexed, args)
+            case Attend() as attend:
+                return self.attend(attend, args)
+            case _ as never:
+                assert_never(never)
+
+    def indexed(self, node: Gather | Pick | Put, args: list[Tensor]) -> Tensor:
+        match node:
             case Gather():
                 return _take(node, args[0], args[1:])
             case Pick():
                 return pick(args[0], args[1])
             case Put(rows=rows):
                 return _put(args[0], args[1:], self.shape(rows))
-            case _ as never:
-                assert_never(never)
+
+    def attend(self, node: Attend, args: list[Tensor]) -> Tensor:
+        """softmax(scores) v."""
+        q, k, v, *captured = args
+        batch, groups, keys, _ = k.shape
+        rows = q.shape[1] // groups * q.shape[2]
+        own = q.reshape(batch, groups, rows, q.shape[3])
+        s = _contract(own, k, self.compute).reshape(*q.shape[:3], keys)
+        given = dict(zip(node.scores.inputs, (s, *captured), strict=True))
+        (scores,) = evaluate([node.scores.root], given, self.sizes, self.compute)
+        lse = torch.logsumexp(scores, -1, keepdim=True)
+        if not math.isnan(node.empty):
+            lse = lse.masked_fill(lse == -torch.inf, 0.0)
+        p = (scores - lse).exp().reshape(batch, groups, rows, keys)
+        return (p @ v).reshape(*q.shape[:3], v.shape[3]).permute(node.order)
 
     def view(self, node: Reshape | Permute | Slice | Concat | Expand, args: list[Tensor]) -> Tensor:
         match node:

@@ -1,4 +1,4 @@
-"""The graph: seventeen kinds of node over tensors with symbolic shapes. Read this file first.
+"""The graph: eighteen kinds of node over tensors with symbolic shapes. Read this file first.
 
 A node is immutable and interned (hash-consed): structurally equal nodes are the same object, so
 that equality is `is`. Elementwise operands broadcast from the right, as in torch; size 1 means that
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from coda.errors import DtypeError, ShapeError
+from coda.ir.attend import Attend
 from coda.ir.dims import ONE, Dim, Shape, broadcast, inverse, product, show_shape
 from coda.ir.monoids import MONOIDS
 from coda.ir.node import Node, origin
@@ -344,10 +345,8 @@ class Put(Node):
     def infer(self) -> tuple[Shape, DType]:
         lead = _indexed("rows are put", self.indices, len(self.rows))
         if self.arg.shape[: len(lead)] != lead or len(self.indices) != len(self.rows):
-            raise ShapeError(
-                "one index is given for each row that is put",
-                found=f"{show_shape(self.arg.shape)} at {show_shape(lead)}",
-            )
+            found = f"{show_shape(self.arg.shape)} at {show_shape(lead)}"
+            raise ShapeError("one index is given for each row that is put", found=found)
         return (*self.rows, *self.arg.shape[len(lead) :]), self.arg.dtype
 
 
@@ -366,7 +365,7 @@ def _indexed(what: str, indices: tuple[Node, ...], axes: int) -> Shape:
 
 Op = (
     Input | Const | Size | Map | Reduce | Scan | Contract | Cast | Reshape | Permute | Slice
-    | Concat | Expand | Iota | Gather | Pick | Put
+    | Concat | Expand | Iota | Gather | Pick | Put | Attend
 )  # fmt: skip
 KINDS: dict[str, type[Node]] = {kind.__name__.lower(): kind for kind in Op.__args__}
 

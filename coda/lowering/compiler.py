@@ -17,6 +17,7 @@ from math import prod
 from coda import kernels
 from coda.errors import CodaError, DimError
 from coda.ir.graph import Contract, Graph, Input, Node, Slice, walk
+from coda.lowering.algebra.attends import attends
 from coda.lowering.algebra.chunk import Parted, chunk
 from coda.lowering.algebra.columns_first import columns_first
 from coda.lowering.algebra.constants import fold_constants
@@ -122,6 +123,7 @@ def run_stages(
     graph = stage("pushdown", push_down, graph)
     graph = stage("columns", columns_first, graph)
     graph = stage("constants", fold_constants, graph, asked.sizes)
+    graph = stage("attends", attends, graph, asked.sizes, _is_taken)
     parted = stage("chunks", _chunk, graph, asked)
     if below is not None and not _may_undercut(asked, parted.graph, below):
         return None
@@ -203,6 +205,11 @@ def _may_undercut(asked: Request, graph: Graph, below: Price) -> bool:
 
 def _apply_laws(accept: Accept, trial: Trial, graph: Graph) -> Graph:
     return graph.with_roots(rewrite(graph.roots, LAWS, accept, trial.law))
+
+
+def _is_taken(node: Node, sizes: Mapping[str, int]) -> bool:
+    """Whether a kind with kernels of its own takes a node; the last kind takes every one."""
+    return any(not kind.refuses(node, sizes) for kind in kernels.KINDS[:-1])
 
 
 def _chunk(graph: Graph, asked: Request) -> Parted:

@@ -139,6 +139,12 @@ STAGES: dict[str, Stage] = {
             _columns_first,
         ),
         (
+            "attends",
+            "make attention one node, where a kernel takes it",
+            "constants are folded",
+            _constants_folded,
+        ),
+        (
             "chunks",
             "compute the largest temporary in chunks of columns",
             "constants are folded",

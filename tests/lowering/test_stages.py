@@ -33,6 +33,7 @@ BODY = {
     "pushdown": "%0 = mul %x, %x return y = %0",
     "columns": "%0 = neg %x %1 = pick %0, %i return y = %1",
     "constants": "%0 = reshape %x [64*M] %1 = sum %0 axis -1 return y = %1",
+    "attends": "%0 = size 64 f32 %1 = sqrt %0 %2 = mul %x, %1 return y = %2",
     "chunks": "%0 = size 64 f32 %1 = sqrt %0 %2 = mul %x, %1 return y = %2",
 }
 
@@ -62,6 +63,7 @@ def broken(name):
             "pushdown": "square_of_product",
             "columns": "closer to an argument",
             "constants": "rows and columns at once",
+            "attends": "is not evaluated",
             "chunks": "is not evaluated",
         }
         return block(BODY[name]), said[name]
@@ -205,7 +207,7 @@ def test_passes_are_listed(capsys, file):
     _, out, _ = run(capsys, *options, "--passes", "--json")
     found = json.loads(out)["norm"]
     assert [s["stage"] for s in found["stages"]] == list(STAGES)
-    laws, place = found["stages"][0], found["stages"][5]
+    laws, place = found["stages"][0], found["stages"][6]
     assert "row_factor_past_contraction" in laws["did"]
     assert (place["before"], place["after"]) == ("7 nodes", "2 kernels")
     assert all(s["seconds"] >= 0 for s in found["stages"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from coda.ir.attend import Attend
 from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import (
     Cast,
@@ -78,6 +79,11 @@ def permuted(node: Node, order: tuple[int, ...]) -> Node:
 def is_transposed_view(node: Node) -> bool:
     """Whether a node's last two axes are in the reverse of their order in memory."""
     return isinstance(node, Permute) and node.rank > 1 and node.order[-1] < node.order[-2]
+
+
+def reads_strided(node: Node) -> bool:
+    """Whether a node reads its operands with the strides that they have."""
+    return isinstance(node, Attend) or (isinstance(node, Contract) and node.batched)
 
 
 def as_stored(node: Node) -> Node:

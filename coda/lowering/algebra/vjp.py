@@ -14,6 +14,7 @@ from typing import assert_never, cast
 import torch
 
 from coda.errors import UnsupportedError
+from coda.ir.attend import Attend
 from coda.ir.dims import ONE, Dim, Shape, product
 from coda.ir.graph import (
     Cast,
@@ -185,6 +186,17 @@ class _Cotangents:
                 self.give(arg, Cast(d, arg.dtype))
             case Reshape() | Permute() | Slice() | Concat() | Expand() as n:
                 self.view(n, d)
+            case Gather() | Pick() | Put() as n:
+                self.indexed(n, d)
+            case Attend():
+                raise UnsupportedError("attention is differentiated before it is one node")
+            case Input() | Const() | Size() | Iota():
+                pass
+            case _ as never:
+                assert_never(never)
+
+    def indexed(self, node: Gather | Pick | Put, d: Node) -> None:
+        match node:
             case Gather(table=table, indices=indices):
                 rows = table.shape[: len(indices)]
                 self.give(table, Put(full(d, node.shape), indices, rows))
@@ -192,10 +204,6 @@ class _Cotangents:
                 self.give(arg, _one_hot(d, arg, index))
             case Put(indices=indices, arg=arg):
                 self.give(arg, Gather(full(d, node.shape), indices))
-            case Input() | Const() | Size() | Iota():
-                pass
-            case _ as never:
-                assert_never(never)
 
     def view(self, node: Reshape | Permute | Slice | Concat | Expand, d: Node) -> None:
         match node:

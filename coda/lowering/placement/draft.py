@@ -36,6 +36,7 @@ from coda.lowering.algebra.roles import (
     joins_windows,
     leaves_of,
     pointwise_leaves,
+    reads_strided,
     row_shapes,
     symbols_of,
 )
@@ -380,12 +381,9 @@ class Drafts:
         return node
 
     def only_in_batches(self, node: Node) -> bool:
-        """Whether only batched contractions read a view; torch accepts any strides there."""
+        """Whether all readers of a view, such as batched contractions, accept any strides."""
         above = self.users.get(node, []) if is_view(node) else []
-        multiplied = [isinstance(u, Contract) and u.batched for u in above]
-        return bool(above) and all(
-            m or self.only_in_batches(u) for m, u in zip(multiplied, above, strict=True)
-        )
+        return bool(above) and all(reads_strided(u) or self.only_in_batches(u) for u in above)
 
     def known_before(self, node: Node, view: Slice) -> bool:
         """Whether a node is materialised, and not later than a stored view of it."""

@@ -1,0 +1,1 @@
+"""Attention as one kernel: both contractions and the softmax between them, by flash-attention 4."""

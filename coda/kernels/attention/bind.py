@@ -1,0 +1,54 @@
+"""An attention kernel and the tensors of a call -> arguments of the kernel, and the launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor
+
+from coda.ir.dims import inverse
+from coda.kernels.attention.flash_target import forward, forward_arguments
+from coda.kernels.attention.mainloop import AttentionKernel
+from coda.kernels.protocol import LaunchRun
+
+ALIGNED = 16  # bytes
+
+
+def compiled(run: LaunchRun, kernel: AttentionKernel) -> Callable[..., None]:
+    """The compiled kernel for a call of these sizes, from the cache if possible."""
+    problem = kernel.mainloop.problem(run.program.target, run.sizes)
+    return run.loaded((kernel, problem), lambda: forward(problem))
+
+
+def launch(run: LaunchRun, kernel: AttentionKernel) -> None:
+    """Allocate the result, bind the operands, and launch."""
+    one, sizes = kernel.mainloop, run.sizes
+    node, scores = one.node, one.scores
+    shape = [d.size(sizes) for d in node.shape]
+    keys = node.k.shape[2].size(sizes)
+    fill = "" if keys else "zero"
+    found = run.room(one.result, prod(shape[:-1]), shape[-1], node.dtype.torch, fill)
+    run.buffers[one.result] = found
+    if not (keys and prod(shape)):
+        return
+    operands = tuple(run.ready(run.value(o), by_tokens) for o in one.operands)
+    o = found.reshape(shape).permute(inverse(node.order)).permute(0, 2, 1, 3)
+    ends = (e.size(sizes) if e is not None else 0 for e in (scores.lower, scores.upper))
+    lower, upper = ends
+    problem = one.problem(run.program.target, sizes)
+    arguments = forward_arguments(problem, (*operands, o, None), scores.scale, (lower, upper))
+    function = compiled(run, kernel)
+    function(*arguments)
+    run.launched(function, arguments)
+
+
+def by_tokens(x: Tensor) -> Tensor:
+    """[B, H, S, d] as [B, S, H, d], without a copy if a kernel can read it in place."""
+    y = x.permute(0, 2, 1, 3)
+    steps = [y.stride(a) * y.element_size() for a in range(3)]
+    apart = all(s > 0 and s % ALIGNED == 0 for s in steps)
+    if y.stride(3) == 1 and apart and y.data_ptr() % ALIGNED == 0:
+        return y
+    return y.clone(memory_format=torch.contiguous_format)

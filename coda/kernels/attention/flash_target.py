@@ -1,0 +1,123 @@
+"""The only module that imports flash-attention: its kernel classes, never its functions.
+
+A compiled kernel takes tensors [batch, tokens, heads, columns] of any strides that are multiples of
+16 bytes, with contiguous columns. Sizes, the scale and the ends of a band are arguments.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from quack.cache import jit_cache
+
+from coda.kernels.attention.problem import VERSION, Forward, tile_of
+
+_TYPES = {"bf16": cutlass.BFloat16, "f16": cutlass.Float16}
+_THREADS = 384  # a producer warpgroup and two or three that multiply
+_STAGES = 2
+SCHEDULER = 7  # arguments of the scheduler on sm_100a, of sequences of several lengths
+
+
+@jit_cache
+def _compile_forward(problem: Forward, version: str) -> Any:
+    """Compile the forward kernel; the arguments are the key of quack's disk cache."""
+    from flash_attn.cute.utils import AuxData
+
+    dtype = _TYPES[problem.dtype]
+    batch, queries, keys, groups = (cute.sym_int() for _ in range(4))
+    heads = groups if problem.sharing == 1 else cute.sym_int()
+    q = _fake(dtype, (batch, queries, heads, problem.width))
+    k = _fake(dtype, (batch, keys, groups, problem.width))
+    v = _fake(dtype, (batch, keys, groups, problem.width_v))
+    o = _fake(dtype, (batch, queries, heads, problem.width_v))
+    lse = _fake(Float32, (batch, heads, queries)) if problem.lse else None
+    band = problem.band
+    ends = (Int32(0) if end and not band.diagonal else None for end in (band.lower, band.upper))
+    arguments = [q, k, v, o, lse, Float32(1.0), *[None] * 5, *ends, None]
+    arguments += [None] if problem.tensor_memory else []  # scales of 8-bit operands
+    arguments += [None, AuxData(None, None)]  # lists of tiles, captured tensors
+    arguments += [*[None] * SCHEDULER, Int32(1)] if problem.tensor_memory else [None, None]
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    with warnings.catch_warnings():  # that of captured tensors, of which there are none
+        warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
+        return cute.compile(_kernel(problem), *arguments, stream, options="--enable-tvm-ffi")
+
+
+def _kernel(problem: Forward) -> Any:
+    """flash-attention's kernel object of a problem."""
+    tile, band = tile_of(problem), problem.band
+    common: dict[str, Any] = {
+        "is_causal": band.diagonal,
+        "is_local": not band.diagonal and (band.lower or band.upper),
+        "pack_gqa": problem.sharing > 1 and tile.rows % problem.sharing == 0,
+        "has_aux_tensors": False,
+    }
+    if problem.tensor_memory:
+        from flash_attn.cute.flash_fwd_sm100 import FlashAttentionForwardSm100
+
+        return FlashAttentionForwardSm100(
+            problem.width,
+            problem.width_v,
+            qhead_per_kvhead=problem.sharing,
+            m_block_size=tile.rows,
+            n_block_size=tile.columns,
+            q_stage=1 if problem.width_v == 256 else 2,  # two tiles of Q exceed tensor memory
+            is_static_persistent=False,  # its grid, the SMs of the GPU that compiles, is built in
+            **common,
+        )
+    from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
+
+    return FlashAttentionForwardSm90(
+        _TYPES[problem.dtype],
+        problem.width,
+        problem.width_v,
+        problem.sharing,
+        tile_m=tile.rows,
+        tile_n=tile.columns,
+        num_stages=_STAGES,
+        num_threads=_THREADS,
+        mma_pv_is_rs=tile.p_in_registers,
+        intra_wg_overlap=True,
+        **common,
+    )
+
+
+def _fake(dtype: Any, shape: tuple[Any, ...]) -> Any:
+    """A placeholder of any strides that are multiples of 16 bytes; float32 rows need 4 bytes."""
+    step = 128 // dtype.width if dtype.width < 32 else 1
+    stride = (*(cute.sym_int64(divisibility=step) for _ in shape[1:]), 1)
+    align = 16 if dtype.width < 32 else 4
+    return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=align)
+
+
+def forward(problem: Forward) -> Callable[..., None]:
+    """The compiled forward kernel: a function of `forward_arguments`."""
+    return _compile_forward(problem, VERSION)
+
+
+def forward_arguments(
+    problem: Forward, tensors: tuple[Any, ...], scale: float, ends: tuple[int, int]
+) -> tuple[Any, ...]:
+    """The arguments of a launch.
+
+    Args:
+        problem: what was compiled.
+        tensors: q [B, S, H, d], k [B, T, G, d], v [B, T, G, e], o [B, S, H, e], and lse [B, H, S],
+            float32, or None.
+        scale: the factor of q kᵀ.
+        ends: lo and hi of the band lo ≤ j - i ≤ hi; ends that the problem lacks are ignored.
+    """
+    queries, keys = tensors[0].shape[1], tensors[1].shape[1]
+    band = problem.band
+    # flash-attention counts keys from the last: i' = i + T - S.
+    left = keys - queries - ends[0] if band.lower and not band.diagonal else None
+    right = ends[1] - (keys - queries) if band.upper and not band.diagonal else None
+    found = [*tensors, scale, *[None] * 5, left, right, None]
+    if problem.tensor_memory:
+        return (*found, None, None, (None, None), *[None] * SCHEDULER, queries)
+    return (*found, None, (None, None), None, None)

@@ -1,0 +1,129 @@
+"""The kind of attention kernels: softmax of banded scores, by flash-attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+from coda.ir.attend import Attend
+from coda.ir.evaluate import evaluate
+from coda.ir.graph import Node
+from coda.ir.types import bf16, f16
+from coda.kernels.attention.band import banded, keeps_a_key
+from coda.kernels.attention.mainloop import Attention, AttentionKernel
+from coda.kernels.attention.problem import VERSION, why_not_widths
+from coda.kernels.protocol import LaunchRun, Run
+from coda.lowering.program.cost import label, streamed
+from coda.lowering.program.kernel import Account, Builder, Code, Flops, Kind, Sizes, Source
+from coda.lowering.program.program import Program
+from coda.lowering.program.time import Time, overlapped
+
+
+def _refuses(node: Node, sizes: Sizes) -> str:
+    if not isinstance(node, Attend):
+        return "it is no attention"
+    if node.q.dtype not in (bf16, f16):
+        return f"attention of {node.q.dtype} has no kernel"
+    scores = banded(node)
+    if scores is None:
+        return "its scores are more than a scale and a band of keys"
+    if math.isnan(node.empty) and not keeps_a_key(node, scores):
+        return "a row without keys is NaN"
+    widths = node.q.shape[3], node.v.shape[3]
+    if any(d.symbols - sizes.keys() for d in widths):
+        return "the widths of its heads are known only in the call"
+    width, width_v = (d.size(sizes) for d in widths)
+    why = (why_not_widths(width, width_v, tensor_memory=t) for t in (False, True))
+    return next(filter(None, why), "")  # of both, since a refusal is for all GPUs
+
+
+def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Attention:
+    (node,) = builder.homed
+    assert isinstance(node, Attend)
+    return Attention(node, name(node))
+
+
+def _flops(kernel: AttentionKernel, sizes: Sizes) -> Flops:
+    node = kernel.mainloop.node
+    columns = node.q.shape[3].size(sizes) + node.v.shape[3].size(sizes)
+    return Flops(tensor=2 * columns * kernel.mainloop.pairs(sizes), dtype=node.q.dtype)
+
+
+def _time(program: Program, kernel: AttentionKernel) -> Time:
+    """Bytes and FLOPs at achieved rates."""
+    time, target = streamed(program, kernel), program.target
+    flops = _flops(kernel, program.sizes)
+    tensor = flops.tensor / (target.rates.tensor_of(flops.dtype.bits) * target.multiprocessors)
+    memory = overlapped(time.memory, tensor) - tensor
+    bound = "tensor cores" if tensor > time.memory else "memory"
+    return replace(time, mainloop=tensor, memory=memory, bound=bound)
+
+
+def _explain(program: Program, kernel: AttentionKernel) -> Account:
+    one, scores = kernel.mainloop, kernel.mainloop.scores
+    q, k, v = (label(o, program) for o in one.operands)
+    ends = [f"{e}" for e in (scores.lower,) if e is not None] + ["j - i"]
+    ends += [f"{e}" for e in (scores.upper,) if e is not None]
+    masked = f", {' ≤ '.join(ends)}" if len(ends) > 1 else ""
+    heads, groups = one.node.q.shape[1], one.node.k.shape[1]
+    what = f"softmax({scores.scale:.6g} · {q} {k}ᵀ{masked}) {v}, {heads} heads on {groups}"
+    return Account(f"attend {one.result} = {what}", what)
+
+
+def _reference(run: Run, kernel: AttentionKernel) -> None:
+    one = kernel.mainloop
+    known = {o: run.value(o) for o in one.operands}
+    (x,) = evaluate([one.node], known, run.sizes, run.compute)
+    run.keep(one.result, x)
+
+
+@dataclass(frozen=True)
+class AttentionSource:
+    """What a kernel is compiled from: flash-attention's version, and the problem.
+
+    Attributes:
+        text: a Python module that says so.
+    """
+
+    text: str
+
+    @property
+    def name(self) -> str:
+        """A name that is unique to the text."""
+        return f"attention_{sha256(self.text.encode()).hexdigest()[:16]}"
+
+
+def _emit(program: Program, kernel: AttentionKernel) -> Sequence[Source]:
+    problem = kernel.mainloop.problem(program.target, program.sizes)
+    lines = [
+        f'"""flash-attn-4 {VERSION}, forward; sizes, scale and ends of the band are arguments."""',
+        "from coda.kernels.attention.problem import Band, Forward",
+        f"PROBLEM = {problem}",
+    ]
+    return (AttentionSource("\n".join(lines) + "\n"),)
+
+
+def _launch(run: LaunchRun, kernel: AttentionKernel) -> None:
+    from coda.kernels.attention.bind import launch
+
+    launch(run, kernel)
+
+
+def _compile(run: LaunchRun, kernel: AttentionKernel) -> None:
+    from coda.kernels.attention.bind import compiled
+
+    compiled(run, kernel)
+
+
+ATTENTION = Kind(
+    name="attention",
+    refuses=_refuses,
+    mainloop=_mainloop,
+    flops=_flops,
+    time=_time,
+    explain=_explain,
+    reference=_reference,
+    code=Code(_emit, _launch, _compile),
+)

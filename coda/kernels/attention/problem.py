@@ -1,0 +1,103 @@
+"""What one compilation of flash-attention serves, and which widths it takes; tables as data.
+
+A problem has no sizes but those that its code depends on: the widths of heads, how many heads of
+queries share one of keys, and whether scores are masked by a band lo ≤ j - i ≤ hi.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+VERSION = "4.0.0b36"  # of flash-attn-4: its classes' arguments are no interface that it keeps
+
+
+@dataclass(frozen=True)
+class Band:
+    """A mask lo ≤ j - i ≤ hi; the ends are arguments of each launch.
+
+    Attributes:
+        lower, upper: whether there is such an end.
+        diagonal: whether the band is exactly j ≤ i + T - S, which has a schedule of its own.
+    """
+
+    lower: bool = False
+    upper: bool = False
+    diagonal: bool = False
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward kernel.
+
+    Attributes:
+        arch: that it is compiled for.
+        tensor_memory: whether the arch has tensor memory, and so kernels of Blackwell.
+        dtype: the element type of q, k, v and o: "bf16" or "f16".
+        width, width_v: the columns of heads of q and k, and of v and o.
+        sharing: how many heads of queries read one head of keys.
+        band: the mask.
+        lse: whether the logsumexp of each row is written.
+    """
+
+    arch: str
+    tensor_memory: bool
+    dtype: str
+    width: int
+    width_v: int
+    sharing: int = 1
+    band: Band = Band()
+    lse: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreTile:
+    """A tile of scores: `rows` queries by `columns` keys.
+
+    Attributes:
+        rows, columns: its size.
+        p_in_registers: whether P is multiplied from registers (sm_90a).
+    """
+
+    rows: int
+    columns: int
+    p_in_registers: bool = True
+
+
+# (widths up to, tile, tile of a band), as flash-attention measured them on an H100.
+HOPPER_TILES: tuple[tuple[int, ScoreTile, ScoreTile], ...] = (
+    (64, ScoreTile(192, 128), ScoreTile(192, 128)),
+    (96, ScoreTile(192, 144, False), ScoreTile(192, 128, False)),
+    (128, ScoreTile(128, 128), ScoreTile(128, 128)),
+    (192, ScoreTile(128, 112), ScoreTile(128, 96)),
+    (256, ScoreTile(128, 80), ScoreTile(128, 64)),
+)
+# Of widths 129 to 192 with values of up to 128, without a band.
+NARROW_VALUES = ScoreTile(128, 128)
+BLACKWELL_TILE = ScoreTile(128, 128)
+# Pairs of widths beyond 128 that have kernels on sm_100a.
+BLACKWELL_WIDE = frozenset({(192, 128), (256, 256)})
+WIDEST = {False: 256, True: 128}  # by tensor memory
+
+
+def why_not_widths(width: int, width_v: int, *, tensor_memory: bool) -> str:
+    """The reason why no kernel, with tensor memory or without, has such heads; "" if one has."""
+    if width % 8 or width_v % 8:
+        return f"heads of {width} and {width_v} columns: a kernel's are multiples of 8"
+    if tensor_memory and (width, width_v) in BLACKWELL_WIDE:
+        return ""
+    if min(width, width_v) < 8 or max(width, width_v) > WIDEST[tensor_memory]:
+        gpu = "Blackwell" if tensor_memory else "Hopper"
+        return f"no kernel of {gpu} has heads of {width} and {width_v} columns"
+    return ""
+
+
+def tile_of(problem: Forward) -> ScoreTile:
+    """The tile of a problem whose widths have a kernel."""
+    if problem.tensor_memory:
+        return BLACKWELL_TILE
+    width, band = problem.width, problem.band
+    if 128 < width <= 192 and problem.width_v <= 128 and not (band.lower or band.upper):
+        return NARROW_VALUES
+    masked = band.lower or band.upper or band.diagonal
+    _, plain, within_band = next(row for row in HOPPER_TILES if width <= row[0])
+    return within_band if masked else plain

@@ -1,0 +1,245 @@
+"""Two contractions with a softmax between them -> one node, `Attend`, where a kernel takes it.
+
+It is the law `weights_past_contraction`: Σ_j exp(s_j - logsumexp s) v_j is softmax(s) v. Scores are
+walked from the softmax down to the one contraction that they depend on. If all values between are
+read by nothing else, no tensor of scores is left. Otherwise the graph stays as it is.
+
+    p = exp(s - logsumexp s), s = where(j <= i, q kᵀ / 8, -inf), y = p v
+        ->  y = attend q, k, v    with scores where(j <= i, s / 8, -inf)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from coda.errors import DimError
+from coda.ir.attend import Attend, Scores
+from coda.ir.dims import Shape
+from coda.ir.graph import (
+    Cast,
+    Const,
+    Contract,
+    Expand,
+    Graph,
+    Input,
+    Iota,
+    Map,
+    Node,
+    Permute,
+    Reduce,
+    Reshape,
+    Size,
+    Slice,
+    users,
+    walk,
+)
+from coda.lowering.algebra.roles import row_symbols, transposed
+
+HEADS_FIRST, TOKENS_FIRST = (0, 1, 2, 3), (0, 2, 1, 3)
+
+
+class _Unlike(Exception):
+    """Nodes are no attention."""
+
+
+Takes = Callable[[Attend, Mapping[str, int]], bool]
+
+
+def attends(graph: Graph, sizes: Mapping[str, int], takes: Takes) -> Graph:
+    """The graph with each attention as one node, if kernels take them all.
+
+    Args:
+        graph: in normal form.
+        sizes: the size of every symbol.
+        takes: whether a kernel computes an attention, given the sizes that are compiled in.
+    """
+    above = users(graph.roots)
+    found: dict[Node, Attend] = {}
+    for node in walk(graph.roots):
+        if isinstance(node, Contract) and node.batched:
+            try:
+                target, attend = _attention(node, above, frozenset(graph.roots))
+            except _Unlike:
+                continue
+            if takes(attend, sizes):
+                found[target] = attend
+    if not found:
+        return graph
+    new: dict[Node, Node] = {}
+    for node in walk(graph.roots):
+        same = found.get(node, node)
+        for one in walk([same]):  # an attention reads views that the graph does not have
+            if one not in new:
+                new[one] = one.with_operands(new[o] for o in one.operands)
+        new[node] = _reshaped(new[same], node.shape)
+    fused = graph.with_roots(new[r] for r in graph.roots)
+    nodes = list(walk(fused.roots))
+    known = {s: n for s, n in sizes.items() if s not in row_symbols(nodes)}
+    left = [n for n in nodes if isinstance(n, Attend) and not takes(n, known)]
+    return graph if left else fused
+
+
+def _attention(
+    node: Contract, above: Mapping[Node, Sequence[Node]], roots: frozenset[Node]
+) -> tuple[Node, Attend]:
+    """An attention that ends with a contraction of weights and values. Raises _Unlike.
+
+    Returns:
+        The node that has its value, up to a reshape, and the attention.
+    """
+    weights = _under_reshapes(node.lhs)
+    x, empty = _softmax_of(weights)
+    reader = _ScoreReader(x)
+    root = reader.read(x)
+    product = reader.product
+    if product is None or x.rank != 4 or not isinstance(product, Contract):
+        raise _Unlike
+    inside = _between(node, product)
+    if inside & roots or any(set(above[n]) - inside - {node} for n in inside):
+        raise _Unlike
+    q, k, v = _operands(product, x.shape, node)
+    scores = Scores(reader.inputs, root)
+    target, order = _result(node, (*q.shape[:3], v.shape[3]), above, roots)
+    return target, Attend(q, k, v, tuple(reader.captured), scores, order, empty)
+
+
+def _softmax_of(weights: Node) -> tuple[Node, float]:
+    """The scores of weights exp(x - logsumexp x), and what a row without keys is."""
+    match weights:
+        case Map(fn="exp", args=(Map(fn="sub", args=(x, shift)),)):
+            pass
+        case _:
+            raise _Unlike
+    match shift:
+        case Reduce(fn="logsumexp", arg=arg, axis=-1) if arg is x:
+            return x, math.nan
+        case Map(
+            fn="where",
+            args=(
+                Map(fn="gt", args=(Reduce(fn="logsumexp", arg=arg, axis=-1) as lse, least)),
+                chosen,
+                Const(value=0.0),
+            ),
+        ) if arg is x and chosen is lse and isinstance(least, Const):
+            if least.value != -math.inf:
+                raise _Unlike
+            return x, 0.0
+        case _:
+            raise _Unlike
+
+
+@dataclass
+class _ScoreReader:
+    """Scores -> a function of their contraction, of positions and of captured tensors.
+
+    Attributes:
+        x: the scores [B, H, S, T].
+        product: the contraction, once it is found.
+        captured: the tensors that the function reads besides.
+    """
+
+    x: Node
+    product: Node | None = None
+    captured: list[Node] = field(default_factory=list[Node])
+    known: dict[Node, Node] = field(default_factory=dict[Node, Node])
+    names: list[Input] = field(default_factory=list[Input])
+    score: Input | None = None
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        """The arguments of the function: the product, then each captured tensor."""
+        assert self.score is not None
+        return (self.score, *self.names)
+
+    def read(self, node: Node) -> Node:
+        """A node as one over the function's arguments. Raises _Unlike."""
+        if node not in self.known:
+            self.known[node] = self._read(node)
+        return self.known[node]
+
+    def _read(self, node: Node) -> Node:
+        under = _under_reshapes(node)
+        if isinstance(under, Contract) and under.batched and under.shape[-1] == self.x.shape[-1]:
+            return self._product(node, under)
+        if _is_position(node):
+            return node
+        if isinstance(node, Map | Cast):
+            return node.with_operands(self.read(o) for o in node.operands)
+        if any(isinstance(n, Contract) and n.batched for n in walk([node])):
+            raise _Unlike
+        self.captured.append(node)
+        self.names.append(Input(f"captured{len(self.names)}", node.shape, node.dtype))
+        return self.names[-1]
+
+    def _product(self, node: Node, under: Node) -> Node:
+        if node.shape != self.x.shape or self.product not in (None, under):
+            raise _Unlike
+        self.product = under
+        self.score = Input("s", node.shape, node.dtype)
+        return self.score
+
+
+def _is_position(node: Node) -> bool:
+    """Whether a node is a function of iotas, numbers and sizes alone."""
+    return all(
+        isinstance(n, Iota | Const | Size | Map | Cast | Reshape | Slice | Permute | Expand)
+        for n in walk([node])
+    )
+
+
+def _under_reshapes(node: Node) -> Node:
+    while isinstance(node, Reshape):
+        node = node.arg
+    return node
+
+
+def _between(node: Contract, product: Node) -> frozenset[Node]:
+    """The nodes that depend on the product of queries and keys, up to the weights."""
+    found: set[Node] = set()
+    for one in walk([node.lhs]):
+        if one is product or any(o in found for o in one.operands):
+            found.add(one)
+    return frozenset(found)
+
+
+def _operands(product: Contract, shape: Shape, node: Contract) -> tuple[Node, Node, Node]:
+    """q [B, H, S, d], k [B, G, T, d] and v [B, G, T, e]. Raises _Unlike."""
+    batch, heads, rows, _ = shape
+    k, v = product.rhs, transposed(node.rhs)
+    if k.rank != 4 or v.rank != 4 or k.shape[:3] != v.shape[:3] or k.shape[0] != batch:
+        raise _Unlike
+    try:
+        shared = heads // k.shape[1]
+    except DimError:
+        raise _Unlike from None
+    if product.lhs.shape != (batch, k.shape[1], shared * rows, k.shape[3]):
+        raise _Unlike
+    q, wanted = product.lhs, (batch, heads, rows, k.shape[3])
+    chain = [q]
+    while isinstance(q, Reshape):
+        q = q.arg
+        chain.append(q)
+    found = next((n for n in reversed(chain) if n.shape == wanted), None)
+    return (found or Reshape(product.lhs, wanted)), k, v
+
+
+def _result(
+    node: Node, shape: Shape, above: Mapping[Node, Sequence[Node]], roots: frozenset[Node]
+) -> tuple[Node, tuple[int, ...]]:
+    """The node that has the value [B, H, S, e] of a contraction, and the order of its axes."""
+    one, last = node, node
+    while one is not None:
+        last = one if one.shape == shape else last
+        after = above[one]
+        alone = len(after) == 1 and one not in roots
+        user = after[0] if alone and one is last else None
+        if isinstance(user, Permute) and user.order == TOKENS_FIRST:
+            return user, TOKENS_FIRST
+        one = after[0] if alone and isinstance(after[0], Reshape) else None
+    return last, HEADS_FIRST
+
+
+def _reshaped(node: Node, shape: Shape) -> Node:
+    return node if node.shape == shape else Reshape(node, shape)
