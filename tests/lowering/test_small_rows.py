@@ -58,7 +58,30 @@ def routed(x: T["M 4*D"], w: T["16 4*D"]):
     return coda.concat([sum(p[:, i, j][:, None] * s[j] for j in range(4)) for i in range(4)])
 
 
-BLOCKS = {sinkhorn: 8, in_logarithms: 8, every_reduction: 8, routed: 8, hyper_connections: 16}
+@coda.block
+def summed(x: T["M 4*D"], w: T["12 4*D"], g: T["4 D"]):
+    """Streams that are mixed by a sum of products, with a gain of each stream."""
+    p = coda.exp(x @ w.T).reshape("M 12 -> M 3 4 1")
+    s = x.reshape("M (4 D) -> M 1 4 D") * g
+    return coda.sum(p * s, axis=-2), coda.mean(x.reshape("M (4 D) -> M 4 D"), axis=-2)
+
+
+@coda.block
+def multiplied(x: T["M 4*D"], w: T["16 4*D"]):
+    """The same as a product of a small matrix for each row, twice."""
+    p = coda.softmax((x @ w.T).reshape("M 16 -> M 4 4"))
+    s = x.reshape("M (4 D) -> M 4 D")
+    return p @ s, p @ coda.silu(s)
+
+
+MIXED = {summed: 72, multiplied: 72}
+BLOCKS = {
+    sinkhorn: 8,
+    in_logarithms: 8,
+    every_reduction: 8,
+    routed: 8,
+    hyper_connections: 16,
+} | MIXED
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
@@ -69,7 +92,7 @@ def test_small_reductions_are_kernels_of_their_numbers_alone(block):
     assert rows == {"5"}, "no kernel has a row for each row of a small matrix"
 
 
-@pytest.mark.parametrize("block", [in_logarithms, routed, hyper_connections])
+@pytest.mark.parametrize("block", [in_logarithms, routed, hyper_connections, *MIXED])
 def test_gradients_of_small_rows(block):
     sizes = {"M": 5, "D": BLOCKS[block]}
     backward = check(block.graph, random_inputs(block.graph, sizes), sizes)
@@ -108,6 +131,20 @@ def test_columns_of_a_matrix_are_read_where_they_are(monkeypatch):
         monkeypatch.setattr(torch.Tensor, "contiguous", copy)
         run_kernels(program, inputs, sizes)
     assert not copied
+
+
+@pytest.mark.parametrize("block", MIXED, ids=lambda block: block.__name__)
+def test_sums_over_a_small_axis_are_spelled_out(block):
+    """One kernel reads each stream once; nothing is as large as the products that are summed."""
+    sizes = {"M": 8192, "D": 2048}
+    program = lower(block.graph, sizes)
+    assert [k.kind.name for k in program.kernels][:2] == ["gemm", "rows"]
+    assert len(program.kernels) == 2 + (block is multiplied)
+    x = 2 * 4 * sizes["M"] * sizes["D"]
+    written = sum(n.nbytes(sizes) for n in program.graph.roots)
+    assert hbm_bytes(program) <= 1.01 * (2 * x + written)
+    _, backward = block.lower_training("sm_90a", sizes)
+    assert not any(k.kind is TORCH for k in backward.kernels)
 
 
 def test_a_product_with_a_column_is_no_part_of_a_narrow_gemm():

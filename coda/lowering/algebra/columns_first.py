@@ -17,6 +17,7 @@ from coda.ir.graph import Cast, Graph, Map, Node, Reduce, Reshape, Size, transfo
 from coda.ir.monoids import MONOIDS
 from coda.ir.node import origin
 from coda.lowering.algebra.roles import as_defined, gemms, row_axes, squared_deviation
+from coda.lowering.algebra.small_sums import spell_small_sums
 
 
 def columns_first(graph: Graph, *, differentiated: bool = False) -> Graph:
@@ -38,7 +39,7 @@ def columns_first(graph: Graph, *, differentiated: bool = False) -> Graph:
                 return transform([as_defined(node)], change)[0]
             return _as_sum(node) if found is None else found.whole()
 
-    return graph.with_roots(transform(graph.roots, change))
+    return spell_small_sums(graph.with_roots(transform(graph.roots, change)), rows)
 
 
 @dataclass(frozen=True)
