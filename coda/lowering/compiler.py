@@ -219,7 +219,22 @@ def _chunk(graph: Graph, asked: Request) -> Parted:
 
 
 def _place(asked: Request, steps: list[LawApplication], bare: Bare, parted: Parted) -> Program:
-    """Place the nodes of a graph in normal form, and build the Program."""
+    """Place the nodes of a graph in normal form, and build the Program.
+
+    Where small reductions have kernels of their numbers alone, it is the cheaper of two Programs,
+    with such kernels and without.
+    """
+    program, has_small = _placed(asked, steps, bare, parted, small=True)
+    if not has_small:
+        return program
+    other, _ = _placed(asked, steps, bare, parted, small=False)
+    return other if price(configure(other)).undercuts(price(configure(program))) else program
+
+
+def _placed(
+    asked: Request, steps: list[LawApplication], bare: Bare, parted: Parted, *, small: bool
+) -> tuple[Program, bool]:
+    """A Program, with kernels of a few numbers of each row or without; whether it can have some."""
     policy = asked.policy
     placed = Partition(
         parted.graph,
@@ -229,8 +244,9 @@ def _place(asked: Request, steps: list[LawApplication], bare: Bare, parted: Part
         policy.per_call,
         parted.part_of,
         bare,
+        small=small,
     )
-    return build(
+    program = build(
         placed.run(),
         asked.graph,
         target=asked.target,
@@ -239,6 +255,7 @@ def _place(asked: Request, steps: list[LawApplication], bare: Bare, parted: Part
         steps=steps,
         cuts=parted.cuts,
     )
+    return program, any(map(placed.reduces_few, walk(parted.graph.roots)))
 
 
 def _order(program: Program) -> Program:

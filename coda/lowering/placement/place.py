@@ -65,6 +65,8 @@ NEAR = 4  # row-wise kernels before a node's operands that are tried
 class Partition(SmallRows):
     """The placement of a graph: `run` places all nodes."""
 
+    small: bool = True
+
     def run(self) -> Partition:
         """Place every node, and make outputs and operands of contractions loadable."""
         nodes = fewer_rows_first(in_order(self.graph.roots))

@@ -24,7 +24,13 @@ MOST_REDUCED = 8  # numbers that are reduced together
 
 
 class SmallRows(Reach, ABC):
-    """What places functions of a few numbers of each row."""
+    """What places functions of a few numbers of each row.
+
+    Attributes:
+        small: whether there are such kernels.
+    """
+
+    small: bool
 
     def small_first(self, nodes: Sequence[Node]) -> list[Node]:
         """The same order, but for small reductions and what they depend on, which come first."""
@@ -34,7 +40,8 @@ class SmallRows(Reach, ABC):
 
     def reduces_few(self, node: Node) -> bool:
         """Whether a node reduces a small axis of a few numbers of each row, in several groups."""
-        if not isinstance(node, Reduce) or node in self.weights or self.rows == ONE:
+        possible = self.small and self.rows != ONE and node not in self.weights
+        if not (possible and isinstance(node, Reduce)):
             return False
         shape = node.arg.shape
         leads = [i for i in range(len(shape)) if product(shape[:i]) == self.rows]
