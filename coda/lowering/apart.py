@@ -10,11 +10,16 @@ Launches and bytes are certain, and times are modelled: an epilogue leaves its G
 saves more than the model's error on the GEMM. An estimate says which GEMMs are worth another
 lowering, with a kernel for the rest that reads and writes each tensor once; the price of the whole
 Program decides.
+
+In the end no Program costs more than its block with all GEMMs bare: where the kernels that a
+compiler without epilogues makes (`program/baseline.py`) would take less time or have the lower
+price, the block is lowered with all GEMMs bare, too, and the cheaper Program is kept. Where GEMMs
+have fewer tiles than SMs, the model of an epilogue's time does not hold: it decides nothing there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -22,38 +27,56 @@ from typing import Any
 from coda.ir.dims import product
 from coda.ir.graph import Contract, Node
 from coda.lowering.algebra.equivalence import kinds
-from coda.lowering.program.cost import kernel_time, memory_bytes, tensor_traffic
+from coda.lowering.program.baseline import unfused_price
+from coda.lowering.program.cost import memory_bytes, tensor_traffic
 from coda.lowering.program.groups import is_free
-from coda.lowering.program.kernel import Kernel
-from coda.lowering.program.price import MOVES, price
+from coda.lowering.program.kernel import Kernel, Kind
+from coda.lowering.program.price import MOVES, Price, price, price_of
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
 from coda.lowering.program.time import Sketch, Time, roofline, total
 
 Bare = Mapping[Node, str]  # contraction whose GEMM stores its accumulator alone -> why
 NO_BARE: Bare = MappingProxyType({})
+NOTHING = Price(Time(0.0), 0, 0)
+DEARER = "its GEMM stores its accumulator alone: what fits in epilogues would cost more in all"
 TILE = 128 * 64  # elements of the smallest tile in use
 
 
-def separate(best: Program, lowered: Callable[[Bare], Program | None]) -> Program:
+def separate(
+    best: Program,
+    lowered: Callable[[Bare], Program | None],
+    kind_of: Callable[[Contract], Kind],
+) -> Program:
     """A Program, or a cheaper one in which some GEMMs store their accumulators alone.
 
     Args:
         best: the cheapest Program with all that fits in the epilogues of GEMMs.
+        kind_of: contraction -> the kind of kernel that computes it from memory.
         lowered: GEMMs' contractions -> the same lowering with these GEMMs bare; None if it is
             known not to be cheaper.
     """
-    least, bare, tried = price(best), dict[Node, str](), set[tuple[int, ...]]()
-    while new := [c for c in candidates(best) if c.key not in tried]:
+    bare, tried = dict[Node, str](), set[tuple[int, ...]]()
+    prices = [price_of(best, [k]) for k in best.kernels]
+    while new := [c for c in candidates(best, prices) if c.key not in tried]:
         one = new[0]
         tried.add(one.key)
         program = lowered({**bare, **one.bare})
         if program is None:
             continue
-        found = price(program)
+        least, found = price(best), price(program)
         if found.undercuts(least) and least.seconds - found.seconds > MOVES * one.seconds:
-            best, least, bare = program, found, {**bare, **one.bare}
-    return best
+            best, bare = program, {**bare, **one.bare}
+            prices = [price_of(best, [k]) for k in best.kernels]
+    gemms = [k for k in best.kernels if k.kind.tiled]
+    if not any(_fuses(best, k) for k in gemms):
+        return best
+    own, unfused = sum(prices, NOTHING), unfused_price(best, kind_of)
+    if unfused.seconds >= own.seconds and not unfused.undercuts(own):
+        return best
+    program = lowered(dict.fromkeys((n for k in gemms for n in _contracts(k)), DEARER))
+    cheaper = program is not None and price(program).undercuts(price(best))
+    return program if program is not None and cheaper else best
 
 
 @dataclass
@@ -71,9 +94,9 @@ class Candidate:
     seconds: float = 0.0
 
 
-def candidates(program: Program) -> list[Candidate]:
-    """The GEMMs that are estimated to cost less bare."""
-    cheaper = list(_cheaper(program))
+def candidates(program: Program, prices: Iterable[Price]) -> list[Candidate]:
+    """The GEMMs of a Program, whose kernels have these prices, estimated to cost less bare."""
+    cheaper = list(_cheaper(program, prices))
     alike = kinds(program.normal.roots) if cheaper else {}
     found: dict[tuple[int, ...], Candidate] = {}
     for contracts, fused, bare in cheaper:
@@ -84,11 +107,13 @@ def candidates(program: Program) -> list[Candidate]:
     return list(found.values())
 
 
-def _cheaper(program: Program) -> Iterator[tuple[tuple[Contract, ...], float, float]]:
+def _cheaper(
+    program: Program, prices: Iterable[Price]
+) -> Iterator[tuple[tuple[Contract, ...], float, float]]:
     """(contractions, seconds, seconds apart) of each GEMM that is estimated to cost less bare."""
-    for kernel in program.kernels:
-        if kernel.kind.tiled and any(map(_is_rest, kernel.nodes)) and _fills(program, kernel):
-            fused = kernel_time(program, kernel).seconds
+    for kernel, own in zip(program.kernels, prices, strict=True):
+        if _fuses(program, kernel):
+            fused = own.seconds
             for time in (roofline, kernel.kind.sketched):  # a bound is quick, and most often enough
                 bare = apart(program, kernel, time).seconds
                 if bare >= (1 - MOVES) * fused:
@@ -118,10 +143,14 @@ def apart(program: Program, kernel: Kernel[Any], time: Callable[[Sketch, Target]
     return total((bare, after))
 
 
-def _fills(program: Program, kernel: Kernel[Any]) -> bool:
-    """Whether each SM has a tile of the GEMM, as the model of an epilogue's time assumes."""
+def _fuses(program: Program, kernel: Kernel[Any]) -> bool:
+    """Whether a kernel is a GEMM with an epilogue, and each SM has a tile of it.
+
+    The model of an epilogue's time assumes that all SMs are in it at once.
+    """
     rows, columns = kernel.mainloop.points(program.sizes)
-    return rows * columns >= TILE * program.target.multiprocessors
+    filled = rows * columns >= TILE * program.target.multiprocessors
+    return kernel.kind.tiled and filled and any(map(_is_rest, kernel.nodes))
 
 
 def _contracts(kernel: Kernel[Any]) -> tuple[Contract, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 
 from coda import kernels
@@ -35,6 +35,7 @@ from coda.lowering.placement.build import build, numbered
 from coda.lowering.placement.place import Partition
 from coda.lowering.program.bound import least_price
 from coda.lowering.program.factor import factor
+from coda.lowering.program.kernel import Kind
 from coda.lowering.program.memory import plan_memory, soonest_freed
 from coda.lowering.program.price import Price, price
 from coda.lowering.program.program import Program
@@ -51,6 +52,12 @@ class Request:
     target: Target
     frozen: bool
     policy: MemoryPolicy
+
+    @cached_property
+    def known(self) -> dict[str, int]:
+        """The sizes of symbols that are compiled in: of all but tokens."""
+        tokens = row_symbols(walk(self.graph.roots))
+        return {s: n for s, n in self.sizes.items() if s not in tokens}
 
 
 def lower(
@@ -86,7 +93,7 @@ def lower(
         def lowered(accept: Accept, below: Price | None, bare: Bare) -> Program | None:
             return run_stages(asked, accept, record.trial(), below=below, bare=bare)
 
-        return record.keep(decide(graph, lowered))
+        return record.keep(decide(graph, lowered, partial(_kind_of, asked)))
 
 
 def request(
@@ -159,7 +166,9 @@ def run_stage(name: str, asked: Request) -> Value:
 
 
 def decide(
-    graph: Graph, lowered: Callable[[Accept, Price | None, Bare], Program | None]
+    graph: Graph,
+    lowered: Callable[[Accept, Price | None, Bare], Program | None],
+    kind_of: Callable[[Contract], Kind],
 ) -> Program:
     """The cheapest Program over all choices, which are decided greedily in order of occurrence.
 
@@ -168,6 +177,7 @@ def decide(
     Args:
         graph: the block.
         lowered: (accept, below, bare) -> Program or None, as `run_stages`.
+        kind_of: contraction -> the kind of kernel that computes it from memory.
     """
     chosen: set[tuple[int, ...]] = set()
     candidates: list[tuple[int, ...]] = []
@@ -191,7 +201,12 @@ def decide(
             best, least = program, found
         else:
             chosen.discard(key)
-    return separate(best, partial(lowered, accept, None))
+    return separate(best, partial(lowered, accept, None), kind_of)
+
+
+def _kind_of(asked: Request, node: Contract) -> Kind:
+    """The kind of kernel that computes a contraction from memory."""
+    return next(k for k in kernels.KINDS if not k.refuses(node, asked.known))
 
 
 def _may_undercut(asked: Request, graph: Graph, below: Price) -> bool:

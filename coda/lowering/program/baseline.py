@@ -6,15 +6,21 @@
 Contractions that share an activation take the better of one GEMM and of several. The same is said
 of a kernel: cuBLAS for its contractions, and one more kernel for all else that it computes, which
 reads what they wrote.
+
+`unfused_price` is the same by coda's own models: bare GEMMs of the kinds that would compute them,
+and kernels that move each tensor once. Programs are held to it, part by part, as to each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from coda.ir.dims import product
-from coda.ir.graph import Contract, Graph, Node, walk
+from coda.ir.dims import ONE, product
+from coda.ir.graph import Contract, Graph, Map, Node, Reduce, walk
+from coda.ir.scalars import SCALARS
+from coda.ir.types import f32
+from coda.lowering.algebra.roles import summand
 from coda.lowering.program.cost import (
     memory_bytes,
     pointwise_fused,
@@ -22,9 +28,13 @@ from coda.lowering.program.cost import (
     tensor_traffic,
 )
 from coda.lowering.program.cublas import RATES, cublas_seconds
-from coda.lowering.program.groups import is_free
-from coda.lowering.program.kernel import Kernel
+from coda.lowering.program.groups import FusedGroup, groups, is_free
+from coda.lowering.program.kernel import Kernel, Kind
+from coda.lowering.program.price import Price
 from coda.lowering.program.program import Program
+from coda.lowering.program.time import Sketch, Time, overlapped
+
+MOVES = 2  # instructions for each element that is loaded or stored, beside its functions
 
 
 def baseline_seconds(graph: Graph, program: Program) -> float | None:
@@ -37,6 +47,85 @@ def baseline_seconds(graph: Graph, program: Program) -> float | None:
     return (
         _gemms(contracts, program) + rest.launches * rates.ramp + rest.hbm_bytes / rates.bandwidth
     )
+
+
+def unfused_price(program: Program, kind_of: Callable[[Contract], Kind]) -> Price:
+    """The price of a Program's block as bare GEMMs, and the kernels of all else (`groups`).
+
+    Numbers of a row or of a column are float32 there, as in coda's kernels; and of a reduction over
+    rows each multiprocessor writes a partial of the rows that it has.
+
+    Args:
+        program: a Program of the block.
+        kind_of: contraction -> the kind of kernel that computes it from memory.
+    """
+    sizes, target, weights = program.sizes, program.target, set(program.prepared.values())
+    activations: dict[Node, list[Contract]] = {}
+    for node in walk(program.graph.roots):
+        if isinstance(node, Contract) and node not in weights:
+            activations.setdefault(node.lhs, []).append(node)
+    found = Price(Time(0.0), 0, 0)
+    for few in activations.values():
+        found += _cheaper_of(few, program, kind_of)
+    for group in groups(program.graph, sizes):
+        moved = sum(_kept_bytes(n, program) for n in (*group.reads, *group.writes))
+        moved += sum(_partial_bytes(n, program) for n in (*group.parts, *group.folds))
+        work, memory = _issued(group, program), moved / target.rates.bandwidth
+        time = Time(target.rates.ramp, work, memory=overlapped(work, memory) - work)
+        found += Price(time, moved, 1)
+    return found
+
+
+def _issued(group: FusedGroup, program: Program) -> float:
+    """Seconds in which the SMs issue a kernel's instructions, as row-wise kernels are modelled."""
+    sizes, rates = program.sizes, program.target.rates
+    wide = (*group.reads, *group.writes)
+    issued = MOVES * sum(product(n.shape).size(sizes) for n in wide)
+    special = 0.0
+    for node in group.nodes:
+        if isinstance(node, Reduce):
+            issued += product(node.arg.shape).size(sizes)
+        elif isinstance(node, Map):
+            points, row = product(node.shape).size(sizes), SCALARS[node.fn]
+            issued, special = issued + points * row.flops, special + points * row.special
+    return max(issued / rates.issue, special / rates.special) / program.target.multiprocessors
+
+
+def _cheaper_of(
+    contracts: list[Contract], program: Program, kind_of: Callable[[Contract], Kind]
+) -> Price:
+    """The price of contractions of one activation: as one bare GEMM, or one each."""
+
+    def bare(few: list[Contract]) -> Price:
+        read = few[0].lhs.nbytes(program.sizes) + sum(c.rhs.nbytes(program.sizes) for c in few)
+        made = sum(c.nbytes(program.sizes) for c in few)
+        (count, m, _, k), *_ = problems = [_problem(c, program) for c in few]
+        problem = count * m, sum(n for _, _, n, _ in problems), k
+        sketch = Sketch(problem, few[0].lhs.dtype.bits, read, made)
+        return Price(kind_of(few[0]).sketched(sketch, program.target), read + made, 1)
+
+    first, *others = (bare([c]) for c in contracts)
+    apart = sum(others, first)
+    if not others or contracts[0].batched:
+        return apart
+    together = bare(contracts)
+    return together if together.undercuts(apart) else apart
+
+
+def _kept_bytes(node: Node, program: Program) -> int:
+    """Bytes of a tensor as coda keeps it: float32, if it has a number for each row or column."""
+    own = node.nbytes(program.sizes)
+    narrow = product(node.shape) in node.shape or product(node.shape) == ONE
+    if not (narrow and node.dtype.kind == "float"):
+        return own
+    return max(own, f32.nbytes(product(node.shape).size(program.sizes)))
+
+
+def _partial_bytes(node: Reduce, program: Program) -> int:
+    """Bytes of the partials of a reduction over rows."""
+    results, rows = product(node.shape).size(program.sizes), summand(node).shape[:-1]
+    parts = min(program.target.multiprocessors, product(rows).size(program.sizes))
+    return f32.nbytes(results * parts)
 
 
 def kernel_baseline(program: Program, kernel: Kernel[Any]) -> float | None:
