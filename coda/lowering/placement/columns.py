@@ -200,6 +200,8 @@ class Space(SpaceState):
         if -found.axis <= columns:
             shape = (1,) * (columns + found.axis) + (self.size(found.size),)
             return self._source(shape + (1,) * (-found.axis - 1), node)
+        if found.size == ONE:
+            return self.at((1,) * columns, Literal(float(found.first)), None)
         axes = node.shape[: node.rank - columns] if columns else node.shape
         fitting = [axes] if product(axes) == self.rows else [*self.leads]
         fitting = [lead for lead in fitting if broadcast(axes, lead) == lead]
