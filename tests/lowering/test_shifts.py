@@ -125,3 +125,19 @@ def test_kernels_and_gradients_of_shifted_rows(block, width, arch):
         if width % 8:
             return  # sums of so few elements say little of their errors
         hold(measure_gradients(block, block.graph, inputs, "sim", dims=sizes), spread=1.0)
+
+
+def test_halves_of_rows_of_two_columns():
+    """Half of the rows has as many elements as there are rows: its gradient is still rows."""
+
+    @coda.block
+    def halves(x: T["8 2", coda.f32], w: T["2 2", coda.f32]):
+        y = x @ w
+        return y[:4] * coda.sigmoid(y[4:])
+
+    x, w = (t.requires_grad_() for t in (torch.randn(8, 2), torch.randn(2, 2)))
+    y = x @ w
+    expected = torch.autograd.grad((y[:4] * torch.sigmoid(y[4:])).sum(), (x, w))
+    found = torch.autograd.grad(halves(x, w, backend="reference").sum(), (x, w))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -71,6 +71,8 @@ class Materialisation(Admission, ABC):
 
         Parts are columns or, with `stacked`, rows. False if some part cannot be written so.
         """
+        if not stacked and node.axis != -1:
+            return False
         parts = [self.storage(a) for a in flat(node)]
         whole = [
             product(p.shape) == product(a.shape) and keeps_order(a, p)
