@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coda.ir.scalar import Cotangents, Scalar, Term
+from coda.ir.scalars_of_torch import ROWS
 from coda.ir.types import DType, bf16, e4m3, e5m2, f16, f32
 
 
@@ -406,7 +407,7 @@ def _cast(dtype: DType) -> Scalar:
 _ROUNDINGS = tuple(_rounding(d) for d in (bf16, f16, e4m3, e5m2))
 _CASTS = tuple(_cast(d) for d in (bf16, f16, f32, e4m3, e5m2))
 _PAIR = Scalar("pair", 2, _pair, flops=0, result="pair", exact=True)
-SCALARS: dict[str, Scalar] = {row.name: row for row in (*_ROWS, *_ROUNDINGS, *_CASTS, _PAIR)}
+SCALARS: dict[str, Scalar] = {row.name: row for row in (*_ROWS, *ROWS, *_ROUNDINGS, *_CASTS, _PAIR)}
 
 
 def _named(is_it: Callable[[Scalar], bool]) -> str:

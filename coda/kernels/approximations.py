@@ -118,3 +118,14 @@ def rotated(x: Any, quarter: int) -> Any:
     c = cute.math.fma(z * z, c, cute.math.fma(z, Float32(-0.5), Float32(1.0)))
     y = cutlass.select_((number & Int32(1)) == Int32(1), c, s)
     return cutlass.select_((number & Int32(2)) == Int32(2), -y, y)
+
+
+def hypot_of(x: Any, y: Any) -> Any:
+    """sqrt(x² + y²) = l sqrt(1 + (s / l)²) of the larger l; infinite if either is."""
+    x, y = cute.math.abs(x), cute.math.abs(y)
+    large, small = cutlass.select_(x > y, x, y), cutlass.select_(x > y, y, x)
+    ratio = small / large
+    found = large * cute.math.sqrt(Float32(1.0) + ratio * ratio)
+    found = cutlass.select_(large == Float32(0.0), large + small, found)
+    infinite = (x == Float32(math.inf)) | (y == Float32(math.inf))
+    return cutlass.select_(infinite, Float32(math.inf), found)

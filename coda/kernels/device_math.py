@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import cutlass
@@ -17,7 +18,7 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from quack.epilogue.math import F2, pack, unpack
 
-from coda.kernels.approximations import expm1_of, log1p_of, rotated
+from coda.kernels.approximations import expm1_of, hypot_of, log1p_of, rotated
 
 __all__ = ["pack", "unpack"]
 _TYPES = {
@@ -238,6 +239,21 @@ def erfc(a: Any) -> Any:
 def atan2(a: Any, b: Any) -> Any:
     """The angle of the point (b, a) in radians, from -π to π."""
     return lanes(lambda y, x: cute.math.atan2(y, x), _f(a), _f(b))
+
+
+asin, acos, atanh = (partial(lanes, f) for f in (cute.math.asin, cute.math.acos, cute.math.atanh))
+sinh, cosh, asinh = (partial(lanes, f) for f in (cute.math.sinh, cute.math.cosh, cute.math.asinh))
+acosh = partial(lanes, cute.math.acosh)
+
+
+def hypot(a: Any, b: Any) -> Any:
+    """sqrt(a² + b²) without overflow; infinite if either is."""
+    return lanes(hypot_of, _f(a), _f(b))
+
+
+def fmod(a: Any, b: Any) -> Any:
+    """What is left of a after whole multiples of b, with the sign of a; exact."""
+    return lanes(lambda x, y: x % y, _f(a), _f(b))
 
 
 def floor(a: Any) -> Any:

@@ -71,7 +71,10 @@ PLAIN = (
     aten.isinf.default, aten.isfinite.default, aten.erfc.default, aten.log2.default,
     aten.log10.default, aten.tan.default, aten.atan.default, aten.deg2rad.default,
     aten.rad2deg.default, aten.special_ndtr.default,
-    aten.logical_not.default,
+    aten.logical_not.default, aten.asin.default, aten.acos.default, aten.sinh.default,
+    aten.cosh.default, aten.asinh.default, aten.acosh.default, aten.atanh.default,
+    aten.signbit.default, aten.sinc.default, aten.isposinf.default,
+    aten.isneginf.default,
 )  # fmt: skip
 SOFTMAXES = (
     aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default,
@@ -95,6 +98,9 @@ OF_ONE = {
     aten.hardshrink.default: [(), (0.3,)],
     aten.softshrink.default: [(), (0.3,)],
     aten.threshold.default: [(0.1, 0.3)],
+    aten.fmod.Scalar: [(0.3,), (-2.0,), (0.0,), (math.inf,)],
+    aten.remainder.Scalar: [(0.3,), (-2.0,), (0.0,), (math.inf,)],
+    aten.copysign.Scalar: [(0.3,), (-0.0,)],
     aten.add.Scalar: [(0.1,), (math.inf,), (1, 2)],
     aten.sub.Scalar: [(0.1,), (1, 2)],
     aten.mul.Scalar: [(0.1,), (0.0,), (math.inf,)],
@@ -117,10 +123,26 @@ OF_TWO = {
             aten.fmin.default, aten.atan2.default, aten.pow.Tensor_Tensor,
             aten.clamp_min.Tensor,
             aten.clamp_max.Tensor, aten.true_divide.Tensor,
+            aten.fmod.Tensor, aten.remainder.Tensor,
+            aten.copysign.Tensor, aten.hypot.default, aten.logaddexp.default,
+            aten.logaddexp2.default, aten.xlogy.Tensor, aten.special_xlog1py.default,
             aten.logical_and.default, aten.logical_or.default, aten.logical_xor.default,
         ),
         None,
     ),
+    aten.div.Tensor_mode: lambda op, x, y: op(x, y, rounding_mode="floor")
+    * op(x, y, rounding_mode="trunc"),
+    aten.div.Scalar_mode: lambda op, x, y: op(x, -0.3, rounding_mode="floor") + y,
+    aten.floor_divide.default: lambda op, x, y: op(x.detach(), y.detach()) * x,
+    aten.floor_divide.Scalar: lambda op, x, y: op(x.detach(), -0.3) * y,
+    aten.heaviside.default: lambda op, x, y: op(x.detach(), y.detach()) * x,
+    aten.remainder.Scalar_Tensor: lambda op, x, y: op(2.0, x.detach()) + y,
+    aten.ldexp.Tensor: lambda op, x, y: op(x, y),
+    aten.dot.default: lambda op, x, y: op(x[4, :5], y[4, :5]),
+    aten.vdot.default: lambda op, x, y: op(x[4, :5], y[4, :5]),
+    aten.addr.default: lambda op, x, y: op(x, x[0], y[0], beta=0.5),
+    aten.dist.default: lambda op, x, y: op(x[4:6, 1:4], y[4:6, 1:4]),
+    aten.binary_cross_entropy_with_logits.default: lambda op, x, y: op(x, y, None, None, 0),
     aten.addcdiv.default: lambda op, x, y: op(x, y, y + 3.0, value=0.3),
     aten.lerp.Scalar: lambda op, x, y: op(x, y, 0.3),
     aten.lerp.Tensor: lambda op, x, y: op(x, y, y * 0.3),
@@ -207,6 +229,7 @@ OF_ROWS |= {
     aten.cumsum.default: lambda op, x: op(x[7:], 0),
     aten.index.Tensor: lambda op, x, labels: op(x, [labels[:4], labels[4:8]]),
     aten.gather.default: lambda op, x, labels: op(op(x, 1, labels[:, None]), 0, labels[:, None]),
+    aten.take.default: lambda op, x, labels: op(x, labels),
     aten.index_select.default: lambda op, x, labels: op(x, 1, labels[:3]),
 }
 # What moves elements, or only their types.
@@ -225,6 +248,11 @@ OF_WHOLES = {
     aten.tril.default: lambda op, x: op(x, 1),
     aten.triu.default: lambda op, x: op(x, -1),
     aten.roll.default: lambda op, x: op(x, [3, -1], [1, 0]),
+    aten.rot90.default: lambda op, x: op(x, 1, [0, 1]),
+    aten.pixel_shuffle.default: lambda op, x: op(x[:8].reshape(1, 4, 2, 8), 2),
+    aten.pixel_unshuffle.default: lambda op, x: op(x[:8].reshape(1, 1, 8, 8), 2),
+    aten.channel_shuffle.default: lambda op, x: op(x[:8].reshape(1, 4, 2, 8), 2),
+    aten.narrow_copy.default: lambda op, x: op(x, 1, 2, 3),
     aten.flip.default: lambda op, x: op(x, [0, 1]),
     aten.repeat.default: lambda op, x: op(x, [2, 1, 3]),
     aten.constant_pad_nd.default: lambda op, x: op(x, [1, -2, 0, 3], 0.1),
@@ -297,8 +325,40 @@ CHOICES = {
 }  # fmt: skip
 
 
+def finite_first(dtype):
+    """Pairs whose first number is finite, and whose second is a number."""
+    x, y = pairs(dtype)
+    return x.nan_to_num(0.5, 2.0, -2.0), y.nan_to_num(0.5, math.inf, -math.inf)
+
+
+def few_of(dtype):
+    """Numbers whose products with π and with each other are finite."""
+    return edges(dtype).clamp(-1e3, 1e3)
+
+
+def inside(dtype):
+    """Pairs of which no logarithm is infinite where it is multiplied by 0."""
+    x, y = pairs(dtype)
+    return x, torch.where((x == 0) & ((y == 0) | (y == -1) | (y == math.inf)), 0.5, y)
+
+
 # Where torch's own number is one of several: what is left out of the values, and why.
 TAME = {
+    # Of an infinite dividend torch's derivative is NaN, or infinite; a NaN's sign is no one's.
+    (aten.remainder.Tensor,): finite_first,
+    (aten.copysign.Tensor,): finite_first,
+    # Of an infinite angle there is no sine.
+    (aten.sinc.default,): few_of,
+    # A derivative is infinite or NaN where the value is 0.
+    (aten.xlogy.Tensor,): inside,
+    (aten.special_xlog1py.default,): inside,
+    **{
+        (aten.copysign.Scalar, n): lambda dtype: edges(dtype).nan_to_num(0.5).clamp(-60, 60)
+        for n in (0.3, -0.0)
+    },
+    # The remainder of a number of 10³⁸ is in torch's vectors that of another.
+    (aten.fmod.Scalar, 0.3): lambda dtype: edges(dtype).clamp(-60, 60),
+    (aten.remainder.Scalar, 0.3): lambda dtype: edges(dtype).clamp(-60, 60),
     # Below 0 there is no value; of -0 and -inf torch takes the other side of the pole.
     (aten.pow.Tensor_Scalar, -0.5): lambda dtype: edges(dtype).abs(),
     # d · x overflows at the largest number before it meets the other's derivative, which is 0.
@@ -329,7 +389,7 @@ def cases():
             yield op, f"{op} {given}", fn, lambda dtype, made=made: [made(dtype)]
     for op, written in OF_TWO.items():
         fn = lambda x, y, op=op, w=written: w(op, x, y) if w else op(x, y)  # noqa: E731
-        yield op, str(op), fn, pairs
+        yield op, str(op), fn, TAME.get((op,), pairs)
     for table, made in ((OF_ROWS, rows), (OF_WHOLES, edges)):
         for op, written in table.items():
             more = [LABELS] if written.__code__.co_argcount == 3 else []

@@ -13,11 +13,11 @@ import torch
 
 from coda.frontend import ops
 from coda.frontend.tensor import Tensor
-from coda.frontend.torch_import.aten import refuse
+from coda.frontend.torch_import.aten import cast, refuse
 from coda.frontend.torch_import.aten_reductions import last, reshaped
 from coda.frontend.torch_import.rules import OperatorRules, Result
 from coda.ir.dims import ONE, Dim, product
-from coda.ir.graph import Cast, Const, Expand
+from coda.ir.graph import Const, Expand
 from coda.ir.types import DType, i64
 
 aten = torch.ops.aten
@@ -35,6 +35,8 @@ def _known(x: Tensor, axis: int) -> int:
 def _taken(x: Tensor, axis: int, index: Tensor) -> Tensor:
     """Slices of an axis at an index, whose axes take the place of that axis."""
     at = axis % x.ndim
+    if any(d == Dim.of(0) for d in (*x.shape, *index.shape)):
+        raise refuse("a tensor without elements")
     front = ops.take(x.permute(at, *(i for i in range(x.ndim) if i != at)), index)
     order = [*range(index.ndim, index.ndim + at), *range(index.ndim)]
     return front.permute(*order, *range(index.ndim + at, front.ndim))
@@ -67,7 +69,7 @@ def _index(result: Result, x: Tensor, indices: Sequence[Tensor | None]) -> Tenso
         assert index is not None
         if index.dtype.kind != "int":
             raise refuse("an index of booleans: the size of its result depends on values")
-        wide = Tensor(Cast(index.node, i64))
+        wide = cast(index, i64)
         flat = flat * size + ops.where(wide < 0, wide + size, wide)
     joined = product(x.shape[a] for a in places)
     shape = (*x.shape[: places[0]], joined, *x.shape[places[-1] + 1 :])
@@ -89,9 +91,10 @@ def _gather(
         found = ops.pick(rows, places.reshape(*places.shape[:-1]))
     else:
         width, count = _known(rows, -1), product(rows.shape[:-1])
-        start = ops.iota(count, i64).reshape(*rows.shape[:-1], 1) * width
-        wide = Tensor(Cast(places.node, i64))
-        found = ops.take(rows.reshape(count * width), start + wide)
+        wide = cast(places, i64)
+        if count != ONE:
+            wide = ops.iota(count, i64).reshape(*rows.shape[:-1], 1) * width + wide
+        found = ops.take(rows.reshape(count * width), wide)
     order = list(range(x.ndim - 1))
     order.insert(at, x.ndim - 1)
     return found.permute(*order)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from coda.frontend import ops
-from coda.frontend.tensor import Tensor
+from coda.frontend.tensor import Tensor, apply
 from coda.frontend.torch_import.aten import cast, condition, numbers, refuse, wide
 from coda.frontend.torch_import.rules import OperatorRules, Result, Rule
 from coda.ir.dims import ONE, product
@@ -47,6 +48,83 @@ def _nan_to_num(x: Tensor, nan: Any = None, above: Any = None, below: Any = None
     return ops.where(x == x, bounded, 0.0 if nan is None else nan)
 
 
+# Signs, and what is left of a division.
+
+
+def _is_negative(x: Any) -> Tensor:
+    """Whether a number has a sign, as -0 has."""
+    if not isinstance(x, Tensor):
+        raise refuse("a sign of a number")
+    return ops.where(x == 0.0, 1.0 / x, x) < 0.0
+
+
+def _copysign(x: Any, y: Any) -> Tensor:
+    size = ops.abs(x) if isinstance(x, Tensor) else abs(x)
+    if not isinstance(y, Tensor):
+        return -size if math.copysign(1.0, y) < 0 else size
+    return ops.where(_is_negative(y), -size, size)
+
+
+def _sinc(x: Tensor) -> Tensor:
+    """sin(π x) / (π x), near 0 by its series: in the derivative the two terms cancel there."""
+    near = ops.abs(x) < 1e-3
+    angle = ops.where(near, 1.0, x) * math.pi
+    series = 1.0 - ops.square(ops.where(near, x, 0.0)) * (math.pi**2 / 6.0)
+    return ops.where(near, series, ops.sin(angle) / angle)
+
+
+def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    alike = (x == y) & (ops.abs(x) == math.inf)
+    most, least = ops.maximum(x, y), ops.minimum(x, y)
+    return ops.where(alike, x, most + ops.log1p(ops.exp(least - most)))
+
+
+def _xlogy(x: Tensor, y: Tensor, log: Callable[[Tensor], Tensor], pole: float) -> Tensor:
+    """x · log y, 0 where x is 0 and log y is no number."""
+    nowhere = (x == 0.0) & ((y <= pole) | (y == math.inf))
+    return x * log(ops.where(nowhere, pole + 1.0, y))
+
+
+def _remainder(x: Any, y: Any) -> Tensor:
+    """What is left of x after whole multiples of y, with the sign of y."""
+    left = apply("fmod", x, y)
+    if isinstance(y, Tensor):
+        other = (left < 0.0) ^ (y < 0.0)
+    else:
+        other = left > 0.0 if y < 0 else left < 0.0
+    return ops.where((left != 0.0) & other, left + y, left)
+
+
+def _floor_divide(x: Any, y: Any) -> Tensor:
+    """The floor of x / y as torch has it: of the exact quotient, but of x / 0."""
+    left = apply("fmod", x, y)
+    quotient = (x - left) / y
+    quotient = ops.where(_remainder(x, y) != left, quotient - 1.0, quotient)
+    whole = ops.floor(quotient)
+    whole = ops.where(quotient - whole > 0.5, whole + 1.0, whole)
+    whole = ops.where(quotient == 0.0, _copysign(0.0, x / y), whole)
+    is_zero = y == 0.0
+    if isinstance(is_zero, bool):
+        return x / y if is_zero else whole
+    return ops.where(is_zero, x / y, whole)
+
+
+@rule(aten.div.Tensor_mode, aten.div.Scalar_mode)
+def _div_mode(result: Result, x: Any, y: Any, *, rounding_mode: str | None = None) -> Tensor:
+    x, y = (wide(v) if isinstance(v, Tensor) else v for v in numbers(result, x, y))
+    if rounding_mode is None:
+        return cast(x / y, result.dtype)
+    found = ops.trunc(x / y) if rounding_mode == "trunc" else _floor_divide(x, y)
+    return cast(ops.stop_gradient(found), result.dtype)
+
+
+@rule(aten.heaviside.default)
+def _heaviside(result: Result, x: Tensor, at_zero: Tensor) -> Tensor:
+    x, at_zero = numbers(result, x, at_zero)
+    above = cast(ops.where(x > 0.0, 1.0, 0.0), x.dtype)
+    return ops.stop_gradient(ops.where(x == 0.0, at_zero, above))
+
+
 for _operator, _one in (
     (aten.floor.default, ops.floor),
     (aten.ceil.default, ops.ceil),
@@ -69,8 +147,33 @@ for _operator, _one in (
     (aten.tan.default, lambda x: ops.sin(x) / ops.cos(x)),
     (aten.atan.default, lambda x: ops.atan2(x, 1.0)),
     (aten.atan2.default, ops.atan2),
+    (aten.hypot.default, lambda x, y: apply("hypot", x, y)),
+    (aten.fmod.Tensor, lambda x, y: apply("fmod", x, y)),
+    (aten.fmod.Scalar, lambda x, y: apply("fmod", x, y)),
+    (aten.remainder.Tensor, lambda x, y: _remainder(x, y)),
+    (aten.remainder.Scalar, lambda x, y: _remainder(x, y)),
+    (aten.remainder.Scalar_Tensor, lambda x, y: _remainder(x, y)),
+    (aten.floor_divide.default, lambda x, y: ops.stop_gradient(_floor_divide(x, y))),
+    (aten.floor_divide.Scalar, lambda x, y: ops.stop_gradient(_floor_divide(x, y))),
+    (aten.copysign.Tensor, lambda x, y: _copysign(x, y)),
+    (aten.copysign.Scalar, lambda x, y: _copysign(x, y)),
+    (aten.sinc.default, lambda x: _sinc(x)),
+    (aten.logaddexp.default, lambda x, y: _logaddexp(x, y)),
+    (aten.xlogy.Tensor, lambda x, y: _xlogy(x, y, ops.log, 0.0)),
+    (aten.special_xlog1py.default, lambda x, y: _xlogy(x, y, ops.log1p, -1.0)),
 ):
     rule(_operator)(_in_float32(_one))
+
+
+@rule(aten.signbit.default)
+def _signbit(result: Result, x: Tensor) -> Tensor:
+    if x.dtype.kind != "float":
+        raise refuse("the sign of whole numbers")
+    return _is_negative(wide(x))
+
+
+for _name in ("asin", "acos", "sinh", "cosh", "asinh", "acosh", "atanh"):
+    rule(getattr(aten, _name).default)(_in_float32(partial(apply, _name)))
 
 
 @rule(aten.detach.default, view=True)

@@ -95,6 +95,10 @@ _ROWS: tuple[tuple[str, str], ...] = (
         "it takes or makes a diagonal",
         "diag diag_embed* diagonal* trace block_diag",
     ),
+    (
+        "its derivative at the ends of its range is torch's own",
+        "binary_cross_entropy special_entr",
+    ),
     ("it belongs to a backward", "*_backward *_backward_data"),
 )  # fmt: skip
 
