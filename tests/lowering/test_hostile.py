@@ -142,3 +142,45 @@ def test_one_column(m):
     found, exact, _ = both(narrow, inputs, sizes)
     for a, e in zip(found, exact, strict=True):
         torch.testing.assert_close(a.double(), e, rtol=2e-2, atol=2e-2)
+
+
+@coda.block
+def projected(
+    x: coda.Tensor["M D"],
+    g: coda.Tensor["D"],
+    c: coda.Tensor["D"],
+    w: coda.Tensor["F D"],
+    b: coda.Tensor["F"],
+):
+    return coda.linear(coda.layer_norm(x, g, c), w, b)
+
+
+@pytest.mark.parametrize("far", ["mean", "bias of the norm", "bias of the projection"])
+def test_a_layer_norms_gradients_are_as_close_as_torchs_with_100_deviations(far):
+    """What a mean adds to a weight's gradient is subtracted as it was added, in bf16 too."""
+    m, d, f = 256, 128, 192
+    generator = torch.Generator().manual_seed(0)
+    x, g, c, w, b, dy = (
+        torch.randn(s, generator=generator) for s in ((m, d), d, d, (f, d), f, (m, f))
+    )
+    x, c, b = (
+        v + 100 * (far == name)
+        for v, name in zip(
+            (x, c, b), ("mean", "bias of the norm", "bias of the projection"), strict=True
+        )
+    )
+    args = [v.bfloat16() for v in (x, 1 + g / 10, c, w / d**0.5, b)]
+
+    def run(how, kind):
+        given = [v.to(kind).requires_grad_() for v in args]
+        return torch.autograd.grad(how(*given), given, dy.bfloat16().to(kind))
+
+    def eager(x, g, c, w, b):
+        normed = torch.nn.functional.layer_norm(x, (d,), g, c)
+        return torch.nn.functional.linear(normed, w, b)
+
+    exact, plain = run(eager, torch.float64), run(eager, torch.bfloat16)
+    found = run(lambda *a: projected(*a, backend="reference", arch="sm_90a"), torch.bfloat16)
+    for mine, theirs, true in zip(found, plain, exact, strict=True):
+        ours, torchs = ((v.double() - true).norm() / true.norm() for v in (mine, theirs))
+        assert ours <= 1.1 * torchs + 1e-4

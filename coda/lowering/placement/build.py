@@ -28,12 +28,13 @@ from coda.ir.graph import (
     walk,
 )
 from coda.ir.monoids import MONOIDS
+from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, f32
 from coda.lowering.algebra.chunk import ChunkedValue
 from coda.lowering.algebra.compared import compared, sources
 from coda.lowering.algebra.policy import MemoryPolicy
 from coda.lowering.algebra.rewrite import LawApplication, substituted
-from coda.lowering.algebra.roles import reduced
+from coda.lowering.algebra.roles import reduced, summand
 from coda.lowering.placement.draft import Draft, Order
 from coda.lowering.placement.layout import assemble
 from coda.lowering.placement.loads import Loads
@@ -353,12 +354,17 @@ class _Build:
         A maximum that equals no stored value, or a logsumexp of other values than those that it
         normalises, would be wrong by more than a rounding. Other sinks of the same values are
         combined with it, so they read the same values. Returned values count as read: a backward
-        may read them.
+        may read them. A sum over rows that corrects a contraction reads what that one reads.
         """
         together = [n for n in draft.sinks if n.arg == node.arg]
-        if not any(isinstance(n, Pick) or MONOIDS[n.fn].held for n in together):
+        corrects = (
+            isinstance(node, Reduce) and node in draft.over_rows and self.corrects(summand(node))
+        )
+        held = any(isinstance(n, Pick) or MONOIDS[n.fn].held for n in together)
+        if not (held or corrects):
             return draft.sinks[node]
         read = self.loaded | {self.partition.storage(r) for r in self.roots}
+        read = self.needed if corrects else read
         computed = read & draft.space.values.keys() & set(walk([reduced(node)]))
         narrow = [n for n in computed if n.dtype.kind == "float" and n.dtype.size < f32.size]
         rounded = {
@@ -367,10 +373,29 @@ class _Build:
         (arg,) = substituted([reduced(node)], rounded)
         return draft.space.compute(arg)
 
+    def corrects(self, summed: Node) -> bool:
+        """Whether a sum of values over rows is what a mean adds to a contraction over the rows.
+
+        It is Σ_l u m with a number m of each row, less than Σ_l u x by the deviations from m alone;
+        so u is in both as it is stored. A mean of 100 deviations else loses all bits of bf16.
+        """
+        product = _positive(summed)
+        if not isinstance(product, Map) or not SCALARS[product.fn].is_product:
+            return False
+        wide = [_positive(a) for a in product.args if a.shape[-1:] != (ONE,)]
+        return len(wide) == 1 and self.partition.storage(wide[0]) in self.needed
+
     def partial(self, node: Node) -> str:
         """The name of the buffer of a reduction's partials (of a pick: of its result)."""
         name = self.partition.name(node)
         return name if isinstance(node, Pick) else name + "_parts"
+
+
+def _positive(node: Node) -> Node:
+    """A node without negations."""
+    while isinstance(node, Map) and SCALARS[node.fn].is_negation:
+        (node,) = node.args
+    return node
 
 
 def numbered(kernels: Iterable[Kernel[Any]]) -> list[Kernel[Any]]:
