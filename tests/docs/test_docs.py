@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 import coda
+from coda.frontend.torch_import.decompose import DECOMPOSED
+from coda.frontend.torch_import.left import rows, why_left
+from coda.frontend.torch_import.operators import RULES
 from coda.lowering.algebra.laws import EXCHANGES, LAWS
 from coda.runtime.settings import VARIABLES
 
@@ -93,6 +96,20 @@ def test_the_page_of_explain_has_every_kind_of_operand():
     kinds = {o.split()[1] for o in operands}
     assert len(kinds) >= 4
     assert kinds <= told
+
+
+def test_the_page_of_models_has_every_operator_that_stays_torch_s(request):
+    page = ROOT / "docs/models.md"
+    head, mark = page.read_text().partition("| why | operators |\n|---|---|\n")[:2]
+    assert mark
+    table = [f"| {why} | {', '.join(f'`{n}`' for n in names)} |\n" for why, names in rows()]
+    if request.config.getoption("--update-golden"):
+        page.write_text(head + mark + "".join(table))
+    assert page.read_text() == head + mark + "".join(table)
+
+
+def test_no_operator_with_a_rule_is_said_to_stay_torch_s():
+    assert not [str(op) for op in (*RULES, *DECOMPOSED) if why_left(op)]
 
 
 def test_the_readme_shows_what_explain_prints():

@@ -76,7 +76,7 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ),
     (
         "it computes with whole numbers or their bits",
-        "gcd lcm bitwise_left_shift* bitwise_right_shift* hash_tensor count_nonzero* isin* "
+        "gcd lcm bitwise_left_shift* bitwise_right_shift* hash_tensor count_nonzero* isin "
         "tril_indices triu_indices unravel_index",
     ),
     (
