@@ -25,7 +25,7 @@ from quack.epilogue.ops import (
     _selp_pair_f16x2,
 )
 
-from coda.kernels.device_math import moments_merge, pivot, weighted, weighted_merge
+from coda.kernels.device_folds import moments_merge, pivot, weighted, weighted_merge
 
 _F16_NAN = 0x7FFF  # equals no index
 

@@ -15,7 +15,7 @@ import cutlass.cute as cute
 from cutlass import Float32, const_expr
 from quack.epilogue.ops import EpiSmemBytes, VecLoad
 
-from coda.kernels.device_math import pivot
+from coda.kernels.device_folds import pivot
 from coda.kernels.gemm.ops import Given
 
 WIDE = 4  # words of a load

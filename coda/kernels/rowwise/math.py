@@ -11,14 +11,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from quack.epilogue.math import F2
 
-from coda.kernels.device_math import (
-    maximum,
-    minimum,
-    moments_merge,
-    pivot,
-    weighted,
-    weighted_merge,
-)
+from coda.kernels.device_folds import moments_merge, pivot, weighted, weighted_merge
+from coda.kernels.device_math import maximum, minimum
 
 LANES = 32
 NEG_INF = -math.inf
