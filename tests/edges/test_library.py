@@ -154,6 +154,8 @@ ROWS = [
     one("einsum", lambda x: torch.einsum("ij,kj->ik", x, x[:3]),
         lambda x: coda.einsum("i j, k j -> i k", x, x[:3]), made=few),
     one("cumsum", lambda x: x.double().cumsum(-1).to(x.dtype), made=few),
+    one("arange", lambda x: x * torch.arange(1, 17, 2).to(x.dtype),
+        lambda x: x * coda.arange(1, 17, 2).cast(x.dtype), made=few),
     one("iota", lambda x: x * torch.arange(8).to(x.dtype),
         lambda x: x * coda.iota(8, x.dtype), made=few),
     one("permute", lambda x: x.permute(1, 0), lambda x: coda.permute(x, 1, 0)),
