@@ -7,6 +7,7 @@ import torch
 
 import coda
 from coda import masks
+from coda.ir.graph import Map
 from coda.kernels.torch_op.kind import TORCH
 from coda.measure import measure_gradients, random_inputs
 from coda.runtime.simulate import device
@@ -94,9 +95,16 @@ def test_forward_and_backward(block):
 
 
 def test_scores_are_masked_without_torch():
-    for block in (plain, causal, documents, sinks, layer):
+    for block in (plain, causal, sinks, layer):
         sizes, _ = arguments(block)
         assert not any(k.kind is TORCH for k in block.lower("sm_90a", sizes).kernels), block
+
+
+def test_numbers_of_documents_are_compared_by_torch():
+    """They are i64, of which kernels, which compute in float32, tell not all apart."""
+    program = documents.lower("sm_90a", arguments(documents)[0])
+    by_torch = [n for k in program.kernels if k.kind is TORCH for n in k.nodes]
+    assert {n.fn for n in by_torch if isinstance(n, Map)} == {"eq"}
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ activation of both contractions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from coda.ir.attend import Attend
@@ -31,8 +30,7 @@ from coda.ir.graph import (
     Slice,
     walk,
 )
-from coda.ir.scalars import PAIR, SCALARS
-from coda.ir.types import f32
+from coda.ir.scalars import PAIR
 
 
 def is_view(node: Node) -> bool:
@@ -95,56 +93,6 @@ def is_pointwise(node: Node) -> bool:
     """Whether a node is elementwise, a view or a leaf: every kernel may recompute it."""
     views = Reshape | Slice | Permute | Expand
     return isinstance(node, Map | Cast | views | Const | Size | Iota | Input)
-
-
-def position_nodes(
-    nodes: Iterable[Node], sizes: Mapping[str, int], *, chunked: bool = False
-) -> set[Node]:
-    """Exact functions of iotas and constants: kernels compute them from where an element is.
-
-    Their types have all of their numbers exactly, and so has float32.
-
-    Args:
-        nodes: all nodes of a graph, operands first.
-        sizes: those of symbols that are known when the graph is lowered.
-        chunked: whether values are cut into chunks. Slices of iotas are then loaded: the number of
-            a chunk's first column would be a constant of its kernels, which chunks share.
-    """
-    found: dict[Node, int] = {}  # node -> a bound of its numbers
-    for node in nodes:
-        if chunked and isinstance(node, Slice):
-            continue
-        bound = _position_bound(node, found, sizes)
-        if bound is not None and bound <= 1 << min(node.dtype.digits, f32.digits):
-            found[node] = bound
-    return set(found)
-
-
-def _position_bound(node: Node, known: Mapping[Node, int], sizes: Mapping[str, int]) -> int | None:
-    """A bound of the numbers of a node, from those of its operands; None if it is no position."""
-    numbers = [o for o in node.operands if not isinstance(o, Const)]
-    if isinstance(node, Iota):
-        return 0 if node.count.symbols - sizes.keys() else node.count.size(sizes)
-    if not numbers or not all(o in known for o in numbers):
-        return None
-    bound = max(known[o] for o in numbers)
-    match node:
-        case Reshape() | Slice() | Permute():
-            return bound
-        case Cast(to=to):
-            return bound if to.kind == "float" else None
-        case Map(fn=fn):
-            row = SCALARS[fn]
-            constants = [abs(o.value) for o in node.operands if isinstance(o, Const)]
-            if row.signs and all(map(math.isfinite, constants)):
-                return sum(known[o] for o in numbers) + math.ceil(sum(constants))
-            if row.is_product and len(numbers) == 1 and all(map(math.isfinite, constants)):
-                return bound * math.ceil(math.prod(constants))
-            if row.quotient and node.operands[0] in known and min(constants, default=0) >= 1:
-                return bound
-            return 1 if row.result == "bool" else bound if row.chooses or row.selects else None
-        case _:
-            return None
 
 
 def over_rows(node: Contract) -> bool:

@@ -251,7 +251,7 @@ class Space(SpaceState):
         if node.arg.dtype.kind == "bool" and node.to.kind != "bool":
             one, zero = (self.at((1,) * len(value.shape), Literal(v), None) for v in (1.0, 0.0))
             return combine(self, CHOICE, [value, one, zero])
-        if node.to.kind != "float":
+        if node.to.kind != "float" and node not in self.positions:
             raise Refused(f"a cast to {node.to} rounds")
         return value
 

@@ -122,6 +122,7 @@ class Drafts:
         stacked: those concatenations whose parts are rows.
         waiting: node of arguments alone, not placed yet -> its depth in operations.
         shared: reduction that is no sink, since its operand shares a GEMM -> why that is cheaper.
+        inexact: elementwise nodes that no kernel computes, since float32 is too narrow -> why.
         deferred: rows of what other nodes are, which concatenations along the rows alone read.
         rows: the number of rows of the block.
         tokens: the token symbols. Calls determine their sizes, so no layout depends on them.
@@ -146,6 +147,7 @@ class Drafts:
     stacked: set[Node] = field(default_factory=set[Node])
     weights: set[Node] = field(default_factory=set[Node])
     positions: set[Node] = field(default_factory=set[Node])
+    inexact: dict[Node, str] = field(default_factory=dict[Node, str])
     siblings: dict[Node, tuple[Contract, ...]] = field(
         default_factory=dict[Node, tuple[Contract, ...]]
     )
@@ -192,6 +194,7 @@ class Drafts:
         draft = Draft(kind, (index, self.opened), space, contracts)
         space.leaf = lambda n: self.leaf(n, draft)
         space.weights, space.positions = self.weights, self.positions
+        space.refused |= self.inexact
         self.drafts.append(draft)
         self.behind.setdefault(index, []).append(draft)
         return draft

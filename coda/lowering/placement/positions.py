@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from coda.ir.dims import ONE, Dim
-from coda.ir.graph import Iota, Node, Permute, Reshape, Slice
+from coda.ir.graph import Cast, Iota, Node, Permute, Reshape, Slice
 from coda.ir.scalars import SUM
 from coda.lowering.placement.values import Refused
 from coda.lowering.program.epilogue import Call, Expr, Literal, Position
@@ -40,6 +40,8 @@ def along(node: Node, sizes: Mapping[str, int]) -> Along:
     match node:
         case Iota(count=count):
             return Along(-1, count, 0)
+        case Cast(arg=arg):  # exact, as of every position
+            return along(arg, sizes)
         case Reshape(arg=arg):
             found = along(arg, sizes)
             axes = [i for i, d in enumerate(node.shape) if d != ONE]
