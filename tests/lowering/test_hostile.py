@@ -184,3 +184,47 @@ def test_a_layer_norms_gradients_are_as_close_as_torchs_with_100_deviations(far)
     for mine, theirs, true in zip(found, plain, exact, strict=True):
         ours, torchs = ((v.double() - true).norm() / true.norm() for v in (mine, theirs))
         assert ours <= 1.1 * torchs + 1e-4
+
+
+@coda.block
+def weighed(x: coda.Tensor["M D"], w: coda.Tensor["F D"], v: coda.Tensor["F D"]):
+    p = coda.softmax(x @ w.T)
+    return p, p @ v
+
+
+@coda.block
+def normed_after(x: coda.Tensor["M D"], w: coda.Tensor["F D"], g: coda.Tensor["F"]):
+    return coda.layer_norm(x @ w.T, g, 0 * g) @ w
+
+
+@pytest.mark.parametrize("logits", [1, 10, 1000])
+def test_a_softmaxs_derivative_of_saturated_logits_is_as_close_as_torchs(logits):
+    """Where P is 0 or 1 nothing is left of dP - sum P dP, in bf16 too."""
+    m, d, f = 64, 32, 48
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((f, d), (f, d), (m, f), (m, d))
+    w, v, dp, dy = (torch.randn(s, generator=generator) for s in shapes)
+    x = logits / d * w[torch.arange(m) % f]  # one product of a row is far larger than the others
+    args = [t.bfloat16() for t in (x, w, v)]
+
+    def run(how, kind):
+        given = [t.to(kind).requires_grad_() for t in args]
+        return torch.autograd.grad(how(*given), given, [t.bfloat16().to(kind) for t in (dp, dy)])
+
+    def eager(x, w, v):
+        p = torch.softmax(x @ w.T, -1)
+        return p, p @ v
+
+    exact, plain = run(eager, torch.float64), run(eager, torch.bfloat16)
+    found = run(lambda *a: weighed(*a, backend="reference", arch="sm_90a"), torch.bfloat16)
+    for mine, theirs, true in zip(found, plain, exact, strict=True):
+        ours, torchs = ((t.double() - true).norm() for t in (mine, theirs))
+        assert ours <= 1.1 * torchs + 1e-4 * true.norm()
+
+
+def test_a_norm_of_equal_values_that_a_product_gives_is_zero():
+    m, d, f = 5, 32, 48
+    generator = torch.Generator().manual_seed(0)
+    x, w = 10 * torch.randn(m, d, generator=generator), torch.randn(1, d, generator=generator)
+    args = [t.bfloat16() for t in (x, w.expand(f, d), torch.ones(f))]
+    assert (normed_after(*args, backend="reference", arch="sm_90a") == 0).all()

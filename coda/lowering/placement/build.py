@@ -8,7 +8,7 @@ which nothing is needed is dropped. The walk creates buffers, bodies and mainloo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,14 +16,19 @@ from typing import Any
 from coda.errors import InternalError
 from coda.ir.dims import ONE, Dim, Shape, product
 from coda.ir.graph import (
+    Cast,
     Concat,
     Const,
+    Contract,
+    Expand,
     Graph,
     Input,
     Map,
     Node,
+    Permute,
     Pick,
     Reduce,
+    Reshape,
     Size,
     walk,
 )
@@ -352,26 +357,53 @@ class _Build:
         """The value that a sink reduces, computed from rounded values where those are stored.
 
         A maximum that equals no stored value, or a logsumexp of other values than those that it
-        normalises, would be wrong by more than a rounding. Other sinks of the same values are
-        combined with it, so they read the same values. Returned values count as read: a backward
-        may read them. A sum over rows that corrects a contraction reads what that one reads.
+        normalises, would be wrong by more than a rounding; so would a total that is added to the
+        values that it sums. Other sinks of the same values are combined with it, so they read the
+        same values. Returned values count as read: a backward may read them. A sum over rows that
+        corrects a contraction reads what that one reads.
         """
         together = [n for n in draft.sinks if n.arg == node.arg]
-        corrects = (
-            isinstance(node, Reduce) and node in draft.over_rows and self.corrects(summand(node))
-        )
-        held = any(isinstance(n, Pick) or MONOIDS[n.fn].held for n in together)
-        if not (held or corrects):
-            return draft.sinks[node]
-        read = self.loaded | {self.partition.storage(r) for r in self.roots}
-        read = self.needed if corrects else read
+        returned = {self.partition.storage(r) for r in self.roots}
+        read: Set[Node] = set()
+        if node not in draft.over_rows:
+            read = self.met(node, self.loaded | returned)
+        elif isinstance(node, Reduce) and self.corrects(summand(node)):
+            read = self.needed
+        if any(isinstance(n, Pick) or MONOIDS[n.fn].held for n in together):
+            read = read | self.loaded | returned
         computed = read & draft.space.values.keys() & set(walk([reduced(node)]))
         narrow = [n for n in computed if n.dtype.kind == "float" and n.dtype.size < f32.size]
         rounded = {
             n: Map(f"rounded_{n.dtype.name}", (n,)) for n in narrow if n in self.partition.home
         }
         (arg,) = substituted([reduced(node)], rounded)
-        return draft.space.compute(arg)
+        return draft.space.compute(arg) if rounded else draft.sinks[node]
+
+    def met(self, node: Reduce | Pick, loaded: Set[Node]) -> set[Node]:
+        """The nodes that are read as stored for what the totals of a value are added to.
+
+        In dP − Σ P dP, a softmax's derivative, it is dP; in y w − (mean y) Σ w, a norm, it is y.
+        Where one value makes up the sum, or all are equal, the values cancel; not their roundings.
+        """
+        users = self.partition.users
+        stack: list[Node] = [u for u in users[node.arg] if isinstance(u, Reduce) and u.axis == -1]
+        added: list[Node] = []
+        seen: set[Node] = set()
+        while stack:
+            known = stack.pop()
+            for user in users[known]:
+                if isinstance(user, Map):
+                    scalar = SCALARS[user.fn]
+                    added += [a for a in user.args if scalar.signs and a is not known]
+                    passes = scalar.signs or scalar.is_linear_in([a is known for a in user.args])
+                else:
+                    passes = isinstance(user, Cast | Expand | Reshape | Permute)
+                if passes and user not in seen:
+                    seen.add(user)
+                    stack.append(user)
+        behind = list(walk(added))
+        factors = [o for n in behind if isinstance(n, Contract) for o in n.operands]
+        return {n for n in behind if n in loaded} | {self.partition.storage(o) for o in factors}
 
     def corrects(self, summed: Node) -> bool:
         """Whether a sum of values over rows is what a mean adds to a contraction over the rows.
