@@ -44,9 +44,9 @@ class Statistics(Sweeps):
 
     def merge(self, stat: Statistic) -> str:
         """The function that merges two states of a statistic, imported."""
-        monoid = MONOIDS[stat.monoid]
-        (self.math if monoid.counted else self.rows).add(monoid.warp.merge)
-        return monoid.warp.merge
+        merge = MONOIDS[stat.monoid].warp.merge
+        self.rows.add(merge)
+        return merge
 
     def start(self, stat: Statistic) -> str:
         """The line that begins a statistic's state."""
