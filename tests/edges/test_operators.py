@@ -36,6 +36,13 @@ KNOWN = (
     "true_divide",
 )  # fmt: skip
 
+# What a sample's tensors are divided by, where torch's float64 is not exact, and why.
+TAME = {
+    # Of logits 10³ apart a weight is 1 − 10⁻²⁸, which float64 has as 1: the derivative of its own
+    # logit is 0 there, and minus the sum of all others' in coda, whatever the type.
+    "nn.functional.multi_head_attention_forward": 4,
+}
+
 
 def called(op, sample):
     """A sample as a function of its tensors, and these."""
@@ -103,6 +110,8 @@ def tried(op, dtype, count):
     taken, missed, wrong = 0, 0, []
     for sample in samples:
         fn, tensors = called(op, sample)
+        if op.full_name in TAME:
+            tensors = [t / TAME[op.full_name] if t.is_floating_point() else t for t in tensors]
         dense = all(t.layout == torch.strided for t in tensors)
         if not tensors or not dense or (not taken and missed >= MISSES):
             break
