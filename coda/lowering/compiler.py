@@ -16,7 +16,7 @@ from math import prod
 
 from coda import kernels
 from coda.errors import CodaError, DimError
-from coda.ir.graph import Contract, Graph, Input, Node, Slice, walk
+from coda.ir.graph import Contract, Expand, Graph, Input, Node, Slice, walk
 from coda.lowering.algebra.attends import attends
 from coda.lowering.algebra.chunk import Parted, chunk
 from coda.lowering.algebra.columns_first import columns_first
@@ -305,7 +305,7 @@ def check_dims(graph: Graph, dims: Mapping[str, object]) -> dict[str, int]:
         _check_elements(node, sizes)
         if isinstance(node, Slice):
             _check_slice(node, sizes)
-        elif isinstance(node, Input | Contract) and node.rank > 1:
+        elif isinstance(node, Input | Contract | Expand) and node.rank > 1:
             _check_columns(node, sizes, tokens)
     return sizes
 
@@ -322,11 +322,14 @@ def _check_elements(node: Node, dims: Mapping[str, int]) -> None:
         )
 
 
-def _check_columns(node: Input | Contract, dims: Mapping[str, int], tokens: frozenset[str]) -> None:
+def _check_columns(
+    node: Input | Contract | Expand, dims: Mapping[str, int], tokens: frozenset[str]
+) -> None:
     """Raise DimError for a matrix without columns. A matrix may have no rows."""
     columns = node.shape[-1]
     if columns.size(dims) == 0 and not columns.symbols & tokens:
-        what = f"`{node.name}`" if isinstance(node, Input) else "a product"
+        what = "a product" if isinstance(node, Contract) else "a value that is repeated"
+        what = f"`{node.name}`" if isinstance(node, Input) else what
         raise DimError(
             f"{what} has no columns: `{columns}` = 0",
             found=", ".join(f"{k}={v}" for k, v in dims.items()),

@@ -157,3 +157,14 @@ def test_all_operators(dtype, part):
     found = {name: tried(OPERATORS[name], dtype, 10) for name in names}
     assert not [n for n in set(KNOWN) & set(names) if not found[n][0]]
     assert not [w for _, some in found.values() for w in some]
+
+
+@pytest.mark.parametrize(
+    "name", ["new_full", "new_ones", "new_zeros", "nn.functional.cross_entropy"]
+)
+def test_values_without_columns_or_of_one_column_are_computed_or_refused(name):
+    """Each sample is torch's, or refused with a sentence: no other error leaves the compiler."""
+    torch.manual_seed(0)
+    taken, wrong = tried(OPERATORS[name], torch.float32, 3)
+    assert taken
+    assert not wrong

@@ -230,7 +230,7 @@ class Partition(SmallRows):
                 self.index_of(node, draft)
         except Refused:
             return False
-        whole = value.count == value.shape[-1] and value.slots.shape[1] > 0
+        whole = value.shape[-1:] == (value.count,) and value.slots.shape[1] > 0
         along = not isinstance(node, Reduce) or node.axis == -1
         if not (whole and along and value.count in (draft.space.width, draft.space.width // 2)):
             return False
