@@ -99,6 +99,27 @@ _ROWS: tuple[tuple[str, str], ...] = (
         "its derivative at the ends of its range is torch's own",
         "binary_cross_entropy special_entr",
     ),
+    ("it skips NaN in a sum", "nansum nanmean"),
+    (
+        "it is a norm of groups of channels, or returns its statistics; `layer_norm` is taken",
+        "group_norm native_group_norm native_layer_norm",
+    ),
+    (
+        "it multiplies vectors of three elements, or three tensors at once",
+        "cross linalg_cross bilinear _trilinear",
+    ),
+    ("it adds the products of a batch; `baddbmm` and then `sum` are taken", "addbmm"),
+    (
+        "it takes distances of rows, or bounds their norms",
+        "cdist _cdist_forward _euclidean_dist pdist _pdist_forward renorm",
+    ),
+    (
+        "it is a loss of margins between classes or vectors",
+        "cosine_embedding_loss soft_margin_loss multi_margin_loss multilabel_margin_loss*",
+    ),
+    ("it rounds to decimal digits; `round` is taken", "round.decimals"),
+    ("it gives 0 for a row of -inf alone; `softmax` is taken", "_safe_softmax"),
+    ("it copies chunks into one buffer, to be sent to other devices", "_chunk_cat"),
     ("it belongs to a backward", "*_backward *_backward_data"),
 )  # fmt: skip
 
