@@ -8,12 +8,14 @@ neither     j < length[b], length i64      exact, since j has a bound and roundi
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from coda.ir.graph import (
     Cast,
     Concat,
     Const,
+    Expand,
+    Graph,
     Iota,
     Map,
     Node,
@@ -31,34 +33,39 @@ INEXACT = "its whole numbers may be larger than 2²⁴, and kernels compute in f
 
 
 def whole_numbers(
-    nodes: Sequence[Node], sizes: Mapping[str, int], *, chunked: bool = False
+    graph: Graph, nodes: Sequence[Node], sizes: Mapping[str, int], *, chunked: bool = False
 ) -> tuple[set[Node], dict[Node, str]]:
-    """(positions, inexact nodes -> the reason): arguments as of `position_nodes`."""
-    positions = position_nodes(nodes, sizes, chunked=chunked)
-    return positions, inexact_nodes(nodes, positions)
-
-
-def position_nodes(
-    nodes: Iterable[Node], sizes: Mapping[str, int], *, chunked: bool = False
-) -> set[Node]:
-    """Exact functions of iotas and constants: kernels compute them from where an element is.
-
-    Their types have all of their numbers exactly, and so has float32.
+    """(positions, inexact nodes -> the reason that kernels refuse them).
 
     Args:
-        nodes: all nodes of a graph, operands first.
+        graph: the graph.
+        nodes: its nodes, operands first.
         sizes: those of symbols that are known when the graph is lowered.
         chunked: whether values are cut into chunks. Slices of iotas are then loaded: the number of
             a chunk's first column would be a constant of its kernels, which chunks share.
     """
-    found: dict[Node, int] = {}  # node -> a bound of its numbers
+    bounds = position_bounds(nodes, sizes)
+    found = _Inexact(bounds, sizes, set(graph.roots))
+    positions = position_bounds(nodes, sizes, chunked=True) if chunked else bounds
+    return set(positions), dict.fromkeys(found.of(nodes), INEXACT)
+
+
+def position_bounds(
+    nodes: Iterable[Node], sizes: Mapping[str, int], *, chunked: bool = False
+) -> dict[Node, int]:
+    """Exact functions of iotas and constants -> a bound of their numbers.
+
+    Kernels compute them from where an element is. Their types have all of their numbers exactly,
+    and so has float32. Arguments as of `whole_numbers`.
+    """
+    found: dict[Node, int] = {}
     for node in nodes:
         if chunked and isinstance(node, Slice):
             continue
         bound = _position_bound(node, found, sizes)
-        if bound is not None and bound <= 1 << min(node.dtype.digits, f32.digits):
+        if bound is not None and bound <= min(1 << node.dtype.digits, EXACT):
             found[node] = bound
-    return set(found)
+    return found
 
 
 def _position_bound(node: Node, known: Mapping[Node, int], sizes: Mapping[str, int]) -> int | None:
@@ -89,34 +96,88 @@ def _position_bound(node: Node, known: Mapping[Node, int], sizes: Mapping[str, i
             return None
 
 
-def inexact_nodes(nodes: Iterable[Node], positions: Collection[Node]) -> dict[Node, str]:
-    """Nodes that float32 may compute wrongly -> the reason that kernels refuse them.
+class _Inexact:
+    """Nodes that float32 may compute wrongly.
 
-    Concatenations and picks only pass numbers on, and views are torch's.
+    A number without a bound, such as a label, is exact up to a *limit*, and what is larger is
+    rounded to what is larger: 2²⁴ where it is loaded, and less by c after ± c. Its comparisons with
+    numbers up to the limit are right, and so are picks from that many columns.
 
     Args:
-        nodes: all nodes of a graph.
-        positions: those that kernels compute from where an element is.
+        bounds: positions -> a bound of their numbers.
+        sizes: those of symbols that are known.
+        roots: nodes whose numbers somebody sees.
     """
-    return {n: INEXACT for n in nodes if _is_inexact(n, positions)}
+
+    def __init__(
+        self, bounds: Mapping[Node, int], sizes: Mapping[str, int], roots: Collection[Node]
+    ) -> None:
+        self.bounds, self.sizes, self.roots = bounds, sizes, roots
+        self.limits: dict[Node, int] = {}
+
+    def of(self, nodes: Sequence[Node]) -> list[Node]:
+        """Those among nodes, operands first. Views are torch's."""
+        for node in nodes:
+            if node.dtype.kind == "int" and self.bound(node) is None:
+                self.limits[node] = self.limit(node)
+        seen = set(self.roots)  # nodes of which more is used than the order
+        found: list[Node] = []
+        for node in reversed(nodes):
+            if not self.is_right(node) or (node in self.limits and node in seen and computed(node)):
+                found.append(node)
+            ordered = self.asks_order(node, seen)
+            seen.update(o for o in node.operands if o in self.limits and not ordered(o))
+        return found
+
+    def bound(self, node: Node) -> int | None:
+        """A bound of the numbers of a node; None if float32 may not hold them."""
+        if node.dtype.digits <= f32.digits:
+            return 1 << node.dtype.digits
+        if isinstance(node, Const):
+            return abs(int(node.value)) if abs(node.value) <= EXACT else None
+        return EXACT if isinstance(node, Size) else self.bounds.get(node)
+
+    def limit(self, node: Node) -> int:
+        """Up to which number a node without a bound is exact."""
+        if isinstance(node, Reshape | Slice | Permute | Expand):
+            return self.limits.get(node.arg, EXACT)
+        if isinstance(node, Map) and self.keeps_order(node):
+            known = [self.bound(o) or 0 for o in node.args]
+            least = min((self.limits[o] for o in node.args if o in self.limits), default=EXACT)
+            return least if SCALARS[node.fn].chooses else max(0, least - sum(known))
+        return EXACT
+
+    def keeps_order(self, node: Map) -> bool:
+        """Whether the order of a node's numbers and smaller ones is that of its operands."""
+        wide = [o for o in node.args if o in self.limits]
+        row = SCALARS[node.fn]
+        return row.chooses or (bool(row.signs) and len(wide) == 1)
+
+    def is_right(self, node: Node) -> bool:
+        """Whether a kernel computes a node rightly, if of its numbers the order is used."""
+        if not isinstance(node, Map) or not SCALARS[node.fn].of_ints:
+            return True
+        wide = [o for o in node.args if o in self.limits]
+        if SCALARS[node.fn].result != "bool":
+            return not wide or (node in self.limits and self.keeps_order(node))
+        others = [self.bound(o) or 0 for o in node.args if o not in self.limits]
+        return not wide or (len(wide) == 1 and max(others, default=0) <= self.limits[wide[0]])
+
+    def asks_order(self, node: Node, seen: Collection[Node]) -> Callable[[Node], bool]:
+        """Of which of its operands a node uses no more than the order."""
+        match node:
+            case Map(fn=fn):
+                ordered = SCALARS[fn].result == "bool" or (node in self.limits and node not in seen)
+                return lambda _: ordered
+            case Reshape() | Slice() | Permute() | Expand():
+                return lambda _: node not in seen
+            case Pick(index=index, arg=arg):
+                columns = arg.shape[-1].size(self.sizes)
+                return lambda o: o is index is not arg and columns <= self.limits[o]
+            case _:
+                return lambda _: False
 
 
-def _is_inexact(node: Node, positions: Collection[Node]) -> bool:
-    match node:
-        case Map(fn=fn):
-            row = SCALARS[fn]
-            wide = [o for o in node.operands if _is_wide(o, positions)] if row.of_ints else []
-            return len(wide) > (1 if row.result == "bool" else 0)
-        case Concat() | Pick():
-            return _is_wide(node, positions)
-        case _:
-            return False
-
-
-def _is_wide(node: Node, positions: Collection[Node]) -> bool:
-    """Whether a node has whole numbers without a bound that float32 holds."""
-    if node.dtype.kind != "int" or node.dtype.digits <= f32.digits or node in positions:
-        return False
-    if isinstance(node, Const):
-        return abs(node.value) > EXACT
-    return not isinstance(node, Size)
+def computed(node: Node) -> bool:
+    """Whether a kernel would compute a node's numbers, or copy them: not a leaf or a view."""
+    return isinstance(node, Map | Concat | Pick)

@@ -40,6 +40,7 @@ from coda.lowering.algebra.roles import (
     row_shapes,
     symbols_of,
 )
+from coda.lowering.algebra.whole_numbers import whole_numbers
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.layout import Layout
 from coda.lowering.placement.siblings import Kernels
@@ -198,6 +199,12 @@ class Drafts:
         self.drafts.append(draft)
         self.behind.setdefault(index, []).append(draft)
         return draft
+
+    def find_numbers(self, nodes: Sequence[Node]) -> None:
+        """Which nodes of whole numbers kernels compute from positions, and which they refuse."""
+        chunked = bool(self.part_of)
+        found = whole_numbers(self.graph, nodes, self.known, chunked=chunked)
+        self.positions, self.inexact = found
 
     def open_gemm(self, group: tuple[Contract, ...]) -> None:
         """Open one GEMM for contractions of one activation, whose operands are in memory."""

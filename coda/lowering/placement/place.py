@@ -46,7 +46,6 @@ from coda.lowering.algebra.roles import (
     weight_nodes,
     windows,
 )
-from coda.lowering.algebra.whole_numbers import whole_numbers
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.draft import LAST, Draft, Room
 from coda.lowering.placement.siblings import Uses, apart_by_types, group_siblings, own_gemms
@@ -75,7 +74,7 @@ class Partition(SmallRows):
         self.weights = weight_nodes(nodes, self.per_call)
         contracts = [n for n in gemms(nodes) if n not in self.weights]
         self.tokens, self.rows = row_symbols(nodes), row_axes(contracts, self.graph.inputs)
-        self.positions, self.inexact = whole_numbers(nodes, self.known, chunked=bool(self.part_of))
+        self.find_numbers(nodes)
         uses = Uses.of(contracts, nodes, self.graph.roots, self.weights, self.part_of)
         groups = group_siblings(contracts, uses)
         groups = apart_by_types(groups, uses, self.sizes, partial(seconds_of, self.target))
