@@ -7,6 +7,7 @@ neither feed nor follow a contraction (position tables, masks) are left to torch
 
 A product of two batches of matrices is inside a region if a GEMM of coda computes it. If not all of
 such a region runs in kernels of coda, or it does not pay, the graph is cut again at these products.
+What no kernel computes, though a block may have it (gathers, cumulative sums), is left to torch.
 
 Example: linear -> norm -> attention (torch's) -> linear -> add gives two regions, {linear, norm} on
 level 0 and {linear, add} on level 1, even where the last `add` also reads the first region.
@@ -22,11 +23,17 @@ from torch.fx import Graph as FxGraph
 from torch.fx import Node as FxNode
 
 from coda.errors import Reason
-from coda.frontend.torch_import.importer import products_of_batches, value_of, why_not
+from coda.frontend.torch_import.importer import (
+    moves_rows,
+    products_of_batches,
+    value_of,
+    why_not,
+)
 from coda.frontend.torch_import.operators import VIEWS
 from coda.ir.types import from_torch
 from coda.kernels.gemm.batches import why_not as no_gemm
 
+MOVES = "no kernel reads or adds rows at indices, or sums along the way"
 NOTHING: Mapping[FxNode, str] = MappingProxyType({})
 
 
@@ -59,6 +66,8 @@ def cut(
         why = left.get(node) or why_not(node)
         if not why and node in ends:
             why = OF_BATCHES
+        if not why and moves_rows(node):
+            why = Reason(MOVES, "nothing: torch has a kernel of its own for it")
         if not why and _name(node) in BATCHES:
             reasons = [r for c in products_of_batches(node) if (r := no_gemm(c, {}))]
             why = Reason(f"{OF_BATCHES}: {reasons[0]}", LAYOUT) if reasons else ""

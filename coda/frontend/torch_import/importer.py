@@ -30,7 +30,7 @@ from coda.frontend.torch_import.permutations import outward
 from coda.frontend.torch_import.row_axes import canonical, with_row_symbols
 from coda.frontend.torch_import.rules import Result
 from coda.ir.dims import Dim
-from coda.ir.graph import Contract, Graph, Input, Node, Reshape, walk
+from coda.ir.graph import Contract, Gather, Graph, Input, Node, Put, Reshape, Scan, walk
 from coda.ir.node import origin
 from coda.ir.types import from_torch
 
@@ -172,9 +172,23 @@ def why_not(node: FxNode) -> str:
 
 def products_of_batches(node: FxNode) -> list[Contract]:
     """The products of two batches of matrices that a node is, if a rule takes it."""
+    return [n for n in _meaning(node) if isinstance(n, Contract) and n.batched]
+
+
+def moves_rows(node: FxNode) -> bool:
+    """Whether a node that a rule takes reads or adds rows at indices, or sums along the way.
+
+    A block may have such operations; no kernel computes them.
+    """
+    return any(isinstance(n, Gather | Put | Scan) for n in _meaning(node))
+
+
+def _meaning(node: FxNode) -> list[Node]:
+    """The nodes of coda's that one node is, operands first."""
+    if node.target is operator.getitem:
+        return []
     found = apply_rule(node, lambda n: _argument(n, n.name))
-    nodes = walk([found.node]) if isinstance(found, Tensor) else ()
-    return [n for n in nodes if isinstance(n, Contract) and n.batched]
+    return [*walk([t.node for t in (found if isinstance(found, list) else [found])])]
 
 
 def _argument(node: FxNode, name: str) -> Any:
