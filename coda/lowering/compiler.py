@@ -305,7 +305,9 @@ def check_dims(graph: Graph, dims: Mapping[str, object]) -> dict[str, int]:
         _check_elements(node, sizes)
         if isinstance(node, Slice):
             _check_slice(node, sizes)
-        elif isinstance(node, Input | Contract | Expand) and node.rank > 1:
+        elif node.rank > 1 and (
+            isinstance(node, Input | Contract) or (isinstance(node, Expand) and node in graph.roots)
+        ):
             _check_columns(node, sizes, tokens)
     return sizes
 

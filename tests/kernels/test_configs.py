@@ -11,9 +11,11 @@ from coda.kernels.gemm import configs, quack_target
 from coda.kernels.gemm.configs import USUAL, case_of, choice, legal, refused
 from coda.kernels.gemm.mainloop import gemms
 from coda.kernels.gemm.space import space
-from coda.lowering.compiler import lower
+from coda.lowering.algebra.policy import DEFAULT_POLICY
+from coda.lowering.compiler import lower, request, run_stages
 from coda.lowering.program.target import Config, find_target
 from coda.lowering.program.text import show_config
+from coda.lowering.stages import Stages
 from coda.measure import random_inputs, relative
 from coda.runtime.compile import base_of
 from coda.runtime.reference import run_reference
@@ -55,6 +57,15 @@ def program_of(block, arch, **sizes):
     return program, next(gemms(program))
 
 
+def fused(block, arch, **sizes):
+    """As `program_of`, with each epilogue in its GEMM, whatever it costs."""
+    asked = request(block.graph, sizes, arch, frozen=False, policy=DEFAULT_POLICY)
+    with Stages() as record:
+        record.begin(block.graph)
+        program = run_stages(asked, lambda *_: False, record.trial())
+    return program, next(gemms(program))
+
+
 def shown(case):
     """The name of an arch or of a config in a test's name."""
     return (
@@ -81,7 +92,7 @@ def test_configs_are_refused_with_a_reason():
     program, kernel = program_of(heads, "sm_90a", M=8192, K=512, H=8, d=128)
     assert "group of 128 columns" in legal(program, kernel, Config(128, 192, (2, 1), pingpong=True))
     assert legal(program, kernel, Config(192, 128, (2, 1), pingpong=True)) == ""
-    program, kernel = program_of(gated, "sm_90a", M=8192, K=512, N=416)
+    program, kernel = fused(gated, "sm_90a", M=8192, K=512, N=416)
     assert "32 columns" in legal(program, kernel, Config(256, 208, (2, 1)))
     assert "block of 832 columns" in legal(program, kernel, Config(128, 128, (2, 1)))
     program, kernel = program_of(boundary, "sm_90a", M=8192, K=512, N=1024)
@@ -111,7 +122,7 @@ def test_tensor_memory_has_one_accumulator_of_512_columns():
 def test_stored_pairs_are_in_blocks_that_tiles_divide(arch, features):
     """Columns 416 apart: tiles of 64 divide them, and those of 128 and 256 do not."""
     sizes = {"M": 8192, "K": 512, "N": features}
-    program, kernel = program_of(gated, arch, **sizes)
+    program, kernel = fused(gated, arch, **sizes)
     half = kernel.config.tile_n // 2
     assert features % half == 0 or half % features == 0
     assert "blocks" in dict(choice(program, kernel).dropped)

@@ -131,7 +131,7 @@ def plan_of(body: Body, pieces: tuple[Piece, ...], *, padded: bool = False) -> R
     if not held:
         threads = min(threads, _SINGLE) if sweeps == 1 else _STREAMING
     rows = WARPS if threads == LANES else 1
-    depth = at_once(epilogue, max(lengths), held=held)
+    depth = at_once(epilogue, max(lengths, default=1), held=held)
     passes = held and kept_terms(epilogue, pieces, lengths, threads) <= (
         KEPT if threads < _MOST_THREADS else KEPT_BY_MOST
     )
