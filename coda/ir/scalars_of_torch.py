@@ -34,6 +34,11 @@ def _of_one(fn: Callable[[Tensor], Tensor], slope: Callable[[Term, Term], Term])
     )
 
 
+def _fmod(a: Tensor, b: Tensor) -> Tensor:
+    """In float64: torch's vectors of float32 give NaN for a subnormal b, its scalars do not."""
+    return torch.fmod(a.double(), b.double()).to(torch.promote_types(a.dtype, b.dtype))
+
+
 def _whole(y: Term, a: Term, b: Term) -> Term:
     """How many times b was subtracted of a: a quotient alone may round up to a whole number."""
     exact = ((a - y) / b).to("round")
@@ -54,7 +59,7 @@ ROWS: tuple[Scalar, ...] = (
     Scalar(
         "fmod",
         2,
-        torch.fmod,
+        _fmod,
         flops=40,
         special=1,
         exact=True,
