@@ -62,7 +62,7 @@ def expected():
 
 @pytest.mark.parametrize("backend", ["reference", "sim"])
 @pytest.mark.parametrize(
-    ("block", "inputs", "results"), expected(), ids=lambda b: getattr(b, "__name__", "")
+    ("block", "inputs", "results"), list(expected()), ids=lambda b: getattr(b, "__name__", "")
 )
 def test_they_are_exact(block, inputs, results, backend):
     with device("sm_90a", checks="raise"):
