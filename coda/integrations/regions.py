@@ -24,10 +24,10 @@ from torch.fx import Node as FxNode
 
 from coda.errors import Reason
 from coda.frontend.torch_import.importer import (
+    meaning,
     moves_rows,
     products_of_batches,
     value_of,
-    why_not,
 )
 from coda.frontend.torch_import.operators import VIEWS
 from coda.ir.types import from_torch
@@ -63,13 +63,13 @@ def cut(
     left = dict(fixed)
     calls = [n for n in graph.nodes if n.op == "call_function"]
     for node in calls:
-        why = left.get(node) or why_not(node)
+        means, why = ([], left[node]) if left.get(node) else meaning(node)
         if not why and node in ends:
             why = OF_BATCHES
-        if not why and moves_rows(node):
+        if not why and moves_rows(means):
             why = Reason(MOVES, "nothing: torch has a kernel of its own for it")
         if not why and _name(node) in BATCHES:
-            reasons = [r for c in products_of_batches(node) if (r := no_gemm(c, {}))]
+            reasons = [r for c in products_of_batches(means) if (r := no_gemm(c, {}))]
             why = Reason(f"{OF_BATCHES}: {reasons[0]}", LAYOUT) if reasons else ""
         if why:
             left[node] = why
@@ -89,7 +89,7 @@ def cut(
 
 def of_batches(nodes: Iterable[FxNode]) -> list[FxNode]:
     """Those of some operators of coda's that multiply two batches of matrices."""
-    return [n for n in nodes if _name(n) in BATCHES and products_of_batches(n)]
+    return [n for n in nodes if _name(n) in BATCHES and products_of_batches(meaning(n)[0])]
 
 
 def _keep_predicates_inside(calls: Sequence[FxNode], left: dict[FxNode, str]) -> None:

@@ -152,43 +152,41 @@ def why_not(node: FxNode) -> str:
     """Why coda leaves a node to torch (a `Reason` if something would help); "" if a rule supports
     it.
     """
+    return meaning(node)[1]
+
+
+def meaning(node: FxNode) -> tuple[list[Node], str]:
+    """(its nodes of coda, operands first; the reason that coda leaves it to torch, or "")."""
     if node.op != "call_function":
-        return f"a {node.op}"
+        return [], f"a {node.op}"
     if node.target is operator.getitem:
         source = node.args[0]
         assert isinstance(source, FxNode)
         listed = isinstance(value_of(source), tuple | list)
         mine = listed and not why_not(source)
-        return "" if mine else Reason("a part of a value that is torch's", "what the value takes")
+        part = Reason("a part of a value that is torch's", "what the value takes")
+        return [], "" if mine else part
     try:
         with origin(place_of(node)):
-            apply_rule(node, lambda n: _argument(n, n.name))
+            found = apply_rule(node, lambda n: _argument(n, n.name))
     except CodaError as e:
-        return Reason(e.message, e.help or SAYABLE)
+        return [], Reason(e.message, e.help or SAYABLE)
     except (TypeError, AttributeError, IndexError):
-        return Reason(f"coda has no rule for these arguments of {node.target}", RULE)
-    return ""
+        return [], Reason(f"coda has no rule for these arguments of {node.target}", RULE)
+    return [*walk([t.node for t in (found if isinstance(found, list) else [found])])], ""
 
 
-def products_of_batches(node: FxNode) -> list[Contract]:
-    """The products of two batches of matrices that a node is, if a rule takes it."""
-    return [n for n in _meaning(node) if isinstance(n, Contract) and n.batched]
+def products_of_batches(nodes: Iterable[Node]) -> list[Contract]:
+    """The products of two batches of matrices."""
+    return [n for n in nodes if isinstance(n, Contract) and n.batched]
 
 
-def moves_rows(node: FxNode) -> bool:
-    """Whether a node that a rule takes reads or adds rows at indices, or sums along the way.
+def moves_rows(nodes: Iterable[Node]) -> bool:
+    """Whether some nodes read or add rows at indices, or sum along an axis.
 
     A block may have such operations; no kernel computes them.
     """
-    return any(isinstance(n, Gather | Put | Scan) for n in _meaning(node))
-
-
-def _meaning(node: FxNode) -> list[Node]:
-    """The nodes of coda's that one node is, operands first."""
-    if node.target is operator.getitem:
-        return []
-    found = apply_rule(node, lambda n: _argument(n, n.name))
-    return [*walk([t.node for t in (found if isinstance(found, list) else [found])])]
+    return any(isinstance(n, Gather | Put | Scan) for n in nodes)
 
 
 def _argument(node: FxNode, name: str) -> Any:

@@ -6,6 +6,7 @@ A name may end in `*`; of several names that fit, the longest counts.
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 _ROWS: tuple[tuple[str, str], ...] = (
@@ -129,6 +130,7 @@ def rows() -> list[tuple[str, list[str]]]:
     return [(why, names.split()) for why, names in _ROWS]
 
 
+@lru_cache(maxsize=4096)
 def why_left(target: Any) -> str:
     """Why an operator stays torch's; "" if the table does not say."""
     if getattr(target, "namespace", "") != "aten":
