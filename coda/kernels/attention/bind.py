@@ -11,15 +11,16 @@ from torch import Tensor
 from coda.ir.dims import inverse
 from coda.kernels.attention.flash_target import forward, forward_arguments
 from coda.kernels.attention.mainloop import AttentionKernel
+from coda.kernels.attention.problem import Forward
 from coda.kernels.protocol import LaunchRun
 
 ALIGNED = 16  # bytes
 
 
-def compiled(run: LaunchRun, kernel: AttentionKernel) -> Callable[..., None]:
-    """The compiled kernel for a call of these sizes, from the cache if possible."""
+def compiled(run: LaunchRun, kernel: AttentionKernel) -> tuple[Forward, Callable[..., None]]:
+    """What a call of these sizes needs, and its compiled kernel, from the cache if possible."""
     problem = kernel.mainloop.problem(run.program.target, run.sizes)
-    return run.loaded((kernel, problem), lambda: forward(problem))
+    return problem, run.loaded((kernel, problem), lambda: forward(problem))
 
 
 def launch(run: LaunchRun, kernel: AttentionKernel) -> None:
@@ -35,11 +36,9 @@ def launch(run: LaunchRun, kernel: AttentionKernel) -> None:
         return
     operands = tuple(run.ready(run.value(o), by_tokens) for o in one.operands)
     o = found.reshape(shape).permute(inverse(node.order)).permute(0, 2, 1, 3)
-    ends = (e.size(sizes) if e is not None else 0 for e in (scores.lower, scores.upper))
-    lower, upper = ends
-    problem = one.problem(run.program.target, sizes)
+    lower, upper = (e.size(sizes) if e is not None else 0 for e in (scores.lower, scores.upper))
+    problem, function = compiled(run, kernel)
     arguments = forward_arguments(problem, (*operands, o, None), scores.scale, (lower, upper))
-    function = compiled(run, kernel)
     function(*arguments)
     run.launched(function, arguments)
 

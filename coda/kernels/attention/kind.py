@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 
 from coda.ir.attend import Attend
@@ -15,10 +15,9 @@ from coda.kernels.attention.band import banded, keeps_a_key
 from coda.kernels.attention.mainloop import Attention, AttentionKernel
 from coda.kernels.attention.problem import VERSION, why_not_widths
 from coda.kernels.protocol import LaunchRun, Run
-from coda.lowering.program.cost import label, streamed
+from coda.lowering.program.cost import at_rates, label
 from coda.lowering.program.kernel import Account, Builder, Code, Flops, Kind, Sizes, Source
 from coda.lowering.program.program import Program
-from coda.lowering.program.time import Time, overlapped
 
 
 def _refuses(node: Node, sizes: Sizes) -> str:
@@ -51,16 +50,6 @@ def _flops(kernel: AttentionKernel, sizes: Sizes) -> Flops:
     return Flops(tensor=2 * columns * kernel.mainloop.pairs(sizes), dtype=node.q.dtype)
 
 
-def _time(program: Program, kernel: AttentionKernel) -> Time:
-    """Bytes and FLOPs at achieved rates."""
-    time, target = streamed(program, kernel), program.target
-    flops = _flops(kernel, program.sizes)
-    tensor = flops.tensor / (target.rates.tensor_of(flops.dtype.bits) * target.multiprocessors)
-    memory = overlapped(time.memory, tensor) - tensor
-    bound = "tensor cores" if tensor > time.memory else "memory"
-    return replace(time, mainloop=tensor, memory=memory, bound=bound)
-
-
 def _explain(program: Program, kernel: AttentionKernel) -> Account:
     one, scores = kernel.mainloop, kernel.mainloop.scores
     q, k, v = (label(o, program) for o in one.operands)
@@ -81,10 +70,10 @@ def _reference(run: Run, kernel: AttentionKernel) -> None:
 
 @dataclass(frozen=True)
 class AttentionSource:
-    """What a kernel is compiled from: flash-attention's version, and the problem.
+    """The key of a compiled kernel, as a Python module: flash-attention's version and the problem.
 
     Attributes:
-        text: a Python module that says so.
+        text: the module's text.
     """
 
     text: str
@@ -122,7 +111,7 @@ ATTENTION = Kind(
     refuses=_refuses,
     mainloop=_mainloop,
     flops=_flops,
-    time=_time,
+    time=at_rates,
     explain=_explain,
     reference=_reference,
     code=Code(_emit, _launch, _compile),

@@ -3,57 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from coda.ir.attend import Attend
 from coda.ir.dims import product
-from coda.ir.graph import Node
 from coda.kernels.attention.band import Banded, banded
 from coda.kernels.attention.problem import Band, Forward
-from coda.lowering.program.kernel import Kernel, Sizes
+from coda.lowering.program.kernel import Kernel, OneNode, Sizes
 from coda.lowering.program.target import Target
 
 
 @dataclass(frozen=True)
-class Attention:
-    """An attention, and the buffer of its result.
-
-    Attributes:
-        node: the attention.
-        result: the buffer of its result, in the node's shape.
-    """
+class Attention(OneNode):
+    """An attention of q, k and v, and the buffer of its result."""
 
     node: Attend
-    result: str
 
-    @property
-    def operands(self) -> tuple[Node, ...]:
-        """q, k and v."""
-        return self.node.operands
-
-    @property
-    def results(self) -> tuple[str, ...]:
-        """The buffer of the result."""
-        return (self.result,)
-
-    def points(self, sizes: Sizes) -> tuple[int, int]:
-        """(0, 0): there is no body."""
-        return 0, 0
-
-    @property
+    @cached_property
     def scores(self) -> Banded:
         """The scale and the band of its scores."""
         found = banded(self.node)
         assert found is not None, "the kind refuses other scores"
         return found
 
-    @property
+    @cached_property
     def diagonal(self) -> bool:
         """Whether the band is exactly j ≤ i + T - S."""
         scores, aside = self.scores, self.node.k.shape[2] - self.node.q.shape[2]
         return scores.lower is None and scores.upper == aside
 
     def problem(self, target: Target, sizes: Sizes) -> Forward:
-        """What is compiled for a call of these sizes."""
+        """The kernel that a call of these sizes needs."""
         q, v, scores = self.node.q.shape, self.node.v.shape, self.scores
         return Forward(
             target.arch,

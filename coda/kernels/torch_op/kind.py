@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,39 +12,20 @@ from coda.ir.dims import product
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Contract, Node
 from coda.kernels.protocol import Run
-from coda.lowering.program.cost import describe, label, streamed
-from coda.lowering.program.kernel import Account, Builder, Flops, Kernel, Kind, Sizes
+from coda.lowering.program.cost import at_rates, describe, label
+from coda.lowering.program.kernel import Account, Builder, Flops, Kernel, Kind, OneNode, Sizes
 from coda.lowering.program.program import Program
-from coda.lowering.program.time import Time, overlapped
 
 
 @dataclass(frozen=True)
-class Operation:
+class Operation(OneNode):
     """One node that torch computes, with all operands and the result materialised.
 
     Attributes:
-        node: the operation.
-        result: the buffer of its result, in the node's shape.
         why: the reason why no kernel of coda computes it.
     """
 
-    node: Node
-    result: str
     why: str
-
-    @property
-    def operands(self) -> tuple[Node, ...]:
-        """The node's operands."""
-        return self.node.operands
-
-    @property
-    def results(self) -> tuple[str, ...]:
-        """The buffer of the result."""
-        return (self.result,)
-
-    def points(self, sizes: Sizes) -> tuple[int, int]:
-        """(0, 0): there is no body."""
-        return 0, 0
 
 
 def _refuses(node: Node, sizes: Sizes) -> str:
@@ -61,16 +42,6 @@ def _flops(kernel: Kernel[Operation], sizes: Sizes) -> Flops:
     elements = product(node.shape).size(sizes)
     depth = node.lhs.shape[-1].size(sizes) if isinstance(node, Contract) else 0
     return Flops(tensor=2 * elements * depth, scalar=elements)
-
-
-def _time(program: Program, kernel: Kernel[Operation]) -> Time:
-    """Bytes and FLOPs at achieved rates."""
-    time, target = streamed(program, kernel), program.target
-    flops = _flops(kernel, program.sizes)
-    tensor = flops.tensor / (target.rates.tensor_of(flops.dtype.bits) * target.multiprocessors)
-    memory = overlapped(time.memory, tensor) - tensor
-    bound = "tensor cores" if tensor > time.memory else "memory"
-    return replace(time, mainloop=tensor, memory=memory, bound=bound)
 
 
 def _explain(program: Program, kernel: Kernel[Operation]) -> Account:
@@ -102,7 +73,7 @@ TORCH = Kind(
     refuses=_refuses,
     mainloop=_mainloop,
     flops=_flops,
-    time=_time,
+    time=at_rates,
     explain=_explain,
     reference=_reference,
 )

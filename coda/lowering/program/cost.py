@@ -7,7 +7,7 @@ Each tensor that a kernel reads or writes counts once, and so does what its CTAs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coda.ir.dims import ONE, product
@@ -32,7 +32,7 @@ from coda.lowering.program.groups import groups, is_free
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
-from coda.lowering.program.time import Time
+from coda.lowering.program.time import Time, overlapped
 
 PASSED = "passed sums"  # in a kernel's reads and writes: what its CTAs pass to each other
 
@@ -141,6 +141,16 @@ def streamed(program: Program, kernel: Kernel[Any]) -> Time:
     moved, rates = traffic(program, kernel), program.target.rates
     memory = (moved.read_bytes + moved.write_bytes) / rates.bandwidth
     return Time(launch=rates.ramp, memory=memory, bound="memory")
+
+
+def at_rates(program: Program, kernel: Kernel[Any]) -> Time:
+    """The modelled time of a kernel of one node: bytes and FLOPs at achieved rates."""
+    time, target = streamed(program, kernel), program.target
+    flops = kernel.kind.flops(kernel, program.sizes)
+    tensor = flops.tensor / (target.rates.tensor_of(flops.dtype.bits) * target.multiprocessors)
+    memory = overlapped(time.memory, tensor) - tensor
+    bound = "tensor cores" if tensor > time.memory else "memory"
+    return replace(time, mainloop=tensor, memory=memory, bound=bound)
 
 
 def prepared_apart(program: Program) -> list[Node]:

@@ -43,6 +43,33 @@ class Mainloop(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class OneNode:
+    """The mainloop of a kernel that computes one node from memory to memory, without a body.
+
+    Attributes:
+        node: the operation.
+        result: the buffer of its result, in the node's shape.
+    """
+
+    node: Node
+    result: str
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        """The node's operands."""
+        return self.node.operands
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The buffer of the result."""
+        return (self.result,)
+
+    def points(self, sizes: Sizes) -> tuple[int, int]:
+        """(0, 0): there is no body."""
+        return 0, 0
+
+
 M = TypeVar("M", bound=Mainloop, covariant=True)
 
 
