@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 from coda.errors import DtypeError, ShapeError, TraceError
 from coda.frontend.views import permuted, transposed
-from coda.ir.dims import ONE, Dim, Shape, broadcast, product, show_shape
+from coda.ir.dims import ONE, Dim, broadcast, product, show_shape
 from coda.ir.graph import Contract, Map, Node, Reduce, Reshape
 from coda.ir.types import f32
+from coda.ir.views import shaped
 
 _EXAMPLE = 'coda.einsum("b i h d, b j h d -> b h i j", q, k)'
 Names = tuple[str, ...]
@@ -115,7 +116,7 @@ def einsum_of(text: str, operands: Sequence[Node]) -> Node:
         for name in [n for n in term.names if n not in result and n not in others]:
             terms[i] = terms[i].without(name)
     term = _product(terms[0], terms[1], result) if len(terms) == 2 else terms[0]
-    return _reshaped(term.under(result), tuple(sizes[n] for n in equation.result))
+    return shaped(term.under(result), tuple(sizes[n] for n in equation.result))
 
 
 def _parsed(text: str, operands: Sequence[Node]) -> Equation:
@@ -233,7 +234,7 @@ class _Named:
 def _wide(names: Names, node: Node) -> _Named:
     """An operand with its axes of size 1 dropped, since it does not depend on them."""
     kept = [i for i, d in enumerate(node.shape) if d != ONE]
-    node = _reshaped(node, tuple(node.shape[i] for i in kept))
+    node = shaped(node, tuple(node.shape[i] for i in kept))
     return _Named(tuple(names[i] for i in kept), node)
 
 
@@ -256,10 +257,10 @@ def _product(a: _Named, b: _Named, result: Names) -> _Named:
     lead, own = left.shape[: len(batch)], left.shape[len(batch) :]
     if not summed:
         ones = (ONE,) * len(columns), (ONE,) * len(rows)
-        left = _reshaped(left, (*left.shape, *ones[0]))
-        right = _reshaped(right, (*lead, *ones[1], *right.shape[len(batch) :]))
+        left = shaped(left, (*left.shape, *ones[0]))
+        right = shaped(right, (*lead, *ones[1], *right.shape[len(batch) :]))
         return _Named(names, Map("mul", (left, right)))
-    total = Reduce("sum", _reshaped(Map("mul", (left, right)), (*lead, product(own))), -1)
+    total = Reduce("sum", shaped(Map("mul", (left, right)), (*lead, product(own))), -1)
     return _Named(batch, Reshape(total, lead))
 
 
@@ -274,10 +275,6 @@ def _contracted(left: Node, right: Node, batch: int, summed: int) -> Node:
     lead, total = left.shape[:batch], product(left.shape[left.rank - summed :])
     rows, columns = (n.shape[batch : n.rank - summed] for n in (left, right))
     mine = (product(rows),) if batch else rows  # unbatched: lhs of any rank
-    x = _reshaped(left, (*lead, *mine, total))
-    w = _reshaped(right, (*lead, product(columns), total))
-    return _reshaped(_contract(x, w), (*lead, *rows, *columns))
-
-
-def _reshaped(node: Node, shape: Shape) -> Node:
-    return node if node.shape == shape else Reshape(node, shape)
+    x = shaped(left, (*lead, *mine, total))
+    w = shaped(right, (*lead, product(columns), total))
+    return shaped(_contract(x, w), (*lead, *rows, *columns))

@@ -15,6 +15,7 @@ from coda.ir.dims import ONE, Dim, Shape, product, show_shape
 from coda.ir.graph import Const, Iota, Map, Node, Permute, Reduce, Reshape, Size
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import i64
+from coda.ir.views import shaped
 
 Axes = int | Sequence[int] | None
 MOST = 2**24  # numbers up to it are exact in float32
@@ -35,8 +36,7 @@ def reduced(fn: str, x: Node, axis: Axes, *, keepdims: bool) -> Node:
         runs = []
     for first, last in reversed(runs):
         node = _over(fn, node, first, last)
-    shape = tuple(ONE if i in axes else d for i, d in enumerate(x.shape))
-    node = node if node.shape == shape else Reshape(node, shape)
+    node = shaped(node, tuple(ONE if i in axes else d for i, d in enumerate(x.shape)))
     return node if keepdims else without(node, axes)
 
 

@@ -18,6 +18,7 @@ from coda.errors import DimError, ShapeError, TraceError
 from coda.frontend.shapes import Axes, parse_rearrangement
 from coda.ir.dims import ONE, Dim, Shape, product, show_shape
 from coda.ir.graph import Gather, Iota, Node, Permute, Reshape, Slice
+from coda.ir.views import shaped, under_reshapes
 
 Index = int | Dim | slice | EllipsisType | Node | None
 
@@ -124,7 +125,7 @@ def sliced(node: Node, index: tuple[Index, ...]) -> Node:
             if isinstance(item, slice):
                 shape.append(node.shape[axis])
             axis += 1
-    return node if node.shape == tuple(shape) else Reshape(node, tuple(shape))
+    return shaped(node, tuple(shape))
 
 
 def _of_each_axis(node: Node, index: tuple[Index, ...]) -> list[Index]:
@@ -175,8 +176,7 @@ def _gathered(table: Node, indices: tuple[Node, ...]) -> Node:
 def _counts(index: Node, size: Dim) -> int | None:
     """The axis, from the right, along which an index is 0, 1, … size - 1; None if there is none."""
     axes = [a - index.rank for a, d in enumerate(index.shape) if d != ONE]
-    while isinstance(index, Reshape):
-        index = index.arg
+    index = under_reshapes(index)
     counts = isinstance(index, Iota) and index.count == size and len(axes) == 1
     return axes[0] if counts else None
 

@@ -18,8 +18,9 @@ from coda.frontend import library, ops
 from coda.frontend.tensor import Tensor, matmul
 from coda.frontend.torch_import.rules import OperatorRules, Result, Rule
 from coda.ir.dims import ONE, Shape, product
-from coda.ir.graph import Cast, Contract, Input, Reshape, walk
+from coda.ir.graph import Cast, Contract, Input, walk
 from coda.ir.types import DType, bool_, f32, has_reciprocal
+from coda.ir.views import shaped
 
 aten = torch.ops.aten
 REDUCTIONS = ("none", "mean", "sum")  # of losses, by torch's enum value
@@ -198,7 +199,7 @@ def _as_rows(shape: Sequence[Any], *tensors: Tensor | None) -> list[Tensor | Non
 
     def row(x: Tensor) -> Tensor:
         joined = (*x.shape[: x.ndim + lead], product(x.shape[x.ndim + lead :]))
-        return wide(x) if joined == x.shape else Tensor(Reshape(wide(x).node, joined))
+        return reshaped(wide(x), joined)
 
     return [None if x is None else row(x) for x in tensors]
 
@@ -216,7 +217,7 @@ def _layer_norm(
     rows, w, b = _as_rows(shape, x, w, b)
     assert rows is not None
     y = library.layer_norm(rows, w, b, eps)
-    return cast(_reshaped(y, x.shape), result.dtype)
+    return cast(reshaped(y, x.shape), result.dtype)
 
 
 @rule(aten.rms_norm.default)
@@ -242,14 +243,15 @@ def _fused_rms_norm(
     rows, w = _as_rows(shape, x, w)
     assert rows is not None
     least = torch.finfo(rows.dtype.torch).eps if eps is None else eps
-    y = _reshaped(library.rms_norm(rows, w, least), x.shape)
+    y = reshaped(library.rms_norm(rows, w, least), x.shape)
     inverse = library.inverse_rms(rows, least)
     kept = (*x.shape[: x.ndim - len(shape)], *[ONE] * len(shape))
-    return [cast(y, result.dtype), _reshaped(inverse, kept)]
+    return [cast(y, result.dtype), reshaped(inverse, kept)]
 
 
-def _reshaped(x: Tensor, shape: Shape) -> Tensor:
-    return x if x.shape == shape else Tensor(Reshape(x.node, shape))
+def reshaped(x: Tensor, shape: Shape) -> Tensor:
+    """A tensor in a shape of as many elements."""
+    return Tensor(shaped(x.node, shape))
 
 
 @rule(aten.cross_entropy_loss.default)
@@ -267,7 +269,7 @@ def _cross_entropy(
     how = REDUCTIONS[reduction]
     x, labels = _classes_last(x, target)
     loss = library.cross_entropy(wide(x), labels, ignore_index, how, label_smoothing)
-    return cast(_reshaped(loss, result.shape), result.dtype)
+    return cast(reshaped(loss, result.shape), result.dtype)
 
 
 def _classes_last(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,7 +292,7 @@ def _nll_loss(
         raise refuse("a loss with weights of classes")
     x, labels = _classes_last(x, target)
     loss = library.nll_loss(wide(x), labels, ignore_index, REDUCTIONS[reduction])
-    return cast(_reshaped(loss, result.shape), result.dtype)
+    return cast(reshaped(loss, result.shape), result.dtype)
 
 
 # Contractions.

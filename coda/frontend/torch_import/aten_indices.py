@@ -13,8 +13,8 @@ import torch
 
 from coda.frontend import ops
 from coda.frontend.tensor import Tensor
-from coda.frontend.torch_import.aten import cast, refuse
-from coda.frontend.torch_import.aten_reductions import last, reshaped
+from coda.frontend.torch_import.aten import cast, refuse, reshaped
+from coda.frontend.torch_import.aten_reductions import last
 from coda.frontend.torch_import.rules import OperatorRules, Result
 from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import Const, Expand
@@ -159,7 +159,8 @@ def _repeat(result: Result, x: Tensor, repeats: Sequence[Any]) -> Tensor:
     shape = (*[ONE] * (len(repeats) - x.ndim), *x.shape)
     apart = [d for size in shape for d in (ONE, size)]
     wide = [d for count, size in zip(repeats, shape, strict=True) for d in (count, size)]
-    return reshaped(Tensor(Expand(x.reshape(*apart).node, tuple(map(Dim.of, wide)))), result)
+    found = Tensor(Expand(x.reshape(*apart).node, tuple(map(Dim.of, wide))))
+    return reshaped(found, result.shape)
 
 
 @rule(aten.constant_pad_nd.default)

@@ -14,10 +14,9 @@ import torch
 from coda.frontend import library, ops
 from coda.frontend.reductions import root
 from coda.frontend.tensor import Tensor
-from coda.frontend.torch_import.aten import cast, condition, numbers, refuse, wide
+from coda.frontend.torch_import.aten import cast, condition, numbers, refuse, reshaped, wide
 from coda.frontend.torch_import.rules import OperatorRules, Result, Rule
 from coda.ir.dims import product
-from coda.ir.graph import Reshape
 
 aten = torch.ops.aten
 TABLE = OperatorRules()
@@ -29,11 +28,6 @@ def axes_of(x: Tensor, dim: Axes) -> tuple[int, ...]:
     """Torch's axes as numbers from the left; None and [] are all."""
     given = (dim,) if isinstance(dim, int) else tuple(dim or range(x.ndim))
     return tuple(a % x.ndim for a in given)
-
-
-def reshaped(x: Tensor, result: Result) -> Tensor:
-    """A tensor in the shape of the result."""
-    return x if x.shape == result.shape else Tensor(Reshape(x.node, result.shape))
 
 
 def over(
@@ -137,7 +131,7 @@ def _all(result: Result, x: Tensor, dim: Axes = None, keepdim: bool = False) -> 
 def _position(fn: Callable[..., Tensor]) -> Rule:
     def apply(result: Result, x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
         if dim is None or not x.ndim:
-            return reshaped(fn(x.reshape(product(x.shape))), result)
+            return reshaped(fn(x.reshape(product(x.shape))), result.shape)
         return fn(x, dim, keepdims=keepdim)
 
     return apply
@@ -152,7 +146,7 @@ def _extreme_and_place(fn: Callable[..., Tensor]) -> Rule:
         """The extreme at its first place, which has all of its gradient."""
         rows = last(x, dim) if x.ndim else x.reshape(1)
         place = fn(rows)
-        return [reshaped(found, result) for found in (ops.pick(rows, place), place)]
+        return [reshaped(found, result.shape) for found in (ops.pick(rows, place), place)]
 
     return apply
 

@@ -35,6 +35,7 @@ from coda.ir.graph import (
     users,
     walk,
 )
+from coda.ir.views import shaped, under_reshapes
 from coda.lowering.algebra.roles import row_symbols, transposed
 
 HEADS_FIRST, TOKENS_FIRST = (0, 1, 2, 3), (0, 2, 1, 3)
@@ -73,7 +74,7 @@ def attends(graph: Graph, sizes: Mapping[str, int], takes: Takes) -> Graph:
         for one in walk([same]):  # an attention reads views that the graph does not have
             if one not in new:
                 new[one] = one.with_operands(new[o] for o in one.operands)
-        new[node] = _reshaped(new[same], node.shape)
+        new[node] = shaped(new[same], node.shape)
     fused = graph.with_roots(new[r] for r in graph.roots)
     nodes = list(walk(fused.roots))
     known = {s: n for s, n in sizes.items() if s not in row_symbols(nodes)}
@@ -89,7 +90,7 @@ def _attention(
     Returns:
         The node that has its value, up to a reshape, and the attention.
     """
-    weights = _under_reshapes(node.lhs)
+    weights = under_reshapes(node.lhs)
     x, empty = _softmax_of(weights)
     reader = _ScoreReader(x)
     root = reader.read(x)
@@ -160,7 +161,7 @@ class _ScoreReader:
         return self.known[node]
 
     def _read(self, node: Node) -> Node:
-        under = _under_reshapes(node)
+        under = under_reshapes(node)
         if isinstance(under, Contract) and under.batched and under.shape[-1] == self.x.shape[-1]:
             return self._product(node, under)
         if _is_position(node):
@@ -187,12 +188,6 @@ def _is_position(node: Node) -> bool:
         isinstance(n, Iota | Const | Size | Map | Cast | Reshape | Slice | Permute | Expand)
         for n in walk([node])
     )
-
-
-def _under_reshapes(node: Node) -> Node:
-    while isinstance(node, Reshape):
-        node = node.arg
-    return node
 
 
 def _between(node: Contract, product: Node) -> frozenset[Node]:
@@ -239,7 +234,3 @@ def _result(
             return user, TOKENS_FIRST
         one = after[0] if alone and isinstance(after[0], Reshape) else None
     return last, HEADS_FIRST
-
-
-def _reshaped(node: Node, shape: Shape) -> Node:
-    return node if node.shape == shape else Reshape(node, shape)

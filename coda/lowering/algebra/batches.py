@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from coda.ir.dims import ONE, Shape, product
 from coda.ir.graph import Contract, Expand, Node, Permute, Reshape
+from coda.ir.views import shaped
 from coda.lowering.algebra.roles import is_transposed_view, transposed
 
 
@@ -40,7 +41,7 @@ def _cotangent(d: Node, other: Node, mine: Node) -> Node:
         found = transposed(Contract(transposed(right), left, mine.dtype))
     else:
         found = Contract(left, transposed(right), mine.dtype)
-    return _reshaped(found, mine.shape)
+    return shaped(found, mine.shape)
 
 
 def _shared_last(d: Node, other: Node, mine: Shape) -> tuple[Node, Node]:
@@ -60,7 +61,7 @@ def _shared_last(d: Node, other: Node, mine: Shape) -> tuple[Node, Node]:
     if not shared:
         return d, other
     kept = [i for i in range(batch) if i not in shared]
-    other = _reshaped(other, (ONE,) * (d.rank - other.rank) + other.shape)
+    other = shaped(other, (ONE,) * (d.rank - other.rank) + other.shape)
     lead = tuple(whole[i] if i in shared else other.shape[i] for i in range(batch))
     other = _expanded(other, (*lead, *other.shape[-2:]))
     d = Permute(d, (*kept, batch, *shared, batch + 1))
@@ -68,10 +69,6 @@ def _shared_last(d: Node, other: Node, mine: Shape) -> tuple[Node, Node]:
     summed = product(other.shape[len(kept) : -1])
     d = Reshape(d, (*d.shape[: len(kept) + 1], summed))
     return d, Reshape(other, (*other.shape[: len(kept)], summed, other.shape[-1]))
-
-
-def _reshaped(node: Node, shape: Shape) -> Node:
-    return node if node.shape == shape else Reshape(node, shape)
 
 
 def _expanded(node: Node, shape: Shape) -> Node:

@@ -16,6 +16,7 @@ from coda.ir.dims import ONE, Dim, Shape, product
 from coda.ir.graph import Cast, Graph, Map, Node, Reduce, Reshape, Size, transform, walk
 from coda.ir.monoids import MONOIDS
 from coda.ir.node import origin
+from coda.ir.views import shaped
 from coda.lowering.algebra.roles import as_defined, gemms, row_axes, squared_deviation
 from coda.lowering.algebra.small_sums import spell_small_sums
 
@@ -56,17 +57,17 @@ class _Merged:
         x, fn = self.under, self.node.fn
         if not MONOIDS[fn].nests:
             square = squared_deviation(x, self.reduced("mean", x))
-            return _shaped(self.reduced("mean", square), self.node.shape)
-        return _shaped(self.reduced(fn, x), self.node.shape)
+            return shaped(self.reduced("mean", square), self.node.shape)
+        return shaped(self.reduced(fn, x), self.node.shape)
 
     def reduced(self, fn: str, x: Node) -> Node:
         """Reduce `x`, of the shape of `under`; the reduced axes stay with size 1."""
         shape = x.shape
         lead, rows = shape[: self.first], product(shape[self.first : self.columns])
         columns = product(shape[self.columns :])
-        inner = Reduce(fn, _shaped(x, (*shape[: self.columns], columns)), -1)
-        outer = Reduce(fn, _shaped(inner, (*lead, rows)), -1)
-        return _shaped(outer, (*lead, *(ONE,) * (len(shape) - len(lead))))
+        inner = Reduce(fn, shaped(x, (*shape[: self.columns], columns)), -1)
+        outer = Reduce(fn, shaped(inner, (*lead, rows)), -1)
+        return shaped(outer, (*lead, *(ONE,) * (len(shape) - len(lead))))
 
 
 def _as_sum(node: Reduce) -> Node:
@@ -90,17 +91,13 @@ def _of_matrices(node: Map | Cast, rows: Dim) -> Node:
         return node
     with origin(node.where):
         operands = [o.arg if o in wide and isinstance(o, Reshape) else o for o in node.operands]
-        numbers = [_shaped(o, ()) if product(o.shape) == ONE else o for o in operands]
-        return _shaped(node.with_operands(numbers), node.shape)
+        numbers = [shaped(o, ()) if product(o.shape) == ONE else o for o in operands]
+        return shaped(node.with_operands(numbers), node.shape)
 
 
 def _has(shape: Shape, rows: Dim) -> bool:
     """Whether some leading axes of a shape together have the size `rows`."""
     return any(product(shape[:i]) == rows for i in range(len(shape) + 1))
-
-
-def _shaped(node: Node, shape: Shape) -> Node:
-    return node if node.shape == shape else Reshape(node, shape)
 
 
 def _merged(node: Reduce, rows: Dim) -> _Merged | None:

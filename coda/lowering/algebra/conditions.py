@@ -20,6 +20,7 @@ from coda.ir.graph import (
     walk,
 )
 from coda.ir.types import f32, has_reciprocal
+from coda.ir.views import under_reshapes
 from coda.lowering.algebra.roles import is_transposed_view
 
 _depths: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
@@ -142,10 +143,7 @@ def gain_is_free(nodes: Mapping[str, Node]) -> bool:
 
 def rows_are_contiguous(nodes: Mapping[str, Node]) -> bool:
     """Whether the rows of all batches of `x` can be joined without a copy."""
-    x = nodes["x"]
-    while isinstance(x, Reshape):
-        x = x.arg
-    return not isinstance(x, Permute)
+    return not isinstance(under_reshapes(nodes["x"]), Permute)
 
 
 def lies_straight(nodes: Mapping[str, Node]) -> bool:

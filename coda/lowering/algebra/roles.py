@@ -31,6 +31,7 @@ from coda.ir.graph import (
     walk,
 )
 from coda.ir.scalars import PAIR
+from coda.ir.views import under_reshapes
 
 
 def is_view(node: Node) -> bool:
@@ -113,10 +114,7 @@ def reduced(node: Reduce | Pick) -> Node:
 
 def summand(node: Reduce) -> Node:
     """The operand of a reduction, under the reshapes that flatten its axes."""
-    under = node.arg
-    while isinstance(under, Reshape):
-        under = under.arg
-    return under
+    return under_reshapes(node.arg)
 
 
 def sequence_of(node: Reduce) -> Dim | None:

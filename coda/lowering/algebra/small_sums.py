@@ -34,6 +34,8 @@ from coda.ir.graph import (
 from coda.ir.monoids import MONOIDS, PLAIN_SUM
 from coda.ir.node import origin
 from coda.ir.scalars import PRODUCT, SUM
+from coda.ir.views import shaped, under_reshapes
+from coda.lowering.algebra.roles import transposed
 
 MOST_SUMMED = 8  # values that a sum has
 MOST_TERMS = 64  # values of all sums of a row and a column
@@ -49,8 +51,7 @@ def spell_small_sums(graph: Graph, rows: Dim) -> Graph:
             found = _small(under, rows)
             if found is None:
                 return node
-            spelled = found.spelled()
-            return spelled if spelled.shape == node.shape else Reshape(spelled, node.shape)
+            return shaped(found.spelled(), node.shape)
 
     return graph.with_roots(transform(graph.roots, change))
 
@@ -73,7 +74,7 @@ class _Small:
         """The sums of slices, beside each other along the columns."""
         found = [self.total(index) for index in product_of(*map(range, self.outer))]
         whole = Concat(tuple(found), -1) if len(found) > 1 else found[0]
-        return whole if whole.shape == self.node.shape else Reshape(whole, self.node.shape)
+        return shaped(whole, self.node.shape)
 
     def total(self, index: tuple[int, ...]) -> Node:
         """One of the sums, [*rows, width]."""
@@ -99,15 +100,9 @@ def _as_sum(node: Contract, rows: Dim) -> Node:
         return node
     x, w = (o if o.dtype == node.dtype else Cast(o, node.dtype) for o in node.operands)
     (count, width), some = node.shape[-2:], x.shape[-1]
-    w = _transposed(w)
-    x, w = Reshape(x, (*batch, count, some, ONE)), Reshape(w, (*batch, ONE, some, width))
+    x = Reshape(x, (*batch, count, some, ONE))
+    w = Reshape(transposed(w), (*batch, ONE, some, width))
     return Reduce(PLAIN_SUM, Map(PRODUCT, (x, w)), -2)
-
-
-def _transposed(node: Node) -> Node:
-    """A value with its last two axes exchanged."""
-    order = (*range(node.rank - 2), node.rank - 1, node.rank - 2)
-    return node.arg if isinstance(node, Permute) and node.order == order else Permute(node, order)
 
 
 def _small(node: Node, rows: Dim) -> _Small | None:
@@ -140,9 +135,7 @@ def _without(node: Node, count: int) -> Node:
     if isinstance(node, Map | Cast):
         return node.with_operands([_without(o, count) for o in node.operands])
     shape = (*node.shape[: max(0, node.rank - 1 - count)], node.shape[-1])
-    while isinstance(node, Reshape):
-        node = node.arg
-    return node if node.shape == shape else Reshape(node, shape)
+    return shaped(under_reshapes(node), shape)
 
 
 def _part(node: Node, axis: int, index: int) -> Node:

@@ -43,6 +43,7 @@ from coda.ir.node import origin
 from coda.ir.scalar import Term
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, i32
+from coda.ir.views import shaped
 from coda.lowering.algebra.batches import lhs_cotangent, rhs_cotangent
 from coda.lowering.algebra.linear import factor_cotangent, linear_outputs, row_factor
 from coda.lowering.algebra.roles import permuted, reduced
@@ -243,15 +244,15 @@ class _Cotangents:
         x, w = node.lhs, node.rhs
         rows = product(x.shape[:-1])
         if x in self.active and rows == ONE:
-            total = Reduce("sum", Map("mul", (_reshape(d, (w.shape[0], ONE)), w)), -2)
-            self.give(x, _reshape(total, x.shape))
+            total = Reduce("sum", Map("mul", (shaped(d, (w.shape[0], ONE)), w)), -2)
+            self.give(x, shaped(total, x.shape))
         elif x in self.active:
             self.give(x, Contract(d, Permute(w, (1, 0)), x.dtype))
         if w not in self.active:
             return
-        flat_d, flat_x = (_reshape(n, (rows, n.shape[-1])) for n in (d, x))
+        flat_d, flat_x = (shaped(n, (rows, n.shape[-1])) for n in (d, x))
         if rows == ONE:
-            self.give(w, Map("mul", (_reshape(d, (w.shape[0], ONE)), flat_x)))
+            self.give(w, Map("mul", (shaped(d, (w.shape[0], ONE)), flat_x)))
         else:
             self.give(w, Contract(Permute(flat_d, (1, 0)), Permute(flat_x, (1, 0)), w.dtype))
 
@@ -285,10 +286,6 @@ class _Cotangents:
 # Shapes.
 
 
-def _reshape(node: Node, shape: Shape) -> Node:
-    return node if node.shape == shape else Reshape(node, shape)
-
-
 def _unbroadcast(d: Node, shape: Shape) -> Node:
     """Drop leading axes of size 1 that a node does not have."""
     extra = d.rank - len(shape)
@@ -311,7 +308,7 @@ def _summed(d: Node, shape: Shape, whole: Shape) -> Node:
             d = Reshape(d, (*d.shape[:i], ONE, together, *d.shape[i + 2 :]))
         else:
             d = Reduce("sum", d, i - rank)
-    return _reshape(d, d.shape[rank - len(shape) :])
+    return shaped(d, d.shape[rank - len(shape) :])
 
 
 def _summed_together(d: Node, shape: Shape) -> tuple[int, Node]:
@@ -348,7 +345,7 @@ def _reshaped(d: Node, now: Shape, before: Shape) -> Node:
             target += (ONE,) * len(b)
         else:
             return Reshape(full(d, now), before)
-    return _reshape(d, tuple(target))
+    return shaped(d, tuple(target))
 
 
 # Reductions and picks.

@@ -16,10 +16,11 @@ from functools import reduce
 from math import prod
 
 from coda.ir.dims import Dim, product
-from coda.ir.graph import Node, Reduce, Reshape, Slice
+from coda.ir.graph import Node, Reduce, Slice
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalar import Term
 from coda.ir.scalars import PRODUCT, SUM
+from coda.ir.views import shaped
 from coda.lowering.placement.space_state import SpaceState
 from coda.lowering.placement.values import NO_LANE, Refused, Value, beside, combine
 from coda.lowering.program.epilogue import Literal, Load
@@ -37,8 +38,7 @@ def column(space: SpaceState, node: Node, index: int) -> Load:
     """The load of one column of a matrix in memory, as a vector of rows. Raises Refused."""
     rows = space.split(node)
     flat = (*node.shape[:rows], product(node.shape[rows:]))
-    matrix = node if flat == node.shape else Reshape(node, flat)
-    name = space.leaf(Slice(matrix, -1, Dim.of(index), Dim.of(1), 1))
+    name = space.leaf(Slice(shaped(node, flat), -1, Dim.of(index), Dim.of(1), 1))
     if name is None:
         raise Refused("one column of a matrix that the kernel reads as a whole")
     return Load(name, NO_LANE)

@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from coda.ir.dims import product
-from coda.ir.graph import Input, Node, Reshape
+from coda.ir.graph import Input, Node
+from coda.ir.views import under_reshapes
 from coda.lowering.program.access import Alternating, Tile
 from coda.lowering.program.epilogue import Operand, StoreExpr
 from coda.lowering.program.kernel import Kernel
@@ -122,8 +123,7 @@ def _matrix(
     same = own and operand.access == store.access and not store.rows
     if not same or (operand.dtype, lanes) != (store.dtype, len(store.lanes)):
         return ""
-    while isinstance(node, Reshape):
-        node = node.arg
+    node = under_reshapes(node)
     if not isinstance(node, Input) and node not in program.places:
         return ""
     (name,) = held_in(program, node)

@@ -1,0 +1,18 @@
+"""Reshapes of a node, made only where they change its shape, and seen through."""
+
+from __future__ import annotations
+
+from coda.ir.dims import Shape
+from coda.ir.graph import Node, Reshape
+
+
+def shaped(node: Node, shape: Shape) -> Node:
+    """A node in a shape of as many elements."""
+    return node if node.shape == shape else Reshape(node, shape)
+
+
+def under_reshapes(node: Node) -> Node:
+    """The node under some reshapes; a node that is none itself."""
+    while isinstance(node, Reshape):
+        node = node.arg
+    return node
