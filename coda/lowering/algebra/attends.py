@@ -36,7 +36,7 @@ from coda.ir.graph import (
     walk,
 )
 from coda.ir.views import shaped, under_reshapes
-from coda.lowering.algebra.roles import row_symbols, transposed
+from coda.lowering.algebra.roles import row_symbols, softmax, transposed
 
 HEADS_FIRST, TOKENS_FIRST = (0, 1, 2, 3), (0, 2, 1, 3)
 
@@ -107,28 +107,21 @@ def _attention(
 
 
 def _softmax_of(weights: Node) -> tuple[Node, float]:
-    """The scores of weights exp(x - logsumexp x), and what a row without keys is."""
-    match weights:
-        case Map(fn="exp", args=(Map(fn="sub", args=(x, shift)),)):
-            pass
-        case _:
-            raise _Unlike
-    match shift:
-        case Reduce(fn="logsumexp", arg=arg, axis=-1) if arg is x:
-            return x, math.nan
-        case Map(
-            fn="where",
-            args=(
-                Map(fn="gt", args=(Reduce(fn="logsumexp", arg=arg, axis=-1) as lse, least)),
-                chosen,
-                Const(value=0.0),
-            ),
-        ) if arg is x and chosen is lse and isinstance(least, Const):
-            if least.value != -math.inf:
-                raise _Unlike
-            return x, 0.0
-        case _:
-            raise _Unlike
+    """The scores x of weights that are a softmax, and what a row of −inf is: NaN, or 0."""
+    shifted = weights.operands[0] if weights.operands else weights
+    x = shifted.operands[0] if shifted.operands else shifted
+    for of, empty in ((softmax, math.nan), (_softmax_or_zero, 0.0)):
+        if x.rank and x.dtype.kind == "float" and weights is of(x):
+            return x, empty
+    raise _Unlike
+
+
+def _softmax_or_zero(x: Node) -> Node:
+    """The weights of a softmax, 0 in a row of −inf: what is subtracted there is 0, not −inf."""
+    lse = Reduce("logsumexp", x, -1)
+    least, zero = Const(-math.inf, lse.dtype), Const(0.0, lse.dtype)
+    shift = Map("where", (Map("gt", (lse, least)), lse, zero))
+    return Map("exp", (Map("sub", (x, shift)),))
 
 
 @dataclass

@@ -27,6 +27,7 @@ from coda.lowering.algebra.conditions import (
     weights_are_known_late,
 )
 from coda.lowering.algebra.rewrite import ANY, ROWS_PERMUTED, WIDE, Law, Sides, law
+from coda.lowering.algebra.roles import softmax
 
 
 def _mul(a: Node, b: Node) -> Node:
@@ -300,7 +301,7 @@ def softmax_by_logsumexp(x: Node, m: Node) -> Sides:
     With +inf among the values the left side is NaN everywhere, the right only there.
     """
     e = _exp(_sub(x, m))
-    return _mul(e, Map("recip", (_over("sum", e),))), _exp(_sub(x, _over("logsumexp", x)))
+    return _mul(e, Map("recip", (_over("sum", e),))), softmax(x)
 
 
 @law(x="... K", v="... K", when=weights_are_known_late)
@@ -310,8 +311,7 @@ def weights_past_contraction(x: Node, v: Node) -> Sides:
     So no kernel needs the weights' statistic before it sees the values. A weight of 0 times an
     infinite value is NaN on both sides.
     """
-    weights = _exp(_sub(x, _over("logsumexp", x)))
-    return _over("sum", _mul(weights, v)), _weighted(x, v)
+    return _over("sum", _mul(softmax(x), v)), _weighted(x, v)
 
 
 @law(x="... K", v="... K")

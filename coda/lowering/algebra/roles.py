@@ -128,12 +128,16 @@ def squared_deviation(x: Node, mean: Node) -> Node:
     return Map("square", (Map("sub", (x, mean)),))
 
 
+def softmax(x: Node, axis: int = -1) -> Node:
+    """The weights exp(x − logsumexp x)."""
+    return Map("exp", (Map("sub", (x, Reduce("logsumexp", x, axis))),))
+
+
 def as_defined(node: Reduce) -> Reduce:
     """A reduction that does not nest as sums: Σ exp(x − logsumexp x) v, or a variance's mean."""
     x, v, axis = node.arg, node.value, node.axis
     if v is not None:
-        weights = Map("exp", (Map("sub", (x, Reduce("logsumexp", x, axis))),))
-        return Reduce("sum", Map("mul", (weights, v)), axis)
+        return Reduce("sum", Map("mul", (softmax(x, axis), v)), axis)
     square = squared_deviation(node.arg, Reduce("mean", node.arg, node.axis))
     return Reduce("mean", square, node.axis)
 

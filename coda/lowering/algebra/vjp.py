@@ -46,7 +46,7 @@ from coda.ir.types import DType, i32
 from coda.ir.views import shaped
 from coda.lowering.algebra.batches import lhs_cotangent, rhs_cotangent
 from coda.lowering.algebra.linear import factor_cotangent, linear_outputs, row_factor
-from coda.lowering.algebra.roles import permuted, reduced
+from coda.lowering.algebra.roles import permuted, reduced, softmax
 from coda.lowering.algebra.slices import joined
 
 
@@ -259,8 +259,7 @@ class _Cotangents:
     def weights(self, node: Reduce, d: Node) -> None:
         """y = Σ p v with p = softmax x: p d (v − y) for x, and p d for v."""
         x, v = node.operands
-        p = Map("exp", (Map("sub", (x, Reduce("logsumexp", x, node.axis))),))
-        shares = Map("mul", (p, d))
+        shares = Map("mul", (softmax(x, node.axis), d))
         found = {x: Map("mul", (shares, Map("sub", (v, node)))), v: shares}
         if x is v:
             away = Map("add", (Map("sub", (v, node)), Const(1.0, d.dtype)))
