@@ -35,7 +35,7 @@ from coda.lowering.placement.build import build, numbered
 from coda.lowering.placement.place import Partition
 from coda.lowering.program.bound import least_price
 from coda.lowering.program.factor import factor
-from coda.lowering.program.kernel import Kind
+from coda.lowering.program.kernel import Kind, kind_of
 from coda.lowering.program.memory import plan_memory, soonest_freed
 from coda.lowering.program.price import Price, price
 from coda.lowering.program.program import Program
@@ -93,7 +93,7 @@ def lower(
         def lowered(accept: Accept, below: Price | None, bare: Bare) -> Program | None:
             return run_stages(asked, accept, record.trial(), below=below, bare=bare)
 
-        return record.keep(decide(graph, lowered, partial(_kind_of, asked)))
+        return record.keep(decide(graph, lowered, lambda n: kind_of(kernels.KINDS, n, asked.known)))
 
 
 def request(
@@ -204,11 +204,6 @@ def decide(
     return separate(best, partial(lowered, accept, None), kind_of)
 
 
-def _kind_of(asked: Request, node: Contract) -> Kind:
-    """The kind of kernel that computes a contraction from memory."""
-    return next(k for k in kernels.KINDS if not k.refuses(node, asked.known))
-
-
 def _may_undercut(asked: Request, graph: Graph, below: Price) -> bool:
     """Whether the price of a Program of a graph in normal form may undercut another."""
     least = least_price(
@@ -224,7 +219,7 @@ def _apply_laws(accept: Accept, trial: Trial, graph: Graph) -> Graph:
 
 def _is_taken(node: Node, sizes: Mapping[str, int]) -> bool:
     """Whether a kind with kernels of its own takes a node; the last kind takes every one."""
-    return any(not kind.refuses(node, sizes) for kind in kernels.KINDS[:-1])
+    return any(kind.takes(node, sizes) for kind in kernels.KINDS[:-1])
 
 
 def _chunk(graph: Graph, asked: Request) -> Parted:

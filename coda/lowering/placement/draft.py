@@ -46,7 +46,7 @@ from coda.lowering.placement.layout import Layout
 from coda.lowering.placement.siblings import Kernels
 from coda.lowering.placement.space_state import Segment
 from coda.lowering.placement.values import Value
-from coda.lowering.program.kernel import Kind
+from coda.lowering.program.kernel import Kind, kind_of
 from coda.lowering.program.price import Price
 from coda.lowering.program.program import Unfused
 from coda.lowering.program.target import Target
@@ -169,7 +169,7 @@ class Drafts:
 
     def opener(self, node: Node) -> Kind:
         """The first kind that can compute a node from memory."""
-        return next(k for k in self.kinds if not k.refuses(node, self.known))
+        return kind_of(self.kinds, node, self.known)
 
     def price(self, few: Kernels) -> Price:
         """The price of a GEMM that is not placed yet, and of the kernels that reduce its rows."""

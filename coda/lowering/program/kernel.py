@@ -313,7 +313,22 @@ class Kind:
     whole_rows: bool = False
     scalars: DType | None = None
 
+    def takes(self, node: Node, sizes: Sizes) -> bool:
+        """Whether a kernel of this kind can compute a node from operands in memory."""
+        return not self.refuses(node, sizes)
+
     @property
     def fuses(self) -> bool:
         """Whether its kernels have a body, into which other nodes can be fused."""
         return self.tiled or self.whole_rows
+
+
+def kind_of(kinds: Sequence[Kind], node: Node, sizes: Sizes) -> Kind:
+    """The first kind whose kernels can compute a node from memory; the last one takes every node.
+
+    Args:
+        kinds: in order of preference.
+        node: any operation.
+        sizes: those of symbols that are compiled in.
+    """
+    return next(k for k in kinds if k.takes(node, sizes))
