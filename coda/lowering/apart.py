@@ -31,14 +31,13 @@ from coda.lowering.program.baseline import unfused_price
 from coda.lowering.program.cost import memory_bytes, tensor_traffic
 from coda.lowering.program.groups import is_free
 from coda.lowering.program.kernel import Kernel, Kind
-from coda.lowering.program.price import MOVES, Price, price, price_of
+from coda.lowering.program.price import MOVES, NOTHING, Price, price, price_of
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
 from coda.lowering.program.time import Sketch, Time, roofline, total
 
 Bare = Mapping[Node, str]  # contraction whose GEMM stores its accumulator alone -> why
 NO_BARE: Bare = MappingProxyType({})
-NOTHING = Price(Time(0.0), 0, 0)
 DEARER = "its GEMM stores its accumulator alone: what fits in epilogues would cost more in all"
 TILE = 128 * 64  # elements of the smallest tile in use
 

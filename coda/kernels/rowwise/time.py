@@ -16,26 +16,17 @@ from coda.lowering.program.access import Periodic, Tile
 from coda.lowering.program.cost import operand_bytes, traffic
 from coda.lowering.program.epilogue import calls
 from coda.lowering.program.program import Program
-from coda.lowering.program.time import Time, overlapped
-
-MOVES = 2  # instructions for each element that is loaded or stored, beside its functions
+from coda.lowering.program.time import MOVE, Time, by_rows
 
 
 def rowwise_time(program: Program, kernel: Rowwise) -> Time:
     """The modelled time of a row-wise kernel."""
-    target, rates = program.target, program.target.rates
     moved = traffic(program, kernel)
     sweeps = plan(program, kernel).sweeps
     again = (sweeps - 1) * _missing(program, kernel) * _swept(program, kernel) if sweeps > 1 else 0
-    memory = (moved.read_bytes + moved.write_bytes + again) / rates.bandwidth
     issued, special = _instructions(program, kernel, sweeps)
-    sms = target.multiprocessors
-    issue = issued / (rates.issue * sms)
-    unit = special / (rates.special * sms)
-    work = max(issue, unit)
-    parts = {"memory": memory, "instructions": issue, "special functions": unit}
-    bound = max(parts, key=lambda part: parts[part])
-    return Time(rates.ramp, mainloop=work, memory=overlapped(work, memory) - work, bound=bound)
+    nbytes = moved.read_bytes + moved.write_bytes + again
+    return by_rows(program.target, nbytes, issued, special)
 
 
 def _swept(program: Program, kernel: Rowwise) -> int:
@@ -62,7 +53,7 @@ def _instructions(program: Program, kernel: Rowwise, sweeps: int) -> tuple[float
     functions = [SCALARS[c.fn] for c in calls(exprs)]
     rows, columns = kernel.mainloop.points(program.sizes)
     points = rows * columns / epilogue.lanes
-    moves = MOVES * epilogue.lanes * (len(epilogue.tiles) * sweeps + len(epilogue.stores))
+    moves = MOVE * epilogue.lanes * (len(epilogue.tiles) * sweeps + len(epilogue.stores))
     return (
         points * (sum(f.flops for f in functions) + moves),
         points * sum(f.special for f in functions),

@@ -13,7 +13,7 @@ and kernels that move each tensor once. Programs are held to it, part by part, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from coda.ir.dims import ONE, product
@@ -30,11 +30,9 @@ from coda.lowering.program.cost import (
 from coda.lowering.program.cublas import RATES, cublas_seconds
 from coda.lowering.program.groups import FusedGroup, groups, is_free
 from coda.lowering.program.kernel import Kernel, Kind
-from coda.lowering.program.price import Price
+from coda.lowering.program.price import NOTHING, Price
 from coda.lowering.program.program import Program
-from coda.lowering.program.time import Sketch, Time, overlapped
-
-MOVES = 2  # instructions for each element that is loaded or stored, beside its functions
+from coda.lowering.program.time import MOVE, Sketch, by_rows
 
 
 def baseline_seconds(graph: Graph, program: Program) -> float | None:
@@ -59,36 +57,33 @@ def unfused_price(program: Program, kind_of: Callable[[Contract], Kind]) -> Pric
         program: a Program of the block.
         kind_of: contraction -> the kind of kernel that computes it from memory.
     """
-    sizes, target, weights = program.sizes, program.target, set(program.prepared.values())
+    sizes, weights = program.sizes, set(program.prepared.values())
     activations: dict[Node, list[Contract]] = {}
     for node in walk(program.graph.roots):
         if isinstance(node, Contract) and node not in weights:
             activations.setdefault(node.lhs, []).append(node)
-    found = Price(Time(0.0), 0, 0)
+    found = NOTHING
     for few in activations.values():
         found += _cheaper_of(few, program, kind_of)
     for group in groups(program.graph, sizes):
         moved = sum(_kept_bytes(n, program) for n in (*group.reads, *group.writes))
         moved += sum(_partial_bytes(n, program) for n in (*group.parts, *group.folds))
-        work, memory = _issued(group, program), moved / target.rates.bandwidth
-        time = Time(target.rates.ramp, work, memory=overlapped(work, memory) - work)
+        time = by_rows(program.target, moved, *_instructions(group, sizes))
         found += Price(time, moved, 1)
     return found
 
 
-def _issued(group: FusedGroup, program: Program) -> float:
-    """Seconds in which the SMs issue a kernel's instructions, as row-wise kernels are modelled."""
-    sizes, rates = program.sizes, program.target.rates
+def _instructions(group: FusedGroup, sizes: Mapping[str, int]) -> tuple[float, float]:
+    """Instructions of a kernel's threads, and those for the special-function unit."""
     wide = (*group.reads, *group.writes)
-    issued = MOVES * sum(product(n.shape).size(sizes) for n in wide)
-    special = 0.0
+    issued, special = MOVE * sum(product(n.shape).size(sizes) for n in wide), 0.0
     for node in group.nodes:
         if isinstance(node, Reduce):
             issued += product(node.arg.shape).size(sizes)
         elif isinstance(node, Map):
             points, row = product(node.shape).size(sizes), SCALARS[node.fn]
             issued, special = issued + points * row.flops, special + points * row.special
-    return max(issued / rates.issue, special / rates.special) / program.target.multiprocessors
+    return issued, special
 
 
 def _cheaper_of(

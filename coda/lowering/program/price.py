@@ -68,6 +68,9 @@ class Price:
         return ours < theirs
 
 
+NOTHING = Price(Time(0.0), 0, 0)
+
+
 def price_of(program: Program, kernels: Iterable[Kernel[Any]]) -> Price:
     """The price of some kernels of a Program."""
     few = list(kernels)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from coda.lowering.program.target import Target
 
+MOVE = 2  # instructions for each element that is loaded or stored, beside its functions
 SHARPNESS = 6  # of the maximum in `overlapped`; infinite, if parts did not wait for each other
 PARTS = ("launch", "mainloop", "feed", "epilogue", "memory")
 
@@ -85,6 +86,24 @@ def roofline(sketch: Sketch, target: Target) -> Time:
     tensor = 2 * m * n * k / (rates.tensor_of(sketch.bits) * target.multiprocessors)
     memory = (sketch.read + sketch.written) / rates.bandwidth
     return Time(rates.ramp, tensor, memory=overlapped(tensor, memory) - tensor)
+
+
+def by_rows(target: Target, moved: float, issued: float, special: float) -> Time:
+    """The time of a kernel that moves rows through its SMs, beside the instructions for them.
+
+    Args:
+        target: the GPU.
+        moved: bytes from and to global memory.
+        issued: instructions of threads.
+        special: those of them for the special-function unit.
+    """
+    rates, sms = target.rates, target.multiprocessors
+    memory = moved / rates.bandwidth
+    issue, unit = issued / (rates.issue * sms), special / (rates.special * sms)
+    work = max(issue, unit)
+    parts = {"memory": memory, "instructions": issue, "special functions": unit}
+    bound = max(parts, key=lambda part: parts[part])
+    return Time(rates.ramp, mainloop=work, memory=overlapped(work, memory) - work, bound=bound)
 
 
 def total(times: Iterable[Time]) -> Time:
