@@ -310,12 +310,8 @@ def _is_ragged(split: int | None, store: StoreExpr) -> bool:
 def _store(build: Layout, store: Store) -> StoreExpr:
     """The StoreExpr of values concatenated to one matrix, or of one value per row."""
     space = build.space
-    if all(v.narrow for v in store.values) and space.width != 1:
-        (value,) = store.values
-        lanes = build.of_row(value)
-        return StoreExpr(store.buffer, store.dtype, lanes, ColumnVector(), store.rows)
     value, span = beside(store.values), None
-    if space.apart and value.of_rows:
+    if (value.narrow and space.width != 1) or (value.of_rows and space.apart):
         lanes = build.of_row(value)
         return StoreExpr(store.buffer, store.dtype, lanes, ColumnVector(), store.rows)
     if space.whole_rows and not build.is_filled_by(value):
