@@ -8,6 +8,7 @@ They are plain functions: one of your own is written in the same way.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 from coda.frontend.attention import Mask, Score
 from coda.frontend.library import softcap
@@ -76,26 +77,18 @@ def block_diffusion(length: int | Dim, size: int) -> Mask:
     return mask
 
 
-def every(*masks: Mask) -> Mask:
+def every(first: Mask, *others: Mask) -> Mask:
     """Keys that all masks keep."""
-    return _joined(lambda x, y: x & y, masks)
+    return _joined(lambda x, y: x & y, (first, *others))
 
 
-def some(*masks: Mask) -> Mask:
+def some(first: Mask, *others: Mask) -> Mask:
     """Keys that at least one mask keeps."""
-    return _joined(lambda x, y: x | y, masks)
+    return _joined(lambda x, y: x | y, (first, *others))
 
 
 def _joined(join: Callable[[Tensor, Tensor], Tensor], masks: tuple[Mask, ...]) -> Mask:
-    first, *rest = masks
-
-    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        found = first(b, h, i, j)
-        for one in rest:
-            found = join(found, one(b, h, i, j))
-        return found
-
-    return mask
+    return lambda b, h, i, j: reduce(join, (one(b, h, i, j) for one in masks))
 
 
 # Scores.

@@ -24,10 +24,7 @@ from coda.frontend.refused import Valueless, kind, kinds
 from coda.frontend.shapes import parse_shape
 from coda.frontend.views import Index, permuted, reshaped, sliced, transposed
 from coda.ir.dims import Dim, Shape, product, show_shape
-from coda.ir.graph import (
-    Map,
-    Node,
-)
+from coda.ir.graph import Map, Node
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, f32, promote
 

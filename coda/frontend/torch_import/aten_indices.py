@@ -14,7 +14,8 @@ import torch
 from coda.frontend import ops
 from coda.frontend.tensor import Tensor
 from coda.frontend.torch_import.aten import cast, refuse, reshaped
-from coda.frontend.torch_import.aten_reductions import last
+from coda.frontend.torch_import.aten_reductions import back, last
+from coda.frontend.torch_import.aten_views import part_of
 from coda.frontend.torch_import.rules import OperatorRules, Result
 from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import Const, Expand
@@ -85,7 +86,7 @@ def _gather(
     at = dim % x.ndim
     for axis in range(x.ndim):
         if axis != at and x.shape[axis] != index.shape[axis]:
-            x = _first(x, axis, _known(index, axis))
+            x = part_of(x, axis, slice(0, _known(index, axis)))
     rows, places = last(x, at), last(index, at)
     if places.shape[-1] == ONE:
         found = ops.pick(rows, places.reshape(*places.shape[:-1]))
@@ -95,15 +96,7 @@ def _gather(
         if count != ONE:
             wide = ops.iota(count, i64).reshape(*rows.shape[:-1], 1) * width + wide
         found = ops.take(rows.reshape(count * width), wide)
-    order = list(range(x.ndim - 1))
-    order.insert(at, x.ndim - 1)
-    return found.permute(*order)
-
-
-def _first(x: Tensor, axis: int, count: int) -> Tensor:
-    where: list[Any] = [slice(None)] * x.ndim
-    where[axis] = slice(0, count)
-    return x[tuple(where)]
+    return back(found, at)
 
 
 # Constants.
@@ -129,19 +122,9 @@ def _ones(result: Result, *_: Any, **__: Any) -> Tensor:
     return _filled(result, 1)
 
 
-@rule(aten.full_like.default, aten.fill.Scalar)
-def _full_like(result: Result, x: Tensor, value: Any, **_: Any) -> Tensor:
-    return _filled(result, value)
-
-
-@rule(aten.full.default)
-def _full(result: Result, shape: Any, value: Any, **_: Any) -> Tensor:
-    return _filled(result, value)
-
-
-@rule(aten.new_full.default)
-def _new_full(result: Result, x: Tensor, shape: Any, value: Any, **_: Any) -> Tensor:
-    return _filled(result, value)
+@rule(aten.full.default, aten.full_like.default, aten.new_full.default, aten.fill.Scalar)
+def _full(result: Result, *given: Any, **_: Any) -> Tensor:
+    return _filled(result, given[-1])
 
 
 @rule(aten.fill.Tensor)
@@ -171,10 +154,8 @@ def _pad(result: Result, x: Tensor, margins: Sequence[Any], value: Any = 0) -> T
     for i, (before, after) in enumerate(zip(margins[::2], margins[1::2], strict=True)):
         axis = x.ndim - 1 - i
         size = _known(x, axis) if before < 0 or after < 0 else 0
-        where: list[Any] = [slice(None)] * x.ndim
         if before < 0 or after < 0:
-            where[axis] = slice(max(-before, 0), size + min(after, 0))
-            x = x[tuple(where)]
+            x = part_of(x, axis, slice(max(-before, 0), size + min(after, 0)))
         parts = [_margin(x, axis, before, value), x, _margin(x, axis, after, value)]
         kept = [p for p in parts if p is not None]
         x = kept[0] if len(kept) == 1 else ops.concat(kept, axis)

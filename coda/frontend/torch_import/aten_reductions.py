@@ -51,16 +51,18 @@ def last(x: Tensor, dim: int) -> Tensor:
     return x.permute(*order, dim % x.ndim)
 
 
+def back(x: Tensor, dim: int) -> Tensor:
+    """The tensor with its last axis as another one: the inverse of `last`."""
+    order = list(range(x.ndim - 1))
+    order.insert(dim % x.ndim, x.ndim - 1)
+    return x.permute(*order)
+
+
 def along(fn: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> Tensor:
     """A function of rows, which keeps their length, along any axis."""
     if not x.ndim:
         return fn(x.reshape(1)).reshape()
-    at = dim % x.ndim
-    if at == x.ndim - 1:
-        return fn(x)
-    order = list(range(x.ndim - 1))
-    order.insert(at, x.ndim - 1)
-    return fn(last(x, at)).permute(*order)
+    return fn(x) if dim % x.ndim == x.ndim - 1 else back(fn(last(x, dim)), dim)
 
 
 # Sums, means and extremes.

@@ -93,7 +93,8 @@ def _dropout(result: Result, x: Tensor, p: float, train: bool) -> Tensor:
 # Parts and wholes.
 
 
-def _index(x: Tensor, dim: int, item: Any) -> Tensor:
+def part_of(x: Tensor, dim: int, item: Any) -> Tensor:
+    """A tensor at an index or a slice of one axis, and whole along the others."""
     where: list[Any] = [slice(None)] * x.ndim
     where[dim] = item
     return x[tuple(where)]
@@ -118,18 +119,18 @@ def _slice(
     first, last, every = slice(start, end, _position(step)).indices(size)
     if last <= first:
         raise refuse("an empty slice")
-    return _index(x, dim, slice(first, last, every))
+    return part_of(x, dim, slice(first, last, every))
 
 
 @rule(aten.select.int)
 def _select(result: Result, x: Tensor, dim: int, at: Any) -> Tensor:
-    return _index(x, dim, _position(at))
+    return part_of(x, dim, _position(at))
 
 
 @rule(aten.narrow.default)
 def _narrow(result: Result, x: Tensor, dim: int, start: Any, length: Any) -> Tensor:
     first = _position(start)
-    return _index(x, dim, slice(first, first + _position(length)))
+    return part_of(x, dim, slice(first, first + _position(length)))
 
 
 @rule(aten.split.Tensor, aten.unsafe_split.Tensor)
@@ -138,7 +139,7 @@ def _split(result: Result, x: Tensor, size: Any, dim: int = 0) -> list[Tensor]:
     if whole is None:
         raise refuse("a part of an axis whose size is known only at run time")
     step = _position(size)
-    return [_index(x, dim, slice(i, min(i + step, whole))) for i in range(0, whole, step)]
+    return [part_of(x, dim, slice(i, min(i + step, whole))) for i in range(0, whole, step)]
 
 
 @rule(aten.split_with_sizes.default)
@@ -159,7 +160,7 @@ def _unbind(result: Result, x: Tensor, dim: int = 0) -> list[Tensor]:
     whole = x.shape[dim].constant
     if whole is None:
         raise refuse("a part of an axis whose size is known only at run time")
-    return [_index(x, dim, i) for i in range(whole)]
+    return [part_of(x, dim, i) for i in range(whole)]
 
 
 @rule(aten.cat.default)
@@ -204,9 +205,9 @@ def _select_scatter(result: Result, x: Tensor, source: Tensor, dim: int, at: Any
 def _with_part(x: Tensor, part: Tensor, dim: int, first: int, last: int) -> Tensor:
     """A tensor of which positions [first, last) of an axis are another's."""
     size = x.shape[dim].constant
-    parts = [_index(x, dim, slice(0, first))] if first else []
+    parts = [part_of(x, dim, slice(0, first))] if first else []
     parts.append(part)
-    parts += [_index(x, dim, slice(last, size))] if last != size else []
+    parts += [part_of(x, dim, slice(last, size))] if last != size else []
     return part if len(parts) == 1 else ops.concat(parts, dim)
 
 
@@ -234,7 +235,7 @@ def _rolled(x: Tensor, shift: Any, dim: int) -> Tensor:
     first = -_position(shift) % size
     if not first:
         return x
-    return ops.concat([_index(x, dim, slice(first, size)), _index(x, dim, slice(0, first))], dim)
+    return ops.concat([part_of(x, dim, slice(first, size)), part_of(x, dim, slice(0, first))], dim)
 
 
 for _name in ("view", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice",

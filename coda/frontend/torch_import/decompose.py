@@ -28,11 +28,11 @@ DECOMPOSED: frozenset[Any] = frozenset(
         aten.addcdiv.default, aten.addmv.default, aten.mv.default, aten.deg2rad.default,
         aten.rad2deg.default, aten.lerp.Tensor, aten.special_ndtr.default,
         aten.hardshrink.default, aten.softshrink.default, aten.threshold.default,
-        aten.mse_loss.default, aten.logaddexp2.default, 
+        aten.mse_loss.default, aten.logaddexp2.default,
         aten.isposinf.default, aten.isneginf.default, aten.ldexp.Tensor, aten.dot.default,
         aten.vdot.default, aten.addr.default, aten.dist.default, aten.rot90.default,
         aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.channel_shuffle.default,
-        aten.narrow_copy.default, aten.take.default, 
+        aten.narrow_copy.default, aten.take.default,
         aten.binary_cross_entropy_with_logits.default,
     )
 )  # fmt: skip
