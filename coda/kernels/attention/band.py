@@ -35,8 +35,12 @@ class _Linear:
     keys: int
     rest: Dim
 
-    def minus(self, other: _Linear) -> _Linear:
-        return _Linear(self.queries - other.queries, self.keys - other.keys, self.rest - other.rest)
+    def plus(self, other: _Linear, sign: int) -> _Linear:
+        return _Linear(
+            self.queries + sign * other.queries,
+            self.keys + sign * other.keys,
+            self.rest + other.rest * sign,
+        )
 
 
 def banded(node: Attend) -> Banded | None:
@@ -119,7 +123,7 @@ def _compared(fn: str, a: Node, b: Node) -> Ends | None:
     left, right = _linear(a), _linear(b)
     if left is None or right is None or SCALARS[fn].result != "bool":
         return None
-    apart = left.minus(right)
+    apart = left.plus(right, -1)
     if (apart.queries, apart.keys) not in ((1, -1), (-1, 1)):
         return None
     # Which signs of the difference are kept, and then those of keys · (j - i) + rest.
@@ -142,15 +146,10 @@ def _linear(node: Node) -> _Linear | None:
             return _Linear(0, 0, Dim.of(int(value))) if value.is_integer() else None
         case Size(dim=dim):
             return _Linear(0, 0, dim)
-        case Map(args=(a, b)) if SCALARS[node.fn].signs == (1, 1):
+        case Map(args=(a, b)) if SCALARS[node.fn].signs in ((1, 1), (1, -1)):
             one, other = _linear(a), _linear(b)
-            if one is None or other is None:
-                return None
-            negative = _Linear(-other.queries, -other.keys, -other.rest)
-            return one.minus(negative)
-        case Map(args=(a, b)) if SCALARS[node.fn].signs == (1, -1):
-            one, other = _linear(a), _linear(b)
-            return None if one is None or other is None else one.minus(other)
+            sign = SCALARS[node.fn].signs[1]
+            return None if one is None or other is None else one.plus(other, sign)
         case _:
             return _position(node)
 
