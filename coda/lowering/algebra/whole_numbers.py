@@ -8,14 +8,13 @@ neither     j < length[b], length i64      exact, since j has a bound and roundi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from coda.ir.graph import (
     Cast,
     Concat,
     Const,
     Expand,
-    Graph,
     Iota,
     Map,
     Node,
@@ -33,19 +32,23 @@ INEXACT = "its whole numbers may be larger than 2²⁴, and kernels compute in f
 
 
 def whole_numbers(
-    graph: Graph, nodes: Sequence[Node], sizes: Mapping[str, int], *, chunked: bool = False
+    nodes: Sequence[Node],
+    roots: Collection[Node],
+    sizes: Mapping[str, int],
+    *,
+    chunked: bool = False,
 ) -> tuple[set[Node], dict[Node, str]]:
     """(positions, inexact nodes -> the reason that kernels refuse them).
 
     Args:
-        graph: the graph.
-        nodes: its nodes, operands first.
+        nodes: all nodes of a graph, operands first.
+        roots: the nodes that it returns.
         sizes: those of symbols that are known when the graph is lowered.
         chunked: whether values are cut into chunks. Slices of iotas are then loaded: the number of
             a chunk's first column would be a constant of its kernels, which chunks share.
     """
     bounds = position_bounds(nodes, sizes)
-    found = _Inexact(bounds, sizes, set(graph.roots))
+    found = _Inexact(bounds, sizes, roots)
     positions = position_bounds(nodes, sizes, chunked=True) if chunked else bounds
     return set(positions), dict.fromkeys(found.of(nodes), INEXACT)
 
@@ -106,7 +109,7 @@ class _Inexact:
     Args:
         bounds: positions -> a bound of their numbers.
         sizes: those of symbols that are known.
-        roots: nodes whose numbers somebody sees.
+        roots: the nodes that the graph returns.
     """
 
     def __init__(
@@ -116,17 +119,18 @@ class _Inexact:
         self.limits: dict[Node, int] = {}
 
     def of(self, nodes: Sequence[Node]) -> list[Node]:
-        """Those among nodes, operands first. Views are torch's."""
+        """Those among nodes, which are given operands first. Views are torch's."""
         for node in nodes:
             if node.dtype.kind == "int" and self.bound(node) is None:
                 self.limits[node] = self.limit(node)
         seen = set(self.roots)  # nodes of which more is used than the order
         found: list[Node] = []
         for node in reversed(nodes):
-            if not self.is_right(node) or (node in self.limits and node in seen and computed(node)):
+            exact = node in self.limits and node in seen
+            if not self.is_right(node) or (exact and isinstance(node, Map | Concat | Pick)):
                 found.append(node)
-            ordered = self.asks_order(node, seen)
-            seen.update(o for o in node.operands if o in self.limits and not ordered(o))
+            ordered = self.compared(node, exact=exact)
+            seen.update(o for o in node.operands if o in self.limits and o not in ordered)
         return found
 
     def bound(self, node: Node) -> int | None:
@@ -163,21 +167,16 @@ class _Inexact:
         others = [self.bound(o) or 0 for o in node.args if o not in self.limits]
         return not wide or (len(wide) == 1 and max(others, default=0) <= self.limits[wide[0]])
 
-    def asks_order(self, node: Node, seen: Collection[Node]) -> Callable[[Node], bool]:
-        """Of which of its operands a node uses no more than the order."""
+    def compared(self, node: Node, *, exact: bool) -> Collection[Node]:
+        """The operands of which a node uses the order alone; `exact` if its numbers are used."""
         match node:
             case Map(fn=fn):
-                ordered = SCALARS[fn].result == "bool" or (node in self.limits and node not in seen)
-                return lambda _: ordered
+                ordered = SCALARS[fn].result == "bool" or (node in self.limits and not exact)
+                return node.operands if ordered else ()
             case Reshape() | Slice() | Permute() | Expand():
-                return lambda _: node not in seen
-            case Pick(index=index, arg=arg):
-                columns = arg.shape[-1].size(self.sizes)
-                return lambda o: o is index is not arg and columns <= self.limits[o]
+                return () if exact else node.operands
+            case Pick(index=index, arg=arg) if index in self.limits and index is not arg:
+                fits = arg.shape[-1].size(self.sizes) <= self.limits[index]
+                return (index,) if fits else ()
             case _:
-                return lambda _: False
-
-
-def computed(node: Node) -> bool:
-    """Whether a kernel would compute a node's numbers, or copy them: not a leaf or a view."""
-    return isinstance(node, Map | Concat | Pick)
+                return ()

@@ -203,7 +203,7 @@ class Drafts:
     def find_numbers(self, nodes: Sequence[Node]) -> None:
         """Which nodes of whole numbers kernels compute from positions, and which they refuse."""
         chunked = bool(self.part_of)
-        found = whole_numbers(self.graph, nodes, self.known, chunked=chunked)
+        found = whole_numbers(nodes, self.graph.roots, self.known, chunked=chunked)
         self.positions, self.inexact = found
 
     def open_gemm(self, group: tuple[Contract, ...]) -> None:
