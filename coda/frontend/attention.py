@@ -162,7 +162,7 @@ def _positions(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _score(found: Any, s: Tensor) -> Tensor:
-    """What a score gives, in the type of s. Raises TraceError, ShapeError and DtypeError."""
+    """A score's result in the type of s. Raises TraceError, ShapeError and DtypeError."""
     if not isinstance(found, Tensor):
         raise TraceError("a score gives a tensor of the block", found=kind(found))
     if found.dtype.kind != "float":
@@ -178,7 +178,7 @@ def _score(found: Any, s: Tensor) -> Tensor:
 
 
 def _mask(found: Any, shape: Shape) -> Tensor:
-    """What a mask gives. Raises TraceError, DtypeError and ShapeError."""
+    """The result of a mask function. Raises TraceError, DtypeError and ShapeError."""
     if not isinstance(found, Tensor) or found.dtype.kind != "bool":
         raise TraceError("a mask gives a condition", found=kind(found), help="j <= i")
     if broadcast(found.shape, shape) != shape:

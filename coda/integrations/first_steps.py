@@ -254,10 +254,10 @@ def exactly(
     given: Given,
     copied: Callable[[Given], Given] = _snapshot,
 ) -> Any:
-    """What `run` gives in float64, or in float32 if an operator of the layer has no float64.
+    """The result of `run` in float64, or in float32 if an operator of the layer has no float64.
 
     Args:
-        run: (layer, arguments) -> what is wanted.
+        run: (layer, arguments) -> outputs, or gradients by name.
         layer, given: are not changed.
         copied: the copy of the arguments for one run.
     """

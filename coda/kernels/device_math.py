@@ -280,7 +280,7 @@ def hypot(a: Any, b: Any) -> Any:
 
 
 def fmod(a: Any, b: Any) -> Any:
-    """What is left of a after whole multiples of b, with the sign of a; exact."""
+    """The exact remainder of a / b, with the sign of a."""
     return lanes(lambda x, y: x % y, _f(a), _f(b))
 
 

@@ -86,7 +86,7 @@ def _xlogy(x: Tensor, y: Tensor, log: Callable[[Tensor], Tensor], pole: float) -
 
 
 def _remainder(x: Any, y: Any) -> Tensor:
-    """What is left of x after whole multiples of y, with the sign of y."""
+    """The remainder of x / y, with the sign of y."""
     left = apply("fmod", x, y)
     if isinstance(y, Tensor):
         other = (left < 0.0) ^ (y < 0.0)

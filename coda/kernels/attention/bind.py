@@ -18,7 +18,7 @@ ALIGNED = 16  # bytes
 
 
 def compiled(run: LaunchRun, kernel: AttentionKernel) -> tuple[Forward, Callable[..., None]]:
-    """What a call of these sizes needs, and its compiled kernel, from the cache if possible."""
+    """The problem of a call of these sizes, and its compiled kernel, perhaps from the cache."""
     problem = kernel.mainloop.problem(run.program.target, run.sizes)
     return problem, run.loaded((kernel, problem), lambda: forward(problem))
 

@@ -1,4 +1,4 @@
-"""What one compilation of flash-attention serves, and which widths it takes; tables as data.
+"""The key of one compilation of flash-attention, and the widths that it takes; tables as data.
 
 A problem has no sizes but those that its code depends on: the widths of heads, how many heads of
 queries share one of keys, and whether scores are masked by a band lo ≤ j - i ≤ hi.

@@ -352,7 +352,7 @@ def _early(epilogue: Epilogue) -> set[str]:
 
 
 def first_part(stat: Statistic) -> Expr | None:
-    """What a statistic reduces; of pairs, the score."""
+    """The expression that a statistic reduces; of pairs, the score."""
     return stat.expr and parts_of(stat.expr)[0]
 
 

@@ -107,7 +107,7 @@ def gemms(nodes: Iterable[Node]) -> list[Contract]:
 
 
 def reduced(node: Reduce | Pick) -> Node:
-    """What a reduction reduces, perhaps pairs of scores and values, or a pick picks from."""
+    """The operand of a reduction or a pick; of a fold of pairs, the pairs."""
     paired = isinstance(node, Reduce) and node.value is not None
     return Map(PAIR, node.operands) if paired else node.arg
 

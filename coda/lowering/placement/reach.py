@@ -139,7 +139,7 @@ class Reach(Materialisation, ABC):
 
 
 def _narrower(node: Node) -> Node:
-    """What a value is a simple function of, with numbers, and has the fewest bytes; or itself."""
+    """The narrowest source of which a value is a simple function, with numbers; or itself."""
     least = node
     while isinstance(node, Map | Cast):
         if isinstance(node, Map) and SCALARS[node.fn].special:

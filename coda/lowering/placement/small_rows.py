@@ -24,7 +24,7 @@ MOST_REDUCED = 8  # numbers that are reduced together
 
 
 class SmallRows(Reach, ABC):
-    """What places functions of a few numbers of each row.
+    """The placement of functions of a few numbers of each row.
 
     Attributes:
         small: whether there are such kernels.

@@ -129,7 +129,7 @@ class _Grouping:
         return node
 
     def key(self, member: _Member) -> _Key:
-        """What the members of one kernel have in common."""
+        """The key that all members of one kernel share."""
         if isinstance(member, _Fold):
             return self.first(member.node), self.depth[member.node] + 1, True
         if isinstance(member, Contract):
@@ -243,7 +243,7 @@ class _Groups:
         return reads
 
     def known(self, inside: list[_Member]) -> set[Node]:
-        """What a kernel knows: the results of its operations and folds."""
+        """The values inside a kernel: results of its operations and folds."""
         nodes = {m for m in inside if isinstance(m, Node)} - self.found.parts
         return nodes | {m.node for m in inside if isinstance(m, _Fold)}
 
