@@ -235,3 +235,30 @@ def test_a_kernel_that_widened_reads_a_matrix_in_one_way():
         run_reference(lower(graph, sizes), given, exact=True), exact, strict=True
     ):
         torch.testing.assert_close(found.double(), right.reshape(found.shape).double())
+
+
+def test_one_value_of_all_rows_is_stored_once():
+    """The cast of a mean over all rows is no output of the kernel that reads them again."""
+    block = coda.parse("""
+        block spread(%x: [16, 8] f16) {
+          %1 = slice %x axis -2 from 9 size 4 step 1
+          %2 = cast %1 f32
+          %3 = reshape %1 [32]
+          %4 = cast %3 f32
+          %5 = mean %4 axis -1
+          %6 = reshape %5 [1, 1]
+          %7 = sub %2, %6
+          %8 = square %7
+          %9 = reshape %8 [32]
+          %10 = mean %9 axis -1
+          %11 = reshape %10 []
+          %12 = cast %11 f16
+          %13 = reshape %5 []
+          %14 = cast %13 f16
+          return variance = %12, mean = %14
+        }
+    """)
+    x = torch.randn(16, 8).half()
+    found, rows = block(x, backend="reference"), x[9:13].float()
+    assert found["mean"] == rows.mean().half()
+    assert torch.allclose(found["variance"], rows.var(correction=0).half(), rtol=2e-3)

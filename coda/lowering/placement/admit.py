@@ -60,6 +60,8 @@ class Admission(Drafts):
         if stored is not None and stored not in draft.kept:
             nodes.append(stored)
         groups = grouped(draft.space, nodes, self.piece_of)
+        for group in groups:
+            _check_rows(group, draft.space)
         taken = [*draft.sinks.items(), *([sink] if sink is not None else [])]
         before, draft.layout = draft.layout, None
         with draft.space.scratch(), self.unnamed() as named:
@@ -193,6 +195,13 @@ class Admission(Drafts):
         if why:
             raise Refused(why)
         self.loadable.add(node)
+
+
+def _check_rows(group: Group, space: Space) -> None:
+    """Refuse nodes that are one value for several rows, where a kernel has a value for each."""
+    for node, value in zip(group.nodes, group.values, strict=True):
+        if not space.is_filled_by(product(node.shape), value.count):
+            raise Refused("it has fewer rows than the kernel")
 
 
 def _after(node: Node, space: Space) -> tuple[Node, RowOrder] | None:
