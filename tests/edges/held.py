@@ -155,7 +155,7 @@ def of_block(taken, tensors):
     return differentiated(values, leaves)
 
 
-def wrong(ours, theirs, exact, factor, alike):
+def wrong(ours, theirs, exact, factor, alike, also=0.0):
     """Where a result is neither torch's nor as close to the exact one; None where it is nowhere.
 
     An element is right if it is torch's to a few epsilons: four of float32, one of 16 bits (both
@@ -171,6 +171,7 @@ def wrong(ours, theirs, exact, factor, alike):
         factor: how many times torch's error.
         alike: whether all numbers are of one size, so that the worst error may be taken as it is,
             not as a share: what is left of a sum that cancels is known as well as its terms are.
+        also: an error of torch's at another place, which counts as its errors here do.
     """
     if theirs is None and ours is None:
         return None
@@ -192,6 +193,7 @@ def wrong(ours, theirs, exact, factor, alike):
         few = {2: 1, 4: 4, 8: 32}[like.dtype.itemsize]
         near = (a - b).abs() <= few * (info.eps * b.abs() + info.smallest_normal) + noise
         least = off[finite].max() if alike and finite.any() else off.new_zeros(())
+        least = least.clamp(min=also)
         as_close = (a - e).abs() <= factor * torch.maximum(off, e.abs() * worst).maximum(least)
         most = info.max * (1 + info.eps / 4)  # what rounds to infinity
         near_over = (a.clamp(-most, most) - e).abs() <= factor * e.abs() * worst
@@ -205,12 +207,37 @@ def wrong(ours, theirs, exact, factor, alike):
     return f"{int((~good).sum())} of {good.numel()}, first at {first}: ours, torch's, exact {shown}"
 
 
-def differences(ours, theirs, exact, factor=8, alike=False):
-    """All that is wrong, named: values and gradients by their number."""
+def differences(ours, theirs, exact, factor=8, alike=False, also=None):
+    """All that is wrong, named: values and gradients by their number.
+
+    Args:
+        ours, theirs, exact, factor, alike: as in `wrong`, of all results.
+        also: by a result's name, an error of torch's at another place.
+    """
     found = []
-    for kind in ("values", "gradients"):
-        triples = zip(getattr(ours, kind), getattr(theirs, kind), getattr(exact, kind), strict=True)
-        for i, triple in enumerate(triples):
-            why = wrong(*triple, factor, alike)
-            found += [f"{kind}[{i}]: {why}"] if why else []
+    for name, *triple in named(ours, theirs, exact):
+        why = wrong(*triple, factor, alike, (also or {}).get(name, 0.0))
+        found += [f"{name}: {why}"] if why else []
     return found
+
+
+def named(*found):
+    """("values[0]", the first value of each), ... and the same of gradients."""
+    for kind in ("values", "gradients"):
+        for i, each in enumerate(zip(*(getattr(f, kind) for f in found), strict=True)):
+            yield f"{kind}[{i}]", *each
+
+
+def errors_nearby(fn, tensors):
+    """By a result's name, the worst error of torch where all numbers are an eighth off.
+
+    A result of one element has no other whose rounding is less lucky.
+    """
+    worst = {}
+    for scale in (7 / 8, 9 / 8):
+        near = [t * scale if t.is_floating_point() else t for t in tensors]
+        for name, a, e in named(of_torch(fn, near), of_torch(fn, wide(near))):
+            if a is not None and e is not None and a.numel():
+                off = (a.double() - e.double()).abs().nan_to_num().max()
+                worst[name] = max(float(off), worst.get(name, 0.0))
+    return worst
