@@ -33,6 +33,7 @@ from coda.frontend.refused import kind
 from coda.frontend.tensor import Tensor
 from coda.ir.dims import ONE, Dim, Shape, broadcast, show_shape
 from coda.ir.graph import Expand
+from coda.ir.types import f32
 
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of b, h, i and j
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # of s, b, h, i and j
@@ -59,7 +60,8 @@ def attention(
         mask: (b, h, i, j) -> a condition: whether query i reads key j.
         scale: 1 / √d if it is not given.
         sinks: [H], added to the scores of each row as one more key, whose value is 0.
-        return_lse: whether to return (y, lse) with lse [B, H, S], of sinks and all keys.
+        return_lse: whether to return (y, lse) with lse [B, H, S], of sinks and all keys; float32,
+            or of q's type if that is wider.
 
     Returns:
         [B, H, S, e].
@@ -74,7 +76,9 @@ def attention(
         lse = _with_sinks(lse, sinks, q)
     known = lse if mask is score is None else where(lse > -math.inf, lse, 0.0)
     y = weighted(exp(s - known), v)
-    return (y, lse[..., 0]) if return_lse else y
+    if not return_lse:
+        return y
+    return y, (lse if lse.dtype.size > f32.size else lse.cast(f32))[..., 0]
 
 
 def sigmoid_attention(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coda.errors import CallError
-from coda.ir.attend import Attend
+from coda.ir.attend import LSE, Attend
 from coda.ir.dims import Dim
 from coda.ir.graph import (
     Cast,
@@ -152,7 +152,7 @@ class _Evaluator:
                 return _put(args[0], args[1:], self.shape(rows))
 
     def attend(self, node: Attend, args: list[Tensor]) -> Tensor:
-        """softmax(scores) v."""
+        """softmax(scores) v, or the logsumexp of the scores."""
         q, k, v, *captured = args
         batch, groups, keys, _ = k.shape
         rows = q.shape[1] // groups * q.shape[2]
@@ -161,6 +161,8 @@ class _Evaluator:
         given = dict(zip(node.scores.inputs, (s, *captured), strict=True))
         (scores,) = evaluate([node.scores.root], given, self.sizes, self.compute)
         lse = torch.logsumexp(scores, -1, keepdim=True)
+        if node.part == LSE:
+            return lse
         if not math.isnan(node.empty):
             lse = lse.masked_fill(lse == -torch.inf, 0.0)
         p = (scores - lse).exp().reshape(batch, groups, rows, keys)

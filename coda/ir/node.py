@@ -108,6 +108,11 @@ class Node(metaclass=_InternedNode):
                 yield from value
 
     @property
+    def parts(self) -> tuple[Node, ...]:
+        """All results of the operation of which this is one; one kernel computes those needed."""
+        return (self,)
+
+    @property
     def rank(self) -> int:
         """The number of axes."""
         return len(self.shape)

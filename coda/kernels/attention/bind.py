@@ -8,7 +8,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from coda.ir.attend import LSE, VALUE
 from coda.ir.dims import inverse
+from coda.ir.graph import Node
 from coda.kernels.attention.flash_target import forward, forward_arguments
 from coda.kernels.attention.mainloop import AttentionKernel
 from coda.kernels.attention.problem import Forward
@@ -24,23 +26,31 @@ def compiled(run: LaunchRun, kernel: AttentionKernel) -> tuple[Forward, Callable
 
 
 def launch(run: LaunchRun, kernel: AttentionKernel) -> None:
-    """Allocate the result, bind the operands, and launch."""
+    """Allocate the results, bind the operands, and launch."""
     one, sizes = kernel.mainloop, run.sizes
     node, scores = one.node, one.scores
-    shape = [d.size(sizes) for d in node.shape]
-    keys = node.k.shape[2].size(sizes)
-    fill = "" if keys else "zero"
-    found = run.room(one.result, prod(shape[:-1]), shape[-1], node.dtype.torch, fill)
-    run.buffers[one.result] = found
-    if not (keys and prod(shape)):
+    value = _result(run, node, one.buffer(VALUE))
+    lse = None
+    if one.buffer(LSE) is not None:
+        lse = _result(run, node.of(LSE), one.buffer(LSE)).squeeze(-1)
+    if not value.numel():
         return
     operands = tuple(run.ready(run.value(o), by_tokens) for o in one.operands)
-    o = found.reshape(shape).permute(inverse(node.order)).permute(0, 2, 1, 3)
+    o = value.permute(inverse(node.order)).permute(0, 2, 1, 3)
     lower, upper = (e.size(sizes) if e is not None else 0 for e in (scores.lower, scores.upper))
     problem, function = compiled(run, kernel)
-    arguments = forward_arguments(problem, (*operands, o, None), scores.scale, (lower, upper))
+    arguments = forward_arguments(problem, (*operands, o, lse), scores.scale, (lower, upper))
     function(*arguments)
     run.launched(function, arguments)
+
+
+def _result(run: LaunchRun, node: Node, buffer: str | None) -> Tensor:
+    """The memory of a result, in the node's shape; of no buffer if nothing reads it."""
+    shape = [d.size(run.sizes) for d in node.shape]
+    if buffer is None:
+        return run.new((*shape,), node.dtype.torch)
+    found = run.buffers[buffer] = run.room(buffer, prod(shape[:-1]), shape[-1], node.dtype.torch)
+    return found.reshape(shape)
 
 
 def by_tokens(x: Tensor) -> Tensor:

@@ -39,9 +39,8 @@ def _refuses(node: Node, sizes: Sizes) -> str:
 
 
 def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Attention:
-    (node,) = builder.homed
-    assert isinstance(node, Attend)
-    return Attention(node, name(node))
+    parts = tuple(builder.homed)
+    return Attention(parts, tuple(map(name, parts)))
 
 
 def _flops(kernel: AttentionKernel, sizes: Sizes) -> Flops:
@@ -58,14 +57,15 @@ def _explain(program: Program, kernel: AttentionKernel) -> Account:
     masked = f", {' ≤ '.join(ends)}" if len(ends) > 1 else ""
     heads, groups = one.node.q.shape[1], one.node.k.shape[1]
     what = f"softmax({scores.scale:.6g} · {q} {k}ᵀ{masked}) {v}, {heads} heads on {groups}"
-    return Account(f"attend {one.result} = {what}", what)
+    return Account(f"attend {', '.join(one.results)} = {what}", what)
 
 
 def _reference(run: Run, kernel: AttentionKernel) -> None:
     one = kernel.mainloop
     known = {o: run.value(o) for o in one.operands}
-    (x,) = evaluate([one.node], known, run.sizes, run.compute)
-    run.keep(one.result, x)
+    values = evaluate(one.parts, known, run.sizes, run.compute)
+    for buffer, x in zip(one.results, values, strict=True):
+        run.keep(buffer, x)
 
 
 @dataclass(frozen=True)

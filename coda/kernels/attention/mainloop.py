@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from coda.ir.attend import Attend
+from coda.ir.attend import LSE, VALUE, Attend
 from coda.ir.dims import product
 from coda.kernels.attention.band import Banded, banded
 from coda.kernels.attention.problem import Band, Forward
@@ -15,9 +15,18 @@ from coda.lowering.program.target import Target
 
 @dataclass(frozen=True)
 class Attention(OneNode):
-    """An attention of q, k and v, and the buffer of its result."""
+    """An attention of q, k and v, and the buffers of its value and of its logsumexp."""
 
-    node: Attend
+    @property
+    def node(self) -> Attend:
+        """The attention, as the node of its value."""
+        found = self.parts[0]
+        assert isinstance(found, Attend)
+        return found.of(VALUE)
+
+    def buffer(self, part: str) -> str | None:
+        """The buffer of one of the results; None if nothing reads it."""
+        return dict(zip(self.parts, self.results, strict=True)).get(self.node.of(part))
 
     @cached_property
     def scores(self) -> Banded:
@@ -43,6 +52,7 @@ class Attention(OneNode):
             v[3].size(sizes),
             q[1].size(sizes) // max(1, v[1].size(sizes)),
             Band(scores.lower is not None, scores.upper is not None, self.diagonal),
+            self.buffer(LSE) is not None,
         )
 
     def pairs(self, sizes: Sizes) -> int:

@@ -34,7 +34,7 @@ def _refuses(node: Node, sizes: Sizes) -> str:
 
 def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Operation:
     (node,) = builder.homed
-    return Operation(node, name(node), builder.why)
+    return Operation((node,), (name(node),), builder.why)
 
 
 def _flops(kernel: Kernel[Operation], sizes: Sizes) -> Flops:
@@ -47,7 +47,7 @@ def _flops(kernel: Kernel[Operation], sizes: Sizes) -> Flops:
 def _explain(program: Program, kernel: Kernel[Operation]) -> Account:
     one = kernel.mainloop
     args = ", ".join(label(o, program) for o in one.operands)
-    head = f"torch {one.result} = {describe(one.node)} {args}  # {one.why}"
+    head = f"torch {one.results[0]} = {describe(one.node)} {args}  # {one.why}"
     return Account(head, f"torch: {describe(one.node)}", one.why)
 
 
@@ -56,7 +56,7 @@ def _reference(run: Run, kernel: Kernel[Operation]) -> None:
     known = {o: run.value(o) for o in one.operands}
     own = run.compute == torch.float32 and _adds_in_float32(one.node, known.values())
     (x,) = evaluate([one.node], known, run.sizes, None if own else run.compute)
-    run.keep(one.result, x)
+    run.keep(one.results[0], x)
 
 
 def _adds_in_float32(node: Node, operands: Iterable[Tensor]) -> bool:

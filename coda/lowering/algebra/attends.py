@@ -2,7 +2,8 @@
 
 It is the law `weights_past_contraction`: Σ_j exp(s_j - logsumexp s) v_j is softmax(s) v. Scores are
 walked from the softmax down to the one contraction that they depend on. If all values between are
-read by nothing else, no tensor of scores is left. Otherwise the graph stays as it is.
+read by nothing else, no tensor of scores is left. Otherwise the graph stays as it is. The logsumexp
+alone may be read: it is a second result of the same operation.
 
     p = exp(s - logsumexp s), s = where(j <= i, q kᵀ / 8, -inf), y = p v
         ->  y = attend q, k, v    with scores where(j <= i, s / 8, -inf)
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coda.errors import DimError
-from coda.ir.attend import Attend, Scores
+from coda.ir.attend import LSE, Attend, Scores
 from coda.ir.dims import Shape
 from coda.ir.graph import (
     Cast,
@@ -35,6 +36,7 @@ from coda.ir.graph import (
     users,
     walk,
 )
+from coda.ir.types import f32
 from coda.ir.views import shaped, under_reshapes
 from coda.lowering.algebra.roles import row_symbols, softmax, transposed
 
@@ -61,11 +63,12 @@ def attends(graph: Graph, sizes: Mapping[str, int], takes: Takes) -> Graph:
     for node in walk(graph.roots):
         if isinstance(node, Contract) and node.batched:
             try:
-                target, attend = _attention(node, above, frozenset(graph.roots))
+                target, attend, lse = _attention(node, above, frozenset(graph.roots))
             except _Unlike:
                 continue
             if takes(attend, sizes):
                 found[target] = attend
+                found |= dict.fromkeys(lse, attend.of(LSE))
     if not found:
         return graph
     new: dict[Node, Node] = {}
@@ -73,8 +76,9 @@ def attends(graph: Graph, sizes: Mapping[str, int], takes: Takes) -> Graph:
         same = found.get(node, node)
         for one in walk([same]):  # an attention reads views that the graph does not have
             if one not in new:
-                new[one] = one.with_operands(new[o] for o in one.operands)
-        new[node] = shaped(new[same], node.shape)
+                new[one] = _unrounded(one.with_operands(new[o] for o in one.operands))
+        value = shaped(new[same], node.shape)
+        new[node] = value if value.dtype == node.dtype else Cast(value, node.dtype)
     fused = graph.with_roots(new[r] for r in graph.roots)
     nodes = list(walk(fused.roots))
     known = {s: n for s, n in sizes.items() if s not in row_symbols(nodes)}
@@ -84,11 +88,12 @@ def attends(graph: Graph, sizes: Mapping[str, int], takes: Takes) -> Graph:
 
 def _attention(
     node: Contract, above: Mapping[Node, Sequence[Node]], roots: frozenset[Node]
-) -> tuple[Node, Attend]:
+) -> tuple[Node, Attend, tuple[Node, ...]]:
     """An attention that ends with a contraction of weights and values. Raises _Unlike.
 
     Returns:
-        The node that has its value, up to a reshape, and the attention.
+        The node that has its value, up to a reshape; the attention; and the logsumexp of its scores
+        if others read it.
     """
     weights = under_reshapes(node.lhs)
     x, empty = _softmax_of(weights)
@@ -97,13 +102,24 @@ def _attention(
     product = reader.product
     if product is None or x.rank != 4 or not isinstance(product, Contract):
         raise _Unlike
-    inside = _between(node, product)
-    if inside & roots or any(set(above[n]) - inside - {node} for n in inside):
+    lse = _logsumexps(reader, above)
+    inside = _between([node.lhs, *lse], product)
+    if any(n in roots or set(above[n]) - inside - {node} for n in inside - lse):
         raise _Unlike
     q, k, v = _operands(product, x.shape, node)
     scores = Scores(reader.inputs, root)
     target, order = _result(node, (*q.shape[:3], v.shape[3]), above, roots)
-    return target, Attend(q, k, v, tuple(reader.captured), scores, order, empty)
+    attend = Attend(q, k, v, tuple(reader.captured), scores, order, empty)
+    return target, attend, tuple(n for n in lse if n in roots or set(above[n]) - inside)
+
+
+def _unrounded(node: Node) -> Node:
+    """A logsumexp in float32, as its kernel stores it, where it was a cast of a narrower one."""
+    if isinstance(node, Cast) and node.to == f32:
+        under = under_reshapes(node.arg)
+        if isinstance(under, Cast) and isinstance(under.arg, Attend) and under.arg.part == LSE:
+            return shaped(under.arg, node.shape)
+    return node
 
 
 def _softmax_of(weights: Node) -> tuple[Node, float]:
@@ -127,6 +143,8 @@ def _softmax_or_zero(x: Node) -> Node:
 @dataclass
 class _ScoreReader:
     """Scores -> a function of their contraction, of positions and of captured tensors.
+
+    Its floats are float32, since casts between types of floats round nothing.
 
     Attributes:
         x: the scores [B, H, S, T].
@@ -157,22 +175,34 @@ class _ScoreReader:
         under = under_reshapes(node)
         if isinstance(under, Contract) and under.batched and under.shape[-1] == self.x.shape[-1]:
             return self._product(node, under)
-        if _is_position(node):
-            return node
-        if isinstance(node, Map | Cast):
-            return node.with_operands(self.read(o) for o in node.operands)
+        match node:
+            case Cast(arg=arg, to=to) if to.kind == "float":
+                return _wide(self.read(arg))
+            case Map() | Cast():
+                return node.with_operands(self.read(o) for o in node.operands)
+            case Const(value=value, element=element) if element.kind == "float":
+                return Const(value, f32)
+            case _ if _is_position(node):
+                return _wide(node) if node.dtype.kind == "float" else node
+            case _:
+                pass
         if any(isinstance(n, Contract) and n.batched for n in walk([node])):
             raise _Unlike
         self.captured.append(node)
         self.names.append(Input(f"captured{len(self.names)}", node.shape, node.dtype))
-        return self.names[-1]
+        return _wide(self.names[-1]) if node.dtype.kind == "float" else self.names[-1]
 
     def _product(self, node: Node, under: Node) -> Node:
         if node.shape != self.x.shape or self.product not in (None, under):
             raise _Unlike
         self.product = under
-        self.score = Input("s", node.shape, node.dtype)
+        self.score = Input("s", node.shape, f32)
         return self.score
+
+
+def _wide(node: Node) -> Node:
+    """A node in float32."""
+    return node if node.dtype == f32 else Cast(node, f32)
 
 
 def _is_position(node: Node) -> bool:
@@ -183,10 +213,31 @@ def _is_position(node: Node) -> bool:
     )
 
 
-def _between(node: Contract, product: Node) -> frozenset[Node]:
-    """The nodes that depend on the product of queries and keys, up to the weights."""
+def _logsumexps(reader: _ScoreReader, above: Mapping[Node, Sequence[Node]]) -> set[Node]:
+    """The logsumexps of the scores that were read, in any type."""
+    assert reader.product is not None
     found: set[Node] = set()
-    for one in walk([node.lhs]):
+    stack, seen = [reader.product], set[Node]()
+    while stack:
+        for user in set(above[stack.pop()]) - seen:
+            seen.add(user)
+            if isinstance(user, Map | Cast | Reshape):
+                stack.append(user)
+            elif isinstance(user, Reduce) and user is Reduce("logsumexp", user.arg, -1):
+                other = _ScoreReader(user.arg)
+                try:
+                    same = other.read(user.arg) is reader.read(reader.x)
+                except _Unlike:
+                    continue
+                if same and (other.product, other.captured) == (reader.product, reader.captured):
+                    found.add(user)
+    return found
+
+
+def _between(ends: Sequence[Node], product: Node) -> frozenset[Node]:
+    """The nodes that depend on the product of queries and keys, up to some ends."""
+    found: set[Node] = set()
+    for one in walk(ends):
         if one is product or any(o in found for o in one.operands):
             found.add(one)
     return frozenset(found)

@@ -212,7 +212,8 @@ class _Build:
         sunk = [n for n in draft.sinks if n in self.folded or n in self.needed]
         if not stored and not sunk:
             return None
-        mainloop = draft.kind.mainloop(draft, self.partition.name)
+        written = draft if draft.kind.fuses else replace(draft, homed=stored)
+        mainloop = draft.kind.mainloop(written, self.partition.name)
         if not draft.kind.fuses:
             for node in stored:
                 self.result(node)

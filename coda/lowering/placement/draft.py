@@ -188,11 +188,17 @@ class Drafts:
         return Space(width, rows, self.known, whole_rows=True)
 
     def open(
-        self, kind: Kind, index: int, space: Space, contracts: tuple[Contract, ...] = ()
+        self,
+        kind: Kind,
+        index: int,
+        space: Space,
+        contracts: tuple[Contract, ...] = (),
+        *,
+        why: str = "",
     ) -> Draft:
         """Open a kernel builder, ordered after all others behind the GEMM `index`."""
         self.opened += 1
-        draft = Draft(kind, (index, self.opened), space, contracts)
+        draft = Draft(kind, (index, self.opened), space, contracts, why=why)
         space.leaf = lambda n: self.leaf(n, draft)
         space.weights, space.positions = self.weights, self.positions
         space.refused |= self.inexact

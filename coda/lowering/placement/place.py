@@ -436,12 +436,13 @@ class Partition(SmallRows):
         return found + sorted(wider, key=lambda r: r[0].order)[-NEAR:]
 
     def by_itself(self, node: Node, index: int, why: str) -> None:
-        """Place a node in a kernel of its own, after the GEMM `index` and its operands' kernels."""
-        for operand in node.operands:
-            self.materialise(operand)
-        index = self.after_operands(node, index)
-        draft = self.open(self.opener(node), index, Space(0, ONE, self.known))
-        draft.why = why
+        """Place a node after the GEMM `index` in its own kernel, or that of its other parts."""
+        draft = next((self.home[p] for p in node.parts if p in self.home), None)
+        if draft is None:
+            for operand in node.operands:
+                self.materialise(operand)
+            last = self.after_operands(node, index)
+            draft = self.open(self.opener(node), last, Space(0, ONE, self.known), why=why)
         draft.homed.append(node)
         self.home[node] = draft
         self.loadable.add(node)

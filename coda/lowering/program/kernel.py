@@ -45,25 +45,25 @@ class Mainloop(Protocol):
 
 @dataclass(frozen=True)
 class OneNode:
-    """The mainloop of a kernel that computes one node from memory to memory, without a body.
+    """The mainloop of a kernel that computes one operation from memory to memory, without a body.
 
     Attributes:
-        node: the operation.
-        result: the buffer of its result, in the node's shape.
+        parts: the results that are read: one node, or several with the same operands.
+        results: the buffer of each, in the node's shape.
     """
 
-    node: Node
-    result: str
+    parts: tuple[Node, ...]
+    results: tuple[str, ...]
+
+    @property
+    def node(self) -> Node:
+        """The operation, as the node of its first result."""
+        return self.parts[0]
 
     @property
     def operands(self) -> tuple[Node, ...]:
-        """The node's operands."""
+        """The operation's operands."""
         return self.node.operands
-
-    @property
-    def results(self) -> tuple[str, ...]:
-        """The buffer of the result."""
-        return (self.result,)
 
     def points(self, sizes: Sizes) -> tuple[int, int]:
         """(0, 0): there is no body."""
@@ -265,8 +265,8 @@ class Kind:
         whole_rows: a warp holds a whole row from memory: row statistics are available to the body.
         scalars: the dtype in which an operand of one element is passed; None for its own.
 
-    A kind that is neither tiled nor of whole rows computes one node from memory to memory, and has
-    no body.
+    A kind that is neither tiled nor of whole rows computes one operation from memory to memory, and
+    has no body. `Node.parts` says which nodes are its results.
 
     Functions:
         refuses: (node, sizes that are compiled in) -> the reason why no kernel of this kind can
