@@ -7,7 +7,8 @@ A compiled kernel takes tensors [batch, tokens, heads, columns] of any strides t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import cutlass
@@ -15,9 +16,9 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from quack.cache import jit_cache
 
-from coda.kernels.attention.problem import VERSION, Forward, tile_of
+from coda.kernels.attention.problem import VERSION, Band, Forward, tile_of
 
-_TYPES = {"bf16": cutlass.BFloat16, "f16": cutlass.Float16}
+DTYPES = {"bf16": cutlass.BFloat16, "f16": cutlass.Float16}
 _THREADS = 384  # a producer warpgroup and two or three that multiply
 _STAGES = 2
 SCHEDULER = 7  # arguments of the scheduler on sm_100a, of sequences of several lengths
@@ -28,14 +29,14 @@ def _compile_forward(problem: Forward, version: str) -> Any:
     """Compile the forward kernel; the arguments are the key of quack's disk cache."""
     from flash_attn.cute.utils import AuxData
 
-    dtype = _TYPES[problem.dtype]
+    dtype = DTYPES[problem.dtype]
     batch, queries, keys, groups = (cute.sym_int() for _ in range(4))
     heads = groups if problem.sharing == 1 else cute.sym_int()
-    q = _fake(dtype, (batch, queries, heads, problem.width))
-    k = _fake(dtype, (batch, keys, groups, problem.width))
-    v = _fake(dtype, (batch, keys, groups, problem.width_v))
-    o = _fake(dtype, (batch, queries, heads, problem.width_v))
-    lse = _fake(Float32, (batch, heads, queries)) if problem.lse else None
+    q = placeholder(dtype, (batch, queries, heads, problem.width))
+    k = placeholder(dtype, (batch, keys, groups, problem.width))
+    v = placeholder(dtype, (batch, keys, groups, problem.width_v))
+    o = placeholder(dtype, (batch, queries, heads, problem.width_v))
+    lse = placeholder(Float32, (batch, heads, queries)) if problem.lse else None
     band = problem.band
     ends = (Int32(0) if end and not band.diagonal else None for end in (band.lower, band.upper))
     arguments = [q, k, v, o, lse, Float32(1.0), *[None] * 5, *ends, None]
@@ -43,8 +44,7 @@ def _compile_forward(problem: Forward, version: str) -> Any:
     arguments += [None, AuxData(None, None)]  # lists of tiles, captured tensors
     arguments += [*[None] * SCHEDULER, Int32(1)] if problem.tensor_memory else [None, None]
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    with warnings.catch_warnings():  # that of captured tensors, of which there are none
-        warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
+    with without_captured():
         return cute.compile(_kernel(problem), *arguments, stream, options="--enable-tvm-ffi")
 
 
@@ -73,7 +73,7 @@ def _kernel(problem: Forward) -> Any:
     from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 
     return FlashAttentionForwardSm90(
-        _TYPES[problem.dtype],
+        DTYPES[problem.dtype],
         problem.width,
         problem.width_v,
         problem.sharing,
@@ -87,12 +87,25 @@ def _kernel(problem: Forward) -> Any:
     )
 
 
-def _fake(dtype: Any, shape: tuple[Any, ...]) -> Any:
-    """A placeholder of any strides that are multiples of 16 bytes; float32 rows need 4 bytes."""
-    step = 128 // dtype.width if dtype.width < 32 else 1
+def placeholder(dtype: Any, shape: tuple[Any, ...], align: int = 0) -> Any:
+    """A placeholder of any strides that are multiples of 16 bytes; float32 rows need 4 bytes.
+
+    Args:
+        dtype, shape: of the tensor.
+        align: the bytes that strides are a multiple of, if they are others.
+    """
+    align = align or (16 if dtype.width < 32 else 4)
+    step = 8 * align // dtype.width
     stride = (*(cute.sym_int64(divisibility=step) for _ in shape[1:]), 1)
-    align = 16 if dtype.width < 32 else 4
     return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=align)
+
+
+@contextmanager
+def without_captured() -> Generator[None]:
+    """Ignore a warning about captured tensors, of which there are none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
+        yield
 
 
 def forward(problem: Forward) -> Callable[..., None]:
@@ -113,11 +126,20 @@ def forward_arguments(
         ends: lo and hi of the band lo ≤ j - i ≤ hi; ends that the problem lacks are ignored.
     """
     queries, keys = tensors[0].shape[1], tensors[1].shape[1]
-    band = problem.band
-    # flash-attention counts keys from the last: i' = i + T - S.
-    left = keys - queries - ends[0] if band.lower and not band.diagonal else None
-    right = ends[1] - (keys - queries) if band.upper and not band.diagonal else None
-    found = [*tensors, scale, *[None] * 5, left, right, None]
+    window = window_of(problem.band, queries, keys, ends)
+    found = [*tensors, scale, *[None] * 5, *window, None]
     if problem.tensor_memory:
         return (*found, None, None, (None, None), *[None] * SCHEDULER, queries)
     return (*found, None, (None, None), None, None)
+
+
+def window_of(
+    band: Band, queries: int, keys: int, ends: tuple[int, int]
+) -> tuple[int | None, int | None]:
+    """The keys before and after a query's own that a band keeps; None for all, or the diagonal.
+
+    flash-attention counts keys from the last: query i is key i + T - S.
+    """
+    left = keys - queries - ends[0] if band.lower and not band.diagonal else None
+    right = ends[1] - (keys - queries) if band.upper and not band.diagonal else None
+    return left, right

@@ -79,6 +79,105 @@ BLACKWELL_WIDE = frozenset({(192, 128), (256, 256)})
 WIDEST = {False: 256, True: 128}  # by tensor memory
 
 
+@dataclass(frozen=True)
+class BackwardTile:
+    """How the main kernel of a backward computes a tile of scores: `rows` queries, `columns` keys.
+
+    Attributes:
+        rows, columns: its size.
+        stages_q, stages_do, stages_ds: the depths of its pipelines (sm_90a).
+        scores_transposed, keys_transposed: whether the products that give scores, and dk and dv,
+            are computed transposed (sm_90a).
+        atoms_keys, atoms_queries: how many warpgroups share the rows of dk and dv, and of dq.
+        dq_by_one: whether one warpgroup alone computes dq.
+        pairs: whether two CTAs multiply together (sm_100a).
+    """
+
+    rows: int
+    columns: int
+    stages_q: int = 2
+    stages_do: int = 2
+    stages_ds: int = 2
+    scores_transposed: bool = True
+    keys_transposed: bool = False
+    atoms_keys: int = 2
+    atoms_queries: int = 1
+    dq_by_one: bool = False
+    pairs: bool = False
+
+
+# (widths of q, k and v up to, tile), by the wider of them, since memory has to fit both.
+HOPPER_BACKWARD: tuple[tuple[int, BackwardTile], ...] = (
+    (64, BackwardTile(128, 128, atoms_queries=2)),
+    (96, BackwardTile(64, 128, dq_by_one=True)),
+    (128, BackwardTile(64, 128)),
+    (192, BackwardTile(64, 96, 2, 1, 1, False, True)),
+    (256, BackwardTile(64, 48, 2, 1, 1, False, True, 1)),
+)
+# Of widths 129 to 192 with values of up to 128.
+NARROW_VALUES_BACKWARD = BackwardTile(64, 96, 2, 2, 1, False, True)
+
+
+Shape3 = tuple[int, int, int]
+
+
+def _up(count: int, to: int) -> int:
+    """The next multiple."""
+    return -(-count // to) * to
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The kernels of a backward.
+
+    Attributes:
+        forward: the kernel whose results it differentiates.
+        of_lse: whether the logsumexp of each row has a cotangent too.
+    """
+
+    forward: Forward
+    of_lse: bool = False
+
+    @property
+    def tile(self) -> BackwardTile:
+        """The tile of its main kernel."""
+        one = self.forward
+        if one.tensor_memory:
+            wide = one.width == 256
+            return BackwardTile(128, 64 if wide else 128, atoms_keys=1, pairs=one.width >= 128)
+        if 128 < one.width <= 192 and one.width_v <= 128:
+            return NARROW_VALUES_BACKWARD
+        widest = max(one.width, one.width_v)
+        return next(tile for width, tile in HOPPER_BACKWARD if widest <= width)
+
+    @property
+    def multiple(self) -> int:
+        """The columns of heads in the float32 sums are a multiple of it, as in the main kernel."""
+        hopper = 64 if self.tile.keys_transposed else 16
+        return 32 if self.forward.tensor_memory else hopper
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """Which gradients are added up in float32, and then rounded."""
+        return ("dq", "dk", "dv") if self.forward.sharing > 1 else ("dq",)
+
+    def scratch(self, batch: int, groups: int, rows: tuple[int, int]) -> dict[str, Shape3]:
+        """The shapes of the float32 tensors that its kernels pass to each other.
+
+        Args:
+            batch, groups: the number of sequences, and of heads of keys.
+            rows: the numbers of queries and keys.
+        """
+        one, tile, heads = self.forward, self.tile, groups * self.forward.sharing
+        queries = _up(rows[0], tile.rows)
+        keys = _up(rows[1], tile.columns * (2 if tile.pairs else 1))
+        width, width_v = (_up(w, self.multiple) for w in (one.width, one.width_v))
+        found = {name: (batch, heads, queries) for name in ("delta", "lse_log2")}
+        elements = {"dq": queries * width, "dk": keys * width, "dv": keys * width_v}
+        count = {"dq": heads, "dk": groups, "dv": groups}
+        return found | {of: (batch, count[of], elements[of]) for of in self.summed}
+
+
 def why_not_widths(width: int, width_v: int, *, tensor_memory: bool) -> str:
     """The reason why no kernel, with tensor memory or without, has such heads; "" if one has."""
     if width % 8 or width_v % 8:
