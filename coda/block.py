@@ -19,7 +19,7 @@ from coda.ir.types import DTYPES, DType, bf16, dtype_of, from_torch
 from coda.lowering.algebra.policy import DEFAULT_POLICY, MemoryPolicy
 from coda.lowering.algebra.roles import row_symbols
 from coda.lowering.algebra.training import Training, check_memory, derive
-from coda.lowering.compiler import check_dims, lower
+from coda.lowering.compiler import check_dims, is_taken, lower
 from coda.lowering.program.program import Program
 from coda.lowering.program.target import Target
 from coda.lowering.program.text import program_source
@@ -212,7 +212,7 @@ class Block:
         """
         target, graph = choose_target(arch or ""), self.graph_of(dtype)
         sizes = check_dims(graph, dims or {})
-        training = derive(graph, sizes, wanted, memory=memory or self.memory)
+        training = derive(graph, sizes, wanted, memory=memory or self.memory, takes=is_taken)
         forward, backward = (
             lower(g, {s: sizes[s] for s in g.symbols}, target, policy=policy, stages=stages())
             for g, policy in (
@@ -360,7 +360,9 @@ class Block:
         fixed = [(s, int(sizes[s])) for s in graph.symbols if s not in tokens] if tokens else []
         key = (graph, requires_grad, memory, tuple(fixed))
         if key not in self._trainings:
-            self._trainings[key] = derive(graph, sizes, requires_grad, memory=memory)
+            self._trainings[key] = derive(
+                graph, sizes, requires_grad, memory=memory, takes=is_taken
+            )
         return self._trainings[key]
 
 

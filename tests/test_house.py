@@ -367,7 +367,7 @@ def test_kinds_of_kernels_are_told_apart_in_their_folders_alone():
             <= {m.name for m in c.body if isinstance(m, ast.FunctionDef)}
         )
     }
-    assert mainloops == {"Attention", "Contractions", "Rows", "Operation"}
+    assert mainloops == {"Attention", "Gradient", "Contractions", "Rows", "Operation"}
     kernels, values = (
         {"Kernel", "Mainloop", "OneNode", *mainloops},
         {"ATTENTION", "GEMM", "ROWWISE", "TORCH"},

@@ -21,7 +21,7 @@ from coda.integrations.weights import WeightUse, settle
 from coda.ir.graph import Graph
 from coda.lowering.algebra.policy import DEFAULT_POLICY
 from coda.lowering.explain import Explanation
-from coda.lowering.program.cost import hbm_bytes, seconds_of
+from coda.lowering.program.cost import hbm_bytes, launch_count, seconds_of
 from coda.lowering.program.program import Program
 from coda.runtime.bind import size_hint
 from coda.runtime.call import choose_target
@@ -99,13 +99,13 @@ class RegionReport:
         for side in self.sides:
             program, other = side.program, side.pointwise
             saved += seconds_of(program.target, other.hbm_bytes, other.launches)
-            saved -= seconds_of(program.target, hbm_bytes(program), len(program.kernels))
+            saved -= seconds_of(program.target, hbm_bytes(program), launch_count(program))
         return saved
 
     def numbers(self) -> list[str]:
         """Launches, then megabytes: of coda, torch op by op, GEMMs with fused operators between."""
         sides = self.sides
-        launches = [sum(len(e.program.kernels) for e in sides)]
+        launches = [sum(launch_count(e.program) for e in sides)]
         moved = [sum(hbm_bytes(e.program) for e in sides)]
         for name in ("eager", "pointwise"):
             launches.append(sum(getattr(e, name).launches for e in sides))

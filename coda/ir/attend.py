@@ -7,6 +7,7 @@ operation has several results, each a node of its own with the same operands: `A
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from coda.errors import DtypeError, ShapeError
@@ -15,6 +16,8 @@ from coda.ir.node import Node
 from coda.ir.types import DType, f32
 
 VALUE, LSE = PARTS = ("value", "lse")
+DQ, DK, DV = GRADIENTS = ("dq", "dk", "dv")
+Order = tuple[int, ...]  # of axes
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class Scores:
 
     inputs: tuple[Node, ...]
     root: Node
+
+    def with_root(self, root: Node) -> Scores:
+        """Another function of the same arguments."""
+        return Scores(self.inputs, root)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,6 +73,13 @@ class Attend(Node):
             self.q, self.k, self.v, self.captured, self.scores, self.order, self.empty, part
         )
 
+    def with_scores(self, change: Callable[[Node], Node]) -> Attend:
+        """The same attention with its scores' root changed."""
+        scores = self.scores.with_root(change(self.scores.root))
+        return Attend(
+            self.q, self.k, self.v, self.captured, scores, self.order, self.empty, self.part
+        )
+
     def infer(self) -> tuple[Shape, DType]:
         q, k, v = self.q.shape, self.k.shape, self.v.shape
         if not len(q) == len(k) == len(v) == 4 or q[3] != k[3] or k[:3] != v[:3] or q[0] != k[0]:
@@ -79,3 +93,82 @@ class Attend(Node):
             return (*q[:3], ONE), f32
         shape = (*q[:3], v[3])
         return tuple(shape[a] for a in self.order), self.v.dtype
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AttendGradient(Node):
+    """`%dq = attend_gradient %q, %k, %v, %y, %lse, %d`: the cotangent of q, k or v of an attention.
+
+    With scores s = f(q kᵀ), p = exp(s - lse) and y = p v, of cotangents d of y and e of lse:
+
+        ds = p (d vᵀ - Σ d y + e)     dz = f' ds     dq = dz k     dk = dzᵀ q     dv = pᵀ d
+
+    p is computed again of q, k and lse, so that no tensor of scores is saved.
+
+    q, k and v are those of `Attend`. y, its value, and d are [B, H, S, e] with their axes in one
+    order; lse is [B, H, S, 1], float32.
+
+    Attributes:
+        more: the cotangent of lse, of its shape and type, if it has one, and then the captured
+            tensors.
+        scores: the scores, as those of `Attend`.
+        slope: their derivative: (cotangent of the scores, product, captured tensors) -> the
+            cotangent of the product.
+        order: of the axes of y and d.
+        orders: of the axes of dq, dk and dv.
+        part: which result this is, one of `GRADIENTS`.
+    """
+
+    q: Node
+    k: Node
+    v: Node
+    y: Node
+    lse: Node
+    d: Node
+    more: tuple[Node, ...]
+    scores: Scores
+    slope: Scores
+    order: Order
+    orders: tuple[Order, Order, Order]
+    part: str = DQ
+
+    @property
+    def attend(self) -> Attend:
+        """The attention that is differentiated, as the node of its value."""
+        _, captured = self.given
+        return Attend(self.q, self.k, self.v, captured, self.scores, self.order, 0.0)
+
+    @property
+    def given(self) -> tuple[Node | None, tuple[Node, ...]]:
+        """The cotangent of lse, or None, and the captured tensors."""
+        count = len(self.scores.inputs) - 1
+        has = len(self.more) > count
+        return (self.more[0] if has else None), self.more[has:]
+
+    @property
+    def parts(self) -> tuple[AttendGradient, ...]:
+        """dq, dk and dv."""
+        return tuple(map(self.of, GRADIENTS))
+
+    def of(self, part: str) -> AttendGradient:
+        """The result `part` of the same operation."""
+        given = self.q, self.k, self.v, self.y, self.lse, self.d, self.more
+        return AttendGradient(*given, self.scores, self.slope, self.order, self.orders, part)
+
+    def with_scores(self, change: Callable[[Node], Node]) -> AttendGradient:
+        """The same derivative with the roots of scores and slope changed."""
+        scores, slope = (f.with_root(change(f.root)) for f in (self.scores, self.slope))
+        given = self.q, self.k, self.v, self.y, self.lse, self.d, self.more
+        return AttendGradient(*given, scores, slope, self.order, self.orders, self.part)
+
+    def infer(self) -> tuple[Shape, DType]:
+        whole = self.attend
+        rows = (*self.q.shape[:3], ONE)
+        if not self.y.shape == self.d.shape == whole.shape or self.lse.shape != rows:
+            raise ShapeError(
+                "the derivative of attention takes the value, its cotangent and the logsumexp",
+                found=", ".join(show_shape(n.shape) for n in (self.y, self.d, self.lse)),
+            )
+        number = GRADIENTS.index(self.part)
+        operand = (self.q, self.k, self.v)[number]
+        return tuple(operand.shape[a] for a in self.orders[number]), operand.dtype

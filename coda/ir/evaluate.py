@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from coda.errors import CallError
-from coda.ir.attend import LSE, Attend
-from coda.ir.dims import Dim
+from coda.ir.attend import DQ, DV, GRADIENTS, LSE, Attend, AttendGradient
+from coda.ir.dims import Dim, inverse
 from coda.ir.graph import (
     Cast,
     Concat,
@@ -139,6 +139,8 @@ class _Evaluator:
                 return self.indexed(indexed, args)
             case Attend() as attend:
                 return self.attend(attend, args)
+            case AttendGradient() as gradient:
+                return self.attend_gradient(gradient, args)
             case _ as never:
                 assert_never(never)
 
@@ -154,19 +156,42 @@ class _Evaluator:
     def attend(self, node: Attend, args: list[Tensor]) -> Tensor:
         """softmax(scores) v, or the logsumexp of the scores."""
         q, k, v, *captured = args
-        batch, groups, keys, _ = k.shape
-        rows = q.shape[1] // groups * q.shape[2]
-        own = q.reshape(batch, groups, rows, q.shape[3])
-        s = _contract(own, k, self.compute).reshape(*q.shape[:3], keys)
-        given = dict(zip(node.scores.inputs, (s, *captured), strict=True))
-        (scores,) = evaluate([node.scores.root], given, self.sizes, self.compute)
+        _, scores = self.scores(node, q, k, captured)
         lse = torch.logsumexp(scores, -1, keepdim=True)
         if node.part == LSE:
             return lse
         if not math.isnan(node.empty):
             lse = lse.masked_fill(lse == -torch.inf, 0.0)
-        p = (scores - lse).exp().reshape(batch, groups, rows, keys)
+        p = _grouped((scores - lse).exp(), k)
         return (p @ v).reshape(*q.shape[:3], v.shape[3]).permute(node.order)
+
+    def scores(
+        self, node: Attend, q: Tensor, k: Tensor, captured: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """q kᵀ, and the scores of an attention, [B, H, S, T]."""
+        s = _contract(_grouped(q, k), k, self.compute).reshape(*q.shape[:3], k.shape[2])
+        given = dict(zip(node.scores.inputs, (s, *captured), strict=True))
+        (scores,) = evaluate([node.scores.root], given, self.sizes, self.compute)
+        return s, scores
+
+    def attend_gradient(self, node: AttendGradient, args: list[Tensor]) -> Tensor:
+        """The cotangent of q, k or v."""
+        q, k, v, y, lse, d, *more = args
+        dlse = more.pop(0) if node.given[0] is not None else 0.0
+        y, d = (x.permute(inverse(node.order)) for x in (y, d))
+        s, scores = self.scores(node.attend, q, k, more)
+        p = (scores - lse.masked_fill(lse == -torch.inf, 0.0)).exp()
+        if node.part != DV:
+            dp = (_grouped(d, k) @ v.mT).reshape(s.shape)
+            ds = p * (dp - (d * y).sum(-1, keepdim=True) + dlse)
+            given = dict(zip(node.slope.inputs, (ds, s, *more), strict=True))
+            (ds,) = evaluate([node.slope.root], given, self.sizes, self.compute)
+            ds = _grouped(ds, k)
+            found = (ds @ k).reshape(q.shape) if node.part == DQ else ds.mT @ _grouped(q, k)
+        else:
+            found = _grouped(p, k).mT @ _grouped(d, k)
+        number = GRADIENTS.index(node.part)
+        return found.permute(node.orders[number])
 
     def view(self, node: Reshape | Permute | Slice | Concat | Expand, args: list[Tensor]) -> Tensor:
         match node:
@@ -197,6 +222,12 @@ class _Evaluator:
             return SCALARS[fn].evaluate(*args)
         values = [_wide(a) if a.dtype.itemsize == 1 and a.is_floating_point() else a for a in args]
         return SCALARS[fn].evaluate(*values)
+
+
+def _grouped(x: Tensor, k: Tensor) -> Tensor:
+    """[B, H, S, d] as [B, G, (H / G) S, d] for keys [B, G, T, d]."""
+    rows = x.shape[1] // k.shape[1] * x.shape[2]
+    return x.reshape(*k.shape[:2], rows, x.shape[3])
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The graph: eighteen kinds of node over tensors with symbolic shapes. Read this file first.
+"""The graph: nineteen kinds of node over tensors with symbolic shapes. Read this file first.
 
 A node is immutable and interned (hash-consed): structurally equal nodes are the same object, so
 that equality is `is`. Elementwise operands broadcast from the right, as in torch; size 1 means that
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from coda.errors import DtypeError, ShapeError
-from coda.ir.attend import Attend
+from coda.ir.attend import Attend, AttendGradient
 from coda.ir.dims import ONE, Dim, Shape, broadcast, inverse, product, show_shape
 from coda.ir.monoids import MONOIDS
 from coda.ir.node import Node, origin
@@ -365,7 +365,7 @@ def _indexed(what: str, indices: tuple[Node, ...], axes: int) -> Shape:
 
 Op = (
     Input | Const | Size | Map | Reduce | Scan | Contract | Cast | Reshape | Permute | Slice
-    | Concat | Expand | Iota | Gather | Pick | Put | Attend
+    | Concat | Expand | Iota | Gather | Pick | Put | Attend | AttendGradient
 )  # fmt: skip
 KINDS: dict[str, type[Node]] = {kind.__name__.lower(): kind for kind in Op.__args__}
 

@@ -23,6 +23,7 @@ from lark.exceptions import UnexpectedInput
 from lark.lexer import TerminalDef
 
 from coda.errors import CodaError, TextError, Where
+from coda.ir.attend import Attend, AttendGradient, Order, Scores
 from coda.ir.dims import Dim, Shape, show_shape
 from coda.ir.graph import (
     Cast,
@@ -96,7 +97,7 @@ def show_operation(node: Node, names: dict[Node, str]) -> str:
         case Reshape(to=shape) | Expand(to=shape):
             return f"{type(node).__name__.lower()} {args} {show_shape(shape)}"
         case Permute(order=order):
-            return f"permute {args} ({', '.join(map(str, order))})"
+            return f"permute {args} {_order(order)}"
         case Slice(axis=axis, start=start, size=size, step=step):
             return f"slice {args} axis {axis} from {start} size {size} step {step}"
         case Concat(axis=axis):
@@ -106,7 +107,30 @@ def show_operation(node: Node, names: dict[Node, str]) -> str:
         case Put(rows=rows):
             return f"put {args} rows {', '.join(map(str, rows))}"
         case _:
-            return f"{type(node).__name__.lower()} {args}"
+            return _attention(node, args) or f"{type(node).__name__.lower()} {args}"
+
+
+def _order(order: Order) -> str:
+    return f"({', '.join(map(str, order))})"
+
+
+def _attention(node: Node, args: str) -> str:
+    """The right side of an attention or its derivative; "" for any other node."""
+    if isinstance(node, Attend):
+        empty, inner = _number(node.empty), _inner(node.scores)
+        return f"attend {args} {node.part} {_order(node.order)} {empty} {inner}"
+    if isinstance(node, AttendGradient):
+        axes = " ".join(map(_order, (node.order, *node.orders)))
+        inner = f"{_inner(node.scores)} {_inner(node.slope)}"
+        return f"attend_gradient {args} {node.part} {axes} {inner}"
+    return ""
+
+
+def _inner(scores: Scores) -> str:
+    """The function of an attention, as a block in the text of another."""
+    inputs = tuple(i for i in scores.inputs if isinstance(i, Input))
+    text = show(Graph("scores", inputs, (("s", scores.root),)))
+    return text.rstrip().replace("\n", "\n    ")
 
 
 def _number(value: float) -> str:
@@ -294,6 +318,27 @@ class _Reader:
     def make_put(self, arg: Token, *rest: Any) -> Node:
         indices = tuple(self.value(t) for t in rest if isinstance(t, Token))
         return Put(self.value(arg), indices, tuple(self.dim(d) for d in rest[len(indices) :]))
+
+    def make_attend(self, *rest: Any) -> Node:
+        q, k, v, *captured = (self.value(t) for t in rest[:-4])
+        part, order, empty, scores = rest[-4:]
+        fields = self.inner(scores), self.order(order), self.number(empty), str(part)
+        return Attend(q, k, v, tuple(captured), *fields)
+
+    def make_attend_gradient(self, *rest: Any) -> Node:
+        q, k, v, y, lse, d, *more = (self.value(t) for t in rest[:-7])
+        scores, slope = self.inner(rest[-2]), self.inner(rest[-1])
+        order, dq, dk, dv = map(self.order, rest[-6:-2])
+        fields = scores, slope, order, (dq, dk, dv), str(rest[-7])
+        return AttendGradient(q, k, v, y, lse, d, tuple(more), *fields)
+
+    def inner(self, tree: Any) -> Scores:
+        """A function of an attention."""
+        graph = _Reader(self.file).graph(tree)
+        return Scores(graph.inputs, graph.roots[0])
+
+    def order(self, tree: Any) -> Order:
+        return tuple(int(self.number(i)) for i in tree.children)
 
     def make_reduce(self, fn: Token, arg: Token, value: Token | None, axis: Any) -> Node:
         if str(fn) not in MONOIDS:

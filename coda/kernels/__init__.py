@@ -5,9 +5,10 @@ that admits it; the last kind, torch, admits every node. quack and the DSL are i
 kernel is emitted or launched.
 """
 
+from coda.kernels.attention.gradient_kind import GRADIENT
 from coda.kernels.attention.kind import ATTENTION
 from coda.kernels.gemm.kind import GEMM
 from coda.kernels.rowwise.kind import ROWWISE
 from coda.kernels.torch_op.kind import TORCH
 
-KINDS = (GEMM, ATTENTION, ROWWISE, TORCH)
+KINDS = (GEMM, ATTENTION, GRADIENT, ROWWISE, TORCH)

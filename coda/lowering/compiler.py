@@ -130,7 +130,7 @@ def run_stages(
     graph = stage("pushdown", push_down, graph)
     graph = stage("columns", columns_first, graph)
     graph = stage("constants", fold_constants, graph, asked.sizes)
-    graph = stage("attends", attends, graph, asked.sizes, _is_taken)
+    graph = stage("attends", attends, graph, asked.sizes, is_taken)
     parted = stage("chunks", _chunk, graph, asked)
     if below is not None and not _may_undercut(asked, parted.graph, below):
         return None
@@ -217,7 +217,7 @@ def _apply_laws(accept: Accept, trial: Trial, graph: Graph) -> Graph:
     return graph.with_roots(rewrite(graph.roots, LAWS, accept, trial.law))
 
 
-def _is_taken(node: Node, sizes: Mapping[str, int]) -> bool:
+def is_taken(node: Node, sizes: Mapping[str, int]) -> bool:
     """Whether a kind with kernels of its own takes a node; the last kind takes every one."""
     return any(kind.takes(node, sizes) for kind in kernels.KINDS[:-1])
 

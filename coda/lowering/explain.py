@@ -23,6 +23,7 @@ from coda.lowering.program.cost import (
     eager,
     hbm_bytes,
     kernel_time,
+    launch_count,
     pointwise_fused,
     prepare_bytes,
     prepare_time,
@@ -81,7 +82,7 @@ class Explanation:
             "slower": [{"kernel": k, "us": us, "why": why} for k, us, why in self._slower()],
             "dims": dict(program.sizes),
             "kernels": [self._kernel(k, t) for k, t in self._timed()],
-            "launches": len(program.kernels),
+            "launches": launch_count(program),
             "hbm_bytes": hbm_bytes(program),
             "prepared_bytes": prepare_bytes(program),
             "prepared_us": prepare_time(program).seconds * 1e6,
@@ -273,7 +274,7 @@ class Explanation:
             table.add_column(column, justify="left" if column == "program" else "right")
         own = hbm_bytes(self.program)
         rows = (
-            ("coda", len(self.program.kernels), own),
+            ("coda", launch_count(self.program), own),
             ("pointwise and norms fused, GEMMs apart", *_pair(self.pointwise)),
             ("op by op", *_pair(self.eager)),
         )

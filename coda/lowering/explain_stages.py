@@ -12,7 +12,7 @@ from coda.ir.graph import Graph, walk
 from coda.lowering.algebra.chunk import Parted
 from coda.lowering.algebra.policy import DEFAULT_POLICY, MemoryPolicy
 from coda.lowering.algebra.training import derive
-from coda.lowering.compiler import check_dims, lower
+from coda.lowering.compiler import check_dims, is_taken, lower
 from coda.lowering.program.epilogue import calls
 from coda.lowering.program.memory import temporary_bytes
 from coda.lowering.program.program import Program
@@ -28,7 +28,7 @@ def training_graphs(
 
     Raises CallError, DimError and UnsupportedError, as `derive` and `check_dims`.
     """
-    training = derive(graph, check_dims(graph, sizes), wanted, memory=memory)
+    training = derive(graph, check_dims(graph, sizes), wanted, memory=memory, takes=is_taken)
     return [(training.forward, DEFAULT_POLICY), (training.backward, training.policy())]
 
 

@@ -20,7 +20,7 @@ from coda.ir.graph import Const, Expand, Graph, Input, Iota, Node, Size, walk
 from coda.lowering.algebra.roles import base, row_symbols, weight_nodes
 from coda.lowering.algebra.vjp import vjp
 from coda.lowering.explain import Explanation
-from coda.lowering.program.cost import hbm_bytes, label
+from coda.lowering.program.cost import hbm_bytes, label, launch_count
 from coda.lowering.program.memory import temporary_bytes
 from coda.lowering.program.program import Program
 
@@ -189,7 +189,7 @@ class TrainingExplanation:
         both = (self.forward, self.backward)
         own = sum(hbm_bytes(e.program) for e in both)
         rows = (
-            ("coda", sum(len(e.program.kernels) for e in both), own),
+            ("coda", sum(launch_count(e.program) for e in both), own),
             (
                 "pointwise and norms fused, GEMMs apart",
                 sum(e.pointwise.launches for e in both),

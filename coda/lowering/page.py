@@ -16,7 +16,7 @@ from coda.lowering.explain_stages import pass_facts, record_stages
 from coda.lowering.explain_training import TrainingExplanation
 from coda.lowering.page_flow import NO_TIMES, Measured, flow_html, micro, size
 from coda.lowering.page_style import STYLE
-from coda.lowering.program.cost import hbm_bytes, prepare_bytes
+from coda.lowering.program.cost import hbm_bytes, launch_count, prepare_bytes
 from coda.lowering.program.memory import temporary_bytes
 from coda.lowering.program.text import lines
 
@@ -147,7 +147,7 @@ def summary(sides: Sequence[Explanation], times: Sequence[int] = ()) -> str:
         ("op by op", sum(e.eager.hbm_bytes * n for e, n in pairs)),
     ]
     launched = [
-        ("coda", sum(len(e.program.kernels) * n for e, n in pairs)),
+        ("coda", sum(launch_count(e.program) * n for e, n in pairs)),
         ("GEMMs apart, the rest fused", sum(e.pointwise.launches * n for e, n in pairs)),
         ("op by op", sum(e.eager.launches * n for e, n in pairs)),
     ]

@@ -15,7 +15,7 @@ from coda.ir.text import parse
 from coda.ir.types import f64
 from coda.kernels.torch_op.kind import TORCH
 from coda.lowering.algebra.training import MEMORY, derive
-from coda.lowering.compiler import lower
+from coda.lowering.compiler import is_taken, lower
 from coda.measure import random_inputs
 from coda.runtime.reference import run_reference
 from tests.lowering.test_random_blocks import SETTINGS, SIZES, blocks, values
@@ -44,7 +44,7 @@ def check(graph, inputs, sizes, memory="balanced", arch="sm_90a", tolerance=1e-8
     expected = torch.autograd.grad(
         [o for o, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True
     )
-    training = derive(graph, lowered, memory=memory)
+    training = derive(graph, lowered, memory=memory, takes=is_taken)
     forward = lower(training.forward, sizes_of(training.forward, lowered), arch)
     plain = [x.detach() for x in leaves]
     found = run_reference(forward, plain, exact=True, sizes=sizes)

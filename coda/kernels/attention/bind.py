@@ -29,10 +29,10 @@ def launch(run: LaunchRun, kernel: AttentionKernel) -> None:
     """Allocate the results, bind the operands, and launch."""
     one, sizes = kernel.mainloop, run.sizes
     node, scores = one.node, one.scores
-    value = _result(run, node, one.buffer(VALUE))
+    value = result(run, node, one.buffer(VALUE))
     lse = None
     if one.buffer(LSE) is not None:
-        lse = _result(run, node.of(LSE), one.buffer(LSE)).squeeze(-1)
+        lse = result(run, node.of(LSE), one.buffer(LSE)).squeeze(-1)
     if not value.numel():
         return
     operands = tuple(run.ready(run.value(o), by_tokens) for o in one.operands)
@@ -44,12 +44,13 @@ def launch(run: LaunchRun, kernel: AttentionKernel) -> None:
     run.launched(function, arguments)
 
 
-def _result(run: LaunchRun, node: Node, buffer: str | None) -> Tensor:
+def result(run: LaunchRun, node: Node, buffer: str | None, fill: str = "") -> Tensor:
     """The memory of a result, in the node's shape; of no buffer if nothing reads it."""
     shape = [d.size(run.sizes) for d in node.shape]
+    rows, dtype = prod(shape[:-1]), node.dtype.torch
     if buffer is None:
-        return run.new((*shape,), node.dtype.torch)
-    found = run.buffers[buffer] = run.room(buffer, prod(shape[:-1]), shape[-1], node.dtype.torch)
+        return run.new((*shape,), dtype)
+    found = run.buffers[buffer] = run.room(buffer, rows, shape[-1], dtype, fill)
     return found.reshape(shape)
 
 

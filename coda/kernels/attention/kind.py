@@ -23,6 +23,11 @@ from coda.lowering.program.program import Program
 def _refuses(node: Node, sizes: Sizes) -> str:
     if not isinstance(node, Attend):
         return "it is no attention"
+    return why_not(node, sizes)
+
+
+def why_not(node: Attend, sizes: Sizes) -> str:
+    """The reason why no kernel computes an attention; "" if one does."""
     if node.q.dtype not in (bf16, f16):
         return f"attention of {node.q.dtype} has no kernel"
     scores = banded(node)
@@ -50,13 +55,9 @@ def _flops(kernel: AttentionKernel, sizes: Sizes) -> Flops:
 
 
 def _explain(program: Program, kernel: AttentionKernel) -> Account:
-    one, scores = kernel.mainloop, kernel.mainloop.scores
+    one = kernel.mainloop
     q, k, v = (label(o, program) for o in one.operands)
-    ends = [f"{e}" for e in (scores.lower,) if e is not None] + ["j - i"]
-    ends += [f"{e}" for e in (scores.upper,) if e is not None]
-    masked = f", {' ≤ '.join(ends)}" if len(ends) > 1 else ""
-    heads, groups = one.node.q.shape[1], one.node.k.shape[1]
-    what = f"softmax({scores.scale:.6g} · {q} {k}ᵀ{masked}) {v}, {heads} heads on {groups}"
+    what = one.said(q, k, v)
     return Account(f"attend {', '.join(one.results)} = {what}", what)
 
 

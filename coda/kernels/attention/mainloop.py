@@ -55,6 +55,15 @@ class Attention(OneNode):
             self.buffer(LSE) is not None,
         )
 
+    def said(self, q: str, k: str, v: str) -> str:
+        """The attention of operands of these names, in words."""
+        scores, one = self.scores, self.node
+        ends = [f"{e}" for e in (scores.lower,) if e is not None] + ["j - i"]
+        ends += [f"{e}" for e in (scores.upper,) if e is not None]
+        masked = f", {' ≤ '.join(ends)}" if len(ends) > 1 else ""
+        heads, groups = one.q.shape[1], one.k.shape[1]
+        return f"softmax({scores.scale:.6g} · {q} {k}ᵀ{masked}) {v}, {heads} heads on {groups}"
+
     def pairs(self, sizes: Sizes) -> int:
         """The scores that are computed: half of them up to the diagonal."""
         every = product((*self.node.q.shape[:3], self.node.k.shape[2])).size(sizes)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coda.errors import DimError
-from coda.ir.attend import LSE, Attend, Scores
+from coda.ir.attend import LSE, VALUE, Attend, AttendGradient, Scores
 from coda.ir.dims import Shape
 from coda.ir.graph import (
     Cast,
@@ -38,7 +38,10 @@ from coda.ir.graph import (
 )
 from coda.ir.types import f32
 from coda.ir.views import shaped, under_reshapes
+from coda.lowering.algebra.attend_gradients import attend_gradients
+from coda.lowering.algebra.constants import folding
 from coda.lowering.algebra.roles import row_symbols, softmax, transposed
+from coda.lowering.algebra.vjp import vjp
 
 HEADS_FIRST, TOKENS_FIRST = (0, 1, 2, 3), (0, 2, 1, 3)
 
@@ -47,7 +50,27 @@ class _Unlike(Exception):
     """Nodes are no attention."""
 
 
-Takes = Callable[[Attend, Mapping[str, int]], bool]
+Takes = Callable[[Node, Mapping[str, int]], bool]
+
+
+def takes_none(node: Node, sizes: Mapping[str, int]) -> bool:
+    """No kernel computes an attention."""
+    return False
+
+
+def differentiable(graph: Graph, takes: Takes) -> Takes:
+    """Whether kernels compute an attention of a graph and its derivative."""
+
+    def both(node: Node, sizes: Mapping[str, int]) -> bool:
+        if not isinstance(node, Attend) or node.captured:
+            return False
+        folded = folding(graph, sizes)
+        d = Input("d", node.of(VALUE).shape, node.v.dtype)
+        slopes = attend_gradients(node.of(VALUE), d, None, vjp)
+        parts = [p for _, n in slopes for p in walk([n]) if isinstance(p, AttendGradient)]
+        return all(takes(folded(n), sizes) for n in (node, *parts))
+
+    return both
 
 
 def attends(graph: Graph, sizes: Mapping[str, int], takes: Takes) -> Graph:
@@ -202,6 +225,8 @@ class _ScoreReader:
 
 def _wide(node: Node) -> Node:
     """A node in float32."""
+    if isinstance(node, Size):
+        return Size(node.dim, f32)
     return node if node.dtype == f32 else Cast(node, f32)
 
 

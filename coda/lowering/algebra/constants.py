@@ -9,10 +9,11 @@ The number of rows is not folded: it may change from call to call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
+from coda.ir.attend import Attend, AttendGradient
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Cast, Const, Graph, Map, Node, Size, transform, walk
 from coda.ir.scalars import SCALARS
@@ -22,6 +23,11 @@ from coda.lowering.algebra.roles import row_symbols
 
 def fold_constants(graph: Graph, sizes: Mapping[str, int]) -> Graph:
     """Replace every scalar function of constants and column sizes by its value at `sizes`."""
+    return graph.with_roots(transform(graph.roots, folding(graph, sizes)))
+
+
+def folding(graph: Graph, sizes: Mapping[str, int]) -> Callable[[Node], Node]:
+    """A function of nodes of a graph, which folds one whose operands are folded."""
     tokens = row_symbols(walk(graph.roots))
 
     def is_number(node: Node) -> bool:
@@ -31,6 +37,8 @@ def fold_constants(graph: Graph, sizes: Mapping[str, int]) -> Graph:
         if isinstance(node, Cast) and isinstance(node.arg, Const):
             both = node.arg.dtype.kind == node.to.kind == "float"
             return Const(node.arg.value, node.to) if both else node
+        if isinstance(node, Attend | AttendGradient):
+            return node.with_scores(lambda root: transform([root], known)[0])
         if not isinstance(node, Map):
             return node
         test = node.args[0]
@@ -44,4 +52,4 @@ def fold_constants(graph: Graph, sizes: Mapping[str, int]) -> Graph:
         (value,) = evaluate([node], {}, sizes, torch.float64 if narrow else None)
         return Const(float(value), node.dtype)
 
-    return graph.with_roots(transform(graph.roots, known))
+    return known

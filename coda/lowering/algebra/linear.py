@@ -7,6 +7,8 @@ operations alone, the cotangent of r is
 
 a sum over the outputs, which stay in memory anyway, instead of over x, which need not be saved. If
 outputs have the rows in another order, o [b, i, h, d] of z [b, h, i, d], so has the sum.
+
+Operands of attention are in memory too, since its derivative reads them, and count as outputs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from coda.ir.attend import Attend
 from coda.ir.dims import ONE, Shape, inverse, product
 from coda.ir.graph import (
     Cast,
@@ -56,6 +59,25 @@ def row_factor(node: Map) -> Node | None:
         if never_zero and rows and factor.shape[-1] == ONE != other.shape[-1]:
             return factor
     return None
+
+
+def read_by_attention(above: dict[Node, list[Node]]) -> set[Node]:
+    """The nodes that only attention reads, perhaps with their rows permuted.
+
+    Args:
+        above: node -> its users, operands before users.
+    """
+    found: set[Node] = set()
+    for node, readers in reversed(above.items()):
+        views = [u in found and isinstance(u, Permute) and _keeps_rows(u) for u in readers]
+        if readers and all(v or isinstance(u, Attend) for u, v in zip(readers, views, strict=True)):
+            found.add(node)
+    return found
+
+
+def _keeps_rows(node: Permute) -> bool:
+    """Whether a permutation has the last axis last."""
+    return node.order[-1] == node.rank - 1
 
 
 def linear_outputs(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from coda.ir.attend import Attend
 from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import (
     Cast,
@@ -128,7 +129,7 @@ class _Merge:
     Attributes:
         wide: lanes -> the merged node that replaces them.
         lane_of: node -> the lanes that contain it.
-        reach: node -> whether a contraction depends on it.
+        reach: node -> whether a contraction or an attention depends on it.
     """
 
     graph: Graph
@@ -188,10 +189,12 @@ class _Merge:
                     self.add(following, made)
 
     def multiplied(self, node: Node) -> bool:
-        """Whether a contraction depends on a node."""
+        """Whether a contraction or an attention depends on a node."""
         if node not in self.reach:
             above = self.users[node]
-            self.reach[node] = any(isinstance(u, Contract) or self.multiplied(u) for u in above)
+            self.reach[node] = any(
+                isinstance(u, Contract | Attend) or self.multiplied(u) for u in above
+            )
         return self.reach[node]
 
     def alike(self, first: Node, lane: Node) -> Node | None:

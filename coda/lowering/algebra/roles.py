@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from coda.ir.attend import Attend
+from coda.ir.attend import Attend, AttendGradient
 from coda.ir.dims import ONE, Dim, product
 from coda.ir.graph import (
     Cast,
@@ -82,7 +82,8 @@ def is_transposed_view(node: Node) -> bool:
 
 def reads_strided(node: Node) -> bool:
     """Whether a node reads its operands with the strides that they have."""
-    return isinstance(node, Attend) or (isinstance(node, Contract) and node.batched)
+    batched = isinstance(node, Contract) and node.batched
+    return batched or isinstance(node, Attend | AttendGradient)
 
 
 def as_stored(node: Node) -> Node:

@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from coda.errors import CallError, UnsupportedError
+from coda.ir.attend import Attend
 from coda.ir.dims import ONE
 from coda.ir.graph import (
     Cast,
@@ -38,6 +39,7 @@ from coda.ir.graph import (
 from coda.ir.monoids import MONOIDS
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, f32
+from coda.lowering.algebra.attends import Takes, attends, differentiable, takes_none
 from coda.lowering.algebra.columns_first import columns_first
 from coda.lowering.algebra.compared import compared, sources
 from coda.lowering.algebra.early_slices import slice_columns_first
@@ -48,9 +50,11 @@ from coda.lowering.algebra.policy import MemoryPolicy, Updates
 from coda.lowering.algebra.pushdown import push_down
 from coda.lowering.algebra.rewrite import Law, rewrite, substituted
 from coda.lowering.algebra.roles import (
+    base,
     is_pointwise,
     is_view,
     permuted,
+    reads_strided,
     token_symbols,
     weight_nodes,
 )
@@ -96,6 +100,8 @@ def derive(
     wanted: Sequence[str] | None = None,
     given: Iterable[str] | None = None,
     memory: str = "balanced",
+    *,
+    takes: Takes = takes_none,
 ) -> Training:
     """Differentiate a block.
 
@@ -107,6 +113,7 @@ def derive(
         memory: "min" saves only arguments, full-row statistics and operands of maxima; "balanced"
             saves values that cost fewer bytes than their recomputation; "speed" also saves values
             that the forward stores anyway and the backward would have to store again.
+        takes: whether a kernel computes an attention, or its derivative.
 
     Raises:
         CallError: for a name in `wanted` that is no differentiable argument.
@@ -116,6 +123,7 @@ def derive(
     names = set(differentiated(graph, wanted))
     lawful = graph.with_roots(rewrite(graph.roots, LAWS, lambda law, node, place: False))
     normal = columns_first(slice_columns_first(push_down(lawful)), differentiated=True)
+    normal = attends(normal, sizes, differentiable(normal, takes))
     merged, original = merge_siblings(normal)
     original = _with_planes(merged, original)
     given = {n for n, _ in graph.outputs} if given is None else set(given)
@@ -142,8 +150,12 @@ def derive(
 
 
 def _with_planes(merged: Graph, original: Mapping[Node, Node]) -> Mapping[Node, Node]:
-    """The nodes that the forward can save, with what a fold of pairs computes beside its value."""
+    """The nodes that the forward can save, with what their kernels compute beside their values."""
     found = dict(original)
+    for node in [n for n in found if isinstance(n, Attend)]:
+        own = original[node]
+        assert isinstance(own, Attend)
+        found |= {node.of(p.part): p for p in own.parts if node.of(p.part) not in original}
     for node in walk(merged.roots):
         if isinstance(node, Reduce) and node.value is not None and node.arg in original:
             also = MONOIDS[node.fn].also
@@ -221,11 +233,8 @@ def as_read(gradients: list[tuple[str, Node]], forward: Graph) -> list[tuple[str
 
 
 def _only_in_batches(view: Node, above: Mapping[Node, list[Node]]) -> bool:
-    """Whether only batched contractions read a view; they read it with any strides."""
-    return all(
-        (isinstance(u, Contract) and u.batched) or (is_view(u) and _only_in_batches(u, above))
-        for u in above[view]
-    )
+    """Whether only batched contractions and attention read a view, which read any strides."""
+    return all(reads_strided(u) or (is_view(u) and _only_in_batches(u, above)) for u in above[view])
 
 
 def differentiated(graph: Graph, wanted: Sequence[str] | None) -> list[str]:
@@ -304,8 +313,9 @@ def _choose(
     statistics = [n for n in forward if isinstance(n, Reduce | Pick) and n not in chosen]
     kept: set[Node] = exact | {n for n in statistics if _is_whole(n, tokens)}
     if memory != "min":
-        kept |= {n for n in forward if isinstance(n, Contract)}
+        kept |= {n for n in forward if isinstance(n, Contract | Attend)}
     lies = set(merged.roots)
+    lies |= {base(o) for n in forward if isinstance(n, Attend) for o in n.operands}
     if memory == "speed":
         read = [n.operands if n.batched else (n.lhs,) for n in forward if isinstance(n, Contract)]
         lies |= {_loaded(o, free) for operands in read for o in operands}

@@ -7,14 +7,14 @@ along which it is constant. It is expanded only if a rule needs all elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import assert_never, cast
 
 import torch
 
 from coda.errors import UnsupportedError
-from coda.ir.attend import Attend
+from coda.ir.attend import LSE, VALUE, Attend, AttendGradient
 from coda.ir.dims import ONE, Dim, Shape, product
 from coda.ir.graph import (
     Cast,
@@ -44,8 +44,14 @@ from coda.ir.scalar import Term
 from coda.ir.scalars import SCALARS
 from coda.ir.types import DType, i32
 from coda.ir.views import shaped
+from coda.lowering.algebra.attend_gradients import attend_gradients
 from coda.lowering.algebra.batches import lhs_cotangent, rhs_cotangent
-from coda.lowering.algebra.linear import factor_cotangent, linear_outputs, row_factor
+from coda.lowering.algebra.linear import (
+    factor_cotangent,
+    linear_outputs,
+    read_by_attention,
+    row_factor,
+)
 from coda.lowering.algebra.roles import permuted, reduced, softmax
 from coda.lowering.algebra.slices import joined
 
@@ -58,12 +64,15 @@ def vjp(
     Args:
         cotangents: output node -> cotangent, of the output's shape and dtype.
         leaves: inputs, or other nodes at which differentiation stops.
-        kept: whether derivatives may read the outputs (`lowering/algebra/linear.py`).
+        kept: whether derivatives may read the outputs, and operands of attention
+            (`lowering/algebra/linear.py`).
 
     Raises UnsupportedError for an operation without a derivative.
     """
-    leaves = tuple(dict.fromkeys(leaves))
-    return _Cotangents(leaves, users(cotangents) if kept else {}).run(cotangents)
+    above = users(cotangents) if kept else {}
+    read = read_by_attention(above)
+    above = {node: [] if node in read else after for node, after in above.items()}
+    return _Cotangents(tuple(dict.fromkeys(leaves)), above, read).run(cotangents)
 
 
 def full(d: Node, shape: Shape) -> Node:
@@ -105,30 +114,43 @@ def _node(value: Term | float, like: DType) -> Node:
     return Const(float(value), like)
 
 
+def _first_parts(order: Iterable[Node]) -> dict[Node, Attend]:
+    """Result of an attention -> the first of its results, in the order of nodes."""
+    found: dict[Node, Attend] = {}
+    for node in order:
+        if isinstance(node, Attend):
+            found[node] = next((found[p] for p in node.parts if p in found), node)
+    return found
+
+
 @dataclass
 class _Cotangents:
     """One run from outputs to inputs.
 
     Attributes:
         leaves: where differentiation stops.
-        users: node -> its users; empty if derivatives may not read outputs.
-        given: output -> its cotangent.
+        users: node -> its users, but for attention; empty if derivatives may not read outputs.
+        read: operands of attention, which are in memory as outputs are.
+        given: output, or one of `read` -> its cotangent.
         found: node -> the summands of its cotangent so far.
         parts: node -> the cotangents of its slices so far.
+        of_parts: first result of an attention -> the cotangents of its results so far, by part.
     """
 
     leaves: tuple[Node, ...]
     users: Mapping[Node, list[Node]] = field(default_factory=dict[Node, list[Node]])
-    given: Mapping[Node, Node] = field(default_factory=dict[Node, Node])
+    read: Set[Node] = frozenset()
+    given: dict[Node, Node] = field(default_factory=dict[Node, Node])
     found: dict[Node, list[Node]] = field(default_factory=dict[Node, list[Node]])
     parts: dict[Node, list[tuple[Slice, Node]]] = field(
         default_factory=dict[Node, list[tuple[Slice, Node]]]
     )
     active: set[Node] = field(default_factory=set[Node])
+    of_parts: dict[Attend, dict[str, Node]] = field(default_factory=dict[Attend, dict[str, Node]])
 
     def run(self, cotangents: Mapping[Node, Node]) -> dict[Node, Node]:
         order = list(walk(cotangents))
-        self.given = cotangents
+        self.given = dict(cotangents)
         self.active = set(self.leaves)
         for node in order:
             if node.dtype.kind == "float" and any(o in self.active for o in node.operands):
@@ -136,13 +158,18 @@ class _Cotangents:
         for node, d in cotangents.items():
             self.give(node, d)
         out: dict[Node, Node] = {}
+        first = _first_parts(order)
         for node in reversed(order):
             if node not in self.active:
                 continue
             with origin(node.where):
                 d = self.total(node)
-                if d is None:
+                if isinstance(node, Attend):
+                    self.attention(node, d, first[node])
+                if d is None or isinstance(node, Attend):
                     continue
+                if node in self.read:
+                    self.given[node] = full(d, node.shape)
                 if node in self.leaves:
                     out[node] = full(d, node.shape)
                 if not isinstance(node, Input):
@@ -189,12 +216,28 @@ class _Cotangents:
                 self.view(n, d)
             case Gather() | Pick() | Put() as n:
                 self.indexed(n, d)
-            case Attend():
-                raise UnsupportedError("attention is differentiated before it is one node")
+            case Attend() | AttendGradient():
+                raise UnsupportedError("a derivative of attention has no derivative")
             case Input() | Const() | Size() | Iota():
                 pass
             case _ as never:
                 assert_never(never)
+
+    def attention(self, node: Attend, d: Node | None, first: Attend) -> None:
+        """The cotangents of q, k and v, once those of all results of an attention are known.
+
+        Args:
+            node: one of the results.
+            d: its cotangent; None for 0.
+            first: the result that comes first in the order of nodes.
+        """
+        known = self.of_parts.setdefault(first, {})
+        if d is not None:
+            known[node.part] = full(d, node.shape)
+        if node is first and known:
+            value, lse = known.get(VALUE), known.get(LSE)
+            for operand, share in attend_gradients(node, value, lse, vjp):
+                self.give(operand, share)
 
     def indexed(self, node: Gather | Pick | Put, d: Node) -> None:
         match node:

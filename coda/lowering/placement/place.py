@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from coda.ir.attend import Attend
+from coda.ir.attend import Attend, AttendGradient
 from coda.ir.dims import ONE, product
 from coda.ir.graph import (
     Concat,
@@ -99,7 +99,7 @@ class Partition(SmallRows):
         """Choose the producer kernel of a node."""
         if node in self.home or node in self.deferred or self.only_in_batches(node):
             return
-        if isinstance(node, Contract | Attend):
+        if isinstance(node, Contract | Attend | AttendGradient):
             self.contract(node)
             return
         if self.in_small_rows(node):
@@ -151,9 +151,9 @@ class Partition(SmallRows):
         width = node.shape[-1].size(self.sizes)
         return draft.kind.fuses and node.axis == -1 and width > draft.space.width
 
-    def contract(self, node: Contract | Attend) -> None:
+    def contract(self, node: Contract | Attend | AttendGradient) -> None:
         """Open the GEMM of a contraction and its siblings, or a kernel of one node."""
-        if isinstance(node, Attend) or not self.opener(node).fuses:
+        if not isinstance(node, Contract) or not self.opener(node).fuses:
             why = [k.refuses(node, self.known) for k in self.kinds if k.tiled]
             self.by_itself(node, 0, ", ".join(why))
             return

@@ -6,7 +6,7 @@ Each tensor that a kernel reads or writes counts once, and so does what its CTAs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,6 +134,12 @@ def scalar_flops(program: Program, kernel: Kernel[Any]) -> int:
 def kernel_time(program: Program, kernel: Kernel[Any]) -> Time:
     """The modelled time of a kernel."""
     return kernel.kind.time(program, kernel)
+
+
+def launch_count(program: Program, kernels: Iterable[Kernel[Any]] | None = None) -> int:
+    """The number of launches of some kernels of a Program, or of all."""
+    few = program.kernels if kernels is None else kernels
+    return sum(k.kind.launches(program, k) for k in few)
 
 
 def streamed(program: Program, kernel: Kernel[Any]) -> Time:

@@ -250,6 +250,10 @@ def _no_scratch(program: Program, kernel: Kernel[Any]) -> Scratch:
     return Scratch()
 
 
+def _one_launch(program: Program, kernel: Kernel[Any]) -> int:
+    return 1
+
+
 def _one_partial(program: Program, kernel: Kernel[Any], sizes: Sizes) -> Partials:
     return Partials()
 
@@ -290,6 +294,7 @@ class Kind:
         sums_whole: (program, kernel that sums the rows of each sequence) -> the reason why its CTAs
             cannot sum whole sequences, or should not; "" if they can.
         scratch: (program, kernel) -> the memory that a launch takes for itself.
+        launches: (program, kernel) -> the number of its launches.
         code: emission, compilation and launch; None if every backend runs the reference.
     """
 
@@ -308,6 +313,7 @@ class Kind:
     folds: Callable[[Program, Kernel[Any]], str] = _no_folds
     sums_whole: Callable[[Program, Kernel[Any]], str] = _only_blocks
     scratch: Callable[[Program, Kernel[Any]], Scratch] = _no_scratch
+    launches: Callable[[Program, Kernel[Any]], int] = _one_launch
     code: Code | None = None
     tiled: bool = False
     whole_rows: bool = False

@@ -19,6 +19,7 @@ from typing import Any
 from coda.lowering.program.cost import (
     held_bytes,
     kernel_time,
+    launch_count,
     prepare_bytes,
     prepare_time,
     tensor_traffic,
@@ -75,7 +76,7 @@ def price_of(program: Program, kernels: Iterable[Kernel[Any]]) -> Price:
     """The price of some kernels of a Program."""
     few = list(kernels)
     moved = sum(t.read_bytes + t.write_bytes for t in (tensor_traffic(program, k) for k in few))
-    return Price(total(kernel_time(program, k) for k in few), moved, len(few))
+    return Price(total(kernel_time(program, k) for k in few), moved, launch_count(program, few))
 
 
 def price(program: Program) -> Price:

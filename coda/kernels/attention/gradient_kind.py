@@ -1,0 +1,169 @@
+"""The kind of kernels of the derivative of attention: dq, dk and dv, by flash-attention.
+
+A kernel is several launches: one before, the main one, and one for each gradient that is added up
+in float32. What they pass to each other is memory of their own, in an order of flash-attention's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+
+from coda.ir.attend import AttendGradient
+from coda.ir.evaluate import evaluate
+from coda.ir.graph import Node
+from coda.ir.types import f32
+from coda.kernels.attention.kind import AttentionSource, why_not
+from coda.kernels.attention.mainloop import Attention
+from coda.kernels.attention.problem import VERSION, Backward
+from coda.kernels.protocol import LaunchRun, Run
+from coda.lowering.program.cost import at_rates, label
+from coda.lowering.program.kernel import (
+    Account,
+    Builder,
+    Code,
+    Flops,
+    Kernel,
+    Kind,
+    OneNode,
+    Scratch,
+    Sizes,
+    Source,
+)
+from coda.lowering.program.program import Program
+from coda.lowering.program.target import Target
+from coda.lowering.program.time import Time
+
+
+@dataclass(frozen=True)
+class Gradient(OneNode):
+    """The derivative of an attention, and the buffers of those of dq, dk and dv that are read."""
+
+    @property
+    def node(self) -> AttendGradient:
+        """The derivative, as the node of one of its results."""
+        found = self.parts[0]
+        assert isinstance(found, AttendGradient)
+        return found
+
+    def buffer(self, part: str) -> str | None:
+        """The buffer of one of the results; None if nothing reads it."""
+        return dict(zip(self.parts, self.results, strict=True)).get(self.node.of(part))
+
+    @cached_property
+    def attention(self) -> Attention:
+        """The attention that is differentiated."""
+        return Attention((self.node.attend,), ("",))
+
+    def problem(self, target: Target, sizes: Sizes) -> Backward:
+        """The kernels that a call of these sizes needs."""
+        forward = replace(self.attention.problem(target, sizes), lse=False)
+        return Backward(forward, self.node.given[0] is not None)
+
+    def scratch(self, problem: Backward, sizes: Sizes) -> dict[str, tuple[int, int, int]]:
+        """The shapes of the float32 tensors that its launches pass to each other."""
+        q, k = ([d.size(sizes) for d in n.shape] for n in (self.node.q, self.node.k))
+        return problem.scratch(k[0], k[1], (q[2], k[2]))
+
+
+GradientKernel = Kernel[Gradient]
+
+
+def _refuses(node: Node, sizes: Sizes) -> str:
+    if not isinstance(node, AttendGradient):
+        return "it is no derivative of an attention"
+    why = why_not(node.attend, sizes)
+    if why or node.q.shape[1] == node.k.shape[1]:
+        return why
+    width, width_v = (n.shape[3].size(sizes) for n in (node.q, node.v))
+    same = width == width_v  # else no kernel of Hopper, and a refusal is for all GPUs
+    return "" if same else "heads of queries share one of keys, of other columns than its values"
+
+
+def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Gradient:
+    parts = tuple(builder.homed)
+    return Gradient(parts, tuple(map(name, parts)))
+
+
+def _flops(kernel: GradientKernel, sizes: Sizes) -> Flops:
+    one = kernel.mainloop
+    columns = 3 * one.node.q.shape[3].size(sizes) + 2 * one.node.v.shape[3].size(sizes)
+    return Flops(tensor=2 * columns * one.attention.pairs(sizes), dtype=one.node.q.dtype)
+
+
+def _scratch(program: Program, kernel: GradientKernel) -> Scratch:
+    """Its tensors, read once; sums are written as zeros first, and then added to."""
+    problem = kernel.mainloop.problem(program.target, program.sizes)
+    held = sum(f32.nbytes(prod(s)) for s in _shapes(program, kernel).values())
+    sums = {n: s for n, s in _shapes(program, kernel).items() if n in problem.summed}
+    again = sum(f32.nbytes(prod(s)) for s in sums.values())
+    return Scratch(held, read=held, written=held + again)
+
+
+def _shapes(program: Program, kernel: GradientKernel) -> dict[str, tuple[int, int, int]]:
+    one = kernel.mainloop
+    return one.scratch(one.problem(program.target, program.sizes), program.sizes)
+
+
+def _launches(program: Program, kernel: GradientKernel) -> int:
+    """Before, main and after."""
+    return 2 + len(kernel.mainloop.problem(program.target, program.sizes).summed)
+
+
+def _time(program: Program, kernel: GradientKernel) -> Time:
+    found = at_rates(program, kernel)
+    return replace(found, launch=found.launch * _launches(program, kernel))
+
+
+def _explain(program: Program, kernel: GradientKernel) -> Account:
+    one = kernel.mainloop
+    q, k, v, *_ = (label(o, program) for o in one.operands)
+    parts = ", ".join(p.part for p in one.parts if isinstance(p, AttendGradient))
+    what = f"{parts} of {one.attention.said(q, k, v)}, {_launches(program, kernel)} launches"
+    return Account(f"attend {', '.join(one.results)} = {what}", what)
+
+
+def _reference(run: Run, kernel: GradientKernel) -> None:
+    one = kernel.mainloop
+    known = {o: run.value(o) for o in one.operands}
+    values = evaluate(one.parts, known, run.sizes, run.compute)
+    for buffer, x in zip(one.results, values, strict=True):
+        run.keep(buffer, x)
+
+
+def _emit(program: Program, kernel: GradientKernel) -> Sequence[Source]:
+    problem = kernel.mainloop.problem(program.target, program.sizes)
+    lines = [
+        f'"""flash-attn-4 {VERSION}, backward; sizes, scale and ends of the band are arguments."""',
+        "from coda.kernels.attention.problem import Backward, Band, Forward",
+        f"PROBLEM = {problem}",
+    ]
+    return (AttentionSource("\n".join(lines) + "\n"),)
+
+
+def _launch(run: LaunchRun, kernel: GradientKernel) -> None:
+    from coda.kernels.attention.bind_gradient import launch
+
+    launch(run, kernel)
+
+
+def _compile(run: LaunchRun, kernel: GradientKernel) -> None:
+    from coda.kernels.attention.bind_gradient import compiled
+
+    compiled(run, kernel)
+
+
+GRADIENT = Kind(
+    name="attention_gradient",
+    refuses=_refuses,
+    mainloop=_mainloop,
+    flops=_flops,
+    time=_time,
+    explain=_explain,
+    reference=_reference,
+    scratch=_scratch,
+    launches=_launches,
+    code=Code(_emit, _launch, _compile),
+)

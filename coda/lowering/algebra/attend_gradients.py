@@ -1,0 +1,65 @@
+"""An attention and the cotangents of its results -> those of q, k and v: `AttendGradient`.
+
+The derivative of the scores is taken by the rules of every other scalar function, on the graph of
+the scores alone, so that a kernel of the derivative computes it from q kᵀ again.
+
+    s = where(j <= i, z / 8, -inf)     dz = where(j <= i, ds, 0) / 8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from coda.errors import UnsupportedError
+from coda.ir.attend import DK, DQ, DV, LSE, VALUE, Attend, AttendGradient, Order, Scores
+from coda.ir.dims import inverse
+from coda.ir.graph import Const, Expand, Input, Node, Permute
+from coda.lowering.algebra.roles import permuted
+
+Pair = tuple[Node, Node]
+Vjp = Callable[[Mapping[Node, Node], Sequence[Node]], Mapping[Node, Node]]
+
+
+def attend_gradients(node: Attend, d: Node | None, dlse: Node | None, vjp: Vjp) -> list[Pair]:
+    """q, k and v, each with its cotangent, of its shape and type.
+
+    Args:
+        node: a result of the attention.
+        d, dlse: the cotangents of the value and of the logsumexp, of their shapes and types; None
+            for 0. One is given.
+        vjp: outputs with their cotangents, and leaves -> the leaves' cotangents.
+
+    Raises:
+        UnsupportedError: if scores read captured tensors, whose cotangents no kernel computes.
+    """
+    if node.captured:
+        raise UnsupportedError("captured tensors of attention have no gradient", where=node.where)
+    value, lse = node.of(VALUE), node.of(LSE)
+    if d is None:
+        d = Expand(Const(0.0, value.dtype), value.shape)
+    operands = {DQ: node.q, DK: node.k, DV: node.v}
+    dq, dk, dv = (_order(o) for o in operands.values())
+    more = () if dlse is None else (dlse,)
+    whole = AttendGradient(
+        node.q, node.k, node.v, value, lse, d, more, node.scores, _slope(node.scores, vjp),
+        node.order, (dq, dk, dv),
+    )  # fmt: skip
+    return [
+        (operand, permuted(whole.of(part), inverse(order)))
+        for (part, operand), order in zip(operands.items(), whole.orders, strict=True)
+    ]
+
+
+def _order(operand: Node) -> Order:
+    """The order of axes in which an operand's cotangent is read, that of what it is a view of."""
+    if isinstance(operand, Permute) and operand.order[-1] == operand.rank - 1:
+        return operand.inverse
+    return tuple(range(operand.rank))
+
+
+def _slope(scores: Scores, vjp: Vjp) -> Scores:
+    """The derivative of scores: (their cotangent, product, captured) -> that of the product."""
+    product = scores.inputs[0]
+    given = Input("ds", scores.root.shape, scores.root.dtype)
+    found = vjp({scores.root: given}, [product])
+    return Scores((given, *scores.inputs), found[product])

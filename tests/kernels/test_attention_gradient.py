@@ -1,0 +1,201 @@
+"""The derivative of attention as one kernel, and what is saved for it: gradients are float64's."""
+
+from dataclasses import replace
+
+import pytest
+
+import coda
+from coda import masks
+from coda.ir.attend import AttendGradient
+from coda.ir.dims import show_shape
+from coda.ir.text import parse, show
+from coda.kernels.attention.gradient_kind import GRADIENT
+from coda.kernels.attention.kind import ATTENTION
+from coda.kernels.attention.problem import Backward, Band, Forward
+from coda.lowering.algebra.roles import base
+from coda.lowering.algebra.training import MEMORY, derive
+from coda.lowering.compiler import is_taken
+from coda.lowering.program.cost import launch_count
+from coda.lowering.program.memory import temporary_bytes
+from coda.measure import measure_gradients, random_inputs
+from coda.runtime.simulate import device
+from coda.sim import CHECK_KINDS
+from tests.kernels.test_attention import LLAMA, SIZES, block_of, layer
+from tests.kernels.test_kernels import ARCHS, hold
+from tests.lowering.test_backward import check
+
+T = coda.Tensor
+
+
+@coda.block
+def with_lse(q: T["B (G R) S d"], k: T["B G T d"], v: T["B G T e"]):
+    return coda.attention(q, k, v, mask=masks.causal, return_lse=True)
+
+
+def own_heads(mask=None):
+    """As `block_of`, but no heads are shared, so that values may have other widths."""
+
+    @coda.block
+    def f(q: T["B H S d"], k: T["B H T d"], v: T["B H T e"]):
+        return coda.attention(q, k, v, mask=mask, scale=0.125)
+
+    return f
+
+
+@coda.block
+def one_of_both(q: T["B H S d"], k: T["B H S d"]):
+    return coda.attention(q, k, k, mask=masks.causal)
+
+
+# Sizes of S and T, heads on heads, widths, and the mask.
+CASES = {
+    "causal, 2 on 1": (layer, LLAMA),
+    "window, ragged, lse": (with_lse,
+                            {"B": 1, "G": 2, "R": 1, "S": 129, "T": 200, "d": 64, "e": 64}),
+    "few queries, 3 on 1": (block_of(masks.causal_from(120)),
+                            {"B": 2, "G": 1, "R": 3, "S": 7, "T": 127, "d": 64, "e": 64}),
+    "40 columns, 3 on 1": (block_of(masks.causal_from(120)),
+                           {"B": 1, "G": 1, "R": 3, "S": 200, "T": 127, "d": 40, "e": 40}),
+    "72 columns, 2 on 1": (block_of(masks.causal),
+                           {"B": 1, "G": 1, "R": 2, "S": 130, "T": 140, "d": 72, "e": 72}),
+    "rows without keys": (own_heads(lambda b, h, i, j: j <= i - 40),
+                          {"B": 1, "H": 1, "S": 160, "T": 130, "d": 128, "e": 64}),
+    "window, 64 and 128": (own_heads(masks.sliding_window(50)),
+                           {"B": 1, "H": 1, "S": 160, "T": 160, "d": 64, "e": 128}),
+    "all keys, 192 and 128": (own_heads(),
+                              {"B": 1, "H": 1, "S": 130, "T": 160, "d": 192, "e": 128}),
+    "all keys, 128": (block_of(),
+                      {"B": 1, "G": 2, "R": 1, "S": 160, "T": 130, "d": 128, "e": 128}),
+    "causal, 256, 2 on 1": (block_of(masks.causal),
+                            {"B": 1, "G": 1, "R": 2, "S": 130, "T": 130, "d": 256, "e": 256}),
+    "one of each": (block_of(masks.causal),
+                    {"B": 1, "G": 1, "R": 1, "S": 1, "T": 1, "d": 64, "e": 64}),
+    "keys as values": (one_of_both, {"B": 1, "H": 2, "S": 70, "d": 64}),
+}  # fmt: skip
+DEFAULT = ("keys as values", "sm_90a")
+# The last stores of a block are not waited for on Blackwell: docs/sim-checks.md argues it.
+CHECKS = {"sm_90a": dict.fromkeys(CHECK_KINDS, "raise")}
+CHECKS["sm_100a"] = CHECKS["sm_90a"] | {"exited": "off"}
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        pytest.param(name, arch, marks=() if (name, arch) == DEFAULT else pytest.mark.slow)
+        for name in CASES
+        for arch in ARCHS
+    ],
+)
+def test_kernels(name, arch):
+    block, sizes = CASES[name]
+    kinds = [k.kind for p in block.lower_training(arch, sizes) for k in p.kernels]
+    assert ATTENTION in kinds
+    assert GRADIENT in kinds
+    inputs = random_inputs(block.graph, sizes, 0)
+    with device(arch, checks=CHECKS[arch]) as gpu:
+        for _ in range(2):  # the second call replays the first
+            hold(measure_gradients(block, block.graph, inputs, "sim", dims=sizes), spread=1.0)
+        assert not gpu.report().findings
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(name):
+    """Of Programs in float64, and rounded where kernels round."""
+    block, sizes = CASES[name]
+    inputs = random_inputs(block.graph, sizes, 0)
+    graph = replace(block.graph, constants=frozenset())  # of which autograd takes gradients, too
+    for memory in MEMORY if block is layer else ["balanced"]:
+        check(graph, [x.double() for x in inputs], sizes, memory)
+    hold(measure_gradients(block, block.graph, inputs, "reference", dims=sizes), spread=1.0)
+
+
+def test_a_layer_saves_no_scores():
+    """It saves q, k and v in the one buffer that attention reads, o, and numbers of rows."""
+    sizes = LLAMA | {"B": 1, "S": 16384}
+    forward, backward = layer.lower_training("sm_90a", sizes)
+    assert [k.kind.name for k in forward.kernels] == ["rows", "gemm", "attention", "gemm"]
+    assert [k.kind.name for k in backward.kernels] == [
+        "gemm", "attention_gradient", "rows", "rows", "gemm", "gemm", "gemm", "rows",
+    ]  # fmt: skip
+    assert launch_count(backward) == 12
+    scores = sizes["S"] ** 2
+    for program in (forward, backward):
+        assert "S" not in program.fixed
+        assert max(b.nbytes(sizes) for b in program.buffers.values()) < scores / 8
+        assert temporary_bytes(program) < scores / 2
+    training = derive(layer.graph, sizes, takes=is_taken)
+    saved = [i for i in training.backward.inputs if i.name in training.saved]
+    assert [(show_shape(i.shape), i.dtype.name) for i in saved] == [
+        ("[B, S, 1]", "f32"),
+        ("[B, S, G*R, d]", "bf16"),
+        ("[B, S, G, d]", "bf16"),
+        ("[B, S, G*d]", "bf16"),
+        ("[B, S, G*R, d]", "bf16"),
+        ("[B, G*R, S, 1]", "f32"),
+    ]
+    stored = [base(dict(forward.outputs)[name]) for name in training.saved]
+    assert len({forward.places[node].buffer for node in stored}) == 4
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_no_scores_in_any_memory_mode(memory):
+    sizes = LLAMA | {"B": 1, "S": 4096}
+    forward, backward = layer.lower_training("sm_90a", sizes, memory=memory)
+    kinds = [k.kind for k in (*forward.kernels, *backward.kernels)]
+    assert kinds.count(GRADIENT) == 1
+    assert kinds.count(ATTENTION) == (2 if memory == "min" else 1)
+
+
+def test_a_gradient_that_is_not_wanted_has_no_buffer():
+    block, sizes = block_of(masks.causal), SIZES | {"e": 16}
+    _, backward = block.lower_training("sm_90a", sizes, wanted=["k"])
+    (kernel,) = backward.kernels
+    assert [p.part for p in kernel.mainloop.parts] == ["dk"]
+    assert set(backward.buffers) >= set(kernel.writes())
+    inputs = random_inputs(block.graph, sizes, 0)
+    found = measure_gradients(block, block.graph, inputs, "reference", dims=sizes, wanted=["k"])
+    hold(found, spread=1.0)
+
+
+def test_the_text_of_a_derivative_is_read_back():
+    training = derive(with_lse.graph, SIZES | {"e": 16}, takes=is_taken)
+    for graph in (training.forward, training.backward):
+        again = parse(show(graph))
+        assert again.roots == graph.roots
+    node = training.backward.roots[0]
+    assert isinstance(node, AttendGradient)
+    assert node.given[0] is not None
+
+
+REFUSED = {
+    "other widths of values": (block_of(), SIZES),
+    "captured tensors": (block_of(score=masks.softcapped(5.0)), SIZES | {"e": 16}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_kernel_differentiates_is_as_before(name):
+    block, sizes = REFUSED[name]
+    kinds = [k.kind for p in block.lower_training("sm_90a", sizes) for k in p.kernels]
+    assert GRADIENT not in kinds
+    assert ATTENTION not in kinds
+
+
+def tile(width, width_v, **options):
+    return Backward(Forward("", False, "bf16", width, width_v, **options)).tile
+
+
+def test_tiles_have_whole_passes_of_the_launches_around_them():
+    """A launch before the main one has passes of 32 or 64 rows: 80 rows end within one."""
+    for widths in ((128, 128), (128, 64), (64, 128), (104, 96)):
+        for band in (Band(), Band(upper=True, diagonal=True)):
+            assert tile(*widths, band=band).rows == 64
+    assert (tile(64, 64).rows, tile(256, 256).columns, tile(192, 128).columns) == (128, 48, 96)
+    assert [Backward(Forward("", t, "bf16", 72, 72)).multiple for t in (False, True)] == [16, 32]
+    one = Backward(Forward("", False, "bf16", 96, 96, 2))
+    assert one.scratch(3, 2, (100, 130)) == {
+        "delta": (3, 4, 128), "lse_log2": (3, 4, 128),
+        "dq": (3, 4, 128 * 96), "dk": (3, 2, 256 * 96), "dv": (3, 2, 256 * 96),
+    }  # fmt: skip
+    pairs = Backward(Forward("", True, "bf16", 128, 128, 2)).scratch(1, 1, (1, 300))
+    assert pairs["dk"] == (1, 1, 512 * 128)
