@@ -1,7 +1,8 @@
 """Scalar functions called by emitted kernels: DSL values -> DSL values, in float32.
 
 A value is a float32 or a tuple of two: quack's `F2` (packed, Blackwell) or `Pair` (a column pair).
-All three support `+ - *` and negation; every other function is applied here to each lane.
+All three support `+ - *` and negation; every other function is applied here to each lane. Functions
+that have whole numbers (`Scalar.of_ints`) also take an Int32 or Int64, and give one.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ def div(a: Any, b: Any) -> Any:
 
 
 def floordiv(a: Any, b: Any) -> Any:
-    """The whole quotient of whole numbers up to 2²⁴, rounded down.
+    """The whole quotient of whole numbers, up to 2²⁴ if they are floats, rounded down.
 
     A division that is correctly rounded does not reach the next whole number from below.
     """
-    return lanes(lambda x, y: cute.math.floor(x / y), _f(a), _f(b))
+    return lanes(lambda x, y: x // y if _is_whole(x) else cute.math.floor(x / y), _f(a), _f(b))
 
 
 def recip(a: Any) -> Any:
@@ -173,7 +174,7 @@ def square(a: Any) -> Any:
 
 def absolute(a: Any) -> Any:
     """The absolute value."""
-    return lanes(lambda x: cute.math.abs(x), a)
+    return lanes(lambda x: maximum(x, -x) if _is_whole(x) else cute.math.abs(x), a)
 
 
 def exp(a: Any) -> Any:
@@ -357,12 +358,19 @@ def _product(a: Any, count: int) -> Any:
 
 def maximum(a: Any, b: Any) -> Any:
     """The larger of two values; NaN if either is NaN."""
-    return lanes(lambda x, y: cute.arch.fmax(x, y, nan=True), _f(a), _f(b))
+    return lanes(lambda x, y: _larger(x, y, 1), _f(a), _f(b))
 
 
 def minimum(a: Any, b: Any) -> Any:
     """The smaller of two values; NaN if either is NaN."""
-    return lanes(lambda x, y: cute.arch.fmin(x, y, nan=True), _f(a), _f(b))
+    return lanes(lambda x, y: _larger(x, y, -1), _f(a), _f(b))
+
+
+def _larger(x: Any, y: Any, sign: int) -> Any:
+    """The larger of two scalars, or the smaller with the sign -1."""
+    if _is_whole(x):
+        return _select(x > y if sign > 0 else x < y, x, y)
+    return (cute.arch.fmax if sign > 0 else cute.arch.fmin)(x, y, nan=True)
 
 
 def clamp(a: Any, low: Any, high: Any) -> Any:
@@ -376,13 +384,25 @@ def _is_infinite(bound: Any) -> bool:
     return isinstance(bound, float) and math.isinf(bound)
 
 
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, Int32 | cutlass.Int64)
+
+
 def _f(a: Any) -> Any:
     return Float32(a) if isinstance(a, int | float) else a
 
 
 def choose(fn: Callable[[Any, Any], Any], a: Any, b: Any, yes: Any, no: Any) -> Any:
     """Select `yes` where fn(a, b) holds, else `no`."""
-    return lanes(lambda x, y, p, q: cutlass.select_(fn(x, y), p, q), _f(a), _f(b), _f(yes), _f(no))
+    return lanes(lambda x, y, p, q: _select(fn(x, y), p, q), _f(a), _f(b), _f(yes), _f(no))
+
+
+def _select(condition: Any, yes: Any, no: Any) -> Any:
+    """One of two scalars; of whole numbers in the wider type, which the DSL would not keep."""
+    if not _is_whole(yes):
+        return cutlass.select_(condition, yes, no)
+    wide = cutlass.Int64 if cutlass.Int64 in (type(yes), type(no)) else Int32
+    return wide(cutlass.select_(condition, wide(yes), wide(no)))
 
 
 def eq(a: Any, b: Any) -> Any:

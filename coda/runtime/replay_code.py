@@ -150,6 +150,8 @@ class _Code:
         """The text of an argument, or of an output."""
         if isinstance(x, dict):
             return "{" + ", ".join(f"{k!r}: {self.value(v)}" for k, v in x.items()) + "}"
+        if isinstance(x, tuple):
+            return "(" + "".join(f"{self.value(v)}, " for v in x) + ")"
         if not isinstance(x, View):
             return repr(x) if x is None or isinstance(x, int) else self.constant(x)
         if x.whole:

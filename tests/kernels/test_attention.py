@@ -84,12 +84,15 @@ def test_bands(name):
     node = attention_of(block_of(mask))
     found = banded(node)
     assert found.scale == 0.25
+    assert found.rest is None
     assert tuple(e if e is None else e.constant for e in (found.lower, found.upper)) == ends
 
 
 @pytest.mark.parametrize("name", NO_BANDS)
 def test_other_masks_are_no_bands(name):
-    assert banded(attention_of(block_of(NO_BANDS[name]))) is None
+    found = banded(attention_of(block_of(NO_BANDS[name])))
+    assert found.rest is not None
+    assert found.lower is found.upper is None
 
 
 def test_other_scores_are_no_bands():
@@ -98,7 +101,7 @@ def test_other_scores_are_no_bands():
         lambda s, b, h, i, j: coda.tanh(s),
         lambda s, b, h, i, j: s * s,
     ):
-        assert banded(attention_of(block_of(score=score))) is None
+        assert banded(attention_of(block_of(score=score))).rest is not None
 
 
 TERMS = ("i", "j", "(i + 2)", "(j - 1)", "(j - i)", "(i - j)", "1", "0", "-2", "h")
@@ -116,7 +119,7 @@ def test_a_band_is_what_the_mask_keeps(parts, sign):
     """For random conditions: either it is no band, or it is the mask, for all sizes."""
     node = attention_of(block_of(eval(f"lambda b, h, i, j: {sign.join(parts)}")))
     found = banded(node)
-    if found is None:
+    if found.rest is not None:
         return
     for s, t in itertools.product((1, 4, 6), repeat=2):
         sizes = SIZES | {"S": s, "T": t}
@@ -147,7 +150,6 @@ def test_widths():
 REFUSED = {
     "f32": (block_of(), coda.f32, {}),
     "widths": (block_of(), coda.bf16, {"d": 12}),
-    "scores": (block_of(masks.chunked(2)), coda.bf16, {}),
 }
 
 
@@ -176,18 +178,20 @@ def without(name):
 
 
 def test_softmax_by_hand_is_attention_where_each_row_keeps_a_key():
-    def f(low):
+    def f(low, other=None):
         @coda.block
         def f(q: T["B G S d"], k: T["B G S d"], v: T["B G S e"]):
             i, j = coda.iota(q.shape[2])[:, None], coda.iota(k.shape[2])
-            s = coda.where((j <= i) & (j >= i - low), q @ k.mT, -math.inf)
-            return coda.softmax(s) @ v
+            mask = (j <= i) & (j >= i - low)
+            mask = mask & other(i, j) if other else mask
+            return coda.softmax(coda.where(mask, q @ k.mT, -math.inf)) @ v
 
         sizes = {s: n for s, n in SIZES.items() if s not in "TR"}
         return [k.kind for k in f.lower("sm_90a", sizes).kernels]
 
     assert f(0) == f(2) == [ATTENTION]
     assert ATTENTION not in f(-1)  # the first row keeps nothing, and is NaN
+    assert ATTENTION not in f(2, lambda i, j: i // 2 == j // 2)  # of this, not known
 
 
 @coda.block

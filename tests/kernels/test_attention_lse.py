@@ -94,17 +94,11 @@ CASES = {
     "window": {"B": 1, "G": 1, "R": 2, "S": 1, "T": 129, "d": 40, "e": 64},
     "all": {"B": 1, "G": 1, "R": 2, "S": 33, "T": 1, "d": 192, "e": 128},
 }
-DEFAULT = ("no keys for 40 rows", "sm_90a")
 
 
-@pytest.mark.parametrize(
-    ("name", "arch"),
-    [
-        pytest.param(name, arch, marks=() if (name, arch) == DEFAULT else pytest.mark.slow)
-        for name in CASES
-        for arch in ARCHS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", CASES)
 def test_kernels(name, arch):
     """One compilation, for values of all kinds; later calls replay the first."""
     block, sizes = beside(BANDS[name]), CASES[name]

@@ -8,6 +8,7 @@ import torch
 import coda
 from coda import masks
 from coda.ir.graph import Map
+from coda.kernels.attention.kind import ATTENTION
 from coda.kernels.torch_op.kind import TORCH
 from coda.measure import measure_gradients, random_inputs
 from coda.runtime.simulate import device
@@ -100,9 +101,16 @@ def test_scores_are_masked_without_torch():
         assert not any(k.kind is TORCH for k in block.lower("sm_90a", sizes).kernels), block
 
 
-def test_numbers_of_documents_are_compared_by_torch():
-    """They are i64, of which kernels, which compute in float32, tell not all apart."""
-    program = documents.lower("sm_90a", arguments(documents)[0])
+def test_numbers_of_documents_are_compared_as_they_are():
+    """They are i64: attention compares all bits; torch, beside kernels that compute in float32."""
+
+    @coda.block
+    def sigmoids(q: T["B H S d"], k: T["B H S d"], v: T["B H S d"], ids: T["B S", coda.i64]):
+        return coda.sigmoid_attention(q, k, v, mask=masks.documents(ids))
+
+    (kernel,) = documents.lower("sm_90a", arguments(documents)[0]).kernels
+    assert kernel.kind is ATTENTION
+    program = sigmoids.lower("sm_90a", {"B": 2, "H": 4, "S": 72, "d": 16})
     by_torch = [n for k in program.kernels if k.kind is TORCH for n in k.nodes]
     assert {n.fn for n in by_torch if isinstance(n, Map)} == {"eq"}
 

@@ -1,30 +1,42 @@
-"""Scores of an attention -> scale · q kᵀ within a band lo ≤ j - i ≤ hi, if they are no more.
+"""Scores of an attention -> a scale of q kᵀ, a band lo ≤ j - i ≤ hi, and the rest as a function.
 
 where((j <= i) & (j > i - 128), s * 0.125, -inf)    scale 0.125, lo = -127, hi = 0
+where((j <= i) & (j > 4), tanh(s * 0.125), -inf)    scale 0.125, hi = 0, where(j > 4, tanh s, -inf)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from coda.ir.attend import Attend
 from coda.ir.dims import Dim
-from coda.ir.graph import Cast, Const, Map, Node, Size
+from coda.ir.graph import Cast, Const, Map, Node, Size, users, walk
 from coda.ir.scalars import SCALARS
+from coda.ir.types import f32
+from coda.lowering.algebra.rewrite import substituted
 from coda.lowering.placement.positions import along
 from coda.lowering.placement.values import Refused
 
 
 @dataclass(frozen=True)
 class Banded:
-    """Scores scale · q kᵀ, kept where lower ≤ j - i ≤ upper; None for no such end."""
+    """Scores rest(scale · q kᵀ), kept where lower ≤ j - i ≤ upper.
+
+    Attributes:
+        scale: the factor of q kᵀ.
+        lower, upper: the ends of the band; None for no such end.
+        rest: a function of the attention's `Scores.inputs`, of which the first is the score with
+            its factor; None for the score itself.
+    """
 
     scale: float = 1.0
     lower: Dim | None = None
     upper: Dim | None = None
+    rest: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -43,30 +55,64 @@ class _Linear:
         )
 
 
-def banded(node: Attend) -> Banded | None:
-    """The scores of an attention as a band; None if they are anything else."""
-    root, (score, *captured) = node.scores.root, node.scores.inputs
-    if captured:
-        return None
-    scale, ends = 1.0, (None, None)
+def banded(node: Attend) -> Banded:
+    """The scores of an attention as a band and the rest."""
+    root, ends = node.scores.root, (None, None)
+    others: list[tuple[Node, Map]] = []  # conditions that are no bands, and where they were found
+    while (choice := _masked(root)) is not None:
+        mask, root = choice.args[:2]
+        for condition in _conjuncts(mask):
+            both = _both(ends, _ends(condition))
+            if both is None:
+                others.append((condition, choice))
+            else:
+                ends = both
+    scale, rest = _scaled(root, node.scores.inputs[0])
+    for condition, choice in others:
+        rest = Map(choice.fn, (condition, rest, Const(-math.inf, f32)))
+    plain = rest is node.scores.inputs[0] and scale > 0  # its maximum is that of q kᵀ
+    return Banded(scale, *ends, None if plain else rest)
+
+
+def _masked(root: Node) -> Map | None:
+    """A choice between scores and -inf, which masks them; None for any other node."""
     match root:
-        case Map(args=(mask, kept, Const(value=value))) if SCALARS[root.fn].chooses:
-            found = _ends(mask)
-            if value != -math.inf or found is None:
-                return None
-            root, ends = kept, found
+        case Map(args=(_, _, Const(value=value))) if SCALARS[root.fn].chooses:
+            return root if value == -math.inf else None
         case _:
-            pass
-    match root:
-        case Map(args=(one, Const(value=value))) if SCALARS[root.fn].is_product:
-            root, scale = one, value
+            return None
+
+
+def _conjuncts(mask: Node) -> Iterator[Node]:
+    """The conditions of which a mask is the conjunction."""
+    match mask:
+        case Map(args=(Map(args=(a, b)) as both, Const(value=0.0))) if _is_and(mask, both):
+            yield from _conjuncts(_condition(a))
+            yield from _conjuncts(_condition(b))
         case _:
-            pass
-    return Banded(scale, *ends) if root is score and math.isfinite(scale) else None
+            yield mask
+
+
+def _scaled(root: Node, score: Node) -> tuple[float, Node]:
+    """(scale, function of scale · score), if a function multiplies the score by it wherever it
+    reads it; (1, the function) if it does not."""
+    readers = users([root])[score]
+    if len(readers) == 1 and root is not score:
+        match readers[0]:
+            case Map(args=(one, Const(value=scale))) as product if SCALARS[product.fn].is_product:
+                if one is score and LEAST <= abs(scale) <= 1 / LEAST:
+                    return scale, substituted([root], {product: score})[0]
+            case _:
+                pass
+    return 1.0, root
 
 
 def keeps_a_key(node: Attend, scores: Banded) -> bool:
     """Whether each query of an attention reads a key, for all sizes (of at least one key)."""
+    if scores.rest is not None:
+        numbers = {n.value for n in walk([scores.rest]) if isinstance(n, Const)}
+        if node.captured or -math.inf in numbers:
+            return False  # it may be -inf for all keys
     lower, upper = scores.lower, scores.upper
     ahead = upper is None or (upper.constant is not None and upper.constant >= 0)
     if lower is None:
@@ -75,17 +121,16 @@ def keeps_a_key(node: Attend, scores: Banded) -> bool:
     return ahead and own and node.q.shape[2] == node.k.shape[2]  # the query's own
 
 
+LEAST = 2.0**-60  # a factor of scores; a larger and a smaller one are computed as they are
+
 Ends = tuple[Dim | None, Dim | None]
 
 
-def _ends(mask: Node) -> Ends | None:
-    """The band of a condition: a comparison of positions, or the conjunction of two."""
-    match mask:
-        case Map(args=(Map(args=(a, b)) as both, Const(value=0.0))) if _is_and(mask, both):
-            one, other = _ends(_condition(a)), _ends(_condition(b))
-            return None if one is None or other is None else _both(one, other)
+def _ends(condition: Node) -> Ends | None:
+    """The band of a condition that is a comparison of positions; None for any other."""
+    match condition:
         case Map(args=(a, b)):
-            return _compared(mask.fn, a, b)
+            return _compared(condition.fn, a, b)
         case _:
             return None
 
@@ -104,8 +149,10 @@ def _condition(node: Node) -> Node:
     return node.arg if isinstance(node, Cast) and node.arg.dtype.kind == "bool" else node
 
 
-def _both(one: Ends, other: Ends) -> Ends | None:
+def _both(one: Ends, other: Ends | None) -> Ends | None:
     """The intersection of two bands; None if an end of both is not the same for all sizes."""
+    if other is None:
+        return None
     found: list[Dim | None] = []
     for a, b, largest in zip(one, other, (True, False), strict=True):
         if a is None or b is None:

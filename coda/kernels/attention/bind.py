@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from coda.kernels.attention.flash_target import forward, forward_arguments
 from coda.kernels.attention.mainloop import AttentionKernel
 from coda.kernels.attention.problem import Forward
 from coda.kernels.protocol import LaunchRun
+from coda.kernels.tensors import in_bytes
 
 ALIGNED = 16  # bytes
 
@@ -35,13 +37,30 @@ def launch(run: LaunchRun, kernel: AttentionKernel) -> None:
         lse = result(run, node.of(LSE), one.buffer(LSE)).squeeze(-1)
     if not value.numel():
         return
-    operands = tuple(run.ready(run.value(o), by_tokens) for o in one.operands)
+    operands = tuple(run.ready(run.value(o), by_tokens) for o in (node.q, node.k, node.v))
     o = value.permute(inverse(node.order)).permute(0, 2, 1, 3)
     lower, upper = (e.size(sizes) if e is not None else 0 for e in (scores.lower, scores.upper))
     problem, function = compiled(run, kernel)
-    arguments = forward_arguments(problem, (*operands, o, lse), scores.scale, (lower, upper))
+    tensors = (*operands, o, lse)
+    arguments = forward_arguments(
+        problem, tensors, scores.scale, (lower, upper), _captured(run, kernel)
+    )
     function(*arguments)
     run.launched(function, arguments)
+
+
+def _captured(run: LaunchRun, kernel: AttentionKernel) -> tuple[Any, ...]:
+    """The arguments of the function of scores: tensors, then sizes; () if there is none."""
+    function = kernel.mainloop.function
+    if function is None:
+        return ()
+    tensors = (run.ready(run.value(x), in_elements) for x in kernel.mainloop.node.captured)
+    return (*tensors, *(d.size(run.sizes) for d in function.numbers))
+
+
+def in_elements(x: Tensor) -> Tensor:
+    """A captured tensor as kernels read it: of at least one axis, conditions as bytes."""
+    return in_bytes(x if x.ndim else x.reshape(1))
 
 
 def result(run: LaunchRun, node: Node, buffer: str | None, fill: str = "") -> Tensor:

@@ -1,7 +1,9 @@
 """The only module that imports flash-attention: its kernel classes, never its functions.
 
 A compiled kernel takes tensors [batch, tokens, heads, columns] of any strides that are multiples of
-16 bytes, with contiguous columns. Sizes, the scale and the ends of a band are arguments.
+16 bytes, with contiguous columns. Sizes, the scale and the ends of a band are arguments, and so are
+the tensors that a function of scores reads. They travel where flash-attention has its scalars: of
+tensors it would bound the positions itself, with two divisions for each score.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from quack.cache import jit_cache
 
+from coda.kernels.attention.device import by_lanes
 from coda.kernels.attention.problem import VERSION, Band, Forward, tile_of
 
 DTYPES = {"bf16": cutlass.BFloat16, "f16": cutlass.Float16}
+_CAPTURED = {"f32": Float32, "i32": Int32, "i64": cutlass.Int64, "bool": cutlass.Uint8} | DTYPES
 _THREADS = 384  # a producer warpgroup and two or three that multiply
 _STAGES = 2
 SCHEDULER = 7  # arguments of the scheduler on sm_100a, of sequences of several lengths
@@ -41,7 +45,7 @@ def _compile_forward(problem: Forward, version: str) -> Any:
     ends = (Int32(0) if end and not band.diagonal else None for end in (band.lower, band.upper))
     arguments = [q, k, v, o, lse, Float32(1.0), *[None] * 5, *ends, None]
     arguments += [None] if problem.tensor_memory else []  # scales of 8-bit operands
-    arguments += [None, AuxData(None, None)]  # lists of tiles, captured tensors
+    arguments += [None, AuxData(None, _fake_captured(problem))]  # first, lists of tiles
     arguments += [*[None] * SCHEDULER, Int32(1)] if problem.tensor_memory else [None, None]
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     with without_captured():
@@ -56,6 +60,7 @@ def _kernel(problem: Forward) -> Any:
         "is_local": not band.diagonal and (band.lower or band.upper),
         "pack_gqa": problem.sharing > 1 and tile.rows % problem.sharing == 0,
         "has_aux_tensors": False,
+        "score_mod": by_lanes(problem.scores) if problem.scores else None,
     }
     if problem.tensor_memory:
         from flash_attn.cute.flash_fwd_sm100 import FlashAttentionForwardSm100
@@ -108,13 +113,32 @@ def without_captured() -> Generator[None]:
         yield
 
 
+def _fake_captured(problem: Forward) -> tuple[Any, ...] | None:
+    """Placeholders of captured tensors, of any strides, and of sizes; None if there are none."""
+    found: list[Any] = []
+    for name, axes in problem.captured:
+        shape = tuple(cute.sym_int() for _ in range(axes))
+        stride = tuple(cute.sym_int64() for _ in range(axes))
+        dtype = _CAPTURED[name]
+        found.append(
+            cute.runtime.make_fake_tensor(
+                dtype, shape, stride=stride, assumed_align=dtype.width // 8
+            )
+        )
+    return (*found, *(Int32(0) for _ in range(problem.numbers))) or None
+
+
 def forward(problem: Forward) -> Callable[..., None]:
     """The compiled forward kernel: a function of `forward_arguments`."""
     return _compile_forward(problem, VERSION)
 
 
 def forward_arguments(
-    problem: Forward, tensors: tuple[Any, ...], scale: float, ends: tuple[int, int]
+    problem: Forward,
+    tensors: tuple[Any, ...],
+    scale: float,
+    ends: tuple[int, int],
+    captured: tuple[Any, ...] = (),
 ) -> tuple[Any, ...]:
     """The arguments of a launch.
 
@@ -124,13 +148,15 @@ def forward_arguments(
             float32, or None.
         scale: the factor of q kᵀ.
         ends: lo and hi of the band lo ≤ j - i ≤ hi; ends that the problem lacks are ignored.
+        captured: the tensors that the function of scores reads, then sizes.
     """
     queries, keys = tensors[0].shape[1], tensors[1].shape[1]
     window = window_of(problem.band, queries, keys, ends)
     found = [*tensors, scale, *[None] * 5, *window, None]
+    given = (None, captured or None)
     if problem.tensor_memory:
-        return (*found, None, None, (None, None), *[None] * SCHEDULER, queries)
-    return (*found, None, (None, None), None, None)
+        return (*found, None, None, given, *[None] * SCHEDULER, queries)
+    return (*found, None, given, None, None)
 
 
 def window_of(

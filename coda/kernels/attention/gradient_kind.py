@@ -15,6 +15,7 @@ from coda.ir.attend import AttendGradient
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Node
 from coda.ir.types import f32
+from coda.kernels.attention.band import banded
 from coda.kernels.attention.kind import AttentionSource, why_not
 from coda.kernels.attention.mainloop import Attention
 from coda.kernels.attention.problem import VERSION, Backward
@@ -75,6 +76,8 @@ def _refuses(node: Node, sizes: Sizes) -> str:
     if not isinstance(node, AttendGradient):
         return "it is no derivative of an attention"
     why = why_not(node.attend, sizes)
+    if banded(node.attend).rest is not None:
+        return "its scores have a function, of whose derivative no kernel is made"
     if why or node.q.shape[1] == node.k.shape[1]:
         return why
     width, width_v = (n.shape[3].size(sizes) for n in (node.q, node.v))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from coda.ir.attend import Attend
@@ -14,7 +14,9 @@ from coda.ir.types import bf16, f16
 from coda.kernels.attention.band import banded, keeps_a_key
 from coda.kernels.attention.mainloop import Attention, AttentionKernel
 from coda.kernels.attention.problem import VERSION, why_not_widths
+from coda.kernels.attention.scores import score_function
 from coda.kernels.protocol import LaunchRun, Run
+from coda.lowering.placement.values import Refused
 from coda.lowering.program.cost import at_rates, label
 from coda.lowering.program.kernel import Account, Builder, Code, Flops, Kind, Sizes, Source
 from coda.lowering.program.program import Program
@@ -31,8 +33,11 @@ def why_not(node: Attend, sizes: Sizes) -> str:
     if node.q.dtype not in (bf16, f16):
         return f"attention of {node.q.dtype} has no kernel"
     scores = banded(node)
-    if scores is None:
-        return "its scores are more than a scale and a band of keys"
+    if scores.rest is not None:
+        try:
+            score_function(scores.rest, node.scores.inputs)
+        except Refused as why:
+            return str(why)
     if math.isnan(node.empty) and not keeps_a_key(node, scores):
         return "a row without keys is NaN"
     widths = node.q.shape[3], node.v.shape[3]
@@ -51,13 +56,14 @@ def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Attention:
 def _flops(kernel: AttentionKernel, sizes: Sizes) -> Flops:
     node = kernel.mainloop.node
     columns = node.q.shape[3].size(sizes) + node.v.shape[3].size(sizes)
-    return Flops(tensor=2 * columns * kernel.mainloop.pairs(sizes), dtype=node.q.dtype)
+    pairs, function = kernel.mainloop.pairs(sizes), kernel.mainloop.function
+    scalar = 0 if function is None else pairs * function.flops
+    return Flops(tensor=2 * columns * pairs, scalar=scalar, dtype=node.q.dtype)
 
 
 def _explain(program: Program, kernel: AttentionKernel) -> Account:
     one = kernel.mainloop
-    q, k, v = (label(o, program) for o in one.operands)
-    what = one.said(q, k, v)
+    what = one.said(*(label(o, program) for o in one.operands))
     return Account(f"attend {', '.join(one.results)} = {what}", what)
 
 
@@ -90,7 +96,8 @@ def _emit(program: Program, kernel: AttentionKernel) -> Sequence[Source]:
     lines = [
         f'"""flash-attn-4 {VERSION}, forward; sizes, scale and ends of the band are arguments."""',
         "from coda.kernels.attention.problem import Band, Forward",
-        f"PROBLEM = {problem}",
+        *([problem.scores, "", ""] if problem.scores else []),
+        f"PROBLEM = {replace(problem, scores='')}",
     ]
     return (AttentionSource("\n".join(lines) + "\n"),)
 

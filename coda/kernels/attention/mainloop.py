@@ -9,6 +9,7 @@ from coda.ir.attend import LSE, VALUE, Attend
 from coda.ir.dims import product
 from coda.kernels.attention.band import Banded, banded
 from coda.kernels.attention.problem import Band, Forward
+from coda.kernels.attention.scores import ScoreFunction, score_function
 from coda.lowering.program.kernel import Kernel, OneNode, Sizes
 from coda.lowering.program.target import Target
 
@@ -30,10 +31,14 @@ class Attention(OneNode):
 
     @cached_property
     def scores(self) -> Banded:
-        """The scale and the band of its scores."""
-        found = banded(self.node)
-        assert found is not None, "the kind refuses other scores"
-        return found
+        """The scale and the band of its scores, and the rest."""
+        return banded(self.node)
+
+    @cached_property
+    def function(self) -> ScoreFunction | None:
+        """The function of one score, with its factor; None if it is the score itself."""
+        rest = self.scores.rest
+        return None if rest is None else score_function(rest, self.node.scores.inputs)
 
     @cached_property
     def diagonal(self) -> bool:
@@ -44,6 +49,8 @@ class Attention(OneNode):
     def problem(self, target: Target, sizes: Sizes) -> Forward:
         """The kernel that a call of these sizes needs."""
         q, v, scores = self.node.q.shape, self.node.v.shape, self.scores
+        function = self.function
+        captured = () if function is None else self.node.captured
         return Forward(
             target.arch,
             target.tensor_memory,
@@ -53,16 +60,22 @@ class Attention(OneNode):
             q[1].size(sizes) // max(1, v[1].size(sizes)),
             Band(scores.lower is not None, scores.upper is not None, self.diagonal),
             self.buffer(LSE) is not None,
+            "" if function is None else function.text,
+            tuple((x.dtype.name, max(1, x.rank)) for x in captured),
+            0 if function is None else len(function.numbers),
         )
 
-    def said(self, q: str, k: str, v: str) -> str:
+    def said(self, q: str, k: str, v: str, *captured: str) -> str:
         """The attention of operands of these names, in words."""
         scores, one = self.scores, self.node
+        score = f"{scores.scale:.6g} · {q} {k}ᵀ"
+        if scores.rest is not None:
+            score = f"score({', '.join([score, *captured])})"
         ends = [f"{e}" for e in (scores.lower,) if e is not None] + ["j - i"]
         ends += [f"{e}" for e in (scores.upper,) if e is not None]
         masked = f", {' ≤ '.join(ends)}" if len(ends) > 1 else ""
         heads, groups = one.q.shape[1], one.k.shape[1]
-        return f"softmax({scores.scale:.6g} · {q} {k}ᵀ{masked}) {v}, {heads} heads on {groups}"
+        return f"softmax({score}{masked}) {v}, {heads} heads on {groups}"
 
     def pairs(self, sizes: Sizes) -> int:
         """The scores that are computed: half of them up to the diagonal."""

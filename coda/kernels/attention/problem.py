@@ -37,6 +37,10 @@ class Forward:
         sharing: how many heads of queries read one head of keys.
         band: the mask.
         lse: whether the logsumexp of each row is written.
+        scores: the module of the function of one score (`scores.ScoreFunction.text`); "" if there
+            is none.
+        captured: (element type, number of axes) of each tensor that the function reads.
+        numbers: how many sizes it takes.
     """
 
     arch: str
@@ -47,6 +51,9 @@ class Forward:
     sharing: int = 1
     band: Band = Band()
     lse: bool = False
+    scores: str = ""
+    captured: tuple[tuple[str, int], ...] = ()
+    numbers: int = 0
 
 
 @dataclass(frozen=True)

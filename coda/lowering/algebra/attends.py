@@ -23,6 +23,7 @@ from coda.ir.graph import (
     Const,
     Contract,
     Expand,
+    Gather,
     Graph,
     Input,
     Iota,
@@ -36,8 +37,9 @@ from coda.ir.graph import (
     users,
     walk,
 )
+from coda.ir.scalars import SCALARS
 from coda.ir.types import f32
-from coda.ir.views import shaped, under_reshapes
+from coda.ir.views import is_squeeze, shaped, under_reshapes
 from coda.lowering.algebra.attend_gradients import attend_gradients
 from coda.lowering.algebra.constants import folding
 from coda.lowering.algebra.roles import row_symbols, softmax, transposed
@@ -130,6 +132,8 @@ def _attention(
     if any(n in roots or set(above[n]) - inside - {node} for n in inside - lse):
         raise _Unlike
     q, k, v = _operands(product, x.shape, node)
+    if any(product in walk([one]) for one in reader.captured):
+        raise _Unlike
     scores = Scores(reader.inputs, root)
     target, order = _result(node, (*q.shape[:3], v.shape[3]), above, roots)
     attend = Attend(q, k, v, tuple(reader.captured), scores, order, empty)
@@ -201,19 +205,35 @@ class _ScoreReader:
         match node:
             case Cast(arg=arg, to=to) if to.kind == "float":
                 return _wide(self.read(arg))
-            case Map() | Cast():
+            case Map() if self.is_apart(node):
+                return self._capture(node)
+            case Map() | Cast() | Expand():
                 return node.with_operands(self.read(o) for o in node.operands)
+            case Gather(table=table, indices=indices):
+                return Gather(self._capture(table), tuple(map(self.read, indices)))
             case Const(value=value, element=element) if element.kind == "float":
                 return Const(value, f32)
             case _ if _is_position(node):
                 return _wide(node) if node.dtype.kind == "float" else node
+            case Reshape() if is_squeeze(node):
+                return node.with_operands(map(self.read, node.operands))
+            case Permute() | Slice() if isinstance(_under_views(node), Map | Gather):
+                return node.with_operands(map(self.read, node.operands))
             case _:
-                pass
-        if any(isinstance(n, Contract) and n.batched for n in walk([node])):
-            raise _Unlike
-        self.captured.append(node)
-        self.names.append(Input(f"captured{len(self.names)}", node.shape, node.dtype))
-        return _wide(self.names[-1]) if node.dtype.kind == "float" else self.names[-1]
+                return self._capture(node)
+
+    def is_apart(self, node: Map) -> bool:
+        """Whether a value is computed by a kernel before: not for each score, and not cheap."""
+        each = node.rank > 1 and node.shape[-2:] == self.x.shape[-2:]
+        return bool(SCALARS[node.fn].special) and not each and not _is_position(node)
+
+    def _capture(self, node: Node) -> Node:
+        """An argument that stands for a tensor."""
+        if node not in self.captured:
+            self.captured.append(node)
+            self.names.append(Input(f"captured{len(self.names)}", node.shape, node.dtype))
+        found = self.names[self.captured.index(node)]
+        return _wide(found) if node.dtype.kind == "float" else found
 
     def _product(self, node: Node, under: Node) -> Node:
         if node.shape != self.x.shape or self.product not in (None, under):
@@ -221,6 +241,13 @@ class _ScoreReader:
         self.product = under
         self.score = Input("s", node.shape, f32)
         return self.score
+
+
+def _under_views(node: Node) -> Node:
+    """The node of whose elements a view consists."""
+    while isinstance(node, Reshape | Permute | Slice | Expand):
+        node = node.arg
+    return node
 
 
 def _wide(node: Node) -> Node:
