@@ -39,6 +39,14 @@ def gated(x: T["B S D"], w: T["2*F D"], taps: T["3 F"], v: T["D F"]):
 
 
 @coda.block
+def gated_twice(x: T["B S D"], g: T["D"], w: T["3*D D"], taps: T["2 D"], v: T["D D"]):
+    """A short convolution between two gates, as in LFM2: other rows of a product of slices."""
+    a, b, c = coda.split(coda.rms_norm(x, g) @ w.T, 3)
+    u = a * c
+    return x + (b * (u * taps[1] + shifted(u, 1) * taps[0])) @ v.T
+
+
+@coda.block
 def shifted_norm(x: T["B S D"], g: T["D"], mix: T["D"], w: T["F D"]):
     h = coda.rms_norm(x, g)
     return (h + (shifted(h, 1) - h) * mix) @ w.T
@@ -57,7 +65,14 @@ def rolled(x: T["B S H D"], w: T["H D"]):
     return before * w + coda.concat([x[:, :, 1:], x[:, :, :1]], axis=2)
 
 
-BLOCKS = {convolution: 1, gated: 3, shifted_norm: 3, with_state: 1, rolled: 1}
+BLOCKS = {
+    convolution: 1,
+    gated: 3,
+    gated_twice: 4,
+    shifted_norm: 3,
+    with_state: 1,
+    rolled: 1,
+}
 
 
 def sizes_of(block, **more):

@@ -122,15 +122,22 @@ class Materialisation(Admission, ABC):
     def provide(self, node: Node) -> list[Node]:
         """Let later kernels load a node's operands or, if one is refused, its operands in turn.
 
+        Rows of operands that are read at a distance are rows of what is in memory.
+
         Returns:
             The operands that a producer refused to store.
         """
         stack, seen, refused = list(node.operands), set[Node](), list[Node]()
         while stack:
             under = self.storage(stack.pop())
-            if under in seen or under in self.loadable or under not in self.home:
+            if under in seen or under in self.loadable:
                 continue
             seen.add(under)
+            if under in self.deferred:
+                stack.extend(under.operands)
+                continue
+            if under not in self.home:
+                continue
             if self.commit(under):
                 refused.append(under)
                 stack.extend(under.operands)

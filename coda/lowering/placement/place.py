@@ -269,8 +269,7 @@ class Partition(SmallRows):
         for segment in spans[: 1 if draft.kind.tiled else None]:
             try:
                 with space.inside(segment), space.attempt(lambda n: self.home.get(n) is draft):
-                    stored = isinstance(under, Contract) and not draft.kind.tiled
-                    (self.reach if stored else self.reach_all)(under, draft)
+                    (self.reach_all if is_pointwise(under) else self.reach)(under, draft)
                     value = space.compute(under)
                     if draft.kind.tiled and value.count != space.width:
                         raise Refused("it does not have all columns of the kernel")
@@ -389,6 +388,7 @@ class Partition(SmallRows):
                 given = give(node) if dropped and give is not None else []
                 if not given and give != self.provide:
                     break
+                tried.clear()
                 kept += given
                 index = self.after_operands(node, index)
         return why
