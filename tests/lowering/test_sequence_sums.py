@@ -102,6 +102,21 @@ def test_few_sequences_are_summed_by_blocks():
     assert not any(s.whole for k in program.kernels for s in k.body.epilogue.row_sums)
 
 
+@coda.block
+def some_modulated(x: T["B S D"], c: T["B D"], wm: T["4*D D"], bm: T["4*D"], w: T["D D"]):
+    """Some parts of a modulation with a bias: its gradient sums sums of sequences."""
+    scale, _, gate, _ = coda.split(coda.silu(c) @ wm.T + bm, 4)
+    return x + gate[:, None, :] * ((coda.rms_norm(x) * (1 + scale[:, None, :])) @ w.T)
+
+
+def test_the_gradient_of_parts_of_a_modulation_is_joined_of_its_parts():
+    sizes = {"B": 3, "S": 75, "D": 48}
+    _, backward = some_modulated.lower_training("sm_90a", sizes)
+    assert not any(k.kind is TORCH for k in backward.kernels)
+    inputs = random_inputs(some_modulated.graph, sizes)
+    hold(measure_gradients(some_modulated, some_modulated.graph, inputs, "reference", dims=sizes))
+
+
 def test_the_gradient_of_what_a_sequence_shares_is_a_sum_in_the_kernel_of_its_product():
     _, backward = modulated.lower_training("sm_90a", sizes_of(modulated))
     assert not any(k.kind is TORCH for k in backward.kernels)

@@ -1,7 +1,11 @@
 """Cotangents of the slices of a node -> summands of the node's cotangent.
 
-Slices that tile an axis, as those of `coda.split`, or that take turns along it, as x[::2] and
-x[1::2], are concatenated, without a sum. Any other is padded with zeros.
+Slices that do not overlap, as those of `coda.split`, or that take turns along an axis, as x[::2]
+and x[1::2], are concatenated, without a sum, and zeros fill what no slice reads:
+
+    a, _, c = split(x, 3)    dx = concat(da, 0, dc)
+
+Any other is padded with zeros by itself.
 """
 
 from __future__ import annotations
@@ -14,32 +18,55 @@ from coda.ir.types import DType
 
 
 def joined(node: Node, parts: Sequence[tuple[Slice, Node]]) -> list[Node]:
-    """Cotangents of slices -> summands of the whole's, concatenated where slices tile an axis."""
+    """Cotangents of slices -> summands of the whole's, concatenated where slices are apart."""
     left = list(parts)
     out: list[Node] = []
     for axis in sorted({s.axis for s, _ in parts}):
         mine = [(s, d) for s, d in left if s.axis == axis]
-        for chosen in (_tiles(node.shape[axis], mine), _strides(node.shape[axis], mine)):
-            if chosen:
-                left = [p for p in left if p not in chosen]
-                ds = [d for _, d in chosen]
-                step = chosen[0][0].step
-                whole = Concat(tuple(ds), axis) if step == 1 else _interleaved(ds, axis)
-                out.append(whole)
+        if len(chosen := _apart(node.shape[axis], mine)) > 1:
+            left = [p for p in left if p not in chosen]
+            out.append(_filled(node, axis, chosen))
+        if chosen := _strides(node.shape[axis], mine):
+            left = [p for p in left if p not in chosen]
+            out.append(_interleaved([d for _, d in chosen], axis))
     return out + [_padded(node, s, d) for s, d in left]
 
 
-def _tiles(size: Dim, parts: list[tuple[Slice, Node]]) -> list[tuple[Slice, Node]]:
-    """Adjacent slices of step 1 that cover the axis, in order; [] if there are none."""
-    at = Dim.of(0)
-    chosen: list[tuple[Slice, Node]] = []
-    while at != size:
-        here = [p for p in parts if p[0].step == 1 and p[0].start == at and p[0].size != size]
-        if not here:
-            return []
-        chosen.append(here[0])
-        at = at + here[0][0].size
+def _apart(size: Dim, parts: list[tuple[Slice, Node]]) -> list[tuple[Slice, Node]]:
+    """Slices of step 1 that do not overlap at any sizes, in order along an axis."""
+    left = [p for p in parts if p[0].step == 1 and p[0].size != size]
+    at, chosen = Dim.of(0), list[tuple[Slice, Node]]()
+    while left := [p for p in left if _is_natural(p[0].start - at)]:
+        first = [p for p in left if all(_is_natural(o.start - p[0].start) for o, _ in left)]
+        if not first:
+            break
+        chosen.append(first[0])
+        left.remove(first[0])
+        at = first[0][0].start + first[0][0].size
     return chosen
+
+
+def _is_natural(dim: Dim) -> bool:
+    """Whether a size is zero or more at all sizes of its symbols."""
+    return all(coefficient >= 0 for _, coefficient in dim.terms)
+
+
+def _filled(node: Node, axis: int, parts: Sequence[tuple[Slice, Node]]) -> Node:
+    """Cotangents of slices that are apart, concatenated with zeros before, between and after."""
+    at, pieces = Dim.of(0), list[Node]()
+    for part, d in parts:
+        pieces += _gap(node, axis, part.start - at, d.dtype)
+        pieces.append(d)
+        at = part.start + part.size
+    pieces += _gap(node, axis, node.shape[axis] - at, parts[0][1].dtype)
+    return Concat(tuple(pieces), axis) if len(pieces) > 1 else pieces[0]
+
+
+def _gap(node: Node, axis: int, size: Dim, dtype: DType) -> list[Node]:
+    """Zeros of a node's shape but for one axis; none for a size of 0."""
+    shape = list(node.shape)
+    shape[axis] = size
+    return [_zeros(tuple(shape), dtype)] if size.constant != 0 else []
 
 
 def _strides(size: Dim, parts: list[tuple[Slice, Node]]) -> list[tuple[Slice, Node]]:
@@ -63,21 +90,12 @@ def _interleaved(parts: Sequence[Node], axis: int) -> Node:
 
 def _padded(node: Node, part: Slice, d: Node) -> Node:
     """The cotangent of one slice, padded with zeros to the shape of `node`."""
-    axis, span = part.axis, part.size
     if part.step > 1:
-        zero = _zeros(d.shape, d.dtype)
-        d = _interleaved([d] + [zero] * (part.step - 1), axis)
-        span = (part.size - 1) * part.step + 1
-        d = Slice(d, axis, Dim.of(0), span, 1)
-    shape = list(node.shape)
-    pieces: list[Node] = [d]
-    for size, front in ((part.start, True), (node.shape[axis] - part.start - span, False)):
-        if size.constant == 0:
-            continue
-        shape[axis] = size
-        zero = _zeros(tuple(shape), d.dtype)
-        pieces = [zero, *pieces] if front else [*pieces, zero]
-    return Concat(tuple(pieces), axis) if len(pieces) > 1 else d
+        zero, span = _zeros(d.shape, d.dtype), (part.size - 1) * part.step + 1
+        d = _interleaved([d] + [zero] * (part.step - 1), part.axis)
+        d = Slice(d, part.axis, Dim.of(0), span, 1)
+        part = Slice(part.arg, part.axis, part.start, span, 1)
+    return _filled(node, part.axis, [(part, d)])
 
 
 def _zeros(shape: Shape, dtype: DType) -> Node:
