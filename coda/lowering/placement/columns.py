@@ -293,7 +293,8 @@ class Space(SpaceState):
     def _line(self, node: Reduce) -> Value:
         """A reduction over rows of values in memory, one per row."""
         alone = node.value is None and self.leaf(node.arg) is not None
-        if not (self.whole_rows and alone and product(node.shape) == self.rows):
+        last = product(node.shape[node.axis :]) == ONE  # else numbers of a result are apart
+        if not (self.whole_rows and alone and last and product(node.shape) == self.rows):
             raise Refused(f"`{node.fn}` over rows of what is not in memory")
         name = f"r{len(self.lines)}"
         self.lines[name] = node
