@@ -7,6 +7,7 @@ import torch
 
 import coda
 from coda import masks
+from coda.ir.dims import product
 from coda.ir.graph import Map
 from coda.kernels.attention.kind import ATTENTION
 from coda.kernels.torch_op.kind import TORCH
@@ -53,6 +54,17 @@ def sinks(q: T["B (G R) S d"], k: T["B G S d"], v: T["B G S d"], s: T["(G R)"]):
 
 
 @coda.block
+def causal_sinks(q: T["B (G R) S d"], k: T["B G S d"], v: T["B G S d"], s: T["(G R)"]):
+    return coda.attention(q, k, v, mask=masks.causal, sinks=s, return_lse=True)
+
+
+@coda.block
+def shifted(q: T["B H S d"], k: T["B H T d"], v: T["B H T d"], c: T["B S"]):
+    """Weights whose sum is not 1."""
+    return coda.exp(q @ k.mT * 0.25 - c[:, None, :, None]) @ v
+
+
+@coda.block
 def sigmoids(q: T["B H S d"], k: T["B H S d"], v: T["B H S d"]):
     return coda.sigmoid_attention(q, k, v, mask=masks.block_diffusion(36, 4))
 
@@ -75,7 +87,7 @@ def layer(
     return x + y.reshape("B S H d -> B S (H d)") @ w_o.T
 
 
-BLOCKS = (plain, causal, documents, buckets, sinks, sigmoids, layer)
+BLOCKS = (plain, causal, documents, buckets, sinks, causal_sinks, shifted, sigmoids, layer)
 NAMES = [b.__name__ for b in BLOCKS]
 
 
@@ -93,6 +105,17 @@ def test_forward_and_backward(block):
     sizes, inputs = arguments(block)
     graph = replace(block.graph, constants=frozenset())  # of which autograd takes gradients, too
     check(graph, [x.double() if x.is_floating_point() else x for x in inputs], sizes)
+
+
+def test_a_number_of_each_row_is_a_factor():
+    """Sinks, or any other number that is subtracted, take no second tensor of scores."""
+    for block in (sinks, causal_sinks, shifted):
+        sizes, _ = arguments(block)
+        program = block.lower("sm_90a", sizes)
+        assert program.kernels[0].kind is ATTENTION
+        assert {k.kind.name for k in program.kernels} == {"attention", "rows"}
+        scores = sizes["B"] * 4 * sizes["S"] * sizes.get("T", sizes["S"])
+        assert all(product(b.shape).size(sizes) < scores for b in program.buffers.values())
 
 
 def test_scores_are_masked_without_torch():

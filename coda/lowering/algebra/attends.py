@@ -3,7 +3,8 @@
 It is the law `weights_past_contraction`: Σ_j exp(s_j - logsumexp s) v_j is softmax(s) v. Scores are
 walked from the softmax down to the one contraction that they depend on. If all values between are
 read by nothing else, no tensor of scores is left. Otherwise the graph stays as it is. The logsumexp
-alone may be read: it is a second result of the same operation.
+alone may be read: it is a second result of the same operation. If weights are exp(s - c) with any
+other number c of each row, such as that of sinks, the value has the factor exp(logsumexp s - c).
 
     p = exp(s - logsumexp s), s = where(j <= i, q kᵀ / 8, -inf), y = p v
         ->  y = attend q, k, v    with scores where(j <= i, s / 8, -inf)
@@ -12,12 +13,12 @@ alone may be read: it is a second result of the same operation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from coda.errors import DimError
 from coda.ir.attend import LSE, VALUE, Attend, AttendGradient, Scores
-from coda.ir.dims import Shape
+from coda.ir.dims import ONE, Shape
 from coda.ir.graph import (
     Cast,
     Const,
@@ -42,7 +43,7 @@ from coda.ir.types import f32
 from coda.ir.views import is_squeeze, shaped, under_reshapes
 from coda.lowering.algebra.attend_gradients import attend_gradients
 from coda.lowering.algebra.constants import folding
-from coda.lowering.algebra.roles import row_symbols, softmax, transposed
+from coda.lowering.algebra.roles import permuted, row_symbols, softmax, transposed
 from coda.lowering.algebra.vjp import vjp
 
 HEADS_FIRST, TOKENS_FIRST = (0, 1, 2, 3), (0, 2, 1, 3)
@@ -84,52 +85,60 @@ def attends(graph: Graph, sizes: Mapping[str, int], takes: Takes) -> Graph:
         takes: whether a kernel computes an attention, given the sizes that are compiled in.
     """
     above = users(graph.roots)
-    found: dict[Node, Attend] = {}
+    found: dict[Node, Node] = {}
     for node in walk(graph.roots):
         if isinstance(node, Contract) and node.batched:
             try:
-                target, attend, lse = _attention(node, above, frozenset(graph.roots))
+                new = _attention(node, above, graph.roots)
             except _Unlike:
                 continue
-            if takes(attend, sizes):
-                found[target] = attend
-                found |= dict.fromkeys(lse, attend.of(LSE))
+            if takes(new.attend, sizes):
+                found[new.target] = new.value
+                found |= dict.fromkeys(new.lse, new.attend.of(LSE))
     if not found:
         return graph
-    new: dict[Node, Node] = {}
+    made: dict[Node, Node] = {}
     for node in walk(graph.roots):
         same = found.get(node, node)
         for one in walk([same]):  # an attention reads views that the graph does not have
-            if one not in new:
-                new[one] = _unrounded(one.with_operands(new[o] for o in one.operands))
-        value = shaped(new[same], node.shape)
-        new[node] = value if value.dtype == node.dtype else Cast(value, node.dtype)
-    fused = graph.with_roots(new[r] for r in graph.roots)
+            if one not in made:
+                made[one] = _unrounded(one.with_operands(made[o] for o in one.operands))
+        value = shaped(made[same], node.shape)
+        made[node] = value if value.dtype == node.dtype else Cast(value, node.dtype)
+    fused = graph.with_roots(made[r] for r in graph.roots)
     nodes = list(walk(fused.roots))
     known = {s: n for s, n in sizes.items() if s not in row_symbols(nodes)}
     left = [n for n in nodes if isinstance(n, Attend) and not takes(n, known)]
     return graph if left else fused
 
 
-def _attention(
-    node: Contract, above: Mapping[Node, Sequence[Node]], roots: frozenset[Node]
-) -> tuple[Node, Attend, tuple[Node, ...]]:
-    """An attention that ends with a contraction of weights and values. Raises _Unlike.
+@dataclass(frozen=True)
+class _Found:
+    """An attention of a graph.
 
-    Returns:
-        The node that has its value, up to a reshape; the attention; and the logsumexp of its scores
-        if others read it.
+    Attributes:
+        attend: the attention.
+        target: the node that has its value, up to a reshape.
+        value: what takes its place: the attention, perhaps with a factor.
+        lse: the logsumexps of its scores that the graph then still reads.
     """
+
+    attend: Attend
+    target: Node
+    value: Node
+    lse: Set[Node]
+
+
+def _attention(
+    node: Contract, above: Mapping[Node, Sequence[Node]], roots: Sequence[Node]
+) -> _Found:
+    """An attention that ends with a contraction of weights and values. Raises _Unlike."""
     weights = under_reshapes(node.lhs)
-    x, empty = _softmax_of(weights)
+    x, c, empty = _exponents_of(weights)
     reader = _ScoreReader(x)
     root = reader.read(x)
     product = reader.product
     if product is None or x.rank != 4 or not isinstance(product, Contract):
-        raise _Unlike
-    lse = _logsumexps(reader, above)
-    inside = _between([node.lhs, *lse], product)
-    if any(n in roots or set(above[n]) - inside - {node} for n in inside - lse):
         raise _Unlike
     q, k, v = _operands(product, x.shape, node)
     if any(product in walk([one]) for one in reader.captured):
@@ -137,7 +146,32 @@ def _attention(
     scores = Scores(reader.inputs, root)
     target, order = _result(node, (*q.shape[:3], v.shape[3]), above, roots)
     attend = Attend(q, k, v, tuple(reader.captured), scores, order, empty)
-    return target, attend, tuple(n for n in lse if n in roots or set(above[n]) - inside)
+    value = attend if c is None else _with_factor(attend, c)
+    lse = _logsumexps(reader, above)
+    left = _reached(roots, {target: [*attend.operands, *([] if c is None else [c])]}, lse)
+    if left & _between([node.lhs, *lse], product, lse):
+        raise _Unlike
+    return _Found(attend, target, value, lse & left)
+
+
+def _with_factor(attend: Attend, c: Node) -> Node:
+    """Σ exp(s - c) v: an attention times exp(logsumexp s - c), a number of each row."""
+    factor = Map("exp", (Map("sub", (attend.of(LSE), _wide(c))),))
+    return Map("mul", (attend, Cast(permuted(factor, attend.order), attend.dtype)))
+
+
+def _reached(
+    roots: Sequence[Node], instead: Mapping[Node, Sequence[Node]], ends: Set[Node]
+) -> set[Node]:
+    """The nodes that roots read if some nodes read others instead, and `ends` nothing."""
+    found: set[Node] = set()
+    stack = list(roots)
+    while stack:
+        one = stack.pop()
+        if one not in found:
+            found.add(one)
+            stack.extend(() if one in ends else instead.get(one, one.operands))
+    return found
 
 
 def _unrounded(node: Node) -> Node:
@@ -149,13 +183,21 @@ def _unrounded(node: Node) -> Node:
     return node
 
 
-def _softmax_of(weights: Node) -> tuple[Node, float]:
-    """The scores x of weights that are a softmax, and what a row of −inf is: NaN, or 0."""
+def _exponents_of(weights: Node) -> tuple[Node, Node | None, float]:
+    """(x, c, value of a row of −inf) of weights exp(x - c).
+
+    c is a number of each row; None for a softmax. Raises _Unlike.
+    """
     shifted = weights.operands[0] if weights.operands else weights
-    x = shifted.operands[0] if shifted.operands else shifted
-    for of, empty in ((softmax, math.nan), (_softmax_or_zero, 0.0)):
-        if x.rank and x.dtype.kind == "float" and weights is of(x):
-            return x, empty
+    if len(shifted.operands) != 2:
+        raise _Unlike
+    x, c = shifted.operands
+    if x.rank and x.dtype.kind == "float":
+        for of, empty in ((softmax, math.nan), (_softmax_or_zero, 0.0)):
+            if weights is of(x):
+                return x, None, empty
+        if c.shape[-1:] in ((), (ONE,)) and weights is Map("exp", (Map("sub", (x, c)),)):
+            return x, c, 0.0
     raise _Unlike
 
 
@@ -286,11 +328,14 @@ def _logsumexps(reader: _ScoreReader, above: Mapping[Node, Sequence[Node]]) -> s
     return found
 
 
-def _between(ends: Sequence[Node], product: Node) -> frozenset[Node]:
-    """The nodes that depend on the product of queries and keys, up to some ends."""
+def _between(ends: Sequence[Node], product: Node, lse: Set[Node]) -> frozenset[Node]:
+    """The nodes that depend on the product of queries and keys, up to some ends.
+
+    Logsumexps and what depends on these alone are not among them.
+    """
     found: set[Node] = set()
     for one in walk(ends):
-        if one is product or any(o in found for o in one.operands):
+        if one is product or (one not in lse and any(o in found for o in one.operands)):
             found.add(one)
     return frozenset(found)
 
@@ -317,7 +362,7 @@ def _operands(product: Contract, shape: Shape, node: Contract) -> tuple[Node, No
 
 
 def _result(
-    node: Node, shape: Shape, above: Mapping[Node, Sequence[Node]], roots: frozenset[Node]
+    node: Node, shape: Shape, above: Mapping[Node, Sequence[Node]], roots: Sequence[Node]
 ) -> tuple[Node, tuple[int, ...]]:
     """The node that has the value [B, H, S, e] of a contraction, and the order of its axes."""
     one, last = node, node
