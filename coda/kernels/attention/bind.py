@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
 
@@ -15,6 +15,7 @@ from coda.ir.graph import Node
 from coda.kernels.attention.flash_target import forward, forward_arguments
 from coda.kernels.attention.mainloop import AttentionKernel
 from coda.kernels.attention.problem import Forward
+from coda.kernels.attention.scores import ScoreFunction
 from coda.kernels.protocol import LaunchRun
 from coda.kernels.tensors import in_bytes
 
@@ -43,18 +44,19 @@ def launch(run: LaunchRun, kernel: AttentionKernel) -> None:
     problem, function = compiled(run, kernel)
     tensors = (*operands, o, lse)
     arguments = forward_arguments(
-        problem, tensors, scores.scale, (lower, upper), _captured(run, kernel)
+        problem, tensors, scores.scale, (lower, upper), captured(run, one.function, node.captured)
     )
     function(*arguments)
     run.launched(function, arguments)
 
 
-def _captured(run: LaunchRun, kernel: AttentionKernel) -> tuple[Any, ...]:
+def captured(
+    run: LaunchRun, function: ScoreFunction | None, nodes: Iterable[Node]
+) -> tuple[Any, ...]:
     """The arguments of the function of scores: tensors, then sizes; () if there is none."""
-    function = kernel.mainloop.function
     if function is None:
         return ()
-    tensors = (run.ready(run.value(x), in_elements) for x in kernel.mainloop.node.captured)
+    tensors = (run.ready(run.value(x), in_elements) for x in nodes)
     return (*tensors, *(d.size(run.sizes) for d in function.numbers))
 
 

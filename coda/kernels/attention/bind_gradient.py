@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coda.ir.attend import DK, DQ, DV
 from coda.ir.dims import inverse
-from coda.kernels.attention.bind import by_tokens, result
+from coda.kernels.attention.bind import by_tokens, captured, result
 from coda.kernels.attention.flash_backward import Operands, backward, backward_arguments
 from coda.kernels.attention.gradient_kind import Gradient, GradientKernel
 from coda.kernels.attention.problem import Backward
@@ -58,7 +58,8 @@ def _operands(
         name: run.new(shape, torch.float32, "zero" if name in (DK, DV) else "")
         for name, shape in one.scratch(problem, run.sizes).items()
     }
-    return Operands(q, k, v, o, do, lse, dlse, found[DQ], found[DK], found[DV], own)
+    given = captured(run, one.slope, node.given[1])
+    return Operands(q, k, v, o, do, lse, dlse, given, found[DQ], found[DK], found[DV], own)
 
 
 def _result(run: LaunchRun, one: Gradient, part: str, fill: str) -> Tensor:

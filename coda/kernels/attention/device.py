@@ -48,10 +48,15 @@ def condition(a: Any) -> Any:
     return ne(a, 0.0)
 
 
-def by_lanes(text: str) -> Callable[..., Any]:
+def by_lanes(text: str, shared: int = 1) -> Callable[..., Any]:
     """The function `score` of a module as a `score_mod` of flash-attention, which has lanes.
 
     Its hash is that of the text: flash-attention's own does not see what the text calls.
+
+    Args:
+        text: the module.
+        shared: how many heads of queries the caller takes for rows of one, though they are none:
+            row i of head h is given as row i // shared of head h · shared + i % shared.
     """
     digest = sha256(text.encode()).hexdigest()
     file = f"<scores {digest[:16]}>"
@@ -61,13 +66,17 @@ def by_lanes(text: str) -> Callable[..., Any]:
     score = names["score"]
 
     def program(
-        scores: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, seqlen_info: Any,
+        *given: Any, q_idx: Any, kv_idx: Any, seqlen_info: Any,
         aux_tensors: Any, aux_scalars: Any = (),
     ) -> Any:  # fmt: skip
+        *values, b, h = given
         count = cute.size(kv_idx.shape)
         found = cute.make_rmem_tensor(count, Float32)
         for k in range(count):
-            found[k] = score(scores[k], b[k], h[k], q_idx[k], kv_idx[k], aux_scalars)
+            head, row = h[k], q_idx[k]
+            if shared > 1:
+                head, row = head // shared, row * shared + head % shared
+            found[k] = score(*(x[k] for x in values), b[k], head, row, kv_idx[k], aux_scalars)
         return found.load()
 
     vars(program)["__cute_hash__"] = digest

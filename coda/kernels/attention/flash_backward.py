@@ -17,7 +17,14 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from quack.cache import jit_cache
 
-from coda.kernels.attention.flash_target import DTYPES, placeholder, window_of, without_captured
+from coda.kernels.attention.device import by_lanes
+from coda.kernels.attention.flash_target import (
+    DTYPES,
+    fake_captured,
+    placeholder,
+    window_of,
+    without_captured,
+)
 from coda.kernels.attention.problem import VERSION, Backward
 
 _THREADS = 384  # a producer warpgroup and two that multiply
@@ -77,7 +84,8 @@ def _compile_main(problem: Backward, version: str) -> Any:
     lse_log2, delta = (_padded(rows, heads, batch) for _ in range(2))
     ends = (Int32(0) if end and not band.diagonal else None for end in (band.lower, band.upper))
     arguments = [q, k, v, do, lse_log2, delta, _padded(elements, heads, batch), dk, dv]
-    arguments += [Float32(1.0), *[None] * 4, *ends, *[None] * 3, AuxData(None, None), None, None]
+    arguments += [Float32(1.0), *[None] * 4, *ends, *[None] * 3]
+    arguments += [AuxData(None, fake_captured(one)), None, None]
     with without_captured():
         return cute.compile(_kernel(problem), *arguments, _stream(), options="--enable-tvm-ffi")
 
@@ -93,6 +101,7 @@ def _kernel(problem: Backward) -> Any:
         "tile_n": tile.columns,
         "deterministic": False,
         "has_aux_tensors": False,
+        **_functions(problem),
     }
     if one.tensor_memory:
         from flash_attn.cute.flash_bwd_sm100 import FlashAttentionBackwardSm100
@@ -123,6 +132,19 @@ def _kernel(problem: Backward) -> Any:
         dQ_single_wg=tile.dq_by_one,
         **common,
     )
+
+
+def _functions(problem: Backward) -> dict[str, Any]:
+    """The function of one score and its derivative, if there are any.
+
+    On sm_90a the main kernel gives positions as if the rows of several heads were those of one.
+    """
+    one = problem.forward
+    if not one.scores:
+        return {}
+    shared = 1 if one.tensor_memory else one.sharing
+    names = {"score_mod": one.scores, "score_mod_bwd": problem.slope}
+    return {name: by_lanes(text, shared) for name, text in names.items()}
 
 
 @jit_cache
@@ -177,6 +199,7 @@ class Operands:
         q, do, o, dq: [B, S, H, d] and, of do and o, [B, S, H, e].
         k, v, dk, dv: [B, T, G, d] and, of v and dv, [B, T, G, e].
         lse: [B, H, S], the logsumexp of each row of scores.
+        captured: the tensors that the function of scores reads, then sizes.
         dlse: its cotangent, or None.
         scratch: float32 tensors by name, of the shapes of `Backward.scratch`; those of "dk" and
             "dv" are 0.
@@ -189,6 +212,7 @@ class Operands:
     do: Any
     lse: Any
     dlse: Any
+    captured: tuple[Any, ...]
     dq: Any
     dk: Any
     dv: Any
@@ -213,7 +237,7 @@ def backward_arguments(
     before += [given.dlse, None, None, 1.0, None, None]
     main = [given.q, given.k, given.v, given.do, rows[1], rows[0], own["dq"]]
     main += [own.get("dk", given.dk), own.get("dv", given.dv), scale, *[None] * 4, *window]
-    main += [*[None] * 3, (None, None), None, None]
+    main += [*[None] * 3, (None, given.captured or None), None, None]
     arguments = {"before": tuple(before), "main": tuple(main)}
     for of in problem.summed:
         factor = 1.0 if of == "dv" else scale

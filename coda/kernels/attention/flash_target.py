@@ -45,7 +45,7 @@ def _compile_forward(problem: Forward, version: str) -> Any:
     ends = (Int32(0) if end and not band.diagonal else None for end in (band.lower, band.upper))
     arguments = [q, k, v, o, lse, Float32(1.0), *[None] * 5, *ends, None]
     arguments += [None] if problem.tensor_memory else []  # scales of 8-bit operands
-    arguments += [None, AuxData(None, _fake_captured(problem))]  # first, lists of tiles
+    arguments += [None, AuxData(None, fake_captured(problem))]  # first, lists of tiles
     arguments += [*[None] * SCHEDULER, Int32(1)] if problem.tensor_memory else [None, None]
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     with without_captured():
@@ -113,7 +113,7 @@ def without_captured() -> Generator[None]:
         yield
 
 
-def _fake_captured(problem: Forward) -> tuple[Any, ...] | None:
+def fake_captured(problem: Forward) -> tuple[Any, ...] | None:
     """Placeholders of captured tensors, of any strides, and of sizes; None if there are none."""
     found: list[Any] = []
     for name, axes in problem.captured:

@@ -11,15 +11,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
-from coda.ir.attend import AttendGradient
+from coda.ir.attend import AttendGradient, Scores
 from coda.ir.evaluate import evaluate
 from coda.ir.graph import Node
 from coda.ir.types import f32
-from coda.kernels.attention.band import banded
 from coda.kernels.attention.kind import AttentionSource, why_not
 from coda.kernels.attention.mainloop import Attention
 from coda.kernels.attention.problem import VERSION, Backward
+from coda.kernels.attention.scores import ScoreFunction, score_function
 from coda.kernels.protocol import LaunchRun, Run
+from coda.lowering.algebra.attend_gradients import slope_of
+from coda.lowering.algebra.vjp import vjp
+from coda.lowering.placement.values import Refused
 from coda.lowering.program.cost import at_rates, label
 from coda.lowering.program.kernel import (
     Account,
@@ -58,10 +61,23 @@ class Gradient(OneNode):
         """The attention that is differentiated."""
         return Attention((self.node.attend,), ("",))
 
+    @cached_property
+    def slope(self) -> ScoreFunction | None:
+        """The derivative of the function of one score: of the cotangent and the score."""
+        rest, function = self.attention.scores.rest, self.attention.function
+        if rest is None or function is None:
+            return None
+        score, *captured = self.node.scores.inputs
+        slope = slope_of(Scores((score, *captured), rest), vjp)
+        return score_function(slope.root, slope.inputs, ("ds", "s"), function.numbers)
+
     def problem(self, target: Target, sizes: Sizes) -> Backward:
         """The kernels that a call of these sizes needs."""
-        forward = replace(self.attention.problem(target, sizes), lse=False)
-        return Backward(forward, self.node.given[0] is not None)
+        forward, slope = self.attention.problem(target, sizes), self.slope
+        numbers = 0 if slope is None else len(slope.numbers)
+        forward = replace(forward, lse=False, numbers=numbers)
+        text = "" if slope is None else slope.text
+        return Backward(forward, self.node.given[0] is not None, text)
 
     def scratch(self, problem: Backward, sizes: Sizes) -> dict[str, tuple[int, int, int]]:
         """The shapes of the float32 tensors that its launches pass to each other."""
@@ -76,8 +92,10 @@ def _refuses(node: Node, sizes: Sizes) -> str:
     if not isinstance(node, AttendGradient):
         return "it is no derivative of an attention"
     why = why_not(node.attend, sizes)
-    if banded(node.attend).rest is not None:
-        return "its scores have a function, of whose derivative no kernel is made"
+    try:
+        _ = "" if why else Gradient((node,), ("",)).slope
+    except Refused as refusal:
+        return f"of the derivative of its scores: {refusal}"
     if why or node.q.shape[1] == node.k.shape[1]:
         return why
     width, width_v = (n.shape[3].size(sizes) for n in (node.q, node.v))
@@ -93,7 +111,9 @@ def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Gradient:
 def _flops(kernel: GradientKernel, sizes: Sizes) -> Flops:
     one = kernel.mainloop
     columns = 3 * one.node.q.shape[3].size(sizes) + 2 * one.node.v.shape[3].size(sizes)
-    return Flops(tensor=2 * columns * one.attention.pairs(sizes), dtype=one.node.q.dtype)
+    pairs, functions = one.attention.pairs(sizes), (one.attention.function, one.slope)
+    scalar = pairs * sum(f.flops for f in functions if f is not None)
+    return Flops(tensor=2 * columns * pairs, scalar=scalar, dtype=one.node.q.dtype)
 
 
 def _scratch(program: Program, kernel: GradientKernel) -> Scratch:
@@ -122,9 +142,10 @@ def _time(program: Program, kernel: GradientKernel) -> Time:
 
 def _explain(program: Program, kernel: GradientKernel) -> Account:
     one = kernel.mainloop
-    q, k, v, *_ = (label(o, program) for o in one.operands)
+    read = one.node.q, one.node.k, one.node.v, *one.node.given[1]
+    said = one.attention.said(*(label(o, program) for o in read))
     parts = ", ".join(p.part for p in one.parts if isinstance(p, AttendGradient))
-    what = f"{parts} of {one.attention.said(q, k, v)}, {_launches(program, kernel)} launches"
+    what = f"{parts} of {said}, {_launches(program, kernel)} launches"
     return Account(f"attend {', '.join(one.results)} = {what}", what)
 
 
@@ -141,7 +162,8 @@ def _emit(program: Program, kernel: GradientKernel) -> Sequence[Source]:
     lines = [
         f'"""flash-attn-4 {VERSION}, backward; sizes, scale and ends of the band are arguments."""',
         "from coda.kernels.attention.problem import Backward, Band, Forward",
-        f"PROBLEM = {problem}",
+        *([problem.forward.scores, "", "", problem.slope, "", ""] if problem.slope else []),
+        f"PROBLEM = {replace(problem, forward=replace(problem.forward, scores=''), slope='')}",
     ]
     return (AttentionSource("\n".join(lines) + "\n"),)
 

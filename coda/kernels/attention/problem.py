@@ -140,10 +140,12 @@ class Backward:
     Attributes:
         forward: the kernel whose results it differentiates.
         of_lse: whether the logsumexp of each row has a cotangent too.
+        slope: the module of the derivative of the function of one score; "" if there is none.
     """
 
     forward: Forward
     of_lse: bool = False
+    slope: str = ""
 
     @property
     def tile(self) -> BackwardTile:

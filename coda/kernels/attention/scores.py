@@ -61,8 +61,9 @@ class ScoreFunction:
     """A function of one score.
 
     Attributes:
-        text: a Python module that defines `score`, of the score, its position b, h, i, j, and a
-            tuple: the captured tensors, then `numbers`.
+        text: a Python module that defines `score`, of the score (of a derivative: the cotangent
+            and the score), its position b, h, i, j, and a tuple: the captured tensors, then
+            `numbers`.
         numbers: sizes that only a call knows, which are arguments of it.
         flops: of one score.
     """
@@ -72,22 +73,32 @@ class ScoreFunction:
     flops: int
 
 
-def score_function(root: Node, arguments: Sequence[Node]) -> ScoreFunction:
+def score_function(
+    root: Node,
+    arguments: Sequence[Node],
+    values: Sequence[str] = ("s",),
+    numbers: Sequence[Dim] = (),
+) -> ScoreFunction:
     """The function of a node over its arguments: the score, then captured tensors.
 
     Args:
         root: [B, H, S, T], or of axes that broadcast to it.
         arguments: the inputs that stand for the score, and for each captured tensor.
+        values: names of the arguments that come before the captured tensors; of a derivative they
+            are the cotangent and the score.
+        numbers: sizes that it takes first, whether it reads them or not.
 
     Raises:
         Refused: for a node that is no function of positions and elements, with the reason.
     """
     inputs = tuple(x for x in arguments if isinstance(x, Input))
-    reader = _AtPositions(inputs)
+    reader = _AtPositions(inputs[: len(values)], list(numbers))
     expr = reader.at(root, aligned(tuple(map(Position, AXES)), root))
-    given = [*(x.name for x in inputs[1:]), *map(_numbered, range(len(reader.numbers)))]
+    captured = inputs[len(values) :]
+    given = [*(x.name for x in captured), *map(_numbered, range(len(reader.numbers)))]
     names: dict[Expr, str] = {Load(name): f"t[{k}]" for k, name in enumerate(given)}
-    names |= {Load(inputs[0].name): "s"} | {Position(a): a for a in AXES}
+    names |= {Load(x.name): name for x, name in zip(inputs, values, strict=False)}
+    names |= {Position(a): a for a in AXES}
     lines = _ScoreLines(names.__getitem__)
     (value,) = lines.assign([expr])
     text = [
@@ -95,7 +106,8 @@ def score_function(root: Node, arguments: Sequence[Node]) -> ScoreFunction:
         f"from coda.kernels.device_math import {', '.join(sorted(lines.imported - _OWN))}",
     ]
     text = [line for line in text if not line.endswith("import ")]
-    text += ["", "", "def score(s, b, h, i, j, t):", *(f"    {x}" for x in lines.lines)]
+    head = f"def score({', '.join(values)}, b, h, i, j, t):"
+    text += ["", "", head, *(f"    {x}" for x in lines.lines)]
     flops = sum(SCALARS[c.fn].flops if c.fn in SCALARS else 1 for c in calls([expr]))
     return ScoreFunction("\n".join([*text, f"    return {value}"]), tuple(reader.numbers), flops)
 
@@ -125,12 +137,12 @@ class _AtPositions:
     """Nodes at positions -> expressions.
 
     Attributes:
-        inputs: the arguments of the function.
+        values: the arguments of the function that are numbers of the score itself.
         numbers: the sizes that are read.
         known: the expressions so far.
     """
 
-    inputs: tuple[Input, ...]
+    values: tuple[Input, ...]
     numbers: list[Dim] = field(default_factory=list[Dim])
     known: dict[tuple[Node, Index], Expr] = field(default_factory=dict[tuple[Node, Index], Expr])
 
@@ -197,7 +209,7 @@ class _AtPositions:
 
     def loaded(self, node: Input, index: Index) -> Expr:
         """The score, or an element of a captured tensor. Raises Refused."""
-        if node is self.inputs[0]:
+        if node in self.values:
             return Load(node.name)
         if node.dtype not in LOADED:
             raise Refused(f"scores read elements of {node.dtype}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from coda.errors import UnsupportedError
 from coda.ir.attend import DK, DQ, DV, LSE, VALUE, Attend, AttendGradient, Order, Scores
 from coda.ir.dims import inverse
 from coda.ir.graph import Const, Expand, Input, Node, Permute
@@ -28,20 +27,15 @@ def attend_gradients(node: Attend, d: Node | None, dlse: Node | None, vjp: Vjp) 
         d, dlse: the cotangents of the value and of the logsumexp, of their shapes and types; None
             for 0. One is given.
         vjp: outputs with their cotangents, and leaves -> the leaves' cotangents.
-
-    Raises:
-        UnsupportedError: if scores read captured tensors, whose cotangents no kernel computes.
     """
-    if node.captured:
-        raise UnsupportedError("captured tensors of attention have no gradient", where=node.where)
     value, lse = node.of(VALUE), node.of(LSE)
     if d is None:
         d = Expand(Const(0.0, value.dtype), value.shape)
     operands = {DQ: node.q, DK: node.k, DV: node.v}
     dq, dk, dv = (_order(o) for o in operands.values())
-    more = () if dlse is None else (dlse,)
+    more = (*(() if dlse is None else (dlse,)), *node.captured)
     whole = AttendGradient(
-        node.q, node.k, node.v, value, lse, d, more, node.scores, _slope(node.scores, vjp),
+        node.q, node.k, node.v, value, lse, d, more, node.scores, slope_of(node.scores, vjp),
         node.order, (dq, dk, dv),
     )  # fmt: skip
     return [
@@ -57,9 +51,10 @@ def _order(operand: Node) -> Order:
     return tuple(range(operand.rank))
 
 
-def _slope(scores: Scores, vjp: Vjp) -> Scores:
+def slope_of(scores: Scores, vjp: Vjp) -> Scores:
     """The derivative of scores: (their cotangent, product, captured) -> that of the product."""
     product = scores.inputs[0]
     given = Input("ds", scores.root.shape, scores.root.dtype)
-    found = vjp({scores.root: given}, [product])
-    return Scores((given, *scores.inputs), found[product])
+    found = vjp({scores.root: given}, [product]).get(product)
+    nothing = Expand(Const(0.0, product.dtype), product.shape)
+    return Scores((given, *scores.inputs), nothing if found is None else found)

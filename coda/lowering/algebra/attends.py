@@ -13,7 +13,7 @@ other number c of each row, such as that of sinks, the value has the factor exp(
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from coda.errors import DimError
@@ -61,11 +61,21 @@ def takes_none(node: Node, sizes: Mapping[str, int]) -> bool:
     return False
 
 
-def differentiable(graph: Graph, takes: Takes) -> Takes:
-    """Whether kernels compute an attention of a graph and its derivative."""
+def differentiable(graph: Graph, takes: Takes, asked: Iterable[Node]) -> Takes:
+    """Whether kernels compute an attention and its derivative, in which nothing but q, k, v is.
+
+    Args:
+        graph: the graph.
+        takes: whether a kernel computes an attention, or its derivative.
+        asked: the arguments that are differentiated.
+    """
+    active = set(asked)
+    for node in walk(graph.roots):
+        if node.dtype.kind == "float" and not active.isdisjoint(node.operands):
+            active.add(node)
 
     def both(node: Node, sizes: Mapping[str, int]) -> bool:
-        if not isinstance(node, Attend) or node.captured:
+        if not isinstance(node, Attend) or not active.isdisjoint(node.captured):
             return False
         folded = folding(graph, sizes)
         d = Input("d", node.of(VALUE).shape, node.v.dtype)

@@ -123,7 +123,8 @@ def derive(
     names = set(differentiated(graph, wanted))
     lawful = graph.with_roots(rewrite(graph.roots, LAWS, lambda law, node, place: False))
     normal = columns_first(slice_columns_first(push_down(lawful)), differentiated=True)
-    normal = attends(normal, sizes, differentiable(normal, takes))
+    asked = [i for i in graph.inputs if i.name in names]
+    normal = attends(normal, sizes, differentiable(normal, takes, asked))
     merged, original = merge_siblings(normal)
     original = _with_planes(merged, original)
     given = {n for n, _ in graph.outputs} if given is None else set(given)
@@ -135,7 +136,6 @@ def derive(
         if name in given and node.dtype.kind == "float":
             roles[-1] = Input(_free(f"d_{name}", taken), node.shape, node.dtype)
             cotangents[node] = _added(cotangents.get(node), roles[-1])
-    asked = [i for i in graph.inputs if i.name in names]
     found = vjp(cotangents, asked, kept=memory != "min")
     gradients = [(f"d{i.name}", found[i]) for i in asked if i in found]
     normal, merged, original, gradients = _unmarked(normal, merged, original, gradients)

@@ -234,6 +234,8 @@ class _Cotangents:
         known = self.of_parts.setdefault(first, {})
         if d is not None:
             known[node.part] = full(d, node.shape)
+        if node is first and known and any(o in self.active for o in node.captured):
+            raise UnsupportedError("attention has no gradient of tensors that its scores read")
         if node is first and known:
             value, lse = known.get(VALUE), known.get(LSE)
             for operand, share in attend_gradients(node, value, lse, vjp):
