@@ -31,6 +31,7 @@ from coda.lowering.program.access import (
     Shifted,
     Span,
     Tile,
+    swapped,
 )
 from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import (
@@ -240,15 +241,16 @@ class _Points:
                 return x
             case Shifted(of=of, steps=steps):
                 x = self.other_rows(x, steps)
-                return self.lane_of_tile(x, of.span, lane) if isinstance(of, Tile) else x
+                return self.lane_of_tile(x, of, lane) if isinstance(of, Tile) else x
             case RowVector():
                 return x[:, lane :: self.lanes]
-            case Periodic(period=period):
-                return x[:, torch.arange(self.points, device=x.device) % period]
+            case Periodic(period=period, each=each, swaps=swaps):
+                point = swapped(torch.arange(self.points, device=x.device), swaps)
+                return x[:, point // each % period]
             case Grouped(size=size):
                 return x[:, torch.arange(self.points, device=x.device) // size]
-            case Tile(span=span):
-                return self.lane_of_tile(x, span, lane)
+            case Tile():
+                return self.lane_of_tile(x, access, lane)
             case Alternating():
                 return x[:, lane::2]
             case _ as never:
@@ -271,8 +273,11 @@ class _Points:
         found = x[torch.where(inside, row, 0)] if self.rows else x
         return torch.where(inside[:, None], found, torch.zeros_like(found))
 
-    def lane_of_tile(self, x: Tensor, span: Span | None, lane: int) -> Tensor:
+    def lane_of_tile(self, x: Tensor, access: Tile, lane: int) -> Tensor:
         """One lane of a matrix, [rows, points]; 0 in columns that the matrix does not have."""
+        span = access.span
+        if access.swaps:
+            return x[:, swapped(torch.arange(self.width, device=x.device), access.swaps)]
         if span:
             x = torch.nn.functional.pad(x, (span.first, self.width - span.end))
         split = self.epilogue.split

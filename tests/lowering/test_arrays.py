@@ -62,9 +62,9 @@ def test_a_union_has_the_slots_of_all_operands(seed):
     read = [{int(c) for o in operands for c in o[i] if c >= 0} for i in range(4)]
     if max(map(len, read)) > 2:
         with pytest.raises(Refused, match=f"reads {max(map(len, read))} columns"):
-            _union(operands)
+            _union(operands, 2)
         return
-    union, lanes = _union(operands)
+    union, lanes = _union(operands, 2)
     assert [{int(c) for c in row if c >= 0} for row in union] == read
     assert union.shape[1] == max(map(len, read))
     for operand, lane in zip(operands, lanes, strict=True):

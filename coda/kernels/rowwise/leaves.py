@@ -39,6 +39,7 @@ class Leaves(OtherRows, Elements):
         lanes: columns of a point.
         split: the distance of a pair's columns in the buffers; 0 if they are adjacent.
         tag: the number of the batch of vectors, at the end of names.
+        vec: the columns (or pairs) of a vector.
         math: the functions of kernels/device_math.py that are called.
     """
 
@@ -46,6 +47,7 @@ class Leaves(OtherRows, Elements):
     lanes: int
     split: int
     tag: str
+    vec: int
     math: set[str]
 
     def leaf(self, expr: Expr) -> str:
@@ -73,6 +75,10 @@ class Leaves(OtherRows, Elements):
                 return f"{name}_0"
             case Grouped():
                 return f"{name}_v{tag}[0]"
+            case Periodic(each=each, swaps=swaps) if each > 1 or swaps:
+                return f"{name}_v{tag}[{self.moved(swaps)} // {each}]"
+            case Tile(swaps=swaps) if swaps:
+                return f"{name}_v{tag}[{self.moved(swaps)}]"
             case Periodic():
                 return self.element(f"{name}_v{tag}")
             case Tile() if self.split:
@@ -85,6 +91,11 @@ class Leaves(OtherRows, Elements):
                 raise AssertionError(operand)
             case _ as never:
                 assert_never(never)
+
+    def moved(self, swaps: tuple[int, ...]) -> str:
+        """The text of the place in its vector of what element `j` reads."""
+        within = sum(d for d in swaps if d < self.vec)
+        return f"(j ^ {within})" if within else "j"
 
     def assigned(self, exprs: Sequence[Expr], prefix: str) -> tuple[list[str], list[str]]:
         """Lines that compute expressions, and the texts of their values."""

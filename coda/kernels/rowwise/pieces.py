@@ -42,6 +42,7 @@ LANES = 32
 FOLD_WARPS = 8  # warps of a CTA that merges partial sums of 32 rows
 COLUMN = NUMBER + "column"  # the variable of a vector of column numbers
 _MOST = 8
+WITHIN = (1, 2, 4)  # distances of columns that may change places within a vector
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def is_ragged(body: Body, width: int) -> bool:
     """
     epilogue = body.epilogue
     plain = not (epilogue.pair or epilogue.sinks or any(s.group for s in epilogue.statistics))
-    whole = not _spans(epilogue) and not _patterns(epilogue)
+    whole = not (_spans(epilogue) or _patterns(epilogue) or swaps_of(epilogue))
     whole = whole and not any(name in body.spread for name in epilogue.tiles)
     return plain and whole and width > _MOST and width % _MOST != 0
 
@@ -137,8 +138,10 @@ def _patterns(epilogue: Epilogue) -> list[int]:
     found: list[int] = []
     for operand in epilogue.operands:
         match operand.access:
-            case Periodic(period=points) | Grouped(size=points):
-                found.append(points)
+            case Periodic(period=period, each=each):
+                found.append(period * each)
+            case Grouped(size=size):
+                found.append(size)
             case RowVector() | ColumnVector() | Tile() | Alternating() | Shifted() | OneElement():
                 pass
             case Line() | Partial():
@@ -148,12 +151,19 @@ def _patterns(epilogue: Epilogue) -> list[int]:
     return found
 
 
+def swaps_of(epilogue: Epilogue) -> list[int]:
+    """The distances of columns that are read in each other's place."""
+    rows = [row_of(o.access) for o in epilogue.operands]
+    return [d for access in rows if isinstance(access, Tile | Periodic) for d in access.swaps]
+
+
 def vector_length(epilogue: Epilogue, pieces: Sequence[Piece]) -> int:
     """Columns (or pairs) of a vector: the largest power of two up to 8 that divides all lengths."""
     lanes = epilogue.lanes
     lengths = [8]
     lengths += [n for p in pieces for n in (p.first, p.count)]
     lengths += [*_patterns(epilogue), *([epilogue.split] if epilogue.split else [])]
+    lengths += [d for d in swaps_of(epilogue) if d not in WITHIN]
     lengths += [s.group // lanes for s in epilogue.statistics if s.group]
     common = gcd(*lengths)
     return common & -common

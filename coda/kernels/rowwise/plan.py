@@ -254,8 +254,8 @@ def registers(operand: Operand, lanes: int, vector: int) -> int:
     match row_of(operand.access):
         case Tile() | RowVector():
             return -(-lanes * vector * operand.dtype.size // 4)
-        case Periodic():
-            return -(-vector * operand.dtype.size // 4)
+        case Periodic(each=each):
+            return -(-max(1, vector // each) * operand.dtype.size // 4)
         case Grouped():
             return 1
         case _:

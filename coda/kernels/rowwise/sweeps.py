@@ -37,6 +37,7 @@ from coda.kernels.rowwise.pieces import (
     loads_of,
     pieces_of,
     reads_columns,
+    swaps_of,
 )
 from coda.kernels.rowwise.plan import (
     by_row,
@@ -120,7 +121,11 @@ class VectorLoad:
 
 
 class Sweeps(Leaves):
-    """The source of sweeps over one row of a kernel."""
+    """The source of sweeps over one row of a kernel.
+
+    Attributes:
+        mixes: whether elements of a vector read other elements of one, so that no two are packed.
+    """
 
     def __init__(self, program: Program, kernel: Rowwise, *, padded: bool = False) -> None:
         self.program, self.kernel, self.padded = program, kernel, padded
@@ -136,6 +141,8 @@ class Sweeps(Leaves):
         if self.plan.passes:
             self.epilogue = in_passes(self.epilogue, kernel.mainloop.width)
         self.vec = self.lengths[0]
+        tables = [o.access for o in self.kinds.values() if isinstance(o.access, Periodic)]
+        self.mixes = bool(swaps_of(self.epilogue)) or any(a.each > 1 for a in tables)
         self.chunks = chunks_of(self.pieces[0], self.vec) if self.pieces else 0
         self.groups = {s.name: s for s in self.epilogue.statistics if s.group}
         folds = [s for s in self.epilogue.statistics if s.operand]
@@ -183,7 +190,7 @@ class Sweeps(Leaves):
         """Set the vector length for a piece; in `padded` rows the tail has shorter vectors."""
         self.vec = self.lengths[self.pieces.index(piece)]
         pairs = self.program.target.packed_arithmetic and not self.plan.crowded
-        self.each = 2 if pairs and self.vec % 2 == 0 else 1
+        self.each = 2 if pairs and self.vec % 2 == 0 and not self.mixes else 1
 
     def shifted(self, index: str, piece: Piece, first: int = 0) -> str:
         """The vector index in a tensor whose columns begin at `first`."""
@@ -196,6 +203,15 @@ class Sweeps(Leaves):
         if block == 1:
             return f"{index} * 2 + {lane}"
         return f"{index} // {block} * {2 * block} + {index} % {block} + {lane * block}"
+
+    def moved_index(self, index: str, swaps: tuple[int, ...]) -> str:
+        """The vector index with blocks of vectors swapped."""
+        for block in (d // self.vec for d in swaps if d >= self.vec):
+            if block & (block - 1) == 0:
+                index = f"({index} ^ {block})"
+            else:
+                index = f"({index} + {block} - {index} // {block} % 2 * {2 * block})"
+        return index
 
     def begin(self, span: Span | None) -> int:
         """The first column (or column pair) of a tensor with a span."""
@@ -211,16 +227,19 @@ class Sweeps(Leaves):
                     continue
                 case RowVector():
                     found.append(VectorLoad(name, "_v", "0", at, self.lanes * vec))
-                case Tile(span=span):
-                    found += self.of_tile(name, index, piece, span)
-                case Shifted(of=Tile(span=span)) as access:
+                case Tile() as access:
+                    found += self.of_tile(name, index, piece, access)
+                case Shifted(of=Tile() as of) as access:
                     row, inside = self.other_row(access)
-                    parts = self.of_tile(name, index, piece, span)
+                    parts = self.of_tile(name, index, piece, of)
                     found += [replace(p, row=row, inside=inside) for p in parts]
                 case Shifted():  # loaded once for the row
                     continue
-                case Periodic(period=period):
-                    found.append(VectorLoad(name, "_v", "row", f"{at} % {period // vec}", vec))
+                case Periodic(period=period, each=each, swaps=swaps):
+                    at = self.moved_index(at, swaps)
+                    at = f"{at} // {each // vec}" if each > vec else at
+                    size = max(1, vec // each)
+                    found.append(VectorLoad(name, "_v", "row", f"{at} % {period // size}", size))
                 case Grouped(size=size):
                     found.append(VectorLoad(name, "_v", "row", f"{at} // {size // vec}", 1))
                 case Alternating() | Line() | Partial():
@@ -229,9 +248,9 @@ class Sweeps(Leaves):
                     assert_never(never)
         return found
 
-    def of_tile(self, name: str, index: str, piece: Piece, span: Span | None) -> list[VectorLoad]:
+    def of_tile(self, name: str, index: str, piece: Piece, access: Tile) -> list[VectorLoad]:
         """The vectors of a matrix at a vector of a piece."""
-        at = self.shifted(index, piece, self.begin(span))
+        at = self.moved_index(self.shifted(index, piece, self.begin(access.span)), access.swaps)
         if not self.split:
             return [VectorLoad(name, "_v", "row", at, self.lanes * self.vec)]
         where = [self.apart(at, self.split, lane) for lane in (0, 1)]

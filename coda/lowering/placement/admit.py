@@ -68,7 +68,6 @@ class Admission(Drafts):
             stores = [g.store(draft.space, "", self.stored_type(g)) for g in groups]
             sinks = [self.sink_of(draft, n, v) for n, v in taken]
             found = Layout.of(draft.space, stores, sinks, self.operand_of, before)
-            found.check()
         draft.layout = None if named else found
         return found
 

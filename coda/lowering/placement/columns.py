@@ -220,9 +220,6 @@ class Space(SpaceState):
         columns = self._column_axes(node)
         args = [self._aligned(a, columns) for a in node.args]
         value = combine(self, node.fn, args)
-        sums = all(MONOIDS[s.node.fn].sums for s in self.statistics.values())
-        if self.whole_rows and not sums and value.slots.shape[1] > 1:
-            raise Refused("a row kernel takes sums of pairs of columns, and no other statistic")
         if self.tables and not self.whole_rows:
             self._check_tables(value)
         return value
@@ -317,8 +314,7 @@ class Space(SpaceState):
     def _whole_row(self, node: Reduce, value: Value) -> Value:
         if not self.whole_rows:
             raise Refused(f"`{node.fn}` needs the whole row, and a tile has a part of it")
-        paired = value.count != self.width or value.slots.shape[1] > 1
-        if paired and not MONOIDS[node.fn].sums:
+        if value.count != self.width and not MONOIDS[node.fn].sums:
             raise Refused("it does not reduce the columns of the kernel one by one")
         return self.at(self.columns(node), Stat(self._statistic(node, value)), None)
 

@@ -28,6 +28,7 @@ from coda.ir.types import DType, f32
 from coda.lowering.algebra.roles import sequence_of
 from coda.lowering.placement.arrays import distinct
 from coda.lowering.placement.columns import Space
+from coda.lowering.placement.moved_columns import Elsewhere, Swaps
 from coda.lowering.placement.points import Points
 from coda.lowering.placement.space_state import RowStatistic
 from coda.lowering.placement.stores import Picked, Reduced, Sink, Store, Summed
@@ -45,6 +46,7 @@ from coda.lowering.program.access import (
     Partial,
     Span,
     Tile,
+    swapped,
 )
 from coda.lowering.program.body import Body
 from coda.lowering.program.epilogue import (
@@ -114,15 +116,28 @@ class Layout(Points):
         """
         values = [v for s in stores for v in s.values] + [s.value for s in sinks]
         values += [s.value for s in space.statistics.values()]
-        split = pairing(space.width, values)
-        if space.batched and (split is not None or space.tables):
-            raise Refused("an epilogue reads neither pairs of columns nor tables for a batch")
-        shape = split, space.width, space.group_size
-        found = before
-        if found is None or found.shape != shape:
-            found = Layout(space, operand_of, split, shape)
-        found.write(stores, sinks)
-        return found
+
+        def laid_out(split: int | None, *, moves: bool = False) -> Layout:
+            shape = split, space.width, space.group_size, moves
+            found = before
+            if found is None or found.shape != shape:
+                found = Layout(space, operand_of, split, shape, Elsewhere() if moves else None)
+            found.write(stores, sinks)
+            found.check()
+            return found
+
+        if before is None or before.elsewhere is None:
+            try:
+                split = pairing(space.width, values)
+                if space.batched and (split is not None or space.tables):
+                    raise Refused(
+                        "an epilogue reads neither pairs of columns nor tables for a batch"
+                    )
+                return laid_out(split)
+            except Refused:
+                if not space.whole_rows or space.width == 1:
+                    raise
+        return laid_out(None, moves=True)
 
     def write(self, stores: Sequence[Store], sinks: Sequence[Sink]) -> None:
         """Lay out stores and sinks. Raises Refused if the kernel cannot write them together."""
@@ -155,7 +170,7 @@ class Layout(Points):
         return Epilogue(self.split or 0, tuple(self.operands.values()), (), stores, sinks)
 
     def check(self) -> None:
-        """Raise Refused if statistics cannot be laid out, or shared memory does not suffice."""
+        """Lay out statistics. Raises Refused if that fails, or shared memory does not suffice."""
         if self.space.groups or self.space.statistics:
             roots = [e for s in (*self.stored.values(), *self.sunk.values()) for e in s.lanes]
             _own_statistics(self, stat_names(roots))
@@ -182,8 +197,6 @@ def assemble(
     store_exprs, sink_exprs = tuple(build.stored.values()), tuple(build.sunk.values())
     roots = [e for s in (*store_exprs, *sink_exprs) for e in s.lanes]
     statistics, folded = _statistics(build, roots, partial_of)
-    if not space.whole_rows:
-        _check_staged(build, store_exprs)
     used = {i for p in build.packed for i in distinct(p.source) if i >= 0}
     return Body(
         Epilogue(
@@ -242,11 +255,12 @@ def _statistics(
 def _own_statistics(build: Layout, needed: set[str]) -> tuple[list[Statistic], list[Statistic]]:
     """The statistics of rows and of groups that this kernel computes; extends `needed`."""
     rows: list[Statistic] = []
+    elsewhere = build.elsewhere or Elsewhere()
     for name, one in reversed(build.space.statistics.items()):
-        if name in needed:
-            if name not in build.statistics:
-                build.statistics[name] = _row_statistic(build, name, one)
-            rows.insert(0, build.statistics[name])
+        for alias, swaps in elsewhere.read_as(name, needed):
+            if alias not in build.statistics:
+                build.statistics[alias] = _row_statistic(build, alias, one, swaps)
+            rows.insert(0, build.statistics[alias])
             expr = rows[0].expr
             needed |= stat_names([expr]) if expr is not None else set()
     groups = [
@@ -268,11 +282,13 @@ def _line(build: Layout, name: str, node: Reduce) -> Statistic:
     return Statistic(name, node.fn, None, 0, operand=source)
 
 
-def _row_statistic(build: Layout, name: str, one: RowStatistic) -> Statistic:
-    lanes = build.lanes(one.value)
+def _row_statistic(build: Layout, name: str, one: RowStatistic, swaps: Swaps) -> Statistic:
+    """A statistic of what the swapped columns of a row hold. Raises Refused."""
+    value = one.value
+    lanes = build.lanes(value.move(lambda a: swapped(a, swaps)) if swaps else value)
     expr = lanes[0] if len(lanes) == 1 else Call(SUM, lanes)
     if len(lanes) > 1 and not MONOIDS[one.node.fn].sums:
-        raise Refused("a row kernel takes sums of pairs of columns, and no other statistic")
+        raise Refused(f"`{one.node.fn}` of what is computed for pairs of columns")
     return Statistic(name, one.node.fn, expr, one.group or one.count, one.group)
 
 

@@ -24,15 +24,17 @@ from coda.ir.scalars import AT_MOST, CHOICE
 from coda.ir.types import DType, f32
 from coda.lowering.placement.arrays import classes, constant, distinct, rows_are_equal, taken
 from coda.lowering.placement.columns import GROUPED, Space
+from coda.lowering.placement.moved_columns import OTHER_GROUP, Elsewhere, Swaps, show
 from coda.lowering.placement.numbers_apart import column
 from coda.lowering.placement.positions import along, counted_from
 from coda.lowering.placement.values import (
-    LEAF,
     NO_LANE,
+    Reading,
     Refused,
     Value,
 )
 from coda.lowering.program.access import (
+    SHIFTED,
     Access,
     Alternating,
     ColumnVector,
@@ -53,7 +55,6 @@ from coda.lowering.program.body import (
     paired_columns,
 )
 from coda.lowering.program.epilogue import (
-    Acc,
     Call,
     Expr,
     Literal,
@@ -71,7 +72,8 @@ class Points:
         space: the space in which the values were computed.
         operand_of: operand name -> node and dtype in memory.
         split: the distance of the columns of a pair in the buffers; None for single columns.
-        shape: (split, width, group width): another shape is another layout.
+        shape: (split, width, group width, moves or not): another shape is another layout.
+        elsewhere: the columns at which points read matrices; None if each reads its own.
         operands, nodes: operand name -> its declaration, and the node that it loads.
         packed: the packed row vectors.
         lanes_used: name of a packed vector -> number of its lanes in use.
@@ -83,7 +85,8 @@ class Points:
     space: Space
     operand_of: Callable[[str], tuple[Node, DType]]
     split: int | None
-    shape: tuple[int | None, int, int]
+    shape: tuple[int | None, int, int, bool]
+    elsewhere: Elsewhere | None
     operands: dict[str, Operand] = field(default_factory=dict[str, Operand])
     nodes: dict[str, Node] = field(default_factory=dict[str, Node])
     packed: list[Packed] = field(default_factory=list[Packed])
@@ -139,7 +142,7 @@ class Points:
         """Whether a value has one element per column, or one per column pair."""
         if self.split is None or value.count != self.points:
             return value.count == self.space.width
-        return self.lanes_of(value.slots, self.columns) is not None
+        return self.own_lanes(value.slots, self.columns) is not None
 
     def at(self, value: Value, element: Ints, columns: Ints) -> Expr:
         """The expression, common to all points, of one element per point.
@@ -154,33 +157,65 @@ class Points:
         else:
             slots, group = taken(value.slots, element), taken(value.group, element)
             leaves, numbers = taken(value.leaves, element), taken(value.expr, element)
-        lane = self.lanes_of(slots, columns)
-        if lane is None:
-            raise Refused("an element reads columns of another element or column pair")
-        size = self.space.group_size
-        if size:
-            if self.split is not None and size % (2 * self.split):
-                raise Refused("pairs of columns cross the groups of a statistic")
-            if np.any((group >= 0) & (group != columns[:, 0] // size)):
-                raise Refused("an element reads the statistic of another group of columns")
-        names = [self.vector(leaves[:, i]) for i in range(leaves.shape[1])]
-        if rows_are_equal(numbers) and rows_are_equal(lane):
+        lane, other = self.lanes_of(slots, columns), self.groups_of(group, columns)
+        if all(map(rows_are_equal, (numbers, lane, other))):
             first, which = range(min(1, len(numbers))), constant(len(numbers), 0)
         else:
-            first, which = classes(np.concatenate([numbers[:, None], lane], 1))
-        exprs = [
-            at_point(self.space.exprs[int(numbers[i])], tuple(map(int, lane[i])), names, {})
-            for i in first
-        ]
+            first, which = classes(np.concatenate([numbers[:, None], lane, other[:, None]], 1))
+        exprs: list[Expr] = []
+        for kind, i in enumerate(first):
+            names = [self.leaf_of(leaves[:, j], which == kind) for j in range(leaves.shape[1])]
+            read = Reading(tuple(map(int, lane[i])), names, self.renamed(int(other[i])))
+            exprs.append(read.at_point(self.space.exprs[int(numbers[i])]))
         memo: dict[Expr, Expr] = {}
         exprs = [self.bind(e, memo) for e in exprs]
         return self.select(exprs, which)
 
-    def lanes_of(self, slots: Ints, columns: Ints) -> Ints | None:
+    def groups_of(self, group: Ints, columns: Ints) -> Ints:
+        """[points]: which group's statistic each element reads: 0 for its own. Raises Refused."""
+        size, own = self.space.group_size, constant(len(group), 0)
+        if not size:
+            return own
+        if self.elsewhere is not None:
+            return self.elsewhere.groups(group, size)
+        if self.split is not None and size % (2 * self.split):
+            raise Refused("pairs of columns cross the groups of a statistic")
+        if np.any((group >= 0) & (group != columns[:, 0] // size)):
+            raise Refused(OTHER_GROUP)
+        return own
+
+    def renamed(self, other: int) -> dict[str, str]:
+        """Statistic of groups -> its name, for elements that read that of another group."""
+        if self.elsewhere is None or other == 0:
+            return {}
+        grouped = [name for name, s in self.space.statistics.items() if s.group]
+        return {name: self.elsewhere.statistic(name, other) for name in grouped}
+
+    def leaf_of(self, leaf: Ints, inside: NDArray[np.bool_]) -> Expr:
+        """The value of `leaf` [points, 2] as `vector`, for the points `inside`.
+
+        Points that read different tables have different formulas where each reads columns anywhere.
+        """
+        read = {self.space.sources[s] for s in distinct(leaf[:, 0]) if s >= 0}
+        if self.elsewhere and len(read & self.space.tables.keys()) > 1:
+            leaf = np.where(inside[:, None], leaf, -1)
+        return self.vector(leaf)
+
+    def lanes_of(self, slots: Ints, columns: Ints) -> Ints:
         """Slots [points, k] -> the lane of each among its point's columns [points, lanes].
 
-        -1 for no slot; None if an element reads columns of another element or column pair.
+        -1 for no slot. A point that reads columns elsewhere has a lane for each way to do so.
+        Raises Refused if an element reads columns of another element or column pair.
         """
+        if self.elsewhere is not None:
+            return self.elsewhere.lanes(slots)
+        lane = self.own_lanes(slots, columns)
+        if lane is None:
+            raise Refused("an element reads columns of another element or column pair")
+        return lane
+
+    def own_lanes(self, slots: Ints, columns: Ints) -> Ints | None:
+        """As `lanes_of`, of points that read their own columns; None if one does not."""
         if slots.shape[1] == 0 or np.array_equal(slots, columns):
             return np.broadcast_to(np.arange(slots.shape[1]), slots.shape)
         lane = np.full(slots.shape, -1)
@@ -285,6 +320,10 @@ class Points:
             if not self.space.whole_rows:
                 raise Refused(GROUPED)
             return self.repeated(node, Grouped(group))
+        if self.elsewhere is not None:
+            read = self.elsewhere.table(point[used], index[used], period)
+            if read is not None:
+                return self.repeated(node, read)
         if np.any(index[used] != point[used] % period):
             node, period = self.part(node, period, point[used], index[used])
         columns = period * (1 if self.split is None else 2)
@@ -298,6 +337,8 @@ class Points:
         name = self.space.leaf(node)
         if name is None:
             raise Refused("a table that is not in memory")
+        if isinstance(access, Periodic) and (access.each > 1 or access.swaps):
+            name = f"{name}{SHIFTED}each{access.each}{show(access.swaps)}"
         found = Operand(name, node.dtype, access)
         if self.operands.setdefault(name, found) != found:
             raise Refused("a table is read in two ways")
@@ -328,6 +369,8 @@ class Points:
     def _bind(self, expr: Expr, memo: dict[Expr, Expr]) -> Expr:
         match expr:
             case Load(operand=name, lane=lane):
+                if self.elsewhere and lane > 0:
+                    return self.moved(name, self.elsewhere.swaps[lane])
                 if name in self.operands:
                     return Load(name, max(lane, 0))
                 neighbour = self.neighbour(name) if lane != NO_LANE else None
@@ -338,6 +381,21 @@ class Points:
                 return Call(fn, tuple(self.bind(a, memo) for a in args))
             case _:
                 return expr
+
+    def moved(self, name: str, swaps: Swaps) -> Load:
+        """The load of a matrix at other columns, as an operand of its own."""
+        alias = f"{name}{SHIFTED}columns{show(swaps)}"
+        if alias not in self.operands:
+            if name in self.space.offsets:
+                raise Refused("a matrix of some of the columns is read at others")
+            node, dtype = self.operand_of(name)
+            steps, spread = self.space.shifts.get(name), self.spread.get(name)
+            access = Tile(swaps=swaps)
+            access = Shifted(access, steps) if steps is not None else access
+            self.operands[alias], self.nodes[alias] = Operand(alias, dtype, access), node
+            if spread is not None:
+                self.spread[alias] = spread
+        return Load(alias, 0)
 
     def declare(self, name: str, lane: int) -> None:
         node, dtype = self.operand_of(name)
@@ -382,20 +440,3 @@ class Points:
         first = self.space.split(node) if spread is None else node.rank - spread.columns
         columns = self.space.size(product(node.shape[first:]))
         return Tile(Span(self.space.offsets[name], columns))
-
-
-def at_point(expr: Expr, lanes: tuple[int, ...], names: list[Expr], memo: dict[Call, Expr]) -> Expr:
-    """An element's expression at a point: slots become lanes, row leaves become loads."""
-    match expr:
-        case Acc(lane=lane):
-            return Acc(lanes[lane])
-        case Load(operand=name) if name.startswith(LEAF):
-            return names[int(name[1:])]
-        case Load(operand=name, lane=lane) if lane != NO_LANE:
-            return Load(name, lanes[lane])
-        case Call(fn=fn, args=args):
-            if expr not in memo:
-                memo[expr] = Call(fn, tuple(at_point(a, lanes, names, memo) for a in args))
-            return memo[expr]
-        case _:
-            return expr

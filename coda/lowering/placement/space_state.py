@@ -26,6 +26,7 @@ from coda.ir.graph import (
 )
 from coda.lowering.placement.arrays import constant
 from coda.lowering.placement.values import (
+    MOST_COLUMNS,
     Refused,
     Value,
     beside,
@@ -306,6 +307,11 @@ class SpaceState:
         rest = self.width - first - value.count
         zeros = [self.at((n,), Literal(0.0), None) for n in (first, rest)]
         return beside([v for v in (zeros[0], value, zeros[1]) if v.count] or [value])
+
+    @property
+    def most_columns(self) -> int:
+        """How many columns of a row an element may read: two lanes, or what swaps reach."""
+        return MOST_COLUMNS if self.whole_rows else 2
 
     @property
     def group_size(self) -> int:

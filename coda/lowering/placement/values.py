@@ -5,8 +5,8 @@ The head of `columns.py` has an example: the arrays of RoPE before and after the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, reduce
 from math import prod
 from typing import Protocol, cast
@@ -24,11 +24,12 @@ from coda.lowering.placement.arrays import (
     taken,
 )
 from coda.lowering.program.body import Ints
-from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load
+from coda.lowering.program.epilogue import Acc, Call, Expr, Literal, Load, Stat
 
 NO_LANE = -1  # the lane of a load that is constant along the columns
 TILE_PARTS = (32, 64, 128, 256)  # group widths that align with every tile and subtile
 LONGEST = 100  # dependent operations in one kernel at most; later ones go to another kernel
+MOST_COLUMNS = 4  # of a row that an element reads in a row-wise kernel: two swaps of blocks
 WIDEST = 1 << 20  # elements of a row: a whole matrix, of which each is looked at, is no row
 UNALIKE = "the column pairs that its elements read have no common distance"
 LEAF = "%"  # Load("%3") is row leaf 3: the vector element `leaves[:, 3]` of each element
@@ -46,7 +47,8 @@ class Value:
         shape: the sizes of the node's column axes, of product n.
         expr: [n], index into the space's expressions, in which lane i of Acc and of tile loads
             stands for column `slots[:, i]`.
-        slots: [n, 0 to 2], the kernel's columns that an element reads, ascending; -1 for none.
+        slots: [n, 0 to 2], the kernel's columns that an element reads, ascending; -1 for none. In
+            row-wise kernels up to MOST_COLUMNS.
         leaves: [n, row leaves, 2], (source, index) of each vector element that it reads; -1 for
             none.
         group: [n], the column group whose statistic an element reads; -1 for none.
@@ -97,6 +99,8 @@ class Value:
         Raises:
             Refused: if the distances of elements differ.
         """
+        if self.slots.shape[1] > 2:
+            raise Refused(UNALIKE)
         pairs = self.partners
         if len(pairs) == 0:
             return None
@@ -171,9 +175,17 @@ def _reads_each(slots: Ints, columns: Ints) -> bool:
 
 
 class Expressions(Protocol):
-    """A numbered list of expressions."""
+    """A numbered list of expressions.
+
+    Attributes:
+        exprs: the expressions.
+        most_columns: how many columns of a row an element may read.
+    """
 
     exprs: list[Expr]
+
+    @property
+    def most_columns(self) -> int: ...
 
     def id(self, expr: Expr) -> int:
         """The number of an expression."""
@@ -200,11 +212,11 @@ def spread(value: Value, shape: tuple[int, ...]) -> Value:
 def combine(space: Expressions, fn: str, args: Sequence[Value]) -> Value:
     """A scalar function of values, elementwise, with broadcasting.
 
-    Raises Refused if an element would read more than two columns, or be too deep an expression.
+    Raises Refused if an element would read too many columns, or be too deep an expression.
     """
     shape = np.broadcast_shapes(*(a.shape for a in args))
     args = [spread(a, shape) for a in args]
-    slots, lanes = _union([a.slots for a in args])
+    slots, lanes = _union([a.slots for a in args], space.most_columns)
     group = _same_group([a.group for a in args])
     leaves, names = _shared([a.leaves for a in args])
     alike = all(a.uniform for a in args) and all(map(rows_are_equal, lanes))
@@ -234,10 +246,10 @@ def _fold(fn: str, args: tuple[Expr, ...]) -> Expr:
     return Call(fn, args)
 
 
-def _union(slots: list[Ints]) -> tuple[Ints, list[Ints]]:
+def _union(slots: list[Ints], most: int) -> tuple[Ints, list[Ints]]:
     """Slots [n, k] of several operands -> their union, and each operand's lanes [n, k] in it.
 
-    Raises Refused if an element reads more than two columns.
+    Raises Refused if an element reads more columns than `most`.
     """
     used = [s for s in slots if s.shape[1]]
     if not used:
@@ -253,18 +265,25 @@ def _union(slots: list[Ints]) -> tuple[Ints, list[Ints]]:
     first = reduce(np.minimum, [np.where(c < 0, none, c) for c in columns])
     last = reduce(np.maximum, columns)
     if any(np.any((c >= 0) & (c != first) & (c != last)) for c in columns):
-        width = _most_columns(columns)
-        raise Refused(f"an element reads {width} columns of a row; an epilogue has two")
+        return _wide_union(slots, columns, most)
     union = [np.where(last < 0, -1, first), np.where(last > first, last, -1)]
     union = np.stack(union if any_set(union[1]) else union[:1], 1)
     return union, [np.where(s < 0, -1, s != first[:, None]) for s in slots]
 
 
-def _most_columns(columns: Sequence[Ints]) -> int:
-    """The largest number of different columns that one element reads: slots [n] -> number."""
-    every = np.sort(np.stack(columns), 0)
-    new = every[:1] >= 0, (every[1:] >= 0) & (every[1:] != every[:-1])
-    return int(np.concatenate(new).sum(0).max())
+def _wide_union(slots: list[Ints], columns: Sequence[Ints], most: int) -> tuple[Ints, list[Ints]]:
+    """`_union` of more than two columns [n] of an element. Raises Refused, as `_union`."""
+    none = np.iinfo(np.int64).max
+    every = np.sort(np.stack([np.where(c < 0, none, c) for c in columns], 1), 1)
+    every[:, 1:][every[:, 1:] == every[:, :-1]] = none
+    every.sort(1)
+    width = int((every != none).sum(1).max())
+    if width > most:
+        kernel = "an epilogue has two" if most == 2 else f"a row-wise kernel has {most}"
+        raise Refused(f"an element reads {width} columns of a row; {kernel}")
+    union = np.where(every == none, -1, every)[:, :width]
+    found = [np.argmax(union[:, None] == s[:, :, None], 2) for s in slots]
+    return union, [np.where(s < 0, -1, f) for s, f in zip(slots, found, strict=True)]
 
 
 def _lanes(slots: Ints) -> Ints:
@@ -318,6 +337,41 @@ def _same_group(groups: list[Ints]) -> Ints:
             raise Refused("it mixes statistics of different groups of columns")
         out = np.maximum(out, g)
     return out
+
+
+@dataclass
+class Reading:
+    """What the leaves of an element's expression are at a point.
+
+    Attributes:
+        lanes: of slot i.
+        leaves: of row leaf i.
+        statistics: statistic -> the name under which the point reads it, where that is another.
+        known: expression -> the same at the point.
+    """
+
+    lanes: tuple[int, ...]
+    leaves: Sequence[Expr]
+    statistics: Mapping[str, str]
+    known: dict[Call, Expr] = field(default_factory=dict[Call, Expr])
+
+    def at_point(self, expr: Expr) -> Expr:
+        """An element's expression at the point: slots become lanes, row leaves become loads."""
+        match expr:
+            case Acc(lane=lane):
+                return Acc(self.lanes[lane])
+            case Load(operand=name) if name.startswith(LEAF):
+                return self.leaves[int(name[1:])]
+            case Load(operand=name, lane=lane) if lane != NO_LANE:
+                return Load(name, self.lanes[lane])
+            case Stat(name=name) if name in self.statistics:
+                return replace(expr, name=self.statistics[name])
+            case Call(fn=fn, args=args):
+                if expr not in self.known:
+                    self.known[expr] = Call(fn, tuple(self.at_point(a) for a in args))
+                return self.known[expr]
+            case _:
+                return expr
 
 
 @lru_cache(maxsize=100_000)

@@ -13,11 +13,24 @@ new member has to be added to.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from coda.ir.dims import Dim
 
-SHIFTED = "@"  # in the name of a shifted operand, behind that of what is in memory
+T = TypeVar("T", int, NDArray[np.int64], Tensor)
+
+SHIFTED = "@"  # in the name of a shifted or swapped operand, behind that of what is in memory
+
+
+def swapped(column: T, swaps: tuple[int, ...]) -> T:
+    """The column at which an operand with such swaps (`Tile`) is read for a column, or for many."""
+    for distance in swaps:
+        column = column + distance - column // distance % 2 * (2 * distance)
+    return column
 
 
 class Span(NamedTuple):
@@ -71,9 +84,13 @@ class Tile:
     Attributes:
         span: the kernel's columns that the operand [M, span.width] covers; None for all of them.
             Only row-wise kernels have spans.
+        swaps: distances, the largest first, each a multiple of twice the next. Of neighbouring
+            blocks of so many columns each is read in the other's place: for a distance of 2,
+            columns 0 … 3 read 2 3 0 1. Row-wise kernels of single columns have swaps.
     """
 
     span: Span | None = None
+    swaps: tuple[int, ...] = ()
     word: ClassVar[str] = "tile"
     varies_with_row: ClassVar[bool] = True
     varies_with_column: ClassVar[bool] = True
@@ -105,10 +122,18 @@ class Periodic:
     """[M, period], one element per row and point, repeated every `period` points.
 
     RoPE's table is [M, d / 2] in a kernel of column pairs: it repeats every d / 2 pairs, which are
-    the d columns of one head.
+    the d columns of one head. In a row-wise kernel of single columns neighbours may share an
+    element, and blocks of points be swapped: point p reads `swapped(p, swaps)` // each % period.
+
+    Attributes:
+        period: the number of elements.
+        each: the neighbouring points that share one, a power of two.
+        swaps: as of `Tile`.
     """
 
     period: int
+    each: int = 1
+    swaps: tuple[int, ...] = ()
     word: ClassVar[str] = "periodic"
     varies_with_row: ClassVar[bool] = True
     varies_with_column: ClassVar[bool] = True

@@ -26,8 +26,8 @@ from coda.ir.graph import (
 )
 from coda.ir.scalars import SCALARS
 from coda.lowering.algebra.roles import stacked
-from coda.lowering.program.access import Partial, Shifted
-from coda.lowering.program.epilogue import calls
+from coda.lowering.program.access import Partial, Periodic, Shifted, Tile
+from coda.lowering.program.epilogue import Operand, calls
 from coda.lowering.program.groups import groups, is_free
 from coda.lowering.program.kernel import Kernel
 from coda.lowering.program.program import Program
@@ -88,11 +88,10 @@ def tensor_traffic(program: Program, kernel: Kernel[Any]) -> Traffic:
     operands = kernel.mainloop.operands
     reads = [(label(o, program), memory_bytes(o, program)) for o in operands]
     seen: set[Node] = set()
-    shifted = kernel.body.epilogue.shifted
-    for operand in sorted(kernel.body.epilogue.operands, key=lambda o: o.name in shifted):
+    for operand in sorted(kernel.body.epilogue.operands, key=reads_elsewhere):
         node = kernel.body.nodes.get(operand.name)
-        if node in seen and isinstance(operand.access, Shifted):
-            continue  # of one node's rows, those at a distance are in the cache
+        if node in seen and reads_elsewhere(operand):
+            continue  # of one node, rows and columns at a distance are in the cache
         if node is not None:
             seen.add(node)
             reads.append((label(node, program), operand_bytes(kernel, operand.name, program)))
@@ -102,6 +101,17 @@ def tensor_traffic(program: Program, kernel: Kernel[Any]) -> Traffic:
     reads += [("packed rows", int(n)) for n in packed]
     writes = [(b, program.buffers[b].nbytes(program.sizes)) for b in kernel.writes()]
     return Traffic(tuple(reads), tuple(writes))
+
+
+def reads_elsewhere(operand: Operand) -> bool:
+    """Whether an operand is read at other rows or columns than those that are computed."""
+    match operand.access:
+        case Tile(swaps=swaps):
+            return bool(swaps)
+        case Periodic(each=each, swaps=swaps):
+            return each > 1 or bool(swaps)
+        case access:
+            return isinstance(access, Shifted)
 
 
 def label(node: Node, program: Program) -> str:

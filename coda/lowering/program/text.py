@@ -160,18 +160,25 @@ def _operand(operand: Operand, body: Body, program: Program) -> str:
     if isinstance(node, Size):
         text += f" = {node.dim}"
     match operand.access:
-        case Periodic(period=period):
-            return f"{text} repeating every {period}"
+        case Periodic(period=period, each=each, swaps=swaps):
+            shared = f", {each} columns each" if each > 1 else ""
+            return f"{text} repeating every {period}{shared}{_moved(swaps)}"
+        case Tile(swaps=swaps):
+            return text + _moved(swaps)
         case Grouped(size=size):
             return f"{text} for groups of {size}"
         case Shifted(steps=steps):
             return f"{text} by {', '.join(map(str, steps))}"
-        case RowVector() | ColumnVector() | Tile() | Alternating() | OneElement():
+        case RowVector() | ColumnVector() | Alternating() | OneElement():
             return text
         case Line() | Partial():
             return text
         case _ as never:
             assert_never(never)
+
+
+def _moved(swaps: tuple[int, ...]) -> str:
+    return f" with columns {', '.join(map(str, swaps))} apart swapped" if swaps else ""
 
 
 def _assignments(exprs: Iterable[Expr], names: dict[Expr, str]) -> list[str]:
