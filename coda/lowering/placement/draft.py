@@ -99,6 +99,7 @@ class Draft:
         return self.space.width
 
 
+NEAR = 4  # row-wise kernels before a node's operands that are tried
 Room = tuple[Draft, Segment | None]  # a kernel builder, and the columns for a node; None: all
 
 
@@ -253,6 +254,20 @@ class Drafts:
             if draft.kind.whole_rows and draft.space.rows == rows:
                 found += [(draft, s) for s in draft.space.segments if s[1] == width]
         return found
+
+    def untried(self, node: Node, rooms: list[Room], tried: set[Room]) -> list[Room]:
+        """The other row-wise kernels to try for a node: first those not before its producers.
+
+        Then a few earlier ones that are wider than the producers, which recompute the operands; a
+        concatenation of parts of one matrix is placed so.
+        """
+        homes = [self.home[o] for o in node.operands if o in self.home]
+        last = max((h.order for h in homes), default=(0, 0))
+        found = [r for r in rooms if r[0].order >= last]
+        widest = max((h.space.width for h in homes), default=0)
+        wider = [r for r in rooms if r[0].order < last and r[0].space.width > widest]
+        found += sorted(wider, key=lambda r: r[0].order)[-NEAR:]
+        return [r for r in found if r not in tried]
 
     def row_draft(
         self, index: int, rows: Dim, width: int, behind: Order, *, narrow: bool = False

@@ -56,9 +56,11 @@ class Materialisation(Admission, ABC):
             self.keep(under)
             return
         self.loadable.add(under)
+        if host and self.hosted(under):
+            return
         if isinstance(under, Concat) and not self.joins(under) and not self.in_pass(under):
             self.join_either(under)
-        if under not in self.home and not (host and self.hosted(under)):
+        if under not in self.home:
             below = [self.home[n].order[0] for n in walk([under]) if n in self.home]
             self.in_rows(under, max(below, default=0))
 

@@ -57,8 +57,6 @@ from coda.lowering.program.program import Unfused
 
 Give = Callable[[Node], list[Node]]  # makes nodes loadable, and returns some of them
 
-NEAR = 4  # row-wise kernels before a node's operands that are tried
-
 
 @dataclass
 class Partition(SmallRows):
@@ -368,9 +366,9 @@ class Partition(SmallRows):
         for rows, columns in self.shapes(node, groups=True):
             width, tried = columns.size(self.sizes), set[Room]()
             for give in gives:
-                rooms = self.later_or_wider(self.rooms(index, rows, width), node)
-                for draft, segment in (r for r in rooms if r not in tried):
-                    tried.add((draft, segment))
+                while new := self.untried(node, self.rooms(index, rows, width), tried):
+                    tried.add(new[0])
+                    draft, segment = new[0]
                     why = self.absorb_wide(node, draft, width, segment)
                     if not why:
                         self.take_back(kept, draft)
@@ -421,19 +419,6 @@ class Partition(SmallRows):
         if why and len(draft.homed) == homed:  # no operand was placed here meanwhile
             draft.space.width = old
         return why
-
-    def later_or_wider(self, rooms: list[Room], node: Node) -> list[Room]:
-        """The row-wise kernels to try for a node: first those not before its operands' producers.
-
-        Then a few earlier ones that are wider than the producers, which recompute the operands; a
-        concatenation of parts of one matrix is placed so.
-        """
-        homes = [self.home[o] for o in node.operands if o in self.home]
-        last = max((h.order for h in homes), default=(0, 0))
-        found = [r for r in rooms if r[0].order >= last]
-        widest = max((h.space.width for h in homes), default=0)
-        wider = [r for r in rooms if r[0].order < last and r[0].space.width > widest]
-        return found + sorted(wider, key=lambda r: r[0].order)[-NEAR:]
 
     def by_itself(self, node: Node, index: int, why: str) -> None:
         """Place a node after the GEMM `index` in its own kernel, or that of its other parts."""
