@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coda.ir.dims import ONE, Dim, Shape, product
-from coda.ir.graph import Cast, Graph, Map, Node, Reduce, Reshape, Size, transform, walk
+from coda.ir.graph import Cast, Expand, Graph, Map, Node, Reduce, Reshape, Size, transform, walk
 from coda.ir.monoids import MONOIDS
 from coda.ir.node import origin
-from coda.ir.views import shaped
+from coda.ir.views import shaped, under_reshapes
 from coda.lowering.algebra.roles import as_defined, gemms, row_axes, squared_deviation
 from coda.lowering.algebra.small_sums import spell_small_sums
 
@@ -30,6 +30,8 @@ def columns_first(graph: Graph, *, differentiated: bool = False) -> Graph:
     rows = row_axes(gemms(walk(graph.roots)), graph.inputs)
 
     def change(node: Node) -> Node:
+        if isinstance(node, Reshape) and node.shape == under_reshapes(node).shape:
+            return under_reshapes(node)
         if isinstance(node, Map | Cast):
             return _of_matrices(node, rows)
         if not isinstance(node, Reduce) or (differentiated and MONOIDS[node.fn].chosen):
@@ -81,7 +83,8 @@ def _as_sum(node: Reduce) -> Node:
 
 def _of_matrices(node: Map | Cast, rows: Dim) -> Node:
     """An elementwise operation on flattened matrices -> on the matrices, and then flattened."""
-    wide = [o for o in node.operands if product(o.shape) != ONE]
+    given = [o.arg if isinstance(o, Expand) and _is_number(o.arg) else o for o in node.operands]
+    wide = [o for o in given if not _is_number(o)]
     under = {o.arg.shape for o in wide if isinstance(o, Reshape)}
     joined = all(isinstance(o, Reshape) and o.shape == node.shape for o in wide)
     if len(under) != 1 or not joined or _has(node.shape, rows):
@@ -90,9 +93,13 @@ def _of_matrices(node: Map | Cast, rows: Dim) -> Node:
     if not _has(shape, rows):
         return node
     with origin(node.where):
-        operands = [o.arg if o in wide and isinstance(o, Reshape) else o for o in node.operands]
-        numbers = [shaped(o, ()) if product(o.shape) == ONE else o for o in operands]
+        operands = [o.arg if o in wide and isinstance(o, Reshape) else o for o in given]
+        numbers = [shaped(o, ()) if _is_number(o) else o for o in operands]
         return shaped(node.with_operands(numbers), node.shape)
+
+
+def _is_number(node: Node) -> bool:
+    return product(node.shape) == ONE
 
 
 def _has(shape: Shape, rows: Dim) -> bool:
