@@ -11,8 +11,9 @@ values is a third kernel. It reads its operands again, or what they are elementw
 
 Where there is but a number for each row, one CTA computes the reduction, and what has as many
 elements as its result, in the kernel of its operands. The folds that nothing but the caller reads
-are one kernel, and so are the parts of one group that begin after as many folds: a group has at
-most two kernels more for each reduction over rows that follows another.
+are one kernel for each number of results, since a kernel has one iteration space; and so are the
+parts of one group that begin after as many folds: a group has at most two kernels more for each
+reduction over rows that follows another, and number of its results.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from coda.ir.dims import product
+from coda.ir.dims import Dim, product
 from coda.ir.graph import (
     Const,
     Contract,
@@ -85,7 +86,8 @@ class _Fold:
 
 
 _Member = Node | _Fold
-_Key = tuple[Node, int, bool]  # of a kernel: an operation of its group, its depth, whether it folds
+# Of a kernel: an operation of its group, its depth, and how many results it folds, if it folds.
+_Key = tuple[Node, int, Dim | None]
 
 
 @dataclass
@@ -131,10 +133,12 @@ class _Grouping:
     def key(self, member: _Member) -> _Key:
         """The key that all members of one kernel share."""
         if isinstance(member, _Fold):
-            return self.first(member.node), self.depth[member.node] + 1, True
+            node = member.node
+            return self.first(node), self.depth[node] + 1, product(node.shape)
         if isinstance(member, Contract):
-            return member, 0, False
-        return self.first(member), self.depth[member], member in self.folding
+            return member, 0, None
+        folded = product(member.shape) if member in self.folding else None
+        return self.first(member), self.depth[member], folded
 
     def visit(self, node: Node) -> None:
         """Find when a node is known, and the connected group to which it belongs."""
@@ -219,8 +223,13 @@ class _Groups:
         kernels = [self.kernel(inside, reads[key]) for key, inside in members.items()]
         multiplied = {_storage(o) for n in self.found.users for o in _factors(n)}
         read = multiplied.union(*reads.values())
-        last = [k for k in kernels if k.folds and not read & set(k.writes)]
-        return (*(k for k in kernels if k not in last), *_together(last))
+        last: dict[Dim, list[FusedGroup]] = {}
+        for one in kernels:
+            if one.folds and not read & set(one.writes):
+                last.setdefault(product(one.folds[0].shape), []).append(one)
+        folds = [_together(few) for few in last.values()]
+        ending = {k for few in last.values() for k in few}
+        return (*(k for k in kernels if k not in ending), *folds)
 
     def reads(self, key: _Key, inside: list[_Member]) -> set[Node]:
         """The tensors that a kernel reads.
@@ -255,10 +264,11 @@ class _Groups:
         taken = {_storage(n) for n, u in edges if (n, self.found.key(u)) not in self.again}
         taken |= known & set[Node]().union(*self.again.values())
         taken |= known & {_storage(n) for n in self.graph.roots}
+        filled = {n for n in self.graph.roots if isinstance(n, Expand) and n in mine}
         return FusedGroup(
             tuple(nodes),
             tuple(reads),
-            tuple(n for n in taken if n not in known or not is_free(n)),
+            tuple(n for n in taken if n not in known or n in filled or not is_free(n)),
             tuple(n for n in nodes if isinstance(n, Reduce) and n in self.found.parts),
             tuple(m.node for m in inside if isinstance(m, _Fold)),
         )
@@ -274,16 +284,14 @@ def _factors(node: Node) -> tuple[Node, ...]:
     return node.operands if isinstance(node, Contract) else ()
 
 
-def _together(kernels: list[FusedGroup]) -> list[FusedGroup]:
-    """Kernels of folds as one; [] if there are none."""
-    if not kernels:
-        return []
+def _together(kernels: list[FusedGroup]) -> FusedGroup:
+    """Kernels of folds as one."""
 
     def every(of: Callable[[FusedGroup], tuple[_T, ...]]) -> tuple[_T, ...]:
         return tuple(dict.fromkeys(x for k in kernels for x in of(k)))
 
     found = every(lambda k: k.nodes), every(lambda k: k.reads), every(lambda k: k.writes)
-    return [FusedGroup(*found, every(lambda k: k.parts), every(lambda k: k.folds))]
+    return FusedGroup(*found, every(lambda k: k.parts), every(lambda k: k.folds))
 
 
 def _storage(node: Node) -> Node:
