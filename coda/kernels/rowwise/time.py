@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from coda.ir.scalars import SCALARS
 from coda.kernels.rowwise.mainloop import Rowwise
+from coda.kernels.rowwise.pieces import pieces_of
 from coda.kernels.rowwise.plan import every_expr, plan, resident_rows
 from coda.lowering.program.access import Periodic, Tile
 from coda.lowering.program.cost import operand_bytes, traffic
-from coda.lowering.program.epilogue import calls
+from coda.lowering.program.epilogue import Expr, calls
 from coda.lowering.program.program import Program
 from coda.lowering.program.time import MOVE, Time, by_rows
 
@@ -45,16 +46,20 @@ def _missing(program: Program, kernel: Rowwise) -> float:
 
 
 def _instructions(program: Program, kernel: Rowwise, sweeps: int) -> tuple[float, float]:
-    """Instructions of threads, and those for the special-function unit, of what has columns."""
+    """Instructions of threads, and those for the special-function unit, of what has columns.
+
+    A piece of the columns computes its own formula alone.
+    """
     epilogue = kernel.body.epilogue
     exprs = every_expr(epilogue)
     if not exprs:  # it only merges what earlier kernels left
         return 0.0, 0.0
-    functions = [SCALARS[c.fn] for c in calls(exprs)]
     rows, columns = kernel.mainloop.points(program.sizes)
-    points = rows * columns / epilogue.lanes
     moves = MOVE * epilogue.lanes * (len(epilogue.tiles) * sweeps + len(epilogue.stores))
-    return (
-        points * (sum(f.flops for f in functions) + moves),
-        points * sum(f.special for f in functions),
-    )
+    issued, special = rows * columns / epilogue.lanes * moves, 0.0
+    for piece in pieces_of(kernel.body, columns):
+        memo: dict[Expr, Expr] = {}
+        functions = [SCALARS[c.fn] for c in calls(piece.special(e, memo) for e in exprs)]
+        issued += rows * piece.count * sum(f.flops for f in functions)
+        special += rows * piece.count * sum(f.special for f in functions)
+    return issued, special
