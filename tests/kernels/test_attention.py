@@ -15,6 +15,7 @@ from coda.ir.evaluate import evaluate
 from coda.ir.graph import walk
 from coda.kernels.attention.band import banded, keeps_a_key
 from coda.kernels.attention.kind import ATTENTION
+from coda.kernels.attention.mainloop import Attention, pairs_up_to
 from coda.kernels.attention.problem import Band, Forward, tile_of, why_not_widths
 from coda.lowering.algebra.attends import attends
 from coda.lowering.algebra.constants import fold_constants
@@ -102,6 +103,52 @@ def test_other_scores_are_no_bands():
         lambda s, b, h, i, j: s * s,
     ):
         assert banded(attention_of(block_of(score=score))).rest is not None
+
+
+LOW = {"-inf": -math.inf, "lowest": torch.finfo(torch.bfloat16).min}
+
+
+@pytest.mark.parametrize("name", LOW)
+def test_bands_of_masks_that_are_added_or_low(name):
+    """They mask as -inf does, if each row keeps a key; some of these rows keep none."""
+
+    def added(positions, low):
+        return coda.where(positions[3] <= positions[2] - low, 0.0, LOW[name])
+
+    for low, taken in ((0, True), (4, name == "-inf")):
+        for score in (
+            lambda s, *p, m=low: s + added(p, m).cast(s.dtype),
+            lambda s, *p, m=low: added(p, m).cast(s.dtype) + s,
+            lambda s, b, h, i, j, m=low: coda.where(j <= i - m, s, LOW[name]),
+        ):
+            found = banded(attention_of(block_of(score=score)))
+            assert (found.rest is None) == taken
+            assert (found.upper is not None) == taken
+
+
+def test_other_masks_that_are_low_stay_as_they_are():
+    """A row that keeps none of its band's keys has equal weights for all keys."""
+
+    def score(s, b, h, i, j):
+        return coda.where((j <= i) & (j // 2 == i // 2), s, -3e38)
+
+    found = banded(attention_of(block_of(score=score)))
+    assert found.rest is not None
+    assert found.upper is None
+    high = banded(attention_of(block_of(score=lambda s, b, h, i, j: coda.where(j <= i, s, -1e9))))
+    assert high.rest is not None
+
+
+@settings(SETTINGS, max_examples=30)
+@given(*[st.integers(-9, 9)] * 2, *[st.integers(1, 8)] * 2)
+def test_pairs_of_a_band(lower, upper, rows, keys):
+    apart = torch.arange(keys) - torch.arange(rows)[:, None]
+    assert pairs_up_to(upper, rows, keys) == int((apart <= upper).sum())
+    mask = masks.every(lambda b, h, i, j: j - i <= upper, lambda b, h, i, j: j - i >= lower)
+    sizes = SIZES | {"S": rows, "T": keys}
+    kernel = Attention((attention_of(block_of(mask)),), ("y",))
+    inside = int(((apart <= upper) & (apart >= lower)).sum())
+    assert kernel.pairs(sizes) == 2 * 4 * inside
 
 
 TERMS = ("i", "j", "(i + 2)", "(j - 1)", "(j - i)", "(i - j)", "1", "0", "-2", "h")

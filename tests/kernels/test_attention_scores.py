@@ -156,6 +156,43 @@ def test_the_text_is_the_function(condition, score, scale):
         torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
 
 
+@settings(SETTINGS, max_examples=20)
+@given(conditions(1), conditions(1), st.sampled_from(("j <= i", "j >= i - 1", "i < 9")))
+def test_nested_masks_are_one(first, second, third):
+    """where(a, where(b, s, -inf), -inf) is where(a & b, s, -inf), bands or not."""
+    inner = f"coda.where({second}, coda.where({third}, s, low), low)"
+    names = {"coda": coda, "low": -math.inf}
+    function = eval(f"lambda s, {ARGUMENTS}: {inner}", names)
+    block = block_of(eval(f"lambda {ARGUMENTS}: {first}", names), function)
+    node = attention_of(block)
+    for s in (1, 5):
+        sizes = SIZES | {"S": s, "T": 6}
+        values = dict(zip(block.graph.inputs, inputs_of(block, sizes), strict=True))
+        torch.testing.assert_close(*held(node, sizes, values), rtol=1e-9, atol=1e-9)
+
+
+@settings(SETTINGS, max_examples=20)
+@given(st.integers(-3, 3), st.booleans(), st.sampled_from((-math.inf, -3e38, -1e4, -1.0)))
+def test_masks_that_are_added_have_the_same_weights(far, window, low):
+    """s + where(m, 0, low): as a mask where that is the same, and as it is elsewhere."""
+
+    def score(s, b, h, i, j, *more):
+        kept = j <= i + far
+        kept = kept & (j >= i - 2) if window else kept
+        return s * 0.5 + coda.where(kept, 0.0, low).cast(s.dtype)
+
+    block = block_of(score=score)
+    node = attention_of(block)
+    for s, t in ((1, 1), (6, 6), (6, 4)):
+        sizes = SIZES | {"S": s, "T": t}
+        values = dict(zip(block.graph.inputs, inputs_of(block, sizes), strict=True))
+        found, exact = (x.softmax(-1).nan_to_num(-1.0) for x in held(node, sizes, values))
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
+    assert (banded(node).rest is None) == (
+        low == -math.inf or (low < -1e30 and far >= 0 and not window)
+    )
+
+
 def test_bands_are_told_apart_from_the_rest():
     """What is no band stays in the function, and all that is one leaves it."""
     far = masks.every(masks.causal, masks.chunked(2), masks.sliding_window(3))

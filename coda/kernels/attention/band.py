@@ -2,6 +2,7 @@
 
 where((j <= i) & (j > i - 128), s * 0.125, -inf)    scale 0.125, lo = -127, hi = 0
 where((j <= i) & (j > 4), tanh(s * 0.125), -inf)    scale 0.125, hi = 0, where(j > 4, tanh s, -inf)
+s * 0.125 + where(j <= i, 0, -3.4e38)               scale 0.125, hi = 0: each row keeps a key
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from coda.ir.attend import Attend
 from coda.ir.dims import Dim
 from coda.ir.graph import Cast, Const, Map, Node, Size, users, walk
-from coda.ir.scalars import SCALARS
+from coda.ir.scalars import CHOICE, SCALARS
 from coda.ir.types import f32
 from coda.lowering.algebra.rewrite import substituted
 from coda.lowering.placement.positions import along
@@ -56,31 +57,54 @@ class _Linear:
 
 
 def banded(node: Attend) -> Banded:
-    """The scores of an attention as a band and the rest."""
+    """The scores of an attention as a band and the rest.
+
+    A finite number that is as good as -inf masks as -inf does only if each row keeps a key.
+    """
+    found = _banded(node, LOWEST)
+    return found if keeps_a_key(node, found) else _banded(node, -math.inf)
+
+
+def _banded(node: Attend, least: float) -> Banded:
+    """The scores of an attention, of which those up to `least` are -inf."""
     root, ends = node.scores.root, (None, None)
-    others: list[tuple[Node, Map]] = []  # conditions that are no bands, and where they were found
-    while (choice := _masked(root)) is not None:
-        mask, root = choice.args[:2]
-        for condition in _conjuncts(mask):
-            both = _both(ends, _ends(condition))
+    others: list[Node] = []  # conditions that are no bands
+    while (masked := _masked(root)) is not None and masked[2] <= least:
+        mask, inside, value = masked
+        ranges = {c: _ends(c) for c in _conjuncts(mask)}
+        if value > -math.inf and None in ranges.values():
+            break  # what its band leaves out is not known to have a key
+        root = inside
+        for condition, one in ranges.items():
+            both = _both(ends, one)
             if both is None:
-                others.append((condition, choice))
+                others.append(condition)
             else:
                 ends = both
     scale, rest = _scaled(root, node.scores.inputs[0])
-    for condition, choice in others:
-        rest = Map(choice.fn, (condition, rest, Const(-math.inf, f32)))
+    for condition in others:
+        rest = Map(CHOICE, (condition, rest, Const(-math.inf, f32)))
     plain = rest is node.scores.inputs[0] and scale > 0  # its maximum is that of q kᵀ
     return Banded(scale, *ends, None if plain else rest)
 
 
-def _masked(root: Node) -> Map | None:
-    """A choice between scores and -inf, which masks them; None for any other node."""
+def _masked(root: Node) -> tuple[Node, Node, float] | None:
+    """(mask, scores, number of what is masked) of masked scores; None for any other node.
+
+    They are a choice between scores and the number, or a sum of scores and a choice between 0 and
+    the number.
+    """
     match root:
-        case Map(args=(_, _, Const(value=value))) if SCALARS[root.fn].chooses:
-            return root if value == -math.inf else None
+        case Map(args=(mask, inside, Const(value=value))) if SCALARS[root.fn].chooses:
+            return mask, inside, value
+        case Map(args=(a, b)) if SCALARS[root.fn].signs == (1, 1):
+            for choice, inside in ((a, b), (b, a)):
+                found = _masked(choice) if isinstance(choice, Map) else None
+                if found is not None and isinstance(found[1], Const) and found[1].value == 0:
+                    return found[0], inside, found[2]
         case _:
-            return None
+            pass
+    return None
 
 
 def _conjuncts(mask: Node) -> Iterator[Node]:
@@ -96,15 +120,18 @@ def _conjuncts(mask: Node) -> Iterator[Node]:
 def _scaled(root: Node, score: Node) -> tuple[float, Node]:
     """(scale, function of scale · score), if a function multiplies the score by it wherever it
     reads it; (1, the function) if it does not."""
-    readers = users([root])[score]
-    if len(readers) == 1 and root is not score:
-        match readers[0]:
-            case Map(args=(one, Const(value=scale))) as product if SCALARS[product.fn].is_product:
-                if one is score and LEAST <= abs(scale) <= 1 / LEAST:
-                    return scale, substituted([root], {product: score})[0]
+    scale = 1.0
+    while root is not score:
+        product, *others = users([root])[score]
+        match product:
+            case Map(args=(one, Const(value=factor))) if SCALARS[product.fn].is_product:
+                apart = bool(others) or one is not score
             case _:
-                pass
-    return 1.0, root
+                break
+        if apart or not LEAST <= abs(scale * factor) <= 1 / LEAST:
+            break
+        scale, (root,) = scale * factor, substituted([root], {product: score})
+    return scale, root
 
 
 def keeps_a_key(node: Attend, scores: Banded) -> bool:
@@ -122,6 +149,7 @@ def keeps_a_key(node: Attend, scores: Banded) -> bool:
 
 
 LEAST = 2.0**-60  # a factor of scores; a larger and a smaller one are computed as they are
+LOWEST = -(2.0**126)  # up to this number, e^(what is masked) is 0 beside any score
 
 Ends = tuple[Dim | None, Dim | None]
 

@@ -78,9 +78,20 @@ class Attention(OneNode):
         return f"softmax({score}{masked}) {v}, {heads} heads on {groups}"
 
     def pairs(self, sizes: Sizes) -> int:
-        """The scores that are computed: half of them up to the diagonal."""
-        every = product((*self.node.q.shape[:3], self.node.k.shape[2])).size(sizes)
-        return every // 2 if self.diagonal else every
+        """The scores within the band."""
+        heads = product(self.node.q.shape[:2]).size(sizes)
+        rows, keys = (n.shape[2].size(sizes) for n in (self.node.q, self.node.k))
+        lower, upper = self.scores.lower, self.scores.upper
+        most = rows * keys if upper is None else pairs_up_to(upper.size(sizes), rows, keys)
+        none = 0 if lower is None else pairs_up_to(lower.size(sizes) - 1, rows, keys)
+        return heads * max(0, most - none)
+
+
+def pairs_up_to(end: int, rows: int, keys: int) -> int:
+    """The number of pairs with j - i ≤ end of `rows` numbers i and `keys` numbers j."""
+    first, full = (min(max(0, n), rows) for n in (-end, keys - 1 - end))
+    count = max(0, full - first)  # rows of i + end + 1 pairs; from `full` on a row has all keys
+    return count * (first + full - 1) // 2 + count * (end + 1) + (rows - first - count) * keys
 
 
 AttentionKernel = Kernel[Attention]
