@@ -41,14 +41,20 @@ class Taken:
     operators: set
 
 
-def take(fn, tensors):
-    """A function of tensors as a graph. Raises NotTaken."""
+def trace(fn, tensors):
+    """A function of tensors as a graph of torch's operators. Raises NotTaken."""
     traced = make_fx(lambda *ts: fn(*ts), tracing_mode="fake", pre_dispatch=True)
     try:
         gm = traced(*(t.detach() for t in tensors))
     except Exception as e:  # sizes that depend on values, sparse tensors: torch's own tracer
         raise NotTaken(f"torch does not trace it: {e}") from e
     gm.graph.eliminate_dead_code()
+    return gm
+
+
+def take(fn, tensors):
+    """A function of tensors as a graph. Raises NotTaken."""
+    gm = trace(fn, tensors)
     calls = [n for n in gm.graph.nodes if n.op == "call_function"]
     for node in calls:
         if why := why_not(node):

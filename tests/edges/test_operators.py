@@ -4,6 +4,7 @@ Each sample is taken as the operator alone, and, where its first tensor is a mat
 numbers, after a product with the identity, as a block. What coda does not take is left alone.
 """
 
+import fnmatch
 import itertools
 import random
 
@@ -12,6 +13,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from coda.errors import CodaError
+from coda.frontend.torch_import.importer import why_not
+from coda.frontend.torch_import.left import rows
 from tests.edges.database import op_db
 from tests.edges.held import (
     NotTaken,
@@ -21,6 +24,7 @@ from tests.edges.held import (
     of_coda,
     of_torch,
     take,
+    trace,
     wide,
 )
 
@@ -171,6 +175,32 @@ def test_all_operators(dtype, part):
     found = {name: tried(OPERATORS[name], dtype, 10) for name in names}
     assert not [n for n in set(KNOWN) & set(names) if not found[n][0]]
     assert not [w for _, some in found.values() for w in some]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", range(4))
+def test_every_operator_that_stays_torch_s_has_a_reason(part):
+    """A row of the table (`left.py`) or a sentence of its rule: none is only without a rule."""
+    torch.manual_seed(0)
+    unsaid = {}
+    for op in [o for o in op_db if supported(o.full_name, torch.float32)][part::4]:
+        for sample in first(3, op, op.sample_inputs_func, torch.float32):
+            fn, tensors = called(op, sample)
+            try:
+                nodes = trace(fn, tensors).graph.nodes
+            except NotTaken:
+                continue
+            left = {n.target: why_not(n) for n in nodes if n.op == "call_function"}
+            unsaid |= {t: (op.full_name, w) for t, w in left.items() if "has no rule" in w}
+    assert not unsaid
+
+
+def test_the_table_of_what_stays_torch_s_names_operators():
+    every = (name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names())
+    aten = {part for n in every if "::" not in n for part in (n, n.partition(".")[0])}
+    patterns = [p for _, names in rows() for p in names if not p.startswith("torch_nn.")]
+    assert not [p for p in patterns if not fnmatch.filter(aten, p)]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""One table: ATen operators that stay torch's -> why. Reports quote it, docs/models.md shows it.
+"""One table: operators that stay torch's -> why. Reports quote it, docs/models.md shows it.
 
-A name may end in `*`; of several names that fit, the longest counts.
+Names are ATen's, others begin with their namespace. A name may end in `*`; of several names that
+fit, the longest counts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ _ROWS: tuple[tuple[str, str], ...] = (
     (
         "torch has a kernel of its own for it",
         "scaled_dot_product_attention _scaled_dot_product_* _flash_attention_* _native_multi_head* "
-        "_efficient_attention_* lstm* gru* rnn_* quantized_* _thnn_* _scaled_mm* _grouped_mm*",
+        "_efficient_attention_* lstm* gru* rnn_* quantized_* _thnn_* _scaled_mm* _grouped_mm* "
+        "torch_nn._linear_cross_entropy_*",
     ),
     (
         "it draws random numbers",
@@ -48,7 +50,7 @@ _ROWS: tuple[tuple[str, str], ...] = (
         "it solves equations of matrices, or factorises them",
         "cholesky* geqrf lu_* ormqr orgqr qr svd* triangular_solve _linalg_* linalg_inv* "
         "linalg_lu* linalg_qr linalg_svd* linalg_eig* linalg_cholesky* linalg_lstsq linalg_ldl* "
-        "linalg_pinv* linalg_matrix_exp linalg_householder* linalg_solve* _lu_with_info lobpcg "
+        "linalg_pinv* linalg_matrix_exp linalg_householder* linalg_solve* _lu_with_info "
         "linalg_matrix_rank* linalg_tensorinv linalg_tensorsolve linalg_matrix_norm.str_ord",
     ),
     (
@@ -78,7 +80,7 @@ _ROWS: tuple[tuple[str, str], ...] = (
     (
         "it computes with whole numbers or their bits",
         "gcd lcm bitwise_left_shift* bitwise_right_shift* hash_tensor count_nonzero* isin "
-        "tril_indices triu_indices unravel_index",
+        "tril_indices triu_indices",
     ),
     (
         "it makes a table out of nothing, which torch does once, before the block",
@@ -133,14 +135,14 @@ def rows() -> list[tuple[str, list[str]]]:
 @lru_cache(maxsize=4096)
 def why_left(target: Any) -> str:
     """Why an operator stays torch's; "" if the table does not say."""
-    if getattr(target, "namespace", "") != "aten":
-        return ""
+    space = getattr(target, "namespace", "")
     name = str(target).removeprefix("aten.").removesuffix(".default")
-    packet = name.partition(".")[0]
+    packet = name.partition(".")[0] if space == "aten" else ""
     found = [
         (len(pattern), why)
         for why, names in rows()
         for pattern in names
-        if fnmatchcase(name, pattern) or fnmatchcase(packet, pattern)
+        if (space == "aten" or pattern.startswith(f"{space}."))
+        and (fnmatchcase(name, pattern) or fnmatchcase(packet, pattern))
     ]
     return max(found, default=(0, ""))[1]
