@@ -67,7 +67,9 @@ def crowded(x: T["M K"], w: T["N K"], a: T["M N"], b: T["M N"], g: T["N"], r: T[
 @pytest.mark.parametrize("arch", [pytest.param("sm_90a", marks=pytest.mark.slow), "sm_100a"])
 def test_sums_over_rows_beside_several_stores(arch, sizes):
     inputs = random_inputs(crowded.graph, sizes)
-    assert ("SumInTurn" in program_source(crowded.lower(arch, sizes))) == (arch == "sm_100a")
+    source = program_source(crowded.lower(arch, sizes))
+    for name in (" SumInTurn(", " ColumnSumInTurn("):
+        assert (name in source) == (arch == "sm_100a")
     with device(arch, checks="raise") as gpu:
         hold(measure(crowded, crowded.graph, inputs, "sim", dims=sizes), spread=1.0)
         assert not gpu.report().findings
@@ -134,6 +136,30 @@ def test_sums_over_rows_in_tiles_of_any_width(tile_n):
     program = size_partials(replace(program, kernels=kernels))
     assert "SumInTurn" in program_source(program)
     inputs = random_inputs(slope.graph, sizes)
+    with device("sm_100a", checks="raise"):
+        found = run_simulated(program, inputs, sizes)
+    for mine, theirs in zip(found, run_reference(program, inputs, sizes=sizes), strict=True):
+        assert relative(mine, theirs.double()) < 4e-3
+
+
+@coda.block
+def beside(x: T["M K"], w: T["N K"], a: T["M N"], b: T["M N"], c: T["M N"], r: T["M 1", coda.f32]):
+    """Much at each point, and sums over columns alone."""
+    y = x @ w.T
+    s = r.cast(x.dtype)
+    return {"p": y * a * s + c, "q": (y - b) * s, "rows": coda.sum(y * c), "more": coda.sum(y * y)}
+
+
+@pytest.mark.parametrize("tile", [(128, 64), pytest.param((128, 224), marks=SLOW)])
+def test_sums_over_columns_where_two_warps_share_a_row(tile):
+    """A CTA pair has 64 rows each, and so two warps for the columns of a row."""
+    sizes = {"M": 200, "N": 328, "K": 64}
+    program = beside.lower("sm_100a", sizes)
+    (gemm, *folds) = program.kernels
+    kernels = replace(gemm, config=Config(*tile, (2, 1))), *folds
+    program = size_partials(replace(program, kernels=kernels))
+    assert "ColumnSumInTurn" in program_source(program)
+    inputs = random_inputs(beside.graph, sizes)
     with device("sm_100a", checks="raise"):
         found = run_simulated(program, inputs, sizes)
     for mine, theirs in zip(found, run_reference(program, inputs, sizes=sizes), strict=True):

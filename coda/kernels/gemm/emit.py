@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from typing import assert_never
 
 from coda.errors import InternalError, UnsupportedError
@@ -230,8 +231,9 @@ class _GemmEmitter:
         return found
 
     def in_turn(self, sink: SinkExpr) -> bool:
-        """Whether a sum over rows is an op that reduces columns as they are computed."""
-        return isinstance(sink, SumRows) and is_sum(sink) and self.pauses and not self.pair
+        """Whether a sum is an op that adds values as they are computed."""
+        summed = isinstance(sink, SumRows | ReduceColumns) and is_sum(sink)
+        return summed and self.pauses and not self.pair
 
     def inside(self, sink: SinkExpr, expr: Expr) -> Expr:
         """The value of a sink, masked to 0 in padding columns (of a sum over rows: rows)."""
@@ -360,7 +362,7 @@ class _GemmEmitter:
         """The entries of the ops that reduce, and the ops that are neither results nor operands."""
         reduced: list[str] = []
         extra: list[str] = []
-        for sink in self.epilogue.sinks:
+        for sink in itertools.filterfalse(self.in_turn, self.epilogue.sinks):
             name = safe(sink.buffer)
             match sink:
                 case PickColumn(index=index):
@@ -368,8 +370,7 @@ class _GemmEmitter:
                     reduced.append(f"{name!r}: {self.make(f'Select({name!r}, {chosen})')}")
                     extra.append(self.make(chosen))
                 case SumRows(monoid=monoid):
-                    if not self.in_turn(sink):
-                        reduced.append(f"{name!r}: {self.make(MONOIDS[monoid].rows.format(name))}")
+                    reduced.append(f"{name!r}: {self.make(MONOIDS[monoid].rows.format(name))}")
                 case ReduceColumns(monoid=monoid):
                     reduced.append(f"{name!r}: {self.make(MONOIDS[monoid].sink.format(name))}")
                 case _ as never:
@@ -392,10 +393,9 @@ class _GemmEmitter:
         for stat in self.epilogue.statistics:
             if stat.group:
                 found.append((stat.name, MONOIDS[stat.monoid].group.format(stat.name)))
-        for sink in self.epilogue.sinks:
-            if self.in_turn(sink):
-                name = safe(sink.buffer)
-                found.append((name, f"SumInTurn({name!r})"))
+        for sink in filter(self.in_turn, self.epilogue.sinks):
+            op = "SumInTurn" if isinstance(sink, SumRows) else "ColumnSumInTurn"
+            found.append((safe(sink.buffer), f"{op}({safe(sink.buffer)!r})"))
         for at, name in self.numbered.items():
             found.append((name, f"Number({name!r}, {at.axis!r}, {at.inner}, {at.count})"))
         found += [("pause", 'Pause("pause")')] * self.pauses

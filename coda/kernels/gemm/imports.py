@@ -16,7 +16,7 @@ OURS = {
     | {"PairStore", "Select", "SplitStore"},
     "ops_folds": {"FoldedRow", "RowFold", "RowStore"},
     "ops_rows": {"RowLogSumExp"},
-    "ops_sm100": {"Pause", "RowInTurn", "SumInTurn"},
+    "ops_sm100": {"ColumnSumInTurn", "Pause", "RowInTurn", "SumInTurn"},
 }
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, const_expr
-from quack.epilogue.ops import RowVecLoad, RowVecReduce
+from cutlass import Float32, Int32, const_expr
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import dsl_user_op
+from quack.epilogue.ops import ColVecReduce, RowVecLoad, RowVecReduce
 
 from coda.kernels.gemm.ops import Given
 
@@ -149,3 +151,58 @@ class SumInTurn(RowVecReduce):
                     value = value + smem[column, other, 0]
                 if column < inside:
                     target[column] = value
+
+
+class ColumnSumInTurn(ColVecReduce):
+    """A sum over columns, with one partial for each tile of columns: [M, tiles].
+
+    The epilogue calls it with each value. quack's own sink keeps the values of a subtile until all
+    are computed: a register for each column. This one adds them up as they are computed, in the
+    same order. A thread has one row of the tile and its columns in order, two in each call.
+    """
+
+    fn_port = "apply"
+
+    @cute.jit
+    def begin(self, gemm: Any, param: Any, smem_tensor: Any, ctx: Any) -> Any:
+        state = ColVecReduce.begin(self, gemm, param, smem_tensor, ctx)
+        rows = ctx.varlen_manager.len_m(ctx.tile_coord_mnkl[3])
+        return (*state, rows, cute.make_rmem_tensor(2, Float32))
+
+    @cute.jit
+    def begin_loop(self, gemm: Any, state: Any, epi_coord: Any) -> Any:
+        ColVecReduce.begin_loop(self, gemm, state, epi_coord)
+        state[-1].fill(0.0)
+        return state[-2:]
+
+    def fn_prepare(self, gemm: Any, state: Any, paired: bool) -> Any:
+        return state
+
+    @cute.jit
+    def fn_apply(self, gemm: Any, state: Any, point: Any, value: Any) -> Any:
+        rows, both = state
+        found = cute.arch.add_packed_f32x2((value[0], value[1]), (both[0], both[1]))
+        both[0], both[1] = found[0], found[1]
+        if point % (COLUMNS // 2) == COLUMNS // 2 - 1:
+            settle(both[0], rows)
+        return value
+
+    @cute.jit
+    def end_loop_stage(self, gemm: Any, param: Any, state: Any, epi_coord: Any, *rest: Any) -> Any:
+        """Add the sum of a subtile to that of the tile, which is stored after the last."""
+        total = state[0][None, None, None, epi_coord[0], epi_coord[1]]
+        total[0] = total[0] + (state[-1][0] + state[-1][1])
+        return ColVecReduce.end_loop_stage(self, gemm, param, state, epi_coord, *rest)
+
+
+@dsl_user_op
+def settle(value: Any, rows: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """Have a value computed before the next fence.
+
+    ptxas moves arithmetic across a fence: the additions of a long sum to its end, so that all that
+    is added stays in registers. It moves no store. This one is of no thread, since a matrix has no
+    negative number of `rows`, which ptxas does not know.
+    """
+    operands = [x.ir_value(loc=loc, ip=ip) for x in (Int32(rows), Float32(value))]
+    text = "{ .reg .pred never; setp.lt.s32 never, $0, 0; @never st.shared.f32 [$0], $1; }"
+    llvm.inline_asm(None, operands, text, "r,f", has_side_effects=True)

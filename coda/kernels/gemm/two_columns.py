@@ -3,6 +3,9 @@
 Values are converted to a dtype of 16 bits two at a time, and a pair that is also stored shares the
 instruction. quack calls the epilogue for two neighbouring columns on sm_100a, for each column on
 sm_90a. Here it is two on both: `rounded_bf16` of (y[j], y[j + 1]) is one instruction.
+
+Sums are added up as their values are computed. quack keeps the values of a subtile until it has
+all, which takes a register for each.
 """
 
 from __future__ import annotations
@@ -11,6 +14,9 @@ from typing import Any
 
 import cutlass.cute as cute
 from quack.epilogue.math import Pair
+from quack.epilogue.ops import ColVecReduce, RowVecReduce
+
+SUMS = (ColVecReduce, RowVecReduce)  # coda has these of quack's sinks, and for sums alone
 
 
 class TwoColumns:
@@ -36,6 +42,7 @@ class TwoColumns:
         sinks = gemm._make_sink_tmps(ops, tRS_rD.layout.shape)
         names = ("D", *gemm._epi_mod_outputs, *gemm._epi_mod_sinks)
         results = dict(zip(names, (tRS_rD, *outputs, *sinks), strict=True))
+        added = {n: epi_loop_tensors[n] for n in gemm._epi_mod_sinks if type(ops[n]) in SUMS}
         for i in range(0, cute.size(tRS_rD), 2):
             both = {
                 name: (
@@ -44,9 +51,20 @@ class TwoColumns:
                 for name, kind in gemm._epi_mod_operands
             }
             for name, value in gemm._epi_mod_fn(Pair(tRS_rD[i], tRS_rD[i + 1]), **both).items():
-                self.keep(results[name], i, value)
-        gemm._flush_sinks(ops, epi_loop_tensors, sinks)
+                if name in added:
+                    self.add(added[name], i, value)
+                else:
+                    self.keep(results[name], i, value)
+        for name, values in zip(gemm._epi_mod_sinks, sinks, strict=True):
+            if name not in added:
+                parts = values if isinstance(values, tuple) else (values,)
+                ops[name].fn_sink_flush(gemm, epi_loop_tensors[name], *parts)
         return outputs
+
+    def add(self, total: Any, first: int, value: Any) -> None:
+        """Add the values of two columns to a sum, in whose registers equal elements are aliased."""
+        for lane in (0, 1):
+            total[first + lane] = total[first + lane] + value[lane]
 
     def keep(self, registers: Any, first: int, value: Any) -> None:
         """Keep the values of two columns; of a fold of pairs, those of both its parts."""
