@@ -18,6 +18,7 @@ from coda.ir.monoids import MONOIDS
 from coda.kernels.rowwise.kind import ROWWISE
 from coda.kernels.rowwise.passes import in_passes
 from coda.kernels.rowwise.plan import plan
+from coda.lowering.program.text import program_source
 from coda.runtime.reference import run_reference
 from coda.runtime.simulate import device
 from tests.kernels.edges import differ, each_fold, rows_of_edges, run, stays_inside
@@ -162,6 +163,18 @@ def hold_sums(block, inputs, arch):
 def test_plans_of_sums_over_rows(columns):
     (found, *_) = plans(summed, {"M": 8, "N": columns})
     assert (found.threads, found.summed) == (SUMMED[columns], columns < 40000)
+
+
+@pytest.mark.parametrize(("columns", "vector"), [(12288, 8), (14336, 4), (18432, 8)])
+def test_vectors_of_sums_over_rows(columns, vector):
+    """Shorter ones only where they leave fewer registers empty, of the threads that a row has."""
+
+    @coda.block
+    def two(y: T["M N"], z: T["M N"]):
+        return {"dot": coda.sum(y * z), "dy": coda.sum(y, axis=0), "dz": coda.sum(z, axis=0)}
+
+    program = two.lower("sm_90a", {"M": 8, "N": columns})
+    assert f"zero_vectors({vector}, " in program_source(program)
 
 
 @pytest.mark.parametrize(

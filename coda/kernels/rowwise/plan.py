@@ -179,14 +179,20 @@ def vector_lengths(
 ) -> tuple[int, ...]:
     """The vector length of each piece: one for all, but in `padded` rows.
 
-    Sums over rows of many registers take shorter vectors, if these leave fewer of them empty:
-    18432 columns are 40 for a thread of 512 in vectors of 8, and 36 in vectors of 4.
+    Sums over rows of many registers take shorter vectors, if these leave fewer of them empty: two
+    sums of 14336 columns are 64 for a thread of 512 in vectors of 8, and 56 in vectors of 4. Those
+    of 18432 columns are too many (80, 72), and with 256 threads equally many (144) in both.
     """
     if padded:
         return tuple(vector_length(epilogue, [p]) for p in pieces)
     vector = vector_length(epilogue, pieces)
-    sums = [summed_registers(epilogue, pieces, v, _MOST_THREADS) for v in (vector, vector // 2)]
-    if vector > 1 and sums[0] > SUMMED and sums[1] < sums[0]:
+
+    def sums(vector: int, threads: int) -> int:
+        return summed_registers(epilogue, pieces, vector, threads)
+
+    fewer = min(sums(v, _MOST_THREADS) for v in (vector, vector // 2)) > SUMMED
+    threads = _MOST_THREADS // 2 if fewer else _MOST_THREADS
+    if vector > 1 and SUMMED < sums(vector, threads) > sums(vector // 2, threads):
         vector //= 2
     return (vector,) * len(pieces)
 
