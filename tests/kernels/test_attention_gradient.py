@@ -241,6 +241,7 @@ def test_tiles_have_whole_passes_of_the_launches_around_them():
             assert tile(*widths, band=band).rows == 64
     assert (tile(64, 64).rows, tile(256, 256).columns, tile(192, 128).columns) == (128, 48, 96)
     assert [Backward(Forward("", t, "bf16", 72, 72)).multiple for t in (False, True)] == [16, 32]
+    assert tile(64, 64, scores="def score(…): …").rows == 64  # 128 rows take a stack
     one = Backward(Forward("", False, "bf16", 96, 96, 2))
     assert one.scratch(3, 2, (100, 130)) == {
         "delta": (3, 4, 128), "lse_log2": (3, 4, 128),

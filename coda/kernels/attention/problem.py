@@ -121,6 +121,8 @@ HOPPER_BACKWARD: tuple[tuple[int, BackwardTile], ...] = (
     (192, BackwardTile(64, 96, 2, 1, 1, False, True)),
     (256, BackwardTile(64, 48, 2, 1, 1, False, True, 1)),
 )
+# With a function of scores, which keeps them in registers, narrower heads have this width's tile.
+OF_FUNCTIONS = 128
 # Of widths 129 to 192 with values of up to 128.
 NARROW_VALUES_BACKWARD = BackwardTile(64, 96, 2, 2, 1, False, True)
 
@@ -156,7 +158,8 @@ class Backward:
             return BackwardTile(128, 64 if wide else 128, atoms_keys=1, pairs=one.width >= 128)
         if 128 < one.width <= 192 and one.width_v <= 128:
             return NARROW_VALUES_BACKWARD
-        widest = max(one.width, one.width_v)
+        least = OF_FUNCTIONS if one.scores else 0
+        widest = max(one.width, one.width_v, least)
         return next(tile for width, tile in HOPPER_BACKWARD if widest <= width)
 
     @property
