@@ -360,3 +360,36 @@ def test_both_results_read_the_same_function():
     assert kernel.mainloop.buffer(LSE) is not None
     assert [x.name for x in kernel.mainloop.node.captured] == ["tree", "bias"]
     assert "score(0.25 · q kᵀ, tree, bias)" in str(program)
+
+
+@coda.block
+def by_hand(q: T["B H S d"], k: T["B H T d"], v: T["B H T e"], bias: T["H S T"]):
+    return coda.softmax(q @ k.mT * 0.125 + bias) @ v
+
+
+def hidden_rows():
+    """Arguments of `by_hand` with two rows that keep no key, whose weights are NaN."""
+    sizes = {"B": 2, "H": 2, "S": 40, "T": 130, "d": 64, "e": 64}
+    *others, bias = random_inputs(by_hand.graph, sizes)
+    bias[0, 3], bias[1, 0], bias[:, :, 7] = -math.inf, -math.inf, -math.inf
+    return sizes, [*others, bias]
+
+
+@pytest.mark.parametrize(
+    "backend", ["reference", *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHS)]
+)
+def test_rows_without_keys_are_nan_where_a_softmax_is(backend):
+    sizes, inputs = hidden_rows()
+    assert by_hand.lower("sm_90a", sizes).kernels[0].kind is ATTENTION
+    known = dict(zip(by_hand.graph.inputs, inputs, strict=True))
+    (exact,) = evaluate(by_hand.graph.roots, known, sizes, torch.float64)
+    assert int(exact.isnan().sum()) == 2 * 2 * 64
+    if backend == "reference":
+        y = by_hand(*inputs, backend=backend)
+    else:
+        with device(backend, checks="raise") as gpu:
+            y = by_hand(*inputs, backend="sim", arch=backend)
+            assert not gpu.report().findings
+    assert torch.equal(y.isnan(), exact.isnan())
+    error = (y.double() - exact).nan_to_num(0.0)
+    assert error.norm() <= 4e-3 * exact.nan_to_num(0.0).norm()

@@ -5,6 +5,7 @@ walked from the softmax down to the one contraction that they depend on. If all 
 read by nothing else, no tensor of scores is left. Otherwise the graph stays as it is. The logsumexp
 alone may be read: it is a second result of the same operation. If weights are exp(s - c) with any
 other number c of each row, such as that of sinks, the value has the factor exp(logsumexp s - c).
+Of kernels that give 0 where all scores are -inf, the logsumexp tells the rows that are NaN.
 
     p = exp(s - logsumexp s), s = where(j <= i, q kᵀ / 8, -inf), y = p v
         ->  y = attend q, k, v    with scores where(j <= i, s / 8, -inf)
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coda.errors import DimError
 from coda.ir.attend import LSE, VALUE, Attend, AttendGradient, Scores
@@ -102,6 +103,8 @@ def attends(graph: Graph, sizes: Mapping[str, int], takes: Takes) -> Graph:
                 new = _attention(node, above, graph.roots)
             except _Unlike:
                 continue
+            if not takes(new.attend, sizes) and math.isnan(new.attend.empty):
+                new = _with_nan(new)
             if takes(new.attend, sizes):
                 found[new.target] = new.value
                 found |= dict.fromkeys(new.lse, new.attend.of(LSE))
@@ -162,6 +165,14 @@ def _attention(
     if left & _between([node.lhs, *lse], product, lse):
         raise _Unlike
     return _Found(attend, target, value, lse & left)
+
+
+def _with_nan(found: _Found) -> _Found:
+    """The same, of an attention whose value in a row of −inf is 0: NaN by its logsumexp."""
+    attend = replace(found.attend, empty=0.0)
+    some = permuted(Map("gt", (attend.of(LSE), Const(-math.inf, f32))), attend.order)
+    value = Map("where", (some, attend, Const(math.nan, attend.dtype)))
+    return replace(found, attend=attend, value=value)
 
 
 def _with_factor(attend: Attend, c: Node) -> Node:
