@@ -156,3 +156,25 @@ block rows(%x: [16, 8] f32, %d: [16, 8] f32) {
 }
 """)
     lowered(graph, {})
+
+
+def test_a_value_of_a_sequence_that_is_placed_for_a_kernel_is_placed_once():
+    """Its extremes over tokens are operations of torch, which a kernel of all rows asks for."""
+
+    @coda.block
+    def extremes(x: T["A B 5", coda.f32], w: T["5 5", coda.f32]):
+        y = x @ w
+        return coda.min(y, axis=-2), coda.max(y, axis=-2)
+
+    sizes = {"A": 5, "B": 5}
+    x, w = random_inputs(extremes.graph, sizes)
+    ours, theirs = ([t.clone().requires_grad_() for t in (x, w)] for _ in range(2))
+    found = extremes(*ours, backend="reference")
+    y = theirs[0] @ theirs[1]
+    expected = y.amin(-2), y.amax(-2)
+    for one in (found, expected):
+        (one[0].sum() + one[1].square().sum()).backward()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5)

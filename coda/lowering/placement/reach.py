@@ -56,6 +56,7 @@ class Reach(Materialisation, ABC):
         again = is_pointwise(operand)
         if home is None and self.has_fewer_rows(operand, draft):
             self.materialise(operand)
+            home = self.home.get(operand)
             if self.leaf(operand, draft) is not None:
                 return
         try:
