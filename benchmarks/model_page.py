@@ -266,7 +266,7 @@ def apart():
     for gpu in GPUS:
         for count in ROWS:
             chosen = [(n, *p) for n in stages.EXAMPLES for p in stages.programs(n, gpu, M=count)]
-            with mock.patch.object(compiler, "separate", lambda best, _: best):
+            with mock.patch.object(compiler, "separate", lambda best, *_: best):
                 fused = [p for n in stages.EXAMPLES for _, p in stages.programs(n, gpu, M=count)]
             pairs = [(f"{n} {part}", p, q) for (n, part, p), q in zip(chosen, fused, strict=True)]
             moved = [(n, p, q) for n, p, q in pairs if parted(p) != parted(q)]
