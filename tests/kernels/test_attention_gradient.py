@@ -249,3 +249,31 @@ def test_tiles_have_whole_passes_of_the_launches_around_them():
     }  # fmt: skip
     pairs = Backward(Forward("", True, "bf16", 128, 128, 2)).scratch(1, 1, (1, 300))
     assert pairs["dk"] == (1, 1, 512 * 128)
+
+
+@coda.block
+def by_hand(q: T["B H S d"], k: T["B H T d"], v: T["B H T e"], bias: coda.Constant["S T"]):
+    return coda.softmax(q @ k.mT * 0.125 + bias) @ v
+
+
+@pytest.mark.parametrize(
+    "backend", ["reference", *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHS)]
+)
+def test_a_row_without_keys_makes_gradients_nan_as_in_torch(backend):
+    sizes = {"B": 1, "H": 2, "S": 40, "T": 70, "d": 64, "e": 64}
+    *others, bias = random_inputs(by_hand.graph, sizes)
+    bias[3] = float("-inf")
+    kinds = [k.kind for p in by_hand.lower_training("sm_90a", sizes) for k in p.kernels]
+    assert GRADIENT in kinds
+    arch = backend if backend in ARCHS else "sm_90a"
+    ours, theirs = ([x.clone().requires_grad_() for x in others] for _ in range(2))
+    with device(arch, checks="off"):  # findings are those of other cases
+        where = "sim" if backend in ARCHS else backend
+        y = by_hand(*ours, bias, backend=where, arch=arch)
+        y[:, 1].float().sum().backward()
+    q, k, v = theirs
+    z = (q @ k.mT * 0.125 + bias).softmax(-1) @ v
+    z[:, 1].float().sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.grad.isnan(), b.grad.isnan())
+        assert b.grad.isnan().any()

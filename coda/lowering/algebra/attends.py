@@ -168,10 +168,14 @@ def _attention(
 
 
 def _with_nan(found: _Found) -> _Found:
-    """The same, of an attention whose value in a row of −inf is 0: NaN by its logsumexp."""
+    """The same, of an attention whose value in a row of −inf is 0: NaN by its logsumexp.
+
+    A factor, so that the gradients that such a row has a part in are NaN too.
+    """
     attend = replace(found.attend, empty=0.0)
     some = permuted(Map("gt", (attend.of(LSE), Const(-math.inf, f32))), attend.order)
-    value = Map("where", (some, attend, Const(math.nan, attend.dtype)))
+    one, nan = (Const(x, attend.dtype) for x in (1.0, math.nan))
+    value = Map("mul", (attend, Map("where", (some, one, nan))))
     return replace(found, attend=attend, value=value)
 
 
