@@ -247,7 +247,8 @@ def heads(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"], r: T["B 4 S 1"])
 
 
 @coda.block
-def softmaxed(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"]):
+def softmaxed(q: T["B S 4 264"], k: T["B S 4 264"], v: T["B S 4 264"]):
+    """Of more columns than attention kernels have."""
     scores = coda.einsum("b i h d, b j h d -> b h i j", q, k) * 0.125
     return coda.einsum("b h i j, b j h d -> b i h d", coda.softmax(scores), v)
 
@@ -265,7 +266,7 @@ def test_laws_of_sums_hold_for_each_head():
 
 
 @coda.block
-def by_hand(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"]):
+def by_hand(q: T["B S 4 264"], k: T["B S 4 264"], v: T["B S 4 264"]):
     e = coda.exp(coda.einsum("b i h d, b j h d -> b h i j", q, k) * 0.125)
     p = e / coda.sum(e, keepdims=True)
     return coda.einsum("b h i j, b j h d -> b i h d", p, v)
@@ -276,12 +277,12 @@ def by_hand(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"]):
 )
 def test_no_value_is_read_in_two_orders(block, launches, scores):
     """Σ dO O is taken in the order of tokens, in which O is returned, and stored in that of p v."""
-    programs = block.lower_training("sm_90a", {"B": 2, "S": 1024})
+    programs = block.lower_training("sm_90a", {"B": 2, "S": 8448})
     assert tuple(len(p.kernels) for p in programs) == launches
     assert TORCH not in {k.kind for p in programs for k in p.kernels}
     (store,) = programs[1].kernels[0].body.epilogue.stores
     assert store.rows.order == (0, 2, 1)
-    matrix = 2 * (2 * 4 * 1024 * 1024)
+    matrix = 2 * (2 * 4 * 8448 * 8448)
     assert tuple(hbm_bytes(p) // matrix for p in programs) == scores
 
 
@@ -295,7 +296,7 @@ def test_the_gradient_of_a_transposed_operand_is_stored_as_it_is():
 
 
 @coda.block
-def causal(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"]):
+def causal(q: T["B S 4 264"], k: T["B S 4 264"], v: T["B S 4 264"]):
     scores = coda.einsum("b i h d, b j h d -> b h i j", q, k) * 0.125
     i, j = coda.iota(q.shape[1]), coda.iota(k.shape[1])
     p = coda.softmax(coda.where(j <= i[:, None], scores, float("-inf")))
@@ -303,13 +304,12 @@ def causal(q: T["B S 4 32"], k: T["B S 4 32"], v: T["B S 4 32"]):
 
 
 def test_a_mask_of_positions_moves_no_bytes():
-    sizes = {"B": 2, "S": 1024}
+    sizes = {"B": 2, "S": 8448}
     plain = [softmaxed.lower("sm_90a", sizes), *softmaxed.lower_training("sm_90a", sizes)]
     masked = [causal.lower("sm_90a", sizes), *causal.lower_training("sm_90a", sizes)]
     assert [hbm_bytes(p) for p in masked] == [hbm_bytes(p) for p in plain]
     assert [len(p.kernels) for p in masked] == [len(p.kernels) for p in plain]
-    assert "j - i ≤ 0" in str(masked[0])
-    assert "le column, row%1024" in str(masked[1])
+    assert all("le column, row%8448" in str(p) for p in masked[:2])
     assert not any(p.prepared for p in masked)
 
 
