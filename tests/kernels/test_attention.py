@@ -289,7 +289,7 @@ CASES = {
     "one of each": (block_of(masks.causal),
                     {"B": 1, "G": 1, "R": 1, "S": 1, "T": 1, "d": 64, "e": 64}),
 }  # fmt: skip
-DEFAULT = ("causal, 2 on 1", "sm_90a")
+DEFAULT = ("few queries, 3 on 1", "sm_90a")
 
 
 @pytest.mark.parametrize(
