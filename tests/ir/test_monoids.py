@@ -32,7 +32,7 @@ def test_every_monoid_is_held_against_torch():
 
 
 @pytest.mark.parametrize("name", TORCH)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sizes=parts, seed=st.integers(0, 10**6), scale=st.sampled_from([1e-3, 1.0, 300.0]))
 def test_split_and_merged_is_the_whole(name, sizes, seed, scale):
     generator = torch.Generator().manual_seed(seed)

@@ -44,7 +44,7 @@ def sample(law: Law, sizes: dict[str, int], seed: int, scale: float = 1.0, mean:
 
 
 @pytest.mark.parametrize("law", [*LAWS, *EXCHANGES], ids=lambda law: law.name)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10**6),
     lead=st.sampled_from(SIZES),
@@ -58,7 +58,7 @@ def test_both_sides_agree_in_float64(law, seed, lead, k, n):
 
 
 @pytest.mark.parametrize("law", BATCHED, ids=lambda law: law.name)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), seed=st.integers(0, 10**6))
 def test_both_sides_of_batches_agree_in_float64(law, data, seed):
     """Each variable has all batch axes, some of size 1, or none."""

@@ -100,7 +100,7 @@ def expressions():
     return st.recursive(leaves, grown, max_leaves=14)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(expressions(), min_size=1, max_size=3))
 def test_values_stay_and_work_never_grows(exprs):
     found = factored(exprs, once)

@@ -153,9 +153,7 @@ def check(graph, frozen):
             torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
 
 
-SETTINGS = settings(
-    deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
-)
+SETTINGS = settings(suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 
 
 @settings(SETTINGS, max_examples=150)

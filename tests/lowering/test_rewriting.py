@@ -66,7 +66,7 @@ def replaced(roots, known):
     return roots
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**9), count=st.integers(1, 7))
 def test_a_measure_falls_with_every_law(seed, count):
     roots = planted(seed, ONE_WAY, count)
@@ -133,7 +133,7 @@ def exchanged(roots):
 ORDERLESS = [law for law in LAWS if law.name != "contractions_together"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**9), count=st.integers(1, 5))
 def test_one_form_whatever_comes_first(seed, count):
     roots = planted(seed, ORDERLESS, count)

@@ -126,7 +126,7 @@ def bits(x):
     split=st.integers(-20, 20),
     half=st.sampled_from([1, 2, 3]),
 )
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_fma_rounds_once_where_the_product_is_near_half_an_ulp(c, i, j, split, half):
     """The f64 sum lies on a tie of f32 although the exact sum lies beside it."""
     ulp = float(np.spacing(np.abs(f32(c))))
@@ -145,7 +145,7 @@ def test_fma_rounds_once_where_the_product_is_near_half_an_ulp(c, i, j, split, h
     j=st.integers(-3, 3),
     half=st.sampled_from([1, 2, 3, -1]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_fma_rounds_once_where_the_result_is_subnormal(c, i, j, half):
     a = f32(2.0**-75 * (1 + i * 2.0**-23))
     b = f32(half * 2.0**-75 * (1 + j * 2.0**-23))
@@ -157,7 +157,7 @@ def test_fma_rounds_once_where_the_result_is_subnormal(c, i, j, half):
 
 
 @given(a=SINGLES, b=SINGLES, mode=st.sampled_from(["rz", "rm", "rp"]), near=st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_directed_sums_are_exact_sums_rounded_once(a, b, mode, near):
     b = -float(np.nextafter(f32(a), f32(b))) if near and abs(a) < 1e38 else b
     exact = Fraction(a) + Fraction(b)
@@ -169,7 +169,7 @@ def test_directed_sums_are_exact_sums_rounded_once(a, b, mode, near):
 
 
 @given(x=st.floats(allow_nan=False, allow_infinity=False), e=st.integers(-60, 60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_sum_rounded_to_odd_can_be_rounded_again(x, e):
     y = float(np.spacing(abs(x)) * 2.0**e / 3) if abs(x) < 1e300 else 0.0
     total, error = floats.two_sum(np.array([x], f64), np.array([y], f64))

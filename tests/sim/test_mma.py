@@ -86,7 +86,7 @@ def opcode(m, k, a, b, d, more=""):
     return f"mma.sync.aligned.m{m}n8k{k}.row.col{more}.{d}.{a}.{b}.{d}"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(SHAPES), st.integers(0, 99))
 def test_products_of_all_shapes(shape, seed):
     m, k, a, b, d = shape

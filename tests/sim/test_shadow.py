@@ -29,7 +29,7 @@ def steps(draw):
     return out
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(steps())
 def test_who_still_reads_what_is_written(program):
     shadow = Shadow(Events(), WORDS)

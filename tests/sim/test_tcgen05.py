@@ -17,7 +17,7 @@ RESULT = {"f16": 0, "f32": 1, "s32": 2}
 SPANS = {(0, 16): 0, (128, 32): 1, (128, 16): 2, (64, 16): 4, (32, 16): 6}
 NARROW = ("e2m3", "e3m2", "e2m1")
 K = {"f16": 16, "tf32": 8, "i8": 32, "f8f6f4": 32, "mxf8f6f4": 32, "mxf4": 64, "mxf4nvf4": 64}
-few = settings(max_examples=30, deadline=None)
+few = settings(max_examples=30)
 
 
 def describe(start, span, leading, stride, atom=16):

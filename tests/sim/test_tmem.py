@@ -9,7 +9,7 @@ from coda.sim.tensorcore import tmem
 from coda.sim.types import Fault, Unsupported
 from tests.sim.operands import put
 
-few = settings(max_examples=100, deadline=None)
+few = settings(max_examples=100)
 # The place of a thread's bits in a block of rows of w bits: extents and strides, fastest first.
 # Threads, then values; a letter w is the width of a row times the number before it.
 BITS = {

@@ -14,7 +14,7 @@ from tests.sim.operands import MASKS, address, offsets, put, random_matrix, size
 SPANS = {0: 0, 128: 1, 64: 2, 32: 3}
 PAIRS = [("bf16", "bf16"), ("f16", "f16"), ("tf32", "tf32"), ("e4m3", "e5m2"), ("e5m2", "e4m3")]
 PAIRS += [("e4m3", "e4m3"), ("s8", "u8"), ("u8", "s8"), ("s8", "s8"), ("u8", "u8")]
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 def describe(start, span, leading, stride):
