@@ -165,7 +165,7 @@ class Recording:
         """An argument of a launch as a view of a tensor of any such call. Raises _Unknown."""
         if isinstance(x, dict):
             return {k: self.view(v) for k, v in x.items()}
-        if isinstance(x, tuple):
+        if type(x) is tuple:
             return tuple(map(self.view, x))
         if not isinstance(x, Tensor) or _memory(x) in self.constants:
             return x

@@ -150,10 +150,10 @@ class _Code:
         """The text of an argument, or of an output."""
         if isinstance(x, dict):
             return "{" + ", ".join(f"{k!r}: {self.value(v)}" for k, v in x.items()) + "}"
-        if isinstance(x, tuple):
+        if type(x) is tuple:
             return "(" + "".join(f"{self.value(v)}, " for v in x) + ")"
         if not isinstance(x, View):
-            return repr(x) if x is None or isinstance(x, int) else self.constant(x)
+            return repr(x) if x is None or type(x) in (bool, int) else self.constant(x)
         if x.whole:
             return f"t{x.base}"
         if x not in self.views:

@@ -1,7 +1,9 @@
 """What is kept between calls: made of weights, and recorded launches."""
 
+import enum
 import gc
 import weakref
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -90,6 +92,31 @@ def test_a_replay_launches_on_new_tensors():
         (out,) = found.run([fresh, w])
         torch.testing.assert_close(out, fresh[:, :2] * (w * 3))
         assert out.data_ptr() != outputs[0].data_ptr()
+
+
+class Order(enum.IntEnum):
+    SERIAL = 0
+
+
+class Options(NamedTuple):
+    order: Order
+    count: int
+
+
+def test_a_replay_gives_tuples_with_tensors_anew_and_all_others_as_they_were():
+    x, buffer, given = torch.randn(2, 4), torch.zeros(2, 4), []
+    recording = Recording([x])
+    recording.made(buffer, 0.0)
+    options = Options(Order.SERIAL, 3)
+    recording.launched(ReplayStep(lambda *args: given.append(args), (options, (x, (1, None)))))
+    replays = Replays()
+    replays.keep(recording, (buffer,))
+    fresh = torch.randn(2, 4)
+    replays.find([fresh]).run([fresh])
+    ((found, (tensor, rest)),) = given
+    assert found is options
+    assert tensor is fresh
+    assert rest == (1, None)
 
 
 def test_a_replay_is_not_found_for_what_it_was_not_recorded_for():
