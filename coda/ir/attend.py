@@ -8,7 +8,7 @@ operation has several results, each a node of its own with the same operands: `A
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coda.errors import DtypeError, ShapeError
 from coda.ir.dims import ONE, Shape, show_shape
@@ -69,16 +69,11 @@ class Attend(Node):
 
     def of(self, part: str) -> Attend:
         """The result `part` of the same attention."""
-        return Attend(
-            self.q, self.k, self.v, self.captured, self.scores, self.order, self.empty, part
-        )
+        return replace(self, part=part)
 
     def with_scores(self, change: Callable[[Node], Node]) -> Attend:
         """The same attention with its scores' root changed."""
-        scores = self.scores.with_root(change(self.scores.root))
-        return Attend(
-            self.q, self.k, self.v, self.captured, scores, self.order, self.empty, self.part
-        )
+        return replace(self, scores=self.scores.with_root(change(self.scores.root)))
 
     def infer(self) -> tuple[Shape, DType]:
         q, k, v = self.q.shape, self.k.shape, self.v.shape
@@ -146,20 +141,23 @@ class AttendGradient(Node):
         return (self.more[0] if has else None), self.more[has:]
 
     @property
+    def own_order(self) -> Order:
+        """The order of the axes of this result."""
+        return self.orders[GRADIENTS.index(self.part)]
+
+    @property
     def parts(self) -> tuple[AttendGradient, ...]:
         """dq, dk and dv."""
         return tuple(map(self.of, GRADIENTS))
 
     def of(self, part: str) -> AttendGradient:
         """The result `part` of the same operation."""
-        given = self.q, self.k, self.v, self.y, self.lse, self.d, self.more
-        return AttendGradient(*given, self.scores, self.slope, self.order, self.orders, part)
+        return replace(self, part=part)
 
     def with_scores(self, change: Callable[[Node], Node]) -> AttendGradient:
         """The same derivative with the roots of scores and slope changed."""
         scores, slope = (f.with_root(change(f.root)) for f in (self.scores, self.slope))
-        given = self.q, self.k, self.v, self.y, self.lse, self.d, self.more
-        return AttendGradient(*given, scores, slope, self.order, self.orders, self.part)
+        return replace(self, scores=scores, slope=slope)
 
     def infer(self) -> tuple[Shape, DType]:
         whole = self.attend
@@ -169,6 +167,5 @@ class AttendGradient(Node):
                 "the derivative of attention takes the value, its cotangent and the logsumexp",
                 found=", ".join(show_shape(n.shape) for n in (self.y, self.d, self.lse)),
             )
-        number = GRADIENTS.index(self.part)
-        operand = (self.q, self.k, self.v)[number]
-        return tuple(operand.shape[a] for a in self.orders[number]), operand.dtype
+        operand = (self.q, self.k, self.v)[GRADIENTS.index(self.part)]
+        return tuple(operand.shape[a] for a in self.own_order), operand.dtype

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coda.errors import CallError
-from coda.ir.attend import DQ, DV, GRADIENTS, LSE, Attend, AttendGradient
+from coda.ir.attend import DQ, DV, LSE, Attend, AttendGradient
 from coda.ir.dims import Dim, inverse
 from coda.ir.graph import (
     Cast,
@@ -190,8 +190,7 @@ class _Evaluator:
             found = (ds @ k).reshape(q.shape) if node.part == DQ else ds.mT @ _grouped(q, k)
         else:
             found = _grouped(p, k).mT @ _grouped(d, k)
-        number = GRADIENTS.index(node.part)
-        return found.permute(node.orders[number])
+        return found.permute(node.own_order)
 
     def view(self, node: Reshape | Permute | Slice | Concat | Expand, args: list[Tensor]) -> Tensor:
         match node:

@@ -30,8 +30,7 @@ def compiled(run: LaunchRun, kernel: AttentionKernel) -> tuple[Forward, Callable
 
 def launch(run: LaunchRun, kernel: AttentionKernel) -> None:
     """Allocate the results, bind the operands, and launch."""
-    one, sizes = kernel.mainloop, run.sizes
-    node, scores = one.node, one.scores
+    one, node = kernel.mainloop, kernel.mainloop.node
     value = result(run, node, one.buffer(VALUE))
     lse = None
     if one.buffer(LSE) is not None:
@@ -40,12 +39,9 @@ def launch(run: LaunchRun, kernel: AttentionKernel) -> None:
         return
     operands = tuple(run.ready(run.value(o), by_tokens) for o in (node.q, node.k, node.v))
     o = value.permute(inverse(node.order)).permute(0, 2, 1, 3)
-    lower, upper = (e.size(sizes) if e is not None else 0 for e in (scores.lower, scores.upper))
     problem, function = compiled(run, kernel)
-    tensors = (*operands, o, lse)
-    arguments = forward_arguments(
-        problem, tensors, scores.scale, (lower, upper), captured(run, one.function, node.captured)
-    )
+    tensors, given = (*operands, o, lse), captured(run, one.function, node.captured)
+    arguments = forward_arguments(problem, tensors, one.scores.scale, one.ends(run.sizes), given)
     function(*arguments)
     run.launched(function, arguments)
 

@@ -32,11 +32,8 @@ def launch(run: LaunchRun, kernel: GradientKernel) -> None:
     if not all(x.numel() for x in found.values()):
         return
     problem, functions = compiled(run, kernel)
-    scores = one.attention.scores
-    ends = tuple(e.size(run.sizes) if e is not None else 0 for e in (scores.lower, scores.upper))
-    arguments = backward_arguments(
-        problem, _operands(run, one, problem, found), scores.scale, (ends[0], ends[1])
-    )
+    operands, forward = _operands(run, one, problem, found), one.attention
+    arguments = backward_arguments(problem, operands, forward.scores.scale, forward.ends(run.sizes))
     for name, given in arguments.items():
         functions[name](*given)
         run.launched(functions[name], given)
@@ -65,8 +62,7 @@ def _operands(
 def _result(run: LaunchRun, one: Gradient, part: str, fill: str) -> Tensor:
     """The memory of a gradient, as [batch, tokens, heads, columns]."""
     node = one.node.of(part)
-    order = node.orders[(DQ, DK, DV).index(part)]
-    x = result(run, node, one.buffer(part), fill).permute(inverse(order))
+    x = result(run, node, one.buffer(part), fill).permute(inverse(node.own_order))
     return x.permute(0, 2, 1, 3)
 
 

@@ -14,25 +14,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32
 from quack.cache import jit_cache
 
 from coda.kernels.attention.device import by_lanes
 from coda.kernels.attention.flash_target import (
     DTYPES,
+    compiled,
     fake_captured,
+    fake_window,
+    masked_by,
     placeholder,
     window_of,
-    without_captured,
 )
 from coda.kernels.attention.problem import VERSION, Backward
 
 _THREADS = 384  # a producer warpgroup and two that multiply
 _PER_WARPGROUP = 128
-
-
-def _stream() -> Any:
-    return cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
 
 
 def _padded(rows: Any, heads: Any, batch: Any) -> Any:
@@ -62,7 +60,7 @@ def _compile_before(problem: Backward, version: str) -> Any:
     sums = _padded(elements, heads, batch)
     arguments = [o, do, delta, lse, lse_log2, sums, None, None, dlse, None, None]
     arguments += [Float32(1.0), None, None]
-    return cute.compile(kernel, *arguments, _stream(), options="--enable-tvm-ffi")
+    return compiled(kernel, arguments)
 
 
 @jit_cache
@@ -70,7 +68,7 @@ def _compile_main(problem: Backward, version: str) -> Any:
     """Compile the main kernel; the arguments are the key of quack's disk cache."""
     from flash_attn.cute.utils import AuxData
 
-    one, band, dtype = problem.forward, problem.forward.band, DTYPES[problem.forward.dtype]
+    one, dtype = problem.forward, DTYPES[problem.forward.dtype]
     batch, queries, keys, groups, rows, elements = (cute.sym_int() for _ in range(6))
     heads = groups if one.sharing == 1 else cute.sym_int()
     q = placeholder(dtype, (batch, queries, heads, one.width))
@@ -82,20 +80,17 @@ def _compile_main(problem: Backward, version: str) -> Any:
     if one.sharing > 1:
         dk, dv = (_padded(cute.sym_int(), groups, batch) for _ in range(2))
     lse_log2, delta = (_padded(rows, heads, batch) for _ in range(2))
-    ends = (Int32(0) if end and not band.diagonal else None for end in (band.lower, band.upper))
     arguments = [q, k, v, do, lse_log2, delta, _padded(elements, heads, batch), dk, dv]
-    arguments += [Float32(1.0), *[None] * 4, *ends, *[None] * 3]
+    arguments += [Float32(1.0), *[None] * 4, *fake_window(one.band), *[None] * 3]
     arguments += [AuxData(None, fake_captured(one)), None, None]
-    with without_captured():
-        return cute.compile(_kernel(problem), *arguments, _stream(), options="--enable-tvm-ffi")
+    return compiled(_kernel(problem), arguments)
 
 
 def _kernel(problem: Backward) -> Any:
     """flash-attention's kernel object of a main kernel."""
-    one, tile, band = problem.forward, problem.tile, problem.forward.band
+    one, tile = problem.forward, problem.tile
     common: dict[str, Any] = {
-        "is_causal": band.diagonal,
-        "is_local": not band.diagonal and (band.lower or band.upper),
+        **masked_by(one.band),
         "qhead_per_kvhead": one.sharing,
         "tile_m": tile.rows,
         "tile_n": tile.columns,
@@ -178,7 +173,7 @@ def _compile_after(problem: Backward, of: str, version: str) -> Any:
     )
     sums, found = _padded(elements, heads, batch), placeholder(dtype, (batch, rows, heads, width))
     arguments = [sums, found, Float32(1.0), None, None, None, None]
-    return cute.compile(kernel, *arguments, _stream(), options="--enable-tvm-ffi")
+    return compiled(kernel, arguments)
 
 
 def backward(problem: Backward) -> dict[str, Callable[..., None]]:

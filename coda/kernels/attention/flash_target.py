@@ -9,7 +9,7 @@ tensors it would bound the positions itself, with two divisions for each score.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,23 +41,25 @@ def _compile_forward(problem: Forward, version: str) -> Any:
     v = placeholder(dtype, (batch, keys, groups, problem.width_v))
     o = placeholder(dtype, (batch, queries, heads, problem.width_v))
     lse = placeholder(Float32, (batch, heads, queries)) if problem.lse else None
-    band = problem.band
-    ends = (Int32(0) if end and not band.diagonal else None for end in (band.lower, band.upper))
-    arguments = [q, k, v, o, lse, Float32(1.0), *[None] * 5, *ends, None]
+    arguments = [q, k, v, o, lse, Float32(1.0), *[None] * 5, *fake_window(problem.band), None]
     arguments += [None] if problem.tensor_memory else []  # scales of 8-bit operands
     arguments += [None, AuxData(None, fake_captured(problem))]  # first, lists of tiles
     arguments += [*[None] * SCHEDULER, Int32(1)] if problem.tensor_memory else [None, None]
+    return compiled(_kernel(problem), arguments)
+
+
+def compiled(kernel: Any, arguments: Sequence[Any]) -> Any:
+    """A kernel of flash-attention, compiled for placeholders and the stream of a call."""
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    with without_captured():
-        return cute.compile(_kernel(problem), *arguments, stream, options="--enable-tvm-ffi")
+    with _without_captured():
+        return cute.compile(kernel, *arguments, stream, options="--enable-tvm-ffi")
 
 
 def _kernel(problem: Forward) -> Any:
     """flash-attention's kernel object of a problem."""
-    tile, band = tile_of(problem), problem.band
+    tile = tile_of(problem)
     common: dict[str, Any] = {
-        "is_causal": band.diagonal,
-        "is_local": not band.diagonal and (band.lower or band.upper),
+        **masked_by(problem.band),
         "pack_gqa": problem.sharing > 1 and tile.rows % problem.sharing == 0,
         "has_aux_tensors": False,
         "score_mod": by_lanes(problem.scores) if problem.scores else None,
@@ -106,11 +108,23 @@ def placeholder(dtype: Any, shape: tuple[Any, ...], align: int = 0) -> Any:
 
 
 @contextmanager
-def without_captured() -> Generator[None]:
+def _without_captured() -> Generator[None]:
     """Ignore a warning about captured tensors, of which there are none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
         yield
+
+
+def masked_by(band: Band) -> dict[str, bool]:
+    """The arguments of a kernel's class that say how scores are masked."""
+    ends = band.lower or band.upper
+    return {"is_causal": band.diagonal, "is_local": not band.diagonal and ends}
+
+
+def fake_window(band: Band) -> tuple[Any, Any]:
+    """Placeholders of what `window_of` gives."""
+    left, right = (Int32(0) if e and not band.diagonal else None for e in (band.lower, band.upper))
+    return left, right
 
 
 def fake_captured(problem: Forward) -> tuple[Any, ...] | None:

@@ -6,27 +6,25 @@ in float32. What they pass to each other is memory of their own, in an order of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
 from coda.ir.attend import AttendGradient, Scores
-from coda.ir.evaluate import evaluate
 from coda.ir.graph import Node
 from coda.ir.types import f32
-from coda.kernels.attention.kind import AttentionSource, why_not
+from coda.kernels.attention.kind import AttentionSource, reference, why_not
 from coda.kernels.attention.mainloop import Attention
 from coda.kernels.attention.problem import VERSION, Backward
 from coda.kernels.attention.scores import ScoreFunction, score_function
-from coda.kernels.protocol import LaunchRun, Run
+from coda.kernels.protocol import LaunchRun
 from coda.lowering.algebra.attend_gradients import slope_of
 from coda.lowering.algebra.vjp import vjp
 from coda.lowering.placement.values import Refused
 from coda.lowering.program.cost import at_rates, label
 from coda.lowering.program.kernel import (
     Account,
-    Builder,
     Code,
     Flops,
     Kernel,
@@ -103,11 +101,6 @@ def _refuses(node: Node, sizes: Sizes) -> str:
     return "" if same else "heads of queries share one of keys, of other columns than its values"
 
 
-def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Gradient:
-    parts = tuple(builder.homed)
-    return Gradient(parts, tuple(map(name, parts)))
-
-
 def _flops(kernel: GradientKernel, sizes: Sizes) -> Flops:
     one = kernel.mainloop
     columns = 3 * one.node.q.shape[3].size(sizes) + 2 * one.node.v.shape[3].size(sizes)
@@ -149,14 +142,6 @@ def _explain(program: Program, kernel: GradientKernel) -> Account:
     return Account(f"attend {', '.join(one.results)} = {what}", what)
 
 
-def _reference(run: Run, kernel: GradientKernel) -> None:
-    one = kernel.mainloop
-    known = {o: run.value(o) for o in one.operands}
-    values = evaluate(one.parts, known, run.sizes, run.compute)
-    for buffer, x in zip(one.results, values, strict=True):
-        run.keep(buffer, x)
-
-
 def _emit(program: Program, kernel: GradientKernel) -> Sequence[Source]:
     problem = kernel.mainloop.problem(program.target, program.sizes)
     lines = [
@@ -183,11 +168,11 @@ def _compile(run: LaunchRun, kernel: GradientKernel) -> None:
 GRADIENT = Kind(
     name="attention_gradient",
     refuses=_refuses,
-    mainloop=_mainloop,
+    mainloop=Gradient.of,
     flops=_flops,
     time=_time,
     explain=_explain,
-    reference=_reference,
+    reference=reference,
     scratch=_scratch,
     launches=_launches,
     code=Code(_emit, _launch, _compile),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -18,7 +18,7 @@ from coda.kernels.attention.scores import score_function
 from coda.kernels.protocol import LaunchRun, Run
 from coda.lowering.placement.values import Refused
 from coda.lowering.program.cost import at_rates, label
-from coda.lowering.program.kernel import Account, Builder, Code, Flops, Kind, Sizes, Source
+from coda.lowering.program.kernel import Account, Code, Flops, Kernel, Kind, OneNode, Sizes, Source
 from coda.lowering.program.program import Program
 
 
@@ -48,11 +48,6 @@ def why_not(node: Attend, sizes: Sizes) -> str:
     return next(filter(None, why), "")  # of both, since a refusal is for all GPUs
 
 
-def _mainloop(builder: Builder, name: Callable[[Node], str]) -> Attention:
-    parts = tuple(builder.homed)
-    return Attention(parts, tuple(map(name, parts)))
-
-
 def _flops(kernel: AttentionKernel, sizes: Sizes) -> Flops:
     node = kernel.mainloop.node
     columns = node.q.shape[3].size(sizes) + node.v.shape[3].size(sizes)
@@ -67,7 +62,8 @@ def _explain(program: Program, kernel: AttentionKernel) -> Account:
     return Account(f"attend {', '.join(one.results)} = {what}", what)
 
 
-def _reference(run: Run, kernel: AttentionKernel) -> None:
+def reference(run: Run, kernel: Kernel[OneNode]) -> None:
+    """Compute the results of an operation on its operands in memory, by its definition."""
     one = kernel.mainloop
     known = {o: run.value(o) for o in one.operands}
     values = evaluate(one.parts, known, run.sizes, run.compute)
@@ -117,10 +113,10 @@ def _compile(run: LaunchRun, kernel: AttentionKernel) -> None:
 ATTENTION = Kind(
     name="attention",
     refuses=_refuses,
-    mainloop=_mainloop,
+    mainloop=Attention.of,
     flops=_flops,
     time=at_rates,
     explain=_explain,
-    reference=_reference,
+    reference=reference,
     code=Code(_emit, _launch, _compile),
 )

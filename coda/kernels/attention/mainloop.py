@@ -65,6 +65,14 @@ class Attention(OneNode):
             0 if function is None else len(function.numbers),
         )
 
+    def ends(self, sizes: Sizes) -> tuple[int, int]:
+        """lo and hi of the band lo ≤ j - i ≤ hi of a call; 0 for an end that it lacks."""
+        lower, upper = self.scores.lower, self.scores.upper
+        return (
+            0 if lower is None else lower.size(sizes),
+            0 if upper is None else upper.size(sizes),
+        )
+
     def said(self, q: str, k: str, v: str, *captured: str) -> str:
         """The attention of operands of these names, in words."""
         scores, one = self.scores, self.node

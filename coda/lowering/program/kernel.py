@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 from coda.ir.dims import Dim
 from coda.ir.graph import Contract, Node
@@ -54,6 +54,12 @@ class OneNode:
 
     parts: tuple[Node, ...]
     results: tuple[str, ...]
+
+    @classmethod
+    def of(cls, builder: Builder, name: Callable[[Node], str]) -> Self:
+        """The mainloop of a kernel builder; `name` gives the buffer of each of its nodes."""
+        parts = tuple(builder.homed)
+        return cls(parts, tuple(map(name, parts)))
 
     @property
     def node(self) -> Node:
