@@ -34,7 +34,7 @@ from coda.frontend.ops import (
     where,
 )
 from coda.frontend.tensor import Tensor
-from coda.ir.dims import Dim, Shape, product, show_shape
+from coda.ir.dims import Shape, product, show_shape
 
 
 def rms_norm(x: Tensor, w: Tensor | None = None, eps: float = 1e-6, shift: float = 0.0) -> Tensor:
@@ -192,7 +192,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
         )
     half, d = cos.shape[-1], x.shape[-1]
     rotated = 2 * half
-    if _is_negative(d - rotated):
+    if d != rotated and (rotated - d).is_natural:
         raise ShapeError(
             "rope rotates more columns than a head has",
             found=f"heads of {d} columns, tables of the angles of {rotated}",
@@ -209,11 +209,6 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
     rotated = (a * c - b * s, b * c + a * s)
     y = stack(rotated).reshape(*x.shape) if interleaved else concat(rotated)
     return y if rest is None else concat([y, rest])
-
-
-def _is_negative(dim: Dim) -> bool:
-    """Whether all coefficients are negative: the dim is below 0 for all sizes of its symbols."""
-    return bool(dim.terms) and all(c < 0 for _, c in dim.terms)
 
 
 def cross_entropy(

@@ -117,6 +117,11 @@ class Dim:
 
     __truediv__ = __floordiv__
 
+    @property
+    def is_natural(self) -> bool:
+        """Whether no coefficient is negative: the dim is 0 or more at all sizes of its symbols."""
+        return all(c >= 0 for _, c in self.terms)
+
     @cached_property
     def symbols(self) -> frozenset[str]:
         """The names of the symbols that occur in this dim."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from coda.ir.attend import DK, DQ, DV, LSE, VALUE, Attend, AttendGradient, Order, Scores
 from coda.ir.dims import inverse
 from coda.ir.graph import Const, Expand, Input, Node, Permute
-from coda.lowering.algebra.roles import permuted
+from coda.lowering.algebra.roles import keeps_columns, permuted
 
 Pair = tuple[Node, Node]
 Vjp = Callable[[Mapping[Node, Node], Sequence[Node]], Mapping[Node, Node]]
@@ -46,7 +46,7 @@ def attend_gradients(node: Attend, d: Node | None, dlse: Node | None, vjp: Vjp) 
 
 def _order(operand: Node) -> Order:
     """The order of axes in which an operand's cotangent is read, that of what it is a view of."""
-    if isinstance(operand, Permute) and operand.order[-1] == operand.rank - 1:
+    if isinstance(operand, Permute) and keeps_columns(operand):
         return operand.inverse
     return tuple(range(operand.rank))
 

@@ -30,7 +30,7 @@ from coda.ir.graph import (
     Slice,
 )
 from coda.ir.scalars import SCALARS
-from coda.lowering.algebra.roles import permuted
+from coda.lowering.algebra.roles import keeps_columns, permuted
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,10 @@ def read_by_attention(above: dict[Node, list[Node]]) -> set[Node]:
     """
     found: set[Node] = set()
     for node, readers in reversed(above.items()):
-        views = [u in found and isinstance(u, Permute) and _keeps_rows(u) for u in readers]
+        views = [u in found and isinstance(u, Permute) and keeps_columns(u) for u in readers]
         if readers and all(v or isinstance(u, Attend) for u, v in zip(readers, views, strict=True)):
             found.add(node)
     return found
-
-
-def _keeps_rows(node: Permute) -> bool:
-    """Whether a permutation has the last axis last."""
-    return node.order[-1] == node.rank - 1
 
 
 def linear_outputs(

@@ -75,6 +75,11 @@ def permuted(node: Node, order: tuple[int, ...]) -> Node:
     return node if order == tuple(range(node.rank)) else Permute(node, order)
 
 
+def keeps_columns(node: Permute) -> bool:
+    """Whether a permutation has the last axis last."""
+    return node.order[-1] == node.rank - 1
+
+
 def is_transposed_view(node: Node) -> bool:
     """Whether a node's last two axes are in the reverse of their order in memory."""
     return isinstance(node, Permute) and node.rank > 1 and node.order[-1] < node.order[-2]

@@ -36,19 +36,14 @@ def _apart(size: Dim, parts: list[tuple[Slice, Node]]) -> list[tuple[Slice, Node
     """Slices of step 1 that do not overlap at any sizes, in order along an axis."""
     left = [p for p in parts if p[0].step == 1 and p[0].size != size]
     at, chosen = Dim.of(0), list[tuple[Slice, Node]]()
-    while left := [p for p in left if _is_natural(p[0].start - at)]:
-        first = [p for p in left if all(_is_natural(o.start - p[0].start) for o, _ in left)]
+    while left := [p for p in left if (p[0].start - at).is_natural]:
+        first = [p for p in left if all((o.start - p[0].start).is_natural for o, _ in left)]
         if not first:
             break
         chosen.append(first[0])
         left.remove(first[0])
         at = first[0][0].start + first[0][0].size
     return chosen
-
-
-def _is_natural(dim: Dim) -> bool:
-    """Whether a size is zero or more at all sizes of its symbols."""
-    return all(coefficient >= 0 for _, coefficient in dim.terms)
 
 
 def _filled(node: Node, axis: int, parts: Sequence[tuple[Slice, Node]]) -> Node:

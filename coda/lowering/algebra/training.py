@@ -314,11 +314,11 @@ def _choose(
     kept: set[Node] = exact | {n for n in statistics if _is_whole(n, tokens)}
     if memory != "min":
         kept |= {n for n in forward if isinstance(n, Contract | Attend)}
-    lies = set(merged.roots)
-    lies |= {base(o) for n in forward if isinstance(n, Attend) for o in n.operands}
+    stored = set(merged.roots)
+    stored |= {base(o) for n in forward if isinstance(n, Attend) for o in n.operands}
     if memory == "speed":
         read = [n.operands if n.batched else (n.lhs,) for n in forward if isinstance(n, Contract)]
-        lies |= {_loaded(o, free) for operands in read for o in operands}
+        stored |= {_loaded(o, free) for operands in read for o in operands}
     matrices = [n for n in walk(gradients) if isinstance(n, Contract) and n not in inside]
     again = {_loaded(o, free) for n in matrices for o in n.operands if memory == "speed"}
     bent = _bent(forward)
@@ -329,7 +329,7 @@ def _choose(
             return None
         if isinstance(node, Input) or memory == "min":
             return node.nbytes(sizes)
-        written = 0 if node in lies else node.nbytes(sizes)
+        written = 0 if node in stored else node.nbytes(sizes)
         return node.nbytes(sizes) + written + 1 + (node in bent)
 
     prices = {n: 2 * n.nbytes(sizes) for n in again & inside}

@@ -22,7 +22,7 @@ from coda.ir.dims import ONE, product
 from coda.ir.graph import Cast, Map, Node, Permute, Pick, Reduce, Size
 from coda.ir.monoids import MONOIDS
 from coda.ir.types import DType, f32
-from coda.lowering.algebra.roles import sequence_of, summand
+from coda.lowering.algebra.roles import keeps_columns, sequence_of, summand
 from coda.lowering.placement.columns import Space
 from coda.lowering.placement.draft import Draft, Drafts
 from coda.lowering.placement.layout import Layout
@@ -169,7 +169,7 @@ class Admission(Drafts):
         """The value that a kernel has of which a node is a permutation of rows; None if none."""
         source = node.arg
         first = draft.contracts[0] if draft.contracts else source
-        fits = source.shape == first.shape and node.order[-1] == node.rank - 1
+        fits = source.shape == first.shape and keeps_columns(node)
         fits = fits and self.home.get(source) is draft
         fits = fits and product(source.shape[:-1]) == draft.rows
         own = draft.kind.tiled and source in self.loadable  # it is stored in both orders
