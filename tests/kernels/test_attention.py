@@ -23,7 +23,7 @@ from coda.lowering.algebra.laws import LAWS
 from coda.lowering.algebra.rewrite import rewrite
 from coda.measure import random_inputs
 from coda.runtime.simulate import device
-from tests.kernels.test_kernels import ARCHS, hold_against_float64
+from tests.kernels.test_kernels import hold_against_float64, on_both
 from tests.lowering.test_random_blocks import SETTINGS
 
 T = coda.Tensor
@@ -292,14 +292,7 @@ CASES = {
 DEFAULT = ("few queries, 3 on 1", "sm_90a")
 
 
-@pytest.mark.parametrize(
-    ("name", "arch"),
-    [
-        pytest.param(name, arch, marks=() if (name, arch) == DEFAULT else pytest.mark.slow)
-        for name in CASES
-        for arch in ARCHS
-    ],
-)
+@pytest.mark.parametrize(("name", "arch"), on_both(CASES, DEFAULT))
 def test_kernels(name, arch):
     """Also the second call, which replays the first, on other values."""
     block, sizes = CASES[name]

@@ -22,7 +22,7 @@ from coda.measure import measure_gradients, random_inputs
 from coda.runtime.simulate import device
 from coda.sim import CHECK_KINDS
 from tests.kernels.test_attention import LLAMA, SIZES, block_of, layer
-from tests.kernels.test_kernels import ARCHS, hold
+from tests.kernels.test_kernels import ARCHS, hold, on_both
 from tests.lowering.test_backward import check
 
 T = coda.Tensor
@@ -109,14 +109,7 @@ def arguments(block, sizes):
     return [ids if x.dtype == torch.int32 else x for x in inputs]
 
 
-@pytest.mark.parametrize(
-    ("name", "arch"),
-    [
-        pytest.param(name, arch, marks=() if (name, arch) == DEFAULT else pytest.mark.slow)
-        for name in CASES
-        for arch in ARCHS
-    ],
-)
+@pytest.mark.parametrize(("name", "arch"), on_both(CASES, DEFAULT))
 def test_kernels(name, arch):
     block, sizes = CASES[name]
     kinds = [k.kind for p in block.lower_training(arch, sizes) for k in p.kernels]

@@ -24,7 +24,7 @@ from coda.lowering.program.text import program_source
 from coda.measure import random_inputs
 from coda.runtime.simulate import device
 from tests.kernels.test_attention import attention_of
-from tests.kernels.test_kernels import ARCHS
+from tests.kernels.test_kernels import ARCHS, on_both
 from tests.lowering.test_random_blocks import SETTINGS
 
 T = coda.Tensor
@@ -291,14 +291,7 @@ CASES = {
 DEFAULT = ("documents and slopes", "sm_90a")
 
 
-@pytest.mark.parametrize(
-    ("name", "arch"),
-    [
-        pytest.param(name, arch, marks=() if (name, arch) == DEFAULT else pytest.mark.slow)
-        for name in CASES
-        for arch in ARCHS
-    ],
-)
+@pytest.mark.parametrize(("name", "arch"), on_both(CASES, DEFAULT))
 def test_kernels(name, arch):
     """Also the second call, which replays the first, on other values."""
     mask, score, sizes = CASES[name]

@@ -38,6 +38,12 @@ EXAMPLES = {
 QUICK = {"llama_mlp"}
 
 
+def on_both(names, quick):
+    """(name, arch) of all cases on both archs; all but `quick` are for the long run."""
+    pairs = [(name, arch) for name in names for arch in ARCHS]
+    return [pytest.param(*p, marks=() if p == quick else pytest.mark.slow) for p in pairs]
+
+
 def example(name):
     file, block, sizes = EXAMPLES[name]
     return runpy.run_path(str(ROOT / f"{file}.py"))[block], sizes

@@ -128,14 +128,18 @@ SLOW = pytest.mark.slow
 )
 def test_sums_over_rows_in_tiles_of_any_width(tile_n):
     """A thread has 32 or 64 columns at once: each lane is left with one sum or with two."""
-    sizes = {"M": 300, "N": 520, "K": 64}
-    program = slope.lower("sm_100a", sizes)
     config = Config(256, tile_n, (2, 1)) if tile_n > 64 else Config(128, 64)
-    gemm, fold = program.kernels
-    kernels = replace(gemm, config=config), fold
+    hold_with_tile(slope, {"M": 300, "N": 520, "K": 64}, config, "SumInTurn")
+
+
+def hold_with_tile(block, sizes, config, op):
+    """A block's GEMM in a tile, with an op in its epilogue, computes what the reference does."""
+    program = block.lower("sm_100a", sizes)
+    (gemm, *folds) = program.kernels
+    kernels = replace(gemm, config=config), *folds
     program = size_partials(replace(program, kernels=kernels))
-    assert "SumInTurn" in program_source(program)
-    inputs = random_inputs(slope.graph, sizes)
+    assert op in program_source(program)
+    inputs = random_inputs(block.graph, sizes)
     with device("sm_100a", checks="raise"):
         found = run_simulated(program, inputs, sizes)
     for mine, theirs in zip(found, run_reference(program, inputs, sizes=sizes), strict=True):
@@ -153,17 +157,8 @@ def beside(x: T["M K"], w: T["N K"], a: T["M N"], b: T["M N"], c: T["M N"], r: T
 @pytest.mark.parametrize("tile", [(128, 64), pytest.param((128, 224), marks=SLOW)])
 def test_sums_over_columns_where_two_warps_share_a_row(tile):
     """A CTA pair has 64 rows each, and so two warps for the columns of a row."""
-    sizes = {"M": 200, "N": 328, "K": 64}
-    program = beside.lower("sm_100a", sizes)
-    (gemm, *folds) = program.kernels
-    kernels = replace(gemm, config=Config(*tile, (2, 1))), *folds
-    program = size_partials(replace(program, kernels=kernels))
-    assert "ColumnSumInTurn" in program_source(program)
-    inputs = random_inputs(beside.graph, sizes)
-    with device("sm_100a", checks="raise"):
-        found = run_simulated(program, inputs, sizes)
-    for mine, theirs in zip(found, run_reference(program, inputs, sizes=sizes), strict=True):
-        assert relative(mine, theirs.double()) < 4e-3
+    config = Config(*tile, (2, 1))
+    hold_with_tile(beside, {"M": 200, "N": 328, "K": 64}, config, "ColumnSumInTurn")
 
 
 @coda.block
