@@ -98,7 +98,7 @@ class AttendGradient(Node):
 
         ds = p (d vᵀ - Σ d y + e)     dz = f' ds     dq = dz k     dk = dzᵀ q     dv = pᵀ d
 
-    p is computed again of q, k and lse, so that no tensor of scores is saved.
+    p is recomputed from q, k and lse, so that no tensor of scores is saved.
 
     q, k and v are those of `Attend`. y, its value, and d are [B, H, S, e] with their axes in one
     order; lse is [B, H, S, 1], float32.

@@ -51,7 +51,7 @@ def condition(a: Any) -> Any:
 def by_lanes(text: str, shared: int = 1) -> Callable[..., Any]:
     """The function `score` of a module as a `score_mod` of flash-attention, which has lanes.
 
-    Its hash is that of the text: flash-attention's own does not see what the text calls.
+    Its hash is that of the text: flash-attention's own hash ignores the functions that are called.
 
     Args:
         text: the module.

@@ -1,7 +1,7 @@
 """The kind of kernels of the derivative of attention: dq, dk and dv, by flash-attention.
 
 A kernel is several launches: one before, the main one, and one for each gradient that is added up
-in float32. What they pass to each other is memory of their own, in an order of flash-attention's.
+in float32. They pass tensors to each other in scratch memory, in flash-attention's own order.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def attend_gradients(node: Attend, d: Node | None, dlse: Node | None, vjp: Vjp) 
 
 
 def _order(operand: Node) -> Order:
-    """The order of axes in which an operand's cotangent is read, that of what it is a view of."""
+    """The order of axes of an operand's cotangent: that of the tensor that the operand permutes."""
     if isinstance(operand, Permute) and keeps_columns(operand):
         return operand.inverse
     return tuple(range(operand.rank))

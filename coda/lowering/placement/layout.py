@@ -283,7 +283,7 @@ def _line(build: Layout, name: str, node: Reduce) -> Statistic:
 
 
 def _row_statistic(build: Layout, name: str, one: RowStatistic, swaps: Swaps) -> Statistic:
-    """A statistic of what the swapped columns of a row hold. Raises Refused."""
+    """A statistic of the values in the swapped columns of a row. Raises Refused."""
     value = one.value
     lanes = build.lanes(value.move(lambda a: swapped(a, swaps)) if swaps else value)
     expr = lanes[0] if len(lanes) == 1 else Call(SUM, lanes)

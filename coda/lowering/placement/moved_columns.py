@@ -2,14 +2,14 @@
 
 A row-wise kernel whose points are single columns reads, at column c, a matrix in memory at c and at
 columns that `access.swapped` finds from c. So one kernel has pairs of any distances, and any
-reduction of what is computed of them:
+reduction of values that are computed from them:
 
     RoPE of 4 columns, at 0 1 2 3:   reads [0 2] [1 3] [0 2] [1 3]
                                      as    c, and c with columns 2 apart swapped
     lane 0: swaps () () (2) (2)      lane 1: swaps (2) (2) () ()
 
-A statistic of a group of columns is read of other groups in the same way: as the statistic of what
-the swapped columns hold.
+A statistic of a group of columns is read of other groups in the same way: as the statistic of the
+values in the swapped columns.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _assign(lane: Ints, slot: Ints, column: Ints, swaps: Swaps, number: int) -> 
 
 
 def _best(columns: Ints, read: Ints, width: int) -> Swaps:
-    """The swaps by which the first column, and most others, read what they read."""
+    """The swaps that give the columns read for the first column, and for most others."""
     distance = abs(int(read[0] - columns[0]))
     found = [s for s in _candidates(distance, width) if swapped(int(columns[0]), s) == read[0]]
     if not found:

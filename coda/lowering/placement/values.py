@@ -341,7 +341,7 @@ def _same_group(groups: list[Ints]) -> Ints:
 
 @dataclass
 class Reading:
-    """What the leaves of an element's expression are at a point.
+    """The leaves of an element's expression, as they are read at a point.
 
     Attributes:
         lanes: of slot i.
