@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 import coda
 from coda.integrations.dynamo import backend
 from coda.integrations.report import forget_report
-from coda.lowering.program.cost import hbm_bytes
+from coda.lowering.program.cost import hbm_bytes, launch_count
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -47,7 +47,7 @@ def counted(name, layers):
         for side in filter(None, (region.forward, region.backward)):
             program = side.program
             for i, other in enumerate((None, side.pointwise, side.eager)):
-                total[i] += len(program.kernels) if other is None else other.launches
+                total[i] += launch_count(program) if other is None else other.launches
                 total[3 + i] += hbm_bytes(program) if other is None else other.hbm_bytes
     breaks = sum(counters["graph_break"].values())
     return total, report.fused, sum(report.left.values()), breaks
